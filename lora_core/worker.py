@@ -53,7 +53,7 @@ from lora_core.tools.save import Rewrite, check_out, file_precision
 from lora_core.tools.shrink import measure_rank, truncate_file
 from lora_core.tools.strength import bake_strength, measure_strength
 from lora_core.tools.svd import file_spectrum, truncate_adapter
-from lora_core.train.step_timing import time_steps
+from lora_core.train.autotune import time_steps
 from lora_core.verbs import Measure, adapters, runs
 
 Request = dict[str, Any]

@@ -7,13 +7,13 @@ to the weight as it is materialized, which previews use.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lora_core.backends.base import FrozenModule, conv2d_grads, copy_conv_settings, replace_submodule
+from lora_core.backends.base import FrozenModule, replace_submodule
 from lora_core.backends.offload import OffloadStore
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -43,25 +43,28 @@ def quantize_int8(weight: torch.Tensor) -> Quantized:
     return packed, scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-class _Compact(FrozenModule):
-    """What both kinds share: how the weight is kept."""
+class CompactLayer(FrozenModule):
+    """A frozen layer whose weight is kept as it is, in fewer bits or offloaded, and computed in each use.
+
+    `updates` are added to the weight as it is materialized; the stored weight is untouched.
+    """
 
     data: torch.Tensor | None
     scale: torch.Tensor | None
 
-    def keep(self, weight: torch.Tensor) -> None:
-        """Keep a weight as it is, for now."""
-        self.dtype, self.shape = weight.dtype, weight.shape
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Replace `layer`, its weight as it is for now."""
+        super().__init__(layer)
+        self.dtype, self.shape = layer.weight.dtype, layer.weight.shape
         self.updates: list[Update] = []
-        """Added to the weight as it is materialized; the stored weight is untouched."""
         self.store: OffloadStore | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
-        self.register_buffer("data", weight.detach(), persistent=False)
+        self.register_buffer("data", layer.weight.detach(), persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_Compact":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CompactLayer":
         self.updates = [(fn(up), fn(down), factor) for up, down, factor in self.updates]
-        result: _Compact = super()._apply(fn, recurse)
+        result: CompactLayer = super()._apply(fn, recurse)
         return result
 
     def dequantize(self) -> torch.Tensor:
@@ -92,48 +95,17 @@ class _Compact(FrozenModule):
         self.data = None
 
 
-class CompactLinear(_Compact, nn.Linear):
+class CompactLinear(CompactLayer, nn.Linear):
     """A frozen linear layer."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        """Replace `layer`, its weight as it is."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = layer.bias
-        self.keep(layer.weight)
 
-    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
-        return F.linear(x, self.materialize(), self.bias)
-
-    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The gradient of the input from that of the output."""
-        return (grad_output.flatten(0, -2) @ self.materialize()).reshape(x.shape)
-
-
-class CompactConv2d(_Compact, nn.Conv2d):
+class CompactConv2d(CompactLayer, nn.Conv2d):
     """A frozen convolution with zero padding."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        """Replace `layer`, its weight as it is."""
-        nn.Module.__init__(self)
-        copy_conv_settings(self, layer)
-        self.bias = layer.bias
-        self.keep(layer.weight)
 
-    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in, h, w) to (B, out, h', w')."""
-        weight = self.materialize()
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The gradient of the input from that of the output."""
-        return conv2d_grads(grad_output, x, self.materialize(), self, (True, False))[0]
-
-
-def as_compact(layer: nn.Module) -> CompactLinear | CompactConv2d | None:
+def as_compact(layer: nn.Module) -> CompactLayer | None:
     """A compact layer with the weight of `layer`, which may be one already; None for other layers."""
-    if isinstance(layer, CompactLinear | CompactConv2d):
+    if isinstance(layer, CompactLayer):
         return layer
     if type(layer) is nn.Linear:
         return CompactLinear(layer)
@@ -142,9 +114,9 @@ def as_compact(layer: nn.Module) -> CompactLinear | CompactConv2d | None:
     return None
 
 
-def compact_layers(unet: nn.Module) -> list[CompactLinear | CompactConv2d]:
+def compact_layers(unet: nn.Module) -> list[CompactLayer]:
     """The compact layers of a UNet, in its own order."""
-    return [layer for layer in unet.modules() if isinstance(layer, CompactLinear | CompactConv2d)]
+    return [layer for layer in unet.modules() if isinstance(layer, CompactLayer)]
 
 
 def is_quantized(unet: nn.Module) -> bool:
@@ -157,15 +129,12 @@ def is_offloaded(unet: nn.Module) -> bool:
     return any(layer.fetch is not None for layer in compact_layers(unet))
 
 
+@dataclass
 class WeightPolicy:
-    """How the weights of a UNet's blocks are kept: in fewer bits, offloaded, both, or as they are."""
+    """How the weights of a UNet's blocks are kept: quantized, offloaded, both, or as they are."""
 
-    def __init__(
-        self, quantize: Callable[[torch.Tensor], Quantized] | None = None, store: OffloadStore | None = None
-    ) -> None:
-        """Quantize weights by `quantize` and keep them in `store`, where given."""
-        self.quantize = quantize
-        self.store = store
+    quantize: Callable[[torch.Tensor], Quantized] | None = None
+    store: OffloadStore | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""

@@ -67,11 +67,7 @@ class FileStore(OffloadStore):
     """A file without a name, which vanishes with the process however it ends."""
 
     def __init__(self, device: torch.device, folder: Path) -> None:
-        """Keep weights in a file on the drive of `folder`.
-
-        Raises:
-            OSError: no file can be created there.
-        """
+        """Keep weights in a file on the drive of `folder`; OSError if none can be created there."""
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         self._device = device

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_input
 
-from lora_core.backends.base import FrozenModule, copy_conv_settings, replace_submodule
+from lora_core.backends.base import FrozenModule, replace_submodule
 from lora_core.model_files.sizes import PREPACKED_COPIES, PREPACKED_SPARE
 
 logger = logging.getLogger(__name__)
@@ -65,13 +65,8 @@ def transform_kernel(weight: torch.Tensor) -> torch.Tensor:
 
 
 def winograd_conv2d(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(B, in, h, w) to (B, out, h, w), h and w even, without autograd; padded with zeros.
-
-    Args:
-        x: the pictures.
-        kernel: as `laid_out` gives it.
-        bias: (out,) or None.
-    """
+    """(B, in, h, w) to (B, out, h, w), h and w even, without autograd; padded with zeros, with a kernel of
+    `transform_kernel`."""
     count, _, height, width = x.shape
     y = x.new_empty(count, kernel.shape[1], height, width)
     padded = F.pad(x, (1, 1, 1, 1))
@@ -115,10 +110,8 @@ class OneDnnLinear(FrozenModule, nn.Linear):
 
     def __init__(self, layer: nn.Linear) -> None:
         """Replace `layer`."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-        self.plain = (layer,)
+        super().__init__(layer)
+        self.weight, self.plain = layer.weight, (layer,)
         weight = layer.weight.detach()
         self._forward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self._backward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), None)
@@ -139,9 +132,7 @@ class OneDnnLinear(FrozenModule, nn.Linear):
 
 
 class OneDnnConv2d(FrozenModule, nn.Conv2d):
-    """A frozen convolution.
-
-    Each layout is made when an image first needs it: usually one is enough.
+    """A frozen convolution; each layout is made when an image first needs it: usually one is enough.
 
     Where the size stays, the gradient of the input is a convolution too, with the kernel turned around and
     inputs and outputs exchanged; elsewhere it is torch's own, from the plain weight.
@@ -149,10 +140,8 @@ class OneDnnConv2d(FrozenModule, nn.Conv2d):
 
     def __init__(self, layer: nn.Conv2d, by_winograd: bool = False) -> None:
         """Replace `layer`, which has zero padding and one group; `by_winograd` where it fits."""
-        nn.Module.__init__(self)
-        copy_conv_settings(self, layer)
-        self.weight, self.bias = layer.weight, layer.bias
-        self.plain = (layer,)
+        super().__init__(layer)
+        self.weight, self.plain = layer.weight, (layer,)
         self._settings: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
         self.by_winograd = by_winograd and winograd_fits(layer)
         self._grad_is_convolution = _keeps_size(layer)
@@ -259,7 +248,6 @@ def choose_layout(modules: Iterable[nn.Module]) -> str:
 
 
 def _size(layer: Any, layout: str) -> float:
-    """Bytes of a layer's layouts."""
     kind = _kind(layer, layout)
     if kind is None:
         return 0.0

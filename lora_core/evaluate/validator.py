@@ -18,9 +18,10 @@ from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.lora.inject import Merger
 from lora_core.lora.weights import LoadedLora
-from lora_core.models.encode import encode_image, encode_prompt, load_pixels
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
+from lora_core.models.vae import encode_image, load_pixels
 
 BATCH = 4
 """Draws that go through the UNet at once; fixed, so that the bits of a loss do not depend on memory."""

@@ -43,14 +43,10 @@ from lora_core.models.device import (
     out_of_memory,
     release_failed,
 )
-from lora_core.models.encode import (
-    decode_latents,
-    encode_image,
-    encode_negative_prompt,
-    encode_prompt,
-)
+from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.unet import PromptEmbeds, default_time_ids
+from lora_core.models.vae import decode_latents, encode_image
 from lora_core.settings.choices import SAMPLERS, chosen
 from lora_core.system.files import DEMO_TRAIN, write_atomically
 

@@ -1,8 +1,6 @@
 """Flat parameters: all trained parameters of an adapter in one tensor, and all their gradients in another.
 
-Optimizer, clipping, averaging and the check for non-finite values are then one operation each instead of one
-for each factor. Layers see views.
-
+Optimizer, clipping, averaging and the check for non-finite values are one operation each; layers see views.
 A base in half precision computes with a cast copy. Writes through `.data`, aliases and kernels of other
 packages leave no trace in a tensor, so the copy is made anew after every `mutate` and at each `zero_grad`.
 """
@@ -25,11 +23,8 @@ class Factors:
 
 
 class AdapterLayer(nn.Module):
-    """A layer with trained parameters; `param_view` is set once a `FlatParams` holds them.
-
-    Attributes:
-        factor_names: of the trained parameters, the same for all layers of an adapter.
-    """
+    """A layer with trained parameters, named by `factor_names`, which all layers of an adapter share;
+    `param_view` is set once a `FlatParams` holds them."""
 
     factor_names: ClassVar[tuple[str, ...]] = ("down", "up")
     down: nn.Parameter
@@ -39,11 +34,6 @@ class AdapterLayer(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters, in the order of their names."""
         return [getattr(self, name) for name in self.factor_names]
-
-    def mark_changed(self) -> None:
-        """Declare that the factors were written to."""
-        if self.param_view is not None:
-            self.param_view.flat.mark_changed()
 
 
 class FlatParams:
@@ -94,11 +84,8 @@ class FlatParams:
             self.mark_changed()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes.
-
-        Some write through `.data` or with kernels of their own; some put a new tensor into `.data`, which is
-        copied back to where the layers read.
-        """
+        """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes: some
+        put a new tensor into `.data`, which is copied back to where the layers read."""
         with self.mutate():
             optimizer.step()
             for group in optimizer.param_groups:
@@ -150,9 +137,7 @@ class FlatParams:
 @dataclass
 class ParamView:
     """A layer's factors in a `FlatParams`: (rank, in_features) from `down`, (out_features, rank) from `up`.
-
-    Views are made once for each dtype: hundreds of them in each step took a tenth of a small one.
-    """
+    Views are made once for each dtype: hundreds of them in each step took a tenth of a small one."""
 
     flat: FlatParams
     down: int
@@ -162,23 +147,14 @@ class ParamView:
     out_features: int
     _views: dict[torch.dtype, tuple[Factors, Factors]] = field(default_factory=dict, repr=False)
 
-    def factors(self, dtype: torch.dtype) -> Factors:
-        """The factors in `dtype`; all parameters are cast together, once after each change."""
-        if dtype != torch.float32:
-            self.flat.cast(dtype)
-        return self._both(dtype)[0]
-
-    def grads(self, dtype: torch.dtype) -> Factors:
-        """Where gradients that were computed in `dtype` are added up; see `FlatParams.flush_grads`."""
-        return self._both(dtype)[1]
-
-    def _both(self, dtype: torch.dtype) -> tuple[Factors, Factors]:
+    def in_dtype(self, dtype: torch.dtype) -> tuple[Factors, Factors]:
+        """The factors in `dtype`, and where gradients computed in it are added up (`flush_grads`); all
+        parameters are cast together, once after each change."""
+        copy = None if dtype == torch.float32 else self.flat.cast(dtype)
         if dtype not in self._views:
-            if dtype == torch.float32:
-                values, grads = self.flat.data.detach(), self.flat.grads
-            else:
-                copy = self.flat.cast(dtype)
-                values, grads = copy.values, copy.grads
+            values, grads = (
+                (self.flat.data.detach(), self.flat.grads) if copy is None else (copy.values, copy.grads)
+            )
             self._views[dtype] = self._slice(values), self._slice(grads)
         return self._views[dtype]
 
@@ -189,10 +165,8 @@ class ParamView:
 
 
 class _CastCopy:
-    """The parameters in half precision, and the gradients that were computed in it.
-
-    `stale`: the parameters may have changed since they were cast.
-    """
+    """The parameters in half precision, and the gradients that were computed in it; `stale` where the
+    parameters may have changed since they were cast."""
 
     def __init__(self, values: torch.Tensor, dtype: torch.dtype) -> None:
         self.values = torch.empty_like(values, dtype=dtype)

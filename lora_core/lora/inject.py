@@ -7,18 +7,18 @@ Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transfor
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lora_core.backends.base import Adaptable, replace_submodule
-from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
+from lora_core.backends.int8 import CompactLayer, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path
-from lora_core.settings.schema import compile_pattern, last_matches
+from lora_core.settings.schema import AdapterSection, compile_pattern, last_matches
 
 ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
 """Kinds of adapters that can be trained, by `LoraSpec.kind`. With a second one, `adapter.kind` becomes a
@@ -53,21 +53,6 @@ def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
 
 
 @dataclass(frozen=True)
-class BlockOverrides:
-    """What differs from layer to layer.
-
-    Attributes:
-        ranks, alphas, rates: pattern to value; a layer without a match keeps the common value.
-        rslora: whether the scale is alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023).
-    """
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    rslora: bool = False
-
-
-@dataclass(frozen=True)
 class LayerPlan:
     """One layer to adapt: its spec, and its learning rate; at 0 the layer is frozen but still acts."""
 
@@ -79,22 +64,15 @@ def plan_layers(
     modules: Mapping[str, nn.Module],
     rates: Mapping[str, float],
     targets: Targets,
-    spec: LoraSpec,
-    blocks: BlockOverrides,
+    section: AdapterSection,
+    block_lr: Mapping[str, float],
     kept: Container[LayerKey] = (),
 ) -> dict[LayerKey, LayerPlan]:
-    """The layers to adapt, in the order of `rates` and of the modules.
+    """The layers to adapt, in the order of `rates`, the learning rates by part, and of the modules.
 
-    A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept` and another
-    layer of its part is trained.
-
-    Args:
-        modules: components of the base by part.
-        rates: learning rate by part.
-        targets: which layers.
-        spec: the common values; with rsLoRA its alpha is the numerator over sqrt(rank).
-        blocks: what differs from it.
-        kept: layers of an adapter to continue.
+    A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept`, those of an
+    adapter to continue, and another layer of its part is trained. With rsLoRA the scale is alpha / sqrt(rank)
+    instead of alpha / rank (Kalajdzievski 2023).
 
     Raises:
         ConfigError: a pattern matches no layer, a trained part has no such layer, or
@@ -104,20 +82,27 @@ def plan_layers(
     for part, rate in rates.items():
         if targets.pattern(part) is not None:
             found += _find_layers(modules, part, targets, required=rate > 0)
+    tables: dict[str, Mapping[str, float]] = {
+        "adapter.block_ranks": section.block_ranks,
+        "adapter.block_alphas": section.block_alphas,
+        "optimizer.block_lr": block_lr,
+    }
+    names = {".".join(key): key for key in found}
     ranks, alphas, own_rates = (
-        _by_layer(table, found) for table in (blocks.ranks, blocks.alphas, blocks.rates)
+        {names[name]: value for name, value in last_matches(table, names).items()}
+        for table in tables.values()
     )
     rate_of = {key: own_rates.get(key, rates[key[0]]) for key in found}
     trained = {part for part, _ in (key for key in found if rate_of[key] > 0 and ranks.get(key, 1) > 0)}
     plans: dict[LayerKey, LayerPlan] = {}
     for key in found:
-        rank = int(ranks.get(key, spec.rank))
+        rank = int(ranks.get(key, section.rank))
         if rank > 0 and (rate_of[key] > 0 or (key in kept and key[0] in trained)):
-            alpha = alphas.get(key, spec.alpha) * (math.sqrt(rank) if blocks.rslora else 1.0)
-            plans[key] = LayerPlan(replace(spec, rank=rank, alpha=alpha), rate_of[key])
-    _check_patterns("adapter.block_ranks", blocks.ranks, found, plans)
-    _check_patterns("adapter.block_alphas", blocks.alphas, found, plans)
-    _check_patterns("optimizer.block_lr", blocks.rates, found, plans)
+            alpha = alphas.get(key, section.alpha) * (math.sqrt(rank) if section.rslora else 1.0)
+            spec = LoraSpec(rank, alpha, section.dropout, section.rank_dropout, section.module_dropout)
+            plans[key] = LayerPlan(spec, rate_of[key])
+    for setting, table in tables.items():
+        _check_patterns(setting, table, found, plans)
     if not trained:
         raise ConfigError(
             "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
@@ -129,23 +114,12 @@ def plan_layers(
 def _find_layers(
     modules: Mapping[str, nn.Module], part: str, targets: Targets, required: bool = True
 ) -> list[LayerKey]:
-    """The layers of a part to adapt.
-
-    Raises:
-        ConfigError: there is none, but one is `required`.
-    """
     names = target_modules(part, modules[part], targets)
     if not names and required:
         raise ConfigError(
             f"The {part} of this base has no layer that adapter.targets names; choose other targets."
         )
     return [(part, name) for name in names]
-
-
-def _by_layer(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKey, float]:
-    """The value of the last matching pattern, for each layer that has one."""
-    names = {".".join(key): key for key in found}
-    return {names[name]: value for name, value in last_matches(table, names).items()}
 
 
 def _check_patterns(
@@ -186,14 +160,8 @@ class Injected:
 def inject(
     modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, spec: LoraSpec, seed: int
 ) -> Injected:
-    """Replace the targeted layers of `parts` by trainable ones around them.
-
-    Args:
-        modules: components of the base by part.
-        parts: the parts to adapt.
-        targets: which layers.
-        spec: rank, alpha and dropout.
-        seed: of the random start and of the dropout masks.
+    """Replace the targeted layers of `parts` by trainable ones around them; `seed` is that of the random
+    start and of the dropout masks.
 
     Raises:
         ConfigError: a part has no such layer.
@@ -247,12 +215,8 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
 
 
 def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
-    """Set fresh trainable layers so that they act as `weights`; those that it lacks stay fresh.
-
-    Args:
-        injected: the layers, fresh from `inject_layers`.
-        weights: the LoRA to continue, of any ranks and alphas.
-        name: of its file, for messages.
+    """Set layers fresh from `inject_layers` so that they act as `weights`, of any ranks and alphas; those
+    that it lacks stay fresh. `name` of its file is for messages.
 
     Returns:
         What the user should know, a sentence each: what was cut off, and what is not continued.
@@ -348,7 +312,7 @@ class Merger:
         """Manage the components `modules`, by part."""
         self._modules = modules
         self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
-        self._compact: dict[LayerKey, CompactLinear | CompactConv2d] = {}
+        self._compact: dict[LayerKey, CompactLayer] = {}
         self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
         """By the adapter's id, beside the adapter, so that no other can have it."""
 
@@ -400,7 +364,7 @@ class Merger:
                 f"The adapter has a layer {part} {path} that this base does not have; it is for another base."
             )
         (real, layer), size = located, weights.layers[key].weight_shape
-        shape = layer.shape if isinstance(layer, CompactLinear | CompactConv2d) else layer.weight.shape
+        shape = layer.shape if isinstance(layer, CompactLayer) else layer.weight.shape
         if shape.numel() != math.prod(size) or shape[0] != size[0]:
             raise AdapterFileError(
                 f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
@@ -408,7 +372,9 @@ class Merger:
             )
         if key in self._originals or key in self._compact:
             return
-        compact = _updatable(layer)
+        # A weight on the CPU is merged in place.
+        in_place = not isinstance(layer, CompactLayer) and layer.weight.device.type == "cpu"
+        compact = None if in_place else as_compact(layer)
         if compact is None:
             self._originals[key] = (layer, layer.weight.detach().clone())
             return
@@ -416,10 +382,3 @@ class Merger:
             holder = self._modules[part].get_submodule(real)
             replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", compact)
         self._compact[key] = compact
-
-
-def _updatable(layer: Adaptable) -> CompactLinear | CompactConv2d | None:
-    """The compact layer that updates are added to, or None where a weight is merged in place."""
-    if isinstance(layer, CompactLinear | CompactConv2d):
-        return layer
-    return None if layer.weight.device.type == "cpu" else as_compact(layer)

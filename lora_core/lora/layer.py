@@ -3,11 +3,8 @@
 `LoraLayer.forward` says what is computed in plain torch, which is what runs with dropout. Otherwise
 `_LoraLinear` and `_LoraConv2d` compute the same (`tests/lora/test_fused.py` keeps the two equal): products
 are added up in place, the gradients of the factors go straight to where the optimizer finds them, and
-nothing is kept for the backward pass but the layer's input and the product as wide as the rank. A linear
-layer takes three matrix products in the forward pass and five in the backward pass, and no other kernel.
-
-The price: autograd sees no gradient of the factors. Hooks on them, `torch.autograd.grad`, double backward and
-DDP do not work on fused layers.
+nothing is kept for the backward pass but the layer's input and the product as wide as the rank. The price:
+autograd sees no gradient of the factors, so hooks on them, `torch.autograd.grad` and DDP do not work.
 """
 
 import hashlib
@@ -44,11 +41,9 @@ class LoraSpec:
 
 @dataclass
 class DropoutState:
-    """Position in training, set before each micro-batch: dropout masks follow from it alone.
-
-    A layer inside a checkpointed block runs twice a step and draws the same masks both times. Masks are drawn
-    on the device that computes; each kind of device draws others. A micro-batch that is split has the masks
-    of all of it: of its `rows` images, those from `first` to `last` go through now. 0 rows: all of them.
+    """Position in training, set before each micro-batch: dropout masks follow from it alone, so a layer in a
+    checkpointed block draws the same ones twice. Each kind of device draws others. A micro-batch that is
+    split has the masks of all of it: of its `rows` images, those from `first` to `last` go through now.
     """
 
     seed: int = 0
@@ -103,19 +98,16 @@ class LoraLayer(AdapterLayer):
         scale = self.strength * self.spec.alpha / self.spec.rank
         dropping = self.training and self.spec.drops
         if self.param_view is not None and scale and not dropping:
-            return self._fused(x, self.param_view, scale)
+            fused = _LoraConv2d if isinstance(self.base, nn.Conv2d) else _LoraLinear
+            # Autograd is given the factors only so that y has a gradient.
+            y: torch.Tensor = fused.apply(x, self.down, self.up, self.base, self.param_view, scale)
+            return y
         frozen: torch.Tensor = self.base(x)
         if self.strength == 0:
             return frozen
         low = x.to(self.down.dtype)
         update = self._dropped_update(low) if dropping else self._up(self._down(low))
         return frozen + (scale * update).to(frozen.dtype)
-
-    def _fused(self, x: torch.Tensor, view: ParamView, scale: float) -> torch.Tensor:
-        fused = _LoraConv2d if isinstance(self.base, nn.Conv2d) else _LoraLinear
-        # Autograd is given the factors only so that y has a gradient.
-        y: torch.Tensor = fused.apply(x, self.down, self.up, self.base, view, scale)
-        return y
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.base, nn.Conv2d):
@@ -126,12 +118,10 @@ class LoraLayer(AdapterLayer):
         return F.conv2d(x, self.up) if isinstance(self.base, nn.Conv2d) else F.linear(x, self.up)
 
     def _dropped_update(self, x: torch.Tensor) -> torch.Tensor:
-        """The update with masks drawn from (seed, micro-batch, layer); kept values are scaled by 1 / (1 -
-        p)."""
+        """The update, masks drawn from (seed, micro-batch, layer), kept values scaled by 1 / (1 - p)."""
         state, spec = self.dropout_state, self.spec
-        draw = torch.Generator(x.device).manual_seed(
-            _hash_seed(state.seed, f"{state.micro_batch}/{self.name}")
-        )
+        seed = _hash_seed(state.seed, f"{state.micro_batch}/{self.name}")
+        draw = torch.Generator(x.device).manual_seed(seed)
         keep_module = torch.rand((), generator=draw, device=x.device) >= spec.module_dropout
         keep_rank = torch.rand(spec.rank, generator=draw, device=x.device) >= spec.rank_dropout
         if spec.dropout:
@@ -163,7 +153,8 @@ class LoraLayer(AdapterLayer):
         with torch.no_grad():
             self.down.copy_(weights.down.reshape(self.down.shape))
             self.up.copy_(weights.up.reshape(self.up.shape))
-        self.mark_changed()
+        if self.param_view is not None:
+            self.param_view.flat.mark_changed()
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -174,7 +165,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Linear, view: ParamView,
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        factors, frozen = view.factors(x.dtype), frozen_layer(base)
+        factors, frozen = view.in_dtype(x.dtype)[0], frozen_layer(base)
         rows = x.reshape(-1, view.in_features)
         low = rows @ factors.down.T
         y = frozen.forward_frozen(rows).addmm_(low, factors.up.T, alpha=scale)
@@ -186,7 +177,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low = ctx.saved_tensors
-        factors, grads = ctx.view.factors(grad.dtype), ctx.view.grads(grad.dtype)
+        factors, grads = ctx.view.in_dtype(grad.dtype)
         grad = grad.reshape(-1, ctx.view.out_features)
         low_grad = grad @ factors.up
         grads.up.addmm_(grad.T, low, alpha=ctx.scale)
@@ -200,8 +191,8 @@ class _LoraLinear(torch.autograd.Function):
 class _LoraConv2d(torch.autograd.Function):
     """y = frozen(x) + scale * up(down(x)), (B, in, h, w) to (B, out, h', w'), in the dtype of x.
 
-    `conv` has one group and zero padding; of it, the settings are read. The up factor is a matrix product for
-    each image, and so is the down factor of a kernel of 1: small convolutions cost several times as much.
+    The up factor is a matrix product for each image, and so is the down factor of a kernel of 1: small
+    convolutions cost several times as much.
     """
 
     @staticmethod
@@ -209,7 +200,7 @@ class _LoraConv2d(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, conv: nn.Conv2d, view: ParamView,
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        factors, frozen = view.factors(x.dtype), frozen_layer(conv)
+        factors, frozen = view.in_dtype(x.dtype)[0], frozen_layer(conv)
         ctx.pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding in (0, (0, 0))
         if ctx.pointwise:
             low = torch.matmul(factors.down, x.flatten(2))
@@ -227,7 +218,7 @@ class _LoraConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low = ctx.saved_tensors
-        factors, grads = ctx.view.factors(grad.dtype), ctx.view.grads(grad.dtype)
+        factors, grads = ctx.view.in_dtype(grad.dtype)
         grad = grad.contiguous()
         flat, count = grad.flatten(2), len(x)
         low_grad = torch.bmm(factors.up.T.expand(count, -1, -1), flat)

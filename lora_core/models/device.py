@@ -35,10 +35,7 @@ _device: list[torch.device] = []
 
 
 def use_device(name: str) -> torch.device:
-    """Compute on the device that `train.device` names, from now on.
-
-    Args:
-        name: auto, cpu, mps, xpu, cuda, or cuda:N and xpu:N with a card's number.
+    """Compute on the device that `train.device` names from now on: auto, cpu, mps, xpu, cuda, or a card.
 
     Raises:
         ConfigError: there is no such device, or accelerate gives each of several processes its own.
@@ -125,11 +122,8 @@ def build_of_torch() -> str:
 
 
 def devices() -> list[dict[str, Any]]:
-    """All devices that PyTorch sees, by the names of `train.device`, the CPU first.
-
-    Each has `device`, `name`, `capability` ("8.6", or ""), and `usable`, false for a card that this PyTorch
-    has no code for.
-    """
+    """All devices that PyTorch sees, by the names of `train.device`, the CPU first: `device`, `name`,
+    `capability` ("8.6", or ""), and `usable`, false for a card that this PyTorch has no code for."""
     found = [("cpu", "", "", True)]
     if torch.backends.mps.is_available():
         found.append(("mps", "Apple graphics", "", True))
@@ -182,13 +176,11 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def cap_memory(device: torch.device) -> int:
-    """Limit this process to the card's memory that no other process holds, less `SPARE`.
+    """Limit this process to the card's memory that no other process holds, less `SPARE`; returns the cap in
+    bytes, 0 where the device has none.
 
     Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the Windows driver moves
     memory to RAM instead, and steps take many times as long without an error.
-
-    Returns:
-        The cap in bytes, 0 where the device has none.
     """
     available = available_memory(device)
     if available is None:
@@ -231,11 +223,8 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, except the small Turings.
-
-    Pascal and older compute fp16 at a fraction of fp32's rate. GTX 16xx and its siblings (MX450, T500 to
-    T2000) report Turing's 7.5 and have none; their fp16 convolutions are known to return NaN.
-    """
+    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, except GTX 16xx and its
+    siblings (MX450, T500 to T2000), which report Turing's 7.5 and whose fp16 convolutions may return NaN."""
     capability = torch.cuda.get_device_capability(device)
     if capability == TURING:
         return re.search(r"\bRTX\b|\bT4G?\b", torch.cuda.get_device_name(device)) is not None
@@ -251,11 +240,8 @@ def without_tf32() -> contextlib.AbstractContextManager[None]:
 
 
 def bf16_is_faster() -> bool:
-    """Whether this processor multiplies matrices in bf16 in well under the time of fp32.
-
-    Processors with instructions for it take half the time or less, others longer than in fp32. Both are
-    timed in a tenth of a second; they are so far apart that the answer is always the same.
-    """
+    """Whether this processor multiplies matrices in bf16 in well under the time of fp32: with instructions
+    for it half or less, else longer, so far apart that timing both always gives the same answer."""
     if not supports_bf16():
         return False
     fp32, bf16 = (_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -274,11 +260,8 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next allocation.
-
-    By default it returns each to the system, and every step touches its pages anew: 12% of a step of SD 1.5
-    on a CPU. Sets the largest thresholds that glibc accepts; no effect elsewhere.
-    """
+    """Have glibc keep large freed blocks for the next allocation; no effect elsewhere. By default it returns
+    each to the system, and every step touches its pages anew: 12% of a step of SD 1.5 on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -293,9 +276,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    if any(
-        word in str(error) for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-    ):
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    if any(word in str(error) for word in words):
         return True
     # oneDNN's message when its allocation fails; without a limit it means something else.
     return "could not create a primitive" in str(error) and limited(torch.device("cpu"))

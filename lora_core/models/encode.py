@@ -1,80 +1,17 @@
-"""Images to latents and back, captions to prompt embeddings."""
+"""Captions to prompt embeddings: tokens in chunks, and the text encoders."""
 
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from lora_core.data.buckets import Bucket, resize_and_crop
 from lora_core.data.captions import CHUNK, COMMA, split_chunks
-from lora_core.data.images import open_rgb
-from lora_core.data.scan import ImageRecord
 from lora_core.model_files.families import TextEncoder
-from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 
-TILES = (512, 256)
-"""Sides of VAE tiles in pixels, tried in this order."""
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
-
-
-def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
-    """The latents of one image: the mean of the VAE's posterior, shifted and scaled for the denoiser.
-
-    Args:
-        base: the base model.
-        pixels: (3, H, W) in [-1, 1].
-
-    Returns:
-        (C, H/f, W/f) in fp32 on the CPU. One image at a time and without TF32, so that the bits never
-            depend on
-        other images.
-    """
-    with torch.no_grad(), without_tf32():
-        mean = base.vae.encode(pixels[None].to(base.vae.device, base.vae.dtype)).latent_dist.mean
-    return ((mean - _shift(base)) * _scale(base))[0].float().cpu()
-
-
-def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1], fp32 on the CPU, from latents (B, C, h, w).
-
-    If the decoder runs out of memory, this and all later images of this base are decoded in overlapping
-    tiles: an image takes 3 GiB at 1024 px, a tile of 512 px a quarter. The colours of tiles differ a
-    little."""
-    with torch.no_grad():
-        unscaled = latents.to(base.vae.device, base.vae.dtype) / _scale(base) + _shift(base)
-        pixels = _decode(base, unscaled)
-    return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-def _decode(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1], in one piece or in the largest tiles that fit."""
-    vae: Any = base.vae
-    while True:
-        tile = base.decode_tile
-        try:
-            if not tile:
-                return vae.decode(unscaled).sample
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // base.vae_scale_factor
-            return vae.tiled_decode(unscaled).sample
-        except (RuntimeError, MemoryError) as error:
-            side = tile or max(unscaled.shape[-2:]) * base.vae_scale_factor
-            smaller = next((each for each in TILES if each < side), 0)
-            if not smaller or not out_of_memory(error):
-                raise
-            release_failed(error, base.device)
-        base.decode_tile = smaller
-
-
-def _scale(base: BaseModel) -> float:
-    return float(base.vae.config.get("scaling_factor", base.family.latent_scale))
-
-
-def _shift(base: BaseModel) -> float:
-    return float(base.vae.config.get("shift_factor") or 0.0)
 
 
 @lru_cache(maxsize=4096)
@@ -85,13 +22,8 @@ def _tokens(tokenizer: Any, caption: str) -> list[int]:
 
 
 def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
-    """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding.
-
-    Args:
-        tokenizer: a CLIP tokenizer.
-        caption: the text, cut into chunks by `data.captions.chunked`; what does not fit is dropped.
-        chunks: how many.
-    """
+    """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding; what does not fit
+    is dropped."""
     bodies = split_chunks(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
     bodies += [[]] * (chunks - len(bodies))
     rows = []
@@ -159,14 +91,3 @@ def _hidden_states(
         # transformers 5.6 took the `text_model` level out of CLIPTextModel.
         hidden = getattr(module, "text_model", module).final_layer_norm(hidden)
     return hidden, output.text_embeds if encoder.pooled else None
-
-
-def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
-    """An image file cropped and scaled to its bucket, (3, H, W) in [-1, 1], fp32; mirrored if `flip`.
-
-    Raises:
-        DatasetError: the file can no longer be read.
-    """
-    pixels = np.asarray(resize_and_crop(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    return tensor.flip(-1) if flip else tensor

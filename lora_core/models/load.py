@@ -65,12 +65,10 @@ class BaseModel(NoisePredictor):
     Attributes:
         name: what the user called it ("demo", a path, a hub id).
         path: the diffusers folder or the single file.
-        family: its row.
         denoiser: a `Denoiser`, or diffusers' UNet.
         vae, text_encoders, tokenizers: the other components, the last two by part.
         noise: the noise schedule and what the denoiser predicts.
         scheduler_config: the base's own sampler settings, for samplers to start from.
-        device: where the components live.
         dtype: of the denoiser and the text encoders; the VAE is always fp32, where it cannot overflow.
         facts: what its files say about it.
     """
@@ -333,7 +331,6 @@ class _ComponentBuilder:
 
 
 def _digest(names: list[str], find: WeightLocator) -> str:
-    """See `BaseModel.digest`."""
     sources = {name: find(name) for name in sorted(names)}
     keys: dict[WeightFile, list[str]] = {}
     for found in filter(None, sources.values()):
@@ -354,13 +351,7 @@ def _tokenizer(facts: BaseFacts, encoder: TextEncoder) -> Any:
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What errors mention.
-
-    Attributes:
-        path: of the base.
-        title: of the component.
-        advice: what to do where weights are missing.
-    """
+    """What errors mention: the base's path, the component's title, what to do where weights are missing."""
 
     path: Path
     title: str
@@ -420,15 +411,13 @@ def _locate(
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, without a second tensor of the same size."""
+    # Without a second tensor of the same size.
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 # Configs of a single file's components: the family's, with the sizes of the file's tensors. Depths and widths
 # show in names and shapes. How attention is cut into heads does not: that stays as in the family's config, or
 # 64 channels a head where that does not divide.
-
-
 Shapes = Mapping[str, Sequence[int]]
 HEAD_WIDTH = 64
 """Channels of an attention head in every family from SD 2.x on, and in all CLIP text encoders."""

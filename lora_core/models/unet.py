@@ -16,11 +16,8 @@ from lora_core.model_files.families import Family
 
 
 def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Copy tensors of one dtype from the CPU to `device`.
-
-    A card gets them in one asynchronous copy from pinned memory: other copies make the CPU wait. The results
-    share memory there.
-    """
+    """Copy tensors of one dtype from the CPU to `device`; a card gets them in one asynchronous copy from
+    pinned memory, as other copies make the CPU wait, and they share memory there."""
     if device.type != "cuda":
         return tuple(tensor.to(device) for tensor in tensors)
     packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
@@ -30,12 +27,8 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What the text encoders make of captions.
-
-    Attributes:
-        context: (B, T, D), the hidden states that the denoiser attends to.
-        pooled: (B, P), or None where the family has no pooled conditioning.
-    """
+    """What the text encoders make of captions: `context` (B, T, D), the hidden states that the denoiser
+    attends to, and `pooled` (B, P), or None where the family has no pooled conditioning."""
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -67,32 +60,19 @@ class PromptEmbeds:
 
 
 class Denoiser(Protocol):
-    """The network that predicts from noisy latents. A module that has these is used as it is."""
+    """The network that predicts from noisy latents; sides of these must be multiples of `downscale`. A module
+    that has these attributes is used as it is."""
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-        ...
-
-    @property
-    def downscale(self) -> int:
-        """Sides of the latents must be multiples of this."""
-        ...
+    latent_channels: int
+    downscale: int
 
     def predict(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        prompt: PromptEmbeds,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeds,
         time_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """What `NoiseSchedule.target` should be, (B, C, h, w) in the dtype of the latents.
 
-        Args:
-            noisy_latents: (B, C, h, w).
-            timesteps: (B,).
-            prompt: B captions.
-            time_ids: (B, 6), or None where the family is not conditioned on sizes.
+        `timesteps` is (B,); `time_ids` is (B, 6), or None where the family is not conditioned on sizes.
         """
         ...
 
@@ -103,24 +83,15 @@ class UNet:
     def __init__(self, module: UNet2DConditionModel) -> None:
         """Call `module`, which may have an adapter in it."""
         self._module: Any = module
-
-    @property
-    def latent_channels(self) -> int:
-        """See `Denoiser`."""
-        return int(self._module.config.in_channels)
-
-    @property
-    def downscale(self) -> int:
-        """See `Denoiser`: each level halves the sides."""
-        return int(2 ** (len(self._module.config.block_out_channels) - 1))
+        config: Any = module.config
+        self.latent_channels = int(config.in_channels)
+        # Each level halves the sides.
+        self.downscale = int(2 ** (len(config.block_out_channels) - 1))
 
     def predict(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        prompt: PromptEmbeds,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeds,
         time_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """See `Denoiser`."""
         dtype, more = noisy_latents.dtype, {}
         if time_ids is not None:
@@ -140,22 +111,15 @@ def as_denoiser(module: nn.Module) -> Denoiser:
 
 
 def default_time_ids(count: int, height: int, width: int) -> torch.Tensor:
-    """The size conditioning (count, 6) of uncropped images of `height` and `width` pixels.
-
-    Original height and width, top and left of the crop, height and width after it.
-    Source: Podell et al. 2023, section 2.2.
-    """
+    """The size conditioning (count, 6) of uncropped images of `height` and `width` pixels: original height
+    and width, top and left of the crop, height and width after it (Podell et al. 2023, section 2.2)."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much of the image is left at each timestep, and what is predicted.
-
-    Attributes:
-        alphas_cumprod: (T,) share of the signal's variance, falling with the timestep.
-        objective: "epsilon", "v_prediction" or "flow".
-    """
+    """`alphas_cumprod` (T,), the share of the signal's variance, falling with the timestep, and the
+    `objective`: what is predicted, "epsilon", "v_prediction" or "flow"."""
 
     alphas_cumprod: torch.Tensor
     objective: str
@@ -178,18 +142,14 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """sqrt(a) latents + sqrt(1 - a) noise, all (B, C, h, w), timesteps (B,).
-
-        For flow both factors are divided by their sum, so that they add up to 1.
-        """
+        """sqrt(a) latents + sqrt(1 - a) noise, all (B, C, h, w), timesteps (B,); for flow both factors are
+        divided by their sum."""
         signal, spread = self._factors(timesteps, latents)
         return signal * latents + spread * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What should be predicted, (B, C, h, w).
-
-        The noise, the velocity sqrt(a) noise - sqrt(1 - a) latents, or the flow noise - latents.
-        """
+        """What should be predicted, (B, C, h, w): the noise, the velocity sqrt(a) noise - sqrt(1 - a)
+        latents, or the flow noise - latents."""
         if self.objective == "epsilon":
             return noise
         if self.objective == "flow":
@@ -233,11 +193,7 @@ class NoisePredictor:
     ) -> torch.Tensor:
         """What the denoiser predicts, with whatever adapter is in it, (B, C, h, w) in fp32.
 
-        Args:
-            noisy_latents: (B, C, h, w) in any dtype.
-            timesteps: (B,).
-            prompt: B captions.
-            sizes: (B, 6), see `default_time_ids`, which is the default, for families conditioned on them.
+        `timesteps` is (B,); `sizes` is (B, 6), for families conditioned on them, else `default_time_ids`.
         """
         time_ids = None
         if self.family.size_conditioning:

@@ -3,13 +3,14 @@
 Nothing is mapped and no file is read in one piece: the peak is what is kept plus one tensor. Mapped pages
 would count as memory of this process until the file is closed, which nearly doubles it for a base in half
 precision. A `.ckpt` is the exception: torch maps the zip that it is.
+"""
 
-A `TensorSource` is one tensor of one file, or a part of it. Loading reads through it; merging into a base
-writes through it."""
-
+import io
+import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -68,11 +69,7 @@ class SafetensorsFile:
     """A safetensors file, its header checked; each tensor is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header.
-
-        Raises:
-            ModelFileError: what is wrong with the file.
-        """
+        """Read the header; ModelFileError says what is wrong with the file."""
         header = read_header(path, ModelFileError)
         self.path = path
         self.shapes = header.shapes
@@ -80,52 +77,46 @@ class SafetensorsFile:
         self._start = header.start
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor, as it is in the file, in memory of its own.
-
-        Raises:
-            ModelFileError: the file has become shorter since its header was read, or cannot be read.
-        """
+        """One tensor, as it is in the file, in memory of its own; ModelFileError if it cannot be read."""
         entry = self._entries[key]
         first, last = entry["data_offsets"]
         buffer = torch.empty(last - first, dtype=torch.uint8)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._start + first)
-                view = buffer.numpy().data
-                while len(view):
-                    count = file.readinto(view)
-                    if not count:
-                        raise ModelFileError(f"{self.path} has become shorter; is it still being written?")
-                    view = view[count:]
-        except OSError as error:
-            raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        with self._open() as file:
+            file.seek(self._start + first)
+            view = buffer.numpy().data
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise ModelFileError(f"{self.path} has become shorter; is it still being written?")
+                view = view[count:]
         return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
         """Each tensor's dtype and 64 bytes from its middle; the file is opened once."""
         found = {}
+        with self._open() as file:
+            for key in keys:
+                entry = self._entries[key]
+                first, last = entry["data_offsets"]
+                middle = (first + last) // 2
+                file.seek(self._start + middle)
+                found[key] = str(entry["dtype"]).encode() + file.read(min(SAMPLE, last - middle))
+        return found
+
+    @contextmanager
+    def _open(self) -> Iterator[io.FileIO]:
         try:
             with open(self.path, "rb", buffering=0) as file:
-                for key in keys:
-                    entry = self._entries[key]
-                    first, last = entry["data_offsets"]
-                    middle = (first + last) // 2
-                    file.seek(self._start + middle)
-                    found[key] = str(entry["dtype"]).encode() + file.read(min(SAMPLE, last - middle))
+                yield file
         except OSError as error:
             raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        return found
 
 
 class PickledFile:
     """A `.ckpt`: only plain tensors are read from it, and no code in it is run."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file.
-
-        Raises:
-            ModelFileError: it holds more than tensors, or is broken.
-        """
+        """Open the file; ModelFileError if it holds more than tensors, or is broken."""
         self.path = path
         try:
             _check_zip(path)
@@ -176,11 +167,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse a zip that unpacks to more than its size: torch compresses nothing when it saves.
-
-    Raises:
-        ModelFileError: something in it is compressed.
-    """
+    """Refuse a zip that unpacks to more than its size: torch compresses nothing when it saves."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as packed:
@@ -189,11 +176,7 @@ def _check_zip(path: Path) -> None:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a file of weights by its extension.
-
-    Raises:
-        ModelFileError: what is wrong with the file.
-    """
+    """Open a file of weights by its extension; ModelFileError says what is wrong with it."""
     return PickledFile(path) if path.suffix.lower() == ".ckpt" else SafetensorsFile(path)
 
 
@@ -204,14 +187,8 @@ THIRDS = 3
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One parameter on disk.
-
-    Attributes:
-        file: that it is in.
-        key: the tensor's name there.
-        third: which third of the tensor along its first axis, or None for all of it.
-        transposed: whether the tensor is the parameter's transpose.
-    """
+    """One parameter on disk: the tensor `key` of `file`, or a `third` of it along its first axis, or its
+    transpose. Loading reads through it; merging into a base writes through it."""
 
     file: WeightFile
     key: str
@@ -221,9 +198,7 @@ class TensorSource:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for side in self.file.shapes[self.key]:
-            total *= side
+        total = math.prod(self.file.shapes[self.key])
         return total if self.third is None else total // THIRDS
 
     def read(self) -> torch.Tensor:
@@ -282,31 +257,19 @@ def text_encoder_in_file(file: WeightFile, encoder: TextEncoder) -> WeightLocato
 
 
 def component_in_folder(folder: Path, part: str) -> WeightLocator:
-    """A component of a diffusers folder, in one file or sharded.
-
-    Raises:
-        ModelFileError: the folder has no weights, or a file is broken.
-    """
+    """A component of a diffusers folder, in one file or sharded; ModelFileError if there is none or one is
+    broken."""
     files = [SafetensorsFile(path) for path in weight_paths(folder, part)]
 
     def find(name: str) -> TensorSource | None:
-        for key in _spellings(part, name):
-            for file in files:
-                if key in file.shapes:
-                    return TensorSource(file, key)
-        return None
+        spell = _text_spellings if is_text_encoder(part) else _vae_spellings
+        keys = ((file, key) for key in spell(name) for file in files if key in file.shapes)
+        return next((TensorSource(*place) for place in keys), None)
 
     return find
 
 
-def _spellings(part: str, name: str) -> Iterable[str]:
-    """Names of one parameter in diffusers folders of all ages."""
-    if is_text_encoder(part):
-        return _text_spellings(name)
-    return _vae_spellings(name) if part == "vae" else (name,)
-
-
-def _text_spellings(name: str) -> tuple[str, ...]:
+def _text_spellings(name: str) -> Iterable[str]:
     """Names of one parameter with and without the `text_model.` level, which newer transformers dropped."""
     bare = name.removeprefix("text_model.")
     return (f"text_model.{bare}", bare)

@@ -25,7 +25,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.tools.shrink import measure_rank
 from lora_core.tools.strength import measure_strength
 from lora_core.tools.svd import file_spectrum
-from lora_core.train.fingerprint import input_hashes
+from lora_core.train.setup import input_hashes
 
 FEWEST_DRAWS = 8
 CHANGED = (

@@ -1,29 +1,36 @@
-"""What a run chooses by trying before its first step: memory fallbacks, and the learning rate.
+"""What is found by taking steps before the first one of a run: memory fallbacks, the learning rate, times.
 
-Nothing else of the run is changed by it. The learning rate is found by a range test: short training at rates
-that rise from far too low to far too high. The loss of a single diffusion batch says nothing, since noise and
-timesteps are random, so the bare base predicts each batch too; what counts is the share of the base's loss
-that the adapter takes away. Source: L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
-section 3.3.
+The learning rate is found by a range test: short training at rates that rise from far too low to far too
+high. The loss of a single diffusion batch says nothing, since noise and timesteps are random, so the bare
+base predicts each batch too; what counts is the share of the base's loss that the adapter takes away. Source:
+L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
 """
 
 import copy
 import math
 import statistics
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_core.backends.onednn import PLAIN, layout_of
-from lora_core.errors import RunError
+from lora_core.data.buckets import Bucket, choose_bucket
+from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
-from lora_core.models.device import limited, out_of_memory
-from lora_core.models.encode import decode_latents
+from lora_core.models.device import cap_memory, limited, out_of_memory, use_device
+from lora_core.models.encode import encode_prompt
+from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
+from lora_core.models.vae import decode_latents
 from lora_core.runs import events
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
+from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import (
     StepSettings,
     TrainState,
@@ -31,12 +38,30 @@ from lora_core.train.loop import (
     mean_loss,
     optimizer_step,
     sample_batch,
+    training_steps,
 )
 from lora_core.train.loss import diffusion_loss
 from lora_core.train.oom import VAE_ON_CPU, MemoryFallback, free_memory
-from lora_core.train.setup import OnProgress, RuntimePlan, TrainSession
+from lora_core.train.setup import (
+    OnProgress,
+    RuntimePlan,
+    TrainSession,
+    build_train_state,
+    open_base_for,
+    plan_adapter,
+    training_dtype,
+)
 from lora_core.train.validation import at_strength
 
+TIMED_STEPS = 4
+"""The first one warms up and does not count."""
+MAX_SECONDS = 20.0
+"""No further step is timed after so many seconds."""
+CAPTION = "a picture of something"
+CFG_BATCH = 2
+"""What one step of a sampler puts through the UNet: with the prompt and without."""
+TEMPORARIES = 2
+"""Tensors as large as all trained parameters that an optimizer may allocate in a step besides its state."""
 LOWEST, HIGHEST, EACH = -4, 8, 4
 """Octaves around the rate that is set, and steps per octave."""
 WINDOW = 2
@@ -52,13 +77,9 @@ choices of layers that gained 94% to 100% of what the best fixed rate did (docs/
 
 @dataclass(frozen=True)
 class RangeTestResult:
-    """The result of a range test.
-
-    Attributes:
-        rates: of the first group, rising.
-        shares: of the base's loss that the adapter took away after training at the rates up to it.
-        octave: all rates are to be multiplied by 2 to this; a power of two, so that nothing is rounded.
-    """
+    """Rising rates of the first group; for each, the share of the base's loss that the adapter took away
+    after training at the rates up to it; and the octave: all rates are to be multiplied by 2 to this, a power
+    of two, so that nothing is rounded."""
 
     rates: list[float]
     shares: list[float]
@@ -66,12 +87,7 @@ class RangeTestResult:
 
 
 def run_range_test(session: TrainSession, settings: StepSettings, on_progress: OnProgress) -> RangeTestResult:
-    """Find the factor for all learning rates; the state is as before afterwards.
-
-    Args:
-        session: the run before its first step; no other process takes part.
-        settings: of its steps.
-        on_progress: called with (phase, done, total); what it raises ends the test.
+    """Find the factor for all learning rates before the first step; the state is as before afterwards.
 
     Raises:
         RunError: nothing was learned at any rate.
@@ -109,13 +125,6 @@ def run_range_test(session: TrainSession, settings: StepSettings, on_progress: O
     return RangeTestResult(rates, shares, choose_octave(shares))
 
 
-def scale_learning_rates(optimizer: torch.optim.Optimizer, octave: int) -> None:
-    """Multiply all rates by 2 to `octave`, to the very bits that a config with those rates gives."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] *= 2.0**octave
-        group["lr"] = group["initial_lr"]
-
-
 def choose_octave(shares: list[float]) -> int:
     """Choose the octave, given the shares at `EACH` rates per octave from `LOWEST` on.
 
@@ -145,36 +154,19 @@ def _share(session: TrainSession, settings: StepSettings, number: int) -> float:
     batch, draw = sample_batch(state, session.batches, settings, number)
     with torch.no_grad(), at_strength(state.injected, 0.0):
         condition = session.text.embed_batch(batch.captions)
-        bare = diffusion_loss(base, batch.latents, condition, draw, settings.loss, batch.sizes).mean()
+        rules = settings.config.loss
+        bare = diffusion_loss(base, batch.latents, condition, draw, rules, batch.sizes).mean()
     state.flat_params.zero_grad()
     loss = backward_micro_batch(state, session.batches, session.text, settings, number)
-    losses, ok = optimizer_step(state, settings.max_grad_norm, [loss], number + 1)
+    losses, ok = optimizer_step(state, settings.config.optimizer.max_grad_norm, [loss], number + 1)
     return 1.0 - mean_loss(losses) / max(float(bare), 1e-12) if ok else math.nan
 
 
-TEMPORARIES = 2
-"""Tensors as large as all trained parameters that an optimizer may allocate in a step besides its state."""
-
-
 def autotune(
-    session: TrainSession,
-    memory: MemoryFallback,
-    config: RunConfig,
-    settings: StepSettings,
-    plan: RuntimePlan,
-    fresh: bool,
+    session: TrainSession, memory: MemoryFallback, settings: StepSettings, plan: RuntimePlan, fresh: bool,
     on_progress: OnProgress,
-) -> tuple[RuntimePlan, list[events.Event]]:
-    """Choose what `plan` lacks.
-
-    Args:
-        session: the run before its first step.
-        memory: its fallbacks.
-        config: its settings.
-        settings: of its steps.
-        plan: what was chosen before.
-        fresh: whether no step was ever taken.
-        on_progress: called with (phase, done, total); what it raises ends the work.
+) -> tuple[RuntimePlan, list[events.Event]]:  # fmt: skip
+    """Choose what `plan` lacks before the first step; `fresh` if none was ever taken.
 
     Returns:
         The plan, and the events that tell of it.
@@ -183,21 +175,24 @@ def autotune(
         OutOfMemory: a step does not fit by any means.
         RunError: the range test learned nothing.
     """
-    state = session.state
+    state, optim = session.state, settings.config.optimizer
     found: list[events.Event] = []
     if not plan.layout:
         layouts = map(layout_of, state.base.modules.values())
         plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
     if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
         on_progress("Trying the heaviest step", 0, 1)
-        warnings, peak = fit_memory(session, memory, settings, OPTIMIZERS[config.optimizer.name].state)
+        warnings, peak = fit_memory(session, memory, settings, OPTIMIZERS[optim.name].state)
         found += [events.Warned(message=warning) for warning in warnings]
         plan = replace(plan, rungs=memory.applied, tried=True, peak=peak)
-    if config.optimizer.range_test and plan.octave is None:
+    if optim.range_test and plan.octave is None:
         test = run_range_test(session, settings, on_progress)
-        scale_learning_rates(state.optimizer, test.octave)
+        for group in state.optimizer.param_groups:
+            # To the very bits that a config with these rates gives.
+            group["initial_lr"] *= 2.0**test.octave
+            group["lr"] = group["initial_lr"]
         plan = replace(plan, octave=test.octave)
-        rate = plan.with_lr(config).optimizer.lr
+        rate = plan.with_lr(settings.config).optimizer.lr
         found.append(events.RateFound(rate=rate, rates=test.rates, shares=test.shares))
     return plan, found
 
@@ -205,13 +200,9 @@ def autotune(
 def fit_memory(
     session: TrainSession, memory: MemoryFallback, settings: StepSettings, optimizer_state: float
 ) -> tuple[list[str], int]:
-    """Try the heaviest step, a validation and a sample, and apply fallbacks until they fit.
+    """Try the heaviest step, a validation and a sample at step 0, and apply fallbacks until they fit.
 
-    Args:
-        session: the run, at step 0.
-        memory: its fallbacks.
-        settings: of its steps.
-        optimizer_state: how many values the optimizer keeps for each trained parameter.
+    `optimizer_state`: how many values the optimizer keeps for each trained parameter.
 
     Returns:
         Warnings for the user, and the peak in bytes where the device tells it, else 0.
@@ -281,3 +272,113 @@ def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
     with torch.no_grad():
         base.predict_noise(torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
     return latents
+
+
+def time_steps(
+    config: RunConfig, offload_folder: Path, on_step: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Take some training steps and a sampler's step of these settings. Nothing is kept in memory afterwards.
+
+    The images are noise, since their content costs nothing. `offload_folder` is on the drive that weights may
+    be offloaded to; `on_step` is called with (done, total) and may raise to end the measurement.
+
+    Returns:
+        step and draw (seconds of a training step and of a sampler's step), steps (how many counted), peak
+        (bytes of the device's memory, 0 on a CPU) and device (its kind).
+
+    Raises:
+        OutOfMemory: a step does not fit.
+    """
+    try:
+        return _time_steps(config, offload_folder, on_step or (lambda done, total: None))
+    except Exception as error:
+        full = out_of_memory(error)
+        # Its frames hold the base for as long as the error is known.
+        traceback.clear_frames(error.__traceback__)
+        if not full:
+            raise
+        raise OutOfMemory(
+            "A step did not fit into memory as it is, so the run would take slower ways that need less; with"
+            " a lower train.batch_size or train.resolution it needs none."
+        ) from None
+
+
+def _time_steps(
+    config: RunConfig, offload_folder: Path, on_step: Callable[[int, int], None]
+) -> dict[str, Any]:
+    train, device = config.train, use_device(config.train.device)
+    cap_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    base = open_base_for(config, device, training_dtype(config, device), [], offload_folder)
+    base.load(*base.waiting)
+    on_step(0, TIMED_STEPS)
+    layout = plan_adapter(base, config)
+    text = (
+        PromptCache(base, base.path, True, train.clip_skip, train.max_token_length)
+        if layout.encoders_trained
+        else _OneCaption(base, train.clip_skip, train.max_token_length)
+    )
+    side = train.resolution or base.resolution
+    batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)
+    state, _ = build_train_state(base, layout, config, "")
+    seconds: list[float] = []
+    for step in training_steps(state, batches, text, StepSettings(config, TIMED_STEPS), 0):
+        seconds.append(step.seconds)
+        on_step(len(seconds), TIMED_STEPS)
+        if len(seconds) > 1 and sum(seconds) > MAX_SECONDS:
+            break
+    # Where one step takes a minute, warming up is the least of it.
+    counted = seconds[1:] or seconds
+    return {
+        "step": statistics.median(counted),
+        "draw": _time_sampler_step(base, text.embed(CAPTION)),
+        "steps": len(counted),
+        "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        "device": device.type,
+    }
+
+
+class _Noise(Batches):
+    """Micro-batches of noise, all of one size."""
+
+    def __init__(self, base: BaseModel, bucket: Bucket, count: int) -> None:
+        side = base.vae_scale_factor
+        shape = (count, base.latent_channels, bucket.height // side, bucket.width // side)
+        self._latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        size = [bucket.height, bucket.width]
+        self._sizes = torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32)
+
+    def batch(self, number: int) -> Batch:
+        """The same each time."""
+        count = len(self._latents)
+        return Batch(self._latents, [CAPTION] * count, ["noise"] * count, self._sizes)
+
+
+class _OneCaption(PromptCache):
+    """One caption, encoded once; the text encoders are then dropped, as in a run."""
+
+    def __init__(self, base: BaseModel, clip_skip: int, tokens: int) -> None:
+        with torch.no_grad():
+            self._condition = encode_prompt(base, [CAPTION], clip_skip, tokens)
+        base.text_encoders.clear()
+
+    def embed_batch(self, captions: list[str]) -> PromptEmbeds:
+        """The same for each."""
+        return self._condition.expand(len(captions))
+
+
+def _time_sampler_step(base: BaseModel, text: PromptEmbeds) -> float:
+    """Seconds of a sampler's step at the base's own size, the faster of two."""
+    side = base.resolution // base.vae_scale_factor
+    latents = torch.randn(CFG_BATCH, base.latent_channels, side, side).to(base.device)
+    timesteps = torch.full((CFG_BATCH,), base.noise.num_timesteps // 2, device=base.device)
+    base.denoiser.eval()
+    taken = []
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            # Fetching a number waits for the device.
+            float(base.predict_noise(latents, timesteps, text.expand(CFG_BATCH)).float().sum())
+            taken.append(time.perf_counter() - began)
+    return min(taken)

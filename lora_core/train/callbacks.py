@@ -1,17 +1,21 @@
-"""What happens between two steps: callbacks, each with a schedule and an action `(step) -> None`.
+"""What happens between two steps: events and requests, the watch over losses and times, and what is due.
 
 Validation, checkpoints and samples are due every so many steps and after the last one, or on request.
 Validation and samples only observe a run: where memory is too short for them they are skipped with a warning,
-and training goes on. `TensorBoardWriter` follows a run's events and decides nothing.
+and training goes on.
 """
 
+import contextlib
 import importlib
 import math
+import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +25,19 @@ from lora_core.evaluate.early_stopping import is_worse, reason_to_stop
 from lora_core.generate.pipeline import infotext, sample_image, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights
+from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.progress import describe_average
+from lora_core.runs.progress import Progress, describe_average
+from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SampleSection, ValidationSection
 from lora_core.system.files import require_room
+from lora_core.system.processes import StopRequest
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
-from lora_core.train.divergence import DivergenceGuard
+from lora_core.train.distributed import ProcessGroup
 from lora_core.train.export import RAW_SUFFIX, export_checkpoint, latest_sample, write_export, write_raw
-from lora_core.train.loop import TrainState
+from lora_core.train.loop import Step, StepSettings, TrainState, sample_batch
 from lora_core.train.oom import free_memory
 from lora_core.train.setup import TrainSession, is_on_cpu
 from lora_core.train.validation import BestStep, OnStep, Validator, at_strength, evaluating
@@ -38,40 +45,80 @@ from lora_core.train.validation import BestStep, OnStep, Validator, at_strength,
 EXPORT_FORMAT = ("kohya", "fp16")
 SECONDS_BETWEEN_REPORTS = 0.5
 TENSORBOARD = "tensorboard"
+SCALARS: dict[type[events.Event], dict[str, str]] = {
+    events.StepDone: {"train/loss": "loss", "train/lr": "lr", "train/s": "seconds"},
+    events.Validated: {
+        "validation/gain": "gain",
+        "validation/standard error": "standard_error",
+        "validation/loss": "adapted_loss",
+        "validation/gauge": "gauge",
+        "validation/prior": "prior",
+        "validation/raw gain": "raw_gain",
+    },
+}
+"""What TensorBoard shows: for each kind of event, the curves and the fields that they show."""
+MAX_NONFINITE, MAX_ROLLBACKS = 3, 3
+"""After so many steps in a row that are not finite, the run rolls back; so often at most."""
+RECENT, EARLIER = 10, 100
+RUNAWAY, STABLE = 5.0, 2.0
+PREDICT_NOTHING = 1.0
+"""About the loss of predicting zeros: noise and velocity have variance 1."""
+TIMED_STEPS, SLOW = 20, 5.0
+NAMED = 4
+"""So many images are named in a message."""
 
 
-class Callback(Protocol):
-    """Something that is done between two steps."""
+class Interrupted(BaseException):
+    """Raised inside long work to leave it at once, because the run is asked to end.
 
-    def due(self, step: int) -> bool:
-        """Whether it is to be done after `step`."""
-        ...
-
-    def __call__(self, step: int) -> None:
-        """Do it, after `step` optimizer steps."""
-        ...
+    It derives from BaseException so that no handler of ordinary errors in a library catches it.
+    """
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Every `every` steps, 0 for never, and after step `last` if it is not never."""
+class RunContext:
+    """One process's part of a run: its events go out here, and what users ask of it comes in.
 
-    every: int
-    last: int
+    Requests are lines in `requests.jsonl`, and signals, which mean stop. A look for them costs one `stat` of
+    a small file unless something was written.
 
-    def due(self, step: int) -> bool:
-        """Whether it is due after `step`."""
-        return self.every > 0 and (step == self.last or step % self.every == 0)
+    Attributes:
+        run: the run.
+        goal: the step to train to.
+        before: what earlier processes did.
+        group: the processes that train together, None for this one alone.
+    """
 
+    def __init__(
+        self, run: RunFolder, goal: int, before: Progress, on_event: Callable[[events.Event], None],
+        stopping: StopRequest, group: ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        """Append to the run's events; `on_event` gets each one after it is written."""
+        self.run, self.goal, self.before, self.group = run, goal, before, group
+        self._writer = events.EventWriter(run.events_file)
+        self._on_event = on_event
+        self._tensorboard: TensorBoardWriter | None = None
+        self._last_report = 0.0
+        self._stopping = stopping
+        self._last_stat: tuple[int, int] | None = None
+        self._pending: list[dict[str, str]] = []
 
-class ProgressReporter:
-    """Throttled progress events."""
+    def emit(self, event: events.Event) -> None:
+        """Write an event, and show it to the caller and to TensorBoard."""
+        self._writer.write(event)
+        self._on_event(event)
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.show(event)
 
-    def __init__(self, emit: Callable[[events.Event], None], check: Callable[[], None]) -> None:
-        """`check` is called at each report; what it raises ends the work."""
-        self.emit = emit
-        self._check = check
-        self._last = 0.0
+    def open_tensorboard(self) -> None:
+        """Show events to TensorBoard too, from now on."""
+        self._tensorboard = TensorBoardWriter(self.run, self.before.step)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._writer.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def warn(self, step: int, message: str) -> None:
         """Emit a warning."""
@@ -79,10 +126,7 @@ class ProgressReporter:
 
     def preparing(self, phase: str, done: int, total: int) -> None:
         """Report work before the first step; its start and end are always reported."""
-        if done in (0, total) or self._due():
-            self._last = time.monotonic()
-            self.emit(events.Preparing(phase=phase, done=done, total=total))
-        self._check()
+        self._report(events.Preparing(phase=phase, done=done, total=total), done in (0, total))
 
     def working(self, step: int, phase: str, passes: int = 1) -> OnStep:
         """A function (done, total) that reports work after `step` in percent, where it counts to `total` in
@@ -93,83 +137,272 @@ class ProgressReporter:
             nonlocal passed
             percent = min(100, int(100 * (passed + done / max(total, 1)) / max(passes, 1)))
             passed += done >= total
-            if self._due():
-                self._last = time.monotonic()
-                self.emit(events.Working(step=step, phase=phase, done=percent, total=100))
-            self._check()
+            self._report(events.Working(step=step, phase=phase, done=percent, total=100))
 
         return report
 
-    def _due(self) -> bool:
-        return time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS
+    def _report(self, event: events.Event, always: bool = False) -> None:
+        now = time.monotonic()
+        if always or now - self._last_report > SECONDS_BETWEEN_REPORTS:
+            self._last_report = now
+            self.emit(event)
+        self.check()
+
+    def pending(self, *kinds: str) -> list[dict[str, str]]:
+        """Requests of these kinds that nobody has acted on, in order."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(self.run.requests_file)
+            now = (found.st_mtime_ns, found.st_size)
+            if now != self._last_stat:
+                self._last_stat = now
+                self._pending = [r for r in self.run.requests() if r["id"] not in self.before.handled]
+        return [request for request in self._pending if request["action"] in kinds]
+
+    def mark_handled(self, step: int, request: dict[str, str]) -> None:
+        """Note that a request was acted on, for this and later processes."""
+        self.before.handled.add(request["id"])
+        self._pending = [each for each in self._pending if each["id"] != request["id"]]
+        self.emit(events.Handled(step=step, request=request["id"]))
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self._stopping.came
+
+    def check(self) -> None:
+        """Leave long work, by raising Interrupted, if the run is asked to end."""
+        if self.signalled or self.pending("stop", "pause"):
+            raise Interrupted
+
+    def relative(self, path: Path) -> str:
+        """A path below the run's folder."""
+        return path.relative_to(self.run.path).as_posix()
 
 
-def skip_if_out_of_memory(
-    state: TrainState, reporter: ProgressReporter, step: int, what: str, work: Callable[[int], None]
-) -> None:
-    """Do `work(step)`, with the VAE on the CPU if it does not fit otherwise, or skip it with a warning.
+class NeedsRollback(Exception):
+    """Training diverged and may go on from an earlier state; the message says how it diverged."""
 
-    `what` begins the warning, such as "The samples were".
+
+@dataclass
+class DivergenceGuard:
+    """Decides when a run has to roll back.
+
+    A loss has run away if the median of the last 10 steps is over 5 times the level before: the mean of up to
+    100 steps before those, at most what predicting nothing would cost. Single losses of diffusion models vary
+    by more than 5, a median does not. Its record is kept in each checkpoint, so that a resumed run decides as
+    an unbroken one would have.
+
+    Attributes:
+        lr_scale: factor of the learning rates, halved at each rollback.
+        rollbacks: how many there were.
+        nonfinite: steps in a row that were not finite.
+        losses: the last 110 that were.
     """
-    for last_try in (is_on_cpu(state.base.vae), True):
-        try:
-            work(step)
-            return
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            free_memory(state, error)
-        if last_try:
-            break
-        state.base.put("vae", torch.device("cpu"))
-    thing, _, verb = what.rpartition(" ")
-    reporter.warn(
-        step, f"{thing} of step {step} did not fit into memory and {verb} left out; training goes on."
+
+    lr_scale: float = 1.0
+    rollbacks: int = 0
+    nonfinite: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def update(self, loss: float, problem: str) -> str:
+        """Take in a step's loss, and what of the step was not finite, or ""; returns why the run has to roll
+        back, or ""."""
+        if problem:
+            self.nonfinite += 1
+            if self.nonfinite >= MAX_NONFINITE:
+                return f"{MAX_NONFINITE} steps in a row failed, of the last {problem}"
+            return ""
+        self.nonfinite = 0
+        self.losses = [*self.losses[1 - RECENT - EARLIER :], loss]
+        if len(self.losses) < RECENT:
+            return ""
+        recent, level = self._recent(), self._level()
+        return f"the loss has risen from {level:.3g} to {recent:.3g}" if recent > RUNAWAY * level else ""
+
+    @property
+    def stable(self) -> bool:
+        """Whether the present state is one to roll back to."""
+        return not self.nonfinite and (len(self.losses) < RECENT or self._recent() <= STABLE * self._level())
+
+    def roll_back_to(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Halve the learning rates and go on with the losses of an earlier `record`; returns the new one."""
+        self.lr_scale, self.rollbacks, self.nonfinite = self.lr_scale / 2, self.rollbacks + 1, 0
+        self.losses = list(record.get("losses", []))
+        return self.record()
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return {
+            "rate": self.lr_scale, "returns": self.rollbacks, "bad": self.nonfinite, "losses": self.losses,
+        }  # fmt: skip
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take over the `record` of a checkpoint; an empty one is that of a new run."""
+        self.lr_scale = float(record.get("rate", 1.0))
+        self.rollbacks = int(record.get("returns", 0))
+        self.nonfinite = int(record.get("bad", 0))
+        self.losses = list(record.get("losses", []))
+
+    def _recent(self) -> float:
+        return statistics.median(self.losses[-RECENT:])
+
+    def _level(self) -> float:
+        before = self.losses[:-RECENT]
+        return (
+            min(PREDICT_NOTHING, math.fsum(before) / len(before))
+            if len(before) >= RECENT
+            else PREDICT_NOTHING
+        )
+
+
+def describe_nonfinite(session: TrainSession, settings: StepSettings, step: Step) -> str:
+    """What of a step is not finite, the losses or a layer's gradient, and which images at which timesteps may
+    have caused it; "" where all is. Call it before the next step."""
+    if step.nonfinite is None:
+        return ""
+    in_loss = not math.isfinite(step.loss)
+    images = []
+    for number, losses in enumerate(step.nonfinite, start=(step.number - 1) * len(step.nonfinite)):
+        batch, noise = sample_batch(session.state, session.batches, settings, number)
+        for name, timestep, loss in zip(batch.names, noise.timesteps, losses, strict=True):
+            if not in_loss or not math.isfinite(float(loss)):
+                images.append(f"{name} at timestep {int(timestep)}")
+    bad = (
+        f"gradient of {' '.join(key)}"
+        for key, layer in session.state.injected.layers.items()
+        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in (layer.down, layer.up))
+    )
+    what = "loss" if in_loss else next(bad, "gradient")
+    more = f" and {len(images) - NAMED} more" if len(images) > NAMED else ""
+    return f"the {what} is not finite ({', '.join(images[:NAMED])}{more})"
+
+
+class StepTimer:
+    """Notices, once, that steps suddenly take several times as long.
+
+    A graphics driver that is out of memory may move some of it to the computer's own, as Windows does: no
+    error, and minutes a step. Two slow steps in a row count, since anything may hold up one.
+    """
+
+    def __init__(self) -> None:
+        """No step is timed yet; the first one may be slow."""
+        self._times: deque[float] = deque(maxlen=TIMED_STEPS)
+        self._slow = 0
+        self._reported = False
+        self._skip = True
+
+    @property
+    def median(self) -> float:
+        """Median seconds per step, NaN before the first that counts."""
+        return statistics.median(self._times) if self._times else math.nan
+
+    def skip_next(self) -> None:
+        """Do not count the next step: something else was done before it."""
+        self._skip = True
+
+    def update(self, seconds: float) -> float | None:
+        """Take in a step's time; returns how many times the usual one it is, if that is to be reported."""
+        if self._skip:
+            self._skip = False
+            return None
+        usual = statistics.median_high(self._times) if len(self._times) == TIMED_STEPS else math.inf
+        if seconds <= SLOW * usual:
+            self._times.append(seconds)
+            self._slow = 0
+            return None
+        self._slow += 1
+        if self._slow < 2 or self._reported:
+            return None
+        self._reported = True
+        return seconds / usual
+
+
+def describe_slow_step(step: int, seconds: float, times: float, device: str) -> str:
+    """What may be wrong if a step took `times` as long as those before it."""
+    start = f"Step {step} took {seconds:.1f} s, {times:.0f} times as long as those before it."
+    if device == "cpu":
+        return f"{start} Another program may be using the processor, or memory is being written to the disk."
+    return (
+        f"{start} The graphics memory may be full and its driver moving some of it to the computer's own, as"
+        " Windows does without an error: pause, close other programs that use the graphics card, or set"
+        " train.gradient_checkpointing or a lower train.batch_size, and go on."
     )
 
 
-class Validate:
+class Callback:
+    """Something that is done after a step: on schedule, or once where `requested`.
+
+    Attributes:
+        every: steps from one time to the next, 0 for never; else it is done after the last step too.
+        requested: whether it is to be done after the present step in any case.
+        words: what a warning calls it, and a verb for it.
+    """
+
+    words = ("", "")
+
+    def __init__(self, context: RunContext, every: int) -> None:
+        """Nothing is done yet."""
+        self.context = context
+        self.every = every
+        self.requested = False
+
+    def scheduled(self, step: int) -> bool:
+        """Whether the schedule names `step`."""
+        return self.every > 0 and (step == self.context.goal or step % self.every == 0)
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be done after `step`."""
+        return self.requested or self.scheduled(step)
+
+    def __call__(self, step: int) -> None:
+        """Do it, after `step` optimizer steps."""
+        raise NotImplementedError
+
+    def run_if_it_fits(self, state: TrainState, step: int, work: Callable[[int], None]) -> None:
+        """Do `work(step)`, with the VAE on the CPU if it does not fit otherwise, or skip it and warn."""
+        for last_try in (is_on_cpu(state.base.vae), True):
+            try:
+                work(step)
+                return
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                free_memory(state, error)
+            if last_try:
+                break
+            state.base.put("vae", torch.device("cpu"))
+        what, verb = self.words
+        self.context.warn(
+            step, f"{what} of step {step} did not fit into memory and {verb} left out; training goes on."
+        )
+
+
+class Validate(Callback):
     """Validates the adapter and says when to stop early.
 
     Attributes:
         history: the validations of the run that count.
-        every: steps between two validations as `max_time_share` allows, 0 where that is not known yet.
+        limited: steps between two validations as `max_time_share` allows, 0 where that is not known yet.
+        validator: measures.
     """
 
-    def __init__(
-        self,
-        validator: Validator,
-        section: ValidationSection,
-        run: RunFolder,
-        last: int,
-        every: int,
-        seconds_per_step: Callable[[], float],
-        reporter: ProgressReporter,
-    ) -> None:
-        """Nothing is validated yet.
+    words = ("The validation", "was")
 
-        Args:
-            validator: measures.
-            section: how often, and when to stop.
-            run: the run.
-            last: its last step.
-            every: see the attribute.
-            seconds_per_step: asked after the first validation.
-            reporter: gets progress and results.
-        """
+    def __init__(
+        self, context: RunContext, validator: Validator, section: ValidationSection, limited: int,
+        seconds_per_step: Callable[[], float],
+    ) -> None:  # fmt: skip
+        """Nothing is validated yet; `seconds_per_step` is asked after the first validation."""
+        super().__init__(context, limited or section.every)
         self.history: list[events.Validated] = []
-        self.every = every
-        self._validator = validator
-        self._seconds_per_step = seconds_per_step
+        self.limited = limited
+        self.validator = validator
         self._section = section
-        self._run = run
-        self._last = last
-        self._reporter = reporter
+        self._seconds_per_step = seconds_per_step
 
     def due(self, step: int) -> bool:
         """Whether there is something to measure after `step`."""
-        schedule = Schedule(self.every or self._section.every, self._last)
-        return step > 0 and self._validator.enabled and schedule.due(step)
+        return step > 0 and self.validator.enabled and self.scheduled(step)
 
     def __call__(self, step: int) -> None:
         """Validate, and after the first time limit how often that is done."""
@@ -183,19 +416,15 @@ class Validate:
         """
 
         def validate(step: int) -> None:
-            self._validate(step, lambda best: amend_record(self._run.checkpoint(step), {"best": best}))
+            path = self.context.run.checkpoint(step)
+            self._validate(step, lambda best: amend_record(path, {"best": best}))
 
         self._try(step, validate)
 
     def restore(self, state: CheckpointState, before: Sequence[events.Validated]) -> None:
         """Go on from a checkpoint; of the validations `before`, those after it no longer count."""
-        self._validator.best = BestStep.from_record(state.best)
+        self.validator.best = BestStep.from_record(state.best)
         self.history = [event for event in before if event.step <= state.step]
-
-    @property
-    def best_step(self) -> int:
-        """The best step so far, 0 for none."""
-        return self._validator.best.step
 
     def stop_reason(self, step: int) -> str:
         """Why the run should end after `step`, or ""."""
@@ -204,176 +433,115 @@ class Validate:
         return reason_to_stop(self.history, self._section.patience)
 
     def _try(self, step: int, validate: Callable[[int], None]) -> None:
-        skip_if_out_of_memory(self._validator.state, self._reporter, step, "The validation was", validate)
+        self.run_if_it_fits(self.validator.state, step, validate)
 
     def _limit_frequency(self, step: int) -> None:
         """Keep validations within their share of the time."""
-        section, seconds = self._section, self._validator.seconds
-        if self.every or not self.history:
+        section, seconds = self._section, self.validator.seconds
+        if self.limited or not self.history:
             return
-        self.every = section.every
         share = section.max_time_share * section.every * self._seconds_per_step()
         if share > 0 and seconds > share:
             self.every = section.every * math.ceil(seconds / share)
-            self._reporter.warn(
+            self.context.warn(
                 step,
                 f"A validation takes {seconds:.1f} s, so it is done every {self.every:,} steps rather than"
                 f" every {section.every:,}: that keeps it to {section.max_time_share:.0%} of the time"
                 " (validation.max_time_share).",
             )
+        self.limited = self.every
 
     def _validate(self, step: int, before_event: Callable[[dict[str, Any]], None] | None = None) -> None:
-        validator = self._validator
-        event = validator.validate(step, self._reporter.working(step, "Validating", validator.passes))
+        report = self.context.working(step, "Validating", self.validator.passes)
+        event = self.validator.validate(step, report)
         if before_event is not None:
-            before_event(self._validator.best.record())
+            before_event(self.validator.best.record())
         self.history.append(event)
-        self._reporter.emit(event)
+        self.context.emit(event)
 
 
-class Save:
+class Save(Callback):
     """Writes checkpoints: on schedule, on request, of the best step so far, and always of the last step."""
 
     def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        schedule: Schedule,
-        keep_best: bool,
-        validator: Validator,
-        guard: DivergenceGuard,
-        header: Callable[[int], dict[str, str]],
-        on_saved: Callable[[int, Path], None],
-    ) -> None:
-        """Write checkpoints through `checkpoints`.
-
-        Args:
-            checkpoints: of the run.
-            schedule: when to write one.
-            keep_best: whether a new best step gets one too.
-            validator: knows the best step.
-            guard: its record is kept in the checkpoint.
-            header: texts for the adapter's file after so many steps.
-            on_saved: called with the step and the checkpoint's path.
-        """
+        self, context: RunContext, checkpoints: CheckpointManager, validator: Validator,
+        guard: DivergenceGuard, header: Callable[[int], dict[str, str]],
+    ) -> None:  # fmt: skip
+        """Write checkpoints with the records of `validator` and `guard`; `header` makes the texts for the
+        adapter's file after so many steps."""
+        super().__init__(context, checkpoints.section.every)
         self._checkpoints = checkpoints
-        self._schedule = schedule
-        self._keep_best = keep_best
         self._validator = validator
         self._guard = guard
         self._header = header
-        self._on_saved = on_saved
-        self._requested = False
 
-    def request(self) -> None:
-        """Save after the present step; such a checkpoint is kept until the user removes it."""
-        self._requested = True
-
-    def scheduled(self, step: int) -> bool:
+    def certain(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`, whatever a validation finds."""
-        return step > 0 and (step == self._schedule.last or self._requested or self._schedule.due(step))
+        return step > 0 and (step == self.context.goal or super().due(step))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""
-        is_best = self._keep_best and self._validator.best.step == step > 0
-        return self.scheduled(step) or (is_best and self._checkpoints.is_finite())
+        is_best = self._checkpoints.section.keep_best and self._validator.best.step == step > 0
+        return self.certain(step) or (is_best and self._checkpoints.is_finite())
 
     def __call__(self, step: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; one that was asked for is kept until the user removes it."""
         state = CheckpointState(
             step,
             {},
             best=self._validator.best.record(),
             health=self._guard.record(),
-            planned=self._schedule.due(step) and self._guard.stable,
-            marked=self._requested,
+            planned=self.scheduled(step) and self._guard.stable,
+            marked=self.requested,
         )
-        self._requested = False
-        self._on_saved(step, self._checkpoints.save(state, self._header(step)))
+        self.requested = False
+        path = self._checkpoints.save(state, self._header(step))
+        self.context.emit(events.CheckpointDone(step=step, path=self.context.relative(path)))
 
 
-class Sample:
+class Sample(Callback):
     """Draws samples: on schedule and on request."""
 
-    def __init__(
-        self,
-        session: TrainSession,
-        section: SampleSection,
-        run: RunFolder,
-        last: int,
-        size: int,
-        reporter: ProgressReporter,
-    ) -> None:
-        """Nothing is drawn yet.
+    words = ("The samples", "were")
 
-        Args:
-            session: what is trained, and the prompts.
-            section: how to sample, and when.
-            run: where files go.
-            last: the last step of the run.
-            size: estimated bytes of the files of one call.
-            reporter: gets progress and the files.
-        """
+    def __init__(self, context: RunContext, session: TrainSession, config: RunConfig) -> None:
+        """Nothing is drawn yet."""
+        super().__init__(context, config.sample.every)
         self._session = session
-        self._section = section
-        self._run = run
-        self._schedule = Schedule(section.every, last)
-        self._size = size
-        self._reporter = reporter
-        self._requested = False
-
-    def request(self) -> None:
-        """Draw samples after the present step."""
-        self._requested = True
-
-    def due(self, step: int) -> bool:
-        """Whether to sample after `step`."""
-        return self._requested or self._schedule.due(step)
+        self._section = config.sample
+        self._size = preview_bytes(config)
 
     def __call__(self, step: int) -> None:
         """Draw the samples of `step`; of step 0 with the base alone."""
-        self._requested = False
-        skip_if_out_of_memory(self._session.state, self._reporter, step, "The samples were", self._sample)
+        self.requested = False
+        self.run_if_it_fits(self._session.state, step, self._sample)
 
     def _sample(self, step: int) -> None:
-        require_room(self._run.path, self._size, f"The samples of step {step}")
-        has_raw = bool(step) and self._session.state.average is not None
-        passes = len(self._session.prompts) * (1 + has_raw)
-        report = self._reporter.working(step, "Sampling", passes)
-        stem = self._run.previews / f"step-{step:06d}"
-        name = self._run.name if step else ""
-        files = draw_samples(self._session, self._section, stem, name, report)
+        run, session = self.context.run, self._session
+        require_room(run.path, self._size, f"The samples of step {step}")
+        has_raw = bool(step) and session.state.average is not None
+        report = self.context.working(step, "Sampling", len(session.prompts) * (1 + has_raw))
+        stem = run.previews / f"step-{step:06d}"
+        name = run.name if step else ""
+        files = draw_samples(session, self._section, stem, name, report)
         raw: list[Path] = []
         if has_raw:
-            stem = stem.with_name(f"{stem.name}{RAW_SUFFIX}")
-            raw = draw_samples(
-                self._session, self._section, stem, f"{name}{RAW_SUFFIX}", report, averaged=False
-            )
-        relative, relative_raw = (
-            [path.relative_to(self._run.path).as_posix() for path in paths] for paths in (files, raw)
-        )
-        prompts = self._session.prompts
-        self._reporter.emit(
-            events.PreviewDone(step=step, files=relative, prompts=prompts, raw_files=relative_raw)
+            stem, name = stem.with_name(f"{stem.name}{RAW_SUFFIX}"), f"{name}{RAW_SUFFIX}"
+            raw = draw_samples(session, self._section, stem, name, report, averaged=False)
+        relative, relative_raw = ([self.context.relative(path) for path in paths] for paths in (files, raw))
+        self.context.emit(
+            events.PreviewDone(step=step, files=relative, prompts=session.prompts, raw_files=relative_raw)
         )
 
 
 def draw_samples(
-    session: TrainSession,
-    section: SampleSection,
-    stem: Path,
-    name: str,
-    on_step: OnStep,
+    session: TrainSession, section: SampleSection, stem: Path, name: str, on_step: OnStep,
     averaged: bool = True,
-) -> list[Path]:
-    """Draw one image for each of the session's prompts, all with the section's seed.
+) -> list[Path]:  # fmt: skip
+    """Draw one image for each of the session's prompts, all with the section's seed, to `stem`-0.png, ...
 
-    Args:
-        session: what is trained.
-        section: how to sample.
-        stem: where to write, `-0.png`, `-1.png`, ... appended.
-        name: of the adapter, for the images' metadata; "" for images of the base without it.
-        on_step: called as each image is denoised.
-        averaged: with the average in the adapter's place, if there is one.
+    `name` of the adapter is for the images' metadata, "" for images of the base without it; `averaged` puts
+    the average in the adapter's place, if there is one.
     """
     state = session.state
     request = GenerationRequest(
@@ -381,8 +549,7 @@ def draw_samples(
         sampler=section.sampler, loras=(WeightedLora(name),) if name else (),
     )  # fmt: skip
     files = []
-    strength = 1.0 if name else 0.0
-    with evaluating(state, averaged), torch.no_grad(), at_strength(state.injected, strength):
+    with evaluating(state, averaged), torch.no_grad(), at_strength(state.injected, 1.0 if name else 0.0):
         negative = session.text.embed_negative()
         for number, prompt in enumerate(session.prompts):
             image = sample_image(state.base, request, session.text.embed(prompt), negative, on_step)
@@ -392,23 +559,15 @@ def draw_samples(
     return files
 
 
+@dataclass
 class Export:
-    """Writes the adapter for other tools, when a process's part of the run ends."""
+    """Writes the adapter for other tools, when a process's part of the run ends; `header` makes the texts for
+    a file after so many steps."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        run: RunFolder,
-        validate: Validate,
-        header: Callable[[int], dict[str, str]],
-        reporter: ProgressReporter,
-    ) -> None:
-        """Nothing is written yet; `header` makes the texts for a file after so many steps."""
-        self._state = state
-        self._run = run
-        self._validate = validate
-        self._header = header
-        self._reporter = reporter
+    context: RunContext
+    state: TrainState
+    validate: Validate
+    header: Callable[[int], dict[str, str]]
 
     def __call__(self, step: int) -> Path:
         """Write the file, and return its path.
@@ -416,42 +575,42 @@ class Export:
         It has the best checkpoint if the validation of this very step says that the last is worse, else what
         is trained. Where an average is kept, it has that, and a second file has what is trained.
         """
-        history, best = self._validate.history, self._validate.best_step
+        run, state, history = self.context.run, self.state, self.validate.history
         last = history[-1] if history and history[-1].step == step else None
+        best = self.validate.validator.best.step
         if (
             last is not None
             and is_worse(last.against_best, last.against_best_error)
-            and is_valid(self._run.checkpoint(best))
+            and is_valid(run.checkpoint(best))
         ):
-            self._reporter.warn(
+            self.context.warn(
                 step,
                 f"The file is that of step {best:,}, the best one: on held-out pictures the last step is"
                 f" {-last.against_best:.4f} worse (standard error {last.against_best_error:.4f}). Export can"
                 " still write the last.",
             )
-            made = export_checkpoint(self._run, str(best), self._run.name, EXPORT_FORMAT)
+            made = export_checkpoint(run, str(best), run.name, EXPORT_FORMAT)
             self._compare_files(step, best, made["raw"])
             return Path(made["file"])
-        path = self._run.exports / f"{self._run.name}.safetensors"
-        weights, average = adapter_weights(self._state.injected), self._state.average
+        path = run.exports / f"{run.name}.safetensors"
+        weights, average = adapter_weights(state.injected), state.average
         parameters = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
-        require_room(self._run.path, (2 if average else 1) * 2 * parameters, "The exported file")
-        family, header = self._state.base.family, self._header(step)
+        require_room(run.path, (2 if average else 1) * 2 * parameters, "The exported file")
+        family, header = state.base.family, self.header(step)
         if average:
-            sample = latest_sample(self._run, step, raw=True)
-            raw = write_raw(weights, path, EXPORT_FORMAT, family, header, sample)
+            raw = write_raw(weights, path, EXPORT_FORMAT, family, header, latest_sample(run, step, raw=True))
             self._compare_files(step, step, str(raw))
             weights = average.weights()
-        return write_export(weights, path, EXPORT_FORMAT, family, header, latest_sample(self._run, step))
+        return write_export(weights, path, EXPORT_FORMAT, family, header, latest_sample(run, step))
 
     def _compare_files(self, step: int, exported: int, raw: str) -> None:
         """Warn which of two files holds the average and which gains more, if there are two."""
         if not raw:
             return
-        measured = next((event for event in self._validate.history if event.step == exported), None)
+        measured = next((event for event in self.validate.history if event.step == exported), None)
         compared = describe_average(measured) if measured else "Which gains more was not measured."
-        name = self._run.name
-        self._reporter.warn(
+        name = self.context.run.name
+        self.context.warn(
             step,
             f"{name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one. {compared}",
         )
@@ -467,40 +626,23 @@ class TensorBoardWriter:
 
     def show(self, event: events.Event) -> None:
         """Add an event; they come in order."""
-        match event:
-            case events.Resumed():
-                # Later steps of an earlier process are void.
-                self._writer.close()
-                self._writer = self._open(event.step)
-            case events.StepDone():
-                self._add(event, {"train/loss": event.loss, "train/lr": event.lr, "train/s": event.seconds})
-            case events.Validated():
-                self._add(
-                    event,
-                    {
-                        "validation/gain": event.gain,
-                        "validation/standard error": event.standard_error,
-                        "validation/loss": event.adapted_loss,
-                        "validation/gauge": event.gauge,
-                        "validation/prior": event.prior,
-                        "validation/raw gain": event.raw_gain,
-                    },
-                )
-            case events.PreviewDone():
-                for name, files in (("samples", event.files), ("samples, raw", event.raw_files)):
-                    for number, file in enumerate(files):
-                        with Image.open(self._run.path / file) as image:
-                            pixels = np.asarray(image.convert("RGB"))
-                        self._writer.add_image(f"{name}/{number}", pixels, event.step, dataformats="HWC")
+        if isinstance(event, events.Resumed):
+            # Later steps of an earlier process are void.
+            self.close()
+            self._writer = self._open(event.step)
+        for name, field_name in SCALARS.get(type(event), {}).items():
+            if math.isfinite(value := getattr(event, field_name)):
+                self._writer.add_scalar(name, value, event.step, walltime=event.time)
+        if isinstance(event, events.PreviewDone):
+            for name, files in (("samples", event.files), ("samples, raw", event.raw_files)):
+                for number, file in enumerate(files):
+                    with Image.open(self._run.path / file) as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    self._writer.add_image(f"{name}/{number}", pixels, event.step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
-
-    def _add(self, event: events.Event, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, event.step, walltime=event.time)
 
     def _open(self, done: int) -> Any:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter

@@ -31,7 +31,6 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import SaveSection
 from lora_core.system.files import clear_abandoned, require_room, sync_folder, write_atomically
-from lora_core.train.divergence import DivergenceGuard
 from lora_core.train.loop import TrainState
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -51,12 +50,12 @@ class CheckpointState:
         step: optimizer steps done.
         optimizer: the optimizer's `state_dict`.
         scaler: the loss scaler's `state_dict`, empty where none is used.
-        best: the best validation so far, as {"step", "gain"}, or empty.
+        best: the best validation so far, see `validation.BestStep`, or empty.
         average: the running average of the adapter, if one is kept.
-        health: what the watch over the numbers remembers, see `guards.Health`.
-        planned: whether it was written when the settings say, and the run was well: such states are gone back
-            to, because an unbroken run has the same ones.
-        marked: whether a person asked for it: it is never removed.
+        health: the record of a `DivergenceGuard`.
+        planned: whether it was written on schedule by a stable run: a run rolls back to such states, because
+            an unbroken one has the same ones.
+        marked: whether the user asked for it: it is never removed.
     """
 
     step: int
@@ -83,20 +82,16 @@ def save_checkpoint(
     try:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        _write_adapters(making, weights, state.average, family, header)
+        average, one_alpha = state.average, len({layer.alpha for layer in weights.layers.values()}) == 1
+        save_adapter(average or weights, making / ADAPTER, family, metadata=header)
+        if not one_alpha or average is not None:
+            save_adapter(weights, making / FACTORS, family, metadata=header, keep_alphas=True)
+        if not one_alpha and average is not None:
+            save_adapter(average, making / AVERAGE, family, metadata=header, keep_alphas=True)
         tensors, plain = _split(state.optimizer)
         _write_checked(making / OPTIMIZER, save(tensors))
-        record = {
-            "step": state.step,
-            "optimizer": plain,
-            "scaler": state.scaler,
-            "best": state.best,
-            "average": state.average is not None,
-            "health": state.health,
-            "planned": state.planned,
-            "marked": state.marked,
-            "sha256": {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))},
-        }
+        digests = {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))}
+        record = vars(state) | {"optimizer": plain, "average": average is not None, "sha256": digests}
         _write_checked(making / STATE, json.dumps(record).encode())
         remove_checkpoint(final)
         os.rename(making, final)
@@ -109,22 +104,6 @@ def save_checkpoint(
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return final
-
-
-def _write_adapters(
-    folder: Path, weights: AdapterWeights, average: AdapterWeights | None, family: Family,
-    header: dict[str, str],
-) -> None:  # fmt: skip
-    """Write the file for other tools, and the exact ones where it is not exact."""
-    one_alpha = len({layer.alpha for layer in weights.layers.values()}) == 1
-    save_adapter(average or weights, folder / ADAPTER, family, metadata=header)
-    exact = {
-        FACTORS: None if one_alpha and average is None else weights,
-        AVERAGE: None if one_alpha else average,
-    }
-    for name, adapter in exact.items():
-        if adapter is not None:
-            save_adapter(adapter, folder / name, family, metadata=header, keep_alphas=True)
 
 
 def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
@@ -174,11 +153,7 @@ def is_valid(path: Path) -> bool:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `state.json` of a checkpoint says.
-
-    Raises:
-        OSError, ValueError: it is missing or broken.
-    """
+    """What `state.json` of a checkpoint says; OSError or ValueError if it is missing or broken."""
     found = json.loads((path / STATE).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"{STATE} holds no table")
@@ -186,11 +161,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def amend_record(path: Path, changes: dict[str, Any]) -> None:
-    """Change what `state.json` of a checkpoint says, whole or not at all.
-
-    Raises:
-        OSError, ValueError: it cannot be read or written.
-    """
+    """Change what `state.json` of a checkpoint says, whole or not at all; errors as of `read_record`."""
     write_atomically(path / STATE, json.dumps(read_record(path) | changes).encode())
 
 
@@ -233,19 +204,13 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Put a checkpoint under a name by which no run goes on from it, so that a person still has its files."""
-    names = (
-        path.with_name(f"{path.name}-{SET_ASIDE}{end}") for end in ("", *map("-{}".format, range(2, 999)))
-    )
+    """Rename a checkpoint so that no run resumes from it, and the user still has its files."""
+    ends = ("", *(f"-{number}" for number in range(2, 999)))
+    names = (path.with_name(f"{path.name}-{SET_ASIDE}{end}") for end in ends)
     os.rename(path, next(name for name in names if not name.exists()))
 
 
 def _write_checked(path: Path, data: bytes) -> None:
-    """Write a file and read it back.
-
-    Raises:
-        RunError: it was read back changed.
-    """
     write_atomically(path, data)
     if _sha256(path) != hashlib.sha256(data).hexdigest():
         raise RunError(f"{path} was read back changed; is the disk failing?")
@@ -257,7 +222,7 @@ def _sha256(path: Path) -> str:
 
 
 def _split(value: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """A nested structure as (its tensors by path, the rest with the paths in their places)."""
+    """Split a nested structure into its tensors by path and the rest with the paths in their places."""
     tensors: dict[str, torch.Tensor] = {}
 
     def plain(item: Any, path: str) -> Any:
@@ -299,24 +264,18 @@ class CheckpointManager:
     ) -> None:
         """Keep the untrained state to roll back to until there is a checkpoint.
 
-        Args:
-            run: the run.
-            section: which checkpoints to keep.
-            train_state: as it is before the first step.
-            emit: called with warnings.
-            size: estimated bytes of the first checkpoint.
+        `train_state` is as before the first step; `emit` is called with warnings; `size` is the estimated
+        size of the first checkpoint in bytes.
         """
+        self.section = section
         self._run = run
-        self._section = section
         self._train_state = train_state
         self._emit = emit
         self._size = size
+        optimizer, scaler = copy.deepcopy(train_state.optimizer.state_dict()), train_state.scaler.state_dict()
         self._start: tuple[AdapterWeights, CheckpointState] | None = (
-            adapter_weights(train_state.injected),
-            CheckpointState(
-                0, copy.deepcopy(train_state.optimizer.state_dict()), train_state.scaler.state_dict()
-            ),
-        )
+            adapter_weights(train_state.injected), CheckpointState(0, optimizer, scaler),
+        )  # fmt: skip
 
     def save(self, state: CheckpointState, header: dict[str, str]) -> Path:
         """Write a checkpoint and remove old ones.
@@ -336,9 +295,9 @@ class CheckpointManager:
         state.average = current.average.weights() if current.average is not None else None
         weights = adapter_weights(current.injected)
         path = save_checkpoint(self._run, weights, state, current.base.family, header)
-        best = {int(state.best["step"])} if state.best and self._section.keep_best else set()
+        best = {int(state.best["step"])} if state.best and self.section.keep_best else set()
         anchor = self._rollback_steps()[:1]
-        prune_checkpoints(self._run, self._section.keep_last, best.union(anchor))
+        prune_checkpoints(self._run, self.section.keep_last, best.union(anchor))
         if anchor:
             self._start = None
         return path
@@ -348,31 +307,27 @@ class CheckpointManager:
         return self._load_first_valid(self._run.checkpoint_steps()[::-1])
 
     def load_latest_or_start(self) -> CheckpointState:
-        """Restore the newest valid checkpoint, else the untrained state.
-
-        Raises:
-            RunError: there is neither.
-        """
+        """Restore the newest valid checkpoint, else the untrained state; RunError if there is neither."""
         return self.load_latest() or self._load_start()
 
-    def roll_back(self, guard: DivergenceGuard) -> CheckpointState:
-        """Restore the last state that an unbroken run has too, and halve the learning rates of `guard`.
+    def roll_back(self, next_health: Callable[[dict[str, Any]], dict[str, Any]]) -> CheckpointState:
+        """Restore the last state that an unbroken run has too.
 
-        Later checkpoints are removed, as they may be spoiled already; what a user asked for is set aside. The
-        halved rates are written to the checkpoint that is restored. A kill anywhere in here leaves a run
-        that comes to the same rollback by itself.
+        Later checkpoints are removed, as they may be spoiled already; what a user asked for is set aside.
+        `next_health` makes the guard's record after the rollback from that of the checkpoint, which gets it
+        last: a kill anywhere in here leaves a run that comes to the same rollback by itself.
 
         Raises:
             RunError: there is no such state.
         """
         state = self._load_first_valid(self._rollback_steps()) or self._load_start()
-        guard.roll_back_to(state.health)
+        health = next_health(state.health)
         for step in self._run.checkpoint_steps():
             path = self._run.checkpoint(step)
             if step > state.step:
                 set_aside(path) if has_flag(path, "marked") else remove_checkpoint(path)
         if state.step:
-            amend_record(self._run.checkpoint(state.step), {"health": guard.record()})
+            amend_record(self._run.checkpoint(state.step), {"health": health})
         return state
 
     def is_finite(self) -> bool:
@@ -429,8 +384,8 @@ def load_first_valid(
     emit: Callable[[events.Event], None],
     after_all: str = "There is no other one.",
 ) -> tuple[AdapterWeights, CheckpointState] | None:
-    """The first whole one of the checkpoints of `steps`; broken ones are passed over with a warning, which
-    for the last of them ends with `after_all`."""
+    """The first valid checkpoint of `steps`; broken ones are skipped with a warning, which for the last of
+    them ends with `after_all`."""
     for step in steps:
         try:
             return load_checkpoint(run.checkpoint(step))

@@ -17,19 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_core.data.buckets import Bucket, choose_bucket, size_conditioning
+from lora_core.data.buckets import Bucket, size_conditioning
 from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
-from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import as_negative_prompt, encode_image, encode_prompt, load_pixels, token_chunks
+from lora_core.models.encode import as_negative_prompt, encode_prompt, token_chunks
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
+from lora_core.models.vae import encode_image, load_pixels
 from lora_core.system.files import write_atomically
-
-DIGEST = "sha256"
-"""The key in a cache file's header of the hash of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +44,10 @@ class TrainImage:
         )
 
 
-def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
-    """Choose the bucket of each image.
-
-    Raises:
-        DatasetError: there is no image.
-    """
-    if not records:
-        raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
-    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
-
-
-def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
-    """Every (image, mirrored) that a run can ask for: what to encode before the first step."""
-    return [(image, mirrored) for image in images for mirrored in ((False, True) if flip else (False,))]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
-
-    Attributes:
-        latents: (B, 4, h, w) on the CPU.
-        captions, names: B drawn captions, and B file names for messages.
-        sizes: (B, 6) on the CPU, in pixels: original height and width, top and left of the crop, height and
-            width.
-    """
+    """One micro-batch: `latents` (B, 4, h, w), B drawn captions, B file names for messages, and `sizes`
+    (B, 6), see `size_conditioning`; tensors are on the CPU."""
 
     latents: torch.Tensor
     captions: list[str]
@@ -80,31 +55,30 @@ class Batch:
     sizes: torch.Tensor
 
 
-@dataclass(frozen=True)
-class BatchSettings:
-    """What batches are made of: images per micro-batch, all of one bucket; whether half of them are mirrored;
-    how captions are drawn; and the seed of all draws."""
-
-    batch_size: int
-    flip: bool
-    captions: CaptionRules
-    seed: int
-
-
 class Batches:
     """All micro-batches of a run, by number."""
 
-    def __init__(self, images: list[TrainImage], settings: BatchSettings, cache: "LatentCache") -> None:
-        """Draw from `images`, with latents from `cache`."""
+    def __init__(
+        self, images: list[TrainImage], cache: "LatentCache", captions: CaptionRules, batch_size: int,
+        flip: bool, seed: int,
+    ) -> None:  # fmt: skip
+        """Draw `batch_size` images of one bucket, half of them mirrored if `flip`, and a caption for each by
+        the rules `captions`; all draws follow from `seed`."""
         self._images = images
-        self._settings = settings
         self._cache = cache
+        self._captions = captions
+        self._batch_size = batch_size
+        self._flip = flip
+        self._seed = seed
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._batches_per_epoch = len(self._epoch_batches(0))
 
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from 0 over the whole run."""
-        rows = [self._draw(number, row, index) for row, index in enumerate(self._indices(number))]
+        epoch, place = divmod(number, self._batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._epoch_batches(epoch))
+        rows = [self._draw(number, row, index) for row, index in enumerate(self._epoch[1][place])]
         latents, captions, images = zip(*rows, strict=True)
         names, sizes = [image.record.path.name for image in images], [image.sizes for image in images]
         return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
@@ -115,30 +89,22 @@ class Batches:
         sizes = [self._images[indices[0]].bucket for indices in epoch]
         return max(range(len(epoch)), key=lambda number: sizes[number].width * sizes[number].height)
 
-    def _indices(self, number: int) -> list[int]:
-        epoch, place = divmod(number, self._batches_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._epoch_batches(epoch))
-        return self._epoch[1][place]
-
     def _draw(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, TrainImage]:
-        draw = random.Random(f"{self._settings.seed}/look/{number}/{row}")
+        draw = random.Random(f"{self._seed}/look/{number}/{row}")
         item = self._images[index]
-        flip = self._settings.flip and draw.random() < 0.5
-        caption = sample_caption(item.record.caption, self._settings.captions, draw)
+        flip = self._flip and draw.random() < 0.5
+        caption = sample_caption(item.record.caption, self._captions, draw)
         return self._cache.latents(item.record, item.bucket, flip), caption, item
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        """One epoch: each picture as often as it repeats, cut into batches of one bucket in random order.
-
-        A last batch that is short is filled from the start of its bucket, so that all steps weigh the same.
-        """
-        draw = random.Random(f"{self._settings.seed}/epoch/{epoch}")
+        """One epoch: each image as often as it repeats, cut into batches of one bucket in random order. A
+        short last batch is filled from the start of its bucket, so that all steps weigh the same."""
+        draw = random.Random(f"{self._seed}/epoch/{epoch}")
         by_bucket: dict[Bucket, list[int]] = {}
         for index, item in enumerate(self._images):
             by_bucket.setdefault(item.bucket, []).extend([index] * item.record.repeats)
         batches = []
-        size = self._settings.batch_size
+        size = self._batch_size
         for indices in by_bucket.values():
             draw.shuffle(indices)
             for start in range(0, len(indices), size):
@@ -242,31 +208,26 @@ class PromptCache:
 
 
 def _tensors(embeds: PromptEmbeds) -> dict[str, torch.Tensor]:
-    pooled = {} if embeds.pooled is None else {"pooled": embeds.pooled}
-    return {"value": embeds.context, **pooled}
+    return {"value": embeds.context} | ({} if embeds.pooled is None else {"pooled": embeds.pooled})
 
 
 def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Read the tensors of a cache file, which is written first if it is missing or damaged.
-
-    Args:
-        path: the file.
-        make: computes the tensors, one of them named "value".
-    """
+    """Read the tensors of a cache file; if it is missing or damaged, it is written first. `make` computes the
+    tensors, one of them named "value"."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            if "value" in found and (file.metadata() or {}).get(DIGEST) == _tensors_hash(found):
+            if "value" in found and (file.metadata() or {}).get("sha256") == _hash_tensors(found):
                 return found
     except (OSError, SafetensorError):
         pass
     made = {name: tensor.contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(made, {DIGEST: _tensors_hash(made)}))
+    write_atomically(path, save(made, {"sha256": _hash_tensors(made)}))
     return made
 
 
-def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

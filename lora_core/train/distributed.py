@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
+from accelerate.utils import (
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    reduce,
+    send_to_device,
+)
 
 from lora_core.errors import LoraError, ProcessLost, RunError
 from lora_core.models.device import keep_freed_memory, out_of_memory
@@ -42,19 +48,10 @@ LOST = (
 
 
 class ProcessGroup(SingleProcess):
-    """This process among those of the run.
-
-    Attributes:
-        rank: of this process, 0 for the main one.
-        world_size: number of processes.
-    """
+    """This process among the `world_size` of the run; the main one has `rank` 0."""
 
     def __init__(self) -> None:
-        """Connect to the others.
-
-        Raises:
-            ProcessLost: they cannot be reached.
-        """
+        """Connect to the others; ProcessLost if they cannot be reached."""
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         self._closed = True
         with self._connected():
@@ -133,11 +130,8 @@ class ProcessGroup(SingleProcess):
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """For one collective, which all processes take part in; if it fails, the group is closed.
-
-        Raises:
-            ProcessLost: a process is gone.
-        """
+        """For one collective; if it fails, the group is closed, and ProcessLost is raised if a process is
+        gone."""
         try:
             yield
         except BaseException as error:
@@ -183,7 +177,7 @@ class SharedState:
     def of(cls, state: TrainState, step: int, lr_scale: float) -> "SharedState":
         """A copy of `state` in the CPU's memory."""
         parameters = state.flat_params.data.detach().cpu()
-        optimizer = _to_cpu(state.optimizer.state_dict())
+        optimizer = send_to_device(state.optimizer.state_dict(), torch.device("cpu"))
         return cls(step, lr_scale, parameters, optimizer, state.scaler.state_dict())
 
     def restore(self, state: TrainState) -> None:
@@ -193,14 +187,6 @@ class SharedState:
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
         if self.scaler:
             state.scaler.load_state_dict(self.scaler)
-
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _to_cpu(each) for key, each in value.items()}
-    return [_to_cpu(each) for each in value] if isinstance(value, list) else value
 
 
 def train_as_worker(group: ProcessGroup) -> None:
@@ -228,10 +214,10 @@ def train_as_worker(group: ProcessGroup) -> None:
     steps: Iterator[Step] = iter(())
     while (message := group.broadcast_object()) is not None:
         if isinstance(message, SharedState):
-            memory.apply_until(message.step)
-            message.restore(session.state)
-            settings = StepSettings.of(config, start.goal, message.lr_scale)
             step = message.step
+            memory.apply_until(step)
+            message.restore(session.state)
+            settings = StepSettings(config, start.goal, message.lr_scale)
             steps = training_steps(session.state, session.batches, session.text, settings, step)
             continue
         memory.apply_until(step)

@@ -1,6 +1,7 @@
 """The file for other tools: factors, everything that is known about the run in the header, and the side
 file."""
 
+import importlib.metadata
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,26 +19,28 @@ from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig, to_toml
-from lora_core.settings.schema import AdapterSection
 from lora_core.system.files import write_atomically
 from lora_core.train.checkpoint import FACTORS, STATE, verify_checkpoint
 from lora_core.train.data import TrainImage
-from lora_core.train.fingerprint import versions
 
 RAW_SUFFIX = "-raw"
 """Ends the name of the file with the raw adapter, where the one without it holds the average."""
 
 
-def export_facts(
+def export_header(
     config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
-) -> ExportFacts:
-    """What a file's header says of a run."""
-    trigger = config.dataset.trigger
+) -> dict[str, str]:
+    """The texts of a file's header: all that is known about the run."""
+    trigger, section = config.dataset.trigger, config.adapter
     name = "demo" if config.dataset.path == "demo" else Path(config.dataset.path).stem
     captions = [plain_caption(item.record.caption, trigger) for item in items]
     resolution = config.train.resolution or base.resolution
-    section = config.adapter
-    return ExportFacts(
+    unusual = {
+        "rslora": section.rslora,
+        "block_ranks": section.block_ranks,
+        "block_alphas": section.block_alphas,
+    }
+    facts = ExportFacts(
         name=config.name,
         family=base.family,
         base_title=base.family.title if base.name == "demo" else Path(base.name).name,
@@ -48,7 +51,7 @@ def export_facts(
         num_images=len(items),
         started_at=started_at,
         finished_at=time.time(),
-        version=versions()["lora-easel"],
+        version=importlib.metadata.version("lora-easel"),
         clip_skip=config.train.clip_skip,
         seed=config.seed,
         trigger=trigger,
@@ -58,23 +61,13 @@ def export_facts(
         prediction=base.noise.objective,
         min_snr=config.loss.gamma(base.noise.objective),
         settings=to_toml(config),
-        network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
+        network_args={
+            "targets": section.targets,
+            "dropout": section.dropout,
+            **{key: value for key, value in unusual.items() if value},
+        },
     )
-
-
-def export_header(
-    config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
-) -> dict[str, str]:
-    """The texts of a file's header."""
-    return export_metadata(export_facts(config, base, items, steps, started_at))
-
-
-def _unusual(section: AdapterSection) -> dict[str, Any]:
-    """What of the adapter's settings is worth a word in the header because it is not as usual."""
-    tables = {"block_ranks": section.block_ranks, "block_alphas": section.block_alphas}
-    return ({"rslora": True} if section.rslora else {}) | {
-        name: table for name, table in tables.items() if table
-    }
+    return export_metadata(facts)
 
 
 def write_export(
@@ -85,15 +78,11 @@ def write_export(
     header: dict[str, str],
     picture: Path | None = None,
 ) -> Path:
-    """Write the adapter, and beside it the side file with its trigger word, a page on it and its picture.
+    """Write the adapter, and beside it the side file with its trigger word, a model card and `picture`, a PNG
+    that was drawn with the adapter, if there is one.
 
-    Args:
-        weights: the adapter.
-        path: the file to write.
-        how: (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16".
-        family: of the base.
-        header: texts for the file's header.
-        picture: a PNG that was drawn with the adapter, if there is one.
+    `how` is (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16"; `header` are texts
+    for the file's header.
 
     Raises:
         AdapterFileError: the file cannot be written, or read back as it was meant.
@@ -133,18 +122,13 @@ def latest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
 
 
 def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
-    """Export a checkpoint of a run; where an average is kept, the raw adapter too.
-
-    Args:
-        run: the run.
-        which: "last", "best", or a step.
-        name: stem of the file, in the run's export folder.
-        how: (format, precision).
+    """Export a checkpoint of a run, "last", "best" or a step, as `name` in the run's export folder; where an
+    average is kept, the raw adapter too. `how` is (format, precision).
 
     Returns:
         {file, raw, bytes, modules, sha256, works_in}: `raw` is the path of the raw adapter's file, or "", and
-        `works_in` what `verify_adapter` says of the file against the
-        checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
+        `works_in` what `verify_adapter` says of the file against the checkpoint: {ok, tools: [{tool, keys,
+        matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
         RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.

@@ -16,11 +16,10 @@ import torch
 
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, adapter_weights, load_weights
-from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
 from lora_core.settings.choices import SCHEDULES, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import LossSection
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loss import NoiseSample, diffusion_loss, sample_noise
 
@@ -31,62 +30,25 @@ RESTARTS = 3
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The numbers that a step depends on.
+    """What a step depends on besides the state and its number: the run's settings, the optimizer steps of the
+    whole run, and a factor of all learning rates, below 1 after a rollback."""
 
-    Attributes:
-        steps: optimizer steps of the whole run.
-        accumulate: micro-batches per step.
-        max_grad_norm: largest gradient norm, 0 for no clipping.
-        schedule, warmup: of the learning rate, see `lr_factor`.
-        seed: of timesteps and noise.
-        loss: type of error and its weights.
-        lr_scale: factor of all learning rates, below 1 after a rollback.
-    """
-
+    config: RunConfig
     steps: int
-    accumulate: int
-    max_grad_norm: float
-    schedule: str
-    warmup: float
-    seed: int
-    loss: LossSection
     lr_scale: float = 1.0
-
-    @classmethod
-    def of(cls, config: RunConfig, steps: int, lr_scale: float = 1.0) -> "StepSettings":
-        """The settings of a run that trains to `steps`."""
-        optimizer, train = config.optimizer, config.train
-        return cls(
-            steps, train.gradient_accumulation_steps, optimizer.max_grad_norm, optimizer.schedule,
-            optimizer.warmup, config.seed, config.loss, lr_scale,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class NonFinite:
-    """A loss or gradient that is NaN or infinite.
-
-    Attributes:
-        what: "loss" or "gradient".
-        layer: the first layer whose gradient is not finite, None where it is the loss.
-        images: (file name, timestep) of the images that may have caused it.
-    """
-
-    what: str
-    layer: LayerKey | None
-    images: list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
 class Step:
     """A finished optimizer step: its number, counted from 1, mean loss, learning rate of the first group,
-    duration in seconds, and what was not finite, if anything: the state is then as before the step."""
+    duration in seconds; and the losses of each micro-batch where one of them or the gradient is not finite:
+    the state is then as before the step."""
 
     number: int
     loss: float
     lr: float
     seconds: float
-    nonfinite: NonFinite | None = None
+    nonfinite: list[torch.Tensor] | None = None
 
 
 class PartialUpdate(Exception):
@@ -106,15 +68,10 @@ class SingleProcess:
 
 @dataclass
 class TrainState:
-    """What a step reads and changes.
+    """What a step reads and changes: the base with the adapter `injected`, what trains it, and its average if
+    one is kept.
 
     Attributes:
-        base: the base with the adapter in it.
-        injected: the adapter.
-        optimizer: of the adapter.
-        flat_params: all trained parameters, and all gradients, in one tensor each.
-        scaler: of the loss.
-        average: the running average of the adapter, if one is kept.
         chunks: how many parts a micro-batch goes through the model in; they add up to the same gradient.
         group: the processes that train together.
     """
@@ -132,9 +89,8 @@ class TrainState:
 def training_steps(
     state: TrainState, batches: Batches, text: PromptCache, settings: StepSettings, done: int
 ) -> Iterator[Step]:
-    """Train from `done` optimizer steps to `settings.steps`, yielding after each.
-
-    A step whose loss or gradient is not finite counts but changes nothing.
+    """Train from `done` optimizer steps to `settings.steps`, yielding after each. A step whose loss or
+    gradient is not finite counts but changes nothing.
 
     Raises:
         PartialUpdate: the optimizer failed midway.
@@ -144,15 +100,15 @@ def training_steps(
         set_learning_rates(state.optimizer, settings, step)
         losses = accumulate_gradients(state, batches, text, settings, step)
         state.group.all_reduce(state.flat_params.grads, *losses)
-        losses, ok = optimizer_step(state, settings.max_grad_norm, losses, step + 1)
-        problem = None if ok else find_nonfinite(state, batches, settings, step, losses)
-        lr = state.optimizer.param_groups[0]["lr"]
-        yield Step(step + 1, mean_loss(losses), lr, time.perf_counter() - start, problem)
+        losses, ok = optimizer_step(state, settings.config.optimizer.max_grad_norm, losses, step + 1)
+        lr, seconds = state.optimizer.param_groups[0]["lr"], time.perf_counter() - start
+        yield Step(step + 1, mean_loss(losses), lr, seconds, None if ok else losses)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, settings: StepSettings, step: int) -> None:
     """Set each group's rate for the step after `step` others; 0 after a group's share `until` of the run."""
-    factor = settings.lr_scale * lr_factor(step, settings.steps, settings.schedule, settings.warmup)
+    section = settings.config.optimizer
+    factor = settings.lr_scale * lr_factor(step, settings.steps, section.schedule, section.warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor if step < group["until"] * settings.steps else 0.0
 
@@ -162,8 +118,8 @@ def accumulate_gradients(
 ) -> list[torch.Tensor]:
     """Compute the gradient of the step after `step` others; returns the losses of each micro-batch, (B,)."""
     state.flat_params.zero_grad()
-    first = step * settings.accumulate
-    numbers = range(first, first + settings.accumulate)
+    count = settings.config.train.gradient_accumulation_steps
+    numbers = range(step * count, (step + 1) * count)
     return [backward_micro_batch(state, batches, text, settings, number) for number in numbers]
 
 
@@ -171,10 +127,10 @@ def sample_batch(
     state: TrainState, batches: Batches, settings: StepSettings, number: int
 ) -> tuple[Batch, NoiseSample]:
     """Micro-batch `number` with its timesteps and noise."""
-    batch = batches.batch(number)
-    generator = torch.Generator().manual_seed(_noise_seed(settings.seed, number))
+    batch, config = batches.batch(number), settings.config
+    generator = torch.Generator().manual_seed(_noise_seed(config.seed, number))
     timesteps = state.base.noise.num_timesteps
-    return batch, sample_noise(batch.latents, timesteps, settings.loss.noise_offset, generator)
+    return batch, sample_noise(batch.latents, timesteps, config.loss.noise_offset, generator)
 
 
 def backward_micro_batch(
@@ -182,9 +138,10 @@ def backward_micro_batch(
 ) -> torch.Tensor:
     """Add the gradient of this process's rows of micro-batch `number`; returns the losses, (B,) on the
     device, 0 for the rows of other processes."""
-    dropout = state.injected.dropout_state
+    dropout, config = state.injected.dropout_state, settings.config
     batch, noise = sample_batch(state, batches, settings, number)
     count = len(batch.latents)
+    total = count * config.train.gradient_accumulation_steps
     local = state.group.local_rows(count)
     size = max(1, math.ceil((local.stop - local.start) / state.chunks))
     losses = []
@@ -194,9 +151,8 @@ def backward_micro_batch(
         dropout.first, dropout.last = rows.start, rows.stop
         embeds = text.embed_batch(batch.captions[rows])
         found = diffusion_loss(
-            state.base, batch.latents[rows], embeds, noise.rows(rows), settings.loss, batch.sizes[rows]
+            state.base, batch.latents[rows], embeds, noise.rows(rows), config.loss, batch.sizes[rows]
         )
-        total = count * settings.accumulate
         state.scaler.scale(found.sum() / total if total > 1 else found.sum()).backward()
         losses.append(found.detach())
     state.flat_params.flush_grads()
@@ -250,25 +206,6 @@ def mean_loss(losses: list[torch.Tensor]) -> float:
     return float(torch.stack([each.mean() for each in losses]).mean())
 
 
-def find_nonfinite(
-    state: TrainState, batches: Batches, settings: StepSettings, step: int, losses: list[torch.Tensor]
-) -> NonFinite:
-    """What of the step after `step` others is not finite: the losses, else the gradient."""
-    in_loss = not math.isfinite(mean_loss(losses))
-    images = []
-    for number, own_losses in enumerate(losses, start=step * settings.accumulate):
-        batch, noise = sample_batch(state, batches, settings, number)
-        for name, timestep, loss in zip(batch.names, noise.timesteps, own_losses, strict=True):
-            if not in_loss or not math.isfinite(float(loss)):
-                images.append((name, int(timestep)))
-    if in_loss:
-        return NonFinite("loss", None, images)
-    for key, layer in state.injected.layers.items():
-        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in (layer.down, layer.up)):
-            return NonFinite("gradient", key, images)
-    return NonFinite("gradient", None, images)
-
-
 def _noise_seed(seed: int, number: int) -> int:
     """A seed for each (run, micro-batch), far apart for neighbours."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
@@ -277,17 +214,14 @@ def _noise_seed(seed: int, number: int) -> int:
 def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     """The factor of the full learning rate for the step after `step` of `steps`.
 
-    Args:
-        step, steps: optimizer steps done, and of the whole run.
-        schedule: a key of `choices.SCHEDULES`: a function of progress in [0, 1] after the warm-up.
-        warmup: share of the steps over which the rate rises linearly.
+    It rises linearly over the share `warmup` of the steps; then `schedule`, a key of `choices.SCHEDULES`,
+    is a function of progress in [0, 1].
     """
     rising = math.ceil(warmup * steps)
     if step < rising:
         return (step + 1) / (rising + 1)
-    return float(
-        chosen(SCHEDULES, schedule, "optimizer.schedule").resolve()((step - rising) / max(1, steps - rising))
-    )
+    progress = (step - rising) / max(1, steps - rising)
+    return float(chosen(SCHEDULES, schedule, "optimizer.schedule").resolve()(progress))
 
 
 def constant(progress: float) -> float:

@@ -14,30 +14,25 @@ from lora_core.settings.schema import LossSection
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """What is random in one batch, on the processor: `timesteps` (B,) and `noise` (B, 4, h, w)."""
+    """What is random in one batch, on the CPU: `timesteps` (B,) and `noise` (B, 4, h, w)."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
 
     def rows(self, rows: slice) -> "NoiseSample":
-        """The draw of some of the pictures."""
+        """The draw of some of the images."""
         return NoiseSample(self.timesteps[rows], self.noise[rows])
 
 
 def sample_noise(
     latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator
 ) -> NoiseSample:
-    """Timesteps stratified over the batch, and noise, both drawn on the CPU so that every device draws the
-    same.
+    """Draw timesteps, stratified over the batch, and noise for `latents` (B, 4, h, w), on the CPU so that
+    every device draws the same.
 
-    Stratification keeps each timestep equally likely and makes the loss of a batch less noisy (Kingma et al.
-    2021, section I.1). The noise offset adds a constant to each channel (N. Guttenberg 2023).
-
-    Args:
-        latents: (B, 4, h, w) on the CPU.
-        timesteps: how many the base has.
-        noise_offset: standard deviation of the constant.
-        generator: on the CPU.
+    Stratification keeps each of the base's `timesteps` equally likely and makes the loss of a batch less
+    noisy (Kingma et al. 2021, section I.1). The noise offset adds a constant to each channel (N. Guttenberg
+    2023).
     """
     count = len(latents)
     strata = torch.randperm(count, generator=generator).double()
@@ -50,24 +45,20 @@ def sample_noise(
 
 
 def diffusion_loss(
-    base: NoisePredictor,
-    latents: torch.Tensor,
-    text: PromptEmbeds,
-    draw: NoiseSample,
-    rules: LossSection,
+    base: NoisePredictor, latents: torch.Tensor, text: PromptEmbeds, draw: NoiseSample, rules: LossSection,
     sizes: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The weighted loss of each picture of a batch, (B,) in fp32 on the base's device.
+) -> torch.Tensor:  # fmt: skip
+    """The weighted loss of each image of a batch, (B,) in fp32 on the base's device.
 
-    What needs no gradient is computed on the processor and copied together: on a card it would be a dozen
-    small kernels.
+    What needs no gradient is computed on the CPU and copied together: on a card it would be a dozen small
+    kernels.
 
     Args:
         base: the base with the adapter in it.
         latents: (B, 4, h, w) on the CPU.
-        text: B conditions.
+        text: B prompt embeddings.
         draw: timesteps and noise.
-        rules: kind of error and its weights.
+        rules: type of error and its weights.
         sizes: (B, 6) on the CPU, see `NoisePredictor.predict_noise`.
     """
     gamma = rules.gamma(base.noise.objective)
@@ -88,8 +79,7 @@ def diffusion_loss(
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, (B,); ones where gamma is
-    0.
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, (B,); 1 where gamma is 0.
 
     At zero SNR the weight is 1 for epsilon, its limit, and 0 for velocity, which is why `LossSection.gamma`
     leaves it off there. Source: Hang et al. 2023, section 3.4.
@@ -103,7 +93,7 @@ def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) 
 
 
 Delta = Callable[[], torch.Tensor]
-"""Gives Huber's delta of each picture of a batch, (B,)."""
+"""Gives Huber's delta of each image of a batch, (B,)."""
 
 
 def squared_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:

@@ -33,15 +33,8 @@ SPARE = 2**30
 
 @dataclass(frozen=True)
 class Fallback:
-    """One way to take less memory.
-
-    Attributes:
-        name: in `plan.json`.
-        description: what is done and what it costs, a sentence.
-        possible: whether it can be applied now.
-        apply: does it.
-        exact: whether gradients stay the same but for rounding.
-    """
+    """One way to take less memory: its name in `plan.json`, a sentence on what is done and what it costs,
+    whether it can be applied now, what applies it, and whether gradients stay the same but for rounding."""
 
     name: str
     description: str
@@ -50,30 +43,23 @@ class Fallback:
     exact: bool = True
 
 
+@dataclass
 class MemoryFallback:
-    """Applies fallbacks to the training of one run."""
+    """Applies fallbacks to the training of one run.
 
-    def __init__(
-        self,
-        state: TrainState,
-        batch_size: int,
-        applied: list[tuple[str, int]],
-        offload_folder: Path | None = None,
-    ) -> None:
-        """Nothing is applied yet.
+    Attributes:
+        state: what trains.
+        batch_size: images per micro-batch.
+        applied: names of fallbacks with the steps that they were applied after; the list is added to.
+        offload_folder: on whose drive the base may be offloaded to.
+    """
 
-        Args:
-            state: what trains.
-            batch_size: images per micro-batch.
-            applied: names of fallbacks with the steps that they were applied after; the list is added to.
-            offload_folder: on whose drive the base may be offloaded to.
-        """
-        self.state = state
-        self.batch_size = batch_size
-        self.applied = applied
-        self.offload_folder = offload_folder
-        self._count = 0
-        self._step = 0
+    state: TrainState
+    batch_size: int
+    applied: list[tuple[str, int]]
+    offload_folder: Path | None = None
+    _count: int = 0
+    _step: int = 0
 
     def apply_until(self, step: int) -> None:
         """Apply what an earlier process applied after `step` steps or fewer."""
@@ -125,17 +111,9 @@ class MemoryFallback:
         )
 
 
-def _put_vae_on_cpu(memory: MemoryFallback) -> None:
-    memory.state.base.put("vae", torch.device("cpu"))
-
-
 def _undo_prepacking(memory: MemoryFallback) -> None:
     for module in memory.state.base.modules.values():
         undo_prepack(module)
-
-
-def _checkpoint_gradients(memory: MemoryFallback) -> None:
-    enable_checkpointing(memory.state.base)
 
 
 def _halve_chunks(memory: MemoryFallback) -> None:
@@ -160,10 +138,6 @@ def _can_quantize(memory: MemoryFallback) -> bool:
     return not is_quantized(unet) and not is_offloaded(unet)
 
 
-def _quantize(memory: MemoryFallback) -> None:
-    WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser)
-
-
 def _can_offload(memory: MemoryFallback) -> bool:
     unet, device, folder = memory.state.base.denoiser, memory.state.base.device, memory.offload_folder
     if is_offloaded(unet) or folder is None:
@@ -184,7 +158,7 @@ FALLBACKS = (
         VAE_ON_CPU,
         "The VAE waits in the computer's own memory; samples take some seconds longer.",
         lambda memory: memory.state.base.vae.device.type != "cpu",
-        _put_vae_on_cpu,
+        lambda memory: memory.state.base.put("vae", torch.device("cpu")),
     ),
     Fallback(
         PLAIN,
@@ -197,7 +171,7 @@ FALLBACKS = (
         "checkpointing",
         "Gradient checkpointing is on: steps take about a third longer.",
         lambda memory: not memory.state.base.denoiser.is_gradient_checkpointing,
-        _checkpoint_gradients,
+        lambda memory: enable_checkpointing(memory.state.base),
     ),
     Fallback(
         "half",
@@ -217,7 +191,7 @@ FALLBACKS = (
         "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
         " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
         _can_quantize,
-        _quantize,
+        lambda memory: WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser),
         exact=False,
     ),
     Fallback(

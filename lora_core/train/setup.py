@@ -1,9 +1,13 @@
-"""Everything before the first step: what is chosen for the machine, the adapter and its optimizer, the data.
+"""Everything before the first step: choices for the machine, inputs, the adapter and its optimizer, data.
 
 `prepare` makes a `TrainSession` from a run's settings. Nothing stays in memory longer than needed: VAE and
-text encoders are loaded and unloaded before the UNet.
+text encoders are loaded and unloaded before the UNet. What a run's bits follow from besides its settings is
+hashed at its start; a resume names what has changed since.
 """
 
+import functools
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,26 +19,26 @@ import torch
 from lora_core.backends.int8 import WeightPolicy
 from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
+from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import CaptionRules, plain_caption, varies_by_draw, with_trigger
 from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
+from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
-from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
-from lora_core.evaluate.validator import EvalImage
+from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.detect import extras_sentence
 from lora_core.formats.io import load_adapter
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import (
-    BlockOverrides,
     Injected,
     LayerPlan,
     init_from_lora,
     inject_layers,
     plan_layers,
 )
-from lora_core.lora.layer import LoraLayer, LoraSpec
+from lora_core.lora.layer import LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey
-from lora_core.model_files.detect import GUESS, read_base_facts
+from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
@@ -50,59 +54,276 @@ from lora_core.models.device import (
     use_device,
 )
 from lora_core.models.load import BaseModel, open_base
+from lora_core.models.weight_files import PRECISIONS, SAMPLE
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import AUTO, AdapterSection, OptimizerSection, TrainSection
+from lora_core.settings.schema import AUTO, AdapterSection, ModelSection, OptimizerSection
 from lora_core.system.files import write_atomically
-from lora_core.train.data import (
-    Batches,
-    BatchSettings,
-    LatentCache,
-    PromptCache,
-    TrainImage,
-    all_views,
-    assign_buckets,
-    short_digest,
-)
-from lora_core.train.fingerprint import base_inputs, check_inputs, start_input
+from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage, short_digest
 from lora_core.train.loop import EMA, TrainState
-from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets, make_eval_image
+from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (phase, done, total); what it raises ends the work."""
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter from scratch."""
 INT8, OFFLOAD = "int8", "offload"
 """Memory fallbacks, see `oom.FALLBACKS`, that change how the base is kept."""
+SAMPLE_PROMPTS = 2
+ROOMIER = 1.1
+"""From how many times the memory of before fewer fallbacks are tried."""
+LARGE = 10**8
+"""Parameters of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
+PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
+version = functools.cache(importlib.metadata.version)
+_DEVICES = {
+    "cpu": "the processor",
+    "cuda": "a graphics card",
+    "mps": "an Apple graphics card",
+    "xpu": "an Intel graphics card",
+}
+_PLACES = 4096
+"""So many places are read of a file without a table of its tensors."""
+_CONFIGS = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
 
 
-def weight_policy(
-    train: TrainSection, rungs: Sequence[tuple[str, int]], device: torch.device, folder: Path
-) -> WeightPolicy:
-    """How the weights of the base are kept: as the settings say, and as memory fallbacks before step 1 need.
+@dataclass(frozen=True)
+class RuntimePlan:
+    """What was chosen for this machine; a resumed run reads it from `plan.json` and chooses nothing again.
 
-    Args:
-        train: the settings.
-        rungs: names of the memory fallbacks, and the steps that they were applied after.
-        device: what computes.
-        folder: on whose drive weights may be offloaded to.
+    Attributes:
+        precision: of the base.
+        device, threads: what computes.
+        rungs: memory fallbacks and the steps that they were applied after, see `oom.FALLBACKS`.
+        tried: whether the heaviest step was tried before the first one.
+        peak: bytes that it took, 0 where the device does not tell.
+        layout: how the base's weights are laid out for the CPU; "" before that is decided.
+        octave: log2 of the factor of all learning rates that a range test found, None without one.
+        deterministic: whether a CUDA device computes with deterministic kernels alone.
+        cap: bytes that the device's memory was limited to at the last fallback, or before the first step; 0
+            for no limit.
+        validate_every: steps between two validations as `max_time_share` allows, 0 where not known yet.
     """
-    first = {name for name, step in rungs if step == 0}
-    kind = INT8 if INT8 in first else train.quantize_base
-    row = chosen(QUANTIZED, kind, "train.quantize_base")
-    depot = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
-    return WeightPolicy(row.resolve() if isinstance(row, Implementation) else None, depot)
+
+    precision: str
+    device: str
+    threads: int
+    rungs: list[tuple[str, int]] = field(default_factory=list)
+    tried: bool = False
+    peak: int = 0
+    validate_every: int = 0
+    layout: str = ""
+    octave: int | None = None
+    deterministic: bool = False
+    cap: int = 0
+
+    @classmethod
+    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "RuntimePlan":
+        """Read the plan of a run, else make and write one.
+
+        Raises:
+            InputsChanged: it was made on another kind of device, and that is not accepted.
+            ConfigError: `train.device` is not there.
+        """
+        try:
+            found = json.loads(run.plan_file.read_text(encoding="utf-8"))
+            # Before there was more than one layout, a plan said whether there is any.
+            if (prepacked := found.pop("prepacked", None)) is not None:
+                found = {"layout": DIRECT if prepacked else PLAIN, **found}
+            saved = cls(**found)
+            saved = replace(saved, rungs=[(str(name), int(step)) for name, step in saved.rungs])
+        except (OSError, ValueError, TypeError, AttributeError):
+            saved = None
+        try:
+            device = use_device(config.train.device)
+        except ConfigError:
+            # A run whose card was taken out goes on with what is there, if that is accepted.
+            if saved is None or not accept_changes:
+                raise
+            device = use_device(AUTO)
+        if saved is not None and saved.device == device.type:
+            return saved
+        if saved is not None and not accept_changes:
+            raise InputsChanged(
+                f"The run {run.name} began on {_DEVICES.get(saved.device, saved.device)}, and this"
+                f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
+                " available again, or go on with --accept-changes; the result is then not that of an"
+                " unbroken run.",
+                ["the device"],
+            )
+        dtype = training_dtype(config, device)
+        precision = next(name for name, each in PRECISIONS.items() if each == dtype)
+        fresh = saved or cls("", "", 0, deterministic=config.train.deterministic)
+        threads = torch.get_num_threads()
+        plan = replace(fresh, precision=precision, device=device.type, threads=threads, layout="")
+        plan.write(run)
+        return plan
+
+    def within(self, cap: int) -> "RuntimePlan":
+        """The plan for a process that may take `cap` bytes of the device's memory.
+
+        If that is clearly more than when fallbacks were applied, another process held memory then: those that
+        change no gradient are dropped, and tried again where they are needed.
+        """
+        if not self.cap or cap < ROOMIER * self.cap or not self.rungs:
+            return replace(self, cap=self.cap or cap)
+        return replace(self, cap=cap, tried=False, rungs=[rung for rung in self.rungs if rung[0] == INT8])
+
+    def with_lr(self, config: RunConfig) -> RunConfig:
+        """The config with the learning rates of the range test."""
+        if not self.octave:
+            return config
+        optim, factor = config.optimizer, 2.0**self.octave
+        rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
+        by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
+        optim = optim.model_copy(update={**rates, "block_lr": by_block})
+        return config.model_copy(update={"optimizer": optim})
+
+    def with_fallbacks(self, applied: list[tuple[str, int]]) -> "RuntimePlan":
+        """The plan with memory fallbacks, and within how much memory they were applied."""
+        return replace(self, rungs=applied, cap=cap_memory(torch.device(self.device)))
+
+    def set_up(self) -> None:
+        """Configure this process as planned. Call it before the first kernel on the device."""
+        torch.set_num_threads(self.threads)
+        if self.deterministic:
+            compute_deterministically(torch.device(self.device))
+
+    def notes(self) -> list[str]:
+        """Settings that have no effect here, a sentence each."""
+        if not self.deterministic or self.device in ("cpu", "cuda"):
+            return []
+        return [f"train.deterministic has no effect on {_DEVICES.get(self.device, self.device)}."]
+
+    def write(self, run: RunFolder) -> None:
+        """Write `plan.json`."""
+        write_atomically(run.plan_file, json.dumps(vars(self)).encode())
+
+
+def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen base.
+
+    On a CPU "auto" is bf16 where that is faster and the base is large: with a small one, conversions cost
+    more than they save.
+
+    Raises:
+        ModelFileError: the base is missing or broken.
+    """
+    asked, name = config.train.precision, config.model.base
+    if asked == "auto" and device.type == "cpu":
+        fetch_base(name)
+        if (
+            count_base_parameters(read_base_facts(name, config.model.prediction)) or 0
+        ) >= LARGE and bf16_is_faster():
+            return torch.bfloat16
+    return dtype_of(asked, device)
+
+
+def versions() -> dict[str, str]:
+    """The versions that bits may depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
+    """A hash or version for each input: the settings file, each image with its caption, each package."""
+    inputs = {"config.toml": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
+    for record in records:
+        words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
+        words += "\nheld out by hand" if record.held_out else ""
+        inputs[f"the picture {record.path.name}"] = hashlib.sha256(words.encode()).hexdigest()
+    return inputs | {f"the package {name}": found for name, found in versions().items()}
+
+
+def base_inputs(model: ModelSection) -> dict[str, str]:
+    """A hash for each component of a folder, for a single file, and for a VAE of its own.
+
+    Raises:
+        ModelFileError: the base is not there.
+    """
+    fetch_base(model.base)
+    facts = read_base_facts(model.base, model.prediction, model.zero_terminal_snr)
+    found: dict[str, str] = {}
+    if facts.single_file:
+        found[f"the base {facts.path.name}"] = weights_digest(facts.path)
+    else:
+        assert facts.family is not None
+        tokenizers = {encoder.tokenizer for encoder in facts.family.text_encoders}
+        for part in (*facts.family.parts, "vae", "scheduler", *sorted(tokenizers)):
+            found[f"the {part.replace('_', ' ')} of the base"] = _component_digest(facts.path / part, part)
+    if model.vae:
+        place = Path(model.vae).expanduser()
+        digest = _component_digest(place, "vae") if place.is_dir() else weights_digest(place)
+        found[f"the VAE {place.name}"] = digest
+    return found
+
+
+def _component_digest(folder: Path, part: str) -> str:
+    digest = hashlib.sha256()
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    try:
+        files = weight_paths(folder, part)
+    except ModelFileError:
+        # Tokenizers and schedulers have none; of a component that lacks its own, the loader says it.
+        files = []
+    for file in files:
+        digest.update(weights_digest(file).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(path: Path) -> str:
+    """A hash of a file's size, its header, and 64 bytes from the middle of each tensor; "" without a file.
+
+    A whole hash of a large base takes half a minute; another training, precision or merge changes every
+    tensor. A `.ckpt` has no table of tensors that is safe to read, so 4,096 places are taken instead.
+    """
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    places = [size * number // _PLACES for number in range(_PLACES)]
+    if path.suffix.lower() == ".safetensors":
+        header = read_header(path, ModelFileError)
+        digest.update(json.dumps(header.tensors, sort_keys=True).encode())
+        places = sorted(header.start + sum(entry["data_offsets"]) // 2 for entry in header.tensors.values())
+    with open(path, "rb") as file:
+        for place in places:
+            file.seek(place)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def check_inputs(
+    run: RunFolder, records: list[ImageRecord], accept_changes: bool, more: dict[str, str] | None = None
+) -> None:
+    """Write `inputs.json` at the first start; later, compare with it. `more` are further inputs, as the base.
+
+    Raises:
+        InputsChanged: something has changed and the user has not accepted it; names what.
+    """
+    now = input_hashes(run, records) | (more or {})
+    try:
+        before = json.loads(run.inputs_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = now
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed and not accept_changes:
+        named = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise InputsChanged(
+            f"Since the run {run.name} began, this has changed: {named}. Put it back, or go on with"
+            " --accept-changes; the result is then not that of an unbroken run.",
+            changed,
+        )
+    write_atomically(run.inputs_file, json.dumps(now, ensure_ascii=False, indent=1).encode())
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What is to be trained.
-
-    Attributes:
-        layers: each layer's shape and rate.
-        start: the LoRA to start from, or None for a new one.
-        name: of its file.
-        notes: what a user should know, a sentence each.
-    """
+    """What is to be trained: the layers, the LoRA to start from with its file's name, and notes for the
+    user."""
 
     layers: dict[LayerKey, LayerPlan]
     start: AdapterWeights | None
@@ -121,7 +342,7 @@ def start_file(section: AdapterSection) -> Path | None:
 
 
 def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
-    """Choose the layers to train. The base's text encoders have to be loaded.
+    """Choose the layers to train.
 
     Raises:
         ConfigError: no layer matches, or nothing would be trained.
@@ -136,11 +357,8 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
             f"The LoRA {file} that adapter.init names does not exist; choose another file."
         )
     start = load_adapter(file, base.family) if file is not None else None
-    shape = LoraSpec(
-        section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
-    )
-    blocks = BlockOverrides(section.block_ranks, section.block_alphas, optim.block_lr, section.rslora)
-    layers = plan_layers(base.modules, rates, targets, shape, blocks, start.layers if start else ())
+    kept = start.layers if start else ()
+    layers = plan_layers(base.modules, rates, targets, section, optim.block_lr, kept)
     notes = [
         f"adapter.targets = {section.targets} names no layer of the {part.replace('_', ' ')}, so that is not"
         " trained, whatever its learning rate."
@@ -160,20 +378,6 @@ def part_rates(family: Family, optim: OptimizerSection) -> dict[str, float]:
     """Learning rate by part: the UNet, then the text encoders in order."""
     rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     return dict(zip(family.parts, rates, strict=False))
-
-
-def inject_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
-    """Inject the adapter into the base; returns it, and what it could not take over from an earlier one.
-
-    Raises:
-        AdapterFileError: the LoRA to start from does not fit.
-    """
-    injected = inject_layers(base.modules, {key: layer.spec for key, layer in plan.layers.items()}, seed)
-    notes = init_from_lora(injected, plan.start, plan.name) if plan.start is not None else []
-    for key, layer in injected.layers.items():
-        layer.requires_grad_(plan.layers[key].rate > 0)
-        layer.base.requires_grad_(False)
-    return injected, notes
 
 
 def set_train_mode(base: BaseModel, checkpointing: bool) -> None:
@@ -247,175 +451,10 @@ def build_optimizer(
     return optimizer, storage
 
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with (phase, done, total); what it raises ends the work."""
-
-SAMPLE_PROMPTS = 2
-_DEVICES = {
-    "cpu": "the processor",
-    "cuda": "a graphics card",
-    "mps": "an Apple graphics card",
-    "xpu": "an Intel graphics card",
-}
-ROOMIER = 1.1
-"""From how many times the memory of before fewer fallbacks are tried."""
-LARGE = 10**8
-"""Numbers of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
-
-
-@dataclass(frozen=True)
-class RuntimePlan:
-    """What was chosen for this machine; a resumed run reads it from `plan.json` and chooses nothing again.
-
-    Attributes:
-        precision: of the base.
-        device, threads: what computes.
-        rungs: memory fallbacks and the steps that they were applied after, see `oom.FALLBACKS`.
-        tried: whether the heaviest step was tried before the first one.
-        peak: bytes that it took, 0 where the device does not tell.
-        layout: how the base's weights are laid out for the CPU; "" before that is decided.
-        octave: log2 of the factor of all learning rates that a range test found, None without one.
-        deterministic: whether a CUDA device computes with deterministic kernels alone.
-        cap: bytes that the device's memory was limited to at the last fallback, or before the first step; 0
-            for no limit.
-        validate_every: steps between two validations as `max_time_share` allows, 0 where not known yet.
-    """
-
-    precision: str
-    device: str
-    threads: int
-    rungs: list[tuple[str, int]] = field(default_factory=list)
-    tried: bool = False
-    peak: int = 0
-    validate_every: int = 0
-    layout: str = ""
-    octave: int | None = None
-    deterministic: bool = False
-    cap: int = 0
-
-    @classmethod
-    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "RuntimePlan":
-        """Read the plan of a run, else make and write one.
-
-        Raises:
-            InputsChanged: it was made on another kind of device, and that is not accepted.
-            ConfigError: `train.device` is not there.
-        """
-        try:
-            saved = cls(**_upgrade(json.loads(run.plan_file.read_text(encoding="utf-8"))))
-            saved = replace(saved, rungs=[(str(name), int(step)) for name, step in saved.rungs])
-        except (OSError, ValueError, TypeError):
-            saved = None
-        try:
-            device = use_device(config.train.device)
-        except ConfigError:
-            # A run whose card was taken out goes on with what is there, if that is accepted.
-            if saved is None or not accept_changes:
-                raise
-            device = use_device(AUTO)
-        if saved is not None and saved.device == device.type:
-            return saved
-        if saved is not None and not accept_changes:
-            raise InputsChanged(
-                f"The run {run.name} began on {_DEVICES.get(saved.device, saved.device)}, and this"
-                f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
-                " available again, or go on with --accept-changes; the result is then not that of an"
-                " unbroken run.",
-                ["the device"],
-            )
-        dtype = training_dtype(config, device)
-        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        plan = cls(
-            precision,
-            device.type,
-            torch.get_num_threads(),
-            deterministic=config.train.deterministic,
-        )
-        if saved is not None:
-            plan = replace(saved, device=plan.device, precision=precision, threads=plan.threads, layout="")
-        plan.write(run)
-        return plan
-
-    def within(self, cap: int) -> "RuntimePlan":
-        """The plan for a process that may take `cap` bytes of the device's memory.
-
-        If that is clearly more than when fallbacks were applied, another process held memory then: those that
-        change no gradient are dropped, and tried again where they are needed.
-        """
-        if not self.cap or cap < ROOMIER * self.cap or not self.rungs:
-            return replace(self, cap=self.cap or cap)
-        return replace(self, cap=cap, tried=False, rungs=[rung for rung in self.rungs if rung[0] == INT8])
-
-    def with_lr(self, config: RunConfig) -> RunConfig:
-        """The config with the learning rates of the range test."""
-        if not self.octave:
-            return config
-        optim, factor = config.optimizer, 2.0**self.octave
-        rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
-        by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
-        optim = optim.model_copy(update={**rates, "block_lr": by_block})
-        return config.model_copy(update={"optimizer": optim})
-
-    def with_fallbacks(self, applied: list[tuple[str, int]]) -> "RuntimePlan":
-        """The plan with memory fallbacks, and within how much memory they were applied."""
-        return replace(self, rungs=applied, cap=cap_memory(torch.device(self.device)))
-
-    def set_up(self) -> None:
-        """Configure this process as planned. Call it before the first kernel on the device."""
-        torch.set_num_threads(self.threads)
-        if self.deterministic:
-            compute_deterministically(torch.device(self.device))
-
-    def notes(self) -> list[str]:
-        """Settings that have no effect here, a sentence each."""
-        if not self.deterministic or self.device in ("cpu", "cuda"):
-            return []
-        return [f"train.deterministic has no effect on {_DEVICES.get(self.device, self.device)}."]
-
-    def write(self, run: RunFolder) -> None:
-        """Write `plan.json`."""
-        write_atomically(run.plan_file, json.dumps(vars(self)).encode())
-
-
-def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen base.
-
-    On a CPU "auto" is bf16 where that is faster and the base is large: with a small one, conversions cost
-    more than they save.
-
-    Raises:
-        ModelFileError: the base is missing or broken.
-    """
-    asked, name = config.train.precision, config.model.base
-    if asked == "auto" and device.type == "cpu":
-        fetch_base(name)
-        if (
-            count_base_parameters(read_base_facts(name, config.model.prediction)) or 0
-        ) >= LARGE and bf16_is_faster():
-            return torch.bfloat16
-    return dtype_of(asked, device)
-
-
-def _upgrade(plan: dict[str, Any]) -> dict[str, Any]:
-    """Read a plan that was written before there was more than one layout."""
-    before = plan.pop("prepacked", None)
-    return plan if before is None else {"layout": DIRECT if before else PLAIN, **plan}
-
-
 @dataclass
 class TrainSession:
-    """A run ready to train.
-
-    Attributes:
-        state: base, adapter, optimizer, scaler.
-        batches: all micro-batches by number.
-        text: embeddings of captions.
-        validation_sets: images to validate on.
-        train_items: images to train on.
-        prompts: of the samples.
-        notes: what a user should know before it starts, a sentence each.
-        offload_folder: on whose drive the base may be offloaded to.
-    """
+    """A run ready to train: `prompts` are those of the samples, `notes` what a user should know before it
+    starts; the base may be offloaded to the drive of `offload_folder`."""
 
     state: TrainState
     batches: Batches
@@ -438,26 +477,26 @@ def prepare(
     """
     cache = run.path.parent.parent / "cache"
     say("Reading the pictures", 0, 1)
-    more = base_inputs(config.model) | start_input(start_file(config.adapter))
-    train, held = _read_dataset(run, config, accept_changes, more)
+    more = base_inputs(config.model)
+    if (start := start_file(config.adapter)) is not None:
+        more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
+    dataset = open_dataset(config.dataset.path, cache / "datasets")
+    require_clean(dataset)
+    check_inputs(run, dataset.records, accept_changes, more)
+    train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
-    base = _open_base(config, plan, device, cache)
+    base = open_base_for(config, device, dtype_of(plan.precision, device), plan.rungs, cache)
     layout = plan_adapter(base, config)
     base.load("vae")
     latents = LatentCache(base, cache / "latents")
     resolution = config.train.resolution or base.resolution
-    items, held_items = (
-        assign_buckets(r, resolution, base.size_multiple) if r else [] for r in (train, held)
-    )
+    items = assign_buckets(train, resolution, base.size_multiple)
+    held_items = assign_buckets(held, resolution, base.size_multiple) if held else []
     wanted = [*all_views(items, config.dataset.flip), *all_views(held_items, False)]
     _encode_pictures(base, latents, wanted, say)
-    section, timesteps = config.validation, base.noise.num_timesteps
-
-    def to_eval(image: TrainImage, caption: str) -> EvalImage:
-        return make_eval_image(image, caption, latents, section.draws_per_image, config.seed, timesteps)
-
-    sets = build_validation_sets(items, held_items, to_eval, section, config.dataset.trigger, config.seed)
+    section = config.validation
+    sets = build_validation_sets(items, held_items, latents, config, base.noise.num_timesteps)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
@@ -472,33 +511,35 @@ def prepare(
         captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
         captions += [one.caption for one in (*sets.held_out, *sets.training)]
         captions += [*prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
-        _encode_captions(text, captions, say)
+        captions = list(dict.fromkeys(captions))
+        for done, caption in enumerate(captions):
+            say("Encoding captions", done, len(captions))
+            text.embed(caption)
         if len(fixed) == len(train):
             text.release()
     base.load(base.family.denoiser)
     base.put("vae", device)
     state, notes = build_train_state(base, layout, config, plan.layout)
-    looks = BatchSettings(config.train.batch_size, config.dataset.flip, rules, config.seed)
-    batches = Batches(items, looks, latents)
+    batches = Batches(items, latents, rules, config.train.batch_size, config.dataset.flip, config.seed)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
     return TrainSession(state, batches, text, sets, items, prompts, sentences, cache)
 
 
-def _read_dataset(
-    run: RunFolder, config: RunConfig, accept_changes: bool, more: dict[str, str]
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Training and validation images, compared with what the run began with; `more` are further inputs."""
-    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
-    require_clean(dataset)
-    check_inputs(run, dataset.records, accept_changes, more)
-    return split_holdout(dataset.records, config.validation.pictures, config.seed)
-
-
-def _open_base(config: RunConfig, plan: RuntimePlan, device: torch.device, cache: Path) -> BaseModel:
-    model = config.model
-    policy = weight_policy(config.train, plan.rungs, device, cache)
-    dtype = dtype_of(plan.precision, device)
+def open_base_for(
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    rungs: Sequence[tuple[str, int]],
+    folder: Path,
+) -> BaseModel:
+    """Open the base, its weights kept as the settings say and as fallbacks before step 1 need (`rungs`:
+    names and steps); `folder` is on the drive that weights may be offloaded to."""
+    model, train = config.model, config.train
+    first = {name for name, step in rungs if step == 0}
+    row = chosen(QUANTIZED, INT8 if INT8 in first else train.quantize_base, "train.quantize_base")
+    store = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
+    policy = WeightPolicy(row.resolve() if isinstance(row, Implementation) else None, store)
     return open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
 
 
@@ -507,17 +548,19 @@ def build_train_state(
 ) -> tuple[TrainState, list[str]]:
     """Inject the adapter and build its optimizer; returns the state, and notes for the user.
 
-    Args:
-        base: the base; its text encoders may be gone where they are not trained.
-        layout: what is trained.
-        config: how.
-        weights: how the base's weights are laid out for the CPU; "" for what is best here.
+    `weights` is how the base's weights are laid out for the CPU; "" for what is best here. Text encoders that
+    are not trained may be gone from `base`.
 
     Raises:
         AdapterFileError: the LoRA to start from does not fit.
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
-    injected, notes = inject_adapter(base, layout, config.seed)
+    specs = {key: layer.spec for key, layer in layout.layers.items()}
+    injected = inject_layers(base.modules, specs, config.seed)
+    notes = init_from_lora(injected, layout.start, layout.name) if layout.start is not None else []
+    for key, layer in injected.layers.items():
+        layer.requires_grad_(layout.layers[key].rate > 0)
+        layer.base.requires_grad_(False)
     set_train_mode(base, config.train.gradient_checkpointing)
     trained = base.modules.values()
     weights = weights or (PLAIN if limited(base.device) else choose_layout(trained))
@@ -527,6 +570,18 @@ def build_train_state(
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average = EMA(injected, storage, config.save.ema) if config.save.ema else None
     return TrainState(base, injected, optimizer, storage, scaler, average), notes
+
+
+def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
+    """Choose the bucket of each image; DatasetError if there is none."""
+    if not records:
+        raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
+    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
+
+
+def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
+    """Every (image, mirrored) that a run can ask for: what to encode before the first step."""
+    return [(image, mirrored) for image in images for mirrored in ((False, True) if flip else (False,))]
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
@@ -557,11 +612,3 @@ def _encode_pictures(
 def is_on_cpu(module: torch.nn.Module) -> bool:
     """Whether the weights of a module are on the CPU."""
     return next(module.parameters()).device.type == "cpu"
-
-
-def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) -> None:
-    """Encode fixed captions; those that vary are encoded as they are drawn."""
-    wanted = list(dict.fromkeys(captions))
-    for done, caption in enumerate(wanted):
-        say("Encoding captions", done, len(wanted))
-        text.embed(caption)

@@ -6,7 +6,6 @@ pause or to stop. With several processes the main one runs a `Trainer`, and the 
 `distributed.train_as_worker`.
 """
 
-import contextlib
 import errno
 import os
 import time
@@ -17,42 +16,36 @@ from pathlib import Path
 import torch
 
 from lora_core.errors import Diverged, InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
-from lora_core.model_files.sizes import checkpoint_bytes, preview_bytes
+from lora_core.model_files.sizes import checkpoint_bytes
 from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory, release_failed
 from lora_core.runs import events
-from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import require_packages
-from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import StopRequest
 from lora_core.train.autotune import autotune
 from lora_core.train.callbacks import (
     EXPORT_FORMAT,
+    MAX_ROLLBACKS,
     Callback,
+    DivergenceGuard,
     Export,
-    ProgressReporter,
+    Interrupted,
+    NeedsRollback,
+    RunContext,
     Sample,
     Save,
-    Schedule,
-    TensorBoardWriter,
-    Validate,
-)
-from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
-from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
-from lora_core.train.divergence import (
-    MAX_ROLLBACKS,
-    DivergenceGuard,
-    NeedsRollback,
     StepTimer,
+    Validate,
     describe_nonfinite,
     describe_slow_step,
 )
+from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
+from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
 from lora_core.train.export import export_checkpoint, export_header
-from lora_core.train.fingerprint import versions
 from lora_core.train.loop import PartialUpdate, Step, StepSettings, training_steps
 from lora_core.train.oom import MemoryFallback, free_memory, next_base_fallback
-from lora_core.train.setup import RuntimePlan, TrainSession, prepare
+from lora_core.train.setup import RuntimePlan, TrainSession, prepare, versions
 from lora_core.train.validation import Validator
 
 OUT_OF_MEMORY_IN_A_PROCESS = (
@@ -72,57 +65,6 @@ DRIVE_ERRORS = {
 """Errors of a drive: full, over quota, failing, gone. They pass, so the run is paused."""
 
 
-class Interrupted(BaseException):
-    """Raised inside long work to leave it at once, because the run is asked to end.
-
-    It derives from BaseException so that no handler of ordinary errors in a library catches it.
-    """
-
-
-class RequestWatcher:
-    """What users ask of a run while it trains: lines in `requests.jsonl`, and signals, which mean stop.
-
-    A look costs one `stat` of a small file unless something was written.
-    """
-
-    def __init__(self, run: RunFolder, handled: set[str], stopping: StopRequest) -> None:
-        """Watch the requests of `run`; those in `handled` were acted on before."""
-        self._run = run
-        self._handled = handled
-        self._stopping = stopping
-        self._last_stat: tuple[int, int] | None = None
-        self._pending: list[dict[str, str]] = []
-
-    def pending(self, *kinds: str) -> list[dict[str, str]]:
-        """Requests of these kinds that nobody has acted on, in order."""
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self._run.requests_file)
-            now = (found.st_mtime_ns, found.st_size)
-            if now != self._last_stat:
-                self._last_stat = now
-                self._pending = [r for r in self._run.requests() if r["id"] not in self._handled]
-        return [request for request in self._pending if request["action"] in kinds]
-
-    def mark_handled(self, request: dict[str, str]) -> None:
-        """Note that a request was acted on."""
-        self._handled.add(request["id"])
-        self._pending = [each for each in self._pending if each["id"] != request["id"]]
-
-    @property
-    def signalled(self) -> bool:
-        """Whether a signal asked for the end."""
-        return self._stopping.came
-
-    def check(self) -> None:
-        """Leave long work if the run is asked to end.
-
-        Raises:
-            Interrupted: it is.
-        """
-        if self.signalled or self.pending("stop", "pause"):
-            raise Interrupted
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a process ended: a status of `runs --json`, the exported file if there is one, and whether a signal
@@ -133,99 +75,39 @@ class Outcome:
     signalled: bool = False
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What one process's part of a run works with.
-
-    Attributes:
-        run: the run.
-        goal: the step to train to.
-        before: what earlier processes did.
-        reporter: gets all events.
-        requests: of users.
-        group: the processes that train together, None for this one alone.
-    """
-
-    run: RunFolder
-    goal: int
-    before: Progress
-    reporter: ProgressReporter
-    requests: RequestWatcher
-    group: ProcessGroup | None
-
-    def finish_early(self, step: int, export: Callable[[], Path] | None) -> Outcome:
-        """End as asked: paused, or stopped with an export if there is something to export."""
-        request = next(iter(self.requests.pending("stop", "pause")), None)
-        pausing = request is not None and request["action"] == "pause" and not self.requests.signalled
-        if request is not None:
-            self.mark_handled(step, request)
-        if pausing:
-            self.reporter.emit(events.Paused(step=step))
-            return Outcome("paused")
-        path = export() if export is not None else None
-        self.reporter.emit(events.Stopped(step=step, export=self.relative(path) if path else ""))
-        return Outcome("stopped", path, self.requests.signalled)
-
-    def finish_unprepared(self) -> Outcome:
-        """End as asked before training began: with the newest valid checkpoint, if there is one."""
-        found = load_first_valid(self.run, self.run.checkpoint_steps()[::-1], self.reporter.emit)
-        if found is None:
-            return self.finish_early(0, None)
-        step = found[1].step
-        return self.finish_early(
-            step,
-            lambda: Path(export_checkpoint(self.run, str(step), self.run.name, EXPORT_FORMAT)["file"]),
-        )
-
-    def mark_handled(self, step: int, request: dict[str, str]) -> None:
-        """Note that a request was acted on, for this and later processes."""
-        self.requests.mark_handled(request)
-        self.reporter.emit(events.Handled(step=step, request=request["id"]))
-
-    def relative(self, path: Path) -> str:
-        """A path below the run's folder."""
-        return path.relative_to(self.run.path).as_posix()
-
-
-@dataclass
-class Setup:
-    """A run that is ready to train: its config with the learning rates found, what was chosen for this
-    machine, what trains, and what was done to fit it into memory."""
-
-    config: RunConfig
-    plan: RuntimePlan
-    session: TrainSession
-    memory: MemoryFallback
-
-
-def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setup:
+def set_up(
+    context: RunContext, config: RunConfig, accept_changes: bool
+) -> tuple[RunConfig, RuntimePlan, TrainSession, MemoryFallback]:
     """Choose what the machine decides, load the base, encode the data, try a step where memory is limited.
+
+    Returns:
+        The config with the learning rates found, what was chosen for this machine, the run ready to train,
+        and what was done to fit it into memory.
 
     Raises:
         LoraError: it cannot train.
         Interrupted: it is asked to end.
     """
-    run, reporter, goal = context.run, context.reporter, context.goal
+    run, goal = context.run, context.goal
     plan = RuntimePlan.of(run, config, accept_changes)
     plan.set_up()
     fallbacks = plan.rungs
     plan = plan.within(cap_memory(torch.device(plan.device)))
-    reporter.emit(
+    context.emit(
         events.Started(
             steps=goal, pid=os.getpid(), device=plan.device, threads=plan.threads, versions=versions(),
             precision=plan.precision,
         )
     )  # fmt: skip
-    for sentence in [*run.retired_settings(), *plan.notes()]:
-        reporter.warn(0, sentence)
+    notes = [*run.retired_settings(), *plan.notes()]
     if plan.rungs != fallbacks:
-        reporter.warn(
-            0, "More memory is free than before, so what was done to take less of it is tried anew."
-        )
+        notes.append("More memory is free than before, so what was done to take less of it is tried anew.")
+    for note in notes:
+        context.warn(0, note)
     config = plan.with_lr(config)
     while True:
         try:
-            session = prepare(run, config, plan, reporter.preparing, accept_changes)
+            session = prepare(run, config, plan, context.preparing, accept_changes)
             break
         except Exception as error:
             fallback = next_base_fallback(config.train, plan.rungs)
@@ -235,18 +117,18 @@ def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setu
             release_failed(error, torch.device(plan.device))
         plan = plan.with_fallbacks([*plan.rungs, (fallback.name, 0)])
         plan.write(run)
-        reporter.warn(0, f"The base does not fit into memory as it is. {fallback.description}")
+        context.warn(0, f"The base does not fit into memory as it is. {fallback.description}")
     for note in session.notes:
-        reporter.warn(0, note)
+        context.warn(0, note)
     memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
     memory.apply_until(0)
-    settings = StepSettings.of(config, goal)
-    fresh = not run.checkpoint_steps()
-    plan, found = autotune(session, memory, config, settings, plan, fresh, reporter.preparing)
+    plan, found = autotune(
+        session, memory, StepSettings(config, goal), plan, not run.checkpoint_steps(), context.preparing
+    )
     plan.write(run)
     for event in found:
-        reporter.emit(event)
-    return Setup(plan.with_lr(config), plan, session, memory)
+        context.emit(event)
+    return plan.with_lr(config), plan, session, memory
 
 
 class Trainer:
@@ -254,54 +136,44 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
-        callbacks: what may be due after a step, in order.
     """
 
-    def __init__(self, context: RunContext, setup: Setup) -> None:
-        """Nothing is trained yet."""
-        config, session, run = setup.config, setup.session, context.run
+    def __init__(
+        self, context: RunContext, config: RunConfig, plan: RuntimePlan, session: TrainSession,
+        memory: MemoryFallback,
+    ) -> None:  # fmt: skip
+        """Nothing is trained yet; see `set_up` for the arguments."""
+        run, state = context.run, session.state
         self.step = 0
         self._context = context
-        self._run = run
-        self._reporter = context.reporter
         self._config = config
-        self._plan = setup.plan
+        self._plan = plan
         self._session = session
-        self._state = session.state
-        self._memory = setup.memory
+        self._state = state
+        self._memory = memory
         self._guard = DivergenceGuard()
         timer = self._timer = StepTimer()
         self._stop_reason = ""
         self._retried_at = -1
         if context.group is not None:
-            self._state.group = context.group
+            state.group = context.group
         started = run.config_file.stat().st_mtime
 
+        # Does not hold the trainer: a cycle would keep the card's memory until the garbage collector runs.
         def header(step: int) -> dict[str, str]:
-            return export_header(config, session.state.base, session.train_items, step, started)
+            return export_header(config, state.base, session.train_items, step, started)
 
-        # Neither holds the trainer: a cycle would keep the card's memory until the garbage collector runs.
-        def report_checkpoint(step: int, path: Path) -> None:
-            context.reporter.emit(events.CheckpointDone(step=step, path=context.relative(path)))
-
-        parameters = sum(tensor.numel() for tensor in session.state.injected.parameters())
+        parameters = sum(tensor.numel() for tensor in state.injected.parameters())
         self._checkpoints = CheckpointManager(
-            run, config.save, session.state, context.reporter.emit, checkpoint_bytes(config, parameters)
+            run, config.save, state, context.emit, checkpoint_bytes(config, parameters)
         )
-        validator = Validator(session.state, session.text, session.validation_sets)
+        validator = Validator(state, session.text, session.validation_sets)
         self._validate = Validate(
-            validator, config.validation, run, context.goal, setup.plan.validate_every,
-            lambda: timer.median, context.reporter,
-        )  # fmt: skip
-        self._save = Save(
-            self._checkpoints, Schedule(config.save.every, context.goal), config.save.keep_best, validator,
-            self._guard, header, report_checkpoint,
-        )  # fmt: skip
-        self._sample = Sample(
-            session, config.sample, run, context.goal, preview_bytes(config), context.reporter
+            context, validator, config.validation, plan.validate_every, lambda: timer.median
         )
-        self._export = Export(session.state, run, self._validate, header, context.reporter)
-        self.callbacks: list[Callback] = [self._validate, self._save, self._sample]
+        self._save = Save(context, self._checkpoints, validator, self._guard, header)
+        self._sample = Sample(context, session, config)
+        self._export = Export(context, state, self._validate, header)
 
     def fit(self, accept_changes: bool) -> Outcome:
         """Resume from the newest valid checkpoint, train, and end as asked."""
@@ -319,13 +191,13 @@ class Trainer:
                         break
                     if self._ending:
                         break
-                    self._context.requests.check()
+                    self._context.check()
             return self._finish()
         except Interrupted:
             if self.step and self._checkpoints.is_finite():
                 self._save_if_missing()
-                return self._context.finish_early(self.step, lambda: self._export(self.step))
-            return self._context.finish_unprepared()
+                return finish_early(self._context, self.step, lambda: self._export(self.step))
+            return finish_unprepared(self._context)
 
     @property
     def _ending(self) -> bool:
@@ -353,7 +225,7 @@ class Trainer:
 
     def _steps(self) -> Iterator[Step]:
         """The steps from here on, until one does not fit into memory and the stretch has to begin anew."""
-        settings = StepSettings.of(self._config, self._context.goal, self._guard.lr_scale)
+        settings = StepSettings(self._config, self._context.goal, self._guard.lr_scale)
         group, session = self._context.group, self._session
         if group is not None:
             group.broadcast_object(SharedState.of(self._state, self.step, self._guard.lr_scale))
@@ -375,11 +247,7 @@ class Trainer:
             yield step
 
     def _take_less_memory(self, error: Exception) -> None:
-        """After a step that did not fit; if the optimizer failed midway, go back to the last checkpoint.
-
-        Raises:
-            OutOfMemory: there is no way to take less.
-        """
+        """After a step that did not fit; if the optimizer failed midway, go back to the last checkpoint."""
         if self._context.group is not None:
             raise OutOfMemory(OUT_OF_MEMORY_IN_A_PROCESS) from error
         partial = isinstance(error, PartialUpdate)
@@ -388,24 +256,21 @@ class Trainer:
         if not done:
             done = self._memory.apply_next(self.step)
             self._plan = self._plan.with_fallbacks(self._memory.applied)
-            self._plan.write(self._run)
+            self._plan.write(self._context.run)
         again = f"step {self.step + 1} is done again"
         if partial:
             state = self._checkpoints.load_latest_or_start()
             self._restore(state)
             self._guard.restore(state.health)
             again = f"it goes on from step {self.step}"
-        self._reporter.warn(self.step, f"Memory ran out, so {again}. {done}")
+        self._context.warn(self.step, f"Memory ran out, so {again}. {done}")
         if partial:
             self._report_resumed()
         self._timer.skip_next()
 
     def _wait_for_memory(self) -> str:
-        """Wait for memory of a card that another process may hold, once for each step.
-
-        Returns:
-            A sentence if the step is worth another try, else "".
-        """
+        """Wait for memory of a card that another process may hold, once for each step; returns a sentence if
+        the step is worth another try, else ""."""
         device = self._state.base.device
         if device.type != "cuda" or self._retried_at == self.step:
             return ""
@@ -416,43 +281,34 @@ class Trainer:
         return "Other programs may have held the memory; it is tried as it is once more."
 
     def _after_step(self, step: Step) -> None:
-        """Log a step and do what is due after it.
-
-        Raises:
-            NeedsRollback: training diverged.
-        """
-        self.step = step.number
-        self._reporter.emit(
-            events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds)
-        )
-        problem = describe_nonfinite(step.nonfinite) if step.nonfinite else ""
+        """Log a step and do what is due after it; raises NeedsRollback if training diverged."""
+        context, number = self._context, step.number
+        self.step = number
+        context.emit(events.StepDone(step=number, loss=step.loss, lr=step.lr, seconds=step.seconds))
+        problem = describe_nonfinite(self._session, StepSettings(self._config, context.goal), step)
         if problem:
-            self._reporter.warn(
-                step.number, f"Step {step.number} was passed over: {problem}. The adapter is as before it."
-            )
+            context.warn(number, f"Step {number} was passed over: {problem}. The adapter is as before it.")
         diverged = self._guard.update(step.loss, problem)
-        self._take_requests()
-        if not diverged and self._save.scheduled(step.number) and not self._checkpoints.is_finite():
+        for request in context.pending("save", "preview"):
+            context.mark_handled(number, request)
+            (self._save if request["action"] == "save" else self._sample).requested = True
+        if not diverged and self._save.certain(number) and not self._checkpoints.is_finite():
             diverged = "the adapter itself is no longer finite"
         if diverged:
             raise NeedsRollback(diverged)
         if (times := self._timer.update(step.seconds)) is not None:
             device = self._state.base.device.type
-            self._reporter.warn(step.number, describe_slow_step(step.number, step.seconds, times, device))
-        for callback in self.callbacks:
-            if callback.due(step.number):
-                callback(step.number)
+            context.warn(number, describe_slow_step(number, step.seconds, times, device))
+        callbacks: tuple[Callback, ...] = (self._validate, self._save, self._sample)
+        for callback in callbacks:
+            if callback.due(number):
+                callback(number)
                 self._timer.skip_next()
-        if self._validate.every != self._plan.validate_every:
-            self._plan = replace(self._plan, validate_every=self._validate.every)
-            self._plan.write(self._run)
-        self._memory.apply_until(step.number)
+        if self._validate.limited != self._plan.validate_every:
+            self._plan = replace(self._plan, validate_every=self._validate.limited)
+            self._plan.write(context.run)
+        self._memory.apply_until(number)
         self._update_stop_reason()
-
-    def _take_requests(self) -> None:
-        for request in self._context.requests.pending("save", "preview"):
-            self._context.mark_handled(self.step, request)
-            (self._save if request["action"] == "save" else self._sample).request()
 
     def _update_stop_reason(self) -> None:
         """Stop early if validation says so; not if the run did so before and the user wanted more."""
@@ -460,25 +316,21 @@ class Trainer:
             self._stop_reason = self._validate.stop_reason(self.step)
 
     def _roll_back(self, why: str) -> None:
-        """Return to the last good state with half the learning rates.
-
-        Raises:
-            Diverged: it was done three times before.
-        """
-        if self._guard.rollbacks >= MAX_ROLLBACKS:
-            lr = self._config.optimizer.lr * self._guard.lr_scale
+        """Return to the last good state with half the learning rates, three times at most."""
+        guard, at = self._guard, self.step
+        if guard.rollbacks >= MAX_ROLLBACKS:
+            lr = self._config.optimizer.lr * guard.lr_scale
             raise Diverged(
-                f"Training does not hold at step {self.step}, though the learning rate was halved"
+                f"Training does not hold at step {at}, though the learning rate was halved"
                 f" {MAX_ROLLBACKS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to"
                 " fp32, look at the pictures that the notes name, and start again; the last checkpoint is"
                 " whole."
             )
-        at = self.step
-        self._restore(self._checkpoints.roll_back(self._guard))
-        self._reporter.warn(
+        self._restore(self._checkpoints.roll_back(guard.roll_back_to))
+        self._context.warn(
             self.step,
             f"At step {at} {why}, so training goes on from step {self.step}, the last good state, with the"
-            f" learning rates halved ({self._guard.rollbacks} of at most {MAX_ROLLBACKS} times).",
+            f" learning rates halved ({guard.rollbacks} of at most {MAX_ROLLBACKS} times).",
         )
         self._report_resumed()
         self._timer.skip_next()
@@ -491,23 +343,50 @@ class Trainer:
         export = self._export(self.step)
         path = self._context.relative(export)
         if done:
-            self._reporter.emit(events.Finished(step=self.step, export=path))
+            self._context.emit(events.Finished(step=self.step, export=path))
             return Outcome("done", export)
-        self._reporter.emit(events.Stopped(step=self.step, export=path, reason=self._stop_reason))
+        self._context.emit(events.Stopped(step=self.step, export=path, reason=self._stop_reason))
         return Outcome("stopped", export)
 
     def _save_if_missing(self) -> None:
-        if self.step not in self._run.checkpoint_steps():
+        if self.step not in self._context.run.checkpoint_steps():
             self._save(self.step)
 
     def _report_resumed(self) -> None:
-        self._reporter.emit(events.Resumed(step=self.step, steps=self._context.goal))
+        self._context.emit(events.Resumed(step=self.step, steps=self._context.goal))
 
     def _start_workers(self) -> None:
         """Have the other processes prepare the run as this one did."""
-        if self._context.group is not None and not self._ending:
-            self._context.group.broadcast_object(WorkerStart(self._run.path, self._plan, self._context.goal))
-            self._context.group.barrier()
+        group = self._context.group
+        if group is not None and not self._ending:
+            group.broadcast_object(WorkerStart(self._context.run.path, self._plan, self._context.goal))
+            group.barrier()
+
+
+def finish_early(context: RunContext, step: int, export: Callable[[], Path] | None) -> Outcome:
+    """End as asked: paused, or stopped with an export if there is something to export."""
+    request = next(iter(context.pending("stop", "pause")), None)
+    pausing = request is not None and request["action"] == "pause" and not context.signalled
+    if request is not None:
+        context.mark_handled(step, request)
+    if pausing:
+        context.emit(events.Paused(step=step))
+        return Outcome("paused")
+    path = export() if export is not None else None
+    context.emit(events.Stopped(step=step, export=context.relative(path) if path else ""))
+    return Outcome("stopped", path, context.signalled)
+
+
+def finish_unprepared(context: RunContext) -> Outcome:
+    """End as asked before training began: with the newest valid checkpoint, if there is one."""
+    run = context.run
+    found = load_first_valid(run, run.checkpoint_steps()[::-1], context.emit)
+    if found is None:
+        return finish_early(context, 0, None)
+    step = found[1].step
+    return finish_early(
+        context, step, lambda: Path(export_checkpoint(run, str(step), run.name, EXPORT_FORMAT)["file"])
+    )
 
 
 def train(
@@ -541,70 +420,37 @@ def train(
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
     stopping = stopping or StopRequest()
-    requests = RequestWatcher(run, before.handled, stopping)
     trainer: Trainer | None = None
-    log = EventLog(run, on_event)
-    context = RunContext(run, goal, before, ProgressReporter(log.emit, requests.check), requests, group)
+    context = RunContext(run, goal, before, on_event, stopping, group)
     try:
         require_packages(config)
         if config.save.tensorboard:
-            log.add_tensorboard(TensorBoardWriter(run, before.step))
+            context.open_tensorboard()
         with stopping.taken():
             try:
-                trainer = Trainer(context, set_up(context, config, accept_changes))
+                trainer = Trainer(context, *set_up(context, config, accept_changes))
             except Interrupted:
-                return context.finish_unprepared()
+                return finish_unprepared(context)
             return trainer.fit(accept_changes)
     except Exception as error:
         problem = _to_lora_error(run, _original(error))
-        _report_failure(log.emit, trainer.step if trainer else 0, problem, error)
+        context.emit(_failure(trainer.step if trainer else 0, problem, _original(error)))
         if problem is None or problem is error:
             raise
         raise problem from error
     finally:
-        log.close()
+        context.close()
 
 
-class EventLog:
-    """Writes events to the run's folder, and shows them to a caller and to TensorBoard."""
-
-    def __init__(self, run: RunFolder, on_event: Callable[[events.Event], None]) -> None:
-        """Append to the run's events."""
-        self._writer = EventWriter(run.events_file)
-        self._on_event = on_event
-        self._tensorboard: TensorBoardWriter | None = None
-
-    def emit(self, event: events.Event) -> None:
-        """Write and show an event."""
-        self._writer.write(event)
-        self._on_event(event)
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):
-                self._tensorboard.show(event)
-
-    def add_tensorboard(self, tensorboard: TensorBoardWriter) -> None:
-        """Show events to TensorBoard too, from now on."""
-        self._tensorboard = tensorboard
-
-    def close(self) -> None:
-        """Close all files."""
-        self._writer.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-
-def _report_failure(
-    emit: Callable[[events.Event], None], step: int, problem: LoraError | None, error: Exception
-) -> None:
+def _failure(step: int, problem: LoraError | None, error: BaseException) -> events.Event:
+    """The event that tells of an error; `problem` is what it means for a user, None for a defect."""
+    if problem is None:
+        reason = f"A defect of the program: {type(error).__name__}: {error}"
+        return events.Failed(step=step, reason=reason, cause="defect")
     if isinstance(problem, NoRoom):
-        emit(events.Paused(step=step, reason=str(problem), cause=problem.cause))
-    elif problem is not None:
-        changed = problem.changed if isinstance(problem, InputsChanged) else []
-        emit(events.Failed(step=step, reason=str(problem), cause=problem.cause, changed=changed))
-    else:
-        original = _original(error)
-        reason = f"A defect of the program: {type(original).__name__}: {original}"
-        emit(events.Failed(step=step, reason=reason, cause="defect"))
+        return events.Paused(step=step, reason=str(problem), cause=problem.cause)
+    changed = problem.changed if isinstance(problem, InputsChanged) else []
+    return events.Failed(step=step, reason=str(problem), cause=problem.cause, changed=changed)
 
 
 def _to_lora_error(run: RunFolder, error: BaseException) -> LoraError | None:

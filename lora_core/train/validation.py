@@ -33,7 +33,7 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected
 from lora_core.models.load import BaseModel
 from lora_core.runs import events
-from lora_core.settings.schema import ValidationSection
+from lora_core.settings.config import RunConfig
 from lora_core.train.data import LatentCache, PromptCache, TrainImage, load_or_compute, short_digest
 from lora_core.train.loop import TrainState
 
@@ -65,15 +65,9 @@ class ForgettingSet:
     def __init__(
         self, base: BaseModel, text: PromptCache, folder: Path, identity: str, count: int, side: int
     ) -> None:
-        """Nothing is sampled yet.
+        """Nothing is sampled yet; `identity` is a hash of the base, `folder` that of the cache.
 
-        Args:
-            base: the base.
-            text: embeddings of captions; those of `prompts` have to be known to it.
-            folder: of the cache.
-            identity: what the base is.
-            count: number of images; beyond the number of prompts, those come again with the next seed.
-            side: about how many pixels wide and high they are.
+        Of `count` images, those beyond the number of prompts have these again with the next seed.
         """
         self._base = base
         self._text = text
@@ -93,19 +87,18 @@ class ForgettingSet:
     def images(self, draws: int, seed: int, on_step: OnStep) -> list[EvalImage]:
         """The images with `draws` noise draws each; `on_step` is called while they are sampled."""
         if not self._images:
-            for prompt, number in self._requests:
-                request = GenerationRequest(
-                    seed=number, steps=_STEPS, cfg=_CFG, cfg_rescale=0.0, sampler=_SAMPLER,
-                    width=self.side, height=self.side,
-                )  # fmt: skip
-                latents = self._latents(prompt, request, on_step)
-                timesteps = self._base.noise.num_timesteps
-                noise = eval_noise(f"{prompt}/{number}", latents, draws, seed, timesteps)
-                self._images.append(EvalImage(latents, noise, prompt))
+            latents = [self._latents(prompt, number, on_step) for prompt, number in self._requests]
+            for own, (prompt, number) in zip(latents, self._requests, strict=True):
+                noise = eval_noise(f"{prompt}/{number}", own, draws, seed, self._base.noise.num_timesteps)
+                self._images.append(EvalImage(own, noise, prompt))
         return self._images
 
-    def _latents(self, prompt: str, request: GenerationRequest, on_step: OnStep) -> torch.Tensor:
+    def _latents(self, prompt: str, number: int, on_step: OnStep) -> torch.Tensor:
         base = self._base
+        request = GenerationRequest(
+            seed=number, steps=_STEPS, cfg=_CFG, cfg_rescale=0.0, sampler=_SAMPLER, width=self.side,
+            height=self.side,
+        )  # fmt: skip
         kept = (base.dtype, base.device.type, is_quantized(base.denoiser))
         name = short_digest(self._identity, prompt, request, kept)
 
@@ -119,15 +112,8 @@ class ForgettingSet:
 
 @dataclass
 class ValidationSets:
-    """The images that answer a validation's three questions.
-
-    Attributes:
-        held_out: is there a gain?
-        training: how much of it is memorization? Empty where that is not measured.
-        forgetting: what is forgotten? None where that is not measured.
-        draws, seed: noise draws per image, and their seed.
-        notes: what a user should know of them, a sentence each.
-    """
+    """The images that answer a validation's three questions: `training` is empty and `forgetting` None where
+    these are not measured; `draws` per image, with their seed; notes for the user."""
 
     held_out: list[EvalImage]
     training: list[EvalImage] = field(default_factory=list)
@@ -137,11 +123,7 @@ class ValidationSets:
     notes: list[str] = field(default_factory=list)
 
     def by_name(self, on_step: OnStep) -> dict[str, list[EvalImage]]:
-        """The sets that there are; the adapter has to be off.
-
-        Args:
-            on_step: called while the base's own images are sampled.
-        """
+        """The sets that there are, with the adapter off; `on_step` is called while images are sampled."""
         found = {"held out": self.held_out}
         if self.training:
             found["training"] = self.training
@@ -153,44 +135,37 @@ class ValidationSets:
 def build_validation_sets(
     images: list[TrainImage],
     held_out: list[TrainImage],
-    to_eval: Callable[[TrainImage, str], EvalImage],
-    section: ValidationSection,
-    trigger: str,
-    seed: int,
+    cache: LatentCache,
+    config: RunConfig,
+    timesteps: int,
 ) -> ValidationSets:
-    """Held-out and training images, ready to be measured.
+    """Held-out and training images with fixed draws of noise and timestep, ready to be measured.
 
     Where there are too few images to hold any out, training images with each other's captions take their
     place: a cross-validation over captions.
-
-    Args:
-        images, held_out: to train on, and kept out of training.
-        to_eval: makes an image with a caption ready, see `make_eval_image`.
-        section: what is measured.
-        trigger: the trigger word.
-        seed: of the choice of training images.
     """
+    section = config.validation
     if not section.every or not section.pictures:
         return ValidationSets([])
-    captions = [plain_caption(image.record.caption, trigger) for image in images]
+
+    def to_eval(image: TrainImage, captioned: TrainImage | None = None) -> EvalImage:
+        """`image`, with the caption of another one if given."""
+        latents = cache.latents(image.record, image.bucket, False)
+        digest = hash_file(image.record.path)
+        noise = eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
+        caption = plain_caption((captioned or image).record.caption, config.dataset.trigger)
+        return EvalImage(latents, noise, caption, image.sizes)
+
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
-    order = random.Random(f"{seed}/measured").sample(range(len(images)), min(count, len(images)))
-    training = [to_eval(images[index], captions[index]) for index in sorted(order)]
-    kept = training if section.memorization else []
+    order = random.Random(f"{config.seed}/measured").sample(range(len(images)), min(count, len(images)))
+    training = [to_eval(images[index]) for index in sorted(order)] if section.memorization else []
+    sets = ValidationSets([], training, None, section.draws_per_image, config.seed)
     if held_out:
-        measured = [to_eval(image, plain_caption(image.record.caption, trigger)) for image in held_out]
-        return ValidationSets(measured, kept, None, section.draws_per_image, seed)
-    crossed = [to_eval(images[index], captions[(index + 1) % len(images)]) for index in sorted(order)]
-    return ValidationSets(crossed, kept, None, section.draws_per_image, seed, notes=[CROSSED])
-
-
-def make_eval_image(
-    image: TrainImage, caption: str, cache: LatentCache, draws: int, seed: int, timesteps: int
-) -> EvalImage:
-    """An image of the dataset with `draws` fixed draws of noise and timestep."""
-    latents = cache.latents(image.record, image.bucket, False)
-    noise = eval_noise(hash_file(image.record.path), latents, draws, seed, timesteps)
-    return EvalImage(latents, noise, caption, image.sizes)
+        sets.held_out = [to_eval(image) for image in held_out]
+    else:
+        sets.held_out = [to_eval(images[i], images[(i + 1) % len(images)]) for i in sorted(order)]
+        sets.notes.append(CROSSED)
+    return sets
 
 
 @contextmanager
@@ -278,12 +253,7 @@ class Validator:
         return sampled + count * (1 if self._base_losses else 2) + (self.state.average is not None)
 
     def validate(self, step: int, on_step: OnStep) -> events.Validated:
-        """Measure the adapter; `best` is this step afterwards if it is the best so far.
-
-        Args:
-            step: optimizer steps done.
-            on_step: called as images are done.
-        """
+        """Measure the adapter after `step`, which is `best` afterwards if it is the best so far."""
         state = self.state
         with evaluating(state):
             with at_strength(state.injected, 0.0):

@@ -161,7 +161,7 @@ def _opened(config: RunConfig, place: Path) -> "Dataset | None":
 def _measure_step(config: RunConfig, place: Path, device: str) -> None:
     """Take a few steps, and keep what they took in the workspace."""
     from lora_core.runs.costs import StepCost, keep_cost, step_passes
-    from lora_core.train.step_timing import time_steps
+    from lora_core.train.autotune import time_steps
 
     took = time_steps(config, place / "cache")
     cost = StepCost(took["step"], took["draw"], took["peak"], config.model.base, device, step_passes(config))

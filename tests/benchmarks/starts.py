@@ -66,7 +66,7 @@ def by_directions(which: Callable[[torch.Tensor, int], torch.Tensor]) -> Callabl
 
 def orthogonal(training: Training) -> None:
     """Random down factors whose rows are orthogonal."""
-    generator = torch.Generator().manual_seed(training.plan.seed)
+    generator = torch.Generator().manual_seed(training.plan.config.seed)
     for layer in training.layers.values():
         drawn = torch.randn(layer.down.flatten(1).shape, generator=generator)
         layer.down.copy_((LENGTH * torch.linalg.qr(drawn.T).Q.T).view_as(layer.down))
@@ -77,7 +77,7 @@ def gradient(training: Training) -> None:
     factors at random and down factors of zero, the latter's gradient is that sketch (Wang et al. 2024,
     "LoRA-GA", takes the singular vectors themselves)."""
     state = training.session.state
-    generator = torch.Generator().manual_seed(training.plan.seed)
+    generator = torch.Generator().manual_seed(training.plan.config.seed)
     for layer in training.layers.values():
         layer.down.zero_()
         layer.up.copy_(torch.randn(layer.up.shape, generator=generator))
@@ -128,7 +128,7 @@ def gains_of(
         run = RunFolder.create(Path(home) / "runs" / "run", config)
         plan = RuntimePlan("fp32", "cpu", torch.get_num_threads(), layout=PLAIN)
         session = prepare(run, config, plan, lambda *told: None)
-        training = Training(session, StepSettings.of(config, config.train.steps))
+        training = Training(session, StepSettings(config, config.train.steps))
         with torch.no_grad():
             start(training)
         found = []

@@ -21,7 +21,8 @@ from lora_core.data.audit import (
 from lora_core.data.captions import CaptionRules
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
-from lora_core.train.data import Batches, BatchSettings, assign_buckets
+from lora_core.train.data import Batches
+from lora_core.train.setup import assign_buckets
 
 
 def subject(seed: int, background: str = "white", size: tuple[int, int] = (96, 96)) -> Image.Image:
@@ -176,7 +177,7 @@ class NoLatents:
 def test_shares_are_those_of_a_run(batch: int) -> None:
     items = assign_buckets(RECORDS, 64, 8)
     rules = CaptionRules("", 0.0, 0.0, False, 0)
-    batches = Batches(items, BatchSettings(batch, False, rules, 0), NoLatents())  # type: ignore[arg-type]
+    batches = Batches(items, NoLatents(), rules, batch, False, 0)  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()
     for number in range(epochs * batches._batches_per_epoch):

@@ -10,8 +10,8 @@ from lora_core.generate.pipeline import Pipeline, generate_image, latent_preview
 from lora_core.generate.request import GenerationRequest, WeightedLora, grid_requests, parse_axis
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import decode_latents
 from lora_core.models.load import load_base
+from lora_core.models.vae import decode_latents
 from lora_core.tools.svd import truncate_adapter
 
 SIZE = {"steps": 2, "cfg": 3.0, "width": 64, "height": 64}

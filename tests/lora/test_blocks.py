@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from lora_core.errors import ConfigError
-from lora_core.lora.inject import BlockOverrides, adapter_weights, inject_layers, plan_layers
+from lora_core.lora.inject import adapter_weights, inject_layers, plan_layers
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import ATTENTION, KOHYA, Targets
+from lora_core.settings.schema import AdapterSection
 from tests.tiny import tiny_text_encoder, tiny_unet
 
-SHAPE = LoraSpec(8, 4.0)
+SECTION, SPEC = AdapterSection(rank=8, alpha=4.0), LoraSpec(8, 4.0)
 RATES = {"unet": 1e-4, "text_encoder": 5e-5}
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
 
@@ -19,14 +20,15 @@ def modules():
     return {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
 
 
-def _plans(modules, **blocks):
-    return plan_layers(modules, RATES, KOHYA, SHAPE, BlockOverrides(**blocks))
+def _plans(modules, ranks=None, alphas=None, rates=None):
+    section = AdapterSection(rank=8, alpha=4.0, block_ranks=ranks or {}, block_alphas=alphas or {})
+    return plan_layers(modules, RATES, KOHYA, section, rates or {})
 
 
 def test_without_tables_all_layers_are_alike(modules):
     plans = _plans(modules)
     assert len(plans) == 48 + 12
-    assert {plan.spec for plan in plans.values()} == {SHAPE}
+    assert {plan.spec for plan in plans.values()} == {SPEC}
     assert {(part, plan.rate) for (part, _), plan in plans.items()} == set(RATES.items())
 
 
@@ -48,8 +50,8 @@ def test_the_last_pattern_that_is_found_counts(modules):
 
 def test_rates_by_block_stand_above_those_of_the_parts(modules):
     plans = plan_layers(
-        modules, {"unet": 0.0, "text_encoder": 5e-5}, ATTENTION, SHAPE,
-        BlockOverrides(rates={"mid_block": 2e-4, r"layers\.0": 0.0}),
+        modules, {"unet": 0.0, "text_encoder": 5e-5}, ATTENTION, SECTION,
+        {"mid_block": 2e-4, r"layers\.0": 0.0},
     )  # fmt: skip
     rates = {key: plan.rate for key, plan in plans.items()}
     assert len(rates) == 8 + 4
@@ -61,8 +63,7 @@ def test_rates_by_block_stand_above_those_of_the_parts(modules):
 def test_what_an_earlier_adapter_has_stays_in_it_untrained(modules):
     untrained = ("unet", f"{MIDDLE}.attn1.to_q")
     plans = plan_layers(
-        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE,
-        BlockOverrides(rates={"mid_block": 0.0}),
+        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SECTION, {"mid_block": 0.0},
         {untrained, ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")},
     )  # fmt: skip
     assert plans[untrained].rate == 0.0
@@ -77,8 +78,8 @@ def test_rslora_scales_by_the_root_of_the_rank(modules, rank, alpha):
         {"unet": modules["unet"]},
         {"unet": 1.0},
         ATTENTION,
-        LoraSpec(rank, alpha),
-        BlockOverrides(rslora=True),
+        AdapterSection(rank=rank, alpha=alpha, rslora=True),
+        {},
     )
     (shape,) = {plan.spec for plan in plans.values()}
     # Kalajdzievski 2023, section 3: gamma = alpha / sqrt(r).
@@ -91,8 +92,8 @@ def test_the_layers_act_at_their_own_scale():
         modules,
         {"unet": 1.0},
         ATTENTION,
-        LoraSpec(4, 2.0),
-        BlockOverrides({"to_q$": 16}, {"to_k": 8.0}, rslora=True),
+        AdapterSection(rank=4, alpha=2.0, rslora=True, block_ranks={"to_q$": 16}, block_alphas={"to_k": 8.0}),
+        {},
     )
     injected = inject_layers(modules, {key: plan.spec for key, plan in plans.items()}, 0)
     with torch.no_grad():
@@ -126,17 +127,17 @@ def test_a_pattern_that_does_nothing_is_named(modules, blocks, named):
 
 
 def test_nothing_to_train_is_a_sentence(modules):
-    for rates, blocks in (
-        ({"unet": 0.0, "text_encoder": 0.0}, BlockOverrides()),
-        (RATES, BlockOverrides(rates={"": 0.0})),
-        (RATES, BlockOverrides(ranks={"": 0})),
+    for rates, ranks, block_lr in (
+        ({"unet": 0.0, "text_encoder": 0.0}, {}, {}),
+        (RATES, {}, {"": 0.0}),
+        (RATES, {"": 0}, {}),
     ):
         with pytest.raises(ConfigError, match="Nothing would be trained"):
-            plan_layers(modules, rates, KOHYA, SHAPE, blocks)
+            plan_layers(modules, rates, KOHYA, AdapterSection(rank=8, block_ranks=ranks), block_lr)
 
 
 def test_a_part_without_patterns_is_left_out_and_one_without_layers_is_refused(modules):
-    plans = plan_layers(modules, RATES, Targets(KOHYA.unet, ""), SHAPE, BlockOverrides())
+    plans = plan_layers(modules, RATES, Targets(KOHYA.unet, ""), SECTION, {})
     assert {part for part, _ in plans} == {"unet"}
     with pytest.raises(ConfigError, match="The text_encoder of this base has no layer"):
-        plan_layers(modules, RATES, Targets(KOHYA.unet, "nothing"), SHAPE, BlockOverrides())
+        plan_layers(modules, RATES, Targets(KOHYA.unet, "nothing"), SECTION, {})

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_core.errors import ModelFileError
 from lora_core.models import device
 from lora_core.models.device import compute_deterministically, dtype_of
-from lora_core.models.encode import decode_latents, encode_image, encode_prompt, token_chunks
+from lora_core.models.encode import encode_prompt, token_chunks
 from lora_core.models.load import load_base, open_base
 from lora_core.models.unet import NoiseSchedule
+from lora_core.models.vae import decode_latents, encode_image
 from tests.tiny import tiny_folder
 
 CPU = torch.device("cpu")

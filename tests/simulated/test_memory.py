@@ -21,9 +21,9 @@ from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.encode import decode_latents, encode_image
 from lora_core.models.load import BaseModel, streamline
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
+from lora_core.models.vae import decode_latents, encode_image
 from lora_core.settings.schema import LossSection
 from lora_core.system.files import FAMILY_CONFIGS
 from lora_core.train.loss import diffusion_loss, sample_noise

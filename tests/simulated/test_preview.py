@@ -29,9 +29,10 @@ from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.encode import decode_latents, encode_negative_prompt, encode_prompt
+from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
+from lora_core.models.vae import decode_latents
 from lora_core.settings.choices import SAMPLERS
 from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice

@@ -41,7 +41,7 @@ def test_a_step_waits_once_and_copies_twice_for_each_batch(
         run = toy(tmp_path).run("one", **{"train__precision": "auto", "loss__min_snr": 5.0, **settings})
         config = run.config()
         session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
-        plan = StepSettings.of(config, STEPS + 1)
+        plan = StepSettings(config, STEPS + 1)
         steps = training_steps(session.state, session.batches, session.text, plan, 0)
         next(steps)
         card.clear()

@@ -6,7 +6,8 @@ import torch
 from lora_core.data.captions import CaptionRules
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.train.data import Batches, BatchSettings, all_views, assign_buckets
+from lora_core.train.data import Batches
+from lora_core.train.setup import all_views, assign_buckets
 
 PLAIN = CaptionRules("", 0.0, 0.0, False, 0)
 
@@ -26,7 +27,7 @@ def _records(tmp_path, sizes, repeats=1):
 
 
 def _batches(records, size=2, seed=0, flip=False, rules=PLAIN):
-    return Batches(assign_buckets(records, 128, 32), BatchSettings(size, flip, rules, seed), Numbers())
+    return Batches(assign_buckets(records, 128, 32), Numbers(), rules, size, flip, seed)
 
 
 def test_a_batch_follows_from_seed_and_number_alone(tmp_path):

@@ -10,8 +10,8 @@ from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ModelSection
-from lora_core.train import fingerprint
-from lora_core.train.fingerprint import base_inputs, check_inputs
+from lora_core.train import setup
+from lora_core.train.setup import base_inputs, check_inputs
 from tests.checkpoints import write_single
 
 
@@ -51,7 +51,7 @@ def _settings(pictures, run, monkeypatch):
 
 
 def _package(pictures, run, monkeypatch):
-    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9" if name == "torch" else "1")
+    monkeypatch.setattr(setup, "version", lambda name: "9.9" if name == "torch" else "1")
     return "the package torch"
 
 

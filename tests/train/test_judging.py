@@ -13,6 +13,7 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import validation
 from lora_core.train.export import export_checkpoint
+from lora_core.train.setup import RuntimePlan, prepare
 from tests.faults import corrupt
 from tests.train.runs import Toy, broken_at, result, tensors, trained
 
@@ -127,7 +128,7 @@ def test_validation_keeps_to_its_share_of_the_time(own_toy: Toy, share: float) -
 def test_the_share_is_of_the_time_that_steps_take(own_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A validation of 0.35 s against steps of 0.1 s: with a fifth of the time it may be done every 18 steps,
     which is every 18 where 2 are wished for."""
-    from lora_core.train.divergence import StepTimer
+    from lora_core.train.callbacks import StepTimer
 
     run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__max_time_share=0.2)
     monkeypatch.setattr(StepTimer, "median", 0.1)
@@ -161,3 +162,21 @@ def test_validating_changes_nothing_of_the_training(own_toy: Toy) -> None:
     run = own_toy.run("with", validation__pictures=0.1, validation__every=3, validation__patience=0)
     trained(run)
     assert result(run)["adapter.safetensors"] == result(wanted)["adapter.safetensors"]
+
+
+def test_images_of_the_base_are_sampled_again_after_a_failure(own_toy: Toy) -> None:
+    run = own_toy.run("own", validation__pictures=1, validation__every=6, validation__forgetting=2)
+    config = run.config()
+    session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
+    own = session.validation_sets.forgetting
+    assert own is not None
+    calls: list[int] = []
+
+    def fail_in_the_second(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) > total + 2:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        own.images(2, 0, fail_in_the_second)
+    assert len(own.images(2, 0, lambda *_: None)) == 2

@@ -60,7 +60,7 @@ def _session(place: Path, config: RunConfig):
 
 
 def _steps(session, config, count):
-    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, 4), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings(config, 4), 0)
     for _ in range(count):
         next(steps)
         yield adapter_weights(session.state.injected).layers

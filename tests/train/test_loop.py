@@ -17,8 +17,7 @@ from lora_core.lora.inject import adapter_weights
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.train import loop
-from lora_core.train.callbacks import draw_samples
-from lora_core.train.divergence import describe_nonfinite
+from lora_core.train.callbacks import describe_nonfinite, draw_samples
 from lora_core.train.loop import EMA, StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
 
@@ -58,7 +57,7 @@ def _session(tmp_path, config, name="run"):
 
 def _trained(session, config, done, until):
     """Step from `done` to `until`; returns the adapter and the optimizer's state."""
-    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), done)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings(config, STEPS), done)
     for _ in range(until - done):
         next(steps)
     return adapter_weights(session.state.injected), session.state.optimizer.state_dict()
@@ -119,7 +118,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(tmp_path, config):
 def test_accumulating_equals_a_larger_batch(tmp_path, config):
     """Two micro-batches of one weigh as one of two: the same draws are fed in by hand."""
     session = _session(tmp_path, config.changed({"train.gradient_accumulation_steps": 2}))
-    plan = StepSettings.of(
+    plan = StepSettings(
         config.changed({"train.gradient_accumulation_steps": 2, "optimizer.max_grad_norm": 0.0}), STEPS
     )
     step = next(training_steps(session.state, session.batches, session.text, plan, 0))
@@ -128,7 +127,7 @@ def test_accumulating_equals_a_larger_batch(tmp_path, config):
     losses = []
     for number in range(2):
         other = _session(tmp_path, config)
-        shifted = dataclasses.replace(plan, accumulate=1)
+        shifted = StepSettings(plan.config.changed({"train.gradient_accumulation_steps": 1}), STEPS)
         original = other.batches.batch
         other.batches.batch = lambda n, original=original, number=number: original(number)
         generator_shift = _noise_of(number)
@@ -160,7 +159,7 @@ def test_it_learns(tmp_path, config):
     base, text = session.state.base, session.text
     pictures = encode_eval_images(base, scan(Path(config.dataset.path)).records, 8, 0)
     before = eval_losses(base, pictures, text.embed)
-    list(training_steps(session.state, session.batches, text, StepSettings.of(config, 30), 0))
+    list(training_steps(session.state, session.batches, text, StepSettings(config, 30), 0))
     after = eval_losses(base, pictures, text.embed)
     # Five pictures differ too much for a small standard error: each of them has to be learned instead.
     assert (before - after).mean(1).min() > 0
@@ -186,7 +185,7 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, conf
         layer.up.register_hook(
             lambda grad: grad * float("nan") if calls.append(1) or len(calls) == 2 else grad
         )
-    steps = training_steps(state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
+    steps = training_steps(state, session.batches, session.text, StepSettings(config, STEPS), 0)
     assert next(steps).nonfinite is None
     before = adapter_weights(state.injected), state.average.weights()
     moments = [v.clone() for moments in state.optimizer.state.values() for v in moments.values()]
@@ -198,9 +197,8 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, conf
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
     name = session.batches.batch(1).names[0]
     what = "the loss is" if where == "loss" else f"the gradient of {' '.join(key)} is"
-    assert re.fullmatch(
-        rf"{re.escape(what)} not finite \({name} at timestep \d+\)", describe_nonfinite(bad.nonfinite)
-    )
+    told = describe_nonfinite(session, StepSettings(config, STEPS), bad)
+    assert re.fullmatch(rf"{re.escape(what)} not finite \({name} at timestep \d+\)", told)
     assert next(steps).nonfinite is None
     assert not _equal(adapter_weights(state.injected), before[0])
 
@@ -214,7 +212,7 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     state.average = EMA(state.injected, state.flat_params, 0.5)
     state.flat_params.data.data.add_(1.0)
     averages = state.average.weights()
-    steps = list(training_steps(state, session.batches, session.text, StepSettings.of(config, 3), 0))
+    steps = list(training_steps(state, session.batches, session.text, StepSettings(config, 3), 0))
     assert [step.nonfinite for step in steps] == [None, None, None]
     assert state.scaler.get_scale() < 2.0**127
     assert _equal(state.average.weights(), averages), "a step that was passed over is none to average"
@@ -222,8 +220,9 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     layer = next(iter(state.injected.layers.values()))
     layer.param_view = None  # the plain way, where autograd calls hooks
     layer.up.register_hook(lambda grad: grad * float("inf"))
-    steps = list(training_steps(state, session.batches, session.text, StepSettings.of(config, 2), 0))
-    assert all(step.nonfinite.what == "gradient" for step in steps)
+    settings = StepSettings(config, 2)
+    for step in training_steps(state, session.batches, session.text, settings, 0):
+        assert describe_nonfinite(session, settings, step).startswith("the gradient")
 
 
 def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
@@ -231,7 +230,7 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
         {"optimizer.text_encoder_lr": 5e-4, "optimizer.warmup": 0.0, "optimizer.schedule": "linear"}
     )
     session = _session(tmp_path, config)
-    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings(config, STEPS), 0)
     rates = []
     for step in steps:
         rates.append((step.lr, session.state.optimizer.param_groups[1]["lr"]))
@@ -242,7 +241,7 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
 def test_the_text_encoder_stops_early_on_request(tmp_path, config):
     config = config.changed({"optimizer.stop_text_encoder_at": 0.5, "optimizer.schedule": "constant"})
     session = _session(tmp_path, config)
-    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings(config, STEPS), 0)
     seen = []
     for _ in steps:
         text = adapter_weights(session.state.injected).layers

@@ -81,7 +81,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
     """Same pictures, captions, noise and dropout masks, those of a trained text encoder too."""
     more = {key.replace(".", "__"): value for key, value in RANDOM.items()} if random else {}
     session, config = session_of(own_toy, "parts", **BATCH, **more, loss__noise_offset=0.05)
-    state, plan = session.state, StepSettings.of(config, 12)
+    state, plan = session.state, StepSettings(config, 12)
     for layer in state.injected.layers.values():
         torch.nn.init.normal_(layer.up, std=0.05)
     found = []
@@ -100,7 +100,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
 
 def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
     session, config = session_of(own_toy, "twice", **BATCH, adapter__dropout=0.2)
-    state, plan = session.state, StepSettings.of(config, 12)
+    state, plan = session.state, StepSettings(config, 12)
     found = []
     for _ in range(2):
         state.flat_params.zero_grad()

@@ -17,8 +17,8 @@ from lora_core.runs import events
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import callbacks, loop
+from lora_core.train.callbacks import DivergenceGuard, StepTimer, describe_slow_step
 from lora_core.train.checkpoint import load_checkpoint
-from lora_core.train.divergence import DivergenceGuard, StepTimer, describe_slow_step
 from tests.faults import Fault, armed
 from tests.train.runs import (
     Toy,
@@ -40,7 +40,9 @@ def spoiled(steps: set[int], above: float = 0.0, by: float = math.nan) -> Iterat
 
     def micro_batch(state, batches, text, plan, number):
         losses = real(state, batches, text, plan, number)
-        spoils = number // plan.accumulate + 1 in steps and plan.lr_scale > above
+        spoils = (
+            number // plan.config.train.gradient_accumulation_steps + 1 in steps and plan.lr_scale > above
+        )
         return losses * by if spoils else losses
 
     with mock.patch.object(loop, "backward_micro_batch", micro_batch):

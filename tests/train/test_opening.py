@@ -9,8 +9,8 @@ import torch
 
 from lora_core.errors import OutOfMemory
 from lora_core.models import load
-from lora_core.models.encode import encode_image
 from lora_core.models.load import load_base, open_base
+from lora_core.models.vae import encode_image
 from lora_core.train import data, setup
 from lora_core.train.setup import RuntimePlan
 from tests.train.runs import Toy, notes, result, trained, trouble

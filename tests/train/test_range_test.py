@@ -95,7 +95,7 @@ def test_it_leaves_everything_as_it_was(
             raise KeyboardInterrupt
 
     try:
-        run_range_test(session, StepSettings.of(config, 12), say)
+        run_range_test(session, StepSettings(config, 12), say)
         assert fails_at is None
     except KeyboardInterrupt:
         assert fails_at

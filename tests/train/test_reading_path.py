@@ -12,13 +12,12 @@ ENGINE = ROOT / "lora_core"
 ELSEWHERE = ("data/", "settings/", "backends/")
 """How captions are drawn and the settings, which need no torch; what takes the place of plain torch."""
 HELPERS = {
-    "models/device.py": {"to_device"},
     "models/load.py": {
         "BaseModel.modules", "BaseModel.component", "BaseModel.on_device", "_DivideByOne.__rtruediv__",
     },
 }  # fmt: skip
-"""Small functions of other files that a step calls: a copy to the device, a text encoder's device, and a
-division that is left out."""
+"""Small functions of other files that a step calls: a text encoder's device, and a division that is left
+out."""
 STEP = """
 import json, sys, threading, warnings
 from pathlib import Path
@@ -31,7 +30,7 @@ home, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = toy(home).run("one", train__steps=3, **changes)
 config = run.config()
 session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
-settings = StepSettings.of(config, 3)
+settings = StepSettings(config, 3)
 steps = training_steps(session.state, session.batches, session.text, settings, 0)
 next(steps)
 seen = {}

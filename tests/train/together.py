@@ -56,7 +56,7 @@ def worst_difference(folder: Path, group: ProcessGroup, name: str) -> dict[str, 
     state, grads = session.state, session.state.flat_params.grads
     state.chunks = 2 if name == SPLIT else 1
     state.flat_params.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
-    step = (session.batches, session.text, StepSettings.of(config, 12), 4)
+    step = (session.batches, session.text, StepSettings(config, 12), 4)
     losses = torch.stack(accumulate_gradients(state, *step))
     gradient = grads.clone()
     state.group = group

@@ -19,7 +19,7 @@ from lora_core.projects.project import DEMO
 from lora_core.runs.costs import PROBED, StepCost, keep_cost
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
-from lora_core.train import step_timing
+from lora_core.train import autotune
 from lora_core.train.loop import TrainState
 from lora_core.worker import Worker
 
@@ -72,11 +72,11 @@ def test_it_takes_steps_and_lets_go_of_all(
     took = time.perf_counter() - began
     done = answers[-1]
     assert done["event"] == "done", done
-    assert [line["done"] for line in answers[:-1]] == list(range(1, step_timing.STEPS + 1))
+    assert [line["done"] for line in answers[:-1]] == list(range(1, autotune.TIMED_STEPS + 1))
     # The steps that counted were really taken, within the time that it all took.
     assert 0 < done["step"] * done["steps"] < took
     assert 0 < done["draw"] < took
-    assert (done["steps"], done["device"]) == (step_timing.STEPS - 1, "cpu")
+    assert (done["steps"], done["device"]) == (autotune.TIMED_STEPS - 1, "cpu")
     assert left_over() == []
 
 
@@ -102,7 +102,7 @@ def test_too_little_memory_is_a_sentence_and_leaves_nothing(
     def full(*anything: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(step_timing, "training_steps", full)
+    monkeypatch.setattr(autotune, "training_steps", full)
     answer = asked({})[-1]
     assert answer["event"] == "error"
     assert "lower train.batch_size" in answer["message"]
