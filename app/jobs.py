@@ -37,6 +37,8 @@ __all__ = ["LIVE", "RESUMABLE", "Jobs", "RunView", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
 LOOK_SECONDS = 2.0
+LOWER_RATE = 0.1
+"""What the learning rate of a run that diverged is multiplied with for the next one."""
 RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 
 
@@ -237,6 +239,15 @@ class Jobs:
         self._launch(run, *([ACCEPTING] if accept_changes else []))
         return run
 
+    def retry(self, name: str) -> RunFolder:
+        """Start a new run with the settings of another one and a lower learning rate.
+
+        Raises:
+            LoraError: there is no such run, its settings cannot be read, or a run is going on.
+        """
+        config = RunFolder.open(runs_folder(self.workspace) / check_run_name(name)).config()
+        return self.start(config.changed({"name": "", "optimizer.lr": config.optimizer.lr * LOWER_RATE}))
+
     def request(self, do: str) -> None:
         """Ask the live run for something.
 
@@ -271,7 +282,8 @@ class Jobs:
         source = Path(config.dataset.path)
         words = source.parent.name if source.name == "pictures" else source.stem
         words = "pictures" if words == "default" else words
-        stem = f"{time.strftime('%Y-%m-%d')}-{re.sub(r'[^A-Za-z0-9_-]+', '-', words) or 'run'}"
+        words = re.sub(r"[^\w-]+", "-", words).strip("-")[:60] or "run"
+        stem = f"{time.strftime('%Y-%m-%d')}-{words}"
         taken = {run.name for run in all_runs(self.workspace)}
         number = next(n for n in range(1, 10_000) if (stem if n == 1 else f"{stem}-{n}") not in taken)
         return stem if number == 1 else f"{stem}-{number}"

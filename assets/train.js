@@ -56,7 +56,7 @@
     if (!slider || !raw || !calm) return;
     const kept = localStorage.getItem("easel-smoothing");
     if (kept !== null && document.activeElement !== slider && slider.value !== kept) slider.value = kept;
-    const steps = Number(slider.value) / Number(raw.dataset.stride || 1), key = `${slider.value} ${raw.getAttribute("points")}`;
+    const steps = Number(slider.value) / Number(raw.closest("[data-stride]").dataset.stride), key = `${slider.value} ${raw.getAttribute("points")}`;
     if (calm.dataset.of === key || (kept === null && !calm.dataset.of)) return;
     const decay = steps > 0 ? Math.exp(-1 / steps) : 0;
     let total = 0, weight = 0;

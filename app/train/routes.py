@@ -72,41 +72,34 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         RunError: it cannot be done now.
         BadRequest: there is no such action.
     """
-    if do in ("pause", "stop", "save", "preview"):
-        app_state.jobs.request(do)
-        return
-    if do == "measure":
-        app_state.prober.begin(Plan(app_state.project).config)
-        return
-    if do == "unmeasure":
-        app_state.prober.cancel()
-        return
-    downloads, base = app_state.downloads, Plan(app_state.project).base.name
-    loads: dict[str, Callable[[], None]] = {
-        "download": lambda: downloads.start(base),
-        "download-cancel": downloads.cancel,
-        "download-ask": lambda: downloads.ask_again(base),
-    }
-    if do in loads:
-        loads[do]()
-        return
+    jobs, downloads, prober, project = (
+        app_state.jobs,
+        app_state.downloads,
+        app_state.prober,
+        app_state.project,
+    )
     acts: dict[str, Callable[[str], Any]] = {
+        **{request: lambda run: jobs.request(do) for request in ("pause", "stop", "save", "preview")},
+        "measure": lambda run: app_state.prober.begin(Plan(project).config),
+        "unmeasure": lambda run: app_state.prober.cancel(),
+        "download": lambda run: downloads.start(Plan(project).base.name),
+        "download-cancel": lambda run: downloads.cancel(),
+        "download-ask": lambda run: downloads.ask_again(Plan(project).base.name),
         # The Preview tab generates this run's strip when it opens.
-        "see": lambda run: app_state.project.update_draft(preview_strip=check_run_name(run)),
-        "resume": app_state.jobs.resume,
-        "accept": lambda run: app_state.jobs.resume(run, accept_changes=True),
-        "show": app_state.jobs.show,
-        "delete": app_state.jobs.delete,
+        "see": lambda run: project.update_draft(preview_strip=check_run_name(run)),
+        "resume": jobs.resume,
+        "accept": lambda run: jobs.resume(run, accept_changes=True),
+        "retry": jobs.retry,
+        "show": jobs.show,
+        "delete": jobs.delete,
     }
     if do not in acts:
         raise BadRequest("no such action")
-    current = app_state.jobs.current()
-    if not name and current is not None:
-        name = current.run.name
-    if do in ("resume", "accept"):
+    current = jobs.current()
+    if do in ("resume", "accept", "retry"):
         # A run has priority for memory.
         app_state.worker.release()
-    acts[do](name)
+    acts[do](name or (current.run.name if current else ""))
 
 
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:

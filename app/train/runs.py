@@ -15,13 +15,13 @@ from app.formatting import (
     format_speed,
     pluralize,
 )
-from app.jobs import RESUMABLE, RunView
+from app.jobs import LOWER_RATE, RESUMABLE, RunView
 from app.routes import image_url
 from app.state import ShownRun, Snapshot, asks_to_accept
 from app.templates import render
-from app.top_bar import accept_act, describe_left, describe_phase, request_act, resume_act
+from app.top_bar import Act, accept_act, describe_left, describe_phase, request_act, resume_act
 from app.train.background import with_labels
-from lora_core.errors import RunError
+from lora_core.errors import Diverged, RunError
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
 from lora_core.runs.costs import num_rounds
@@ -108,14 +108,22 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
     return found
 
 
-def _acts(snapshot: Snapshot) -> list[Any]:
+def _acts(snapshot: Snapshot) -> list[Act]:
     run, run_view = snapshot.shown, snapshot.run_view
     if run.live:
         return [request_act(run, do, name) for do, name in (("preview", "sample-now"), ("save", "save-now"))]
     if run.state not in RESUMABLE or run_view is None:
         return []
-    again = resume_act(run_view, run.asks, _busy(snapshot), "train-resume")
-    return [accept_act(run_view, _busy(snapshot), "train-accept"), again] if run.asks else [again]
+    busy = _busy(snapshot)
+    again = resume_act(run_view, run.asks, busy, "train-resume")
+    config = run_view.config()
+    if run.asks:
+        return [accept_act(run_view, busy, "train-accept"), again]
+    if run.progress.cause == Diverged.cause and config is not None:
+        tip = "Starts a new run with the same settings and a lower learning rate."
+        text, body = f"Retry with {config.optimizer.lr * LOWER_RATE:g}", {"do": "retry", "run": run.name}
+        return [Act(text, body, title=tip, why=busy, id="retry"), again]
+    return [again]
 
 
 def _busy(snapshot: Snapshot) -> str:
@@ -139,6 +147,7 @@ def _body(snapshot: Snapshot, run_view: RunView) -> dict[str, Any]:
         return {
             "kind": "broken",
             "why": with_labels(run_view.reason() or "The run ended without saying why."),
+            "diverged": progress.cause == Diverged.cause,
             "memory": _less_memory(run_view),
             "reached": reached,
             "step": run_view.resume_info().step,
@@ -225,6 +234,8 @@ def charts(snapshot: Snapshot) -> str:
         verdicts=verdicts(snapshot.shown),
         gain=gain_chart(progress.validations),
         loss=loss_chart(progress.losses),
+        # The page's slider smooths the drawn points, so it needs the number of steps per point.
+        stride=math.ceil(len(progress.losses) / MOST_POINTS),
         first_validation=f"First measurement at step {every:,}." if every else "Validation is off.",
         rate=rate,
     )
@@ -301,18 +312,15 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
     means = [round(y, DIGITS) for y in smooth([y for _, y in points])]
     calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
     raw = downsample(points)
-    stride = math.ceil(len(points) / MOST_POINTS) or 1
     ys = sorted(y for _, y in raw)
     # A single outlier must not flatten the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
     label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
-    drawn = curves_plot(
+    return curves_plot(
         label,
         [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)],
         highest=top if top > ys[0] else None,
     )
-    # The page's slider smooths the drawn points, so it needs the number of steps per point.
-    return drawn.replace('<polyline class="raw"', f'<polyline class="raw" data-stride="{stride}"', 1)
 
 
 def gain_chart(validations: Sequence[Validated]) -> str:

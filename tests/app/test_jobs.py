@@ -168,6 +168,8 @@ def test_names_count_up(app_state: AppState) -> None:
     make_run(app_state, first)
     assert app_state.jobs.free_name(config) == f"{first}-2"
     assert first == f"{time.strftime('%Y-%m-%d')}-pictures"
+    named = config.changed({"dataset.path": "/work/<b>Hünd 犬"})
+    assert app_state.jobs.free_name(named).endswith("-b-Hünd-犬")
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", "..", "a\x00b"])

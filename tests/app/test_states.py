@@ -11,6 +11,7 @@ from app import top_bar
 from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
 from app.train import runs
+from app.train.routes import do_run_action
 from app.train.runs import earlier, queue_card, samples_card, select_rounds
 from app.train.start import blockers, facts, notes, start_problems
 from lora_core.runs import events
@@ -18,6 +19,7 @@ from lora_core.runs.diagnosis import LESS_MEMORY
 from lora_core.runs.folder import RunFolder
 from lora_core.system.hardware import Card
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
+from tests.waiting import PATIENCE
 
 SEE = 'id="see-result"'
 
@@ -230,6 +232,23 @@ def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None
     assert "&lt;img" in html
     assert "<img" not in html
     assert "Resumes at step 812." in top_bar.run_actions(take_snapshot(app_state))
+
+
+def test_a_rate_that_is_too_high_can_be_lowered_by_one_press(app_state: AppState) -> None:
+    failed = events.Failed(step=18, reason=f"Training diverged at step 18 {HOSTILE}.", cause="diverged")
+    make_run(app_state, "a", started(), step(18), failed, optimizer__lr=0.5)
+    html = card(app_state)
+    assert "The learning rate is too high" in html
+    assert "<img" not in html
+    assert ">Retry with 0.05</button>" in html
+    app_state.jobs.trainer = (sys.executable, "-c", "pass")
+    do_run_action(app_state, "retry", "a")
+    run_view = take_snapshot(app_state).run_view
+    assert run_view is not None
+    assert run_view.run.name != "a"
+    assert run_view.run.config().optimizer.lr == 0.05
+    assert run_view.child is not None
+    run_view.child.wait(PATIENCE)
 
 
 def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:

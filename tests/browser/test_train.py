@@ -51,6 +51,21 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     open_tab(other, "Train")
     other.wait_for_selector("#steps input")
 
+    # A wrong value is marked where it stands, with its repair.
+    page.fill("#steps input", "-5")
+    page.press("#steps input", "Tab")
+    page.wait_for_selector("#steps input[aria-invalid=true][aria-describedby=steps-problem]")
+    assert page.is_disabled("#start")
+    page.click("#steps-problem [data-repair]")
+    page.wait_for_selector("#start:enabled")
+    assert page.locator("#steps-problem, #steps [aria-invalid]").count() == 0
+    # Each tab has an address, so that Back works.
+    assert page.url.endswith("#train")
+    open_tab(page, "Export")
+    page.wait_for_function("location.hash === '#export'")
+    page.go_back()
+    page.wait_for_selector("[role=tab][aria-selected=true] >> text=Train")
+
     # A list that is merely left changes nothing of what was typed.
     set_steps(page, 29)
     for name in ("#base-model", "#goal", "#preset"):
