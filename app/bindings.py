@@ -19,41 +19,30 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 
-@dataclass(frozen=True)
-class Live:
-    """A component that is a function of the snapshot."""
-
-    component: Any
-    shows: Callable[[Snapshot], Any]
-
-
-@dataclass(frozen=True)
-class Initial:
-    """A component filled from the draft when the page opens."""
-
-    component: Any
-    value: Callable[[], Any]
-
-
 @dataclass
 class Bindings:
-    """What the tabs register with the page."""
+    """What the tabs register with the page.
+
+    Attributes:
+        live: components, each with the function of the snapshot that it shows.
+        initial: components, each with what gives its value when the page opens.
+    """
 
     app_state: AppState
-    live: list[Live] = field(default_factory=list)
-    initial: list[Initial] = field(default_factory=list)
+    live: list[tuple[Any, Callable[[Snapshot], Any]]] = field(default_factory=list)
+    initial: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
     refreshing: list[Any] = field(default_factory=list)
     trigger: Any = None
     use_demo: Any = None
 
     def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
         """Update `component` with `shows(snapshot)` at each poll."""
-        self.live.append(Live(component, shows))
+        self.live.append((component, shows))
         return component
 
     def fill_on_load(self, component: Any, value: Callable[[], Any]) -> Any:
         """Fill `component` when the page opens."""
-        self.initial.append(Initial(component, value))
+        self.initial.append((component, value))
         return component
 
     def refresh_after(self, event: Any) -> Any:
@@ -63,7 +52,7 @@ class Bindings:
 
     def initial_values(self) -> list[Any]:
         """The values of all fields filled at load, in order."""
-        return [fill.value() for fill in self.initial]
+        return [value() for _, value in self.initial]
 
 
 def html_block(value: str = "", **options: Any) -> Any:

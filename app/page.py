@@ -62,18 +62,18 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
     bindings.follow(timer, lambda snap: gr.update(value=LIVE_EVERY if snap.busy else IDLE_EVERY))
     refresh = gr.Button("Look again", elem_id="refresh", visible="hidden")
     seen = gr.State({})
-    outputs = [seen, *(live.component for live in bindings.live)]
+    outputs = [seen, *(component for component, _ in bindings.live)]
 
     def shown() -> list[Any]:
         snapshot = take_snapshot(app_state)
-        return [_valid(live.shows(snapshot)) for live in bindings.live]
+        return [_valid(shows(snapshot)) for _, shows in bindings.live]
 
     def filled_in() -> list[Any]:
         values = [_valid(value) for value in bindings.initial_values()]
-        for fill, value in zip(bindings.initial, values, strict=True):
+        for (component, _), value in zip(bindings.initial, values, strict=True):
             if not isinstance(value, dict):
                 # Values a field cannot show fail here, where the draft can be set aside.
-                fill.component.postprocess(value)
+                component.postprocess(value)
         return values
 
     def look(before: dict[int, str]) -> list[Any]:
@@ -88,7 +88,7 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
         app_state.project.invalidate()
         return [*_retry_without_draft(app_state.project, filled_in), *look({})]
 
-    filled = [fill.component for fill in bindings.initial]
+    filled = [component for component, _ in bindings.initial]
     demo.load(opened, None, [*filled, *outputs], **QUIET)
     refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
     bindings.refresh_after(refill.click(bindings.initial_values, None, filled, **QUIET))
@@ -164,7 +164,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
 def wire_demo(bindings: Bindings, tabs: Any) -> None:
     """Make the demo button fill the form and open the Train tab."""
     project = bindings.app_state.project
-    filled = [fill.component for fill in bindings.initial]
+    filled = [component for component, _ in bindings.initial]
 
     def to_demo() -> list[Any]:
         """Fill the form first and switch tabs afterwards, so that nothing typed meanwhile is overwritten."""

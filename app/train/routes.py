@@ -72,12 +72,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         RunError: it cannot be done now.
         BadRequest: there is no such action.
     """
-    jobs, downloads, prober, project = (
-        app_state.jobs,
-        app_state.downloads,
-        app_state.prober,
-        app_state.project,
-    )
+    jobs, downloads, project = app_state.jobs, app_state.downloads, app_state.project
     acts: dict[str, Callable[[str], Any]] = {
         **{request: lambda run: jobs.request(do) for request in ("pause", "stop", "save", "preview")},
         "measure": lambda run: app_state.prober.begin(Plan(project).config),
