@@ -191,16 +191,15 @@ def event_text(event: events.Event, progress: Progress) -> str:
 
 
 def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
-    """Print what a verb returned, in the words of `results.j2`; a result without a macro as it is.
+    """Print what a verb returned, in the words of `results.j2`; a result without a template as it is.
 
     Args:
         verb: its command.
         result: what it returned.
         given: its arguments.
     """
-    macro = getattr(_results(), verb.replace(" ", "_").replace("-", "_"), None)
-    if macro is not None:
-        text = macro(result, given)
+    if verb in _templates():
+        text = _environment().get_template(verb).render(result=result, given=given)
     else:
         lines = result if isinstance(result, list) else [] if result is None else [result]
         text = "".join(f"{line}\n" for line in lines)
@@ -208,12 +207,20 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _results() -> Any:
+def _templates() -> dict[str, str]:
+    """The sections of `results.j2` by verb; only the one that is needed is compiled."""
+    parts = re.split("^== (.+) ==\n", Path(__file__).with_name("results.j2").read_text("utf-8"), flags=re.M)
+    sections = zip(parts[1::2], parts[2::2], strict=True)
+    return {verb: text.removesuffix("\n") for verbs, text in sections for verb in verbs.split(", ")}
+
+
+@functools.cache
+def _environment() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.DictLoader(_templates()), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
         "size": file_size,
@@ -223,7 +230,7 @@ def _results() -> Any:
     }
     has_runner = lambda place: Queue(workspace(place)).runner() is not None  # noqa: E731
     environment.globals |= {"has_runner": has_runner, "summarize": _summarize}
-    return environment.get_template("results.j2").module
+    return environment
 
 
 def _summarize(rows: list[dict[str, str]]) -> "list[FileProblem]":

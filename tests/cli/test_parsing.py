@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lora_core.api import VERBS
 from lora_core.cli import main
 from lora_core.cli.parser import parse, weighted_lora
-from lora_core.cli.terminal import printable, say, say_json
+from lora_core.cli.terminal import _templates, printable, say, say_json
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -306,3 +306,7 @@ def test_a_device_that_is_not_there_is_a_sentence(
     assert "cuda:77 is not there" in capsys.readouterr().err
     assert main([verb, *words, "--device", "abacus", "--workspace", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("--device = 'abacus'")
+
+
+def test_the_words_of_a_result_are_those_of_a_verb() -> None:
+    assert set(_templates()) - {"left out"} <= set(VERBS)
