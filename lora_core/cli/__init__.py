@@ -32,11 +32,10 @@ from lora_core.settings.config import (
     checked_value,
     flattened,
     in_short,
-    is_unicode,
     load_toml,
     parsed_assignment,
 )
-from lora_core.system.files import file_bytes
+from lora_core.system.files import clean_text, file_bytes
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.processes import (
     COMPUTES,
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     for word in words:
-        if not is_unicode(word) and not os.path.lexists(word):
+        if word != clean_text(word) and not os.path.lexists(word):
             write(sys.stderr, f"{in_short(word)} holds bytes that are not UTF-8; type it again.\n")
             return 1
     replace_unprintable()

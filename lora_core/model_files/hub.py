@@ -34,7 +34,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.files import MARGIN, free_bytes
+from lora_core.system.files import MARGIN, file_bytes, free_bytes
 
 WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
@@ -111,7 +111,7 @@ class Download:
         return (self.folder / "snapshots" / self.commit / file.path).exists() or self.blob(file).exists()
 
     def _have(self, file: RemoteFile) -> int:
-        return file.size if self.is_here(file) else min(_bytes(_partial(self.blob(file))), file.size)
+        return file.size if self.is_here(file) else min(file_bytes(_partial(self.blob(file))), file.size)
 
 
 def find_download(repo: str) -> Download:
@@ -250,9 +250,9 @@ def _stream(
     found: Download, file: RemoteFile, partial: Path, progress: Progress, cancelled: Callable[[], bool]
 ) -> None:
     """Download the rest of a file, with retries, and compare its hash."""
-    if _bytes(partial) > file.size:
+    if file_bytes(partial) > file.size:
         partial.unlink()
-    others = found.here - _bytes(partial)
+    others = found.here - file_bytes(partial)
     digest, tries = hashlib.sha256(), 0
     with open(partial, "ab+") as out:
         out.seek(0)
@@ -305,13 +305,6 @@ def _chunks(found: Download, file: RemoteFile, start: int) -> Iterator[bytes]:
 
 def _partial(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.incomplete")
-
-
-def _bytes(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
 
 
 def _cancelled(found: Download) -> DownloadCancelled:

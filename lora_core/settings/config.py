@@ -40,7 +40,6 @@ from lora_core.settings.schema import (
     TrainSection,
     ValidationSection,
 )
-from lora_core.system.files import clean_text
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
@@ -395,11 +394,6 @@ def in_short(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it holds no lone surrogate."""
-    return text == clean_text(text)
 
 
 def _unknown(name: str) -> str:
