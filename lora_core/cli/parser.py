@@ -156,11 +156,7 @@ class Parameter:
         return self.kinds[0] if self.kinds in ((bool,), (int,), (float,)) else str
 
     def value(self, given: Any, workspace: Path | None) -> Any:
-        """The value that a function takes.
-
-        Args:
-            given: as typer gives it.
-            workspace: where runs are looked for.
+        """The value that a function takes, of what typer gives; runs are looked for in `workspace`.
 
         Raises:
             LoraError: it is not legal, or a file or run that it names does not exist.
@@ -175,12 +171,9 @@ class Parameter:
             return parse_cfg_rescale(given)
         if Axis in self.kinds:
             axis = parse_axis(given)
-            files = axis.kind == "checkpoint"
-            return (
-                Axis(axis.kind, tuple(str(adapter_file(v, workspace)) for v in axis.values))
-                if files
-                else axis
-            )
+            if axis.kind == "checkpoint":
+                axis = Axis(axis.kind, tuple(str(adapter_file(v, workspace)) for v in axis.values))
+            return axis
         # What looks like a file is the verb's to miss.
         if self.checkpoint and not given.exists() and ("@" in given.name or not given.suffix):
             return adapter_file(given, workspace)

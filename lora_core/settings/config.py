@@ -130,15 +130,10 @@ class RunConfig(Section):
                 problems.append(_unknown(name))
             else:
                 (tables[section] if section else tables)[key] = value
-        for section, model in SECTIONS.items():
-            try:
-                tables[section] = model.model_validate(tables[section])
-            except ValidationError as error:
-                problems += _sentences(error, section, tables.pop(section))
         try:
             config = RunConfig.model_validate(tables)
         except ValidationError as error:
-            problems += _sentences(error, "", tables)
+            problems += _sentences(error, tables)
         if problems:
             raise ConfigError(" ".join(problems))
         return config
@@ -238,21 +233,23 @@ def checked_value(name: str, value: Any, called: str = "") -> Any:
         ConfigError: wrong type, out of range, not among the choices, or a pattern that cannot be used.
     """
     section, _, key = name.rpartition(".")
+    tables: dict[str, Any] = {section: {key: value}} if section else {key: value}
     try:
-        return getattr(SECTIONS.get(section, RunConfig).model_validate({key: value}), key)
+        return RunConfig.model_validate(tables).get(name)
     except ValidationError as error:
-        raise ConfigError(" ".join(_sentences(error, section, {key: value}, called))) from error
+        raise ConfigError(" ".join(_sentences(error, tables, called))) from error
 
 
-def _sentences(
-    error: ValidationError, section: str, values: Mapping[str, Any], called: str = ""
-) -> list[str]:
+def _sentences(error: ValidationError, tables: Mapping[str, Any], called: str = "") -> list[str]:
     """A sentence for each setting that pydantic refused."""
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_input=False):
-        key, *inside = map(str, problem["loc"])
-        name = f"{section}.{key}" if section else key
-        value, shown_name = values[key], called or name
+        name, *inside = map(str, problem["loc"])
+        value = tables[name]
+        if name in SECTIONS:
+            key, *inside = inside
+            name, value = f"{name}.{key}", value[key]
+        shown_name = called or name
         if inside and is_pattern_table(name):
             value, shown_name = value[inside[0]], f"{shown_name} {inside[0]!r}"
         # A union and a list have several problems; the first says enough.

@@ -1,5 +1,6 @@
 """Verbs about runs: make, train, steer, queue, delete and export them."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,6 @@ from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import FILE_PRECISIONS, File, check_precision, load_images, verb
 
 if TYPE_CHECKING:
-    from lora_core.data.scan import Dataset
     from lora_core.model_files.families import Family
     from lora_core.runs.events import Event
     from lora_core.runs.queue import Queue
@@ -41,12 +41,8 @@ def train(
     """Train an adapter on a dataset: make a run and train it to its end.
 
     Args:
-        dataset: a folder of pictures, a zip of one, or "demo".
-        name: of the run; "" for date and dataset.
-        settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
-        preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
+        dataset, name, settings, preset, like: as for `run_config`.
         on_event: called with each event.
-        like: a LoRA file whose settings are taken; `settings` count more.
 
     Raises:
         LoraError: what is in the way, all in one message, or what went wrong.
@@ -139,7 +135,9 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
 
     place, facts, hardware = workspace_folder(workspace), lookup_base(config.model.base).facts, Hardware()
     hardware.look()
-    dataset = _opened(config, place)
+    dataset = None
+    with contextlib.suppress(DatasetError):  # `preflight` says it
+        dataset = load_images(config.dataset.path, place)
     problems = preflight(config, place, dataset)
     if measure and facts:
         _measure_step(config, place, hardware.device)
@@ -148,14 +146,6 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     records = dataset.records if dataset else []
     found = forecast_run(config, facts, records, runs, costs, hardware.has_gpu)
     return asdict(found) | {"problems": [asdict(problem) for problem in problems]}
-
-
-def _opened(config: RunConfig, place: Path) -> "Dataset | None":
-    """The images, or None where they cannot be read, which `preflight` says."""
-    try:
-        return load_images(config.dataset.path, place)
-    except DatasetError:
-        return None
 
 
 def _measure_step(config: RunConfig, place: Path, device: str) -> None:
