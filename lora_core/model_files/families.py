@@ -135,13 +135,13 @@ class Family:
     title: str
     text_encoders: tuple[TextEncoder, ...]
     context_width: int
-    resolution: int
-    latent_scale: float
-    prediction: str
-    size_conditioning: bool
-    kohya_block_names: str
     base_version: str
     modelspec: str
+    resolution: int = 512
+    latent_scale: float = 0.18215
+    prediction: str = "epsilon"
+    size_conditioning: bool = False
+    kohya_block_names: str = "diffusers"
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     denoiser: str = "unet"
     configs: str = ""
@@ -188,11 +188,6 @@ _SD2 = Family(
     title="Stable Diffusion 2.x",
     text_encoders=(_OPEN_CLIP_H,),
     context_width=1024,
-    resolution=512,
-    latent_scale=0.18215,
-    prediction="epsilon",
-    size_conditioning=False,
-    kohya_block_names="diffusers",
     base_version="sd_v2",
     modelspec="stable-diffusion-v2-512/lora",
     configs="sd2",
@@ -208,10 +203,7 @@ FAMILIES: dict[str, Family] = {
         text_encoders=(TextEncoder("text_encoder", "lora_te", width=128),),
         context_width=128,
         resolution=128,
-        latent_scale=0.18215,
         prediction="v_prediction",
-        size_conditioning=False,
-        kohya_block_names="diffusers",
         base_version="easel_tiny",
         modelspec="easel-tiny/lora",
         attention_levels=(False, True, True),
@@ -230,11 +222,6 @@ FAMILIES: dict[str, Family] = {
         title="Stable Diffusion 1.x",
         text_encoders=(_CLIP_L,),
         context_width=768,
-        resolution=512,
-        latent_scale=0.18215,
-        prediction="epsilon",
-        size_conditioning=False,
-        kohya_block_names="diffusers",
         base_version="sd_v1",
         modelspec="stable-diffusion-v1/lora",
         configs="sd15",
@@ -276,7 +263,6 @@ FAMILIES: dict[str, Family] = {
         context_width=2048,
         resolution=1024,
         latent_scale=0.13025,
-        prediction="epsilon",
         size_conditioning=True,
         kohya_block_names="ldm",
         base_version="sdxl_base_v1-0",

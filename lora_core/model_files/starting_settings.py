@@ -18,7 +18,16 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.choices import OPTIMIZERS
-from lora_core.settings.config import FIELDS, RETIRED, checked_value, flattened, label_of, load_toml, retired
+from lora_core.settings.config import (
+    FIELDS,
+    RETIRED,
+    checked_value,
+    flattened,
+    in_short,
+    label_of,
+    load_toml,
+    retired,
+)
 from lora_core.system.files import PRESETS, parse_json
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
@@ -83,7 +92,7 @@ class LoraSettings:
         try:
             self.values[name] = checked_value(name, value)
         except (ConfigError, ValueError, OverflowError):
-            self.left.append(f"{label_of(name)} is {in_short(value)} there, which cannot be set here.")
+            self.left.append(f"{label_of(name)} is {_short(value)} there, which cannot be set here.")
 
     def take_text(self, name: str, text: str, read: Callable[[str], Any]) -> None:
         """Take what `read` makes of a text; an empty text or "None" says nothing.
@@ -98,18 +107,13 @@ class LoraSettings:
         try:
             self.take(name, read(text))
         except KeyError:
-            self.left.append(f"The {label_of(name).lower()} {in_short(text)} is not known here.")
+            self.left.append(f"The {label_of(name).lower()} {_short(text)} is not known here.")
         except ValueError:
-            self.left.append(f"{label_of(name)} is {in_short(text)} there, which is not a number.")
+            self.left.append(f"{label_of(name)} is {_short(text)} there, which is not a number.")
 
 
-def in_short(value: Any) -> str:
-    """A value as one short line."""
-    try:
-        text = " ".join(str(value).split())
-    except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
-        text = f"a {type(value).__name__} too long to print"
-    return f"{text[: LONGEST - 1]}…" if len(text) > LONGEST else text
+def _short(value: Any) -> str:
+    return in_short(value, str)
 
 
 def settings_from_lora(path: Path) -> LoraSettings:
@@ -149,11 +153,11 @@ def _from_our_header(text: str) -> LoraSettings:
         elif name in RETIRED:
             found.left += retired([(name, value)])
         else:
-            found.left.append(f"{in_short(name)} is a setting that this version does not know.")
-    found.base = in_short(values.get("model.base", ""))
+            found.left.append(f"{_short(name)} is a setting that this version does not know.")
+    found.base = _short(values.get("model.base", ""))
     for name in ("model.vae", "adapter.init"):
         if values.get(name) not in (None, "", "default"):
-            found.left.append(f"{label_of(name)} was {in_short(values[name])}; choose it yourself.")
+            found.left.append(f"{label_of(name)} was {_short(values[name])}; choose it yourself.")
     return found
 
 
@@ -283,7 +287,7 @@ def _from_kohya(texts: Texts) -> LoraSettings:
         found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
     for key, title in _UNUSED.items():
         if texts.get(key, "").lower() not in _NOTHING:
-            found.left.append(f"{title} ({in_short(texts[key])}) is not known here.")
+            found.left.append(f"{title} ({_short(texts[key])}) is not known here.")
     found.base = texts.get("ss_sd_model_name", "")[:LONGEST]
     return found
 
@@ -306,7 +310,7 @@ def _take_optimizer(text: str, found: LoraSettings) -> None:
         found.take("optimizer.name", key)
     if name and key != name:
         instead = f"; {OPTIMIZERS[key].title} is used instead" if key else ""
-        found.left.append(f"The optimizer {in_short(name)} is not known here{instead}.")
+        found.left.append(f"The optimizer {_short(name)} is not known here{instead}.")
 
 
 def _take_huber(texts: Texts, found: LoraSettings) -> None:
@@ -320,7 +324,7 @@ def _take_huber(texts: Texts, found: LoraSettings) -> None:
     factor = scale if schedule == "constant" else ""
     found.take_text("loss.huber_delta", delta or "0.1", lambda c: _number(c) * _number(factor or "1"))
     if schedule == "exponential" and scale not in ("", "1", "1.0"):
-        found.left.append(f"Huber's scale ({in_short(scale)}) is not known here for that schedule.")
+        found.left.append(f"Huber's scale ({_short(scale)}) is not known here for that schedule.")
     if texts.get("ss_loss_type", "").lower() == "smooth_l1" and schedule != "constant":
         found.left.append(
             "Its loss is smooth_l1, which is Huber over delta; Huber is used, so the noise levels are"
@@ -338,7 +342,7 @@ def _take_network(text: str, found: LoraSettings) -> None:
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
     kind = given.pop("algo", "")
     if kind.lower() not in ("", "lora", "locon"):
-        found.left.append(f"It is of the kind {in_short(kind)}; here a LoRA of that rank is trained.")
+        found.left.append(f"It is of the kind {_short(kind)}; here a LoRA of that rank is trained.")
     found.take("adapter.targets", "kohya")
     for name in ("rank_dropout", "module_dropout"):
         found.take_text(f"adapter.{name}", given.pop(name, ""), _number)
@@ -349,4 +353,4 @@ def _take_network(text: str, found: LoraSettings) -> None:
         found.take_text("adapter.block_alphas", alpha, lambda text: {_CONVOLUTIONS: _number(text)})
     for name, value in given.items():
         if name not in ("preset", "dropout"):
-            found.left.append(f"The network argument {in_short(name)} = {in_short(value)} is not known here.")
+            found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")

@@ -13,7 +13,7 @@ import math
 import stat
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +384,10 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield old, value
 
 
-def in_short(value: Any) -> str:
-    """`repr` of a value for a message, at most 80 characters."""
+def in_short(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """A value for a message, as `show` writes it, in one line of at most 80 characters."""
     try:
-        text = repr(value)
+        text = " ".join(show(value).split())
     except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
