@@ -45,14 +45,12 @@
   const hand = (files) => {
     const name = files.length === 1 ? files[0].path : "", adapter = /\.safetensors$/i.test(name);
     const preview = (adapter || /\.png$/i.test(name)) && previewDrop();
-    const place = preview || (adapter && document.querySelector("#toolbox-drop"));
-    const input = place && place.querySelector("input[type=file]");
-    if (!input) return window.easel.takeFiles(files);
-    const transfer = new DataTransfer();
+    if (adapter && !preview) return window.easel.openLora(files[0].file);
+    if (!preview) return window.easel.takeFiles(files);
+    const input = preview.querySelector("input[type=file]"), transfer = new DataTransfer();
     transfer.items.add(files[0].file);
     input.files = transfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
-    if (!preview) window.easel.openTab("Toolbox");
   };
 
   let depth = 0;

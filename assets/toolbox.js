@@ -170,20 +170,27 @@
     });
     else if (data.toolboxFile) inspect(data.toolboxFile);
   });
-  const inspect = (file) => {
-    rows = [{ file, strength: 1 }];
-    openTab("Toolbox");
+  // A tab that was never open is not in the page: its file waits until it is.
+  let pending = null;
+  const inspect = (file) => { pending = file; openTab("Toolbox"); if (seen) inspectPending(); };
+  const inspectPending = () => {
+    if (!pending) return;
+    rows = [{ file: pending, strength: 1 }];
+    pending = null;
     showFiles();
     choose("check");
     start();
   };
-  document.addEventListener("change", async ({ target }) => {
-    if (target.id !== "toolbox-upload" || !target.files.length) return;
-    const [file] = target.files;
-    tell("working", `${file.name} is being read`);
+  window.easel.openLora = async (file) => {
+    if (seen) tell("working", `${file.name} is being read`);
     const said = await fetch(`/easel/toolbox/file?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).then((answer) => answer.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
+    if (!said.problem) return inspect(said.file);
+    if (seen) tell("error", said.problem); else window.easel.toast(said.problem, "bad");
+  };
+  document.addEventListener("change", ({ target }) => {
+    if (target.id !== "toolbox-upload" || !target.files.length) return;
+    window.easel.openLora(target.files[0]);
     target.value = "";
-    if (said.problem) tell("error", said.problem); else inspect(said.file);
   });
   document.addEventListener("submit", (event) => {
     if (event.target.id !== "toolbox-form") return;
@@ -216,6 +223,6 @@
     if (!open) { seen = null; return; }
     if (seen === card) return;
     seen = card;
-    load().then(follow);
+    load().then(follow).then(inspectPending);
   });
 })();
