@@ -110,7 +110,7 @@
     const said = await send(`like?${query}`, {
       headers: { "Content-Type": "application/octet-stream" }, body: await file.slice(0, 8 + length).arrayBuffer(),
     });
-    if (said) press("like-taken");
+    if (said) press("refill");
   };
 
   // ---- quitting -------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,8 @@
     target.disabled = false;
     // A disabled element loses the keyboard focus.
     if (focused && document.activeElement === document.body) target.focus();
-    press("refresh");
+    // What was changed in the draft comes into the form.
+    press(body.do === "reset" ? "refill" : "refresh");
   };
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a");

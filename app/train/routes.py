@@ -13,6 +13,7 @@ from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState
 from app.train.form import Plan
 from app.train.start import take_settings
+from app.train.train_form import reset_settings
 from lora_core.errors import RunError
 from lora_core.model_files.header import MAX_HEADER
 from lora_core.model_files.starting_settings import settings_from_lora
@@ -85,6 +86,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         "resume": jobs.resume,
         "accept": lambda run: jobs.resume(run, accept_changes=True),
         "retry": jobs.retry,
+        "reset": lambda group: reset_settings(project, group),
         "show": jobs.show,
         "delete": jobs.delete,
     }

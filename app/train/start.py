@@ -27,7 +27,7 @@ from app.train.form import (
     widget_values,
 )
 from app.train.train_form import TrainForm
-from lora_core.errors import LoraError
+from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
@@ -336,31 +336,23 @@ def build_like(bindings: Bindings, form: TrainForm) -> None:
                 max_lines=1,
             )
             take = gr.Button("Import", elem_id="like-take", min_width=0, scale=0)
-        note = html_block(elem_id="like-note")
+        bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_said)
 
-    def from_path(text: str) -> list[Any]:
+    def import_settings(text: str) -> list[Any]:
         name = (text or "").strip().strip('"')
-        if not name:
-            return [problem_html("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
         try:
-            said = take_settings(
-                app_state.project, settings_from_lora(Path(name).expanduser()), Path(name).name
-            )
+            if not name:
+                raise ConfigError("Choose a file, or type its path first.")
+            settings = settings_from_lora(Path(name).expanduser())
+            app_state.like_said = take_settings(app_state.project, settings, Path(name).name)
         except (LoraError, OSError, ValueError) as error:
-            return [problem_html(error), *(gr.skip() for _ in outputs[1:])]
-        return [said, *_refilled()]
-
-    def from_drop() -> list[Any]:
-        return [app_state.like_said, *_refilled()]
-
-    def _refilled() -> list[Any]:
+            app_state.like_said = problem_html(error)
+            return [gr.skip() for _ in outputs]
         values = widget_values(app_state.project)
         return [app_state.project.draft().get("trigger") or "", values, *values]
 
-    outputs = [note, bindings.trigger, form.seen, *form.fields]
-    bindings.refresh_after(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
-    dropped = gr.Button("Settings of the dropped file", elem_id="like-taken", visible="hidden")
-    bindings.refresh_after(dropped.click(from_drop, None, outputs, **QUIET))
+    outputs = [bindings.trigger, form.seen, *form.fields]
+    bindings.refresh_after(gr.on([take.click, path.submit], import_settings, path, outputs, **QUIET))
 
 
 def take_settings(project: Any, like: LoraSettings, name: str) -> str:
@@ -374,7 +366,7 @@ def take_settings(project: Any, like: LoraSettings, name: str) -> str:
         keep["trigger"] = str(like.values["dataset.trigger"])
     sentences = describe_taken(like, name, taken, changed)
     project.update_draft(**keep)
-    return part("sentences", sentences, "like-said")
+    return part("sentences", sentences, "like-said", status=True)
 
 
 def describe_taken(like: LoraSettings, name: str, taken: dict[str, Any], changed: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
+from app.bindings import TYPING, Bindings, edit_events, html_block
 from app.formatting import format_bytes, pluralize
 from app.state import AppState, Snapshot
 from app.templates import note_html, render
@@ -34,7 +34,7 @@ from app.train.form import (
 from lora_core.model_files.detect import EMBEDDED, lookup_base
 from lora_core.model_files.hub import Download
 from lora_core.model_files.starting_settings import GOALS, LEVELS
-from lora_core.projects.project import DEMO
+from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import help_of, label_of
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
@@ -141,28 +141,18 @@ class TrainForm:
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
             bindings.refresh_after(chosen.input(apply_if_changed, choices, filled, **TYPING))
-        reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
-        bindings.refresh_after(reset.click(apply_preset, choices, filled, **QUIET))
-        for group in FOLDED:
-            back = gr.Button(f"Reset {group}", elem_id=f"reset-{_slug(group)}", visible="hidden")
-            own = [self.widgets[name] for name in group_fields(group)]
-            bindings.refresh_after(
-                back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET)
-            )
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
         search.change(search_settings, search, outputs, **TYPING)
 
-    def _reset(self, group: str) -> list[Any]:
-        """Reset the settings of a group to the preset."""
-        project = self.bindings.app_state.project
-        preset = Plan(project).preset
-        standard = dict(zip(FORM, form_values(preset), strict=True))
-        own = {name: standard[name] for name in group_fields(group)}
-        values = current_values(project) | own
-        project.update_draft(values=values)
-        return [list(values.values()), *own.values()]
+
+def reset_settings(project: Project, group: str) -> None:
+    """Reset the settings of a folded group to the preset, of all where `group` is none."""
+    preset = form_values(Plan(project).preset)
+    names = group_fields(group) if group in FOLDED else [name for name in FORM if name != "model.base"]
+    own = {name: value for name, value in zip(FORM, preset, strict=True) if name in names}
+    project.update_draft(values=current_values(project) | own)
 
 
 def search_settings(words: str) -> list[Any]:
@@ -218,8 +208,10 @@ def _group_note(group: str, snapshot: Snapshot) -> str:
     """The summary of a folded group, with a reset button if something was changed."""
     config, preset = snapshot.plan.config, snapshot.plan.preset
     changed = changed_names(config, preset, group_fields(group))
-    text, reset = summary(group, config, preset), f"reset-{_slug(group)}" if changed else ""
-    return render("train/form.html", part="group", group=group, text=text, reset=reset)
+    text = summary(group, config, preset)
+    return render(
+        "train/form.html", part="group", group=group, text=text, slug=_slug(group), changed=bool(changed)
+    )
 
 
 def _changed(snapshot: Snapshot) -> str:
@@ -297,7 +289,7 @@ def _details_note(snapshot: Snapshot) -> str:
     guess = ", a guess" if facts.guessed else ""
     snr = ", zero terminal SNR" if facts.zero_terminal_snr else ""
     text = f"{predicts}{guess}{snr}{', own VAE' if vae else ''}"
-    return render("train/form.html", part="group", text=text, reset="")
+    return render("train/form.html", part="group", text=text, changed=False)
 
 
 def _asks(snapshot: Snapshot) -> bool:

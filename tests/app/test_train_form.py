@@ -5,6 +5,7 @@ from pathlib import Path
 from app.state import AppState, take_snapshot
 from app.train.background import with_labels
 from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
+from app.train.routes import do_run_action
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
 from lora_core.projects.project import Project
 
@@ -70,10 +71,15 @@ def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
     snapshot = take_snapshot(app_state)
     note = _group_note("Learning", snapshot)
     assert "1 changed from preset" in note
-    assert 'data-press="reset-learning"' in note
-    assert 'data-press="reset-memory-and-speed"' not in _group_note("Memory and speed", snapshot)
+    assert 'id="reset-learning"' in note
+    assert 'id="reset-memory-and-speed"' not in _group_note("Memory and speed", snapshot)
     assert "2 changed from preset" in _changed(snapshot)
     assert "Warm-up" in _changed(snapshot)
+    do_run_action(app_state, "reset", "Learning")
+    config = Plan(app_state.project).config
+    assert (config.optimizer.warmup, config.adapter.rank) == (snapshot.plan.preset.optimizer.warmup, 3)
+    do_run_action(app_state, "reset", "all")
+    assert Plan(app_state.project).config.adapter.rank == snapshot.plan.preset.adapter.rank
 
 
 def test_problems_call_settings_as_the_form_does() -> None:

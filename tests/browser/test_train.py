@@ -78,15 +78,15 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     )
     page.fill("#optimizer-warmup input", "0.2")
     page.press("#optimizer-warmup input", "Tab")
-    page.wait_for_selector("#group-learning .group-note [data-press=reset-learning]")
+    page.wait_for_selector("#group-learning #reset-learning")
     assert "1 changed from preset" in page.inner_text("#group-learning .group-note")
     has_value(page, "#steps input", "29")
     # The other page was filled before that; what is typed there leaves it alone.
     set_steps(other, 31)
     draft = json.loads((window.project / "draft.json").read_text())["values"]
     assert (draft["optimizer.warmup"], draft["train.steps"]) == (0.2, 31)
-    page.click("[data-press=reset-learning]")
-    page.wait_for_function("!document.querySelector('[data-press=reset-learning]')")
+    page.click("#reset-learning")
+    page.wait_for_function("!document.querySelector('#reset-learning')")
     until(page, lambda: float(page.input_value("#optimizer-warmup input")) == 0.0)
 
     file = write_header(
