@@ -6,12 +6,14 @@ A config beside the weights always wins over a row. Nothing else in the project 
 
 import functools
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.errors import ConfigError, ModelFileError
 from lora_core.settings.choices import TARGETS, chosen
+from lora_core.system.files import FAMILY_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -68,36 +70,14 @@ class Footprint:
     guided: int
     encode: int
     decode: int
-    steps: Mapping[str, tuple[int, int, int]]
+    steps: Mapping[str, Sequence[int]]
 
 
-FOOTPRINTS = {
-    "sd15": Footprint(
-        unet=859_520_964, blocks=857_006_080, largest=29_491_200, text=123_060_480, vae=83_653_863,
-        guided=16_640, encode=163_840, decode=196_624,
-        steps={
-            "attention": (202_368, 80, 56_590), "kohya": (230_074, 128, 58_291),
-            "locon": (233_908, 167, 59_626), "style": (224_082, 121, 58_270),
-        },
-    ),
-    "sd2": Footprint(
-        unet=865_910_724, blocks=863_395_840, largest=29_491_200, text=340_387_840, vae=83_653_863,
-        guided=16_640, encode=163_840, decode=196_624,
-        steps={
-            "attention": (192_300, 80, 46_566), "kohya": (230_006, 128, 58_267),
-            "locon": (233_840, 167, 59_602), "style": (222_333, 121, 56_566),
-        },
-    ),
-    "sdxl": Footprint(
-        unet=2_567_463_684, blocks=2_558_566_400, largest=29_491_200, text=817_720_320, vae=83_653_863,
-        guided=10_080, encode=163_840, decode=196_624,
-        steps={
-            "attention": (345_977, 76, 33_441), "kohya": (415_923, 107, 38_665),
-            "locon": (424_060, 146, 43_120), "style": (158_468, 10, 22_324),
-        },
-    ),
-}  # fmt: skip
-"""By `Family.configs`."""
+@functools.cache
+def _footprints() -> dict[str, Footprint]:
+    """By `Family.configs`."""
+    rows = tomllib.loads((FAMILY_CONFIGS / "footprints.toml").read_text(encoding="utf-8"))
+    return {name: Footprint(**row) for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -166,7 +146,7 @@ class Family:
     @property
     def footprint(self) -> Footprint:
         """The footprint of its layers; where none was measured, that of the smallest family."""
-        return FOOTPRINTS.get(self.configs) or FOOTPRINTS["sd15"]
+        return _footprints().get(self.configs) or _footprints()["sd15"]
 
 
 # Coarse layers decide the content, fine ones the style: Voynov et al. 2023 (P+), figure 4, measured on

@@ -1,6 +1,6 @@
 """What each family takes of a card, at its true shapes: python -m tests.simulated.footprints
 
-Prints the rows of `lora_core.model_files.families.FOOTPRINTS`, in some minutes: every layer runs, without
+Prints what `assets/families/footprints.toml` holds, in some minutes: every layer runs, without
 values.
 """
 
