@@ -84,7 +84,7 @@ class History:
             base = next((one for one in reversed(self._kept) if one.shot == alone and not one.is_sheet), None)
         return [newest, base] if base is not None else []
 
-    def named(self, name: str) -> HistoryEntry:
+    def named(self, name: object) -> HistoryEntry:
         """The entry with that file name.
 
         Raises:
@@ -114,7 +114,7 @@ class History:
                 file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
             self._half_line = False
 
-    def remove(self, name: str, workspace: Path) -> HistoryEntry:
+    def remove(self, name: object, workspace: Path) -> HistoryEntry:
         """Move an image to the trash.
 
         Raises:

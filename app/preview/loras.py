@@ -111,13 +111,12 @@ def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
     return choices + [(f"Step {step:,}", str(step)) for step in reversed(steps)]
 
 
-def new_lora_path(project: Project, name: str) -> Path:
-    """A free path for a LoRA file dropped on the page."""
-    folder = project.path / ADDED
+def unused_path(folder: Path, stem: str, ending: str = ".safetensors") -> Path:
+    """A path in `folder`, which is made, that no file has yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / name, 2
+    path, number = folder / f"{stem}{ending}", 2
     while path.exists():
-        path, number = folder / f"{Path(name).stem}-{number}.safetensors", number + 1
+        path, number = folder / f"{stem}-{number}{ending}", number + 1
     return path
 
 
@@ -128,7 +127,7 @@ def add_lora(project: Project, file: Path) -> Path:
         LoraError: it is no safetensors file, or the disk refuses.
     """
     read_header(file)
-    target = new_lora_path(project, safe_name(file.name).name)
+    target = unused_path(project.path / ADDED, Path(safe_name(file.name).name).stem)
     try:
         shutil.move(file, target)
     except OSError as error:

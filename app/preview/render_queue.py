@@ -168,6 +168,17 @@ class RenderQueue:
                 self.worker.cancel(self._reply)
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
+    def forget(self, name: object, workspace: Path) -> None:
+        """Move an image to the trash; where it is the one shown, the one before it is shown.
+
+        Raises:
+            RunError: there is none of that name, or the disk refuses.
+        """
+        kept = self.history.remove(name, workspace)
+        with self._changed:
+            if self._shot is not None and self._shot.acting() == kept.shot:
+                self._shot = None
+
     def view(self) -> PreviewState:
         """Image, strip and grid with the files that exist; at first the last image of the project."""
         with self._changed:

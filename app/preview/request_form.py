@@ -233,16 +233,12 @@ def parse_strengths(text: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)
 
 
-def fields_of(shot: GenerationRequest) -> dict[str, Any]:
-    """A request's fields as the form shows them."""
-    values = {name: getattr(shot, name) for name in FIELDS}
-    return values | {"width": shot.width or None, "height": shot.height or None}
-
-
 def save_request(project: Project, shot: GenerationRequest) -> None:
     """Put a request's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
-    save_form(project, list(shot.loras), apart, fields_of(shot))
+    fields = {name: getattr(shot, name) for name in FIELDS}
+    fields |= {"width": shot.width or None, "height": shot.height or None}
+    save_form(project, list(shot.loras), apart, fields)
 
 
 def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:

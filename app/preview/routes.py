@@ -145,7 +145,7 @@ def put_back(app_state: AppState, sent: dict[str, Any]) -> None:
     Raises:
         RunError: there is no such image any more.
     """
-    kept = app_state.render_queue.history.named(str(sent.get("file", "")))
+    kept = app_state.render_queue.history.named(sent.get("file"))
     save_request(app_state.project, kept.shot)
     if not kept.is_sheet:
         app_state.render_queue.want(kept.shot, ())
@@ -156,9 +156,7 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "generate": generate,
     "open": open_tab,
     "put-back": put_back,
-    "forget": lambda app_state, sent: app_state.render_queue.history.remove(
-        str(sent.get("file", "")), app_state.workspace
-    ),
+    "forget": lambda app_state, sent: app_state.render_queue.forget(sent.get("file"), app_state.workspace),
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
 }

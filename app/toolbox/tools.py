@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import format_bytes
-from app.preview.loras import ADDED, find_owner, lora_groups
+from app.preview.loras import ADDED, find_owner, lora_groups, unused_path
 from app.state import AppState, Snapshot, take_snapshot
 from app.train.train_form import base_choices
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
@@ -271,7 +271,7 @@ def free_path(app_state: AppState, source: str, suffix: str) -> Path:
     file = Path(source).expanduser()
     run_view = find_owner(take_snapshot(app_state), str(file))
     folder = run_view.run.exports if run_view else app_state.project.path / ADDED
-    return _free(folder, f"{default_stem(app_state, file)[:80]}-{suffix}", ".safetensors")
+    return unused_path(folder, f"{default_stem(app_state, file)[:80]}-{suffix}")
 
 
 def _base_place(app_state: AppState, base: str, source: str) -> Path:
@@ -290,15 +290,7 @@ def _base_place(app_state: AppState, base: str, source: str) -> Path:
             " make room."
         )
     stem = f"{path.stem[:60]}-{default_stem(app_state, Path(source))[:60]}"
-    return _free(folder, stem, ".safetensors" if path.is_file() else "")
-
-
-def _free(folder: Path, stem: str, ending: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / f"{stem}{ending}", 2
-    while path.exists():
-        path, number = folder / f"{stem}-{number}{ending}", number + 1
-    return path
+    return unused_path(folder, stem, ".safetensors" if path.is_file() else "")
 
 
 def _suffix(tool: str, request: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from app.preview import request_form as preview_form
 from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
 from app.preview.infotext import apply_infotext, infotext_table, read_infotext
-from app.preview.loras import lora_groups, new_lora_path
+from app.preview.loras import ADDED, lora_groups, unused_path
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.preview.routes import open_tab, take_rows
 from app.state import AppState, Snapshot, take_snapshot
@@ -84,8 +84,13 @@ def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None
     history = app_state.render_queue.history
     kept = HistoryEntry(picture(app_state.generated / "2026-01"), GenerationRequest())
     history.add(kept)
-    history.remove("a.png", app_state.workspace)
+    history.add(
+        HistoryEntry(picture(app_state.generated / "2026-01", "b.png"), GenerationRequest(), beside=True)
+    )
+    assert app_state.render_queue.view().shot == GenerationRequest()
+    app_state.render_queue.forget("a.png", app_state.workspace)
     assert not kept.file.exists()
+    assert app_state.render_queue.view().shot is None, "it is not drawn anew"
     assert history.newest() == History(app_state.generated).newest() == []
     (one,) = list_trash(app_state.workspace)
     assert restore(one, app_state.workspace) == kept.file
@@ -275,9 +280,9 @@ def test_other_tools_and_added_files_are_offered(
     (folder / "notes.txt").write_bytes(b"")
     monkeypatch.setattr(app_state.tools, "lora_folders", lambda: [("ComfyUI", folder)])
     _, file = run_with_file(app_state)
-    added = new_lora_path(app_state.project, "y.safetensors")
+    added = unused_path(app_state.project.path / ADDED, "y")
     added.write_bytes(b"")
-    assert new_lora_path(app_state.project, "y.safetensors").name == "y-2.safetensors"
+    assert unused_path(added.parent, "y").name == "y-2.safetensors"
     groups = dict(lora_groups(take_snapshot(app_state)))
     assert groups["ComfyUI"] == [("sub/x", str(folder / "sub" / "x.safetensors"))]
     assert groups["Added here"] == [("y", str(added))]
