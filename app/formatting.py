@@ -1,6 +1,5 @@
-"""Numbers and states as text. All text from outside goes through `safe` before it becomes HTML."""
+"""Numbers and states as text."""
 
-import html
 import math
 
 UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
@@ -20,11 +19,6 @@ STATES = {
     "done": ("Done", "good"),
     "failed": ("Failed", "bad"),
 }
-
-
-def safe(text: object) -> str:
-    """Escape text for HTML content and attributes."""
-    return html.escape(str(text), quote=True)
 
 
 def format_clock(seconds: float | None) -> str:

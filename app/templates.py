@@ -63,8 +63,3 @@ def problem_html(sentence: object) -> str:
 def note_html(sentence: object) -> str:
     """A message that something was done."""
     return part("note", sentence)
-
-
-def chip(text: str, tone: str = "") -> str:
-    """A small rounded label."""
-    return part("chip", text, tone)

@@ -177,3 +177,14 @@ def test_private_names_of_torch_are_used_in_backends_alone() -> None:
         and ast.unparse(node).split(".")[0] in TENSORS
     ]  # fmt: skip
     assert found == []
+
+
+def test_the_window_s_markup_is_in_templates_alone() -> None:
+    markup = re.compile(r"</?[a-z][a-z0-9]*[\s>/]")
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in sorted((ROOT / "app").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and markup.search(node.value)
+    ]
+    assert found == []
