@@ -128,3 +128,4 @@ def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, 
     # Ctrl-C ends it, though pages are open, whose streams would go on.
     watched.expected_away = True
     assert window.stop() == 0
+    again.wait_for_selector("#away >> text=Your run continues")
