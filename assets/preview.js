@@ -279,7 +279,12 @@
       if (answer.problem) window.easel.toast(answer.problem, "bad");
       press("refresh");
       follow();
-    } else if (data.forget !== undefined) { await post("preview/forget", { file: data.forget }); press("refresh"); }
+    } else if (data.forget !== undefined) {
+      const answer = await post("preview/forget", { file: data.forget });
+      if (answer.problem) window.easel.toast(answer.problem, "bad");
+      else window.easel.toast("Image moved to the trash.", "", async () => { await post("preview/bring-back", answer); press("refresh"); });
+      press("refresh");
+    }
     else if (target.id === "send-to-form") report(await post("preview/infotext", { text: infotext }));
     else if (data.compare) { root.dataset.compare = data.compare; localStorage.setItem("easel-compare", data.compare); modes(); }
     else if (data.showPreview !== undefined) wanted = true;

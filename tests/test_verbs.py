@@ -96,6 +96,8 @@ VIEW_STATE = {
     "run download": "downloads a base of the hub; every verb with --base does where it is needed",
     "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "run download-ask": "asks the hub again how large a base is",
+    "run reset": "puts fields of the Train form back; `train --preset`",
+    "run retry": "starts a failed run again with another value; `train --set`",
     "run show": "chooses the run that the Train tab shows",
     "preview/rows": "keeps the form of the Preview tab; `generate --lora FILE:STRENGTH`",
     "preview/file": "a file that was dropped on the Preview tab; its path on the command line",
@@ -106,6 +108,7 @@ VIEW_STATE = {
     "preview/open": "the Preview tab was opened",
     "preview/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "preview/forget": "deletes a drawn picture from the history; it is a PNG file",
+    "preview/bring-back": "takes it out of the trash again; `trash restore`",
     "toolbox/go-on": "fills the Train form; `train --set adapter.init=FILE`",
     "toolbox/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "report/cancel": "drops what the page has asked for; Ctrl-C on the command line",
@@ -127,6 +130,8 @@ def told_apart(function: ast.AST) -> set[str]:
     for node in ast.walk(function) if not parts else ():
         if isinstance(node, ast.Dict):
             parts += node.keys
+        elif isinstance(node, ast.DictComp):
+            parts += [one for loop in node.generators for one in ast.walk(loop.iter)]
         elif isinstance(node, ast.Compare):
             parts += [one for part in node.comparators for one in ast.walk(part)]
     return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}

@@ -24,7 +24,7 @@ from lora_core.generate.request import (
     make_axis,
 )
 from lora_core.model_files.detect import lookup_base
-from lora_core.runs.storage import move_to_trash
+from lora_core.runs.storage import list_trash, move_to_trash, restore
 from lora_core.settings.choices import SAMPLERS
 from lora_core.system.files import check_fields, parse_json
 
@@ -66,6 +66,7 @@ class History:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._half_line = False
+        self._removed: dict[str, HistoryEntry] = {}
         self._kept = self._read()
 
     def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
@@ -114,17 +115,30 @@ class History:
                 file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
             self._half_line = False
 
-    def remove(self, name: object, workspace: Path) -> HistoryEntry:
-        """Move an image to the trash.
+    def remove(self, name: object, workspace: Path) -> tuple[HistoryEntry, str]:
+        """Move an image to the trash; returns what it was, and its name in the trash.
 
         Raises:
             RunError: there is none of that name, or the disk refuses.
         """
         kept = self.named(name)
-        move_to_trash(kept.file, workspace)
+        place = move_to_trash(kept.file, workspace).parent.name
         with self._lock:
             self._kept = [one for one in self._kept if one is not kept]
-        return kept
+            self._removed[place] = kept
+        return kept, place
+
+    def bring_back(self, place: object, workspace: Path) -> None:
+        """Take an image out of the trash again.
+
+        Raises:
+            RunError: it is not there any more, or the disk refuses.
+        """
+        kept = self._removed.pop(str(place), None)
+        item = next((one for one in list_trash(workspace) if one.place.name == place), None)
+        if kept is None or item is None:
+            raise RunError("This image is no longer in the trash.")
+        self.add(dataclasses.replace(kept, file=restore(item, workspace)))
 
     def _read(self) -> list[HistoryEntry]:
         try:

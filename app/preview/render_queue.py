@@ -168,16 +168,18 @@ class RenderQueue:
                 self.worker.cancel(self._reply)
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
-    def forget(self, name: object, workspace: Path) -> None:
-        """Move an image to the trash; where it is the one shown, the one before it is shown.
+    def forget(self, name: object, workspace: Path) -> str:
+        """Move an image to the trash; where it is the one shown, the one before it is shown. Returns its name
+        in the trash.
 
         Raises:
             RunError: there is none of that name, or the disk refuses.
         """
-        kept = self.history.remove(name, workspace)
+        kept, place = self.history.remove(name, workspace)
         with self._changed:
             if self._shot is not None and self._shot.acting() == kept.shot:
                 self._shot = None
+        return place
 
     def view(self) -> PreviewState:
         """Image, strip and grid with the files that exist; at first the last image of the project."""
@@ -311,18 +313,15 @@ class RenderQueue:
         elif job.shot is None:
             assert grid is not None
             grid.sheet = path
-            self._remember(HistoryEntry(path, grid.shot, grid.rows, grid.columns))
+            self.history_at(path.parent.parent).add(HistoryEntry(path, grid.shot, grid.rows, grid.columns))
         else:
             self._note = str(reply.images[-1].get("note", "")) if reply.images else ""
             self._drawn[job.shot, tuple(reply.request["key"])] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))
             if job.place in ("shot", "base"):
-                self._remember(HistoryEntry(path, job.shot, beside=job.place == "base"))
-
-    def _remember(self, kept: HistoryEntry) -> None:
-        history = next((h for f, h in self._histories.items() if kept.file.is_relative_to(f)), None)
-        (history or self.history_at(kept.file.parent.parent)).add(kept)
+                entry = HistoryEntry(path, job.shot, beside=job.place == "base")
+                self.history_at(path.parent.parent).add(entry)
 
     def history_at(self, folder: Path) -> History:
         """The history of a folder, opened on first use."""

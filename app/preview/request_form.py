@@ -193,12 +193,8 @@ def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highe
 
 
 _TITLES = {
-    "seed": "The seed",
-    "steps": "Steps",
-    "cfg": "Guidance",
-    "width": "The width",
-    "height": "The height",
-}
+    "seed": "The seed", "steps": "Steps", "cfg": "Guidance", "width": "The width", "height": "The height",
+}  # fmt: skip
 
 
 def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:

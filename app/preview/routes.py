@@ -156,7 +156,12 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "generate": generate,
     "open": open_tab,
     "put-back": put_back,
-    "forget": lambda app_state, sent: app_state.render_queue.forget(sent.get("file"), app_state.workspace),
+    "forget": lambda app_state, sent: {
+        "place": app_state.render_queue.forget(sent.get("file"), app_state.workspace)
+    },
+    "bring-back": lambda app_state, sent: app_state.render_queue.history.bring_back(
+        sent.get("place"), app_state.workspace
+    ),
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
 }

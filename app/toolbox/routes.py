@@ -35,7 +35,8 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.get("/easel/toolbox/numbers.json")
     async def numbers() -> Response:
-        text = json.dumps(toolbox.numbers(), indent=1)
+        found = {key: value for key, value in toolbox.found.items() if key not in ("id", "event")}
+        text = json.dumps(found, indent=1)
         headers = {"Content-Disposition": 'attachment; filename="numbers.json"', **FRESH}
         return Response(text, media_type="application/json", headers=headers)
 
@@ -54,7 +55,7 @@ class Toolbox:
         self._app_state = app_state
         self._tool = ""
         self._asked: dict[str, Any] = {}
-        self._found: dict[str, Any] = {}
+        self.found: dict[str, Any] = {}
         self._html = ""
 
     def start(self, sent: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ class Toolbox:
         request = build_worker_request(self._app_state, tool, sent)
 
         def shows(result: dict[str, Any]) -> str:
-            self._tool, self._asked, self._found = tool, request, result
+            self._tool, self._asked, self.found = tool, request, result
             if TOOLS[tool].makes == "base":
                 self._app_state.places.keep("bases", str(result["file"]))
             if tool == "strength":
@@ -83,7 +84,7 @@ class Toolbox:
         Raises:
             RunError: nothing was measured that it could be made of.
         """
-        do, asked, found = str(sent.get("do")), self._asked, self._found
+        do, asked, found = str(sent.get("do")), self._asked, self.found
         if do == "shrink" and "intrinsic" in found:
             more, suffix = {"ranks": found["intrinsic"]["ranks"]}, f"rank{found['intrinsic']['rank']}"
         elif do == "bake" and "strength" in found:
@@ -99,10 +100,6 @@ class Toolbox:
             lambda result: f"{written_html(self._linked(result))}{before}",
             self._tool,
         )
-
-    def numbers(self) -> dict[str, Any]:
-        """The last result."""
-        return {key: value for key, value in self._found.items() if key not in ("id", "event")}
 
     def _keep_best(self, file: str, strengths: list[float]) -> None:
         """Keep a measured strength of the whole adapter, which the Preview tab marks at its slider."""

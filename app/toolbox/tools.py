@@ -95,13 +95,14 @@ TOOLS: dict[str, LoraTool] = {
 def list_choices(app_state: AppState) -> dict[str, Any]:
     """What a page offers: files with their runs, runs to measure on, bases."""
     snapshot = take_snapshot(app_state)
-    groups = []
-    for heading, files in lora_groups(snapshot):
-        rows = []
-        for title, path in files:
-            run_view = find_owner(snapshot, path)
-            rows.append({"title": title, "path": path, "run": run_view.run.name if run_view else ""})
-        groups.append({"heading": heading, "files": rows})
+
+    def row(title: str, path: str) -> dict[str, str]:
+        run_view = find_owner(snapshot, path)
+        return {"title": title, "path": path, "run": run_view.run.name if run_view else ""}
+
+    groups = [
+        {"heading": name, "files": [row(*file) for file in files]} for name, files in lora_groups(snapshot)
+    ]
     bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
     return {"groups": groups, "runs": _runs(snapshot), "bases": bases}
 

@@ -88,6 +88,11 @@ def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None
         HistoryEntry(picture(app_state.generated / "2026-01", "b.png"), GenerationRequest(), beside=True)
     )
     assert app_state.render_queue.view().shot == GenerationRequest()
+    place = app_state.render_queue.forget("a.png", app_state.workspace)
+    history.bring_back(place, app_state.workspace)
+    assert [one.file for one in history.newest()] == [kept.file]
+    with pytest.raises(RunError, match="no longer in the trash"):
+        history.bring_back(place, app_state.workspace)
     app_state.render_queue.forget("a.png", app_state.workspace)
     assert not kept.file.exists()
     assert app_state.render_queue.view().shot is None, "it is not drawn anew"
