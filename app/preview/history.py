@@ -180,7 +180,7 @@ def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
     return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
-def file_time(file: str) -> int:
+def file_time(file: str | Path) -> int:
     """When a file was last written, in nanoseconds; 0 if there is none."""
     try:
         return Path(file).stat().st_mtime_ns

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from app.jobs import RunView
+from app.preview.history import file_time
 from app.state import Snapshot
 from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError
@@ -62,18 +63,11 @@ def lora_groups(snapshot: Snapshot) -> list[Group]:
     groups: list[Group] = [("Runs", [file for is_own, file in found if is_own])]
     period = int(time.monotonic() / LOOK_AGAIN)
     added = snapshot.app_state.project.path / ADDED
-    groups.append(("Added here", _in_folder(added, _changed(added), 0)))
+    groups.append(("Added here", _in_folder(added, file_time(added), 0)))
     for tool, folder in snapshot.app_state.tools.lora_folders():
         groups.append((tool, _in_folder(folder, 0, period)))
     groups.append(("Runs of other projects", [file for is_own, file in found if not is_own]))
     return [(heading, files) for heading, files in groups if files]
-
-
-def _changed(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 @lru_cache(maxsize=32)

@@ -112,8 +112,14 @@ def _row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:
 
 
 def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[WeightedLora], int]:
-    """Store the form as a page sends it; returns its LoRAs and the new revision."""
-    rows = parse_rows(sent.get("rows") or [])
+    """Store the form as a page sends it; returns its LoRAs and the new revision.
+
+    Raises:
+        ConfigError: it is not whole.
+    """
+    if not isinstance(sent.get("rows"), list):
+        raise ConfigError("The LoRAs of the form did not arrive; try again.")
+    rows = parse_rows(sent["rows"])
     more: dict[str, Any] = {}
     fields, strip = sent.get("fields"), sent.get("strip")
     if isinstance(strip, dict):

@@ -22,7 +22,7 @@ from app.preview.request_form import (
     take_sent_form,
 )
 from app.preview.view import working_words
-from app.routes import FRESH, Answer, BadRequest, add_actions, receive_file
+from app.routes import FRESH, Answer, add_actions, receive_file
 from app.state import AppState, take_snapshot
 from lora_core.errors import LoraError
 
@@ -74,8 +74,6 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
 
 def take_rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Store the form; if only strengths changed, draw the shown image anew."""
-    if not isinstance(sent.get("rows"), list):
-        raise BadRequest("no rows")
     rows, rev = take_sent_form(app_state.project, sent)
     shot = app_state.render_queue.view().shot if sent.get("moved") and rows else None
     # Another file waits for Generate, because it may need another base.
@@ -91,8 +89,6 @@ def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     Raises:
         LoraError: the grid cannot be drawn; a problem of image and strip is shown with them.
     """
-    if not isinstance(sent.get("rows"), list):
-        raise BadRequest("no rows")
     rows, rev = take_sent_form(app_state.project, sent)
     snapshot, what = take_snapshot(app_state), sent.get("what")
     fields = sent.get("fields") if isinstance(sent.get("fields"), dict) else {}
@@ -124,14 +120,11 @@ def open_tab(app_state: AppState, sent: dict[str, Any] | None = None) -> dict[st
     try:
         shot = build_run_request(snapshot, name)
     except LoraError as error:
-        if any(
-            run_view.run.name == name and state in ("running", "preparing")
-            for run_view, state in snapshot.runs
-        ):
-            # It has a file once it is done; the request is kept until then.
-            return {"fill": False, "drawn": True}
-        app_state.project.update_draft(preview_strip="")
-        app_state.render_queue.refuse(str(error))
+        state = next((state for run_view, state in snapshot.runs if run_view.run.name == name), "")
+        if state not in ("running", "preparing"):
+            # A live run has a file once it is done; the request is kept until then.
+            app_state.project.update_draft(preview_strip="")
+            app_state.render_queue.refuse(str(error))
         return {"fill": False, "drawn": True}
     app_state.project.update_draft(preview_strip="")
     save_request(app_state.project, shot)

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.formatting import format_bytes
 from app.preview.loras import ADDED, find_owner, lora_groups, unused_path
-from app.state import AppState, Snapshot, take_snapshot
+from app.state import AppState, take_snapshot
 from app.train.train_form import base_choices
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
@@ -104,17 +104,12 @@ def list_choices(app_state: AppState) -> dict[str, Any]:
         {"heading": name, "files": [row(*file) for file in files]} for name, files in lora_groups(snapshot)
     ]
     bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
-    return {"groups": groups, "runs": _runs(snapshot), "bases": bases}
-
-
-def _runs(snapshot: Snapshot) -> list[dict[str, str]]:
-    """Runs with held-out images."""
-    found = []
-    for run_view, _ in snapshot.runs:
-        config = run_view.config()
-        if config is not None and config.validation.pictures > 0:
-            found.append({"name": run_view.run.name, "base": config.model.base})
-    return found
+    runs = [
+        {"name": run_view.run.name, "base": config.model.base}
+        for run_view, _ in snapshot.runs
+        if (config := run_view.config()) is not None and config.validation.pictures > 0
+    ]
+    return {"groups": groups, "runs": runs, "bases": bases}
 
 
 def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
