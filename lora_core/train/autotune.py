@@ -23,7 +23,6 @@ from lora_core.data.buckets import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
 from lora_core.models.device import cap_memory, limited, out_of_memory, use_device
-from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import decode_latents
@@ -314,11 +313,11 @@ def _time_steps(
     base.load(*base.waiting)
     on_step(0, TIMED_STEPS)
     layout = plan_adapter(base, config)
-    text = (
-        PromptCache(base, base.path, True, train.clip_skip, train.max_token_length)
-        if layout.encoders_trained
-        else _OneCaption(base, train.clip_skip, train.max_token_length)
-    )
+    tokens = train.max_token_length
+    text = PromptCache(base, offload_folder, layout.encoders_trained, train.clip_skip, tokens)
+    if not layout.encoders_trained:
+        text.embed_batch([CAPTION])
+        text.release()
     side = train.resolution or base.resolution
     batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)
     state, _ = build_train_state(base, layout, config, "")
@@ -332,7 +331,7 @@ def _time_steps(
     counted = seconds[1:] or seconds
     return {
         "step": statistics.median(counted),
-        "draw": _time_sampler_step(base, text.embed(CAPTION)),
+        "draw": _time_sampler_step(base, text.embed_batch([CAPTION])),
         "steps": len(counted),
         "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "device": device.type,
@@ -353,19 +352,6 @@ class _Noise(Batches):
         """The same each time."""
         count = len(self._latents)
         return Batch(self._latents, [CAPTION] * count, ["noise"] * count, self._sizes)
-
-
-class _OneCaption(PromptCache):
-    """One caption, encoded once; the text encoders are then dropped, as in a run."""
-
-    def __init__(self, base: BaseModel, clip_skip: int, tokens: int) -> None:
-        with torch.no_grad():
-            self._condition = encode_prompt(base, [CAPTION], clip_skip, tokens)
-        base.text_encoders.clear()
-
-    def embed_batch(self, captions: list[str]) -> PromptEmbeds:
-        """The same for each."""
-        return self._condition.expand(len(captions))
 
 
 def _time_sampler_step(base: BaseModel, text: PromptEmbeds) -> float:

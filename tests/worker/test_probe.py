@@ -56,6 +56,7 @@ def left_over() -> Callable[[], list[object]]:
     "changes",
     [
         {},
+        {"optimizer.text_encoder_lr": 0.0},
         {
             "optimizer.text_encoder_lr": 1e-5,
             "train.batch_size": 2,
