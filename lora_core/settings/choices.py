@@ -1,18 +1,21 @@
-"""Named choices as tables: optimizers, schedules, losses, samplers, targets, formats.
+"""Named choices as tables: optimizers, schedules, losses, samplers, targets, formats (`assets/choices.toml`).
 
 A row names its code as "module:attribute", imported only when it is used, so that a window without torch
 can list them all. The price: editors cannot follow the reference, so `tests/settings/test_choices.py`
 resolves every row.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_core.errors import ConfigError
+from lora_core.system.files import ASSETS
 
 
 @dataclass(frozen=True)
@@ -107,89 +110,25 @@ def require_package(feature: str, module: str, package: str) -> None:
 Row = TypeVar("Row", bound=Choice)
 Table = Mapping[str, Choice]
 
-OPTIMIZERS: dict[str, OptimizerChoice] = {
-    "adamw": OptimizerChoice(
-        "AdamW", "The safe default.", "torch.optim:AdamW", {"weight_decay": 0.01}, fused=True
-    ),
-    "adam": OptimizerChoice("Adam", "AdamW without weight decay.", "torch.optim:Adam", fused=True),
-    "nadam": OptimizerChoice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
-    "radam": OptimizerChoice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
-    "adafactor": OptimizerChoice(
-        "Adafactor",
-        "Keeps far less state; for very large ranks.",
-        "torch.optim:Adafactor",
-        state=0.2,
-        by_matrix=True,
-    ),
-    "sgd": OptimizerChoice(
-        "SGD",
-        "Plain gradient descent with momentum; needs a much higher rate.",
-        "torch.optim:SGD",
-        {"momentum": 0.9},
-        state=1.0,
-    ),
-    "lion": OptimizerChoice(
-        "Lion",
-        "Half of AdamW's state; use a third of its learning rate.",
-        "lion_pytorch:Lion",
-        package="lion-pytorch",
-        state=1.0,
-    ),
-    "prodigy": OptimizerChoice(
-        "Prodigy",
-        "Finds its own learning rate; set the learning rate to 1.",
-        "prodigyopt:Prodigy",
-        {"safeguard_warmup": True, "use_bias_correction": True},
-        package="prodigyopt",
-        one_rate=True,
-        state=4.0,
-    ),
-}
 
-SCHEDULES: dict[str, Implementation] = {
-    "constant": Implementation(
-        "Constant", "The same learning rate throughout.", "lora_core.train.loop:constant"
-    ),
-    "linear": Implementation("Linear", "Falls to zero in a straight line.", "lora_core.train.loop:linear"),
-    "cosine": Implementation(
-        "Cosine", "Falls to zero slowly at both ends; the default.", "lora_core.train.loop:cosine"
-    ),
-    "cosine_restarts": Implementation(
-        "Cosine with restarts",
-        "Three cosine falls, each from the full rate.",
-        "lora_core.train.loop:cosine_restarts",
-    ),
-}
+@functools.cache
+def _rows() -> dict[str, Any]:
+    return tomllib.loads((ASSETS / "choices.toml").read_text(encoding="utf-8"))
 
-LOSSES: dict[str, Implementation] = {
-    "mse": Implementation(
-        "Squared error", "What the base was trained with.", "lora_core.train.loss:squared_error"
-    ),
-    "l1": Implementation(
-        "Absolute error", "Less weight on a few large errors.", "lora_core.train.loss:absolute_error"
-    ),
-    "huber": Implementation(
-        "Huber",
-        "Squared where small, linear where large; robust to outliers and wrong captions.",
-        "lora_core.train.loss:huber_error",
-    ),
-}
 
-HUBER_SCHEDULES: dict[str, Implementation] = {
-    "constant": Implementation(
-        "Constant", "The same delta at each noise level.", "lora_core.train.loss:constant_delta"
-    ),
-    "snr": Implementation(
-        "By signal-to-noise ratio",
-        "From 1 without noise down to delta, as the signal fades; the default.",
-        "lora_core.train.loss:snr_delta",
-    ),
-    "exponential": Implementation(
-        "Exponential",
-        "From 1 at the first timestep down to delta at the last.",
-        "lora_core.train.loss:exponential_delta",
-    ),
-}
+def _table(name: str, kind: type[Row]) -> dict[str, Row]:
+    return {key: kind(**row) for key, row in _rows()[name].items()}
+
+
+OPTIMIZERS = _table("optimizers", OptimizerChoice)
+SCHEDULES = _table("schedules", Implementation)
+LOSSES = _table("losses", Implementation)
+HUBER_SCHEDULES = _table("huber_schedules", Implementation)
+FORMATS = _table("formats", Implementation)
+SAMPLERS = _table("samplers", Implementation)
+PREDICTIONS = _table("predictions", Choice)
+ZERO_TERMINAL_SNR = _table("zero_terminal_snr", Choice)
+PRECISIONS = _table("precisions", Choice)
 
 _ATTENTION = r"attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
 _TEXT_ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|out_proj)"
@@ -235,63 +174,6 @@ TARGETS: dict[str, LayerSet] = {
         blocks="subject_blocks",
     ),
 }
-FORMATS: dict[str, Implementation] = {
-    "kohya": Implementation(
-        "kohya (all tools)",
-        "A1111, Forge, ComfyUI, InvokeAI, kohya and diffusers read it.",
-        "lora_core.formats.kohya:to_tensors",
-    ),
-    "diffusers": Implementation(
-        "diffusers / PEFT",
-        "For diffusers scripts; most other tools do not read it.",
-        "lora_core.formats.peft:to_tensors",
-    ),
-}
-
-# Named as in A1111; each is a diffusers scheduler and how it is configured.
-SAMPLERS: dict[str, Implementation] = {
-    "ddim": Implementation("DDIM", "Plain and deterministic.", "diffusers:DDIMScheduler"),
-    "euler": Implementation("Euler", "Fast and smooth.", "diffusers:EulerDiscreteScheduler"),
-    "euler_a": Implementation(
-        "Euler a", "Adds noise at each step; livelier.", "diffusers:EulerAncestralDiscreteScheduler"
-    ),
-    "heun": Implementation("Heun", "Two model calls per step.", "diffusers:HeunDiscreteScheduler"),
-    "dpmpp_2m": Implementation("DPM++ 2M", "Sharp in 20 steps.", "diffusers:DPMSolverMultistepScheduler"),
-    "dpmpp_2m_karras": Implementation(
-        "DPM++ 2M Karras",
-        "DPM++ 2M with more steps where detail forms.",
-        "diffusers:DPMSolverMultistepScheduler",
-        {"use_karras_sigmas": True},
-    ),
-    "unipc": Implementation("UniPC", "Good in few steps.", "diffusers:UniPCMultistepScheduler"),
-    "lcm": Implementation(
-        "LCM",
-        "4 to 8 steps at a CFG of 1 to 2, with a LoRA or base that was distilled for it.",
-        "diffusers:LCMScheduler",
-    ),
-}
-
-PREDICTIONS: dict[str, Choice] = {
-    "auto": Choice("As the base says", "Read from the base's own config."),
-    "epsilon": Choice("epsilon", "The base predicts the noise."),
-    "v_prediction": Choice("v", "The base predicts velocity."),
-}
-
-ZERO_TERMINAL_SNR: dict[str, Choice] = {
-    "auto": Choice("As the base says", "Read from the file's markers or the base's own config."),
-    "on": Choice("On", "The last timestep is pure noise; only for bases that predict velocity."),
-    "off": Choice("Off", "A little of the image is left at the last timestep, as usual."),
-}
-
-PRECISIONS: dict[str, Choice] = {
-    "auto": Choice(
-        "Automatic", "bf16 where the device is fast at it, else fp16 with tensor cores, else fp32."
-    ),
-    "fp32": Choice("fp32", "Full precision; the most memory."),
-    "bf16": Choice("bf16", "Half the memory; for recent GPUs and CPUs."),
-    "fp16": Choice("fp16", "Half the memory; for older GPUs."),
-}
-
 QUANTIZED: dict[str, Choice] = {
     "none": Choice("As it is", "In the dtype that precision names."),
     "int8": Implementation(
