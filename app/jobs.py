@@ -162,21 +162,25 @@ class Jobs:
         return next((run_view for run_view in self.all() if self.state(run_view) in LIVE), None)
 
     def current(self) -> RunView | None:
-        """The run that the window shows: the one chosen, else the live one, else the project's newest."""
-        live = self.live()
+        """The run that the Train tab shows."""
+        return self.watched(self.live())[0]
+
+    def watched(self, live: RunView | None) -> tuple[RunView | None, RunView | None]:
+        """The runs that the Train tab and the header show.
+
+        The tab's is the one chosen, else the live one, else the project's newest; the header's is the live one,
+        else the last that was live, until another is chosen.
+        """
         if live is not None:
             # Who watched the last run of a queue watches the next one too.
             if self._chosen in (None, self._last_live):
                 self._chosen = live.run.path
             self._last_live = live.run.path
-        return self._find(self._chosen) or max(filter(self.own, self.all()), key=_last_written, default=None)
-
-    def active(self) -> RunView | None:
-        """The live run; without one the last that was, until another is shown."""
-        return self.live() or self._find(self._last_live) or self.current()
+        shown = self._find(self._chosen) or max(filter(self.own, self.all()), key=_last_written, default=None)
+        return shown, live or self._find(self._last_live) or shown
 
     def _find(self, path: Path | None) -> RunView | None:
-        return next((run_view for run_view in self.all() if run_view.run.path == path), None)
+        return self.run_view(RunFolder(path)) if path and (path / "config.toml").is_file() else None
 
     def choose_anew(self) -> None:
         """Forget which run was chosen, as when another project is opened."""

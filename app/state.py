@@ -269,11 +269,9 @@ def take_snapshot(app_state: AppState) -> Snapshot:
     runs = [(run_view, app_state.jobs.state(run_view)) for run_view in app_state.jobs.all()]
     states = {run_view.run.path: state for run_view, state in runs}
 
-    def shown(run_view: RunView | None) -> ShownRun:
+    def with_state(run_view: RunView | None) -> ShownRun:
         return ShownRun(run_view, states.get(run_view.run.path, "none")) if run_view else ShownRun()
 
-    jobs = app_state.jobs
-    current = shown(jobs.current())
-    return Snapshot(
-        app_state, current, shown(jobs.active()), runs, app_state.render_queue.view(), Plan(app_state.project)
-    )
+    shown, active = app_state.jobs.watched(next((w for w, state in runs if state in LIVE), None))
+    view, plan = app_state.render_queue.view(), Plan(app_state.project)
+    return Snapshot(app_state, with_state(shown), with_state(active), runs, view, plan)
