@@ -166,11 +166,8 @@ class Jobs:
         return self.watched(self.live())[0]
 
     def watched(self, live: RunView | None) -> tuple[RunView | None, RunView | None]:
-        """The runs that the Train tab and the header show.
-
-        The tab's is the one chosen, else the live one, else the project's newest; the header's is the live one,
-        else the last that was live, until another is chosen.
-        """
+        """The runs that the Train tab shows (the one chosen, else the live one, else the newest) and
+        that the header shows (the live one, else the last that was, until another is chosen)."""
         if live is not None:
             # Who watched the last run of a queue watches the next one too.
             if self._chosen in (None, self._last_live):

@@ -91,21 +91,15 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
         reached = max(seen, default=0)
     found = []
     for number, (name, phases) in enumerate(STAGES):
-        now = number == reached
+        state = "done" if number < reached else "now" if number == reached else ""
         share = max(progress.phases.get(phase, 0.0) for phase in phases)
-        counted = now and progress.phase in phases and progress.phase_total > 1
+        percent = {"done": 100, "now": int(100 * share)}.get(state, 0)
+        counted = state == "now" and progress.phase in phases and progress.phase_total > 1
         note = f"{progress.phase_done:,} of {progress.phase_total:,}" if counted else ""
-        state = "now" if now else "done" if number < reached else ""
-        found.append(
-            {"name": name, "state": state, "percent": 100 if state == "done" else int(100 * share * now)}
-            | {"note": note}
-        )
-    share = progress.step / progress.steps if progress.steps else 0.0
+        found.append({"name": name, "state": state, "percent": percent, "note": note})
     note = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
-    found.append(
-        {"name": "Train", "state": "now" if stepping else "", "percent": int(100 * share), "note": note}
-    )
-    return found
+    percent = int(100 * progress.step / max(progress.steps, 1))
+    return [*found, {"name": "Train", "state": "now" if stepping else "", "percent": percent, "note": note}]
 
 
 def _acts(snapshot: Snapshot) -> list[Act]:

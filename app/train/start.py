@@ -186,20 +186,17 @@ def facts(snapshot: Snapshot) -> str:
         memory = size = seconds = None
     stops = start_problems(snapshot)
     named = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
+    time_words = SOURCES.get(expected.source, "time, known after some steps")
+    room = f"{'' if is_measured else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN
+    tiles = [
+        (format_duration(seconds) if seconds else UNKNOWN, time_words),
+        (room, _memory_words(snapshot, is_measured)),
+        (format_bytes(size) if size else UNKNOWN, "file size"),
+    ]
     return render(
         "train/action_bar.html",
         active=snapshot.active,
-        tiles=[
-            (
-                format_duration(seconds) if seconds else UNKNOWN,
-                SOURCES.get(expected.source, "time, known after some steps"),
-            ),
-            (
-                f"{'' if is_measured else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
-                _memory_words(snapshot, is_measured),
-            ),
-            (format_bytes(size) if size else UNKNOWN, "file size"),
-        ],
+        tiles=tiles,
         measuring=_measuring(snapshot, expected),
         stops=[(named.get(text, ""), text) for text in stops],
         repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},

@@ -99,12 +99,8 @@ def build_train(bindings: Bindings) -> None:
             build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
-                ("run-card", runs.run_card),
-                ("queue", runs.queue_card),
-                ("samples", runs.samples_card),
-                ("charts", runs.charts),
-                ("earlier", runs.earlier),
-                ("run-log", runs.log_card),
-            ):
+                ("run-card", runs.run_card), ("queue", runs.queue_card), ("samples", runs.samples_card),
+                ("charts", runs.charts), ("earlier", runs.earlier), ("run-log", runs.log_card),
+            ):  # fmt: skip
                 bindings.follow(html_block(elem_id=place), shows)
     build_action_bar(bindings, form, name)
