@@ -57,7 +57,7 @@ _LAZY = {
     "adapter_weights": "lora_core.lora.inject",
     "generate_image": "lora_core.generate.pipeline",
     "inject": "lora_core.lora.inject",
-    "inspect_file": "lora_core.formats.inspect",
+    "inspect_file": "lora_core.formats.verify",
     "load_base": "lora_core.models.load",
     "load_adapter": "lora_core.formats.io",
     "validation_report": "lora_core.evaluate.validator",

@@ -32,24 +32,28 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.dataset import scan
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, OutOfMemory
-from lora_core.evaluate.caption_scores import score_captions
-from lora_core.evaluate.learned import measure_run_images
-from lora_core.evaluate.triggers import propose_triggers
+from lora_core.evaluate.captions import measure_run_images, propose_triggers, score_captions
 from lora_core.evaluate.validator import Evaluator
-from lora_core.generate.grid import make_image_grid
-from lora_core.generate.pipeline import OnLatents, Pipeline, latent_preview, open_pipeline, save_png
+from lora_core.generate.pipeline import (
+    OnLatents,
+    Pipeline,
+    latent_preview,
+    make_image_grid,
+    open_pipeline,
+    save_png,
+)
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
 from lora_core.models.load import BaseModel
-from lora_core.report.collect import RunEvaluator, run_evaluator
+from lora_core.report.report import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig, checked_value
 from lora_core.settings.schema import ModelSection
 from lora_core.system.files import folder_bytes
 from lora_core.system.processes import others_spin
-from lora_core.tools.interference import measure_stack
-from lora_core.tools.save import Rewrite, check_out, file_precision
+from lora_core.tools.analysis import measure_stack
+from lora_core.tools.delta import Rewrite, check_out, file_precision
 from lora_core.tools.shrink import measure_rank, truncate_file
 from lora_core.tools.strength import bake_strength, measure_strength
 from lora_core.tools.svd import file_spectrum, truncate_adapter
@@ -415,7 +419,7 @@ def _call(function: Callable[..., Any], request: Request, report: Reporter, **gi
 
 
 def _rewrite(request: Request) -> Rewrite:
-    return Rewrite(Path(str(request["file"])), Path(str(request["out"])), "", time.time())
+    return Rewrite(Path(str(request["file"])), Path(str(request["out"])))
 
 
 def generation_request(request: Request) -> GenerationRequest:

@@ -8,14 +8,21 @@ from app.bindings import Bindings, html_block
 from app.export.compatibility import file_facts
 from app.templates import part, render
 from app.toolbox.tools import CHECKPOINT, TOOLS
-from lora_core.report.plots import Bar, bars_plot, figure, figures, folded, paragraph, square_plot, table_html
-from lora_core.report.rank_plots import (
+from lora_core.report.plots import (
+    Bar,
     amplified_html,
+    bars_plot,
     block_name,
+    figure,
+    figures,
+    folded,
     intrinsic_html,
     left_out_html,
+    paragraph,
     spectrum_html,
+    square_plot,
     strength_html,
+    table_html,
 )
 from lora_core.settings.choices import FORMATS
 

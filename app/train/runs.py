@@ -22,8 +22,7 @@ from app.templates import render
 from app.top_bar import Act, accept_act, describe_left, describe_phase, request_act, resume_act
 from app.train.background import with_labels
 from lora_core.errors import Diverged, RunError
-from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
-from lora_core.report.rank_plots import rate_html
+from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample, rate_html
 from lora_core.runs.costs import num_rounds
 from lora_core.runs.events import PreviewDone, StepDone, Validated
 from lora_core.runs.folder import runs_folder

@@ -111,7 +111,7 @@ def _run(call: Call) -> int:
 
 def note_extras(files: Iterable[File]) -> None:
     """Say on stderr what adapter files hold that is not used."""
-    from lora_core.formats.detect import extras_sentence
+    from lora_core.formats.kinds import extras_sentence
 
     for file in dict.fromkeys(map(Path, files)):
         sentence = extras_sentence(read_header(file).shapes)

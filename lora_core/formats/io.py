@@ -20,9 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import detect
-from lora_core.formats.layer_shapes import reshape_adapter
-from lora_core.formats.layers import Tensors, check_finite
+from lora_core.formats import kinds
+from lora_core.formats.layers import (
+    Tensors,
+    check_finite,
+    reshape_adapter,
+)
 from lora_core.formats.peft import HEADER_KEY, add_peft_config
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
@@ -49,7 +52,6 @@ def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
     """The adapter in a file of any known format.
 
     Args:
-        path: a .safetensors file.
         family: the base's, if the adapter is to be used with one.
 
     Raises:
@@ -57,22 +59,26 @@ def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
             another family.
     """
     header = read_header(path)
-    kind = detect.detect_kind(header.shapes)
+    kind = kinds.detect_kind(header.shapes)
     if kind != "unknown":
         check_family(path, header)
-    if kind not in (detect.LORA, detect.LOCON):
-        what = detect.describe_kind(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
-        raise AdapterFileError(f"{path} cannot be used: it is {what}.{merge_offer(path, kind)}")
+    if kind not in (kinds.LORA, kinds.LOCON):
+        what = kinds.describe_kind(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
+        base, offer = " --base BASE" if kind == kinds.DORA else "", ""
+        if kind in CONVERTIBLE:
+            verb = f"lora-easel merge {path.name} --out NEW.safetensors --rank 32{base}"
+            offer = f" `{verb}` makes a plain LoRA of it."
+        raise AdapterFileError(f"{path} cannot be used: it is {what}.{offer}")
     tensors, texts = read_tensors(path)
     metadata = add_peft_config(path, tensors, texts)
-    translator = next((m for m in map(_translator, FORMATS) if m.matches(tensors)), None)
-    if translator is None:
+    format = kinds.file_format(tensors)
+    if format not in FORMATS:
         raise AdapterFileError(f"{path} cannot be used: its tensors are named like no known format.")
-    other = detect.mismatch(header.shapes, metadata, family) if family else ""
+    other = kinds.mismatch(header.shapes, metadata, family) if family else ""
     if family and other:
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     try:
-        weights: AdapterWeights = translator.from_tensors(tensors, metadata)
+        weights: AdapterWeights = _translator(format).from_tensors(tensors, metadata)
         check_finite(weights)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
@@ -147,13 +153,10 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
     """
     header = read_header(source)
     weights = load_adapter(source)
-    family = detect.detect_family(header.shapes, header.metadata)
-    if family is None:
-        name = detect.detect_family_name(header.shapes, header.metadata)
-        what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
-        raise AdapterFileError(f"{source} {what}, so its layers have no names in another format.")
+    lost = "its layers have no names in another format"
+    family = kinds.require_family(source, header.shapes, header.metadata, lost, "")
     reshaped = reshape_adapter(weights, family)
-    left_out = detect.extras_sentence(header.shapes)
+    left_out = kinds.extras_sentence(header.shapes)
     notes = [left_out] if left_out else []
     if any(reshaped.layers[key].down.shape != layer.down.shape for key, layer in weights.layers.items()):
         notes.append("1 x 1 convolutions and linear layers now have the shapes that the base's layers have.")
@@ -193,16 +196,8 @@ def check_family(path: Path, header: Header) -> None:
         )
 
 
-def merge_offer(path: Path, kind: str) -> str:
-    """How to turn a file of a kind in `CONVERTIBLE` into a plain LoRA, as a sentence; "" for the others."""
-    if kind not in CONVERTIBLE:
-        return ""
-    base = " --base BASE" if kind == "DoRA" else ""
-    return f" `lora-easel merge {path.name} --out NEW.safetensors --rank 32{base}` makes a plain LoRA of it."
-
-
 def _translator(name: str) -> ModuleType:
-    """The module behind a row of `FORMATS`: matches, from_tensors, to_tensors and header."""
+    """The module behind a row of `FORMATS`: from_tensors, to_tensors and header."""
     return importlib.import_module(FORMATS[name].load.partition(":")[0])
 
 
@@ -216,8 +211,11 @@ def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return cast
 
 
-def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+def read_tensors(path: Path, only: str = "") -> tuple[Tensors, dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Nothing in a file is ever executed.
+
+    Args:
+        only: the end of the names of tensors to read.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file.
@@ -225,7 +223,8 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     header = read_header(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in header.tensors}, header.metadata
+            wanted = [name for name in header.tensors if name.endswith(only)]
+            return {name: file.get_tensor(name) for name in wanted}, header.metadata
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
 

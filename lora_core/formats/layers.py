@@ -1,15 +1,401 @@
-"""Checks the tensors of one layer of a file, of any format, and makes `LayerWeights` of them."""
+"""The layers of a family's models: their shapes, their names in adapter files, and the tensors of one layer.
+
+Shapes follow from a family's configs alone. No model is built, so this takes milliseconds; the price is that
+the layout of UNet2DConditionModel and CLIPTextModel is repeated here. A test compares it with the real
+classes.
+
+In kohya's key prefixes underscores stand for dots, and since they are part of the names too, a prefix cannot
+be split at them. So each layer of a family is a row of a table with `#` for each number: a name's numbers are
+replaced, the row is looked up, and the numbers are put back. The original (ldm) block names, which some
+families have in kohya files (`Family.kohya_block_names`), are another table.
+"""
 
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.families import (
+    FAMILIES,
+    Family,
+    diffusers_unet_path,
+    is_text_encoder,
+    ldm_unet_path,
+)
+from lora_core.model_files.header import other_family
+from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS, parse_json
 
+Layout = dict[LayerKey, tuple[int, ...]]
+"""Each linear layer and convolution to the shape of its weight, in the models' own order."""
 Tensors = dict[str, torch.Tensor]
+
+
+def family_layout(family: Family) -> Layout:
+    """The layers of a family's UNet and text encoders; read-only."""
+    return folder_layout(FAMILY_CONFIGS / family.configs if family.configs else DEMO_BASE, family)
+
+
+def folder_layout(folder: Path, family: Family) -> Layout:
+    """The layers of a base with its configs in a diffusers folder; read-only."""
+    return _layout(folder, family.parts)
+
+
+@lru_cache(maxsize=8)
+def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
+    layers: Layout = {}
+    for part in parts:
+        config = parse_json((folder / part / "config.json").read_bytes())
+        found = _text_encoder(config) if is_text_encoder(part) else _unet(config)
+        layers |= {(part, path): shape for path, shape in found}
+    return layers
+
+
+def kernel_of(layer: LayerKey, family: Family) -> tuple[int, ...] | None:
+    """(height, width) of a layer's kernel, () for a linear layer, None for a layer that the family lacks."""
+    shape = family_layout(family).get(layer)
+    return None if shape is None else tuple(shape[2:])
+
+
+def reshape_adapter(weights: AdapterWeights, family: Family) -> AdapterWeights:
+    """The same update, 1 x 1 convolutions and linear layers each as the family has them.
+
+    Some tools write one as the other, which means the same and which others refuse.
+    """
+    layers = {}
+    for key, layer in weights.layers.items():
+        kernel, down, up = kernel_of(key, family), layer.down, layer.up
+        if down.dim() == 2 and kernel == (1, 1):
+            layer = replace(layer, down=down[..., None, None], up=up[..., None, None])
+        elif down.dim() == 4 and kernel == () and down.shape[2:] == (1, 1):
+            layer = replace(layer, down=down.flatten(1), up=up.flatten(1))
+        layers[key] = layer
+    return AdapterWeights(layers, weights.metadata)
+
+
+_NORMS = {
+    ".conv1": ".norm1",
+    ".conv2": ".norm2",
+    ".proj_in": ".norm",
+    ".attn1.to_q": ".norm1",
+    ".attn2.to_q": ".norm2",
+    ".ff.net.0.proj": ".norm3",
+    ".self_attn.q_proj": ".layer_norm1",
+    ".mlp.fc1": ".layer_norm2",
+}
+"""The end of a layer's path, to that of the norm layer before it."""
+
+
+def norm_layers(layout: Layout) -> list[LayerKey]:
+    """The norm layers of the models with these layers."""
+    found = [(part, "conv_norm_out") for part, path in layout if path == "conv_out"]
+    for part, path in layout:
+        for end, norm in _NORMS.items():
+            if path.endswith(end):
+                found.append((part, path.removesuffix(end) + norm))
+    encoders = dict.fromkeys(part for part, _ in layout if is_text_encoder(part))
+    return [*found, *((part, "text_model.final_layer_norm") for part in encoders)]
+
+
+Layers = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _text_encoder(config: dict[str, Any]) -> Layers:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    for number in range(config["num_hidden_layers"]):
+        start = f"text_model.encoder.layers.{number}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield f"{start}.self_attn.{name}", (width, width)
+        yield f"{start}.mlp.fc1", (inner, width)
+        yield f"{start}.mlp.fc2", (width, inner)
+    if "CLIPTextModelWithProjection" in config.get("architectures", ()):
+        yield "text_projection", (config["projection_dim"], width)
+
+
+def _unet(config: dict[str, Any]) -> Layers:
+    widths, depths = config["block_out_channels"], config.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    time = 4 * widths[0]
+    resnets = config["layers_per_block"]
+    yield "conv_in", (widths[0], config["in_channels"], 3, 3)
+    yield "time_embedding.linear_1", (time, widths[0])
+    yield "time_embedding.linear_2", (time, time)
+    if config.get("addition_embed_type"):
+        yield "add_embedding.linear_1", (time, config["projection_class_embeddings_input_dim"])
+        yield "add_embedding.linear_2", (time, time)
+    skips = [widths[0]]
+    for block, kind in enumerate(config["down_block_types"]):
+        for index in range(resnets):
+            if kind.startswith("CrossAttn"):
+                start = f"down_blocks.{block}.attentions.{index}"
+                yield from _transformer(start, widths[block], depths[block], config)
+            yield from _resnet(f"down_blocks.{block}.resnets.{index}", skips[-1], widths[block], time)
+            skips.append(widths[block])
+        if block < len(widths) - 1:
+            yield f"down_blocks.{block}.downsamplers.0.conv", (widths[block], widths[block], 3, 3)
+            skips.append(widths[block])
+    below = widths[-1]
+    for block, kind in enumerate(config["up_block_types"]):
+        width, depth = widths[-1 - block], depths[-1 - block]
+        for index in range(resnets + 1):
+            if kind.startswith("CrossAttn"):
+                yield from _transformer(f"up_blocks.{block}.attentions.{index}", width, depth, config)
+            yield from _resnet(f"up_blocks.{block}.resnets.{index}", below + skips.pop(), width, time)
+            below = width
+        if block < len(widths) - 1:
+            yield f"up_blocks.{block}.upsamplers.0.conv", (width, width, 3, 3)
+    yield from _transformer("mid_block.attentions.0", widths[-1], depths[-1], config)
+    yield from _resnet("mid_block.resnets.0", widths[-1], widths[-1], time)
+    yield from _resnet("mid_block.resnets.1", widths[-1], widths[-1], time)
+    yield "conv_out", (config["out_channels"], widths[0], 3, 3)
+
+
+def _resnet(start: str, inside: int, width: int, time: int) -> Layers:
+    yield f"{start}.conv1", (width, inside, 3, 3)
+    yield f"{start}.time_emb_proj", (width, time)
+    yield f"{start}.conv2", (width, width, 3, 3)
+    if inside != width:
+        yield f"{start}.conv_shortcut", (width, inside, 1, 1)
+
+
+def _transformer(start: str, width: int, depth: int, config: dict[str, Any]) -> Layers:
+    ends = (width, width) if config.get("use_linear_projection") else (width, width, 1, 1)
+    yield f"{start}.proj_in", ends
+    for number in range(depth):
+        block = f"{start}.transformer_blocks.{number}"
+        for attention, inside in (("attn1", width), ("attn2", config["cross_attention_dim"])):
+            yield f"{block}.{attention}.to_q", (width, width)
+            yield f"{block}.{attention}.to_k", (width, inside)
+            yield f"{block}.{attention}.to_v", (width, inside)
+            yield f"{block}.{attention}.to_out.0", (width, width)
+        yield f"{block}.ff.net.0.proj", (8 * width, width)
+        yield f"{block}.ff.net.2", (width, 4 * width)
+    yield f"{start}.proj_out", ends
+
+
+# Names.
+
+PREFIX_PARTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    # SimpleTuner's LyCORIS files.
+    "lycoris": "unet",
+}
+"""The beginning of a kohya key, to the part that it adapts."""
+
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
+_PREFIX = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te|lycoris)_(.+)")
+
+
+@lru_cache(maxsize=3)
+def _rows(kind: str) -> dict[str, str]:
+    """Names with underscores to names with dots: of "text" encoders, of the "unet", or its "ldm" ones."""
+    rows = {}
+    for family in FAMILIES.values():
+        for part, path in family_layout(family):
+            named: str | None = path
+            if kind == "ldm" and not is_text_encoder(part):
+                named = ldm_unet_path(path, family.attention_levels)
+            if named is not None and is_text_encoder(part) == (kind == "text"):
+                row = _NUMBER.sub("#", named)
+                rows[row.replace(".", "_")] = row
+    return rows
+
+
+def _kind(part: str) -> str:
+    return "text" if is_text_encoder(part) else "unet"
+
+
+def with_text_model(path: str) -> str:
+    """A text encoder's path with the `text_model.` level, which newer transformers dropped from some."""
+    return f"text_model.{path}" if path.startswith(("encoder.", "embeddings.")) else path
+
+
+def is_layer(part: str, path: str) -> bool:
+    """Whether `path` can be an adaptable layer of `part`."""
+    row = _NUMBER.sub("#", path)
+    return _rows(_kind(part)).get(row.replace(".", "_")) == row
+
+
+def ldm_family() -> Family:
+    """The family whose kohya files have the original block names, for files that do not say their family."""
+    return next(family for family in FAMILIES.values() if family.kohya_block_names == "ldm")
+
+
+def layer_of_prefix(prefix: str, family: Family | None = None) -> LayerKey:
+    """(part, dotted path) of a kohya key prefix, with diffusers' block names or the original ones.
+
+    Args:
+        prefix: of a key, up to its first dot.
+        family: whose blocks the original names count; None for the family that has them in its files.
+
+    Raises:
+        AdapterFileError: it names no layer of a UNet or a CLIP text encoder.
+    """
+    match = _PREFIX.fullmatch(prefix)
+    if match is None:
+        raise _unknown_layer(prefix)
+    part, name = PREFIX_PARTS[match[1]], match[2]
+    if is_text_encoder(part) and name.startswith("encoder_layers_"):
+        name = f"text_model_{name}"
+    path = _dotted(name, _kind(part))
+    if path is None and not is_text_encoder(part):
+        path = _from_ldm(_dotted(name, "ldm") or "", family)
+    if path is None:
+        raise _unknown_layer(prefix)
+    return part, path
+
+
+def _dotted(name: str, kind: str) -> str | None:
+    """The dotted path of an underscored name, or None if the table `kind` lacks it."""
+    row = _rows(kind).get(_NUMBER.sub("#", name))
+    numbers = iter(_NUMBER.findall(name))
+    return None if row is None else re.sub("#", lambda _: next(numbers), row)
+
+
+def _from_ldm(path: str, family: Family | None) -> str | None:
+    """A UNet layer's path in diffusers, from its original one, or None; `family` as in `layer_of_prefix`."""
+    found = diffusers_unet_path(path, (family or ldm_family()).attention_levels)
+    return found if found is not None and is_layer("unet", found) else None
+
+
+def _unknown_layer(name: str) -> AdapterFileError:
+    """The error for a layer that no table has."""
+    other = other_family({f"{name}.": ()})
+    if other:
+        return AdapterFileError(
+            f"The file holds {name!r}, a layer of {other}, which is not a family that can be used here."
+        )
+    return AdapterFileError(f"The file holds {name!r}, which names no layer of a UNet or a text encoder.")
+
+
+def prefix_of_layer(part: str, path: str, family: Family) -> str:
+    """The kohya key prefix of a layer.
+
+    Raises:
+        AdapterFileError: the family lacks the part, or the layer has no such name.
+    """
+    prefixes = {family.denoiser: "lora_unet"} | {e.part: e.kohya_prefix for e in family.text_encoders}
+    if part not in prefixes:
+        raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
+    named: str | None = path if is_layer(part, path) else None
+    if not is_text_encoder(part) and named and family.kohya_block_names == "ldm":
+        named = ldm_unet_path(path, family.attention_levels)
+    if named is None:
+        raise AdapterFileError(f"The layer {part}.{path} has no name in the kohya format.")
+    return f"{prefixes[part]}_{named.replace('.', '_')}"
+
+
+_DOTTED = re.compile(
+    r"(?:base_model\.model\.)?"
+    r"(?:(unet|text_encoder_2|text_encoder|diffusion_model|text_encoders\.clip_[lgh]\.transformer)\.)?"
+    r"(?:base_model\.model\.)?"
+)
+_COMFY_PARTS = {
+    "diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_h.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+}
+"""ComfyUI's names of the parts."""
+_OLD_LEAVES = {
+    "unet": {"to_out": "to_out.0"},
+    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
+"""Of diffusers' attention processors of 2023."""
+
+
+def layer_of_module(module: str, family: Family | None = None) -> LayerKey:
+    """The layer of a module's name in a file of any format; arguments and errors of `layer_of_prefix`."""
+    if is_kohya_key(f"{module}."):
+        return layer_of_prefix(module, family)
+    prefix = _DOTTED.match(module)
+    assert prefix is not None
+    path = module[prefix.end() :].replace(".processor.", ".")
+    # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
+    part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
+    part = _COMFY_PARTS.get(part, part)
+    parent, _, leaf = path.rpartition(".")
+    path = f"{parent}.{_OLD_LEAVES[_kind(part)].get(leaf, leaf)}" if parent else path
+    path = with_text_model(path) if is_text_encoder(part) else _from_ldm(path, family) or path
+    if not is_layer(part, path):
+        raise _unknown_layer(module)
+    return part, path
+
+
+def is_kohya_key(key: str) -> bool:
+    """Whether a tensor's name is of the kohya format."""
+    return key.startswith(tuple(f"{prefix}_" for prefix in PREFIX_PARTS)) and "." in key
+
+
+_LEAF = re.compile(
+    r"\.(?:(?:processor\.)?(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
+    r"\.(?P<half>down|up)\.weight"
+    r"|lora_(?P<role>A|B|down|up|mid)(?:\.default)?\.weight"
+    r"|(?P<own>alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"
+    r"|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?)$"
+)
+_ROLES = {"A": "down", "B": "up"}
+PAIR_ROLES = ("down", "up", "mid", "alpha")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The module in a tensor's name, and its role there: "down", "up", "mid", "alpha", "magnitude", or a
+    factor of LyCORIS such as "hada_w1_a"; "" for any other."""
+    leaf = _LEAF.search(key)
+    if leaf is None:
+        return key.rpartition(".")[0] or key, ""
+    role = (
+        "magnitude"
+        if leaf["magnitude"]
+        else leaf["half"] or leaf["own"] or _ROLES.get(leaf["role"], leaf["role"])
+    )
+    return key[: leaf.end("old") if leaf["old"] else leaf.start()], role
+
+
+def tensors_by_layer(
+    tensors: Mapping[str, torch.Tensor], family: Family | None
+) -> dict[LayerKey, tuple[str, Tensors]]:
+    """For each layer its name in the file, and its tensors by role.
+
+    Args:
+        family: whose blocks original names count, as in `layer_of_prefix`.
+
+    Raises:
+        AdapterFileError: a name is of no layer or has no role, or two tensors have the same.
+    """
+    found: dict[LayerKey, tuple[str, Tensors]] = {}
+    for key, tensor in tensors.items():
+        module, role = split_key(key)
+        if not role:
+            raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA, LoHa or LoKr.")
+        layer = layer_of_module(module, family)
+        roles = found.setdefault(layer, (module, {}))[1]
+        if role in roles:
+            raise AdapterFileError(
+                f"The file holds the {role} half of {'.'.join(layer)} twice, the second time as {key!r}."
+            )
+        roles[role] = tensor
+    return found
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """The first names, quoted for a sentence: 'a', 'b', 'c' and 5 more."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(repr(name) for name in listed[:most]) + more
+
+
+# The tensors of one layer.
 
 
 def layer_from_tensors(name: str, tensors: Tensors) -> LayerWeights:
@@ -138,10 +524,6 @@ def check_lycoris_factors(name: str, roles: Tensors) -> None:
         raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
     if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
         raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
-
-
-MAGNITUDE = re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
-"""The name of a tensor of DoRA magnitudes; the first group is the layer's."""
 
 
 def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:

@@ -1,74 +1,38 @@
-"""The metadata of an exported file's header, and the JSON file beside it: what other tools show.
+"""What other tools show of an exported file: the metadata of its header, and the files beside it, which are
+`<stem>.json`, the image `<stem>.preview.png` and the card `<stem>.md`.
 
 Users share these files, so nothing that is written may name a folder of the machine.
 """
 
+import base64
+import importlib.metadata
+import io
 import json
-import math
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from functools import lru_cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
+from PIL import Image
 
+from lora_core.data.captions import count_tags
+from lora_core.formats.kinds import detect_family
+from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.families import Family
+from lora_core.settings.config import RunConfig, to_toml
+from lora_core.system.files import parse_json, write_atomically
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from lora_core.models.load import BaseModel
 
 CONFIG_KEY = "lora_easel.config"
 """Our own key: the run's settings as TOML, from which the training can be repeated."""
-
-
-@dataclass(frozen=True)
-class ExportFacts:
-    """Facts about a run for the header of its exported adapter.
-
-    Attributes:
-        name: the stem of the file; in A1111 an alias of it.
-        family: of the base.
-        base_title: of the base, for users.
-        rank: the most frequent one.
-        alpha: of the file.
-        steps: optimizer steps done.
-        resolution: (width, height) in pixels.
-        num_images: that were trained on, without repeats.
-        started_at: when the run began, in seconds since the epoch.
-        finished_at: when this state was reached, in seconds since the epoch.
-        version: of this program.
-        clip_skip: as in A1111, 1 or less if none.
-        seed: of the run.
-        trigger: the trigger word, or "".
-        tag_frequency: dataset name to tag to how many captions have it.
-        datasets: dataset name to (repeats, images).
-        buckets: (width, height) in pixels to number of images.
-        prediction: "epsilon" or "v_prediction".
-        min_snr: gamma of min-SNR, 0 for none.
-        settings: the run's settings as TOML.
-        network_args: more about the adapter, such as dropout.
-    """
-
-    name: str
-    family: Family
-    base_title: str
-    rank: int
-    alpha: float
-    steps: int
-    resolution: tuple[int, int]
-    num_images: int
-    started_at: float
-    finished_at: float
-    version: str
-    clip_skip: int = 1
-    seed: int = 0
-    trigger: str = ""
-    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    datasets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    prediction: str = "epsilon"
-    min_snr: float = 0.0
-    settings: str = ""
-    network_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 _FROM_SETTINGS = {
@@ -85,78 +49,80 @@ _FROM_SETTINGS = {
 """kohya's key to our setting, for the table that A1111 shows."""
 
 
-def export_metadata(facts: ExportFacts) -> dict[str, str]:
-    """The header of an exported file, without the hashes, which `io.save_adapter` adds.
+def export_metadata(
+    config: RunConfig,
+    base: "BaseModel",
+    captions: Sequence[str],
+    buckets: Mapping[tuple[int, int], int],
+    steps: int,
+    times: tuple[float, float],
+) -> dict[str, str]:
+    """The header of a run's exported file, without the hashes, which `io.save_adapter` adds.
 
-    Raises:
-        tomllib.TOMLDecodeError: `facts.settings` is not TOML.
+    Args:
+        config: the run's settings.
+        base: what it was trained on.
+        captions: of the images that were trained on.
+        buckets: (width, height) in pixels to number of these images.
+        steps: optimizer steps done.
+        times: when the run began and when this state was reached, in seconds since the epoch.
     """
-    width, height = facts.resolution
-    settings = _shareable(tomllib.loads(facts.settings))
-    trained = sum(repeats * count for repeats, count in facts.datasets.values()) or facts.num_images
+    section, trigger, objective = config.adapter, config.dataset.trigger, base.noise.objective
+    family, name, side = base.family, _last_name(config.name), config.train.resolution or base.resolution
+    title = base.family.title if base.name == "demo" else Path(base.name).name
+    folder = "demo" if config.dataset.path == "demo" else Path(_last_name(config.dataset.path)).stem
+    finished = datetime.fromtimestamp(times[1], UTC).replace(microsecond=0)
+    version = importlib.metadata.version("lora-easel")
+    sizes = [{"resolution": list(size), "count": count} for size, count in sorted(buckets.items())]
     texts = {
-        "ss_output_name": _last_name(facts.name),
-        "ss_base_model_version": facts.family.base_version,
-        "ss_v2": str(facts.family.base_version.startswith("sd_v2")),
-        "ss_sd_model_name": _last_name(facts.base_title),
-        "ss_clip_skip": str(max(1, facts.clip_skip)),
+        "ss_output_name": name,
+        "ss_base_model_version": family.base_version,
+        "ss_v2": str(family.base_version.startswith("sd_v2")),
+        "ss_sd_model_name": _last_name(title),
+        "ss_clip_skip": str(max(1, config.train.clip_skip)),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(facts.rank),
-        "ss_network_alpha": str(float(facts.alpha)),
-        "ss_network_args": _json(dict(facts.network_args)),
-        "ss_training_started_at": str(facts.started_at),
-        "ss_training_finished_at": str(facts.finished_at),
-        "ss_resolution": f"({width}, {height})",
-        "ss_num_train_images": str(trained),
+        "ss_network_dim": str(section.rank),
+        "ss_network_alpha": str(float(section.alpha)),
+        "ss_training_started_at": str(times[0]),
+        "ss_training_finished_at": str(times[1]),
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": str(len(captions)),
         "ss_num_reg_images": "0",
-        "ss_max_train_steps": str(facts.steps),
-        "ss_steps": str(facts.steps),
-        "ss_seed": str(facts.seed),
-        "ss_min_snr_gamma": str(facts.min_snr),
-        "ss_tag_frequency": _json(
-            {_last_name(name): dict(tags) for name, tags in facts.tag_frequency.items()}
-        ),
-        "ss_dataset_dirs": _json(
-            {
-                _last_name(name): {"n_repeats": repeats, "img_count": count}
-                for name, (repeats, count) in facts.datasets.items()
-            }
-        ),
-        "ss_bucket_info": _json(
-            {
-                "buckets": {
-                    str(index): {"resolution": list(size), "count": count}
-                    for index, (size, count) in enumerate(sorted(facts.buckets.items()))
-                }
-            }
-        ),
+        "ss_max_train_steps": str(steps),
+        "ss_steps": str(steps),
+        "ss_seed": str(config.seed),
+        "ss_min_snr_gamma": str(config.loss.gamma(objective)),
+        "ss_tag_frequency": json.dumps({folder: count_tags(list(captions))}),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(captions)}}),
+        "ss_bucket_info": json.dumps({"buckets": {str(index): size for index, size in enumerate(sizes)}}),
+        # ModelSpec 1.0.0, https://github.com/Stability-AI/ModelSpec.
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": family.modelspec,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.date": finished.isoformat(),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if objective == "v_prediction" else objective,
+        "modelspec.description": f"LoRA adapter for {_last_name(title)}, made with LoRA Easel {version}",
+        **_settings_texts(config),
     }
-    texts |= _modelspec(facts)
-    texts |= {
-        key: str(value) for key, name in _FROM_SETTINGS.items() if (value := _get(settings, name)) is not None
-    }
-    if settings:
-        texts[CONFIG_KEY] = tomli_w.dumps(settings)
+    if trigger:
+        texts["modelspec.trigger_phrase"] = trigger
     return texts
 
 
-def _modelspec(facts: ExportFacts) -> dict[str, str]:
-    """The ModelSpec fields. Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
-    finished = datetime.fromtimestamp(facts.finished_at, UTC).replace(microsecond=0)
-    texts = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": facts.family.modelspec,
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": _last_name(facts.name),
-        "modelspec.date": finished.isoformat(),
-        "modelspec.resolution": "x".join(map(str, facts.resolution)),
-        "modelspec.prediction_type": "v" if facts.prediction == "v_prediction" else facts.prediction,
-        "modelspec.description": (
-            f"LoRA adapter for {_last_name(facts.base_title)}, made with LoRA Easel {facts.version}"
-        ),
-    }
-    if facts.trigger:
-        texts["modelspec.trigger_phrase"] = facts.trigger
+def _settings_texts(config: RunConfig) -> dict[str, str]:
+    """The settings as A1111 shows them, and whole, as TOML."""
+    section = config.adapter
+    network_args: dict[str, Any] = {"targets": section.targets, "dropout": section.dropout}
+    unusual = ("rslora", "block_ranks", "block_alphas")
+    network_args |= {name: value for name in unusual if (value := getattr(section, name))}
+    settings = _shareable(tomllib.loads(to_toml(config)))
+    texts = {"ss_network_args": json.dumps(network_args), CONFIG_KEY: tomli_w.dumps(settings)}
+    for key, dotted in _FROM_SETTINGS.items():
+        table, _, name = dotted.partition(".")
+        if (value := settings.get(table, {}).get(name)) is not None:
+            texts[key] = str(value)
     return texts
 
 
@@ -178,25 +144,6 @@ def side_file(trigger: str, strength: float = 0.0, description: str = "") -> byt
     return (json.dumps(values, ensure_ascii=False, indent=4) + "\n").encode("utf-8", "replace")
 
 
-def _json(value: dict[Any, Any]) -> str:
-    """JSON without NaN and infinity, which not every parser reads."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _get(settings: Mapping[str, Any], dotted: str) -> Any:
-    section, _, key = dotted.partition(".")
-    table = settings.get(section)
-    return table.get(key) if isinstance(table, Mapping) else None
-
-
 def _shareable(value: Any) -> Any:
     """Settings with each path reduced to its last name."""
     if isinstance(value, dict):
@@ -213,3 +160,138 @@ def _last_name(text: str) -> str:
     if text.startswith(("/", "~", "./", "../")):
         return PurePosixPath(text).name
     return text
+
+
+# A1111, Forge and ComfyUI show the image; it goes into the header as well, which SwarmUI and others show. The
+# card is made from the header alone, so it can be made for a file of any tool.
+
+THUMBNAIL_KEY = "modelspec.thumbnail"
+THUMBNAIL_SIDE = 256
+"""Pixels; the most that ModelSpec 1.0.0 suggests."""
+_QUALITIES = (90, 80, 65, 50)
+_MOST_BYTES = 24_000
+"""Of the JPEG: the header that holds it is read by every tool that lists files."""
+
+
+def thumbnail(image_path: Path) -> bytes:
+    """A JPEG of at most 256 pixels a side.
+
+    Raises:
+        OSError: the image cannot be read.
+    """
+    with Image.open(image_path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    data = b""
+    for quality in _QUALITIES:
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=quality, optimize=True)
+        data = buffer.getvalue()
+        if len(data) <= _MOST_BYTES:
+            break
+    return data
+
+
+def thumbnail_uri(jpeg: bytes) -> str:
+    """A JPEG as the text of a header: a data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+
+
+def preview_file(path: Path) -> Path:
+    """The path of an adapter file's preview image."""
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def card_file(path: Path) -> Path:
+    """The path of an adapter file's model card."""
+    return path.with_suffix(".md")
+
+
+def write_beside(path: Path, metadata: Mapping[str, str], image: Path | None = None) -> None:
+    """Write the preview image, if there is one, and the model card beside an adapter file.
+
+    Args:
+        image: a PNG that was generated with it.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    images = []
+    if image is not None:
+        write_atomically(preview_file(path), image.read_bytes())
+        images.append(preview_file(path).name)
+    card = model_card(metadata, path.name, images)
+    write_atomically(card_file(path), card.encode("utf-8", "replace"))
+
+
+def model_card(metadata: Mapping[str, str], file_name: str, images: Sequence[str] = ()) -> str:
+    """A Markdown page on an adapter file (`model_card.md.j2`), with the front matter that model sites read.
+
+    Args:
+        metadata: of the file's header, by any tool.
+        file_name: of the adapter file.
+        images: names of files beside it.
+    """
+    family, stem = detect_family({}, metadata), Path(file_name).stem
+    trigger = _one_line(metadata.get("modelspec.trigger_phrase", ""))
+    return _template().render(
+        title=metadata.get("modelspec.title") or metadata.get("ss_output_name") or stem,
+        trigger=trigger,
+        prompt=trigger or "your prompt",
+        stem=stem,
+        file_name=file_name,
+        images=images,
+        facts=[(name, value) for name, value in _facts(metadata, family, trigger) if value],
+        only_for=family.title.lower() if family and not family.portable else "",
+        diffusers_only=HEADER_KEY in metadata,
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> "jinja2.Template":
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    # Markdown: nothing is escaped as HTML; `one_line` takes out what either would read as a command.
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters |= {"one_line": _one_line, "quoted": lambda t: json.dumps(t, ensure_ascii=False)}
+    return environment.get_template("model_card.md.j2")
+
+
+def _facts(metadata: Mapping[str, str], family: Family | None, trigger: str) -> list[tuple[str, str]]:
+    title = family.title if family else metadata.get("modelspec.architecture", "")
+    name, clip_skip = metadata.get("ss_sd_model_name", ""), metadata.get("ss_clip_skip", "")
+    rank, alpha = metadata.get("ss_network_dim", ""), metadata.get("ss_network_alpha", "")
+    return [
+        ("Base", f"{title} ({name})" if name and name != title else title),
+        ("Trigger", trigger),
+        ("Rank, alpha", f"{rank}, {alpha}" if rank and alpha else rank),
+        ("Trained", _training(metadata)),
+        ("Prediction", metadata.get("modelspec.prediction_type", "")),
+        ("Clip skip", "" if clip_skip in ("1", "None") else clip_skip),
+        ("Merged from", metadata.get("modelspec.merged_from", "")),
+        ("Date", metadata.get("modelspec.date", "")[:10]),
+        ("About", metadata.get("modelspec.description", "")),
+    ]
+
+
+def _training(metadata: Mapping[str, str]) -> str:
+    """Steps, images and size in words, as far as the header has them."""
+    steps = metadata.get("ss_steps") or metadata.get("ss_max_train_steps", "")
+    try:
+        datasets = parse_json(metadata.get("ss_dataset_dirs") or "{}")
+    except ValueError:
+        datasets = {}
+    entries = datasets.values() if isinstance(datasets, dict) else ()
+    counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
+    images = sum(count for count in counts if isinstance(count, int))
+    size = metadata.get("modelspec.resolution") or metadata.get("ss_resolution", "")
+    words = [f"{steps} steps" if steps else "", f"on {images} pictures" if images else ""]
+    return " ".join(word for word in (*words, f"at {size} px" if size else "") if word)
+
+
+def _one_line(text: str) -> str:
+    """A text on one line, without what Markdown or HTML would take for a command."""
+    return re.sub(r"[\s`<>|\[\]]+", " ", text).strip()

@@ -16,51 +16,20 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.detect import detect_family, extra_keys
-from lora_core.formats.layers import Tensors, check_plain, layer_from_tensors
-from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer_message, with_text_model
+from lora_core.formats.kohya import pairs_from_tensors
+from lora_core.formats.layers import Tensors, check_plain
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import Family, is_text_encoder
+from lora_core.model_files.families import Family
 from lora_core.system.files import parse_json
 
 HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
-
-_PREFIX = re.compile(
-    r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder|diffusion_model|text_encoders\.clip_[lgh]\.transformer)\.)?"
-    r"(?:base_model\.model\.)?"
-)
-_COMFY_PARTS = {
-    "diffusion_model": "unet",
-    "text_encoders.clip_l.transformer": "text_encoder",
-    "text_encoders.clip_h.transformer": "text_encoder",
-    "text_encoders.clip_g.transformer": "text_encoder_2",
-}
-"""ComfyUI's names of the parts."""
-_OLDER = r"(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<role>down|up)\.weight"
-_LEAF = re.compile(
-    rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<new>A|B|down|up|mid)(?:\.default)?\.weight|(?P<alpha>alpha))$"
-)
-_PEFT_ROLES = {"A": "down", "B": "up"}
-_OLD_LEAVES = {
-    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
-    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
-}
-
-
-def matches(keys: Iterable[str]) -> bool:
-    """Whether tensors with these names are of this format."""
-    return any(
-        (leaf := _LEAF.search(key)) is not None and leaf["alpha"] is None and not key.startswith("lora_")
-        for key in keys
-    )
 
 
 def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -> Tensors:
     """The tensors of a file, by name; `header` must go into the same file.
 
     Args:
-        weights: to write; dtypes are kept.
         family: which parts there are.
         keep_alphas: ignored, for the same signature as `kohya.to_tensors`; alphas are always kept.
 
@@ -115,31 +84,13 @@ def _plain(number: float) -> float:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header, except what `detect.extras_sentence` names.
+    """The adapter in a file's tensors and header, except what `kinds.extras_sentence` names.
 
     Raises:
         AdapterFileError: a key is unknown, incomplete, doubled or of an impossible shape, or the header's
             alphas cannot be read.
     """
-    extras = extra_keys(tensors)
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
-    unknown = [key for key in tensors if _LEAF.search(key) is None]
-    if unknown:
-        raise AdapterFileError(
-            "The file holds tensors that belong to no plain LoRA of the diffusers format:"
-            f" {first_few(unknown)}."
-        )
-    family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
-    by_layer: dict[LayerKey, Tensors] = {}
-    for key, tensor in tensors.items():
-        layer, role = parse_key(key, family)
-        if role in by_layer.setdefault(layer, {}):
-            raise AdapterFileError(
-                f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
-            )
-        by_layer[layer][role] = tensor
-    layers = {layer: layer_from_tensors(".".join(layer), roles) for layer, roles in by_layer.items()}
-    own = {layer for layer, roles in by_layer.items() if "alpha" in roles}
+    layers, own = pairs_from_tensors(tensors, metadata, "diffusers")
     return apply_header_alphas(layers, metadata, own)
 
 
@@ -157,33 +108,6 @@ def apply_header_alphas(
         if (part, path) not in own and f"{part}.lora_alpha" in values:
             found[part, path] = replace(layer, alpha=_header_alpha(values, part, path, layer.rank))
     return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
-
-
-def parse_key(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
-    """The layer of a key, and which of its tensors it is: "down", "up", "mid" or "alpha".
-
-    Args:
-        key: the name of a tensor.
-        family: whose blocks original names count, as in `names.layer_of_prefix`.
-
-    Raises:
-        AdapterFileError: it names no layer.
-    """
-    prefix, leaf = _PREFIX.match(key), _LEAF.search(key)
-    assert prefix is not None
-    if leaf is None:
-        raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
-    path = key[prefix.end() : leaf.start()]
-    # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
-    part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
-    part = _COMFY_PARTS.get(part, part)
-    if leaf["old"]:
-        path = f"{path}.{_OLD_LEAVES['text' if is_text_encoder(part) else 'unet'][leaf['old']]}"
-    path = with_text_model(path) if is_text_encoder(part) else from_ldm(path, family) or path
-    if not is_layer(part, path):
-        raise AdapterFileError(unknown_layer_message(key))
-    role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES.get(leaf["new"], leaf["new"])
-    return (part, path), role
 
 
 def read_lora_config(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -226,7 +150,7 @@ def _header_alpha(values: Mapping[str, Any], part: str, path: str, rank: int) ->
     return float(alpha) * (math.sqrt(rank) if values.get(f"{part}.use_rslora") is True else 1.0)
 
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
 
 
@@ -235,16 +159,11 @@ def add_peft_config(path: Path, keys: Iterable[str], metadata: Mapping[str, str]
 
     Source: huggingface/peft, `PeftModel.save_pretrained`.
 
-    Args:
-        path: the adapter file.
-        keys: the names of its tensors.
-        metadata: its header's texts.
-
     Raises:
         AdapterFileError: the config is there and cannot be read.
     """
     config = path.with_name(CONFIG)
-    if path.name != FILE or HEADER_KEY in metadata or not config.is_file():
+    if path.name != PEFT_FILE or HEADER_KEY in metadata or not config.is_file():
         return dict(metadata)
     try:
         values = parse_json(config.read_bytes())

@@ -16,15 +16,16 @@ the tools that do it import this folder.
 import functools
 import inspect
 import io
+import textwrap
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lora_core.backends.int8 import WeightPolicy, quantize_int8
@@ -175,11 +176,6 @@ def _predict_clean(
     return signal * scaled - spread * output
 
 
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """The RGB image of pixels (1, 3, H, W) in [0, 1]."""
-    return Image.fromarray((pixels[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-
-
 def sample_image(
     base: BaseModel,
     request: GenerationRequest,
@@ -189,7 +185,9 @@ def sample_image(
     on_latents: OnLatents | None = None,
 ) -> Image.Image:
     """The image (RGB) of conditions that are encoded already, with whatever adapter is in the base."""
-    return to_image(decode_latents(base, sample_latents(base, request, text, negative, on_step, on_latents)))
+    latents = sample_latents(base, request, text, negative, on_step, on_latents)
+    pixels = decode_latents(base, latents)[0].permute(1, 2, 0).numpy()
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
@@ -205,7 +203,6 @@ def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, st
 
     Args:
         base: what made the image.
-        request: of the image.
         extra: more settings, name to value.
     """
     width, height = image_size(base, request)
@@ -474,3 +471,72 @@ class Pipeline:
         while len(self._files) > MOST_ADAPTERS:
             self._files.popitem(last=False)
         return key, self._files[key]
+
+
+# Draws a labelled grid of images with Pillow's own font.
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+GAP = 8
+MOST_LINES, MOST_LETTERS = 4, 400
+PAPER, INK = "#ffffff", "#1f1c18"
+ELLIPSIS = "..."
+"""Three dots, as not every build of Pillow's font has the single character."""
+
+
+def make_image_grid(
+    images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
+) -> Image.Image:
+    """The images in a grid, RGB, none of them scaled.
+
+    Args:
+        images: row by row; None leaves a blank cell.
+        rows: labels left of the rows; none for no labels.
+        columns: labels above the columns; none for no labels.
+    """
+    present = [image for row in images for image in row if image is not None]
+    width = max((image.width for image in present), default=64)
+    height = max((image.height for image in present), default=64)
+    font = ImageFont.load_default(size=max(11, min(28, width // 18 + 6)))
+    line_height = int(font.getbbox("Ágj")[3]) + 3
+    left = [_wrap(label, max(96, min(width // 2, 320)), font) for label in rows]
+    top = [_wrap(label, width, font) for label in columns]
+    margin = max((_width(line, font) for lines in left for line in lines), default=0)
+    head = max((len(lines) for lines in top), default=0) * line_height
+    x0, y0 = GAP + (margin + GAP if margin else 0), GAP + (head + GAP if head else 0)
+    across = max((len(row) for row in images), default=0)
+    grid = Image.new("RGB", (x0 + across * (width + GAP), y0 + len(images) * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for number, lines in enumerate(top):
+        x = x0 + number * (width + GAP)
+        for index, line in enumerate(lines):
+            indent = max(0, (width - _width(line, font)) // 2)
+            y = y0 - GAP - (len(lines) - index) * line_height
+            draw.text((x + indent, y), line, fill=INK, font=font)
+    for number, lines in enumerate(left):
+        y = y0 + number * (height + GAP) + max(0, (height - len(lines) * line_height) // 2)
+        for index, line in enumerate(lines):
+            draw.text((GAP, y + index * line_height), line, fill=INK, font=font)
+    for down, row in enumerate(images):
+        for right, image in enumerate(row):
+            if image is not None:
+                grid.paste(image, (x0 + right * (width + GAP), y0 + down * (height + GAP)))
+    return grid
+
+
+def _wrap(label: str, width: int, font: Font) -> list[str]:
+    """A label in at most `MOST_LINES` lines of at most `width` pixels; the rest is cut off."""
+    text = "".join(c for c in " ".join(label[:MOST_LETTERS].split()) if c.isprintable())
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        # Without FreeType, Pillow has a font of Latin letters only.
+        text = text.encode("ascii", "replace").decode()
+    average = _width(text, font) / max(1, len(text))
+    for count in range(min(len(text), int(1.5 * width / average)) + len(ELLIPSIS), len(ELLIPSIS) - 1, -1):
+        lines = textwrap.wrap(text, count, max_lines=MOST_LINES, placeholder=ELLIPSIS)
+        if all(_width(line, font) <= width for line in lines):
+            return lines
+    return []
+
+
+def _width(text: str, font: Font) -> int:
+    return int(font.getlength(text)) + 1

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class GenerationRequest:
         same = (replace(one, text_strength=None) if one.on_text == one.strength else one for one in acting)
         return replace(self, loras=tuple(same))
 
-    def at(self, kind: str, value: Value) -> "GenerationRequest":
+    def at(self, kind: str, to: Value) -> "GenerationRequest":
         """The image with one thing changed.
 
         A strength is that of the only adapter; with several it multiplies all, so that 1 is the mix as set. A
@@ -142,41 +142,29 @@ class GenerationRequest:
         Raises:
             ConfigError: a strength or a rank without an adapter.
         """
+        value: Any = to
         if kind in ("strength", "rank") and not self.loras:
             raise ConfigError(f"A {kind} needs a LoRA; add one first.")
-        return _CHANGES[kind](self, value)
+        if kind == "checkpoint":
+            first = replace(self.loras[0], file=value) if self.loras else WeightedLora(value)
+            return replace(self, loras=(first, *self.loras[1:]))
+        if kind == "rank":
+            return replace(self, loras=tuple(replace(lora, rank=value) for lora in self.loras))
+        if kind != "strength":
+            return replace(self, **{kind: value})
+        if len(self.loras) > 1:
+            return replace(self, loras=tuple(lora.times(value) for lora in self.loras))
+        (lora,) = self.loras
+        if value == lora.strength:
+            return self
+        text = lora.text_strength
+        if text is not None:
+            text = text * value / lora.strength if lora.strength else value
+        return replace(self, loras=(replace(lora, strength=value, text_strength=text),))
 
 
-def _at_strength(request: GenerationRequest, value: Any) -> GenerationRequest:
-    if len(request.loras) > 1:
-        return replace(request, loras=tuple(lora.times(value) for lora in request.loras))
-    (lora,) = request.loras
-    if value == lora.strength:
-        return request
-    text = lora.text_strength
-    if text is not None:
-        text = text * value / lora.strength if lora.strength else value
-    return replace(request, loras=(replace(lora, strength=value, text_strength=text),))
-
-
-def _at_rank(request: GenerationRequest, value: Any) -> GenerationRequest:
-    return replace(request, loras=tuple(replace(lora, rank=value) for lora in request.loras))
-
-
-def _at_checkpoint(request: GenerationRequest, value: Any) -> GenerationRequest:
-    first = replace(request.loras[0], file=value) if request.loras else WeightedLora(value)
-    return replace(request, loras=(first, *request.loras[1:]))
-
-
-_CHANGES: dict[str, Callable[[GenerationRequest, Any], GenerationRequest]] = {
-    "checkpoint": _at_checkpoint,
-    "prompt": lambda request, value: replace(request, prompt=value),
-    "seed": lambda request, value: replace(request, seed=value),
-    "strength": _at_strength,
-    "rank": _at_rank,
-}
+KINDS = ("checkpoint", "prompt", "seed", "strength", "rank")
 """What a grid can vary, applied in this order: strengths and ranks are those of a checkpoint."""
-KINDS = tuple(_CHANGES)
 
 
 def parse_cfg_rescale(value: Any) -> NumberOrAuto:
@@ -217,16 +205,12 @@ class Axis:
     def text(self) -> str:
         """As on the command line, but with the names of files only: an image with this text gets shared."""
         values = self.labels() if self.kind == "checkpoint" else [_value_text(value) for value in self.values]
-        return f"{self.kind}={','.join(map(_quote_axis_value, values))}"
+        quoted = ['"{}"'.format(v.replace('"', '""')) if any(c in v for c in ',"\n') else v for v in values]
+        return f"{self.kind}={','.join(quoted)}"
 
 
 def _value_text(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _quote_axis_value(value: str) -> str:
-    doubled = value.replace('"', '""')
-    return f'"{doubled}"' if any(mark in value for mark in ',"\n') else value
 
 
 def parse_axis(text: str) -> Axis:
@@ -389,13 +373,14 @@ def parse_infotext(text: str) -> Infotext:
     prompt = "\n".join(lines[:start])
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
     loras = tuple(lora for match in _TAG.finditer(prompt) if (lora := _parse_tag(match[1])) is not None)
-    width, height = _parse_size(found.get("Size", ""))
+    size = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", found.get("Size", ""))
     return Infotext(
         prompt=re.sub(r" ?<lora:[^<>]+>", "", prompt).strip() if loras else prompt.strip(),
         negative=negative, steps=_parse_int(found.get("Steps")), sampler=_parse_sampler(found),
         cfg=_parse_float(found.get("CFG scale")), cfg_rescale=_parse_float(found.get("CFG Rescale")),
-        seed=_parse_int(found.get("Seed")), width=width, height=height,
-        model=found.get("Model", ""), clip_skip=_parse_int(found.get("Clip skip")), loras=loras, extra=found,
+        seed=_parse_int(found.get("Seed")), width=int(size[1]) if size else None,
+        height=int(size[2]) if size else None, model=found.get("Model", ""),
+        clip_skip=_parse_int(found.get("Clip skip")), loras=loras, extra=found,
     )  # fmt: skip
 
 
@@ -430,8 +415,3 @@ def _parse_float(text: str | None) -> float | None:
 
 def _parse_int(text: str | None) -> int | None:
     return int(text) if text and re.fullmatch(r"-?\d{1,19}", text.strip()) else None
-
-
-def _parse_size(text: str) -> tuple[int | None, int | None]:
-    match = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", text)
-    return (int(match[1]), int(match[2])) if match else (None, None)

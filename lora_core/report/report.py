@@ -1,22 +1,33 @@
 """The report of a run: one HTML file that holds its images and plots, runs nothing and requests nothing.
 
-Paths of this computer and names of images do not appear in it, since the page may be passed on.
+Everything is read or measured before it is rendered; a gap is a sentence instead. Paths of this computer and
+names of images do not appear in it, since the page may be passed on.
 """
 
 import base64
 import importlib.metadata
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_core.errors import RunError
-from lora_core.report.collect import OnPhase, ReportData, collect_data
+from lora_core.data.captions import plain_caption
+from lora_core.data.dataset import open_dataset, require_clean
+from lora_core.data.holdout import split_holdout
+from lora_core.errors import DatasetError, LoraError, RunError
+from lora_core.evaluate.captions import IMAGES_FILE
+from lora_core.evaluate.validator import Evaluator, OnProgress
+from lora_core.models.device import best_device
+from lora_core.models.encode import encode_prompt
+from lora_core.models.load import BaseModel, load_base
+from lora_core.models.unet import PromptEmbeds
+from lora_core.models.weight_files import PRECISIONS
 from lora_core.report.plots import (
     Bar,
     Curve,
@@ -26,15 +37,19 @@ from lora_core.report.plots import (
     downsample,
     figure,
     folded,
+    intrinsic_html,
     paragraph,
+    rate_html,
+    spectrum_html,
+    strength_html,
     table_html,
     templates,
 )
-from lora_core.report.rank_plots import intrinsic_html, rate_html, spectrum_html, strength_html
-from lora_core.runs.events import PreviewDone, Validated
+from lora_core.runs.events import Finished, PreviewDone, Stopped, Validated, read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import (
     SURE,
+    Progress,
     best_of,
     describe_average,
     describe_forgetting,
@@ -45,6 +60,220 @@ from lora_core.runs.progress import (
 )
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.files import ASSETS, write_atomically
+from lora_core.tools.shrink import measure_rank
+from lora_core.tools.strength import measure_strength
+from lora_core.tools.svd import file_spectrum
+from lora_core.train.setup import input_hashes
+
+FEWEST_DRAWS = 8
+CHANGED = (
+    "The pictures have changed since the run started, so some of those that are measured may have been"
+    " trained on."
+)
+
+
+@dataclass(frozen=True)
+class RunEvaluator:
+    """An evaluator with its base, the number of images it measures on, and a note about these, or ""."""
+
+    evaluator: Evaluator
+    base: BaseModel
+    pictures: int
+    note: str = ""
+
+
+def run_evaluator(
+    run: RunFolder,
+    config: RunConfig,
+    on_phase: Callable[[str], None] | None = None,
+    on_image: OnProgress | None = None,
+) -> RunEvaluator:
+    """Load a run's base in fp32 and encode the images that it held out.
+
+    Args:
+        on_phase: called with what is being measured, in a few words.
+        on_image: called within each measurement.
+
+    Raises:
+        DatasetError: the images are gone, or none was held out.
+        ModelFileError: the base is gone.
+    """
+    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
+    require_clean(dataset)
+    _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
+    if not held:
+        raise DatasetError(f"{run.name} held no picture out, so there is nothing to measure it on.")
+    known, now = _load_json(run.inputs_file), input_hashes(run, dataset.records)
+    known = known if isinstance(known, dict) else {}
+    pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
+    changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
+    trigger, model = config.dataset.trigger, config.model
+    records = [replace(record, caption=plain_caption(record.caption, trigger)) for record in held]
+    base = load_base(
+        model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
+        zero_snr=model.zero_terminal_snr,
+    )  # fmt: skip
+    if config.train.resolution:
+        base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
+
+    def encode(caption: str) -> PromptEmbeds:
+        return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)
+
+    draws = max(FEWEST_DRAWS, config.validation.draws_per_image)
+    evaluator = Evaluator(base, records, draws, config.seed, on_phase, on_image, encode)
+    return RunEvaluator(evaluator, base, len(records), CHANGED if changed else "")
+
+
+def _load_json(file: Path) -> Any:
+    """What a JSON file holds; None where it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+# The data of a report.
+
+NOT_ASKED = "It was not measured for this report."
+OnPhase = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total); an exception from it ends the work."""
+
+
+@dataclass
+class ReportData:
+    """What a report shows of a run.
+
+    Attributes:
+        run, config, progress, state: the run.
+        ending: why it ended early, in a sentence, or "".
+        step: of the adapter that is analysed, 0 for none.
+        best: whether that is the best step by validation, rather than the last.
+        size: of the exported file, or of the checkpoint's, in bytes.
+        spectrum, rank, strength: the documents of the analyses, or None.
+        problems: by those names, why there is none.
+        measured_on: how many held-out images rank and strength were measured on.
+        note: about the measurements, or "".
+        images: rows of gains by image.
+    """
+
+    run: RunFolder
+    config: RunConfig
+    progress: Progress
+    state: str
+    ending: str = ""
+    step: int = 0
+    best: bool = False
+    size: int = 0
+    spectrum: dict[str, Any] | None = None
+    rank: dict[str, Any] | None = None
+    strength: dict[str, Any] | None = None
+    problems: dict[str, str] = field(default_factory=dict)
+    measured_on: int = 0
+    note: str = ""
+    images: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter that is analysed."""
+        return self.run.checkpoint(self.step) / "adapter.safetensors"
+
+
+def collect_data(run: RunFolder, measure: bool, on_phase: OnPhase) -> ReportData:
+    """Read a run, and measure what needs its base and its images.
+
+    Args:
+        measure: whether to load the base and measure intrinsic rank and strength.
+
+    Raises:
+        ConfigError: its settings were edited into something illegal.
+    """
+    config, progress = run.config(), run.progress()
+    data = ReportData(run, config, progress, run.status(progress), _ending(run, progress))
+    data.images = saved_image_rows(run.path / IMAGES_FILE)
+    steps = run.checkpoint_steps()
+    if not steps:
+        why = "The run has no checkpoint yet, so there is no adapter to analyse."
+        data.problems = dict.fromkeys(("spectrum", "rank", "strength"), why)
+        return data
+    data.best = progress.best_step in steps
+    data.step = progress.best_step if data.best and progress.best_step is not None else steps[-1]
+    data.size = _size(run, progress, data.adapter)
+    try:
+        data.spectrum = file_spectrum(data.adapter, lambda done, total: on_phase("spectrum", done, total))
+    except LoraError as error:
+        data.problems["spectrum"] = without_paths(str(error), run)
+    if measure:
+        _measure(data, on_phase)
+    else:
+        data.problems |= dict.fromkeys(("rank", "strength"), NOT_ASKED)
+    return data
+
+
+def _measure(data: ReportData, on_phase: OnPhase) -> None:
+    """Add rank and strength, or why there is none."""
+    phase = ["the base"]
+
+    def on_image(done: int, total: int) -> None:
+        on_phase(phase[-1], done, total)
+
+    try:
+        found = run_evaluator(data.run, data.config, phase.append, on_image)
+    except LoraError as error:
+        words = without_paths(str(error), data.run)
+        data.problems |= dict.fromkeys(("rank", "strength"), f"It cannot be measured any more. {words}")
+        return
+    data.measured_on, data.note = found.pictures, found.note
+    for name, work in (("strength", measure_strength), ("rank", measure_rank)):
+        try:
+            setattr(data, name, work(data.adapter, found.base.family, found.evaluator.gains))
+        except LoraError as error:
+            data.problems[name] = without_paths(str(error), data.run)
+
+
+def _ending(run: RunFolder, progress: Progress) -> str:
+    """Why a run ended before its last step."""
+    if progress.ending in ("failed", "paused"):
+        return without_paths(progress.reason, run)
+    last = [e for e in read_events(run.events_file)[0] if isinstance(e, Stopped | Finished)]
+    return without_paths(last[-1].reason, run) if last and isinstance(last[-1], Stopped) else ""
+
+
+def _size(run: RunFolder, progress: Progress, adapter: Path) -> int:
+    for file in (run.path / progress.export if progress.export else adapter, adapter):
+        if file.is_file():
+            return file.stat().st_size
+    return 0
+
+
+def without_paths(text: str, run: RunFolder) -> str:
+    """A sentence without the paths of this computer: each becomes its last part.
+
+    A page that is passed on must not reveal where it was made, and for whom.
+    """
+    places = [str(run.path), str(run.path.parent.parent), str(Path.home())]
+    for place in places:
+        text = text.replace(place, Path(place).name if place != str(Path.home()) else "~")
+    words = []
+    for word in text.split(" "):
+        parts = word.replace("\\", "/").rstrip("/").split("/")
+        words.append(parts[-1] if len(parts) > 2 or (len(parts) == 2 and not parts[0]) else word)
+    return " ".join(words)
+
+
+def saved_image_rows(file: Path) -> list[dict[str, Any]]:
+    """Gains by image, the highest first; a file that is missing or broken counts as empty."""
+    found = _load_json(file)
+    rows = found.get("rows", []) if isinstance(found, dict) else found
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    good = [row for row in rows if all(_is_number(row.get(key)) for key in ("gain", "standard_error"))]
+    return sorted(good, key=lambda row: -row["gain"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# The page.
 
 FILE_NAME = "report.html"
 STYLE = ASSETS / "report.css"
@@ -54,11 +283,9 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
     """Write the report of a run.
 
     Args:
-        run: the run.
         out: the file to write; an older one is replaced.
         measure: whether to load the base and measure intrinsic rank and strength on the held-out images.
         on_phase: called with the progress; an exception from it leaves no file.
-        now: the time, in seconds since the epoch.
 
     Returns:
         Its size in bytes.
@@ -66,25 +293,16 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
     Raises:
         LoraError: the run's settings are broken, or the file cannot be written.
     """
-    check_report_out(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"--out {out} should end in .html.")
+    if not out.absolute().parent.is_dir():
+        raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
     page = report_html(collect_data(run, measure, on_phase), now).encode()
     try:
         write_atomically(out, page)
     except OSError as error:
         raise RunError(f"The report {out} cannot be written: {error.strerror or error}.") from error
     return len(page)
-
-
-def check_report_out(out: Path) -> None:
-    """Refuse a path for a report before the work rather than after it.
-
-    Raises:
-        RunError: its folder does not exist, or it does not end in .html.
-    """
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise RunError(f"--out {out} should end in .html.")
-    if not out.absolute().parent.is_dir():
-        raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
 
 
 def report_html(data: ReportData, now: float) -> str:
@@ -257,8 +475,7 @@ SIDES = (320, 256, 192, 128, 96)
 QUALITY = 80
 
 
-@dataclass(frozen=True)
-class SampleFile:
+class SampleFile(NamedTuple):
     """One sample: the step that it was drawn at, and its file."""
 
     step: int

@@ -90,7 +90,7 @@ class Validated(Event):
     """Gain on held-out images: base loss minus adapted loss, mean over triples, with its standard error.
 
     Attributes:
-        best: whether this is now the best step, by the rule of `evaluate/early_stopping.py`.
+        best: whether this is now the best step, by the rule of `evaluate/validator.py`.
         against_best, against_best_error: the gain less that of the best step before, paired; NaN at the
             first.
         train_gain, gauge, gauge_error: the gain on training images; how much more that is than `gain`, the

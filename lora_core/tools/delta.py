@@ -8,43 +8,59 @@ With s = alpha / rank, the update of a weight W0 is
     DoRA   m (W0 + update) / |W0 + update| - W0, norms of rows or columns   Liu et al. 2024, equation 5
 
 Files are read here and nothing is approximated; see `shrink.to_lora` for that. The weights of a base are read
-layer by layer, without opening the base.
+layer by layer, without opening the base. New files are saved here, with what was done in the header.
 """
 
-import re
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_core.errors import AdapterFileError, ModelFileError
-from lora_core.formats import detect, kohya, peft
-from lora_core.formats.io import CONVERTIBLE, check_family, load_adapter, read_tensors
-from lora_core.formats.layer_shapes import kernel_of, reshape_adapter
+from lora_core.formats import kinds, peft
+from lora_core.formats.io import (
+    CONVERTIBLE,
+    check_family,
+    file_hashes,
+    load_adapter,
+    read_tensors,
+    save_adapter,
+)
 from lora_core.formats.layers import (
-    MAGNITUDE,
     Tensors,
     check_finite,
     check_lycoris_factors,
     dora_update,
+    is_finite,
+    kernel_of,
+    layer_from_tensors,
     magnitude_from_tensor,
     read_alpha,
+    reshape_adapter,
+    tensors_by_layer,
 )
-from lora_core.formats.names import layer_of_prefix
+from lora_core.formats.metadata import side_file
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import Header, read_header
+from lora_core.model_files.header import read_header
 from lora_core.models.weight_files import (
+    DTYPES,
+    PRECISIONS,
     SafetensorsFile,
     TensorSource,
     WeightLocator,
     text_encoder_in_file,
     unet_in_file,
 )
+from lora_core.settings.choices import FORMATS
+from lora_core.system.files import write_atomically
 
-_LYCORIS = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
 _LARGEST = 2**25
 """Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
 
@@ -77,6 +93,19 @@ class Update:
         assert self.roles is not None
         shapes = {role: tensor.to("meta") for role, tensor in self.roles.items()}
         return tuple(replace(self, roles=shapes).product().shape)
+
+    def check_base(self, shape: torch.Size) -> None:
+        """Refuse a base in which the layer's weight has a shape that does not fit.
+
+        Raises:
+            AdapterFileError: names both shapes.
+        """
+        size = torch.Size(self.size)
+        if size[0] != shape[0] or size.numel() != shape.numel():
+            raise AdapterFileError(
+                f"{self.name} has the shape {list(size)} in the file and {list(shape)} in the base; the file"
+                " is for another base."
+            )
 
     def product(self) -> torch.Tensor:
         """The update before magnitudes, in fp32."""
@@ -116,11 +145,7 @@ class Update:
         if self.magnitude is None:
             return product
         assert weight is not None
-        if weight.numel() != product.numel() or weight.shape[0] != product.shape[0]:
-            raise AdapterFileError(
-                f"{self.name} has the shape {list(product.shape)} in the file and {list(weight.shape)} in the"
-                " base; the file is for another base."
-            )
+        self.check_base(weight.shape)
         rows = self.magnitude.shape[1] == 1
         if self.magnitude.numel() != weight.shape[0 if rows else 1]:
             raise AdapterFileError(
@@ -212,77 +237,86 @@ def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, F
     return AdapterWeights(layers or {}, metadata), family
 
 
+def shared_family(paths: Iterable[Path], why: str) -> Family | None:
+    """The family that adapter files are for, None where none of them says it.
+
+    Raises:
+        AdapterFileError: they are for different ones; `why` ends the sentence.
+    """
+    families: dict[str, tuple[Path, Family]] = {}
+    for path in paths:
+        header = read_header(path)
+        family = kinds.detect_family(header.shapes, header.metadata)
+        if family is not None:
+            families.setdefault(family.title, (path, family))
+    if len(families) > 1:
+        (one, first), (two, second), *_ = families.values()
+        raise AdapterFileError(f"{one} is for {first.title} and {two} for {second.title}; {why}.")
+    return next((family for _, family in families.values()), None)
+
+
 def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict[str, str], Family]:
     """The updates in an adapter file of any of these kinds, its metadata, and the family that it is for.
 
     Args:
-        path: a .safetensors file.
         known: of the base that it is used with, if there is one.
 
     Raises:
         AdapterFileError: the file is broken, of another kind, for another family, or does not name its own.
     """
     header = read_header(path)
-    if detect.detect_kind(header.shapes) in CONVERTIBLE:
+    plain = None
+    if kinds.detect_kind(header.shapes) in CONVERTIBLE:
         check_family(path, header)
-    family = known or detect.detect_family(header.shapes, header.metadata)
-    if detect.detect_kind(header.shapes) not in CONVERTIBLE:
-        weights = load_adapter(path, known)
-        if family is None:
-            raise AdapterFileError(_no_family(path, header))
-        layers = reshape_adapter(weights, family).layers
-        return {key: Update(".".join(key), layer) for key, layer in layers.items()}, weights.metadata, family
-    if family is None:
-        raise AdapterFileError(_no_family(path, header))
-    other = detect.mismatch(header.shapes, header.metadata, known) if known else ""
+    else:
+        plain = load_adapter(path, known)
+    family = known or kinds.require_family(path, header.shapes, header.metadata, "it cannot be used")
+    if plain is not None:
+        return _plain_updates(plain, family), plain.metadata, family
+    other = kinds.mismatch(header.shapes, header.metadata, known) if known else ""
     if other:
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     tensors, metadata = read_tensors(path)
     try:
-        return _lycoris_updates(tensors, metadata, family), metadata, family
+        return _mixed_updates(tensors, metadata, family), metadata, family
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
 
 
-def _no_family(path: Path, header: Header) -> str:
-    name = detect.detect_family_name(header.shapes, header.metadata)
-    if name != "unknown":
-        return f"{path} is for {name}, which cannot be used here."
-    return f"Nothing in {path} says which family of base it is for; name its base with --base."
+def _plain_updates(weights: AdapterWeights, family: Family) -> Updates:
+    layers = reshape_adapter(weights, family).layers
+    return {key: Update(".".join(key), layer) for key, layer in layers.items()}
 
 
-def _lycoris_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> Updates:
-    for name in detect.extra_keys(tensors):
-        del tensors[name]
-    magnitudes = {match[1]: tensors.pop(key) for key in list(tensors) if (match := MAGNITUDE.fullmatch(key))}
-    roles: dict[str, Tensors] = {}
-    for key in list(tensors):
-        if match := _LYCORIS.fullmatch(key):
-            roles.setdefault(match[1], {})[match[2]] = tensors.pop(key)
-    updates = {
-        _layer(name, family): _lycoris_update(name, found, tensors.pop(f"{name}.alpha", None), family)
-        for name, found in roles.items()
+def _mixed_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> Updates:
+    """The updates of a file with LoHa, LoKr or DoRA in it, beside plain pairs."""
+    extras = kinds.extra_keys(tensors)
+    updates: Updates = {}
+    pairs: dict[LayerKey, LayerWeights] = {}
+    magnitudes, own_alphas = {}, set()
+    found = tensors_by_layer({key: t for key, t in tensors.items() if key not in extras}, family)
+    for layer, (name, roles) in found.items():
+        if "magnitude" in roles:
+            magnitudes[layer] = magnitude_from_tensor(name, roles.pop("magnitude"))
+            if not roles.keys() - {"alpha"}:
+                raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
+        factors = {role: tensor for role, tensor in roles.items() if role.startswith(("hada_", "lokr_"))}
+        if factors:
+            updates[layer] = _lycoris_update(name, layer, factors, roles.get("alpha"), family)
+        else:
+            pairs[layer] = layer_from_tensors(name, roles)
+            own_alphas |= {layer} if "alpha" in roles else set()
+    plain = peft.apply_header_alphas(pairs, metadata, own_alphas)
+    check_finite(plain)
+    updates |= _plain_updates(plain, family)
+    return updates | {
+        layer: replace(updates[layer], magnitude=magnitude) for layer, magnitude in magnitudes.items()
     }
-    if tensors:
-        translator = kohya if kohya.matches(tensors) else peft
-        plain = translator.from_tensors(tensors, metadata)
-        check_finite(plain)
-        for layer, low in reshape_adapter(plain, family).layers.items():
-            updates[layer] = Update(".".join(layer), low)
-    for name, magnitude in magnitudes.items():
-        layer = _layer(name, family)
-        if layer not in updates:
-            raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
-        updates[layer] = replace(updates[layer], magnitude=magnitude_from_tensor(name, magnitude))
-    return updates
 
 
-def _layer(name: str, family: Family) -> LayerKey:
-    """The layer that a module is called in a file."""
-    return layer_of_prefix(name, family) if "." not in name else peft.parse_key(f"{name}.alpha", family)[0]
-
-
-def _lycoris_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: Family) -> Update:
+def _lycoris_update(
+    name: str, layer: LayerKey, roles: Tensors, alpha: torch.Tensor | None, family: Family
+) -> Update:
     if alpha is None and "." in name:
         raise AdapterFileError(
             f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
@@ -298,10 +332,8 @@ def _lycoris_update(name: str, roles: Tensors, alpha: torch.Tensor | None, famil
                 f"{name!r} has an alpha of shape {list(alpha.shape)}; it must be one number."
             )
         scale = read_alpha(alpha) / inner.shape[0]
-    layer = _layer(name, family)
     update = Update(".".join(layer), None, roles, scale, kernel_of(layer, family) or ())
-    numbers = torch.stack([tensor.float().abs().max() for tensor in roles.values()])
-    if not torch.isfinite(numbers).all() or abs(scale) == float("inf") or scale != scale:
+    if not (math.isfinite(scale) and all(map(is_finite, roles.values()))):
         raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
     try:
         size = update.size
@@ -372,3 +404,110 @@ class BaseWeights:
                 f"The base {self.path} has no layer {'.'.join(layer)}; the file is for another."
             )
         return places[0].read().float()
+
+
+# New files.
+
+
+def check_out(out: Path) -> None:
+    """Refuse a path for a new adapter file before the work rather than after it.
+
+    Raises:
+        AdapterFileError: it exists, does not end in .safetensors, or is in a folder that does not exist.
+    """
+    if out.exists():
+        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
+    if out.suffix.lower() != ".safetensors":
+        raise AdapterFileError(f"--out {out} should end in .safetensors.")
+    if not out.absolute().parent.is_dir():
+        raise AdapterFileError(f"--out {out} cannot be written: its folder does not exist; make it first.")
+
+
+def file_precision(path: Path) -> str:
+    """The dtype of a file's factors; fp32 where they differ or have one that is not written here."""
+    entries = read_header(path).tensors
+    found = {DTYPES[entry["dtype"]] for key, entry in entries.items() if not key.endswith(".alpha")}
+    if len(found) != 1:
+        return "fp32"
+    return next((name for name, dtype in PRECISIONS.items() if dtype in found), "fp32")
+
+
+def file_record(path: Path) -> dict[str, str]:
+    """How a header refers to a file: its name and the first 12 digits of its sha256."""
+    return {"name": path.stem, "sha256": str(file_hashes(path)["sha256"])[:12]}
+
+
+def titles(out: Path) -> dict[str, str]:
+    """The metadata that every new file has."""
+    return {
+        "ss_output_name": out.stem,
+        "modelspec.title": out.stem,
+        "modelspec.date": datetime.now(UTC).replace(microsecond=0).isoformat(),
+    }
+
+
+def save_with_side_file(
+    weights: AdapterWeights,
+    family: Family,
+    out: Path,
+    precision: str,
+    header: Mapping[str, str],
+    file_format: str = "kohya",
+) -> None:
+    """Write an adapter file, and the side file that A1111 reads if there is none.
+
+    Raises:
+        AdapterFileError: the weights are not finite or do not fit, or the file cannot be written.
+    """
+    save_adapter(
+        reshape_adapter(weights, family),
+        out,
+        family,
+        format=file_format,
+        dtype=precision,
+        metadata=dict(header),
+    )
+    beside = out.with_suffix(".json")
+    if not beside.exists():
+        write_atomically(beside, side_file(header.get("modelspec.trigger_phrase", "")))
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """An adapter file to be saved anew with other weights, in its own format and with its own metadata.
+
+    Attributes:
+        source: the file that it comes from.
+        out: the file to make.
+        precision: "fp32", "fp16", "bf16", `io.AS_IT_IS`, or "" for that of the source.
+    """
+
+    source: Path
+    out: Path
+    precision: str = ""
+
+    def save(self, weights: AdapterWeights, family: Family, key: str, record: Mapping[str, Any]) -> None:
+        """Save the adapter.
+
+        Args:
+            weights: with the source's metadata.
+            key: of the header, for the record.
+
+        Raises:
+            AdapterFileError: the weights are not finite or do not fit, or the file cannot be written.
+        """
+        named = kinds.file_format(read_header(self.source).shapes)
+        done = {key: json.dumps({"from": file_record(self.source), **record})}
+        save_with_side_file(
+            weights,
+            family,
+            self.out,
+            self.precision or file_precision(self.source),
+            {**weights.metadata, **titles(self.out), **done},
+            named if named in FORMATS else "kohya",
+        )
+
+    @property
+    def times_smaller(self) -> float:
+        """The size of the source over that of the saved file."""
+        return self.source.stat().st_size / self.out.stat().st_size

@@ -7,62 +7,65 @@ cross terms u1 d2 and u2 d1 as well. A lower rank comes from a truncated SVD of 
 Strengths can differ from layer to layer: patterns over layer names, from a TOML file or the command line.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import re
+import shutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.formats import detect
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
+from lora_core.formats import kinds
+from lora_core.formats.io import as_bytes, encode_header
 from lora_core.formats.layers import check_plain
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import Header, read_header
+from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
 from lora_core.settings.config import load_toml, parse_toml
-from lora_core.settings.schema import PatternError, compile_pattern
-from lora_core.system.files import parse_json
-from lora_core.tools.delta import BaseWeights, Updates, file_updates, plain_layers
-from lora_core.tools.save import check_out, file_record, save_with_side_file, titles
-from lora_core.tools.shrink import file_to_lora
+from lora_core.settings.schema import PatternError, compile_pattern, last_matches
+from lora_core.system.files import parse_json, sync_folder
+from lora_core.tools.delta import (
+    BaseWeights,
+    Update,
+    Updates,
+    check_out,
+    file_record,
+    file_updates,
+    plain_layers,
+    save_with_side_file,
+    shared_family,
+    titles,
+)
+from lora_core.tools.shrink import file_to_lora, rank_words
 from lora_core.tools.svd import OnLayer, Pair, TruncationLoss, adapter_from_pairs, check_rank, truncate_pair
 
-_INLINE = re.compile(r"\s*([^=,]+?)\s*=\s*(\[[^\]]*\]|[^,\[\]]+?)\s*(?:,|$)")
+BlockWeights = dict[str, tuple[float, ...]]
+"""A pattern that is searched in "part.path", to a weight for each merged file; the last match counts."""
 
 
-@dataclass(frozen=True)
-class BlockWeights:
-    """Weights of layers, one for each of the merged files; of the rows that match a layer the last counts.
+def weights_by_layer(blocks: BlockWeights, layers: Iterable[LayerKey]) -> dict[str, tuple[float, ...]]:
+    """The weights of the layers that a pattern matches, by "part.path".
 
-    Attributes:
-        rows: a pattern that is searched in "part.path", and a weight for each file.
+    Raises:
+        ConfigError: names a pattern that matches no layer, probably a typo.
     """
-
-    rows: tuple[tuple[Any, tuple[float, ...]], ...] = ()
-
-    def weight(self, layer: LayerKey, file: int) -> float:
-        """The weight of a layer in the file of that number; 1 where no row matches."""
-        name = ".".join(layer)
-        return next((weights[file] for row, weights in reversed(self.rows) if row.search(name)), 1.0)
-
-    def check(self, layers: Iterable[LayerKey]) -> None:
-        """Refuse a row that changes nothing, probably a typo.
-
-        Raises:
-            ConfigError: names the pattern that matches no layer.
-        """
-        names = [".".join(layer) for layer in layers]
-        for row, _ in self.rows:
-            if not any(map(row.search, names)):
-                raise ConfigError(
-                    f"The pattern {row.pattern!r} of --blocks matches no layer of these files; their layers"
-                    f" are named like {names[0] if names else 'unet.mid_block...'}."
-                )
+    names = [".".join(layer) for layer in layers]
+    for text in blocks:
+        if not any(map(compile_pattern(text).search, names)):
+            raise ConfigError(
+                f"The pattern {text!r} of --blocks matches no layer of these files; their layers"
+                f" are named like {names[0] if names else 'unet.mid_block...'}."
+            )
+    return last_matches(blocks, names)
 
 
 def parse_block_weights(text: str, files: int) -> BlockWeights:
@@ -77,16 +80,17 @@ def parse_block_weights(text: str, files: int) -> BlockWeights:
         ConfigError: a row cannot be parsed.
     """
     if not text:
-        return BlockWeights()
+        return {}
     path = Path(text).expanduser()
-    rows = dict(_flatten(_read_table(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
-    return BlockWeights(tuple((_pattern(name), _weights(name, row, files)) for name, row in rows.items()))
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if path.suffix == ".toml" and not path.exists():
         raise ConfigError(f"The table {path} of --blocks does not exist.")
-    return load_toml(path)
+    table = dict(_flatten(load_toml(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
+    for name in table:
+        try:
+            compile_pattern(name)
+        except PatternError as error:
+            raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
+    return {name: _weights(name, value, files) for name, value in table.items()}
 
 
 def _flatten(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
@@ -99,27 +103,16 @@ def _flatten(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, 
 
 
 def _inline(text: str) -> dict[str, Any]:
-    rows, position = {}, 0
-    while match := _INLINE.match(text, position):
-        rows[match[1]] = match[2]
-        position = match.end()
-    if not rows or text[position:].strip():
+    """Rows with commas between; a value is a number, or a list with commas of its own."""
+    rows = [row.partition("=") for row in re.split(r",(?![^\[]*\])", text.strip().removesuffix(","))]
+    if not all(name.strip() and value.strip() for name, _, value in rows):
         raise ConfigError(
             f"--blocks {text!r} is neither a TOML file nor a table such as 'mid_block=0.5,up_blocks.1=0'."
         )
     try:
-        return {
-            name: parse_toml(f"value = {value}", f"--blocks {name}")["value"] for name, value in rows.items()
-        }
+        return {n.strip(): parse_toml(f"value = {v}", f"--blocks {n}")["value"] for n, _, v in rows}
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--blocks {text!r} holds a weight that is not a number.") from error
-
-
-def _pattern(name: str) -> Any:
-    try:
-        return compile_pattern(name)
-    except PatternError as error:
-        raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
 
 
 def _weights(name: str, value: Any, files: int) -> tuple[float, ...]:
@@ -160,13 +153,12 @@ def merge_adapters(
     for adapter in adapters:
         check_plain(adapter.weights)
     keys = dict.fromkeys(key for adapter in adapters for key in adapter.weights.layers)
-    blocks = blocks or BlockWeights()
-    blocks.check(keys)
-    loss = TruncationLoss()
+    weights = weights_by_layer(blocks or {}, keys)
+    loss, ones = TruncationLoss(), (1.0,) * len(adapters)
     pairs: dict[LayerKey, Pair] = {}
     for key in keys:
         terms = [
-            (adapter.on(key[0]) * blocks.weight(key, number), adapter.weights.layers[key])
+            (adapter.on(key[0]) * weights.get(".".join(key), ones)[number], adapter.weights.layers[key])
             for number, adapter in enumerate(adapters)
             if key in adapter.weights.layers
         ]
@@ -235,28 +227,13 @@ class LoraFile:
         return Path(self.lora.file)
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to merge.
-
-    Attributes:
-        rank: of the result; None adds the ranks.
-        blocks: the text of `--blocks`, or "".
-        precision: "fp32", "fp16" or "bf16".
-        base: the base that a DoRA is for, or "".
-    """
-
-    rank: int | None = None
-    blocks: str = ""
-    precision: str = "fp32"
-    base: str = ""
-
-
 def merge_files(
     loras: Sequence[WeightedLora],
     out: Path,
-    options: MergeOptions,
-    now: float,
+    rank: int | None = None,
+    blocks: str = "",
+    precision: str = "fp32",
+    base_name: str = "",
     on_layer: OnLayer | None = None,
 ) -> list[str]:
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
@@ -264,8 +241,10 @@ def merge_files(
     Args:
         loras: the files.
         out: the file to write; it must not exist.
-        options: how.
-        now: the time, in seconds since the epoch.
+        rank: of the result; None adds the ranks.
+        blocks: the text of `--blocks`, or "".
+        precision: "fp32", "fp16" or "bf16".
+        base_name: the base that a DoRA is for, or "".
         on_layer: called for a file whose decomposition takes long.
 
     Returns:
@@ -275,9 +254,9 @@ def merge_files(
         LoraError: one sentence on what is wrong; nothing is written then.
     """
     check_out(out)
-    base = BaseWeights(options.base) if options.base else None
+    base = BaseWeights(base_name) if base_name else None
     files = read_files(loras, base.family if base else None)
-    blocks = parse_block_weights(options.blocks, len(files))
+    weights_of = parse_block_weights(blocks, len(files))
     sentences = extras_sentences(loras)
     adapters, reduced = [], False
     for file in files:
@@ -285,26 +264,25 @@ def merge_files(
         if layers is not None:
             weights = AdapterWeights(layers, dict(file.metadata))
         else:
-            weights, loss = file_to_lora(file.path, file.updates, options.rank, base, on_layer)
-            sentences.append(f"{file.path.name} as a plain LoRA: {loss.sentence(options.rank)}")
+            weights, loss = file_to_lora(file.path, file.updates, rank, base, on_layer)
+            sentences.append(f"{file.path.name} as a plain LoRA: {loss.sentence(rank)}")
             reduced = True
         adapters.append(LoadedLora(weights, file.lora.strength, file.lora.text_strength))
-    weights, loss = merge_adapters(adapters, options.rank, blocks)
-    save_with_side_file(weights, files[0].family, out, options.precision, _header(files, out, now))
-    ranks = sorted({layer.rank for layer in weights.layers.values()})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    weights, loss = merge_adapters(adapters, rank, weights_of)
+    save_with_side_file(weights, files[0].family, out, precision, _header(files, out))
+    span = rank_words(layer.rank for layer in weights.layers.values())
     sentences.append(f"{len(weights.layers)} layers of {span} from {files_words(files)}.")
-    if options.rank is not None and not reduced:
-        sentences.append(loss.sentence(options.rank))
-    elif options.rank is not None and not loss.none:
-        sentences.append(f"Of the sum of these: {loss.sentence(options.rank)}")
+    if rank is not None and not reduced:
+        sentences.append(loss.sentence(rank))
+    elif rank is not None and not loss.none:
+        sentences.append(f"Of the sum of these: {loss.sentence(rank)}")
     return sentences
 
 
 def extras_sentences(loras: Sequence[WeightedLora]) -> list[str]:
     """A sentence for each file that contains something that is not merged."""
     paths = [Path(lora.file) for lora in loras]
-    found = [(path.name, detect.extras_sentence(read_header(path).shapes)) for path in paths]
+    found = [(path.name, kinds.extras_sentence(read_header(path).shapes)) for path in paths]
     return [f"{name}: {sentence}" for name, sentence in found if sentence]
 
 
@@ -322,19 +300,7 @@ def read_files(loras: Sequence[WeightedLora], known: Family | None) -> list[Lora
         AdapterFileError: they are for different families, or one is broken.
     """
     paths = [Path(lora.file) for lora in loras]
-    families: dict[str, tuple[Path, Family]] = {}
-    for path in paths:
-        header = read_header(path)
-        family = detect.detect_family(header.shapes, header.metadata)
-        if family is not None:
-            families.setdefault(family.title, (path, family))
-    if len(families) > 1 and known is None:
-        (one, first), (two, second), *_ = families.values()
-        raise AdapterFileError(
-            f"{one} is for {first.title} and {two} for {second.title}; only adapters for one kind of base can"
-            " be merged."
-        )
-    family = known or next((family for _, family in families.values()), None)
+    family = known or shared_family(paths, "only adapters for one kind of base can be merged")
     return [LoraFile(lora, *file_updates(path, family)) for lora, path in zip(loras, paths, strict=True)]
 
 
@@ -346,12 +312,12 @@ def file_rows(files: Sequence[LoraFile]) -> list[dict[str, object]]:
     ]
 
 
-def _header(files: Sequence[LoraFile], out: Path, now: float) -> dict[str, str]:
+def _header(files: Sequence[LoraFile], out: Path) -> dict[str, str]:
     """The metadata of the merged file, without what `save_adapter` adds."""
     rows = file_rows(files)
     parts = " + ".join(f"{row['strength']:g} x {row['name']}" for row in rows)
     texts = {
-        **titles(out, now),
+        **titles(out),
         "modelspec.implementation": "diffusers",
         "modelspec.description": f"Sum of LoRA adapters: {parts}, made with LoRA Easel",
         "modelspec.merged_from": ", ".join(str(row["name"]) for row in rows),
@@ -380,3 +346,229 @@ def _tag_counts(files: Sequence[LoraFile]) -> dict[str, dict[str, int]]:
                 own = f"{file.path.stem} {name}" if name in tags else str(name)
                 tags[own] = {str(tag): n for tag, n in counts.items() if isinstance(n, int)}
     return tags
+
+
+# Merges adapters into a base on disk: a diffusers folder or a single file, copied with its weights changed.
+#
+# A file is copied tensor by tensor. Where adapters change a tensor it becomes W0 + sum of s delta, summed
+# in fp32 as `lora/inject.Merger` does and rounded once to the tensor's own dtype; everything else, names,
+# order and offsets in the file included, is copied byte for byte. At most one tensor is in memory at a
+# time.
+
+
+Term = tuple[float, Update]
+"""A strength, and the update that it multiplies."""
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata that is no longer true once a tensor has changed."""
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
+_TEXTS = (".json", ".md", ".txt")
+_CHUNK = 2**22
+
+
+TensorEdit = tuple[TensorSource, list[Term]]
+"""A change of one tensor, or of a part of it."""
+TensorEdits = dict[Path, dict[str, list[TensorEdit]]]
+"""File to tensor name to its changes."""
+
+
+def merge_files_into_base(
+    loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = ""
+) -> list[str]:
+    """Write a copy of a base with adapter files merged into it, LoHa, LoKr and DoRA exactly.
+
+    Args:
+        base_name: a folder, a file or a hub id.
+        out: the file or folder to make; it must not exist.
+        blocks: the text of `--blocks`, or "".
+
+    Returns:
+        What was done, in sentences.
+
+    Raises:
+        AdapterFileError: a layer is not in this base or has another shape, or nothing would change.
+        ModelFileError: the base cannot be read, the result overflows its dtype, or `out` cannot be written.
+    """
+    base = BaseWeights(base_name)
+    if out.exists():
+        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
+    if base.single != (out.suffix.lower() == ".safetensors"):
+        kind = (
+            "file, so --out should end in .safetensors"
+            if base.single
+            else "folder, so --out should be one too"
+        )
+        raise AdapterFileError(f"The base {base.path} is a {kind}; {out} does not fit.")
+    files = read_files(loras, base.family)
+    texts = {
+        MERGED_KEY: json.dumps(file_rows(files)),
+        "modelspec.merged_from": ", ".join([base.path.stem, *(file.path.stem for file in files)]),
+    }
+    terms = _terms(files, parse_block_weights(blocks, len(files)))
+    _write(base, _edits(base, terms), out, texts)
+    return [*extras_sentences(loras), f"{len(terms)} layers of the base changed by {files_words(files)}."]
+
+
+def _write(base: BaseWeights, edits: TensorEdits, out: Path, texts: Mapping[str, str]) -> None:
+    """Write the copy, completely or not at all."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
+    try:
+        if base.single:
+            _write_file(base.path, draft, edits.get(base.path, {}), texts)
+        else:
+            _write_folder(base.path, draft, edits, texts)
+        os.rename(draft, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ModelFileError(f"{out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _terms(files: Sequence[LoraFile], blocks: BlockWeights) -> dict[LayerKey, list[Term]]:
+    weights = weights_by_layer(blocks, dict.fromkeys(key for file in files for key in file.updates))
+    terms: dict[LayerKey, list[Term]] = {}
+    for number, file in enumerate(files):
+        for key, update in file.updates.items():
+            own = weights.get(".".join(key))
+            strength = file.lora.on(key[0]) * (own[number] if own else 1.0)
+            if strength != 0:
+                terms.setdefault(key, []).append((strength, update))
+    if not terms:
+        raise AdapterFileError("With these strengths and weights nothing of the base would change.")
+    return terms
+
+
+def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdits:
+    """The changes of each tensor, once all layers have been found and fit."""
+    missing = [key for key in terms if not base.places(key)]
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise AdapterFileError(
+            f"The adapter has layers that the base {base.path} lacks, {'.'.join(missing[0])}{more}; it is"
+            " for another base."
+        )
+    edits: TensorEdits = {}
+    for key, changes in terms.items():
+        for source in base.places(key):
+            shape = _shape(source)
+            for _, update in changes:
+                update.check_base(shape)
+            tensors = edits.setdefault(source.file.path, {})
+            tensors.setdefault(source.key, []).append((source, changes))
+    return edits
+
+
+def _shape(source: TensorSource) -> torch.Size:
+    shape = list(source.file.shapes[source.key])
+    if source.third is not None:
+        shape[0] //= THIRDS
+    return torch.Size(shape[::-1] if source.transposed else shape)
+
+
+def _write_file(
+    source: Path, target: Path, edits: Mapping[str, list[TensorEdit]], texts: Mapping[str, str]
+) -> None:
+    """Copy a safetensors file with some tensors changed, flush it to the disk, and read it back."""
+    header = read_header(source, ModelFileError)
+    metadata = {key: text for key, text in header.metadata.items() if key not in STALE} | dict(texts)
+    start = encode_header(header.tensors, metadata)
+    written = hashlib.sha256(start)
+    with open(target, "wb") as file:
+        file.write(start)
+        for piece in _pieces(source, header, edits):
+            file.write(piece)
+            written.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    found = hashlib.sha256()
+    with open(target, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    if found.digest() != written.digest() or read_header(target, ModelFileError).tensors != header.tensors:
+        raise ModelFileError(f"{target} was read back changed; is the disk failing?")
+
+
+def _pieces(
+    source: Path, header: Header, edits: Mapping[str, list[TensorEdit]]
+) -> Iterator[bytes | memoryview]:
+    """The tensor bytes of a file in their order, changed where there is an edit."""
+    weights = SafetensorsFile(source)
+    with open(source, "rb") as file:
+        for name in sorted(header.tensors, key=lambda name: header.tensors[name]["data_offsets"]):
+            if name in edits:
+                changed = _edit_tensor(weights.tensor(name), edits[name], f"{source}: the tensor {name}")
+                yield as_bytes(changed).numpy().data
+                continue
+            first, last = header.tensors[name]["data_offsets"]
+            file.seek(header.start + first)
+            while first < last:
+                chunk = file.read(min(_CHUNK, last - first))
+                if not chunk:
+                    raise ModelFileError(f"{source} has become shorter; is it still being written?")
+                first += len(chunk)
+                yield chunk
+
+
+def _edit_tensor(tensor: torch.Tensor, edits: Sequence[TensorEdit], name: str) -> torch.Tensor:
+    """W0 + sum of s delta in fp32, rounded to the tensor's own dtype."""
+    if not tensor.is_floating_point():
+        raise ModelFileError(f"{name} has an integer dtype, into which nothing can be merged.")
+    full = tensor.float().clone()
+    for source, terms in edits:
+        rows = full if source.third is None else full.chunk(THIRDS)[source.third]
+        weight = rows.t() if source.transposed else rows
+        merged = weight
+        for strength, update in terms:
+            merged = merged + strength * update.delta(weight).reshape(weight.shape)
+        weight.copy_(merged)
+    rounded = full.to(tensor.dtype)
+    if not torch.isfinite(rounded.float()).all():
+        reason = "more than its dtype can" if torch.isfinite(full).all() else "NaN or infinity"
+        raise ModelFileError(
+            f"{name} would hold {reason}; lower the strength, or take a base in fp32 or bf16."
+        )
+    return rounded
+
+
+def _write_folder(source: Path, target: Path, edits: TensorEdits, texts: Mapping[str, str]) -> None:
+    """Copy a diffusers folder with some weight files changed.
+
+    At the top only what `model_index.json` lists is copied, and texts. In changed parts, weights in other
+    formats would be those of the unchanged base, and are left out.
+    """
+    changed = {path.parent for path in edits}
+    parts = _parts(source) | {path.parent.name for path in edits}
+
+    def wanted(path: Path) -> bool:
+        if path.parent == source:
+            return path.name in parts or path.suffix.lower() in _TEXTS
+        if path.parent in changed:
+            return path not in edits and not path.name.endswith(_OTHER_WEIGHTS)
+        return True
+
+    _copy_tree(source, target, wanted)
+    for path, changes in edits.items():
+        _write_file(path, target / path.relative_to(source), changes, texts)
+
+
+def _copy_tree(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
+    """Copy the wanted files of a folder. Unlike `shutil.copytree`, it stops at the first error."""
+    target.mkdir()
+    for path in filter(wanted, source.iterdir()):
+        if path.is_dir():
+            _copy_tree(path, target / path.name, wanted)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def _parts(folder: Path) -> set[str]:
+    """The components that a diffusers folder lists."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(
+            f"{folder} has no readable model_index.json, so what to copy is unknown."
+        ) from error
+    return {"model_index.json", *index}

@@ -1,44 +1,41 @@
-"""Smaller adapters, and plain LoRAs of adapters of other kinds: each layer truncated to its leading triples.
+"""Smaller adapters, plain LoRAs of adapters of other kinds, and LoRAs extracted from fine-tuned models.
 
-How many triples each layer keeps follows from a rank (the same for all), from a share of the energy that each
-layer has to keep, or from a share of the energy of all layers together ("pooled"): then the weakest triples
-go first, wherever they are, so that for the same share fewer are kept in all. Which of the two shares makes
-the smaller file depends on the layers' widths; both are computed and the smaller one is taken.
-
-The intrinsic rank is the lowest one that keeps nearly all of what an adapter gains, found by measuring, since
-energy says how much of the update is kept and not how much of its use. The adapter is truncated and measured
-on the same draws, so that the error of "keeps 99%" is far smaller than that of the gain itself. A bisection
-over ranks takes few measurements; then the pooled energies are bisected over the number of columns, and the
-smaller of the two files wins. A bisection assumes that what is kept grows with the rank. Where noise breaks
-that, it finds one crossing of the bar, and every rank that it proposes was measured and is above the bar.
+How many singular triples each layer keeps follows from a rank (the same for all), from a share of the energy
+that each layer has to keep, or from a share of the energy of all layers together ("pooled"): then the weakest
+triples go first, wherever they are, so that for the same share fewer are kept in all. Which of the two shares
+makes the smaller file depends on the layers' widths; both are computed and the smaller one is taken.
 """
 
+import json
+import math
 import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
-from lora_core.formats.detect import extras_sentence
-from lora_core.formats.layers import check_plain
+from lora_core.formats.io import save_adapter
+from lora_core.formats.kinds import extras_sentence
+from lora_core.formats.layers import check_plain, family_layout, folder_layout, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import (
     BaseWeights,
+    Rewrite,
     Updates,
+    check_out,
     check_rank_given,
     file_updates,
     load_plain_lora,
     needs_base,
     plain_layers,
+    titles,
 )
-from lora_core.tools.save import Rewrite, check_out
 from lora_core.tools.svd import (
     OnLayer,
     Pair,
@@ -46,6 +43,7 @@ from lora_core.tools.svd import (
     TruncationLoss,
     adapter_from_pairs,
     check_rank,
+    counted,
     low_rank_pair,
     rank_of_energy,
     singular_triples,
@@ -70,10 +68,8 @@ def to_lora(
     A LoHa, a LoKr or a DoRA has no low rank by construction, so a plain LoRA comes close and is not the same.
 
     Args:
-        updates: by layer.
         rank: of each layer; one that has a lower rank by construction keeps its own.
         base: only needed for a DoRA, see `delta.needs_base`.
-        on_layer: called after each layer.
 
     Raises:
         ConfigError: the rank is out of range.
@@ -83,18 +79,17 @@ def to_lora(
     check_rank(rank)
     loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
-    for done, (key, update) in enumerate(updates.items(), 1):
+    for key, update in counted(updates.items(), on_layer):
         factors = update.factors() if update.magnitude is None else None
         if factors is not None:
             pairs[key], norm, lost = truncate_pair(factors, rank)
         else:
             weight = base.weight(key) if update.magnitude is not None and base else None
-            pairs[key], norm, lost = low_rank_pair(update.delta(weight), rank)
-        if not (norm < float("inf")):
-            raise AdapterFileError(f"The update of {update.name} holds numbers that are not finite.")
+            delta = update.delta(weight)
+            if not torch.isfinite(delta).all():
+                raise AdapterFileError(f"The update of {update.name} holds numbers that are not finite.")
+            pairs[key], norm, lost, _ = low_rank_pair(delta, rank)
         loss.layers[key] = (norm, lost)
-        if on_layer is not None:
-            on_layer(done, len(updates))
     return adapter_from_pairs(pairs), loss
 
 
@@ -172,8 +167,8 @@ def truncate_to_ranks(parts: DecomposedAdapter, ranks: Ranks) -> tuple[AdapterWe
 
 
 def uniform_ranks(parts: DecomposedAdapter, rank: int) -> dict[LayerKey, int]:
-    """The same rank for every layer that has as much."""
-    return {key: min(rank, _num_nonzero(triples.values)) for key, triples in parts.triples.items()}
+    """The same rank for every layer that has as much, up to the rounding of double precision."""
+    return {key: min(rank, int((t.values > 1e-12 * t.values[0]).sum())) for key, t in parts.triples.items()}
 
 
 def ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[LayerKey, int]:
@@ -196,11 +191,6 @@ def pooled_ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[Layer
     """The fewest columns in all that keep the share of the energy of all layers together."""
     values = torch.cat([triples.values for triples in parts.triples.values()])
     return pooled_ranks(parts, rank_of_energy(values.sort(descending=True).values, share))
-
-
-def _num_nonzero(values: torch.Tensor) -> int:
-    """The number of values that exceed the rounding of double precision."""
-    return int((values > 1e-12 * values[0]).sum()) if float(values[0]) > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -238,16 +228,17 @@ def shrink_adapter(
         else:
             ranks, how = each, f"Each layer keeps {share:.4g} of its energy"
     weights, loss = truncate_to_ranks(parts, ranks)
-    return weights, loss, f"{how}: {_size_sentence(parts, ranks)}"
-
-
-def _size_sentence(parts: DecomposedAdapter, ranks: Ranks) -> str:
-    before, after = parts.own_parameters(), max(1, parts.parameters(ranks))
-    low, high = min(ranks.values()), max(ranks.values())
-    gone = sum(rank == 0 for rank in ranks.values())
-    span = f"rank {high}" if low == high else f"ranks {max(1, low)} to {high}"
+    kept = [rank for rank in ranks.values() if rank]
+    gone = len(ranks) - len(kept)
     less = f", {gone} of {len(ranks)} layers are left out" if gone else ""
-    return f"{span}{less}; {after:,} numbers in place of {before:,}."
+    numbers = f"{parts.parameters(ranks):,} numbers in place of {parts.own_parameters():,}"
+    return weights, loss, f"{how}: {rank_words(kept)}{less}; {numbers}."
+
+
+def rank_words(ranks: Iterable[int]) -> str:
+    """The ranks of some layers, in words."""
+    low, high = min(ranks := list(ranks)), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 def shrink_file(
@@ -256,7 +247,6 @@ def shrink_file(
     """Write a smaller adapter file.
 
     Args:
-        to: the files.
         target: a rank or an energy; only a rank for a LoHa, a LoKr or a DoRA.
         base: that the file is for; a DoRA needs it, others only where the file does not name its family.
         on_layer: called for a file whose decomposition takes long.
@@ -285,12 +275,6 @@ def shrink_file(
 def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mapping[str, Any]) -> str:
     """Write an adapter truncated to the ranks that `measure_rank` found for it.
 
-    Args:
-        to: the files.
-        known: the family of the base, if there is one.
-        ranks: by layer.
-        record: for the header.
-
     Returns:
         What was done, in a sentence.
 
@@ -302,7 +286,13 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
     return f"The file is {to.times_smaller:.1f} times smaller."
 
 
-# The intrinsic rank.
+# The intrinsic rank: the lowest one that keeps nearly all of what an adapter gains, found by measuring, since
+# energy says how much of the update is kept and not how much of its use. The adapter is truncated and
+# measured on the same draws, so that the error of "keeps 99%" is far smaller than that of the gain itself. A
+# bisection over ranks takes few measurements; then the pooled energies are bisected over the number of
+# columns, and the smaller of the two files wins. A bisection assumes that what is kept grows with the rank.
+# Where noise breaks that, it finds one crossing of the bar, and every rank that it proposes was measured and
+# is above the bar.
 
 KEEP = 0.99
 """The share of the gain that has to stay."""
@@ -317,16 +307,14 @@ class MeasuredCut:
     Attributes:
         ranks: by layer.
         parameters: how many it has.
-        gain: over the base.
         kept: the share of the full adapter's gain.
         standard_error: of `kept`, from the paired differences, clustered by image.
     """
 
     ranks: dict[LayerKey, int]
     parameters: int
-    gain: float
-    kept: float
-    standard_error: float
+    kept: float = 1.0
+    standard_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -348,7 +336,7 @@ class IntrinsicRank:
     pooled: MeasuredCut | None
     gain: float
     standard_error: float
-    tried: tuple[dict[str, float], ...]
+    tried: list[dict[str, float]]
 
     @property
     def best(self) -> MeasuredCut:
@@ -357,28 +345,24 @@ class IntrinsicRank:
 
     def sentence(self, times_smaller: float) -> str:
         """The result in words; `times_smaller` is the factor by which the file shrank."""
-        best = self.best
-        by_layer = self._ranks_words() if self.pooled else ""
-        unsure = (
-            " The gain itself is within two standard errors of nothing, so take this with care."
-            if self.gain < 2 * self.standard_error
-            else ""
-        )
+        best, by_layer, unsure = self.best, "", ""
+        if self.pooled:
+            kept = [rank for rank in best.ranks.values() if rank]
+            gone = len(best.ranks) - len(kept)
+            left = f" and {gone} of {len(best.ranks)} layers left out" if gone else ""
+            words = f"ranks of {min(kept)} to {max(kept)} by layer"
+            by_layer = f"; with {words if min(kept) < max(kept) else f'rank {kept[0]}'}{left}"
+        if self.gain < 2 * self.standard_error:
+            unsure = " The gain itself is within two standard errors of nothing, so take this with care."
         return (
             f"Trained at rank {self.trained}, needs {self.rank}{by_layer}, the file is"
             f" {times_smaller:.1f} times smaller and keeps {best.kept:.1%} of the gain (standard error"
             f" {best.standard_error:.1%}).{unsure}"
         )
 
-    def _ranks_words(self) -> str:
-        kept = [rank for rank in self.best.ranks.values() if rank]
-        gone = len(self.best.ranks) - len(kept)
-        span = f"ranks of {min(kept)} to {max(kept)} by layer" if min(kept) < max(kept) else f"rank {kept[0]}"
-        left = f" and {gone} of {len(self.best.ranks)} layers left out" if gone else ""
-        return f"; with {span}{left}"
-
     def document(self, times_smaller: float) -> dict[str, Any]:
         """The result for JSON; `times_smaller` is the factor by which the file shrank."""
+        ranks = self.best.ranks.items()
         return {
             "trained": self.trained,
             "rank": self.rank,
@@ -388,71 +372,10 @@ class IntrinsicRank:
             "pooled": self.pooled is not None,
             "gain": self.gain,
             "gain_standard_error": self.standard_error,
-            "ranks": [
-                {"part": part, "module": module, "rank": rank}
-                for (part, module), rank in self.best.ranks.items()
-            ],
-            "tried": list(self.tried),
+            "ranks": [{"part": part, "module": module, "rank": rank} for (part, module), rank in ranks],
+            "tried": self.tried,
             "sentence": self.sentence(times_smaller),
         }
-
-
-class _RankSearch:
-    """Truncates an adapter and measures what is kept."""
-
-    def __init__(self, parts: DecomposedAdapter, measure: MeasureGains) -> None:
-        self.parts = parts
-        self._measure = measure
-        self.full = measure([LoadedLora(parts.weights)])
-        self.tried: list[dict[str, float]] = []
-
-    def measure(self, ranks: dict[LayerKey, int]) -> MeasuredCut:
-        gains = self._measure([LoadedLora(truncate_to_ranks(self.parts, ranks)[0])])
-        kept = float(gains.mean() / self.full.mean())
-        # The error of a ratio of paired means, to first order: that of gains - kept * full over the full one.
-        error = clustered_error(gains - kept * self.full) / float(self.full.mean())
-        self.tried.append({"columns": sum(ranks.values()), "kept": kept, "standard_error": error})
-        return MeasuredCut(ranks, self.parts.parameters(ranks), float(gains.mean()), kept, error)
-
-    def lowest_rank(self, trained: int, full: MeasuredCut, keep: float) -> tuple[int, MeasuredCut]:
-        """The lowest rank for all layers that keeps enough."""
-        too_low, enough, best = 0, trained, full
-        while enough - too_low > 1:
-            rank = (too_low + enough) // 2
-            found = self.measure(uniform_ranks(self.parts, rank))
-            if found.kept >= keep:
-                enough, best = rank, found
-            else:
-                too_low = rank
-        return enough, best
-
-    def fewest_columns(self, uniform: MeasuredCut, keep: float) -> MeasuredCut | None:
-        """The smallest pooled truncation, if it is smaller than the uniform one."""
-        too_few, enough = 0, sum(uniform.ranks.values())
-        best: MeasuredCut | None = None
-        columns = _most_columns(self.parts, enough, uniform.parameters)
-        while columns > too_few:
-            found = self.measure(pooled_ranks(self.parts, columns))
-            if found.kept >= keep:
-                enough, best = columns, found
-            elif best is None:
-                return None
-            else:
-                too_few = columns
-            if enough <= max(too_few + 1, too_few * _CLOSE):
-                break
-            columns = (too_few + enough) // 2
-        return best
-
-
-def _most_columns(parts: DecomposedAdapter, columns: int, parameters: int) -> int:
-    """The most columns, up to `columns`, whose pooled ranks have fewer than `parameters` parameters."""
-    low, high = 0, columns
-    while low < high:
-        middle = (low + high + 1) // 2
-        smaller = parts.parameters(pooled_ranks(parts, middle)) < parameters
-        low, high = (middle, high) if smaller else (low, middle - 1)
-    return low
 
 
 def intrinsic_rank(
@@ -464,34 +387,253 @@ def intrinsic_rank(
         AdapterFileError: the adapter gains nothing here, so there is no gain to keep.
     """
     parts = decompose(weights)
-    search = _RankSearch(parts, measure)
-    gain, error = float(search.full.mean()), clustered_error(search.full)
+    full = measure([LoadedLora(weights)])
+    gain, error = float(full.mean()), clustered_error(full)
     if not gain > 0:
         raise AdapterFileError(
             f"The adapter gains nothing on these pictures ({gain:+.4f}, standard error {error:.4f}), so there"
             " is no gain to keep; measure on pictures of what it was trained for, or give --rank."
         )
+    tried: list[dict[str, float]] = []
+
+    def cut(ranks: dict[LayerKey, int]) -> MeasuredCut:
+        gains = measure([LoadedLora(truncate_to_ranks(parts, ranks)[0])])
+        kept = float(gains.mean()) / gain
+        # The error of a ratio of paired means, to first order: that of gains - kept * full over the full one.
+        error = clustered_error(gains - kept * full) / gain
+        tried.append({"columns": sum(ranks.values()), "kept": kept, "standard_error": error})
+        return MeasuredCut(ranks, parts.parameters(ranks), kept, error)
+
     trained = max(layer.rank for layer in weights.layers.values())
-    full = MeasuredCut(uniform_ranks(parts, trained), parts.own_parameters(), gain, 1.0, 0.0)
-    rank, uniform = search.lowest_rank(trained, full, keep)
-    pooled = search.fewest_columns(uniform, keep)
-    found = IntrinsicRank(trained, rank, uniform, pooled, gain, error, tuple(search.tried))
-    return truncate_to_ranks(parts, found.best.ranks)[0], found
+    uniform = MeasuredCut(uniform_ranks(parts, trained), parts.own_parameters())
+    too_low, rank = 0, trained
+    while rank - too_low > 1:
+        middle = (too_low + rank) // 2
+        found = cut(uniform_ranks(parts, middle))
+        if found.kept >= keep:
+            rank, uniform = middle, found
+        else:
+            too_low = middle
+    pooled = _pooled_cut(parts, cut, uniform, keep)
+    result = IntrinsicRank(trained, rank, uniform, pooled, gain, error, tried)
+    return truncate_to_ranks(parts, result.best.ranks)[0], result
 
 
-def measure_rank(file: Path, family: Family, measure: MeasureGains) -> dict[str, Any]:
-    """The intrinsic rank of an adapter file, and by how much the smaller file would be smaller.
+def _pooled_cut(
+    parts: DecomposedAdapter,
+    cut: Callable[[dict[LayerKey, int]], MeasuredCut],
+    uniform: MeasuredCut,
+    keep: float,
+) -> MeasuredCut | None:
+    """The smallest pooled truncation that keeps enough, if it is smaller than the uniform one."""
+    # The most columns with fewer parameters than the uniform truncation.
+    columns, high = 0, sum(uniform.ranks.values())
+    enough = high
+    while columns < high:
+        middle = (columns + high + 1) // 2
+        smaller = parts.parameters(pooled_ranks(parts, middle)) < uniform.parameters
+        columns, high = (middle, high) if smaller else (columns, middle - 1)
+    too_few, best = 0, None
+    while columns > too_few:
+        found = cut(pooled_ranks(parts, columns))
+        if found.kept >= keep:
+            enough, best = columns, found
+        elif best is None:
+            return None
+        else:
+            too_few = columns
+        if enough <= max(too_few + 1, too_few * _CLOSE):
+            break
+        columns = (too_few + enough) // 2
+    return best
+
+
+def shrink_to_intrinsic(to: Rewrite, known: Family, measure: MeasureGains) -> dict[str, Any]:
+    """Write the smallest truncation of an adapter file that keeps nearly all of its gain.
 
     Returns:
         The document of `shrink --intrinsic --json`; `ranks` by layer is what `truncate_file` takes.
 
     Raises:
-        AdapterFileError: it is no plain LoRA, or gains nothing on these images.
+        AdapterFileError: it is no plain LoRA, gains nothing on these images, or cannot be written.
     """
-    weights, known = load_plain_lora(file, family)
+    weights, family = load_plain_lora(to.source, known)
     smaller, found = intrinsic_rank(weights, measure)
+    record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
+    to.save(smaller, family, SHRUNK_KEY, record)
+    return {**found.document(to.times_smaller), "sentences": [found.sentence(to.times_smaller)]}
+
+
+def measure_rank(file: Path, family: Family, measure: MeasureGains) -> dict[str, Any]:
+    """What `shrink_to_intrinsic` would do; nothing is kept of the file."""
     with tempfile.TemporaryDirectory() as folder:
-        to = Rewrite(file, Path(folder) / file.name, "", time.time())
-        to.save(smaller, known, SHRUNK_KEY, {"intrinsic": found.rank})
-        times = to.times_smaller
-    return {**found.document(times), "sentences": [found.sentence(times)]}
+        return shrink_to_intrinsic(Rewrite(file, Path(folder) / file.name), family, measure)
+
+
+# Extraction: for each layer the best update of a rank to W_tuned - W_base. Both models are read layer by
+# layer, so that two layers are in memory at a time. For a share of the energy the number of random probes
+# doubles until they hold it. The leading singular values are known for every layer and the total energy is
+# known exactly, so the spectrum also suggests a rank.
+
+EXTRACTED_KEY = "lora_easel.extracted"
+"""Our own key of a header: how it was extracted, as JSON."""
+_ROUNDING = 0.5
+"""Differences below this share of the dtype's epsilon are rounding."""
+
+
+@dataclass
+class Spectra:
+    """The singular values of the differences, as far as they are known.
+
+    Attributes:
+        squares: by layer the leading squared singular values, descending.
+        energies: by layer the total sum of squares.
+        outside: the sum of squares in layers that no LoRA target includes.
+    """
+
+    squares: dict[LayerKey, torch.Tensor] = field(default_factory=dict)
+    energies: dict[LayerKey, float] = field(default_factory=dict)
+    outside: float = 0.0
+
+    def rank_for(self, share: float) -> int | None:
+        """The lowest rank for all layers that keeps a share of all energy; None if that is not known."""
+        deepest = max(map(len, self.squares.values()))
+        kept = torch.zeros(deepest, dtype=torch.float64)
+        for squares in self.squares.values():
+            sums = squares.cumsum(0)
+            kept += torch.cat([sums, sums[-1:].expand(deepest - len(sums))])
+        rank = int((kept < share * sum(self.energies.values()) * (1 - 1e-9)).sum()) + 1
+        known = all(
+            len(s) >= rank or float(s.sum()) >= self.energies[k] * (1 - 1e-6) for k, s in self.squares.items()
+        )
+        return rank if rank <= deepest and known else None
+
+    def sentence(self) -> str:
+        """The rank that the spectrum suggests, in words."""
+        found = {share: self.rank_for(share) for share in (0.9, 0.99)}
+        words = [f"rank {rank} would hold {share:.0%} of the change" for share, rank in found.items() if rank]
+        known = max(map(len, self.squares.values()))
+        if not words:
+            return f"The change is of high rank: {known} does not hold 90% of it."
+        more = "" if found[0.99] else f"; {known} does not hold 99%"
+        return f"R{' and '.join(words)[1:]}{more}."
+
+
+def extract_lora(
+    tuned: BaseWeights, base: BaseWeights, target: ShrinkTarget, on_layer: OnLayer | None = None
+) -> tuple[AdapterWeights, TruncationLoss, Spectra]:
+    """The LoRA between two models, in fp32 with one alpha; its error, and the spectra.
+
+    Args:
+        tuned: the fine-tuned model.
+        base: what it was made from.
+        target: a rank for all layers, or a share of energy for each.
+
+    Raises:
+        ConfigError: the rank or the energy is out of range.
+        ModelFileError: the two are of different kinds or widths, or do not differ.
+    """
+    target.check()
+    if tuned.family.title != base.family.title:
+        raise ModelFileError(
+            f"{tuned.path} is of the kind {tuned.family.title} and {base.path} of {base.family.title}; give"
+            " the base that it was made from."
+        )
+    loss, spectra = TruncationLoss(), Spectra()
+    pairs: dict[LayerKey, Pair] = {}
+    for key, delta in _differences(tuned, base, spectra, on_layer):
+        found = low_rank_pair(delta, target.rank, target.energy or 0.0)
+        pairs[key], spectra.energies[key], lost, spectra.squares[key] = found
+        loss.layers[key] = (spectra.energies[key], lost)
+    if not pairs:
+        raise ModelFileError(
+            f"{tuned.path} has the weights of {base.path} in every layer that a LoRA reaches; there is"
+            " nothing to extract."
+        )
+    return adapter_from_pairs(pairs), loss, spectra
+
+
+def _differences(
+    tuned: BaseWeights, base: BaseWeights, spectra: Spectra, on_layer: OnLayer | None
+) -> Iterator[tuple[LayerKey, torch.Tensor]]:
+    """The layers that differ by more than rounding, with their differences in fp32."""
+    layout = family_layout(base.family) if base.single else folder_layout(base.path, base.family)
+    targets = named_targets("locon")
+    for key in counted(layout, on_layer):
+        places = tuned.places(key), base.places(key)
+        if bool(places[0]) != bool(places[1]):
+            lacking = base if places[0] else tuned
+            raise ModelFileError(
+                f"{lacking.path} lacks the layer {'.'.join(key)}, which the other model has."
+            )
+        if not places[0]:
+            continue
+        ours, theirs = places[0][0].read(), places[1][0].read()
+        if ours.shape != theirs.shape:
+            raise ModelFileError(
+                f"The layer {'.'.join(key)} has the shapes {list(ours.shape)} and {list(theirs.shape)} in the"
+                " two models; give the base that this one was made from."
+            )
+        delta = ours.float() - theirs.float()
+        steps = {torch.finfo(tensor.dtype).eps for tensor in (ours, theirs)}
+        rounding = _ROUNDING * max(steps) * float(theirs.float().norm()) if len(steps) > 1 else 0.0
+        norm = float(delta.norm())
+        if not math.isfinite(norm):
+            raise ModelFileError(
+                f"The layer {'.'.join(key)} holds numbers that are not finite in one of the two."
+            )
+        pattern = targets.pattern(key[0])
+        if norm > rounding and pattern is not None and pattern.fullmatch(key[1]):
+            yield key, delta
+        elif norm > rounding:
+            spectra.outside += norm**2
+
+
+def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra: Spectra) -> list[str]:
+    """What was extracted and what it cost."""
+    ranks = [layer.rank for layer in weights.layers.values()]
+    sentences = [f"{len(ranks)} layers of {rank_words(ranks)}.", loss.sentence(), spectra.sentence()]
+    whole = spectra.outside + sum(spectra.energies.values())
+    if spectra.outside > 1e-6 * whole:
+        share = math.sqrt(spectra.outside / whole)
+        sentences.append(
+            f"{share:.2%} of the change is in layers that a LoRA does not reach, and is left out."
+        )
+    return sentences
+
+
+def extract_file(
+    tuned: str,
+    base: str,
+    out: Path,
+    target: ShrinkTarget,
+    precision: str,
+    on_layer: OnLayer | None = None,
+) -> list[str]:
+    """Write the LoRA between two models as a file of the kohya format.
+
+    Args:
+        tuned, base: as `--base` names them.
+        target: a rank for all layers, or a share of energy for each.
+
+    Returns:
+        What was extracted, what it cost and which rank the spectrum suggests, in sentences.
+
+    Raises:
+        LoraError: one sentence on what is wrong; nothing is written then.
+    """
+    check_out(out)
+    models = BaseWeights(tuned), BaseWeights(base)
+    weights, loss, spectra = extract_lora(*models, target, on_layer)
+    family = models[1].family
+    header = {
+        **titles(out),
+        "ss_sd_model_name": models[1].path.name,
+        "modelspec.implementation": "diffusers",
+        "modelspec.description": (
+            f"LoRA between {models[1].path.stem} and {models[0].path.stem}, extracted with LoRA Easel"
+        ),
+        EXTRACTED_KEY: json.dumps({"rank": target.rank, "energy": target.energy, "error": loss.overall}),
+    }
+    save_adapter(reshape_adapter(weights, family), out, family, dtype=precision, metadata=header)
+    return extraction_sentences(weights, loss, spectra)

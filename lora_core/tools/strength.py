@@ -20,8 +20,7 @@ from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.io import AS_IT_IS
 from lora_core.lora.weights import AdapterWeights, LoadedLora
 from lora_core.model_files.families import Family, is_text_encoder
-from lora_core.tools.delta import load_plain_lora
-from lora_core.tools.save import Rewrite, check_out
+from lora_core.tools.delta import Rewrite, check_out, load_plain_lora
 
 BAKED_KEY = "lora_easel.strength"
 """Our own key of a header: which strength was baked in, as JSON."""
@@ -187,7 +186,10 @@ def measure_strength(
     weights = load_plain_lora(file, family)[0]
     if apart:
         unet, text = fit_strengths_apart(weights, measure)
-        fits = [("UNet", "On the UNet the adapter", unet), ("text encoders", "On the text encoders it", text)]
+        fits = [
+            ("UNet", "On the UNet the adapter", unet),
+            ("text encoders", "On the text encoders the adapter", text),
+        ]
     else:
         fits = [("", "The adapter", fit_strength(weights, measure))]
     return {
@@ -221,7 +223,6 @@ def bake_strength(to: Rewrite, known: Family | None, strengths: Sequence[float])
 
     Args:
         to: the files; the precision is the source's.
-        known: the family of the base, if there is one.
         strengths: one, or one for the UNet and one for the text encoders.
 
     Returns:

@@ -11,15 +11,15 @@ and how many hold a share of the energy (rank90, rank99), the sum of squared sin
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.formats import detect
+from lora_core.formats import kinds
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family, is_text_encoder
@@ -30,6 +30,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """(up, down) whose product is an update; the scale is in `up`."""
 OnLayer = Callable[[int, int], None]
 """Called with (done, total) layers; an exception from it ends the work."""
+T = TypeVar("T")
 
 DORA_LEFT_OUT = "a DoRA, whose update depends on the weights of its base"
 NO_UPDATE = "it changes nothing"
@@ -37,7 +38,15 @@ MAX_RANK = 4096
 """No layer of a Stable Diffusion has a higher one."""
 EXACT_UP_TO = 512
 """The shorter side up to which an exact SVD is quick."""
-_EXTRA_PROBES, _POWER_ITERATIONS = 32, 4
+_FIRST_PROBES, _EXTRA_PROBES, _POWER_ITERATIONS = 64, 32, 4
+
+
+def counted(items: Collection[T], on_layer: OnLayer | None) -> Iterator[T]:
+    """The items, with progress after each."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if on_layer is not None:
+            on_layer(done, len(items))
 
 
 # Pairs of factors.
@@ -93,14 +102,6 @@ def inner_product(one: Pair, two: Pair) -> float:
     return float(((one[0].T @ two[0]) * (one[1] @ two[1].T)).sum())
 
 
-def svd_of_matrix(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(u, values, vh) of a matrix: all of them for small ones, else the `columns` largest by random
-    probes."""
-    if min(matrix.shape) <= max(EXACT_UP_TO, columns):
-        return torch.linalg.svd(matrix, full_matrices=False)
-    return randomized_svd(matrix, columns)
-
-
 def randomized_svd(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest singular triples, from the range of the matrix applied to random probes.
 
@@ -147,15 +148,16 @@ class TruncationLoss:
 
     def sentence(self, rank: int | None = None) -> str:
         """The error in words; with `rank` the sentence begins with it."""
-        at, (name, error) = f"At rank {rank} " if rank else "", self.worst
-        if self.none:
-            words = "nothing is lost."
-        else:
-            words = (
+        name, error = self.worst
+        words = (
+            "nothing is lost."
+            if self.none
+            else (
                 f"the update differs from the original by {self.overall:.2%} of its norm; the worst layer,"
                 f" {name}, by {error:.2%}."
             )
-        return at + words if at else words[0].upper() + words[1:]
+        )
+        return f"At rank {rank} {words}" if rank else words[0].upper() + words[1:]
 
 
 def check_rank(rank: int) -> int:
@@ -185,23 +187,39 @@ def truncate_pair(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     return (new_up, new_down.float()), float(squares.sum()), float(squares[kept:].sum())
 
 
-def low_rank_pair(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
-    """The pair of at most `rank` columns closest to an update, its squared norm, and that of the difference.
+def low_rank_pair(
+    delta: torch.Tensor, rank: int | None, energy: float = 1.0
+) -> tuple[Pair, float, float, torch.Tensor]:
+    """The pair closest to an update, the squared norms of the update and of the difference, and the squares
+    of the leading singular values.
 
     Args:
-        delta: (out, in) or (out, in, k, k).
-        rank: of the pair.
+        delta: (out, in) or (out, in, k, k), finite.
+        rank: of the pair at most; None for the lowest that holds the share `energy`.
     """
     matrix = delta.flatten(1)
     norm = float(matrix.double().square().sum())
-    kept = min(rank, *matrix.shape)
-    if not norm < float("inf"):
-        return (delta, delta), norm, norm
-    u, values, vh = svd_of_matrix(matrix, kept + _EXTRA_PROBES)
+    columns = (rank or _FIRST_PROBES) + _EXTRA_PROBES
+    while True:
+        if min(matrix.shape) <= max(EXACT_UP_TO, columns):
+            u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            u, values, vh = randomized_svd(matrix, columns)
+        squares = values.double().square()
+        if rank is not None:
+            kept = rank
+            break
+        reached = squares.cumsum(0) >= energy * norm * (1 - 1e-9)
+        # The last probes are inaccurate, so the rank must not be found among them.
+        if len(values) == min(matrix.shape) or bool(reached[: columns - _EXTRA_PROBES].any()):
+            kept = int((~reached).sum()) + 1 if bool(reached.any()) else rank_of_energy(values, 1.0)
+            break
+        columns *= 2
+    kept = max(1, min(kept, int((values > 0).sum())))
     up, down = split_triples(Triples(u, values, vh.T).leading(kept), delta.shape[1:])
     # Measured, since the difference of two sums of squares shows nothing below the root of a rounding.
     lost = float((matrix - up.flatten(1) @ down.flatten(1)).double().square().sum())
-    return (up, down), norm, lost
+    return (up, down), norm, lost, squares
 
 
 def adapter_from_pairs(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
@@ -237,37 +255,29 @@ def truncate_adapter(weights: AdapterWeights, rank: int) -> AdapterWeights:
 # Updates of a file, and their spectra.
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A layer that an analysis leaves out, and why."""
-
-    layer: LayerKey
-    reason: str
-
-    def row(self) -> dict[str, str]:
-        """For JSON."""
-        return {"part": self.layer[0], "module": self.layer[1], "reason": self.reason}
+def left_out_row(layer: LayerKey, reason: str) -> dict[str, str]:
+    """A layer that an analysis leaves out, and why, for JSON."""
+    return {"part": layer[0], "module": layer[1], "reason": reason}
 
 
-def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, list[LeftOut]]:
+def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, list[dict[str, str]]]:
     """The updates of an adapter file of any kind that need no base, and what is left out.
 
     Args:
-        path: a .safetensors file.
         family: of the base that it is used with, if that is known.
 
     Raises:
         AdapterFileError: the file is broken, or no adapter.
     """
     header = read_header(path)
-    known = family or detect.detect_family(header.shapes, header.metadata)
-    if known is None and detect.detect_kind(header.shapes) in (detect.LORA, detect.LOCON):
+    known = family or kinds.detect_family(header.shapes, header.metadata)
+    if known is None and kinds.detect_kind(header.shapes) in (kinds.LORA, kinds.LOCON):
         layers = load_adapter(path).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]
     doras = [key for key, update in updates.items() if update.magnitude is not None]
     kept = {key: update for key, update in updates.items() if update.magnitude is None}
-    return kept, [LeftOut(key, DORA_LEFT_OUT) for key in doras]
+    return kept, [left_out_row(key, DORA_LEFT_OUT) for key in doras]
 
 
 def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> None:
@@ -369,12 +379,8 @@ def file_spectrum(path: Path, on_layer: OnLayer | None = None) -> dict[str, Any]
         AdapterFileError: the file is broken, or no adapter.
     """
     updates, left_out = known_updates(path)
-    layers = []
-    for key, update in updates.items():
-        layers.append(spectrum_row(key, update))
-        if on_layer is not None:
-            on_layer(len(layers), len(updates))
-    return {"layers": layers, "blocks": block_rows(layers), "left_out": [one.row() for one in left_out]}
+    layers = [spectrum_row(key, update) for key, update in counted(updates.items(), on_layer)]
+    return {"layers": layers, "blocks": block_rows(layers), "left_out": left_out}
 
 
 _BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block|(?:text_model\.)?encoder\.layers\.\d+|[^.]+)")

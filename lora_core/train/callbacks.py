@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.evaluate.early_stopping import is_worse, reason_to_stop
+from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.generate.pipeline import infotext, sample_image, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights

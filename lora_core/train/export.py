@@ -1,24 +1,29 @@
 """The file for other tools: factors, everything that is known about the run in the header, and the side
 file."""
 
-import importlib.metadata
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import count_tags, plain_caption
+from lora_core.data.captions import plain_caption
 from lora_core.errors import RunError
-from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
-from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
-from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_uri, write_beside
+from lora_core.formats.metadata import (
+    THUMBNAIL_KEY,
+    export_metadata,
+    side_file,
+    thumbnail,
+    thumbnail_uri,
+    write_beside,
+)
+from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
-from lora_core.settings.config import RunConfig, to_toml
+from lora_core.settings.config import RunConfig
 from lora_core.system.files import write_atomically
 from lora_core.train.checkpoint import FACTORS, STATE, verify_checkpoint
 from lora_core.train.data import TrainImage
@@ -30,44 +35,10 @@ RAW_SUFFIX = "-raw"
 def export_header(
     config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
 ) -> dict[str, str]:
-    """The texts of a file's header: all that is known about the run."""
-    trigger, section = config.dataset.trigger, config.adapter
-    name = "demo" if config.dataset.path == "demo" else Path(config.dataset.path).stem
-    captions = [plain_caption(item.record.caption, trigger) for item in items]
-    resolution = config.train.resolution or base.resolution
-    unusual = {
-        "rslora": section.rslora,
-        "block_ranks": section.block_ranks,
-        "block_alphas": section.block_alphas,
-    }
-    facts = ExportFacts(
-        name=config.name,
-        family=base.family,
-        base_title=base.family.title if base.name == "demo" else Path(base.name).name,
-        rank=section.rank,
-        alpha=section.alpha,
-        steps=steps,
-        resolution=(resolution, resolution),
-        num_images=len(items),
-        started_at=started_at,
-        finished_at=time.time(),
-        version=importlib.metadata.version("lora-easel"),
-        clip_skip=config.train.clip_skip,
-        seed=config.seed,
-        trigger=trigger,
-        tag_frequency={name: count_tags(captions)},
-        datasets={name: (1, len(items))},
-        buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
-        prediction=base.noise.objective,
-        min_snr=config.loss.gamma(base.noise.objective),
-        settings=to_toml(config),
-        network_args={
-            "targets": section.targets,
-            "dropout": section.dropout,
-            **{key: value for key, value in unusual.items() if value},
-        },
-    )
-    return export_metadata(facts)
+    """The texts of a file's header."""
+    captions = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
+    buckets = Counter((item.bucket.width, item.bucket.height) for item in items)
+    return export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
 
 
 def write_export(

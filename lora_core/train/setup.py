@@ -26,8 +26,8 @@ from lora_core.data.holdout import split_holdout
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
-from lora_core.formats.detect import extras_sentence
 from lora_core.formats.io import load_adapter
+from lora_core.formats.kinds import extras_sentence
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import (
     Injected,

@@ -19,13 +19,14 @@ from lora_core.backends.int8 import is_quantized
 from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import plain_caption
 from lora_core.data.images import hash_file
-from lora_core.evaluate.early_stopping import is_better, paired_difference
 from lora_core.evaluate.validator import (
     EvalImage,
     clustered_error,
     eval_losses,
     eval_noise,
     gain_by_timestep,
+    is_better,
+    paired_difference,
     paired_gain,
 )
 from lora_core.generate.pipeline import sample_latents

@@ -111,8 +111,7 @@ def grid(
     shots, target = grid_requests(shot, rows, columns), Path(out)
     _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
-    from lora_core.generate.grid import make_image_grid
-    from lora_core.generate.pipeline import save_png
+    from lora_core.generate.pipeline import make_image_grid, save_png
 
     made = make_image_grid(
         [[pipeline(one) for one in row] for row in shots],
@@ -182,7 +181,7 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
         family, format, kind, ranks, alphas, modules, parameters, hashes, metadata, problem (what is wrong
         with it, in a sentence) and, with `spectrum`, layers.
     """
-    from lora_core.formats.inspect import inspect_file
+    from lora_core.formats.verify import inspect_file
 
     found = inspect_file(Path(file))
     if not spectrum or found["problem"]:
@@ -199,8 +198,8 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     Args:
         base: the base that it is for, where the file does not say it.
     """
-    from lora_core.formats.compat.verify import verify_adapter
-    from lora_core.formats.layer_shapes import folder_layout
+    from lora_core.formats.layers import folder_layout
+    from lora_core.formats.verify import verify_adapter
     from lora_core.tools.delta import BaseWeights
 
     facts = read_base_facts(base) if base else None
@@ -257,7 +256,7 @@ def merge(  # noqa: PLR0913 - one option each
         base: the base of a DoRA, whose weights its update depends on.
         into_base: merge into a copy of this base instead.
     """
-    from lora_core.tools.merge import MergeOptions, merge_files
+    from lora_core.tools.merge import merge_files
 
     if into_base:
         given = [name for name, value in (("rank", rank), ("base", base), ("precision", precision)) if value]
@@ -268,13 +267,12 @@ def merge(  # noqa: PLR0913 - one option each
             )
         return merge_into_base(loras, into_base, out, blocks)
     check_precision(precision or "fp32")
-    wanted = MergeOptions(rank, blocks, precision or "fp32", base)
-    return merge_files(checked_loras(loras), Path(out), wanted, time.time(), note)
+    return merge_files(checked_loras(loras), Path(out), rank, blocks, precision or "fp32", base, note)
 
 
 def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
     """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
-    from lora_core.tools.merge_into_base import merge_files_into_base
+    from lora_core.tools.merge import merge_files_into_base
 
     return merge_files_into_base(checked_loras(loras), base, Path(out), blocks)
 
@@ -298,11 +296,10 @@ def shrink(
         precision: dtype of the file, else its own.
         base: the base of a DoRA.
     """
-    from lora_core.tools.delta import BaseWeights
-    from lora_core.tools.save import Rewrite
+    from lora_core.tools.delta import BaseWeights, Rewrite
     from lora_core.tools.shrink import ShrinkTarget, shrink_file
 
-    to = Rewrite(Path(file), Path(out), precision, time.time())
+    to = Rewrite(Path(file), Path(out), precision)
     known = BaseWeights(base) if base else None
     return {"file": str(out), "sentences": shrink_file(to, ShrinkTarget(rank, energy), known, note)}
 
@@ -313,19 +310,13 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     Returns:
         file, sentences, and what was found, as `shrink --intrinsic --json`.
     """
-    from lora_core.tools.delta import load_plain_lora
-    from lora_core.tools.save import Rewrite, check_out
-    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank
+    from lora_core.tools.delta import Rewrite, check_out
+    from lora_core.tools.shrink import shrink_to_intrinsic
 
     check_out(Path(out))
-    to = Rewrite(Path(file), Path(out), precision, time.time())
     bench, base = measure.evaluator()
-    weights, family = load_plain_lora(Path(file), base.family)
-    smaller, found = intrinsic_rank(weights, bench.gains)
-    record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
-    to.save(smaller, family, SHRUNK_KEY, record)
-    said = [found.sentence(to.times_smaller)]
-    return {"file": str(out), "sentences": said, **found.document(to.times_smaller)}
+    to = Rewrite(Path(file), Path(out), precision)
+    return {"file": str(out), **shrink_to_intrinsic(to, base.family, bench.gains)}
 
 
 @verb
@@ -347,11 +338,10 @@ def extract(
         energy: what to keep of it, such as 0.99.
         precision: dtype of the file.
     """
-    from lora_core.tools.extract import extract_file
-    from lora_core.tools.shrink import ShrinkTarget
+    from lora_core.tools.shrink import ShrinkTarget, extract_file
 
     check_precision(precision)
-    return extract_file(tuned, base, Path(out), ShrinkTarget(rank, energy), precision, time.time(), note)
+    return extract_file(tuned, base, Path(out), ShrinkTarget(rank, energy), precision, note)
 
 
 @verb
@@ -369,26 +359,19 @@ def strength(
         apart: one strength for the UNet and one for the text encoders.
         bake: a new file that has it at strength 1.
     """
-    from lora_core.tools.delta import load_plain_lora
-    from lora_core.tools.save import Rewrite, check_out
-    from lora_core.tools.strength import bake_strength as baked
-    from lora_core.tools.strength import fit_strength, fit_strengths_apart
+    from lora_core.tools.delta import Rewrite, check_out
+    from lora_core.tools.strength import bake_strength, measure_strength
 
     if bake:
         check_out(Path(bake))
     bench, base = measure.evaluator()
-    weights = load_plain_lora(Path(file), base.family)[0]
-    if apart:
-        fits = dict(zip(("unet", "text_encoders"), fit_strengths_apart(weights, bench.gains), strict=True))
-        found: dict[str, Any] = {name: fit.document() for name, fit in fits.items()}
-    else:
-        fits = {"adapter": fit_strength(weights, bench.gains)}
-        found = fits["adapter"].document()
-    words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
-    said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits.items()]
+    measured = measure_strength(Path(file), base.family, bench.gains, apart)
+    fits = [{key: value for key, value in fit.items() if key != "part"} for fit in measured["fits"]]
+    found = dict(zip(("unet", "text_encoders"), fits, strict=True)) if apart else fits[0]
+    said = measured["sentences"]
     if bake:
-        to = Rewrite(Path(file), Path(bake), "", time.time())
-        said.append(baked(to, base.family, [fit.strength for fit in fits.values()]))
+        to = Rewrite(Path(file), Path(bake))
+        said = [*said, bake_strength(to, base.family, measured["strengths"])]
         found["file"] = str(bake)
     return {**found, "sentences": said}
 
@@ -450,7 +433,7 @@ def compare(
     first: Annotated[AdapterFile, "A"], second: Annotated[AdapterFile, "B"], note: Progress | None = None
 ) -> dict[str, Any]:
     """Measure how similar the directions of two adapters are."""
-    from lora_core.tools.interference import file_similarity
+    from lora_core.tools.analysis import file_similarity
 
     return file_similarity(Path(first), Path(second), note)
 
@@ -463,7 +446,7 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
         loras: the adapters.
         measure: measure the stack and each alone on these pictures.
     """
-    from lora_core.tools.interference import interference_report, measure_stack
+    from lora_core.tools.analysis import interference_report, measure_stack
 
     files = checked_loras(loras)
     found = interference_report(files, note)
@@ -482,7 +465,7 @@ def amplify(
     Args:
         base: the base that it was made for.
     """
-    from lora_core.tools.amplification import file_amplification
+    from lora_core.tools.analysis import file_amplification
     from lora_core.tools.delta import BaseWeights
 
     return file_amplification(Path(file), BaseWeights(base), note)

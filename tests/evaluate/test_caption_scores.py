@@ -9,8 +9,7 @@ import torch
 
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.evaluate.caption_scores import score_captions
-from lora_core.evaluate.triggers import num_tokens, propose_triggers, trigger_candidates
+from lora_core.evaluate.captions import num_tokens, propose_triggers, score_captions, trigger_candidates
 from lora_core.evaluate.validator import validation_report
 from lora_core.models.load import BaseModel
 
@@ -97,7 +96,7 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
     demo_base: BaseModel, checked: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: an encoder that does not see one of the words."""
-    from lora_core.evaluate import triggers
+    from lora_core.evaluate import captions as triggers
     from lora_core.models import encode
 
     hidden, *_ = trigger_candidates(demo_base, [record.caption for record in checked[:2]], 0)[5:]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lora_core.evaluate.early_stopping import is_better, is_worse, paired_difference, reason_to_stop
+from lora_core.evaluate.validator import is_better, is_worse, paired_difference, reason_to_stop
 from lora_core.runs.events import Validated
 
 

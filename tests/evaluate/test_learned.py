@@ -12,7 +12,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import RunError
-from lora_core.evaluate.learned import image_rows, mark_outliers, measure_run_images
+from lora_core.evaluate.captions import image_rows, mark_outliers, measure_run_images
 from lora_core.evaluate.validator import validation_report
 from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora

@@ -6,7 +6,7 @@ import re
 import torch
 
 from lora_core.formats.io import serialize
-from lora_core.formats.names import prefix_of_layer
+from lora_core.formats.layers import prefix_of_layer
 from lora_core.model_files.families import FAMILIES, ldm_unet_path
 
 ATTENTION = re.compile(r".*\.(?:attn[12]\.to_(?:q|k|v|out\.0)|self_attn\.(?:q|k|v|out)_proj)")

@@ -3,8 +3,8 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
-from lora_core.formats.inspect import inspect_file
 from lora_core.formats.io import save_adapter
+from lora_core.formats.verify import inspect_file
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear

@@ -5,6 +5,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kohya
+from lora_core.formats.kinds import file_format
 from lora_core.lora.weights import AdapterWeights
 from tests.formats.conftest import BLOCK, adapter, linear, same_bits
 
@@ -188,8 +189,8 @@ def test_header(family):
     assert header["ss_network_alpha"] == "3.0"
     assert header["ss_base_model_version"] == "easel_tiny"
     assert header["ss_v2"] == "False"
-    assert kohya.matches(["lora_te_encoder_layers_0_mlp_fc1.alpha"])
-    assert not kohya.matches(["unet.conv_in.lora_A.weight", "lora_controlnet"])
+    assert file_format(["lora_te_encoder_layers_0_mlp_fc1.alpha"]) == "kohya"
+    assert file_format(["unet.conv_in.lora_A.weight", "lora_controlnet"]) == "diffusers"
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.1, 7.7, 1e-4, 12345.678, 1.0, 1e30])

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.formats.layer_shapes import family_layout
+from lora_core.formats.layers import family_layout
 from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, canonical_path
 from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS
 

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import load_adapter, save_adapter
-from lora_core.formats.names import with_text_model
+from lora_core.formats.layers import with_text_model
+from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.tools.delta import file_updates

@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lora_core.formats.model_card import (
+from lora_core.formats.metadata import (
     card_file,
     model_card,
     preview_file,

@@ -6,8 +6,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import names
-from lora_core.formats.layer_shapes import family_layout
+from lora_core.formats import layers
+from lora_core.formats.layers import family_layout
 from lora_core.model_files.families import FAMILIES
 
 FAMILY = FAMILIES["sd15"]
@@ -40,29 +40,29 @@ def test_kohyas_default_targets_of_the_unet_both_ways(unet):
     paths = kohya_default(unet)
     assert len(paths) == 192
     for path in paths:
-        stem = names.prefix_of_layer("unet", path, FAMILY)
+        stem = layers.prefix_of_layer("unet", path, FAMILY)
         assert stem == "lora_unet_" + path.replace(".", "_")
-        assert names.layer_of_prefix(stem) == ("unet", path)
+        assert layers.layer_of_prefix(stem) == ("unet", path)
 
 
 def test_kohyas_default_targets_of_the_text_encoder_both_ways(clip):
-    paths = [names.with_text_model(name) for name in adaptable(clip)]
+    paths = [layers.with_text_model(name) for name in adaptable(clip)]
     assert len(paths) == 72
     for path in paths:
         assert path.startswith("text_model.encoder.layers.")
-        stem = names.prefix_of_layer("text_encoder", path, FAMILY)
+        stem = layers.prefix_of_layer("text_encoder", path, FAMILY)
         assert stem == "lora_te_" + path.replace(".", "_")
-        assert names.layer_of_prefix(stem) == ("text_encoder", path)
+        assert layers.layer_of_prefix(stem) == ("text_encoder", path)
 
 
 def test_each_linear_and_convolution_of_the_unet_has_a_name(unet):
     for path in adaptable(unet):
-        assert names.layer_of_prefix(names.prefix_of_layer("unet", path, FAMILY)) == ("unet", path)
+        assert layers.layer_of_prefix(layers.prefix_of_layer("unet", path, FAMILY)) == ("unet", path)
 
 
 def test_stems_of_one_model_never_collide(unet):
     paths = list(adaptable(unet))
-    assert len({names.prefix_of_layer("unet", path, FAMILY) for path in paths}) == len(paths)
+    assert len({layers.prefix_of_layer("unet", path, FAMILY) for path in paths}) == len(paths)
 
 
 SDXL = FAMILIES["sdxl"]
@@ -71,16 +71,16 @@ SDXL = FAMILIES["sdxl"]
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
 def test_each_layer_of_a_family_both_ways_and_no_two_alike(name):
     family = FAMILIES[name]
-    stems = {layer: names.prefix_of_layer(*layer, family) for layer in family_layout(family)}
+    stems = {layer: layers.prefix_of_layer(*layer, family) for layer in family_layout(family)}
     assert len(set(stems.values())) == len(stems)
     for layer, stem in stems.items():
-        assert names.layer_of_prefix(stem) == names.layer_of_prefix(stem, family) == layer
+        assert layers.layer_of_prefix(stem) == layers.layer_of_prefix(stem, family) == layer
 
 
 def test_sdxl_files_with_diffusers_block_names_are_read_too():
     for part, path in family_layout(SDXL):
         if part == "unet":
-            assert names.layer_of_prefix("lora_unet_" + path.replace(".", "_")) == (part, path)
+            assert layers.layer_of_prefix("lora_unet_" + path.replace(".", "_")) == (part, path)
 
 
 # Names that sd-scripts' own conversion gives (library/sdxl_model_util.py, make_unet_conversion_map).
@@ -111,16 +111,16 @@ IN_SDXL = {
 
 @pytest.mark.parametrize("stem", IN_SDXL)
 def test_original_block_names(stem):
-    assert names.layer_of_prefix(f"lora_unet_{stem}") == ("unet", IN_SDXL[stem])
-    assert names.prefix_of_layer("unet", IN_SDXL[stem], SDXL) == f"lora_unet_{stem}"
+    assert layers.layer_of_prefix(f"lora_unet_{stem}") == ("unet", IN_SDXL[stem])
+    assert layers.prefix_of_layer("unet", IN_SDXL[stem], SDXL) == f"lora_unet_{stem}"
 
 
 def test_original_names_of_sd1_count_its_own_blocks():
     """Its coarsest level has no attention: what is output_blocks 3 there is the first of level 1."""
     stem = "lora_unet_output_blocks_2_1_conv"
-    assert names.layer_of_prefix(stem, FAMILY) == ("unet", "up_blocks.0.upsamplers.0.conv")
+    assert layers.layer_of_prefix(stem, FAMILY) == ("unet", "up_blocks.0.upsamplers.0.conv")
     with pytest.raises(AdapterFileError, match="output_blocks_2_1_conv"):
-        names.layer_of_prefix(stem, SDXL)
+        layers.layer_of_prefix(stem, SDXL)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_original_names_of_sd1_count_its_own_blocks():
     ],
 )
 def test_other_stems(stem, layer):
-    assert names.layer_of_prefix(stem) == layer
+    assert layers.layer_of_prefix(stem) == layer
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_other_stems(stem, layer):
 )
 def test_unknown_stems_are_named(stem, words):
     with pytest.raises(AdapterFileError, match=words):
-        names.layer_of_prefix(stem)
+        layers.layer_of_prefix(stem)
 
 
 def test_what_a_family_cannot_write_is_said():
     with pytest.raises(AdapterFileError, match="has no part 'text_encoder_2'"):
-        names.prefix_of_layer("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", FAMILY)
+        layers.prefix_of_layer("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", FAMILY)
     with pytest.raises(AdapterFileError, match="no name in the kohya format"):
-        names.prefix_of_layer("unet", "down_blocks.3.resnets.0.conv1", FAMILIES["sdxl"])
+        layers.prefix_of_layer("unet", "down_blocks.3.resnets.0.conv1", FAMILIES["sdxl"])
     with pytest.raises(AdapterFileError, match="no name in the kohya format"):
-        names.prefix_of_layer("unet", "down_blocks.0.something", FAMILY)
+        layers.prefix_of_layer("unet", "down_blocks.0.something", FAMILY)

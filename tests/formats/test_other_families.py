@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.formats import detect
-from lora_core.formats.layer_shapes import family_layout
+from lora_core.formats import kinds
+from lora_core.formats.layers import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import other_family
 from tests.formats.odd_files import CASES, FAMILIES_HERE, serialised
@@ -159,5 +159,5 @@ def test_a_base_told_by_its_width_alone_is_not_asked_for(tmp_path, capsys):
 
 
 def test_an_embedding_by_its_token_alone():
-    assert detect.detect_kind({"<cat>": (3, 768)}) == "textual-inversion embedding"
-    assert detect.detect_kind({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"
+    assert kinds.detect_kind({"<cat>": (3, 768)}) == "textual-inversion embedding"
+    assert kinds.detect_kind({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"

@@ -7,9 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.compat.verify import verify_adapter
-from lora_core.formats.inspect import inspect_file
 from lora_core.formats.io import load_adapter
+from lora_core.formats.verify import inspect_file, verify_adapter
 from lora_core.model_files.families import FAMILIES
 from tests.checkpoints import components
 

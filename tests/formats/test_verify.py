@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import detect
-from lora_core.formats.compat.verify import run_loaders, verify_adapter
+from lora_core.formats import kinds
 from lora_core.formats.io import load_adapter, save_adapter
-from lora_core.formats.layer_shapes import family_layout
+from lora_core.formats.layers import family_layout
+from lora_core.formats.verify import run_loaders, verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
@@ -282,22 +282,22 @@ WHICH = {
 def test_the_exact_row_of_a_file(case):
     metadata, name = WHICH[case]
     shapes = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 1024)}
-    assert detect.detect_family(shapes, metadata) is FAMILIES[name]
-    assert detect.detect_family_name(shapes, metadata) == "sd2"
+    assert kinds.detect_family(shapes, metadata) is FAMILIES[name]
+    assert kinds.detect_family_name(shapes, metadata) == "sd2"
 
 
 def test_families_without_a_cross_attention():
     """Told by what else differs: how the first text encoder is called, original names, deep transformers."""
     clip = "text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
-    assert detect.detect_family_name({f"lora_te_{clip}": (4, 768)}, {}) == "sd15"
-    assert detect.detect_family_name({f"lora_te1_{clip}": (4, 768)}, {}) == "sdxl"
+    assert kinds.detect_family_name({f"lora_te_{clip}": (4, 768)}, {}) == "sd15"
+    assert kinds.detect_family_name({f"lora_te1_{clip}": (4, 768)}, {}) == "sdxl"
     assert (
-        detect.detect_family_name({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, {})
+        kinds.detect_family_name({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, {})
         == "sdxl"
     )
     deep = "lora_unet_mid_block_attentions_0_transformer_blocks_7_attn1_to_q.lora_down.weight"
-    assert detect.detect_family_name({deep: (4, 1280)}, {}) == "sdxl"
-    assert detect.detect_family_name({deep.replace("_7_", "_0_"): (4, 1280)}, {}) == "unknown"
+    assert kinds.detect_family_name({deep: (4, 1280)}, {}) == "sdxl"
+    assert kinds.detect_family_name({deep.replace("_7_", "_0_"): (4, 1280)}, {}) == "unknown"
 
 
 @pytest.mark.parametrize("name", FAMILIES_HERE)

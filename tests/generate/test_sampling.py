@@ -8,13 +8,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from PIL import Image
 
 from lora_core.errors import ConfigError
-from lora_core.generate.pipeline import (
-    generate_image,
-    infotext,
-    make_scheduler,
-    rescale_guidance,
-    save_png,
-)
+from lora_core.generate.pipeline import generate_image, infotext, make_scheduler, rescale_guidance, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
 from lora_core.settings.choices import SAMPLERS

@@ -3,8 +3,7 @@
 import itertools
 from xml.etree import ElementTree
 
-from lora_core.report.plots import Bar, bars_plot, square_plot, table_html
-from lora_core.report.rank_plots import rate_html
+from lora_core.report.plots import Bar, bars_plot, rate_html, square_plot, table_html
 from lora_core.runs.events import RateFound
 
 HOSTILE = '"><script>alert(1)</script>&'

@@ -18,9 +18,16 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.errors import RunError
 from lora_core.lora.weights import AdapterWeights
-from lora_core.report import collect as story_module
-from lora_core.report.collect import collect_data, saved_image_rows, without_paths
-from lora_core.report.report import report_html, sample_rows, summary, write_report
+from lora_core.report import report as story_module
+from lora_core.report.report import (
+    collect_data,
+    report_html,
+    sample_rows,
+    saved_image_rows,
+    summary,
+    without_paths,
+    write_report,
+)
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.tools import amplification
-from lora_core.tools.amplification import file_amplification, intruder_count
+from lora_core.tools import analysis
+from lora_core.tools.analysis import file_amplification, intruder_count
 from lora_core.tools.delta import BaseWeights
 from tests.tools.planted import CONV, LAYERS, TO_K, dense, layer_of, random_layer, saved
 
@@ -77,7 +77,7 @@ def test_large_layers_give_the_same_by_probes(monkeypatch):
     full = []
     whole = torch.linalg.eigh
     weight, delta, u, vh = planted((150, 140), 2, 1)
-    monkeypatch.setattr(amplification, "EXACT_UP_TO", 64)
+    monkeypatch.setattr(analysis, "EXACT_UP_TO", 64)
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: full.append(len(m)) or whole(m))
     along_old = 9.0 * u[:, :2] @ vh[:2]
     assert intruder_count(weight, along_old) == 0

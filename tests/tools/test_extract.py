@@ -10,8 +10,8 @@ from lora_core.__main__ import main
 from lora_core.formats.io import load_adapter
 from lora_core.system.files import DEMO_BASE
 from lora_core.tools.delta import BaseWeights
-from lora_core.tools.extract import extract_lora
-from lora_core.tools.shrink import ShrinkTarget
+from lora_core.tools.shrink import ShrinkTarget, extract_lora
+from lora_core.tools.svd import low_rank_pair
 from tests.checkpoints import write_single
 from tests.tools.planted import CONV, LAYERS, TEXT, TO_K, dense, random_layer, saved
 
@@ -74,14 +74,12 @@ def test_an_energy_finds_the_rank_of_each_layer(tuned, hidden, monkeypatch, prob
 
 
 def test_probes_double_until_they_hold_the_energy(monkeypatch):
-    from lora_core.tools.extract import _low_rank
-
     monkeypatch.setattr("lora_core.tools.svd.EXACT_UP_TO", 32)
     draw = torch.Generator().manual_seed(0)
     matrix = torch.randn(300, 100, generator=draw) @ torch.randn(100, 280, generator=draw)
     squares = torch.linalg.svdvals(matrix.double()).square()
     for share in (0.5, 0.9, 0.99, 1.0):
-        (_, down), _, energy = _low_rank(matrix, ShrinkTarget(energy=share))
+        (_, down), energy, _, _ = low_rank_pair(matrix, None, share)
         expected = int((squares.cumsum(0) < share * squares.sum() * (1 - 1e-9)).sum()) + 1
         assert down.shape[0] == pytest.approx(expected, abs=1 if share < 1 else 3)
         assert energy == pytest.approx(float(squares.sum()), rel=1e-5)
@@ -107,7 +105,7 @@ def test_changes_out_of_reach_are_told(tuned, tmp_path):
     unet = load_file(other / UNET)
     unet["conv_in.weight"] = unet["conv_in.weight"] + 1.0
     save_file(unet, other / UNET, {"format": "pt"})
-    from lora_core.tools.extract import extraction_sentences
+    from lora_core.tools.shrink import extraction_sentences
 
     found = extract_lora(BaseWeights(str(other)), BaseWeights("demo"), ShrinkTarget(rank=3))
     assert ("unet", "conv_in") not in found[0].layers

@@ -11,7 +11,7 @@ from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.tools.interference import baseline, file_similarity, interference_report, phi, phi_table
+from lora_core.tools.analysis import baseline, file_similarity, interference_report, phi, phi_table
 from tests.tools.planted import (
     CONV,
     LAYERS,

@@ -24,7 +24,7 @@ from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
 from lora_core.tools.delta import BaseWeights
-from lora_core.tools.merge_into_base import merge_files_into_base
+from lora_core.tools.merge import merge_files_into_base
 from tests.checkpoints import NARROW, write_folder, write_single
 
 CPU = torch.device("cpu")

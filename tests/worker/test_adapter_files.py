@@ -180,7 +180,7 @@ def test_amplification_and_stacking(worker: Worker, planted: Path, tmp_path: Pat
 
 def test_a_model_s_change_is_extracted(worker: Worker, tmp_path: Path) -> None:
     from lora_core.generate.request import WeightedLora
-    from lora_core.tools.merge_into_base import merge_files_into_base
+    from lora_core.tools.merge import merge_files_into_base
 
     lora = saved({TO_K: random_layer(TO_K, 2, 2.0, 7, 0.1)}, tmp_path / "a.safetensors")
     tuned = tmp_path / "tuned"

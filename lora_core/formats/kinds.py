@@ -1,13 +1,14 @@
-"""Detects the kind of an adapter file and the family that it is for, from names, shapes and header alone."""
+"""The kind of an adapter file and the family that it is for, from names, shapes and header alone."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from lora_core.formats.names import ldm_family
+from lora_core.errors import AdapterFileError
+from lora_core.formats.layers import is_kohya_key, ldm_family, split_key
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import other_family, unsupported_kind
-from lora_core.system.files import parse_json
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -99,8 +100,7 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
     The alpha of a module that has only such tensors is one of them.
     """
     extras = {key: what for key in keys for pattern, what in _EXTRAS if pattern.search(key)}
-    modules = keys_by_module(keys) if extras else {}
-    for names in modules.values():
+    for names in (keys_by_module(keys) if extras else {}).values():
         own = [extras[name] for name in names if name in extras]
         if own and all(name in extras or name.endswith(".alpha") for name in names):
             extras |= dict.fromkeys(names, own[0])
@@ -126,18 +126,29 @@ def family_evidence(
     other = other_family(shapes, metadata)
     if other:
         return [{other}]
-    evidence = [_titles_of_version(metadata, rows), _titles_of_modelspec(metadata, rows)]
-    for key, shape in shapes.items():
-        if _CONTEXT.search(key) and len(shape) > 1:
-            evidence.append(_titles_of_width(shape[1], rows))
-            break
-    for key, shape in shapes.items():
-        if _TEXT.search(key) and len(shape) > 1:
-            evidence.append(_titles_of_text_width(shape[1], rows))
-            break
+    version = metadata.get("ss_base_model_version", "")
+    old_v2 = not version and metadata.get("ss_v2") == "True"
+    architecture = metadata.get("modelspec.architecture", "")
+    evidence = [
+        {f.title for f in rows if f.base_version == version},
+        {f.title for f in rows if old_v2 and f.base_version.startswith("sd_v2")},
+        {f.title for f in rows if f.modelspec == architecture},
+    ]
+    if width := _width(shapes, _CONTEXT):
+        titles = {f.title for f in rows if f.context_width == width}
+        evidence.append(titles or {f"a base whose text context is {width} channels wide"})
+    if width := _width(shapes, _TEXT):
+        firsts = [(f.title, e) for f in rows for e in f.text_encoders if e.part == "text_encoder"]
+        titles = {title for title, encoder in firsts if encoder.width == width}
+        evidence.append(titles or {f"a base whose text encoder is {width} channels wide"})
     if any(_TEXT_2.search(key) for key in shapes):
         evidence.append({f.title for f in rows if len(f.text_encoders) > 1})
     return [titles for titles in evidence if titles]
+
+
+def _width(shapes: Shapes, pattern: re.Pattern[str]) -> int:
+    """The second side of the first tensor with such a name; 0 for none."""
+    return next((shape[1] for key, shape in shapes.items() if pattern.search(key) and len(shape) > 1), 0)
 
 
 def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str:
@@ -162,88 +173,73 @@ def detect_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
     title = _title(shapes, metadata)
     rows = [family for family in FAMILIES.values() if family.title == title]
     prediction = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
-    for family in rows:
-        if metadata.get("ss_base_model_version") == family.base_version:
-            return family
-    for family in rows:
-        if metadata.get("modelspec.architecture") == family.modelspec:
-            return family
-    return next((family for family in rows if family.prediction == prediction), rows[0] if rows else None)
+    return next(
+        (
+            family
+            for key, value in (
+                ("base_version", metadata.get("ss_base_model_version")),
+                ("modelspec", metadata.get("modelspec.architecture")),
+                ("prediction", prediction),
+            )
+            for family in rows
+            if getattr(family, key) == value
+        ),
+        rows[0] if rows else None,
+    )
+
+
+def require_family(
+    path: Path,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    lost: str,
+    hint: str = "; name its base with --base",
+) -> Family:
+    """The row that a file is for.
+
+    Args:
+        path, shapes, metadata: of the file.
+        lost: what cannot be done otherwise, for the error, which begins with the path.
+        hint: what to do where nothing says the family.
+
+    Raises:
+        AdapterFileError: no row here is for it, or nothing says which.
+    """
+    family = detect_family(shapes, metadata)
+    if family is None:
+        name = detect_family_name(shapes, metadata)
+        unknown = f"does not say which family of base it is for, so {lost}{hint}"
+        raise AdapterFileError(f"{path} {unknown if name == 'unknown' else f'is for {name}, so {lost}'}.")
+    return family
 
 
 def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
-    other = other_family(shapes, metadata)
-    if other:
-        return other
     evidence = family_evidence(shapes, metadata)
-    if not evidence:
-        return _by_blocks(shapes)
-    common = set.intersection(*evidence) or evidence[-1]
+    common = set.intersection(*evidence) or evidence[-1] if evidence else set()
     if len(common) > 1:
         # Two families share their first text encoder, but not how kohya files call it.
         starts = {key.partition("_text_model")[0] for key in shapes if key.startswith("lora_te")}
         common &= {f.title for f in FAMILIES.values() if f.text_encoders[0].kohya_prefix in starts}
-    return next(iter(common)) if len(common) == 1 else _by_blocks(shapes)
-
-
-def _by_blocks(shapes: Shapes) -> str:
-    """The title by names of blocks and depths of transformers, for files without widths or a header."""
+    if len(common) == 1:
+        return common.pop()
+    # Without widths or a header, names of blocks and depths of transformers tell.
     large = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
     return ldm_family().title if large else "unknown"
-
-
-def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
-    version = metadata.get("ss_base_model_version", "")
-    if not version and metadata.get("ss_v2") == "True":
-        return {f.title for f in families if f.base_version.startswith("sd_v2")}
-    return {f.title for f in families if f.base_version == version}
-
-
-def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
-    architecture = metadata.get("modelspec.architecture", "")
-    return {f.title for f in families if f.modelspec == architecture}
-
-
-def _titles_of_width(width: int, families: Sequence[Family]) -> set[str]:
-    rows = {f.title for f in families if f.context_width == width}
-    return rows or {f"a base whose text context is {width} channels wide"}
-
-
-def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
-    rows = {
-        f.title
-        for f in families
-        if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
-    }
-    return rows or {f"a base whose text encoder is {width} channels wide"}
-
-
-def header_alphas(metadata: Mapping[str, str], key: str) -> list[float]:
-    """The alphas in a header of the diffusers format; none if it is absent or unreadable."""
-    try:
-        values = parse_json(metadata.get(key, "{}"))
-    except ValueError:
-        return []
-    if not isinstance(values, dict):
-        return []
-    numbers = [value for name, value in values.items() if name.endswith(".lora_alpha")]
-    for name, value in values.items():
-        if name.endswith(".alpha_pattern") and isinstance(value, dict):
-            numbers += value.values()
-    return [float(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool)]
 
 
 def keys_by_module(keys: Iterable[str]) -> dict[str, list[str]]:
     """Tensor names grouped by the module that they adapt, in any format."""
     groups: dict[str, list[str]] = {}
     for key in keys:
-        if key.startswith("lora_"):
-            module = key.partition(".")[0]
-        else:
-            module = re.split(
-                r"[._](?:lora(?:_[A-Za-z]\w*)?|hada_\w+|lokr_\w+|oft_\w+|alpha|dora_scale)(?:\.|$)",
-                key,
-                maxsplit=1,
-            )[0]
+        module = key.partition(".")[0] if key.startswith("lora_") else split_key(key)[0]
         groups.setdefault(module, []).append(key)
     return groups
+
+
+def file_format(keys: Iterable[str]) -> str:
+    """The format of a file by its tensors' names: a row of `FORMATS`, or "unknown"."""
+    keys = list(keys)
+    if any(map(is_kohya_key, keys)):
+        return "kohya"
+    pairs = (key for key in keys if split_key(key)[1] in ("down", "up", "mid"))
+    return "diffusers" if any(not key.startswith("lora_") for key in pairs) else "unknown"

@@ -1,35 +1,264 @@
-"""What the loaders of six tools take from an adapter file: one function a tool, beside which its source can
-be read.
+"""What the loaders of six tools take from an adapter file: one function a tool, to be read beside its source.
 
-Each returns the layers that the tool changes and at which scale, or raises `LoadError` where it loads
-nothing. All were checked by running the real loaders (`tests/formats/loader_runs.json`).
+Loaders decide by names, shapes, alphas and the header; none looks at a factor's values before it has taken
+the file, so nothing here does either. Each function returns the layers that the tool changes and at which
+scale, or raises `LoadError` where it loads nothing. All were checked by running the real loaders
+(`tests/formats/loader_runs.json`).
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.compat import matching
-from lora_core.formats.compat.matching import (
-    KOHYA,
-    LYCORIS,
-    AdapterFile,
-    AppliedLayer,
-    Loaded,
-    LoadError,
-    Matched,
-    Module,
-    Pair,
-    apply_layers,
-    match_keys,
-    match_layers,
-)
+from lora_core.formats.layers import Layout, norm_layers
 from lora_core.formats.peft import HEADER_KEY, read_lora_config
 from lora_core.lora.weights import LayerKey
-from lora_core.model_files.families import FAMILIES, is_text_encoder
+from lora_core.model_files.families import FAMILIES, Family, is_text_encoder, ldm_unet_path
+
+
+class LoadError(Exception):
+    """A tool loads nothing of a file; the text says why, after "loads nothing:"."""
+
+
+class Pair(NamedTuple):
+    """What follows a layer's name in the keys of a LoRA; "" for what a tool does not read."""
+
+    down: str
+    up: str
+    mid: str = ""
+    alpha: str = ".alpha"
+
+
+KOHYA = Pair(".lora_down.weight", ".lora_up.weight", ".lora_mid.weight")
+KOHYA_NO_MID = Pair(".lora_down.weight", ".lora_up.weight")
+PEFT = Pair(".lora_A.weight", ".lora_B.weight")
+PEFT_DEFAULT = Pair(".lora_A.default.weight", ".lora_B.default.weight")
+ATTENTION_PROCESSOR = Pair("_lora.down.weight", "_lora.up.weight")
+LORA_DOT = Pair(".lora.down.weight", ".lora.up.weight")
+LORA_LINEAR = Pair(".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+LYCORIS = {
+    "LoHa": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2"),
+    "full difference": (".diff",),
+    "norm": (".w_norm",),
+    "bias": (".diff_b",),
+}
+"""Kinds of changes besides LoRA: what follows a layer's name."""
+_PAIRS = (KOHYA, PEFT, PEFT_DEFAULT, ATTENTION_PROCESSOR, LORA_DOT, LORA_LINEAR)
+_SUFFIXES = (
+    *sorted({suffix for pair in _PAIRS for suffix in pair if suffix}, key=len, reverse=True),
+    *(suffix for suffixes in LYCORIS.values() for suffix in suffixes),
+    *(".diff_b", ".b_norm", ".dora_scale", ".lora_magnitude_vector"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What loaders look at.
+
+    Attributes:
+        shapes: of each tensor by name, in the order of their bytes, in which loaders see them.
+        alphas: of each alpha tensor by name.
+        metadata: of the header.
+        family: of the base.
+        layout: the base's layers.
+        full_size: whether the file's layers are as wide as the layout's; if not, widths are not compared.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    alphas: Mapping[str, float]
+    metadata: Mapping[str, str]
+    family: Family
+    layout: Layout
+    full_size: bool
+
+    @property
+    def ldm_named(self) -> bool:
+        """Whether kohya files of the family use the original block names."""
+        return self.family.kohya_block_names == "ldm"
+
+    def names(self, *rows: tuple[str, ...], norms: bool = False) -> dict[str, LayerKey]:
+        """Name to layer.
+
+        Args:
+            *rows: (part, template of its names, see `_fill`), and a regular expression where only some paths
+                have such a name.
+            norms: the norm layers in place of linear layers and convolutions.
+        """
+        layers = tuple(norm_layers(self.layout) if norms else self.layout)
+        found: dict[str, LayerKey] = {}
+        for part, template, *only in rows:
+            found |= _names(layers, part, template, *only or [".*"], tuple(self.family.attention_levels))
+        return found
+
+
+@lru_cache(maxsize=256)
+def _names(
+    layers: tuple[LayerKey, ...], part: str, template: str, only: str, attention_levels: tuple[bool, ...]
+) -> dict[str, LayerKey]:
+    pattern = re.compile(only)
+    paths = [path for layer_part, path in layers if layer_part == part and pattern.fullmatch(path)]
+    names = {path: _fill(template, path, attention_levels) for path in paths}
+    return {name: (part, path) for path, name in names.items() if name}
+
+
+def _fill(template: str, path: str, attention_levels: tuple[bool, ...]) -> str | None:
+    """A layer's name, or None where it has no original one.
+
+    {path} is diffusers', {flat} the same with underscores; {ldm} and {ldm_flat} the original one; {bare} and
+    {bare_flat} lack `text_model.`; {older} has q_proj as to_q and to_out.0 as to_out; {processor} is below
+    `.processor.`.
+    """
+    ldm = ldm_unet_path(path, attention_levels) if "{ldm" in template else ""
+    if ldm is None:
+        return None
+    older = re.sub(r"\.self_attn\.(q|k|v|out)_proj$", r".self_attn.to_\1", path)
+    older = older.removesuffix(".0") if older.endswith(".to_out.0") else older
+    bare = path.removeprefix("text_model.")
+    return template.format(
+        path=path,
+        flat=path.replace(".", "_"),
+        ldm=ldm,
+        ldm_flat=ldm.replace(".", "_"),
+        bare=bare,
+        bare_flat=bare.replace(".", "_"),
+        older=older,
+        older_bare=older.removeprefix("text_model."),
+        processor=older.replace(".to_", ".processor.to_"),
+    )
+
+
+@dataclass
+class Module:
+    """The keys at one name of a layer, by what follows the name; and what a tool applies there: the pair that
+    it takes, a key of `LYCORIS`, or None."""
+
+    layer: LayerKey
+    keys: dict[str, str] = field(default_factory=dict)
+    kind: Pair | str | None = None
+
+    @property
+    def first_key(self) -> str:
+        """The one that stands first in the file."""
+        return next(iter(self.keys.values()))
+
+
+def match_keys(
+    keys: Iterable[str],
+    names: Mapping[str, LayerKey],
+    pairs: Sequence[Pair],
+    norms: Mapping[str, LayerKey] | None = None,
+    others: Iterable[str] = (),
+) -> list[Module]:
+    """The keys at names that a tool knows: of layers, or of `norms`.
+
+    Of the `pairs` that the tool reads, the first counts at one name. `others` are keys of `LYCORIS` that it
+    reads, before any pair.
+    """
+    modules: dict[str, Module] = {}
+    for key in keys:
+        for suffix in _SUFFIXES:
+            known = (norms or {}) if suffix in (".w_norm", ".b_norm") else names
+            name = key.removesuffix(suffix)
+            if name != key and name in known:
+                modules.setdefault(name, Module(known[name])).keys[suffix] = key
+                break
+    for module in modules.values():
+        kinds = [kind for kind in others if any(suffix in module.keys for suffix in LYCORIS[kind])]
+        pair = next((pair for pair in pairs if module.keys.keys() >= {pair.up, pair.down}), None)
+        module.kind = pair if pair and kinds in ([], ["bias"]) else next(iter(kinds), None)
+    return list(modules.values())
+
+
+Matched = dict[LayerKey, Module]
+"""The layers that a tool changes."""
+
+
+def match_layers(file: AdapterFile, modules: Iterable[Module], exact: bool = False) -> Matched:
+    """The layers whose weights the factors fit.
+
+    Raises:
+        LoadError: with `exact`, factors are not 2-D for a linear layer or not 4-D for a convolution.
+    """
+    return {
+        module.layer: module
+        for module in modules
+        if isinstance(module.kind, str) or (module.kind and _fits(file, module, module.kind, exact))
+    }
+
+
+def _fits(file: AdapterFile, module: Module, pair: Pair, exact: bool) -> bool:
+    """Whether the product of the factors has the shape of the layer's weight."""
+    down, up = (file.shapes[module.keys[suffix]] for suffix in (pair.down, pair.up))
+    mid = file.shapes[module.keys[pair.mid]] if pair.mid in module.keys else down
+    found, weight = (up[0], *down[1:2], *mid[2:]), file.layout[module.layer]
+    same_kernel = (found[2:] or (1, 1)) == (weight[2:] or (1, 1))
+    same = same_kernel and len(found) == len(weight) and (found == weight or not file.full_size)
+    if exact and not same:
+        raise LoadError(
+            f"it fails at {module.keys[pair.down]!r}, which is for a weight of shape {list(found)} where the"
+            f" layer's has {list(weight) if file.full_size else f'{len(weight)} dimensions'}"
+        )
+    return same_kernel and (not file.full_size or math.prod(found) == math.prod(weight))
+
+
+@dataclass(frozen=True)
+class AppliedLayer:
+    """What a tool does to one layer.
+
+    Attributes:
+        keys: that it takes for the layer.
+        scale: of the product of the factors; None for kinds other than LoRA.
+        kind: "LoRA", "DoRA", or a key of `LYCORIS`.
+        dora_norm: what it divides DoRA magnitudes by, as in `layers.dora_update`, or "base rows where rows";
+            "" if it applies none.
+        failed: whether it fails at the layer and leaves it as it is.
+    """
+
+    keys: tuple[str, ...]
+    scale: float | None
+    kind: str = "LoRA"
+    dora_norm: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a tool takes from a file: the layers that it changes, keys that it takes without changing a layer,
+    such as embeddings, and those of all these keys that have no effect."""
+
+    layers: dict[LayerKey, AppliedLayer]
+    other_keys: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def apply_layers(
+    file: AdapterFile, matched: Matched, dora_norm: str = "", diff_b: bool = False, zero_is_rank: bool = False
+) -> dict[LayerKey, AppliedLayer]:
+    """Each layer at its own alpha / rank; at 1 without an alpha.
+
+    `diff_b`: whether the tool takes the change of a bias beside a LoRA. `zero_is_rank`: whether it takes
+    alpha 0 for "as the rank".
+    """
+    applied: dict[LayerKey, AppliedLayer] = {}
+    for layer, module in matched.items():
+        norm = dora_norm if ".dora_scale" in module.keys else ""
+        if not isinstance(module.kind, Pair):
+            applied[layer] = AppliedLayer(tuple(module.keys.values()), None, str(module.kind), norm)
+            continue
+        suffixes = (*module.kind, ".dora_scale" if norm else "", ".diff_b" if diff_b else "")
+        alpha = file.alphas.get(module.keys.get(module.kind.alpha, ""))
+        rank = file.shapes[module.keys[module.kind.down]][0]
+        scale = 1.0 if alpha is None or (alpha == 0 and zero_is_rank) else alpha / rank
+        keys = tuple(module.keys[suffix] for suffix in suffixes if suffix in module.keys)
+        applied[layer] = AppliedLayer(keys, scale, "DoRA" if norm else "LoRA", norm)
+    return applied
+
 
 IN_ENCODER = r"text_model\..+"
 NO_BIAS_KINDS = ("LoHa", "LoKr", "full difference", "norm")
@@ -47,19 +276,22 @@ def a1111(file: AdapterFile) -> Loaded:
     """
     open_clip = {encoder.part: encoder.open_clip for encoder in file.family.text_encoders}
     skipped = r"add_embedding|up_blocks\.0\.upsamplers" if file.ldm_named else "add_embedding"
-    names = file.names("unet", "lora_unet_{ldm_flat}")
-    names |= file.names("unet", "lora_unet_{flat}", rf"(?!{skipped}).+")
-    names |= _kohya_text_names(file)
-    norms = file.names("unet", "lora_unet_{ldm_flat}", norms=True)
-    norms |= file.names("unet", "lora_unet_{flat}", "(?!conv_norm_out).+", norms=True)
+    names = file.names(
+        ("unet", "lora_unet_{ldm_flat}"),
+        ("unet", "lora_unet_{flat}", rf"(?!{skipped}).+"),
+        *_kohya_text_names(file),
+    )
+    norms = file.names(
+        ("unet", "lora_unet_{ldm_flat}"), ("unet", "lora_unet_{flat}", "(?!conv_norm_out).+"), norms=True
+    )
     if len(open_clip) == 2:
-        norms |= file.names("text_encoder", "lora_te1_{flat}", norms=True)
+        norms |= file.names(("text_encoder", "lora_te1_{flat}"), norms=True)
     elif not open_clip["text_encoder"]:
-        names |= file.names("text_encoder", "lora_te1_{flat}", IN_ENCODER)
-        norms |= file.names("text_encoder", "lora_te_{flat}", r"text_model\.encoder\..+", norms=True)
+        names |= file.names(("text_encoder", "lora_te1_{flat}", IN_ENCODER))
+        norms |= file.names(("text_encoder", "lora_te_{flat}", r"text_model\.encoder\..+"), norms=True)
     bundled = tuple(key for key in file.shapes if key.startswith("bundle_emb."))
     keys = (key for key in file.shapes if key not in bundled)
-    modules = match_keys(keys, names, (KOHYA, matching.PEFT._replace(alpha="")), norms, NO_BIAS_KINDS)
+    modules = match_keys(keys, names, (KOHYA, PEFT._replace(alpha="")), norms, NO_BIAS_KINDS)
     for module in modules:
         if module.kind is None:
             raise LoadError(f"it fails at {module.first_key!r}, which has no pair that it knows")
@@ -105,9 +337,11 @@ def comfyui(file: AdapterFile) -> Loaded:
     It takes what it knows and logs the rest; a LoKr of Tucker form fails in its log, layer by layer.
     """
     names, norms = _comfyui_names(file)
-    for part, clip in (("text_encoder", "clip_l"), ("text_encoder", "clip_h"), ("text_encoder_2", "clip_g")):
-        names |= file.names(part, f"text_encoders.{clip}.transformer.{{path}}", IN_ENCODER)
-    pairs = (*COMFYUI_PAIRS, matching.PEFT_DEFAULT)
+    clips = (("text_encoder", "clip_l"), ("text_encoder", "clip_h"), ("text_encoder_2", "clip_g"))
+    names |= file.names(
+        *((part, f"text_encoders.{clip}.transformer.{{path}}", IN_ENCODER) for part, clip in clips)
+    )
+    pairs = (*COMFYUI_PAIRS, PEFT_DEFAULT)
     matched = match_layers(file, match_keys(file.shapes, names, pairs, norms, LYCORIS))
     layers = apply_layers(file, matched, "base rows", diff_b=True)
     for layer, module in matched.items():
@@ -117,24 +351,29 @@ def comfyui(file: AdapterFile) -> Loaded:
 
 
 COMFYUI_PAIRS = (
-    KOHYA, matching.ATTENTION_PROCESSOR, matching.PEFT, matching.LORA_DOT, matching.LORA_LINEAR,
+    KOHYA, ATTENTION_PROCESSOR, PEFT, LORA_DOT, LORA_LINEAR,
 )  # fmt: skip
 
 
 def _comfyui_names(file: AdapterFile) -> tuple[dict[str, LayerKey], dict[str, LayerKey]]:
     """Names of layers and of norm layers in ComfyUI, from which Forge has them."""
-    both = ("lora_unet_{ldm_flat}", "lora_unet_{flat}", "diffusion_model.{ldm}", "lycoris_{flat}")
-    names: dict[str, LayerKey] = {}
-    norms: dict[str, LayerKey] = {}
-    for template in both:
-        norms |= file.names("unet", template, norms=True)
-    for template in (*both, "{processor}", "unet.{processor}"):
-        names |= file.names("unet", template)
-    for template in ("lora_te_{flat}", "lora_te1_{flat}", "text_encoder.{path}"):
-        names |= file.names("text_encoder", template, IN_ENCODER)
-    names |= file.names("text_encoder_2", "lora_te2_{flat}")
-    names |= file.names("text_encoder_2", "text_encoder_2.{path}", IN_ENCODER)
-    return names, norms
+    both = [
+        ("unet", template)
+        for template in (
+            "lora_unet_{ldm_flat}", "lora_unet_{flat}", "diffusion_model.{ldm}", "lycoris_{flat}"
+        )
+    ]  # fmt: skip
+    names = file.names(
+        *both,
+        ("unet", "{processor}"),
+        ("unet", "unet.{processor}"),
+        ("text_encoder", "lora_te_{flat}", IN_ENCODER),
+        ("text_encoder", "lora_te1_{flat}", IN_ENCODER),
+        ("text_encoder", "text_encoder.{path}", IN_ENCODER),
+        ("text_encoder_2", "lora_te2_{flat}"),
+        ("text_encoder_2", "text_encoder_2.{path}", IN_ENCODER),
+    )
+    return names, file.names(*both, norms=True)
 
 
 def invokeai(file: AdapterFile) -> Loaded:
@@ -144,12 +383,16 @@ def invokeai(file: AdapterFile) -> Loaded:
     It tells the base from widths and refuses what it cannot tell. Each name in the file must have something
     that it knows, on a layer of the base or not. For SDXL all UNet names must be of one sort.
     """
-    names = file.names("unet", "lora_unet_{ldm_flat}") if file.ldm_named else {}
-    norms = file.names("unet", "lora_unet_{ldm_flat}", norms=True) if file.ldm_named else {}
-    names |= file.names("unet", "lora_unet_{flat}") | _kohya_text_names(file, projection=True)
-    norms |= file.names("unet", "lora_unet_{flat}", norms=True)
-    for part, prefix in (("text_encoder", "te"), ("text_encoder", "te1"), ("text_encoder_2", "te2")):
-        norms |= file.names(part, f"lora_{prefix}_{{flat}}", norms=True)
+    unet = [("unet", "lora_unet_{ldm_flat}")] if file.ldm_named else []
+    unet.append(("unet", "lora_unet_{flat}"))
+    names = file.names(*unet, *_kohya_text_names(file, projection=True))
+    norms = file.names(
+        *unet,
+        ("text_encoder", "lora_te_{flat}"),
+        ("text_encoder", "lora_te1_{flat}"),
+        ("text_encoder_2", "lora_te2_{flat}"),
+        norms=True,
+    )
     bundled = tuple(key for key in file.shapes if key.startswith("bundle_emb"))
     keys = [key for key in file.shapes if key not in bundled]
     modules = match_keys(keys, names, (KOHYA,), norms, NO_BIAS_KINDS)
@@ -244,16 +487,17 @@ def kohya(file: AdapterFile) -> Loaded:
     which it must know the first one.
     """
     in_blocks = r".*(?:attentions|resnets|downsamplers|upsamplers)\..+"
-    names = file.names("unet", "lora_unet_{ldm_flat}" if file.ldm_named else "lora_unet_{flat}", in_blocks)
+    own = "lora_unet_{ldm_flat}" if file.ldm_named else "lora_unet_{flat}"
+    names = file.names(("unet", own, in_blocks), *_kohya_text_names(file))
     if file.ldm_named and any(re.search("down_blocks|up_blocks", key) for key in file.shapes):
-        names |= file.names("unet", "lora_unet_{flat}", in_blocks)
+        names |= file.names(("unet", "lora_unet_{flat}", in_blocks))
         prefixes = [key.partition(".")[0] for key in file.shapes if key.startswith("lora_unet_")]
         translated = any(re.search("down_blocks|up_blocks", prefix) for prefix in prefixes)
-        if translated and prefixes[0] not in file.names("unet", "lora_unet_{flat}"):
+        if translated and prefixes[0] not in file.names(("unet", "lora_unet_{flat}")):
             raise LoadError(
                 f"it fails at {prefixes[0]!r}, for it cannot translate it to the original block names"
             )
-    modules = match_keys(file.shapes, names | _kohya_text_names(file), (matching.KOHYA_NO_MID,))
+    modules = match_keys(file.shapes, names, (KOHYA_NO_MID,))
     return Loaded(apply_layers(file, match_layers(file, modules, exact=True), zero_is_rank=True))
 
 
@@ -275,12 +519,13 @@ def diffusers(file: AdapterFile) -> Loaded:
 def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
     """`_convert_non_diffusers_lora_to_diffusers`: each key must be of a known pair; most layers get the most
     frequent alpha of their component."""
-    names = file.names("unet", "lora_unet_{ldm_flat}", ".*" if file.ldm_named else _LDM_ENDS)
-    names |= file.names("unet", "lora_unet_{flat}", "(?!add_embedding).+" if file.ldm_named else ".*")
-    for template in ("lora_te_{flat}", "lora_te_{bare_flat}", "lora_te1_{flat}", "lora_te1_{bare_flat}"):
-        names |= file.names("text_encoder", template)
-    names |= file.names("text_encoder_2", "lora_te2_{flat}")
-    pair = matching.KOHYA_NO_MID
+    names = file.names(
+        ("unet", "lora_unet_{ldm_flat}", ".*" if file.ldm_named else r"conv_in|conv_out|time_embedding\..+"),
+        ("unet", "lora_unet_{flat}", "(?!add_embedding).+" if file.ldm_named else ".*"),
+        *(("text_encoder", f"lora_te{n}_{{{name}}}") for n in ("", "1") for name in ("flat", "bare_flat")),
+        ("text_encoder_2", "lora_te2_{flat}"),
+    )
+    pair = KOHYA_NO_MID
     for prefix, suffixes in _by_prefix(keys).items():
         extra = suffixes - {*pair} if suffixes >= {pair.down, pair.up} else suffixes
         if extra:
@@ -364,10 +609,9 @@ def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, Ap
     foreign = next((key for key in keys if "lora" not in key), None)
     if foreign:
         raise LoadError(f"it refuses files with a key such as {foreign!r}, which lacks 'lora'")
-    names: dict[str, LayerKey] = {}
-    for part, templates in _DIFFUSERS_TEMPLATES.items():
-        for template in templates:
-            names |= file.names(part, f"{part}.{{{template}}}")
+    names = file.names(
+        *((part, f"{part}.{{{name}}}") for part, names in _DIFFUSERS_TEMPLATES.items() for name in names)
+    )
     pairs = [pair._replace(alpha="") for pair in _DIFFUSERS_PAIRS]
     matched = match_layers(file, match_keys(keys, names, pairs), exact=True)
     keys_of = {part: [key for key in keys if key.startswith(f"{part}.")] for part in file.family.parts}
@@ -392,7 +636,7 @@ _DIFFUSERS_TEMPLATES = {
     "text_encoder": ("path", "bare", "older", "older_bare"),
     "text_encoder_2": ("path", "older"),
 }
-_DIFFUSERS_PAIRS = (matching.PEFT, matching.ATTENTION_PROCESSOR, matching.LORA_LINEAR, matching.LORA_DOT)
+_DIFFUSERS_PAIRS = (PEFT, ATTENTION_PROCESSOR, LORA_LINEAR, LORA_DOT)
 
 
 def _check_spelling(part: str, keys: Sequence[str]) -> None:
@@ -492,15 +736,14 @@ def _header_number(values: Mapping[str, Any], part: str, name: str, key: str, pa
 
 _TEXT_STARTS = ("lora_te_", "lora_te1_", "lora_te2_")
 _STARTS = {"unet": ("lora_unet_",), "text_encoder": _TEXT_STARTS[:2], "text_encoder_2": _TEXT_STARTS[2:]}
-_LDM_ENDS = r"conv_in|conv_out|time_embedding\..+"
 
 
-def _kohya_text_names(file: AdapterFile, projection: bool = False) -> dict[str, LayerKey]:
-    """`lora_te_` of the only text encoder, `lora_te1_` and `lora_te2_` of two."""
+def _kohya_text_names(file: AdapterFile, projection: bool = False) -> list[tuple[str, ...]]:
+    """Rows for `names`: `lora_te_` of the only text encoder, `lora_te1_` and `lora_te2_` of two."""
     if len(file.family.text_encoders) == 1:
-        return file.names("text_encoder", "lora_te_{flat}", IN_ENCODER)
-    second = file.names("text_encoder_2", "lora_te2_{flat}", ".*" if projection else IN_ENCODER)
-    return file.names("text_encoder", "lora_te1_{flat}", IN_ENCODER) | second
+        return [("text_encoder", "lora_te_{flat}", IN_ENCODER)]
+    second = ("text_encoder_2", "lora_te2_{flat}", ".*" if projection else IN_ENCODER)
+    return [("text_encoder", "lora_te1_{flat}", IN_ENCODER), second]
 
 
 def _by_prefix(keys: Sequence[str]) -> dict[str, set[str]]:

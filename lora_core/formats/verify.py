@@ -1,7 +1,8 @@
-"""What six tools make of an adapter file: the keys that each drops, and layers at the wrong strength.
+"""What an adapter file is, and what six tools make of it: keys that they drop, layers at the wrong strength.
 
-The file is read back and passed to `loaders.py`. What a tool would add to a weight is compared with what the
-adapter means through the factors alone: no update is formed, except those of a DoRA, which need the base.
+To verify a file, it is read back and passed to `loaders.py`. What a tool would add to a weight is compared
+with what the adapter means through the factors alone: no update is formed, except those of a DoRA, which need
+the base.
 """
 
 import contextlib
@@ -15,26 +16,113 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import detect, kohya, peft
-from lora_core.formats.compat.loaders import KRON, LOADERS
-from lora_core.formats.compat.matching import AdapterFile, AppliedLayer, Loaded, LoadError
-from lora_core.formats.inspect import file_format
-from lora_core.formats.io import check_family, read_tensors
-from lora_core.formats.layer_shapes import Layout, family_layout
+from lora_core.formats import kinds, peft
+from lora_core.formats.io import check_family, file_hashes, read_tensors
 from lora_core.formats.layers import (
-    MAGNITUDE,
+    PAIR_ROLES,
+    Layout,
     Tensors,
     check_finite,
+    check_lycoris_factors,
     dora_update,
+    family_layout,
+    first_few,
+    is_finite,
+    is_kohya_key,
     layer_from_tensors,
+    layer_of_module,
     magnitude_from_tensor,
     read_alpha,
+    split_key,
 )
-from lora_core.formats.names import first_few, layer_of_prefix
-from lora_core.formats.peft import add_peft_config
+from lora_core.formats.loaders import KRON, LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import Header, read_header
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Describe an adapter file of any kind, LoHa, LoKr and DoRA included.
+
+    Returns:
+        `family`: a row of `FAMILIES`, else a title, else "unknown"; `format`: "kohya", "diffusers" or
+        "unknown"; `kind`: "LoRA", "LoCon", "LoHa", ...; `ranks` and `alphas`: the distinct values, ascending;
+        `modules`: how many are adapted; `parameters`: how many, without alphas; `bytes`;
+        `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
+        none; `problem`: a sentence on values that are not finite, factors that do not fit or a file without
+        tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
+        `metadata`: the header's texts.
+
+    Raises:
+        AdapterFileError: one sentence on what is wrong with the file.
+    """
+    path = Path(path)
+    header = read_header(path)
+    shapes = header.shapes
+    inner = [s for key, s in shapes.items() if split_key(key)[1] in ("down", "hada_w1_b", "lokr_w2_b")]
+    ranks = sorted({shape[0] for shape in inner if len(shape) > 1 and shape[0]})
+    weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
+    return {
+        "family": kinds.detect_family_name(shapes, header.metadata),
+        "format": kinds.file_format(shapes),
+        "kind": kinds.detect_kind(shapes),
+        "ranks": ranks,
+        "alphas": _alphas(path, header) or [float(rank) for rank in ranks],
+        "modules": len(kinds.keys_by_module(shapes)),
+        "parameters": sum(math.prod(shape) for shape in weights),
+        "bytes": path.stat().st_size,
+        **file_hashes(path),
+        "problem": _problem(path, shapes),
+        "extras": kinds.extras_sentence(shapes),
+        "metadata": header.metadata,
+    }
+
+
+def _alphas(path: Path, header: Header) -> list[float]:
+    """The distinct alphas: among the tensors, else in a diffusers header."""
+    stored = read_tensors(path, ".alpha")[0].values()
+    alphas = [read_alpha(tensor) for tensor in stored if tensor.numel() == 1]
+    if not alphas:
+        texts = peft.add_peft_config(path, header.tensors, header.metadata)
+        with contextlib.suppress(AdapterFileError):
+            for name, value in peft.read_lora_config(texts).items():
+                if name.endswith(".lora_alpha"):
+                    alphas.append(value)
+                elif name.endswith(".alpha_pattern") and isinstance(value, dict):
+                    alphas += value.values()
+    numbers = [n for n in alphas if isinstance(n, int | float) and not isinstance(n, bool)]
+    return sorted({float(n) for n in numbers if math.isfinite(n)})
+
+
+def _problem(path: Path, shapes: kinds.Shapes) -> str:
+    """What is wrong with the tensors of a file whose header is fine, whatever its layers are called."""
+    if not shapes:
+        return f"{path} holds no tensors; it is no adapter."
+    if kinds.detect_kind(shapes) not in kinds.ADAPTERS:
+        return ""
+    tensors, _ = read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            return f"{path} is broken: {name!r} holds numbers that are not finite (NaN or infinity)."
+    extras = kinds.extra_keys(tensors)
+    modules = kinds.keys_by_module(key for key in tensors if key not in extras)
+    for module, keys in modules.items():
+        roles = {split_key(key)[1]: tensors[key] for key in keys}
+        factors = {role: roles[role] for role in roles if role.startswith(("hada_", "lokr_"))}
+        pair = {role: roles[role] for role in PAIR_ROLES if role in roles}
+        try:
+            if factors:
+                check_lycoris_factors(module, factors)
+            if pair.keys() - {"alpha"}:
+                layer_from_tensors(module, pair)
+            elif pair and len(keys) == 1:
+                return f"{path} is broken. {module!r} has an alpha, but no weights."
+        except AdapterFileError as error:
+            return f"{path} is broken. {error}"
+    return ""
+
+
+# What other tools would do with it.
 
 WeightOf = Callable[[LayerKey], torch.Tensor]
 """The frozen weight of a layer of a base, in fp32."""
@@ -73,10 +161,10 @@ def verify_adapter(
     """
     path = Path(path)
     header = read_header(path)
-    format, kind = file_format(header.shapes), detect.detect_kind(header.shapes)
-    if kind not in detect.ADAPTERS:
+    format, kind = kinds.file_format(header.shapes), kinds.detect_kind(header.shapes)
+    if kind not in kinds.ADAPTERS:
         raise AdapterFileError(
-            f"{path} cannot be verified: it is {detect.describe_kind(kind, header.shapes)}."
+            f"{path} cannot be verified: it is {kinds.describe_kind(kind, header.shapes)}."
         )
     check_family(path, header)
     if format not in MEANT_FOR:
@@ -91,7 +179,7 @@ def verify_adapter(
         "family": family.name,
         "format": format,
         "kind": kind,
-        "extras": detect.extras_sentence(header.shapes),
+        "extras": kinds.extras_sentence(header.shapes),
         "tools": [_tool_row(tool, outcome, format, family) for tool, outcome in outcomes.items()],
     }
 
@@ -174,10 +262,10 @@ def run_loaders(
     tensors = {name: tensors[name] for name in order}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        texts = add_peft_config(path, tensors, metadata)
-        meant = _meant(tensors, texts, file_format(shapes), detect.detect_kind(shapes), family)
+        texts = peft.add_peft_config(path, tensors, metadata)
+        format, kind = kinds.file_format(shapes), kinds.detect_kind(shapes)
+        meant, magnitudes = _meant(tensors, texts, format, kind, family)
         check_finite(meant)
-        magnitudes = _magnitudes(tensors, family)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
     alphas = {
@@ -205,53 +293,40 @@ def _run(loader: Callable[[AdapterFile], Loaded], file: AdapterFile, expected: "
     return Outcome(refused, len(file.shapes), dropped, loaded, expected.meant, errors, tolerance)
 
 
-def _check_base(
-    path: Path, shapes: detect.Shapes, metadata: Mapping[str, str], base: Family | None
-) -> Family:
+def _check_base(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str], base: Family | None) -> Family:
     """The family to verify for: the base's, unless the file is for another one."""
-    found = detect.detect_family(shapes, metadata)
-    if base is not None:
-        signs = detect.family_evidence(shapes, metadata)
-        if found is not None and not any(base.title in titles for titles in signs):
-            raise AdapterFileError(f"{path} is for {found.title}, the base is the {base.title}.")
-        return base
-    if found is None:
-        name = detect.detect_family_name(shapes, metadata)
-        if name != "unknown":
-            raise AdapterFileError(f"{path} is for {name}, so it cannot be verified.")
-        raise AdapterFileError(
-            f"{path} does not say which family of base it is for, so it cannot be verified; name its base"
-            " with --base."
-        )
-    return found
+    if base is None:
+        return kinds.require_family(path, shapes, metadata, "it cannot be verified")
+    found = kinds.detect_family(shapes, metadata)
+    signs = kinds.family_evidence(shapes, metadata)
+    if found is not None and not any(base.title in titles for titles in signs):
+        raise AdapterFileError(f"{path} is for {found.title}, the base is the {base.title}.")
+    return base
 
 
 def _meant(
     tensors: Tensors, metadata: Mapping[str, str], format: str, kind: str, family: Family
-) -> AdapterWeights:
-    """What the file means, as far as its names are known; nothing for kinds without plain pairs."""
-    if kind not in (detect.LORA, detect.LOCON, detect.DORA):
-        return AdapterWeights({})
+) -> tuple[AdapterWeights, dict[LayerKey, torch.Tensor]]:
+    """What the file means, as far as its names are known: plain pairs (none for other kinds), and the DoRA
+    magnitudes."""
     found: dict[LayerKey, Tensors] = {}
+    magnitudes = {}
     for key, tensor in tensors.items():
+        module, role = split_key(key)
         with contextlib.suppress(AdapterFileError):
-            layer, role = _layer_and_role(key, format, family)
-            found.setdefault(layer, {}).setdefault(role, tensor)
+            if role == "magnitude":
+                magnitudes[layer_of_module(module, family)] = magnitude_from_tensor(module, tensor)
+            elif role in PAIR_ROLES and is_kohya_key(key) == (format == "kohya"):
+                found.setdefault(layer_of_module(module, family), {}).setdefault(role, tensor)
+    if kind not in (kinds.LORA, kinds.LOCON, kinds.DORA):
+        return AdapterWeights({}), magnitudes
     layers = {
         layer: layer_from_tensors(".".join(layer), roles)
         for layer, roles in found.items()
         if roles.keys() != {"alpha"}
     }
-    return peft.apply_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
-
-
-def _layer_and_role(key: str, format: str, family: Family) -> tuple[LayerKey, str]:
-    if format == "diffusers":
-        return peft.parse_key(key, family)
-    stem, _, leaf = key.partition(".")
-    if leaf not in kohya.ROLES:
-        raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
-    return layer_of_prefix(stem, family), kohya.ROLES[leaf]
+    meant = peft.apply_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
+    return meant, magnitudes
 
 
 def _is_full_size(meant: AdapterWeights, layout: Layout) -> bool:
@@ -262,18 +337,6 @@ def _is_full_size(meant: AdapterWeights, layout: Layout) -> bool:
         for key in known
     )
     return 2 * fitting >= len(known)
-
-
-def _magnitudes(tensors: Tensors, family: Family) -> dict[LayerKey, torch.Tensor]:
-    """The DoRA magnitudes in a file, by layer, as far as its names are known."""
-    found = {}
-    for key, tensor in tensors.items():
-        if match := MAGNITUDE.fullmatch(key):
-            with contextlib.suppress(AdapterFileError):
-                format = "kohya" if "." not in match[1] else "diffusers"
-                layer, _ = _layer_and_role(f"{match[1]}.alpha", format, family)
-                found[layer] = magnitude_from_tensor(match[1], tensor)
-    return found
 
 
 Products = dict[LayerKey, tuple[float, float, float] | None]
@@ -416,7 +479,7 @@ def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
     dora = any(layer.kind == "DoRA" for layer in outcome.loaded.layers.values())
     if dora or any(map(_MERGEABLE.search, outcome.dropped)):
         return "merge it into a plain LoRA with --rank"
-    extras = detect.extra_keys(outcome.dropped)
+    extras = kinds.extra_keys(outcome.dropped)
     if extras and len(extras) == outcome.keys:
         return "no plain LoRA can hold it"
     if extras and len(extras) == len(outcome.dropped):

@@ -19,7 +19,7 @@ is formed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -29,22 +29,24 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
-from lora_core.formats import detect
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.weights import LayerKey, LoadedLora
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import read_header
-from lora_core.tools.delta import Update, Updates
+from lora_core.tools.delta import BaseWeights, Update, Updates, shared_family
 from lora_core.tools.svd import (
+    EXACT_UP_TO,
     NO_UPDATE,
-    LeftOut,
     OnLayer,
     Pair,
     Triples,
+    by_block,
     check_same_shape,
+    counted,
     inner_product,
     known_updates,
+    left_out_row,
+    randomized_svd,
     significant_triples,
 )
 
@@ -83,10 +85,6 @@ def baseline(i: int, j: int, dimension: int) -> float:
 def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) -> dict[str, Any]:
     """The similarity of two adapter files.
 
-    Args:
-        first, second: .safetensors files.
-        on_layer: called before each layer.
-
     Returns:
         `similarity` and `baseline`: the means of phi and of its baseline over the layers that both files
         change, at the common rank, the lower of their two; `layers`: for each `part`, `module`, `rank` (the
@@ -98,24 +96,29 @@ def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) 
         AdapterFileError: a file is broken, they are for different bases, or no layer is in both.
     """
     (one, out_one), (two, out_two) = known_updates(first), known_updates(second)
-    left_out = [*out_one, *out_two, *_alone(one, two, first.name), *_alone(two, one, second.name)]
+    left_out = [*out_one, *out_two]
+    for here, there, name in ((one, two, first.name), (two, one, second.name)):
+        left_out += [left_out_row(key, f"it is in {name} alone") for key in here if key not in there]
     rows: list[dict[str, Any]] = []
     total, count = torch.zeros(TABLE, TABLE, dtype=torch.float64), torch.zeros(TABLE, TABLE)
-    shared = [key for key in one if key in two]
-    for done, key in enumerate(shared):
-        if on_layer is not None:
-            on_layer(done, len(shared))
+    for key in counted([key for key in one if key in two], on_layer):
         check_same_shape(one[key], two[key], (first.name, second.name))
         a, b = significant_triples(one[key]), significant_triples(two[key])
         rank = min(len(a.values), len(b.values))
         if rank == 0:
-            left_out.append(LeftOut(key, NO_UPDATE))
+            left_out.append(left_out_row(key, NO_UPDATE))
             continue
         a, b = a.leading(rank), b.leading(rank)
         table = phi_table(a.v[:, :TABLE], b.v[:, :TABLE])
         total[: len(table), : len(table)] += table
         count[: len(table), : len(table)] += 1
-        rows.append({"part": key[0], "module": key[1], "rank": rank, **_alike(a, b, rank)})
+        rows.append(
+            {
+                "part": key[0], "module": key[1], "rank": rank,
+                "phi": phi(a.v, b.v), "baseline": baseline(rank, rank, a.v.shape[0]),
+                "phi_output": phi(a.u, b.u), "baseline_output": baseline(rank, rank, a.u.shape[0]),
+            }
+        )  # fmt: skip
     if not rows:
         raise AdapterFileError(
             f"{first.name} and {second.name} change no layer in common, so nothing compares."
@@ -126,22 +129,8 @@ def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) 
         **{name.replace("phi", "similarity"): sum(row[name] for row in rows) / len(rows) for name in means},
         "layers": rows,
         "table": (total / count.clamp(min=1))[:side, :side].tolist(),
-        "left_out": [one.row() for one in left_out],
+        "left_out": left_out,
     }
-
-
-def _alike(a: Triples, b: Triples, rank: int) -> dict[str, float]:
-    """How alike two updates are in what they read and in what they write, and what chance would give."""
-    return {
-        "phi": phi(a.v, b.v),
-        "baseline": baseline(rank, rank, a.v.shape[0]),
-        "phi_output": phi(a.u, b.u),
-        "baseline_output": baseline(rank, rank, a.u.shape[0]),
-    }
-
-
-def _alone(updates: Mapping[Any, Update], other: Mapping[Any, Update], name: str) -> list[LeftOut]:
-    return [LeftOut(key, f"it is in {name} alone") for key in updates if key not in other]
 
 
 @dataclass(frozen=True)
@@ -166,7 +155,6 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
 
     Args:
         files: two or more.
-        on_layer: called before each layer.
 
     Returns:
         `files`: `name`, `strength`, `norm`, `survives`, `untouched` of each, over all of its layers; `pairs`:
@@ -179,12 +167,11 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
     """
     if len(files) < 2:
         raise AdapterFileError("A stack needs two adapters or more.")
-    updates_of, left_out = _read(files)
+    paths = [Path(file.file) for file in files]
+    known = shared_family(paths, "they do not stack")
+    updates_of, outs = zip(*(known_updates(path, known) for path in paths), strict=True)
     layers, totals = [], [[0.0, 0.0, 0.0] for _ in files]
-    keys = list(dict.fromkeys(key for updates in updates_of for key in updates))
-    for done, key in enumerate(keys):
-        if on_layer is not None:
-            on_layer(done, len(keys))
+    for key in counted(dict.fromkeys(key for updates in updates_of for key in updates), on_layer):
         terms = _terms(key, files, updates_of)
         if terms:
             layers.append(_layer(key, terms, totals))
@@ -201,28 +188,8 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
         ],
         "pairs": [_over_layers(pair, layers, totals) for pair in combinations(range(len(files)), 2)],
         "layers": layers,
-        "left_out": [one.row() for one in left_out],
+        "left_out": [row for out in outs for row in out],
     }
-
-
-def _read(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]]:
-    """The updates of each file, once all headers agree on the kind of base."""
-    titles: dict[str, tuple[str, Family]] = {}
-    for file in files:
-        header = read_header(Path(file.file))
-        family = detect.detect_family(header.shapes, header.metadata)
-        if family is not None:
-            titles.setdefault(family.title, (Path(file.file).name, family))
-    if len(titles) > 1:
-        (one, first), (two, second), *_ = titles.values()
-        raise AdapterFileError(f"{one} is for {first.title} and {two} for {second.title}; they do not stack.")
-    known = next((family for _, family in titles.values()), None)
-    updates_of, left_out = [], []
-    for file in files:
-        updates, out = known_updates(Path(file.file), known)
-        updates_of.append(updates)
-        left_out += out
-    return updates_of, left_out
 
 
 def _terms(key: LayerKey, files: Sequence[WeightedLora], updates_of: Sequence[Updates]) -> list[_Term]:
@@ -313,8 +280,6 @@ def measure_stack(loras: Sequence[WeightedLora], family: Family, measure: Measur
     """What adapters gain together and what each gains alone, on the same draws.
 
     Args:
-        loras: the adapters.
-        family: of the base.
         measure: the gains of adapters, as `Evaluator.gains`.
 
     Returns:
@@ -357,3 +322,161 @@ def _more(number: dict[str, float], sign: int = 1) -> str:
     return (
         f"{abs(gain):.4f} (standard error {number['standard_error']:.4f}) {'more' if gain >= 0 else 'less'}"
     )
+
+
+# What an adapter amplifies in its base, and the new directions that it adds.
+#
+# The amplification factor of a layer is ||dW||_F / ||U^T W V^T||_F with U and V the left and right singular
+# vectors of dW (Hu et al. 2021, section 7.3). A factor of 20 says that the adapter is twenty times as
+# strong in its own directions as the base is there: it brings out what the base knew but did not stress. A
+# random update of rank r would meet r ||W||_F / sqrt(out in) of the base; `chance` is what the factor would
+# be then.
+#
+# A leading left singular vector of the adapted weight is an intruder dimension if its cosine with every
+# left singular vector of the frozen one is below a threshold (Shuttleworth et al. 2024, algorithm 1). Full
+# fine-tuning turns old directions and adds hardly any; low-rank updates that are strong for their rank add
+# some, and the more they add, the more of the base's abilities are forgotten. Large layers are compared
+# through random probes first, with the leading old directions alone: a vector with a match there is no
+# intruder. Only where one seems to be an intruder are both weights decomposed in full.
+
+
+LEADING = 10
+"""How many of the new directions are compared."""
+THRESHOLD = 0.5
+"""The cosine below which a new direction matches no old one."""
+_EXTRA = 32
+
+
+def intruder_count(
+    weight: torch.Tensor, delta: torch.Tensor, leading: int = LEADING, threshold: float = THRESHOLD
+) -> int:
+    """How many of the leading left singular vectors of weight + delta match none of weight's.
+
+    Args:
+        weight: (out, in), the frozen weight.
+        delta: (out, in), the update.
+        leading: how many are compared, the largest singular values first.
+        threshold: the cosine from which two match.
+
+    Source: Shuttleworth et al. 2024, algorithm 1.
+    """
+    old, new = weight.float(), (weight + delta).float()
+    if not bool(old.any()) or not bool(delta.any()):
+        return 0
+    count = min(leading, *old.shape)
+    columns = 4 * count + _EXTRA
+    if min(old.shape) > max(EXACT_UP_TO, columns):
+        u, values, _ = randomized_svd(new, count + _EXTRA)
+        candidates = u[:, : min(count, int((values > 1e-5 * values[0]).sum()))]
+        if not _num_unmatched(randomized_svd(old, columns)[0].T @ candidates, threshold):
+            return 0
+    return _num_unmatched(_left_vectors(old).T @ _left_vectors(new)[:, :count], threshold)
+
+
+def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:
+    """The left singular vectors of the singular values that exceed rounding, descending, (out, k) in fp64.
+
+    The eigenvectors of the smaller square give them in a tenth of an SVD's time; in double precision, since a
+    square halves the digits.
+    """
+    matrix = matrix.double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    kept = squares > 1e-10 * squares[0]
+    return vectors[:, kept] if wide else matrix @ vectors[:, kept] / squares[kept].sqrt()
+
+
+def _num_unmatched(cosines: torch.Tensor, threshold: float) -> int:
+    """How many columns have no entry of at least the threshold."""
+    return int((cosines.abs().amax(dim=0) < threshold).sum())
+
+
+def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None = None) -> dict[str, Any]:
+    """The amplification factors of an adapter file against a base, and its intruder dimensions.
+
+    Args:
+        base: that it is used with.
+
+    Returns:
+        `layers`: for each `part`, `module`, `rank` (that exceeds rounding), `norm` of the update, `base_norm`
+            of the weight, `projected` of the weight in the update's directions, `amplification`, `chance`,
+            `intruders`; `blocks`: see `amplified_blocks`; `amplification`: of all layers together;
+            `intruders`: how many in all, with `leading` and `threshold`; `left_out`:
+            layers with the `reason`.
+
+    Raises:
+        AdapterFileError: the file is broken, or for another base.
+        ModelFileError: the base lacks a layer.
+    """
+    updates, left_out = known_updates(path, base.family)
+    rows = []
+    for key, update in counted(updates.items(), on_layer):
+        weight = base.weight(key).flatten(1)
+        update.check_base(weight.shape)
+        row = _row(key, update, weight)
+        if row is None:
+            left_out.append(left_out_row(key, NO_UPDATE))
+        else:
+            rows.append(row)
+    if not rows:
+        raise AdapterFileError(
+            f"{path.name} has no layer whose update can be set against the base's weights."
+        )
+    return {
+        "amplification": _overall(rows),
+        "intruders": sum(row["intruders"] for row in rows),
+        "leading": LEADING,
+        "threshold": THRESHOLD,
+        "layers": rows,
+        "blocks": amplified_blocks(rows),
+        "left_out": left_out,
+    }
+
+
+def _row(key: LayerKey, update: Update, weight: torch.Tensor) -> dict[str, Any] | None:
+    triples = significant_triples(update)
+    rank = len(triples.values)
+    if rank == 0:
+        return None
+    norm = float(triples.values.square().sum().sqrt())
+    projected = float((triples.u.T @ weight.double() @ triples.v).norm())
+    base_norm = float(weight.norm())
+    by_chance = rank * base_norm / math.sqrt(weight.numel())
+    return {
+        "part": key[0],
+        "module": key[1],
+        "rank": rank,
+        "norm": norm,
+        "base_norm": base_norm,
+        "projected": projected,
+        "amplification": norm / projected if projected else None,
+        "chance": norm / by_chance if by_chance else None,
+        "intruders": intruder_count(weight, update.product().flatten(1)),
+    }
+
+
+def _overall(rows: Iterable[dict[str, Any]]) -> float | None:
+    """The factor of several layers as if they were the blocks of one large diagonal weight."""
+    rows = list(rows)
+    projected = math.sqrt(sum(row["projected"] ** 2 for row in rows))
+    return math.sqrt(sum(row["norm"] ** 2 for row in rows)) / projected if projected else None
+
+
+def amplified_blocks(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a heat map: `part`, `block`, `layers`, `norm`, `amplification`, `intruders`.
+
+    Args:
+        layers: rows of `file_amplification`.
+    """
+    return [
+        {
+            "part": part,
+            "block": block,
+            "layers": len(rows),
+            "norm": math.sqrt(sum(row["norm"] ** 2 for row in rows)),
+            "amplification": _overall(rows),
+            "intruders": sum(row["intruders"] for row in rows),
+        }
+        for (part, block), rows in by_block(layers).items()
+    ]

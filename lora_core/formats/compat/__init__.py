@@ -1,1 +1,0 @@
-"""What other tools read from an adapter file."""
