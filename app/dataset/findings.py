@@ -248,8 +248,7 @@ class DatasetInsights:
 
     def _mark(self, asked: dict[str, str]) -> str:
         """Of pictures, captions, base and trigger word."""
-        folder = self.project.dataset_folder
-        rows = [(relative_name(r.path, folder), r.caption) for r in self.project.dataset().records]
+        rows = [(name, record.caption) for name, record in self.project.images().items()]
         return hashlib.sha256(json.dumps([rows, asked]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def _state(self, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from lora_core.data.captions import split_tags, with_trigger, write_caption
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.projects.project import Project, read_json, relative_name
+from lora_core.projects.project import Project, read_json
 from lora_core.system.files import sync_folder, write_atomically
 
 EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
@@ -191,7 +191,7 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
         project.invalidate()
-        now = _by_name(project)
+        now = project.images()
         changes = [one for one in changes if now.get(one[0]) == one[1]]
         if changes:
             before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
@@ -203,10 +203,6 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
             sync_folder(project.image_folder)
             project.invalidate()
     return len(changes)
-
-
-def _by_name(project: Project) -> dict[str, ImageRecord]:
-    return {relative_name(r.path, project.image_folder): r for r in project.dataset().records}
 
 
 def last_change(project: Project) -> str:
@@ -229,7 +225,7 @@ def undo(project: Project) -> tuple[int, int]:
         if not steps:
             raise DatasetError("There is no change of many captions left to take back.")
         last = steps.pop()
-        by_name = _by_name(project)
+        by_name = project.images()
         done = 0
         for name, old in last["before"].items():
             record = by_name.get(name)
@@ -255,9 +251,7 @@ def describe_edit(edit: Edit) -> str:
 
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
     """The captions that change, and how many were considered."""
-    folder = project.dataset_folder
-    named = [(relative_name(record.path, folder), record) for record in project.dataset().records]
-    wanted = [(name, record) for name, record in named if only is None or name in only]
+    wanted = [(name, record) for name, record in project.images().items() if only is None or name in only]
     after = apply_edit([record.caption for _, record in wanted], edit)
     pairs = zip(wanted, after, strict=True)
     return [(name, record, new) for (name, record), new in pairs if new != record.caption], len(wanted)

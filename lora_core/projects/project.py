@@ -114,11 +114,8 @@ class Project:
             return
         # A project that cannot be written can still be shown; it is repaired when that is possible.
         with contextlib.suppress(DatasetError, OSError), self.lock():
-            finished, joined = (
-                finish_moves(self.root),
-                rejoin_sidecars(self.image_folder, self.left_out_folder),
-            )
-            if finished or joined:
+            finished = finish_moves(self.root)
+            if rejoin_sidecars(self.image_folder, self.left_out_folder) or finished:
                 self.invalidate()
 
     @property
@@ -203,17 +200,22 @@ class Project:
                 # Kept for comparison: pages are told only where something is different.
                 self._scanned = (None, self._scanned[1])
 
+    def images(self) -> dict[str, ImageRecord]:
+        """The images by their names below the dataset folder."""
+        folder = self.dataset_folder
+        return {relative_name(record.path, folder): record for record in self.dataset().records}
+
     def find_image(self, name: str) -> ImageRecord:
         """The image of that name below the dataset folder.
 
         Raises:
             DatasetError: there is none.
         """
-        folder = self.dataset_folder
-        for record in self.dataset().records:
-            if relative_name(record.path, folder) == name:
-                return record
-        raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+        record = self.images().get(name)
+        if record is None or not record.path.is_file():
+            self.invalidate()
+            raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+        return record
 
     def refuse_demo(self) -> None:
         """Refuse to change what came with the program.
@@ -236,9 +238,6 @@ class Project:
             )
         with self.lock():
             record = self.find_image(name)
-            if not record.path.is_file():
-                self.invalidate()
-                raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
             write_caption(record.path, text)
             # A scan strips captions, too.
             self._replace({record.path: replace(record, caption=text.strip())})
@@ -252,7 +251,7 @@ class Project:
         self.refuse_demo()
         with self.lock():
             wanted = set(names)
-            by_name = {relative_name(r.path, self.image_folder): r for r in self.dataset().records}
+            by_name = self.images()
             held = {name for name, record in by_name.items() if record.held_out}
             held = held | (wanted & by_name.keys()) if on else held - wanted
             write_holdout_list(self.image_folder, held)
@@ -302,15 +301,9 @@ def leave_out(project: Project, names: list[str]) -> int:
     project.refuse_demo()
     with project.lock():
         dataset = project.dataset()
-        there = {relative_name(r.path, project.image_folder): r.path for r in dataset.records}
-        there |= {
-            relative_name(p.path, project.image_folder): p.path
-            for p in dataset.problems
-            if p.path.suffix.casefold() in IMAGE_SUFFIXES
-        }
-        return _move(
-            project, {name: there.get(name) for name in names}, project.image_folder, project.left_out_folder
-        )
+        damaged = (p.path for p in dataset.problems if p.path.suffix.casefold() in IMAGE_SUFFIXES)
+        images = [*(record.path for record in dataset.records), *damaged]
+        return _move(project, names, images, project.image_folder, project.left_out_folder)
 
 
 def take_back(project: Project, names: list[str]) -> int:
@@ -321,12 +314,9 @@ def take_back(project: Project, names: list[str]) -> int:
     """
     project.refuse_demo()
     with project.lock():
-        there = {
-            relative_name(path, project.left_out_folder): path for path in _images(project.left_out_folder)
-        }
-        return _move(
-            project, {name: there.get(name) for name in names}, project.left_out_folder, project.image_folder
-        )
+        found = project.left_out_folder.rglob("*")
+        images = [path for path in found if path.suffix.casefold() in IMAGE_SUFFIXES]
+        return _move(project, names, images, project.left_out_folder, project.image_folder)
 
 
 def list_left_out(project: Project) -> list[ImageRecord]:
@@ -336,16 +326,14 @@ def list_left_out(project: Project) -> list[ImageRecord]:
     return scan(project.left_out_folder, project.sizes).records
 
 
-def _images(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix.casefold() in IMAGE_SUFFIXES]
-
-
-def _move(project: Project, paths: dict[str, Path | None], source: Path, into: Path) -> int:
-    """Move images by their names, with captions and masks, all in one step.
+def _move(project: Project, names: list[str], images: list[Path], source: Path, into: Path) -> int:
+    """Move images by their names below `source`, with captions and masks, all in one step.
 
     Raises:
         DatasetError: one is not there, or the disk refuses; then none has moved.
     """
+    there = {relative_name(path, source): path for path in images}
+    paths = {name: there.get(name) for name in names}
     project.invalidate()
     moves: list[Move] = []
     taken: dict[Path, set[str]] = {}
@@ -364,7 +352,10 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
             taken[folder].add(fold_name(stem))
             stem = unused_stem(path.stem, taken[folder])
         taken[folder].add(fold_name(stem))
-        shared = any(other not in leaving for other in _of_same_stem(path))
+        # Other images that share its captions.
+        beside = (other for other in path.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
+        same = {other for other in beside if fold_name(other.stem) == fold_name(path.stem)}
+        shared = bool(same - leaving)
         for file in files:
             target = folder / (stem + file.name[len(path.stem) :])
             moves.append(Move(file, target, copy=shared and file != path))
@@ -376,12 +367,6 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
     for move in moves:
         project.sizes.carry(move.source, move.target)
     return len(paths)
-
-
-def _of_same_stem(image: Path) -> list[Path]:
-    """Other images that share the captions of one."""
-    beside = (other for other in image.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
-    return [other for other in beside if fold_name(other.stem) == fold_name(image.stem) and other != image]
 
 
 def _set_of(image: Path) -> list[Path]:
