@@ -51,9 +51,7 @@ from lora_core.runs.progress import (
     SURE,
     Progress,
     best_of,
-    describe_average,
-    describe_forgetting,
-    describe_memorization,
+    describe_costs,
     known_error,
     smooth,
     with_gain,
@@ -417,11 +415,7 @@ def summary(data: ReportData) -> list[str]:
     found = with_gain(data.progress.validations)
     sentences = [_learned_sentence(data, found)]
     if found:
-        sentences += [
-            describe_memorization(found[-1]),
-            describe_forgetting(found[-1]),
-            describe_average(found[-1]),
-        ]
+        sentences += describe_costs(found[-1])
     sentences.append(_rank_sentence(data))
     state = STATES.get(data.state, "")
     if state:
