@@ -169,7 +169,7 @@ def verdict(validations: Sequence[Validated]) -> str:
 
 def describe_costs(last: Validated) -> list[str]:
     """What a validation says beside the gain: memorization, forgetting, and what averaging does."""
-    sentences = (_describe_memorization(last), _describe_forgetting(last), describe_average(last))
+    sentences = (describe_memorization(last), describe_forgetting(last), describe_average(last))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -201,7 +201,7 @@ def _describe_gain(found: Sequence[Validated]) -> str:
     return f"No further gain since step {best.step:,}."
 
 
-def _describe_memorization(last: Validated) -> str:
+def describe_memorization(last: Validated) -> str:
     """Whether it learns its images by heart, in a sentence; "" where it does not or was not measured."""
     if not (math.isfinite(last.gauge) and last.train_gain > 0):
         return ""
@@ -213,7 +213,7 @@ def _describe_memorization(last: Validated) -> str:
     return f"Memorization: {share:.0%} of its gain on training pictures does not carry over to others."
 
 
-def _describe_forgetting(last: Validated) -> str:
+def describe_forgetting(last: Validated) -> str:
     """Whether it forgets what the base knew, in a sentence; "" where it does not or was not measured."""
     if not math.isfinite(last.prior) or last.prior >= -SURE * known_error(last.prior_error):
         return ""
