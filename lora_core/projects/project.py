@@ -332,8 +332,8 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
     Raises:
         DatasetError: one is not there, or the disk refuses; then none has moved.
     """
-    there = {relative_name(path, source): path for path in images}
-    paths = {name: there.get(name) for name in names}
+    by_name = {relative_name(path, source): path for path in images}
+    paths = {name: by_name.get(name) for name in names}
     project.invalidate()
     moves: list[Move] = []
     taken: dict[Path, set[str]] = {}
