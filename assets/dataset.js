@@ -76,7 +76,8 @@
       cells.set(picture.name, same ? before : thumb(picture));
       describe(picture);
     }
-    place.replaceChildren(...cells.values());
+    const now = [...cells.values()];
+    if (now.length !== place.children.length || now.some((cell, index) => cell !== place.children[index])) place.replaceChildren(...now);
     place.dataset.mark = shelf.mark;
     return true;
   };

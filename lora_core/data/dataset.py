@@ -106,7 +106,8 @@ class _Listing:
 
     def shown(self, path: Path) -> str:
         """How a file is named in messages."""
-        return path.relative_to(self.root).as_posix()
+        # `Path.relative_to` would take a third of a scan's time.
+        return str(path).removeprefix(os.path.join(self.root, "")).replace(os.sep, "/")
 
     def find(self, shown: str) -> Path | None:
         """The file of that name, whatever its case."""
