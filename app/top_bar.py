@@ -105,7 +105,9 @@ def describe_left(progress: Progress) -> str:
     left = progress.seconds_left()
     if left is None or len(progress.losses) >= FEW_STEPS:
         return format_clock(left)
-    return f"{format_duration(left)} to {format_duration(2 * left)}"
+    low, _, unit = format_duration(left).partition(" ")
+    high = format_duration(2 * left)
+    return f"{low} to {high}" if high.endswith(f" {unit}") else f"{low} {unit} to {high}"
 
 
 def describe_phase(progress: Progress) -> str:

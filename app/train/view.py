@@ -60,9 +60,7 @@ def build_notifications(bindings: Bindings) -> None:
         except LoraError as error:
             return problem_html(error)
         said = send_test(text or "")
-        return (
-            problem_html(said) if said else note_html("It was told that this works; look whether it arrived.")
-        )
+        return problem_html(said) if said else note_html("A message was sent: look whether it arrived.")
 
     for event, act in ((keep.click, saved), (whom.submit, saved), (attempt.click, tried)):
         event(act, whom, note, **QUIET)
