@@ -96,6 +96,15 @@
     later = null;
     if (next) send(next.moved); else read();
   };
+  const hold = () => { clearTimeout(timer); timer = later = null; };
+  // An answer that brings the form with it outranks what was typed before the click.
+  const take = (data) => {
+    if (!data) return;
+    hold();
+    ({ rows, apart, rev, project, groups, best } = data);
+    fill(data.fields, data.strip);
+    show();
+  };
   const changed = (moved, wait) => { clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
 
   const read = () => {
@@ -238,8 +247,10 @@
     press("refresh");
   };
   const openFile = async (file) => {
+    if (timer) { hold(); await send(false); }
     const answer = await fetch(`/easel/preview/file?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).then((said) => said.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
     infotext = answer.text ?? "";
+    take(answer.form);
     report(answer);
   };
 
@@ -275,8 +286,10 @@
     } else if (data.removeLora !== undefined) { rows.splice(Number(data.removeLora), 1); show(); changed(false, 0); one("#add-lora").focus(); }
     else if (data.setBest !== undefined) { const row = rows[data.setBest]; row.strength = best[row.file]; show(); if (one("#preview-result")) working(); changed(true, 0); }
     else if (data.putBack !== undefined) {
+      hold();
       const answer = await post("preview/put-back", { file: data.putBack });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
+      take(answer.form);
       press("refresh");
       follow();
     } else if (data.forget !== undefined) {
@@ -285,7 +298,12 @@
       else window.easel.toast("Image moved to the trash.", "", async () => { await post("preview/bring-back", answer); press("refresh"); });
       press("refresh");
     }
-    else if (target.id === "send-to-form") report(await post("preview/infotext", { text: infotext }));
+    else if (target.id === "send-to-form") {
+      hold();
+      const answer = await post("preview/infotext", { text: infotext });
+      take(answer.form);
+      report(answer);
+    }
     else if (data.compare) { root.dataset.compare = data.compare; localStorage.setItem("easel-compare", data.compare); modes(); }
     else if (data.showPreview !== undefined) wanted = true;
   }, true);

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from app.preview.loras import add_lora, lora_groups
-from app.preview.request_form import load_fields, lora_rows, parse_strength, save_form
+from app.preview.request_form import form_data, load_fields, lora_rows, parse_strength, save_form
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, render
 from lora_core.errors import DatasetError
@@ -31,7 +31,7 @@ def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
         file.unlink(missing_ok=True)
     rows, kept = lora_rows(take_snapshot(app_state))
     save_form(app_state.project, [*rows, WeightedLora(str(added))], bool(kept.get("apart")))
-    return {"html": note_html(f"{added.stem} is added.")}
+    return {"html": note_html(f"{added.stem} is added."), "form": form_data(take_snapshot(app_state))}
 
 
 def read_infotext(file: Path) -> tuple[str, Infotext]:
@@ -56,7 +56,8 @@ def use_infotext(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Put an infotext into the form."""
     missing = apply_infotext(take_snapshot(app_state), parse_infotext(str(sent.get("text", ""))))
     lost = f" Not found: {', '.join(missing)}; drop the LoRA file to add it." if missing else ""
-    return {"html": note_html(f"Its settings are in the form.{lost}")}
+    form = form_data(take_snapshot(app_state))
+    return {"html": note_html(f"Its settings are in the form.{lost}"), "form": form}
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:

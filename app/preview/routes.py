@@ -15,6 +15,7 @@ from app.preview.request_form import (
     base_for,
     build_request,
     build_run_request,
+    form_data,
     parse_strengths,
     save_request,
     strip_is_on,
@@ -132,8 +133,8 @@ def open_tab(app_state: AppState, sent: dict[str, Any] | None = None) -> dict[st
     return {"fill": True, "drawn": True}
 
 
-def put_back(app_state: AppState, sent: dict[str, Any]) -> None:
-    """Put the settings of an image of the history into the form, and show it.
+def put_back(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of an image of the history into the form, which is returned, and show it.
 
     Raises:
         RunError: there is no such image any more.
@@ -142,6 +143,7 @@ def put_back(app_state: AppState, sent: dict[str, Any]) -> None:
     save_request(app_state.project, kept.shot)
     if not kept.is_sheet:
         app_state.render_queue.want(kept.shot, ())
+    return {"form": form_data(take_snapshot(app_state))}
 
 
 ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
