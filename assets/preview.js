@@ -193,6 +193,7 @@
     timer = null;
     const note = one("#grid-note");
     if (what === "grid") note.textContent = ""; else working();
+    if (what === "image" && root.dataset.compare === "grid") showStage();
     sending = true;
     try {
       const answer = await post("preview/generate", { ...sent(), what, grid: gridOf() });
@@ -290,6 +291,7 @@
       const answer = await post("preview/put-back", { file: data.putBack });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
       take(answer.form);
+      showStage();
       press("refresh");
       follow();
     } else if (data.forget !== undefined) {
@@ -304,7 +306,7 @@
       take(answer.form);
       report(answer);
     }
-    else if (data.compare) { root.dataset.compare = data.compare; localStorage.setItem("easel-compare", data.compare); modes(); }
+    else if (data.compare) setMode(data.compare);
     else if (data.showPreview !== undefined) wanted = true;
   }, true);
 
@@ -321,6 +323,9 @@
     detail.style.backgroundPosition = `${(100 * (clientX - box.left)) / box.width}% ${(100 * (clientY - box.top)) / box.height}%`;
   });
 
+  const setMode = (mode) => { root.dataset.compare = mode; localStorage.setItem("easel-compare", mode); modes(); };
+  // An image that was asked for is to be seen.
+  const showStage = () => { if (["strip", "grid"].includes(root.dataset.compare)) setMode("slider"); };
   const modes = () => { for (const button of all("button[data-compare]")) button.setAttribute("aria-pressed", button.dataset.compare === root.dataset.compare); };
   root.dataset.compare = localStorage.getItem("easel-compare") || "slider";
   window.easel.settling.push(() => {
