@@ -205,18 +205,21 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     return dataset
 
 
+def first_problems(dataset: Dataset) -> list[str]:
+    """A sentence for each of the first problems, and how many more there are."""
+    sentences = [problem.sentence for problem in dataset.problems]
+    more = len(sentences) - _SHOWN_PROBLEMS
+    return [*sentences[:_SHOWN_PROBLEMS], f"And {more} more."] if more > 0 else sentences
+
+
 def require_clean(dataset: Dataset) -> None:
     """Refuse a dataset with problems, rather than leave files out in silence.
 
     Raises:
         DatasetError: lists what is wrong.
     """
-    sentences = [problem.sentence for problem in dataset.problems]
-    more = len(sentences) - _SHOWN_PROBLEMS
-    if more > 0:
-        sentences = [*sentences[:_SHOWN_PROBLEMS], f"And {more} more."]
-    if sentences:
-        raise DatasetError(" ".join(sentences))
+    if dataset.problems:
+        raise DatasetError(" ".join(first_problems(dataset)))
 
 
 def _list_files(root: Path, sizes: SizeCache) -> _Listing:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_by_draw, with_trigger
-from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summarize_notes
+from lora_core.data.dataset import AUDIT_ONLY, first_problems, open_dataset, summarize_notes
 from lora_core.data.holdout import num_holdout, split_holdout
 from lora_core.data.scan import Dataset, ImageRecord
 from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError
@@ -53,8 +53,6 @@ RATES: dict[str, tuple[float, float]] = {
 its own rate, the setting alone. Wide: ten times what guides and peers use, either way."""
 ADAPTER_COPIES = 4
 """Copies of each trained parameter in memory: itself, its gradient, and usually two of the optimizer's."""
-SHOWN = 5
-"""How many problems with images are named one by one."""
 GIGABYTE = 1e9
 _EXCERPT = 60
 _LATENT_BYTES = 4 * 4 / 64
@@ -288,12 +286,9 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
 
 
 def _images(dataset: Dataset) -> list[RunProblem]:
-    found = [RunProblem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
-    more = len(dataset.problems) - SHOWN
+    found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
     if not dataset.records and not found:
         found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
-    if more > 0:
-        found.append(RunProblem("picture", f"And {more} more."))
     notes = summarize_notes(dataset.notes, AUDIT_ONLY)
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
