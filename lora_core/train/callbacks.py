@@ -358,11 +358,11 @@ class Callback:
         """Do it, after `step` optimizer steps."""
         raise NotImplementedError
 
-    def run_if_it_fits(self, state: TrainState, step: int, work: Callable[[int], None]) -> None:
-        """Do `work(step)`, with the VAE on the CPU if it does not fit otherwise, or skip it and warn."""
+    def run_if_it_fits(self, state: TrainState, step: int, work: Callable[[], None]) -> None:
+        """Do `work`, with the VAE on the CPU if it does not fit otherwise, or skip it and warn."""
         for last_try in (is_on_cpu(state.base.vae), True):
             try:
-                work(step)
+                work()
                 return
             except Exception as error:
                 if not out_of_memory(error):
@@ -406,20 +406,13 @@ class Validate(Callback):
 
     def __call__(self, step: int) -> None:
         """Validate, and after the first time limit how often that is done."""
-        self._try(step, self._validate)
+        self.run_if_it_fits(self.validator.state, step, lambda: self._validate(step))
         self._limit_frequency(step)
 
     def catch_up(self, step: int) -> None:
-        """Validate a step whose checkpoint is written already.
-
-        The checkpoint learns of it first, so that a kill in between is made up for again.
-        """
-
-        def validate(step: int) -> None:
-            path = self.context.run.checkpoint(step)
-            self._validate(step, lambda best: amend_record(path, {"best": best}))
-
-        self._try(step, validate)
+        """Validate a step whose checkpoint is written already; this learns of it first, so that a kill in
+        between is made up for again."""
+        self.run_if_it_fits(self.validator.state, step, lambda: self._validate(step, amend=True))
 
     def restore(self, state: CheckpointState, before: Sequence[events.Validated]) -> None:
         """Go on from a checkpoint; of the validations `before`, those after it no longer count."""
@@ -431,9 +424,6 @@ class Validate(Callback):
         if not self.history or self.history[-1].step != step:
             return ""
         return reason_to_stop(self.history, self._section.patience)
-
-    def _try(self, step: int, validate: Callable[[int], None]) -> None:
-        self.run_if_it_fits(self.validator.state, step, validate)
 
     def _limit_frequency(self, step: int) -> None:
         """Keep validations within their share of the time."""
@@ -451,11 +441,11 @@ class Validate(Callback):
             )
         self.limited = self.every
 
-    def _validate(self, step: int, before_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def _validate(self, step: int, amend: bool = False) -> None:
         report = self.context.working(step, "Validating", self.validator.passes)
         event = self.validator.validate(step, report)
-        if before_event is not None:
-            before_event(self.validator.best.record())
+        if amend:
+            amend_record(self.context.run.checkpoint(step), {"best": self.validator.best.record()})
         self.history.append(event)
         self.context.emit(event)
 
@@ -514,7 +504,7 @@ class Sample(Callback):
     def __call__(self, step: int) -> None:
         """Draw the samples of `step`; of step 0 with the base alone."""
         self.requested = False
-        self.run_if_it_fits(self._session.state, step, self._sample)
+        self.run_if_it_fits(self._session.state, step, lambda: self._sample(step))
 
     def _sample(self, step: int) -> None:
         run, session = self.context.run, self._session
