@@ -68,7 +68,8 @@
     one("#toolbox-rank").placeholder = wanted.includes("rank?") ? "empty: exact, ranks add" : "";
     for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
     for (const each of all("#toolbox-files [data-part=strength]")) each.hidden = !wanted.includes("strengths");
-    all("#toolbox-files .toolbox-file").forEach((each, index) => { each.classList.toggle("unused", most() < 2 && index >= most()); });
+    all("#toolbox-files .toolbox-file").forEach((each, index) => { each.hidden = most() < 2 && index >= most(); });
+    one("#toolbox-add").hidden = most() < 2;
     one("#toolbox-go").textContent = button().dataset.go;
     why();
   };
