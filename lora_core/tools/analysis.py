@@ -19,7 +19,7 @@ is formed.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +40,7 @@ from lora_core.tools.svd import (
     OnLayer,
     Pair,
     Triples,
-    by_block,
+    block_rows,
     check_same_shape,
     counted,
     inner_product,
@@ -401,9 +401,9 @@ def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None =
     Returns:
         `layers`: for each `part`, `module`, `rank` (that exceeds rounding), `norm` of the update, `base_norm`
             of the weight, `projected` of the weight in the update's directions, `amplification`, `chance`,
-            `intruders`; `blocks`: see `amplified_blocks`; `amplification`: of all layers together;
-            `intruders`: how many in all, with `leading` and `threshold`; `left_out`:
-            layers with the `reason`.
+            `intruders`; `blocks`: by block, see `svd.block_rows`; `amplification`: of all layers together;
+            `intruders`: how many in all, with `leading` and `threshold`; `left_out`: layers with the
+            `reason`.
 
     Raises:
         AdapterFileError: the file is broken, or for another base.
@@ -423,13 +423,17 @@ def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None =
         raise AdapterFileError(
             f"{path.name} has no layer whose update can be set against the base's weights."
         )
+    columns = {
+        "amplification": _overall,
+        "intruders": lambda rows: sum(row["intruders"] for row in rows),
+    }
     return {
         "amplification": _overall(rows),
         "intruders": sum(row["intruders"] for row in rows),
         "leading": LEADING,
         "threshold": THRESHOLD,
         "layers": rows,
-        "blocks": amplified_blocks(rows),
+        "blocks": block_rows(rows, columns),
         "left_out": left_out,
     }
 
@@ -456,27 +460,7 @@ def _row(key: LayerKey, update: Update, weight: torch.Tensor) -> dict[str, Any] 
     }
 
 
-def _overall(rows: Iterable[dict[str, Any]]) -> float | None:
+def _overall(rows: list[dict[str, Any]]) -> float | None:
     """The factor of several layers as if they were the blocks of one large diagonal weight."""
-    rows = list(rows)
     projected = math.sqrt(sum(row["projected"] ** 2 for row in rows))
     return math.sqrt(sum(row["norm"] ** 2 for row in rows)) / projected if projected else None
-
-
-def amplified_blocks(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a heat map: `part`, `block`, `layers`, `norm`, `amplification`, `intruders`.
-
-    Args:
-        layers: rows of `file_amplification`.
-    """
-    return [
-        {
-            "part": part,
-            "block": block,
-            "layers": len(rows),
-            "norm": math.sqrt(sum(row["norm"] ** 2 for row in rows)),
-            "amplification": _overall(rows),
-            "intruders": sum(row["intruders"] for row in rows),
-        }
-        for (part, block), rows in by_block(layers).items()
-    ]

@@ -11,7 +11,8 @@ and how many hold a share of the energy (rank90, rank99), the sum of squared sin
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -373,14 +374,22 @@ def file_spectrum(path: Path, on_layer: OnLayer | None = None) -> dict[str, Any]
     Returns:
         `layers`: for each, `part`, `module`, `rank` and `alpha` of the file (`alpha` None for a LoHa or a
             LoKr), `norm`, `numeric_rank`, `effective_rank`, `stable_rank`, `rank90`, `rank99`,
-            `singular_values`; `blocks`: see `block_rows`; `left_out`: other layers with the `reason`.
+            `singular_values`; `blocks`: see `block_rows`, with the means of `effective_rank` and
+            `rank99`; `left_out`: other layers with the `reason`.
 
     Raises:
         AdapterFileError: the file is broken, or no adapter.
     """
     updates, left_out = known_updates(path)
     layers = [spectrum_row(key, update) for key, update in counted(updates.items(), on_layer)]
-    return {"layers": layers, "blocks": block_rows(layers), "left_out": left_out}
+    blocks = block_rows(
+        layers,
+        {
+            "effective_rank": lambda rows: statistics.fmean(row["effective_rank"] for row in rows),
+            "rank99": lambda rows: statistics.fmean(row["rank99"] for row in rows),
+        },
+    )
+    return {"layers": layers, "blocks": blocks, "left_out": left_out}
 
 
 _BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block|(?:text_model\.)?encoder\.layers\.\d+|[^.]+)")
@@ -392,8 +401,16 @@ def block_of(layer: LayerKey) -> str:
     return match[1].removeprefix("text_model.encoder.") if match else layer[1]
 
 
-def by_block(layers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Rows with `part` and `module` grouped by (part, block): the denoiser first, blocks by number."""
+def block_rows(
+    layers: Iterable[dict[str, Any]], columns: Mapping[str, Callable[[list[dict[str, Any]]], Any]]
+) -> list[dict[str, Any]]:
+    """Rows of `part`, `block`, `layers` (how many), `norm` (the root of the sum of squares), and more
+    columns, each a function of a block's rows; the denoiser first, blocks by number.
+
+    Args:
+        layers: rows with `part`, `module` and `norm`.
+        columns: by name.
+    """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in layers:
         groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
@@ -402,20 +419,13 @@ def by_block(layers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dic
         words = re.findall(r"\d+|\D+", group[1])
         return is_text_encoder(group[0]), group[0], [(int(w), "") if w.isdigit() else (-1, w) for w in words]
 
-    return {group: groups[group] for group in sorted(groups, key=order)}
-
-
-def block_rows(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `part`, `block`, `layers`, `norm` (the root of the sum of squares), and the means of
-    `effective_rank` and `rank99`, from rows of layers."""
     return [
         {
             "part": part,
             "block": block,
             "layers": len(rows),
             "norm": math.sqrt(sum(row["norm"] ** 2 for row in rows)),
-            "effective_rank": sum(row["effective_rank"] for row in rows) / len(rows),
-            "rank99": sum(row["rank99"] for row in rows) / len(rows),
+            **{name: of(rows) for name, of in columns.items()},
         }
-        for (part, block), rows in by_block(layers).items()
+        for (part, block), rows in sorted(groups.items(), key=lambda group: order(group[0]))
     ]
