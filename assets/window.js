@@ -111,7 +111,7 @@
   // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
   const place = () => location.hash.slice(1).split("/");
   const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
-  const shownRun = () => one("#run-status")?.dataset.run ?? "";
+  const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
   let following = true, awaited = "";
   const follow = () => {
     const [name, run] = place();
@@ -188,7 +188,7 @@
       if (button.title !== why) button.title = why;
     }
   };
-  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled", "aria-selected", "data-ready", "data-run"]);
+  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled", "aria-selected", "data-ready", "data-shown-run"]);
 
   const theme = localStorage.getItem("easel-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");
