@@ -117,8 +117,9 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
 
     hidden, *_ = trigger_candidates(demo_base, [record.caption for record in checked[:2]], 0)[5:]
 
-    def blind(base: BaseModel, captions: list[str]) -> encode.PromptEmbeds:
-        return encode.encode_prompt(base, [caption.removeprefix(f"{hidden}, ") for caption in captions])
+    def blind(base: BaseModel, captions: list[str], *more: int) -> encode.PromptEmbeds:
+        seen = [caption.removeprefix(f"{hidden}, ") for caption in captions]
+        return encode.encode_prompt(base, seen, *more)
 
     monkeypatch.setattr(triggers, "encode_prompt", blind)
     found = propose_triggers(demo_base, checked[:2], draws=2)
