@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.model_files.families import FAMILIES, Family, ldm_unet_path, ldm_vae_path, open_clip_path
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 
 NARROW: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from tests.faults import Nursery
 TESTS = Path(__file__).parent
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
 # Folders whose tests share set-ups that take long: one process runs all of such a folder.
-TOGETHER = ("tests/browser/", "tests/training/")
+TOGETHER = ("tests/browser/",)
 
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")

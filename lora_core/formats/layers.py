@@ -23,14 +23,9 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import (
-    FAMILIES,
-    Family,
-    diffusers_unet_path,
-    is_text_encoder,
-    ldm_unet_path,
-)
+from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
 from lora_core.model_files.header import other_family
+from lora_core.model_files.ldm_names import diffusers_unet_path, ldm_unet_path
 from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS, parse_json
 
 Layout = dict[LayerKey, tuple[int, ...]]

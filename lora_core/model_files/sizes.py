@@ -10,14 +10,9 @@ from typing import Any
 
 from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import UNET, BaseFacts, weight_paths
-from lora_core.model_files.families import (
-    FAMILIES,
-    Family,
-    canonical_path,
-    diffusers_unet_path,
-    named_targets,
-)
+from lora_core.model_files.families import FAMILIES, Family, canonical_path, named_targets
 from lora_core.model_files.header import read_header
+from lora_core.model_files.ldm_names import diffusers_unet_path
 from lora_core.settings.choices import OPTIMIZERS, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import last_matches

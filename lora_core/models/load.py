@@ -35,9 +35,10 @@ from lora_core.model_files.detect import (
     read_base_facts,
     read_single_file_facts,
 )
-from lora_core.model_files.families import RESNETS, Family, TextEncoder, open_clip_path
+from lora_core.model_files.families import Family, TextEncoder
 from lora_core.model_files.header import Header
 from lora_core.model_files.hub import fetch_base
+from lora_core.model_files.ldm_names import RESNETS, open_clip_path
 from lora_core.models.device import available_memory, memory_of, out_of_memory
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, as_denoiser
 from lora_core.models.weight_files import (

@@ -19,15 +19,9 @@ import torch
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET, VAE, weight_paths
-from lora_core.model_files.families import (
-    Family,
-    TextEncoder,
-    is_text_encoder,
-    ldm_unet_path,
-    ldm_vae_path,
-    open_clip_path,
-)
+from lora_core.model_files.families import Family, TextEncoder, is_text_encoder
 from lora_core.model_files.header import read_header
+from lora_core.model_files.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 
 DTYPES = {
     "F64": torch.float64,

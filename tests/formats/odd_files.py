@@ -7,7 +7,8 @@ import torch
 
 from lora_core.formats.io import serialize
 from lora_core.formats.layers import prefix_of_layer
-from lora_core.model_files.families import FAMILIES, ldm_unet_path
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.ldm_names import ldm_unet_path
 
 ATTENTION = re.compile(r".*\.(?:attn[12]\.to_(?:q|k|v|out\.0)|self_attn\.(?:q|k|v|out)_proj)")
 DEFAULT = re.compile(r".*\.attentions\..*|text_model\..*")
