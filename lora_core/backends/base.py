@@ -47,14 +47,13 @@ class FrozenModule(FrozenLayer, nn.Module):
     bias: Any
 
     def __init__(self, layer: Adaptable) -> None:
-        """Take over all of `layer` but its weight."""
+        """Take over the settings of `layer`, without weight and bias."""
         nn.Module.__init__(self)
         names = (
             (*nn.Conv2d.__constants__, "transposed") if isinstance(layer, nn.Conv2d) else layer.__constants__
         )
         for name in names:
             setattr(self, name, getattr(layer, name))
-        self.bias = layer.bias
 
     @property
     def _layer(self) -> Any:

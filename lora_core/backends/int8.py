@@ -55,6 +55,7 @@ class CompactLayer(FrozenModule):
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         """Replace `layer`, its weight as it is for now."""
         super().__init__(layer)
+        self.bias = layer.bias
         self.dtype, self.shape = layer.weight.dtype, layer.weight.shape
         self.updates: list[Update] = []
         self.store: OffloadStore | None = None

@@ -111,7 +111,7 @@ class OneDnnLinear(FrozenModule, nn.Linear):
     def __init__(self, layer: nn.Linear) -> None:
         """Replace `layer`."""
         super().__init__(layer)
-        self.weight, self.plain = layer.weight, (layer,)
+        self.weight, self.bias, self.plain = layer.weight, layer.bias, (layer,)
         weight = layer.weight.detach()
         self._forward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self._backward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), None)
@@ -141,7 +141,7 @@ class OneDnnConv2d(FrozenModule, nn.Conv2d):
     def __init__(self, layer: nn.Conv2d, by_winograd: bool = False) -> None:
         """Replace `layer`, which has zero padding and one group; `by_winograd` where it fits."""
         super().__init__(layer)
-        self.weight, self.plain = layer.weight, (layer,)
+        self.weight, self.bias, self.plain = layer.weight, layer.bias, (layer,)
         self._settings: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
         self.by_winograd = by_winograd and winograd_fits(layer)
         self._grad_is_convolution = _keeps_size(layer)
