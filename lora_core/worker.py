@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.dataset import scan
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, OutOfMemory
-from lora_core.evaluate.captions import measure_run_images, propose_triggers, score_captions
+from lora_core.evaluate.caption_scores import measure_run_images, propose_triggers, score_captions
 from lora_core.evaluate.validator import Evaluator
 from lora_core.generate.pipeline import (
     OnLatents,

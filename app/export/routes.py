@@ -6,13 +6,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 
-from app.background import BackgroundTask, add_task_routes
 from app.export.view import REPORT, choose, copy, export
 from app.jobs import RunView
 from app.routes import FRESH, BadRequest, add_actions, below
 from app.state import AppState
 from app.templates import note_html
 from app.toolbox.tools import check_memory_is_free
+from app.worker_task import BackgroundTask, add_task_routes
 from lora_core.runs.folder import check_run_name, runs_folder
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -9,12 +9,12 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.background import BackgroundTask, add_task_routes
 from app.preview.loras import ADDED
 from app.routes import FRESH, Answer, add_actions, below, receive_file
 from app.state import AppState
 from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
 from app.toolbox.view import result_html, written_html
+from app.worker_task import BackgroundTask, add_task_routes
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.runs.folder import runs_folder
 

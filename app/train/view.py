@@ -12,7 +12,7 @@ import gradio as gr
 from app.bindings import QUIET, Bindings, html_block
 from app.guard import is_loopback
 from app.templates import note_html, problem_html, render
-from app.train import runs
+from app.train import run_cards
 from app.train.start import build_action_bar, build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
@@ -97,8 +97,8 @@ def build_train(bindings: Bindings) -> None:
             build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
-                ("run-card", runs.run_card), ("queue", runs.queue_card), ("samples", runs.samples_card),
-                ("charts", runs.charts), ("earlier", runs.earlier), ("run-log", runs.log_card),
+                ("run-card", run_cards.run_card), ("queue", run_cards.queue_card), ("samples", run_cards.samples_card),
+                ("charts", run_cards.charts), ("earlier", run_cards.earlier), ("run-log", run_cards.log_card),
             ):  # fmt: skip
                 bindings.follow(html_block(elem_id=place), shows)
     build_action_bar(bindings, form, name)

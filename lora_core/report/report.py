@@ -21,7 +21,7 @@ from lora_core.data.captions import plain_caption
 from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
 from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.evaluate.captions import IMAGES_FILE
+from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
 from lora_core.models.device import best_device
 from lora_core.models.encode import encode_prompt

@@ -62,7 +62,7 @@ def probe(
     """
     measure = Measure(dataset, base, triples=triples, seed=seed, workspace=workspace)
     opened, records = measure.load("auto")
-    from lora_core.evaluate.captions import propose_triggers, score_captions
+    from lora_core.evaluate.caption_scores import propose_triggers, score_captions
 
     found = score_captions(opened, records, triples, seed, on_progress=note)
     found["trigger"] = propose_triggers(opened, records, trigger, triples, seed, on_progress=note)
@@ -84,7 +84,7 @@ def pictures(
     """
     checked_value("validation.draws_per_image", triples, "--triples")
     folder = find_run(run, workspace)
-    from lora_core.evaluate.captions import measure_run_images
+    from lora_core.evaluate.caption_scores import measure_run_images
 
     return measure_run_images(folder, checkpoint, triples, note)
 

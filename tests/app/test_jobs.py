@@ -13,8 +13,8 @@ from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
 from app.preview.loras import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
-from app.train import runs as cards
-from app.train.runs import earlier, queue_card
+from app.train import run_cards as cards
+from app.train.run_cards import earlier, queue_card
 from app.train.start import blockers, details, facts
 from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from app.state import AppState, Snapshot, take_snapshot
-from app.train.runs import stages
+from app.train.run_cards import stages
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 

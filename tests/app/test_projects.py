@@ -13,7 +13,7 @@ from app.page import build_page
 from app.projects import add_project_routes
 from app.routes import add_routes
 from app.state import AppState, take_snapshot
-from app.train.runs import earlier
+from app.train.run_cards import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
 from lora_core.projects.workspace import Projects, belongs_to, mark_project

@@ -10,9 +10,9 @@ import pytest
 from app import top_bar
 from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
-from app.train import runs
+from app.train import run_cards
 from app.train.routes import do_run_action
-from app.train.runs import earlier, queue_card, samples_card, select_rounds
+from app.train.run_cards import earlier, queue_card, samples_card, select_rounds
 from app.train.start import blockers, facts, notes, start_problems
 from lora_core.runs import events
 from lora_core.runs.diagnosis import LESS_MEMORY
@@ -25,7 +25,7 @@ SEE = 'id="see-result"'
 
 
 def card(app_state: AppState) -> str:
-    return runs.run_card(take_snapshot(app_state))
+    return run_cards.run_card(take_snapshot(app_state))
 
 
 def disabled(html: str, name: str) -> str:
@@ -101,7 +101,7 @@ def test_stages_and_phases_only_grow(app_state: AppState) -> None:
     for line in lines:
         with open(run.events_file, "a", encoding="utf-8") as file:
             file.write(events.to_line(line))
-        seen.append([stage["percent"] for stage in runs.stages(take_snapshot(app_state).shown)])
+        seen.append([stage["percent"] for stage in run_cards.stages(take_snapshot(app_state).shown)])
     for before, after in itertools.pairwise(seen):
         assert all(one <= other for one, other in zip(before, after, strict=True)), (before, after)
     assert seen[-1] == [100, 100, 100, 3]
@@ -134,7 +134,7 @@ def test_a_request_outranks_what_is_older_than_it(app_state: AppState) -> None:
 def test_running(app_state: AppState) -> None:
     come_alive(make_run(app_state, "my-dog", started(), *(step(n, 10.0 + n) for n in range(1, 35))))
     snapshot = take_snapshot(app_state)
-    html = runs.run_card(snapshot)
+    html = run_cards.run_card(snapshot)
     assert all(enabled(html, name) for name in ("sample-now", "save-now"))
     # 66 steps are left, and from one to the next a second went by, of which a step takes half.
     assert "1:06" in html
@@ -211,7 +211,7 @@ def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
 def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(app_state: AppState) -> None:
     why = "Nothing was gained on held-out pictures after step 300 <b>"
     make_run(app_state, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
-    card = runs.run_card(take_snapshot(app_state))
+    card = run_cards.run_card(take_snapshot(app_state))
     assert 'data-hint="early"' in card
     assert "after step 300 &lt;b&gt;" in card
     assert "Stopped early" in card
@@ -371,7 +371,7 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     app_state.jobs.show("old")
     snapshot = take_snapshot(app_state)
     assert (snapshot.shown.name, snapshot.active.name) == ("old", "new")
-    assert "Viewed while new trains." in runs.run_card(snapshot)
+    assert "Viewed while new trains." in run_cards.run_card(snapshot)
     assert 'data-run-name="new"' in top_bar.run_bar(snapshot)
     assert enabled(top_bar.run_actions(snapshot), "pause")
     assert 'href="#run/new"' in earlier(snapshot)

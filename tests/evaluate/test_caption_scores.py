@@ -12,7 +12,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, RunError
-from lora_core.evaluate.captions import (
+from lora_core.evaluate.caption_scores import (
     image_rows,
     mark_outliers,
     measure_run_images,
@@ -112,7 +112,7 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
     demo_base: BaseModel, checked: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: an encoder that does not see one of the words."""
-    from lora_core.evaluate import captions as triggers
+    from lora_core.evaluate import caption_scores as triggers
     from lora_core.models import encode
 
     hidden, *_ = trigger_candidates(demo_base, [record.caption for record in checked[:2]], 0)[5:]
