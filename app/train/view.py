@@ -97,8 +97,12 @@ def build_train(bindings: Bindings) -> None:
             build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
-                ("run-card", run_cards.run_card), ("queue", run_cards.queue_card), ("samples", run_cards.samples_card),
-                ("charts", run_cards.charts), ("earlier", run_cards.earlier), ("run-log", run_cards.log_card),
-            ):  # fmt: skip
+                ("run-card", run_cards.run_card),
+                ("queue", run_cards.queue_card),
+                ("samples", run_cards.samples_card),
+                ("charts", run_cards.charts),
+                ("earlier", run_cards.earlier),
+                ("run-log", run_cards.log_card),
+            ):
                 bindings.follow(html_block(elem_id=place), shows)
     build_action_bar(bindings, form, name)
