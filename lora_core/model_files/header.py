@@ -82,12 +82,18 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
         raise error(f"{path} is cut short, broken or no safetensors file: {reason}.") from problem
     metadata = values.pop("__metadata__", None) or {}
     for name, entry in values.items():
-        if len(name) > LONGEST_NAME or len(entry["shape"]) > 8 or entry["dtype"] not in DTYPES:
-            what = f"{entry['dtype']} {str(entry['shape'])[:60]}"
+        # The library also takes a list of the three values, and sides that torch cannot hold.
+        what = f"{entry['dtype']} {str(entry['shape'])[:60]}" if isinstance(entry, dict) else "a list"
+        usable = isinstance(entry, dict) and entry["dtype"] in DTYPES and _is_usable_shape(entry["shape"])
+        if len(name) > LONGEST_NAME or not usable:
             raise error(
                 f"{path} holds the tensor {name[:200]!r} ({what}), which no tool writes into a model."
             )
     return Header(values, metadata, 8 + length)
+
+
+def _is_usable_shape(shape: list[int]) -> bool:
+    return len(shape) <= 8 and max(shape, default=0) < 2**63
 
 
 def _refusal(start: bytes, length: int, size: int) -> str:

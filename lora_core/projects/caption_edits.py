@@ -7,7 +7,8 @@ does not match keeps every character.
 import difflib
 import json
 import re
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,12 @@ from lora_core.system.files import sync_folder, write_atomically
 EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
 PATIENCE = 5.0
 """Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
+# A pattern runs in a process of its own: `re` can neither be stopped nor shares the interpreter, and the
+# package `regex`, which does both, takes gigabytes to compile `((a{1000}){1000}){10}`.
+_PATTERN = """import json, re, sys
+sent = json.load(sys.stdin)
+pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
+json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
 
 SHOWN_ROWS = 8
 MOST_KEPT = 20
@@ -135,30 +142,32 @@ def _add_trigger(caption: str, trigger: str) -> str:
 def _replace(captions: list[str], edit: Edit) -> list[str]:
     if not edit.regex and not edit.any_case:
         return [caption.replace(edit.find, edit.put) for caption in captions]
-    # Unlike `re`, it can be stopped and lets other threads run: in the window a bad pattern would stop all.
-    import regex
-
-    find, put = edit.find, edit.put
-    if not edit.regex:
-        find, put = regex.escape(find), put.replace("\\", r"\\")
-    ends_at = time.monotonic() + PATIENCE
+    find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
     try:
-        pattern = regex.compile(find, regex.IGNORECASE if edit.any_case else 0)
+        pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)
         # The replacement is parsed when something matches first; an error should show before.
-        regex.compile(f"{find}|").sub(put, "")
-        return [
-            pattern.sub(put, caption, timeout=max(0.01, ends_at - time.monotonic()), concurrent=True)
-            for caption in captions
-        ]
-    except TimeoutError as error:
+        re.compile(f"{find}|").sub(put, "")
+    except re.error as error:
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
+    except (IndexError, RecursionError, OverflowError) as error:
+        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    if not edit.regex:
+        return [pattern.sub(put, caption) for caption in captions]
+    sent = {"find": find, "put": put, "any_case": edit.any_case, "texts": captions}
+    command = [sys.executable, "-I", "-S", "-c", _PATTERN]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(sent), capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+    except subprocess.TimeoutExpired as error:
         raise DatasetError(
             f"The pattern {edit.find!r} takes longer than {PATIENCE:.0f} s; make it simpler, without repeats"
             " inside of repeats."
         ) from error
-    except regex.error as error:
-        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
-    except (IndexError, RecursionError, OverflowError) as error:
-        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["it ended at once"])[-1]
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {last}.") from error
+    return [str(text) for text in json.loads(done.stdout)]
 
 
 def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _extra_sections(file: Path) -> list[dict[str, Any]]:
 
     try:
         document = yaml.safe_load(_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError):
+    # A value that is not of the type its tag says (`!!int ""`) ends in one of the other errors.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
         return []
     values = document.values() if isinstance(document, dict) else ()
     sections = [one for one in values if isinstance(one, dict)]

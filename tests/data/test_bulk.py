@@ -56,6 +56,7 @@ def test_edits(caption: str, edit: Edit, wanted: str) -> None:
         (Edit("append", put=" "), "Type first"),
         (Edit("replace", "(", "x", regex=True), "pattern"),
         (Edit("replace", "a", r"\1", regex=True), "cannot be used"),
+        (Edit("replace", "(?R)", "x", regex=True), "cannot be used"),
         (Edit("replace", "a", r"\g<x>", regex=True), "cannot be used"),
         (Edit("explode", "a"), "no change"),
     ],
@@ -77,6 +78,10 @@ def test_hostile_text_is_text() -> None:
     caption = '<img src=x onerror="1"> {{7*7}} \u202eabc 😀'
     assert one(caption, Edit("replace", "{{7*7}}", "<b>", regex=False)) == caption.replace("{{7*7}}", "<b>")
     assert one(caption, Edit("replace", "😀", "🙂", regex=True)) == caption.replace("😀", "🙂")
+
+
+def test_nested_repeats_take_no_memory() -> None:
+    assert one("a cat", Edit("replace", "((a{1000}){1000}){10}", "x", regex=True)) == "a cat"
 
 
 def test_differences_add_up_to_both_texts() -> None:

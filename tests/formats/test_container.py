@@ -74,6 +74,11 @@ MALFORMED = {
     "offset is true": (lambda p: raw_file(p, entry(data_offsets=[False, 16]), DATA), "boolean"),
     "negative shape": (lambda p: raw_file(p, entry(shape=[-2, -2]), DATA), "integer `-2`"),
     "broken shape": (lambda p: raw_file(p, entry(shape=[1.5, 2]), DATA), "1.5"),
+    "entry is a list": (lambda p: raw_file(p, {"a": ["F32", [2, 2], [0, 16]]}, DATA), "'a'.*a list"),
+    "a side that torch cannot hold": (
+        lambda p: raw_file(p, entry(shape=[0, 2**63], data_offsets=[0, 0])),
+        "which no tool writes",
+    ),
     "shape does not fit": (lambda p: raw_file(p, entry(shape=[2, 3]), DATA), "invalid shape"),
     "ten gigabytes claimed": (
         lambda p: raw_file(p, entry(shape=[2_500_000_000], data_offsets=[0, 10_000_000_000]), DATA),

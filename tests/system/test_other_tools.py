@@ -150,7 +150,18 @@ def test_extra_model_paths_of_comfyui(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\x00\xff: [", "- a\n- b\n", "a: {b: c}\n", ":\n :\n  |\n", "a:\n\tb: |\n\tc"]
+    "text",
+    [
+        "",
+        "\x00\xff: [",
+        "- a\n- b\n",
+        "a: {b: c}\n",
+        ":\n :\n  |\n",
+        "a:\n\tb: |\n\tc",
+        "a: !!bool maybe\n",
+        "a: !!int ''\n",
+        "a: !!timestamp x\n",
+    ],
 )
 def test_odd_settings_files_say_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
