@@ -86,7 +86,10 @@ MALFORMED = {
     ),
     "2^80 numbers claimed": (lambda p: raw_file(p, entry(shape=[2**40, 2**40]), DATA), "overflow computing"),
     "overlap": (lambda p: raw_file(p, two([0, 8], [4, 12]), bytes(12)), "offset for tensor `b`"),
-    "the same bytes twice": (lambda p: raw_file(p, two([0, 8], [0, 8]), bytes(8)), "offset for tensor `b`"),
+    "the same bytes twice": (
+        lambda p: raw_file(p, two([0, 8], [0, 8]), bytes(8)),
+        "offset for tensor `[ab]`",
+    ),
     "gap": (lambda p: raw_file(p, two([0, 8], [12, 20]), bytes(20)), "offset for tensor `b`"),
     "bytes left over": (lambda p: raw_file(p, GOOD, DATA + b"x"), "not fully covered"),
     "last byte missing": (lambda p: raw_file(p, GOOD, DATA[:-1]), "not fully covered"),
