@@ -344,12 +344,15 @@ NO_PATHS = {
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
     ("GET", "/easel/preview/now"), ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
     ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
-    ("GET", "/easel/insights"), ("POST", "/easel/insights"), ("GET", "/easel/inside/choices"),
-    ("GET", "/easel/inside/now"), ("GET", "/easel/inside/numbers.json"), ("POST", "/easel/inside/act"),
-    ("POST", "/easel/inside/cancel"), ("GET", "/easel/report/now"), ("POST", "/easel/report/cancel"),
+    ("GET", "/easel/insights"), ("POST", "/easel/insights"), ("GET", "/easel/toolbox/choices"),
+    ("GET", "/easel/toolbox/now"), ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
+    ("POST", "/easel/toolbox/cancel"), ("GET", "/easel/report/now"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
-    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/inside/start"),
-    ("POST", "/easel/inside/go-on"),
+    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
+    ("POST", "/easel/toolbox/go-on"),
+    ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"),
+    # What is kept is looked up later among what there is.
+    ("POST", "/easel/export/choose"), ("GET", "/easel/preview/axes"), ("POST", "/easel/preview/infotext"),
     # Only a file that the window has named itself is shown.
     ("POST", "/easel/show-file"),
 }  # fmt: skip
@@ -396,6 +399,18 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
         ("/easel/report/start", {"run": evil, "measure": measure}) for measure in (True, False)
     ],
     ("POST", "/easel/preview/forget"): lambda evil: [("/easel/preview/forget", {"file": evil})],
+    ("POST", "/easel/preview/put-back"): lambda evil: [("/easel/preview/put-back", {"file": evil})],
+    ("POST", "/easel/preview/bring-back"): lambda evil: [("/easel/preview/bring-back", {"place": evil})],
+    ("POST", "/easel/preview/file"): lambda evil: [
+        (f"/easel/preview/file?name={quote(evil, safe='')}", {"not": "a picture"})
+    ],
+    ("POST", "/easel/toolbox/file"): lambda evil: [
+        (f"/easel/toolbox/file?name={quote(evil, safe='')}", {"kept": "under its last name alone"})
+    ],
+    ("POST", "/easel/export/write"): lambda evil: [
+        ("/easel/export/write", {"run": evil}),
+        ("/easel/export/write", {"run": "first", "name": evil}),
+    ],
 }
 LEADING_OUT = [
     "../secret.png",
@@ -436,12 +451,13 @@ def test_paths_that_lead_out_lead_nowhere(client: TestClient, whole: Whole, meth
 
 
 def refused(answer: Any) -> bool:
-    """Not there, or a sentence, or an answer that says that nothing was changed."""
+    """Not there, or a sentence, or told that nothing was changed, or a copy among the dropped files."""
     if answer.status_code in (404, 405) or (answer.status_code == 204 and not answer.content):
         return True
     said = answer.json()
     nothing = said.get("given_up") is True or said.get("changed") == 0 or said.keys() == {"revision"}
-    return answer.status_code == 200 and ("problem" in said or nothing)
+    dropped = Path(said.get("file", "")).parent.parts[-2:] == ("tmp", "dropped")
+    return answer.status_code == 200 and ("problem" in said or nothing or dropped)
 
 
 # ---- files that were made to do harm
