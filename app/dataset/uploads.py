@@ -18,7 +18,7 @@ from lora_core.data.importer import Imported, TransferMode, import_files, import
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import Project
-from lora_core.system.files import parse_json
+from lora_core.system.files import expand_home, parse_json
 
 MOST_FILES = 40_000
 MOST_BATCHES = 8
@@ -189,7 +189,7 @@ class Importer:
         Raises:
             DatasetError: nothing is there, or another import is under way.
         """
-        where = Path(text.strip().strip('"')).expanduser()
+        where = expand_home(text.strip().strip('"'))
         if not text.strip():
             raise DatasetError("Type the path of a folder of pictures first.")
         try:

@@ -19,6 +19,7 @@ from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.choices import FORMATS
+from lora_core.system.files import expand_home
 from lora_core.system.other_tools import CopiedFile, copy_export
 
 PRECISIONS = {"fp16": "fp16, half the size", "bf16": "bf16", "fp32": "fp32, exact"}
@@ -218,7 +219,7 @@ def check_folder(text: str | None) -> Path:
     name = (text or "").strip().strip('"')
     if not name:
         raise RunError("Choose a folder to copy to, or type its path.")
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if not folder.is_dir():
         raise RunError(f"There is no folder at {folder}; make it first, or choose another.")
     return folder.absolute()

@@ -15,7 +15,7 @@ from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunE
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
-from lora_core.system.files import MARGIN, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 
 MOST_FILES = 12
 LONGEST_TABLE = 4000
@@ -173,7 +173,7 @@ def _files(rows: Any) -> list[dict[str, Any]]:
     for row in rows if isinstance(rows, list) else []:
         name = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
         if name:
-            path = Path(name).expanduser()
+            path = expand_home(name)
             if not path.is_file():
                 raise AdapterFileError(f"There is no file at {path}; choose another.")
             found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), "A strength")})
@@ -252,7 +252,7 @@ def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
     dataset = _text(
         sent, "dataset", "Choose what to measure on: a run, or a folder of pictures with captions."
     )
-    return {"dataset": str(Path(dataset).expanduser()), "base": _text(sent, "base", "Choose the base.")}
+    return {"dataset": str(expand_home(dataset)), "base": _text(sent, "base", "Choose the base.")}
 
 
 def default_stem(app_state: AppState, file: Path) -> str:
@@ -264,7 +264,7 @@ def default_stem(app_state: AppState, file: Path) -> str:
 
 def free_path(app_state: AppState, source: str, suffix: str) -> Path:
     """Path for a file made from `source`: beside a run's exports, else in the project."""
-    file = Path(source).expanduser()
+    file = expand_home(source)
     run_view = find_owner(take_snapshot(app_state), str(file))
     folder = run_view.run.exports if run_view else app_state.project.path / ADDED
     return unused_path(folder, f"{default_stem(app_state, file)[:80]}-{suffix}")

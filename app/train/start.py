@@ -34,6 +34,7 @@ from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast
 from lora_core.runs.preflight import caption_bytes
 from lora_core.settings.config import RunConfig, label_of
 from lora_core.settings.schema import AUTO
+from lora_core.system.files import expand_home
 from lora_core.system.hardware import card_problem
 
 MOST_LISTED = 8
@@ -340,7 +341,7 @@ def build_like(bindings: Bindings, form: TrainForm) -> None:
         try:
             if not name:
                 raise ConfigError("Choose a file, or type its path first.")
-            settings = settings_from_lora(Path(name).expanduser())
+            settings = settings_from_lora(expand_home(name))
             app_state.like_said = take_settings(app_state.project, settings, Path(name).name)
         except (LoraError, OSError, ValueError) as error:
             app_state.like_said = problem_html(error)

@@ -36,6 +36,7 @@ from lora_core.model_files.hub import Download
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import help_of, label_of
+from lora_core.system.files import expand_home
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
@@ -239,13 +240,13 @@ def base_choices(app_state: AppState) -> list[tuple[str, str]]:
 
 
 def _key(name: str) -> str:
-    path = Path(name).expanduser()
+    path = expand_home(name)
     return str(path.resolve()) if path.exists() else name
 
 
 def _there(name: str) -> bool:
     """Whether an earlier base can be offered: hub ids always, paths if they exist."""
-    return Path(name).expanduser().exists() or not Path(name).is_absolute()
+    return expand_home(name).exists() or not Path(name).is_absolute()
 
 
 def build_picker(bindings: Bindings) -> tuple[dict[str, Any], Any]:
@@ -349,7 +350,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
     values = {**values, "model.base": name}
     new = lookup_base(name)
-    if new.problem and (added := _added_folder(app_state, Path(name).expanduser())):
+    if new.problem and (added := _added_folder(app_state, expand_home(name))):
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
         # Needed once its files arrive, to know whose starting values the form holds.

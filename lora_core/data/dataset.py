@@ -27,7 +27,7 @@ from lora_core.data.scan import (
     walk_files,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import DEMO_TRAIN, clean_text, write_atomically
+from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, write_atomically
 
 HOLDOUT_LIST = "held_out.txt"
 
@@ -174,7 +174,7 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     Raises:
         DatasetError: it does not exist, is neither, cannot be unpacked, or holds no picture file.
     """
-    path = DEMO_TRAIN if str(where) == "demo" else Path(where).expanduser().absolute()
+    path = DEMO_TRAIN if str(where) == "demo" else expand_home(where).absolute()
     if not path.exists():
         raise DatasetError(
             f"The dataset {where} does not exist; give a folder of pictures, a zip of one, or `demo`."

@@ -16,7 +16,7 @@ from lora_core.errors import ModelFileError
 from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
 from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
-from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS, parse_json
+from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS, expand_home, parse_json
 
 EMBEDDED = "demo"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -138,7 +138,7 @@ def base_path(name: str) -> Path:
     """
     if name in (EMBEDDED, ""):
         return DEMO_BASE
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir() or path.is_file():
         return path
     if is_hub_id(name):
@@ -160,7 +160,7 @@ def is_hub_id(name: str) -> bool:
 def is_remote(name: str) -> bool:
     """Whether `name` is a hub id that is not yet completely downloaded."""
     name = name.strip()
-    return is_hub_id(name) and not Path(name).expanduser().exists() and _cached_folder(name) is None
+    return is_hub_id(name) and not expand_home(name).exists() and _cached_folder(name) is None
 
 
 def _cached_folder(repo: str) -> Path | None:
@@ -427,7 +427,7 @@ def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> 
 
 def _changed_at(name: str) -> tuple[int, int]:
     try:
-        found = Path(name).expanduser().stat()
+        found = expand_home(name).stat()
     except (OSError, ValueError):
         return 0, 0
     return found.st_mtime_ns, found.st_size

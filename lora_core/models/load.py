@@ -51,7 +51,7 @@ from lora_core.models.weight_files import (
     unet_in_file,
     vae_in_file,
 )
-from lora_core.system.files import CLIP_TOKENIZER
+from lora_core.system.files import CLIP_TOKENIZER, expand_home
 
 TITLES = {"unet": "UNet", "vae": "VAE"}
 """Components in messages, where the part's own name is no word."""
@@ -285,7 +285,7 @@ class _ComponentBuilder:
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
-        place = Path(other).expanduser() if other else self.facts.path / "vae"
+        place = expand_home(other) if other else self.facts.path / "vae"
         if other and not place.exists():
             raise ModelFileError(f"The VAE {other} does not exist; give a folder or a .safetensors file.")
         if place.is_dir():

@@ -15,7 +15,7 @@ from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
-from lora_core.system.files import clean_text, folder_bytes, write_atomically
+from lora_core.system.files import clean_text, expand_home, folder_bytes, write_atomically
 
 DEFAULT = "default"
 _OPEN = "open.json"
@@ -171,7 +171,7 @@ def open_images(name: str, workspace: Path) -> Project:
     """
     if name == DEMO:
         raise DatasetError("The demo's pictures and captions stay as they are; copy them to work on them.")
-    folder = Path(name).expanduser().absolute()
+    folder = expand_home(name).absolute()
     if folder.parent == workspace / "projects" and folder.is_dir():
         return Project(folder)
     if folder.is_dir():

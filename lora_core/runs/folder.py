@@ -22,7 +22,14 @@ from lora_core.errors import ConfigError, RunError
 from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
-from lora_core.system.files import clear_abandoned, is_device, parse_json, workspace, write_atomically
+from lora_core.system.files import (
+    clear_abandoned,
+    expand_home,
+    is_device,
+    parse_json,
+    workspace,
+    write_atomically,
+)
 from lora_core.system.processes import hold_lock, live_process
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
@@ -305,7 +312,7 @@ def find_run(name: str | Path, place: str | Path | None = None) -> RunFolder:
     Raises:
         RunError: there is neither.
     """
-    path = Path(name).expanduser().absolute()
+    path = expand_home(name).absolute()
     try:
         if (path / "config.toml").is_file():
             return RunFolder(path.resolve())

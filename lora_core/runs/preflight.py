@@ -36,7 +36,7 @@ from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_fold
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
-from lora_core.system.files import MARGIN, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
 RATES: dict[str, tuple[float, float]] = {
@@ -182,7 +182,7 @@ def _found_by(check: Callable[[], object], kind: str) -> list[RunProblem]:
 
 
 def _check_vae(name: str) -> None:
-    place = Path(name).expanduser()
+    place = expand_home(name)
     if not name or place.suffix.lower() == ".ckpt":
         return
     if not place.exists():
@@ -195,7 +195,7 @@ def _check_vae(name: str) -> None:
 
 def _check_adapter(name: str, family: Family | None) -> None:
     """The LoRA to start from exists, is whole, and is for a base of this family where its header says so."""
-    file = Path(name).expanduser()
+    file = expand_home(name)
     if name in ("", "default"):
         return
     if not file.is_file():

@@ -47,7 +47,7 @@ def workspace(chosen: str | Path | None = None) -> Path:
         or os.environ.get("LORA_EASEL_HOME")
         or platformdirs.user_data_dir("lora-easel", appauthor=False)
     )
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -251,6 +251,11 @@ def clean_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if not isinstance(value, int) or abs(value) <= _LARGEST else None
+
+
+def expand_home(path: str | Path) -> Path:
+    """Expand `~`; unlike `Path.expanduser`, a user that does not exist is no error."""
+    return Path(os.path.expanduser(path))
 
 
 def parse_json(text: str | bytes) -> Any:

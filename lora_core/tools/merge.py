@@ -32,7 +32,7 @@ from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
 from lora_core.settings.config import load_toml, parse_toml
 from lora_core.settings.schema import PatternError, compile_pattern, last_matches
-from lora_core.system.files import parse_json, sync_folder
+from lora_core.system.files import expand_home, parse_json, sync_folder
 from lora_core.tools.delta import (
     BaseWeights,
     Update,
@@ -81,7 +81,7 @@ def parse_block_weights(text: str, files: int) -> BlockWeights:
     """
     if not text:
         return {}
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if path.suffix == ".toml" and not path.exists():
         raise ConfigError(f"The table {path} of --blocks does not exist.")
     table = dict(_flatten(load_toml(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)

@@ -59,7 +59,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, AdapterSection, ModelSection, OptimizerSection
-from lora_core.system.files import write_atomically
+from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage, short_digest
 from lora_core.train.loop import EMA, TrainState
 from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets
@@ -253,7 +253,7 @@ def base_inputs(model: ModelSection) -> dict[str, str]:
         for part in (*facts.family.parts, "vae", "scheduler", *sorted(tokenizers)):
             found[f"the {part.replace('_', ' ')} of the base"] = _component_digest(facts.path / part, part)
     if model.vae:
-        place = Path(model.vae).expanduser()
+        place = expand_home(model.vae)
         digest = _component_digest(place, "vae") if place.is_dir() else weights_digest(place)
         found[f"the VAE {place.name}"] = digest
     return found
@@ -338,7 +338,7 @@ class AdapterPlan:
 
 def start_file(section: AdapterSection) -> Path | None:
     """The file of the LoRA to start from, or None."""
-    return None if section.init.strip() in ("", FRESH) else Path(section.init).expanduser()
+    return None if section.init.strip() in ("", FRESH) else expand_home(section.init)
 
 
 def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:

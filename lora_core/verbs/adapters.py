@@ -11,6 +11,7 @@ from lora_core.generate.request import Axis, GenerationRequest, grid_requests, g
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS, PRECISIONS
+from lora_core.system.files import expand_home
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import (
     FILE_PRECISIONS,
@@ -395,7 +396,7 @@ def copy(
     """
     from lora_core.system.other_tools import copy_export
 
-    source, target = Path(file), Path(folder).expanduser()
+    source, target = Path(file), expand_home(folder)
     if not source.exists() and not source.suffix:
         run = find_run(file, workspace)
         source = run.path / (run.progress().export or "export")

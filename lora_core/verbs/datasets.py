@@ -9,6 +9,7 @@ from lora_core.errors import DatasetError, RunError
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
+from lora_core.system.files import expand_home
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import File, Measure, Progress, load_images, verb
 
@@ -220,7 +221,7 @@ def projects_import(
     from lora_core.data.importer import TransferMode, import_files, import_folder
     from lora_core.projects.project import Project
 
-    projects, where = _projects(workspace), Path(source).expanduser().absolute()
+    projects, where = _projects(workspace), expand_home(source).absolute()
     into = Project(projects.folder / projects.find_key(project))
     if not where.is_dir() and not where.is_file():
         raise DatasetError(f"There is no folder, zip or picture at {where}.")

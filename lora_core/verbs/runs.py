@@ -14,6 +14,7 @@ from lora_core.model_files.starting_settings import settings_from_lora, starting
 from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
+from lora_core.system.files import expand_home
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import FILE_PRECISIONS, File, check_precision, load_images, verb
 
@@ -78,7 +79,7 @@ def run_config(
     """
     demo = str(dataset) == "demo"
     asked = {**(settings_from_lora(Path(like)).values if like else {}), **flattened(settings or {})}
-    asked["dataset.path"] = "demo" if demo else str(Path(dataset).expanduser().absolute())
+    asked["dataset.path"] = "demo" if demo else str(expand_home(dataset).absolute())
     # Before the preset's own rate is lost to the word `auto`.
     asked = dict(with_switches(asked))
     start = preset or ("demo" if demo else "")
@@ -111,7 +112,7 @@ def _family_of(base: object) -> "Family | None":
 
 def _in_full(place: str) -> str:
     """The full path of what exists, since a run may be resumed from elsewhere; other words stay."""
-    path = Path(place).expanduser()
+    path = expand_home(place)
     return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
 
 

@@ -116,6 +116,13 @@ def test_the_demo_s_preset_is_for_the_embedded_base_alone(app_state: AppState, t
     assert app_state.project.draft()["level"] == "balanced"
 
 
+def test_a_base_below_a_home_that_nobody_has_is_a_sentence(app_state: AppState) -> None:
+    app_state.project.update_draft(values={"model.base": "~no-such-user/base.safetensors"})
+    snapshot = take_snapshot(app_state)
+    assert "does not exist" in snapshot.plan.base.problem
+    assert blockers(snapshot)
+
+
 def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -> None:
     file = tmp_path / "<b>x.safetensors"
     file.write_text("<html>")

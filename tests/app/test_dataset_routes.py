@@ -143,7 +143,13 @@ def test_a_link_to_another_disk_is_shown_but_no_other_link(
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("", "Type the path"), ("/nowhere/at all", "no folder at"), ("a\0b", "no folder at")]
+    ("path", "said"),
+    [
+        ("", "Type the path"),
+        ("/nowhere/at all", "no folder at"),
+        ("a\0b", "no folder at"),
+        ("~no-such-user/a", "no folder at"),
+    ],
 )
 def test_a_path_that_is_none_is_a_sentence(client: TestClient, path: str, said: str) -> None:
     assert said in client.post("/easel/import", json={"path": path}).json()["problem"]
