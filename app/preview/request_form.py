@@ -191,7 +191,7 @@ def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highe
     value = given.get(name)
     try:
         number = usual if value is None or value == "" else float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{_TITLES[name]} should be a number, not {str(value)[:40]!r}.") from error
     if not lowest <= number <= highest:
         raise ConfigError(f"{_TITLES[name]} {number:g} is out of range; it goes from {lowest} to {highest}.")

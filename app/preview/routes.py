@@ -101,7 +101,8 @@ def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         on = what == "strip" or strip_is_on(app_state.project, base_for(snapshot, rows))
         strip = strip_values(app_state.project) if on else ()
         if what == "strip":
-            strip = parse_strengths((sent.get("strip") or {}).get("values"))
+            typed = sent.get("strip")
+            strip = parse_strengths(typed.get("values") if isinstance(typed, dict) else "")
             shot.at("strength", 0.0)
     except LoraError as error:
         if what == "grid":

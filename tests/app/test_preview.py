@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_in
 from app.preview.infotext import apply_infotext, infotext_table, read_infotext
 from app.preview.loras import ADDED, lora_groups, unused_path
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.routes import open_tab, take_rows
+from app.preview.routes import generate, open_tab, take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
@@ -164,6 +165,16 @@ def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
     assert preview_form.strip_values(app_state.project) == (0.0, 0.5)
     preview_form.take_sent_form(app_state.project, {"rows": [], "fields": {"prompt": ["a"]}, "grid": 3})
     assert preview_form.form_data(take_snapshot(app_state))["rows"] == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [{"what": "strip", "strip": "x"}, {"what": "strip", "strip": [1]}, {"fields": {"seed": 10**400}}],
+    ids=["text", "list", "seed"],
+)
+def test_a_form_of_another_kind_is_refused_in_a_sentence(app_state: AppState, sent: dict[str, Any]) -> None:
+    assert "rev" in generate(app_state, {"rows": [], **sent})
+    assert app_state.render_queue.view().state == "error"
 
 
 def test_a_moved_strength_draws_the_shown_image_anew(app_state: AppState, tmp_path: Path) -> None:
