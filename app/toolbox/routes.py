@@ -34,8 +34,8 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
         return Answer({"file": str(path)}, headers=FRESH)
 
     @app.get("/easel/toolbox/numbers.json")
-    async def numbers() -> Response:
-        found = {key: value for key, value in toolbox.found.items() if key not in ("id", "event")}
+    async def numbers(tool: str = "") -> Response:
+        found = {key: value for key, value in toolbox.found(tool).items() if key not in ("id", "event")}
         text = json.dumps(found, indent=1)
         headers = {"Content-Disposition": 'attachment; filename="numbers.json"', **FRESH}
         return Response(text, media_type="application/json", headers=headers)
@@ -47,16 +47,17 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 class Toolbox:
-    """Runs the tools, one at a time, and keeps the last result for follow-up actions."""
+    """Runs the tools, one at a time, and keeps the last result of each for follow-up actions."""
 
     def __init__(self, app_state: AppState) -> None:
         """Start without a result."""
         self.task = BackgroundTask(app_state.worker)
         self._app_state = app_state
-        self._tool = ""
-        self._asked: dict[str, Any] = {}
-        self.found: dict[str, Any] = {}
-        self._html = ""
+        self._results: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+
+    def found(self, tool: str) -> dict[str, Any]:
+        """The last result of a tool; a page shows those of several."""
+        return self._results[tool][1] if tool in self._results else {}
 
     def start(self, sent: dict[str, Any]) -> None:
         """Start what a page asks for.
@@ -68,13 +69,13 @@ class Toolbox:
         request = build_worker_request(self._app_state, tool, sent)
 
         def shows(result: dict[str, Any]) -> str:
-            self._tool, self._asked, self.found = tool, request, result
             if TOOLS[tool].makes == "base":
                 self._app_state.places.keep("bases", str(result["file"]))
             if tool == "strength":
                 self._keep_best(str(request["file"]), result["strength"]["strengths"])
-            self._html = result_html(tool, request, self._linked(result))
-            return self._html
+            html = result_html(tool, request, self._linked(result))
+            self._results[tool] = request, result, html
+            return html
 
         self.task.start(TOOLS[tool].title, request, shows, tool)
 
@@ -84,21 +85,23 @@ class Toolbox:
         Raises:
             RunError: nothing was measured that it could be made of.
         """
-        do, asked, found = str(sent.get("do")), self._asked, self.found
-        if do == "shrink" and "intrinsic" in found:
-            more, suffix = {"ranks": found["intrinsic"]["ranks"]}, f"rank{found['intrinsic']['rank']}"
-        elif do == "bake" and "strength" in found:
-            more, suffix = {"strengths": found["strength"]["strengths"]}, "baked"
-        else:
+        do = str(sent.get("do"))
+        tool = {"shrink": "intrinsic", "bake": "strength"}.get(do, "")
+        if tool not in self._results:
             raise RunError("Measure first; there is no result to make a file from.")
-        before = self._html
+        asked, result, before = self._results[tool]
+        found = result[tool]
+        if do == "shrink":
+            more, suffix = {"ranks": found["ranks"]}, f"rank{found['rank']}"
+        else:
+            more, suffix = {"strengths": found["strengths"]}, "baked"
         out = free_path(self._app_state, asked["file"], suffix)
         request = {"do": do, "file": asked["file"], "out": str(out), **more}
         self.task.start(
             "Writing the file",
             request,
             lambda result: f"{written_html(self._linked(result))}{before}",
-            self._tool,
+            tool,
         )
 
     def _keep_best(self, file: str, strengths: list[float]) -> None:

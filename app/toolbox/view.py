@@ -51,7 +51,7 @@ def result_html(tool: str, request: Row, result: Row) -> str:
     if tool == "check":
         return file_facts(names[0], result)
     shown = _stack(result["stack"], names) if tool == "stack" else SHOWN[tool](result)
-    return render("toolbox/result.html", names=" and ".join(names), shown=shown)
+    return render("toolbox/result.html", tool=tool, names=" and ".join(names), shown=shown)
 
 
 def _name(file: str) -> str:

@@ -207,7 +207,8 @@ def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: Test
     assert 'data-toolbox-act="shrink"' in now["html"]
     # A page that knows it is not told again.
     assert "html" not in client.get(f"/easel/toolbox/now?known={now['revision']}").json()
-    assert client.get("/easel/toolbox/numbers.json").json()["intrinsic"]["rank"] == 1
+    assert client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()["intrinsic"]["rank"] == 1
+    assert client.get("/easel/toolbox/numbers.json?tool=../x").json() == {}
     assert say(client, "toolbox/act", do="shrink") == {"done": True}
     now = ended(client)
     assert "mine-rank1.safetensors" in now["html"]
@@ -221,6 +222,12 @@ def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: Test
     assert app_state.project.draft()["best_strengths"] == {str(file): 0.8}, "the Preview tab marks it"
     say(client, "toolbox/act", do="bake")
     assert "mine-baked.safetensors" in ended(client)["html"]
+    # The page still shows the result of the other tool, with its button and its link.
+    assert "strength" not in client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()
+    assert say(client, "toolbox/act", do="shrink") == {"done": True}
+    now = ended(client)
+    assert now["name"] == "intrinsic"
+    assert "mine-rank1-2.safetensors" in now["html"]
 
 
 def test_files_from_elsewhere_are_made_in_the_project(
