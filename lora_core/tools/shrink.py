@@ -281,6 +281,7 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
     Raises:
         AdapterFileError: it is no plain LoRA, or cannot be written.
     """
+    check_out(to.out)
     weights, family = load_plain_lora(to.source, known)
     to.save(truncate_to_ranks(decompose(weights), ranks)[0], family, SHRUNK_KEY, record)
     return f"The file is {to.times_smaller:.1f} times smaller."

@@ -102,6 +102,8 @@ def test_shrinking_to_the_planted_rank_loses_nothing(worker: Worker, planted: Pa
     ranks = [{"part": part, "module": module, "rank": 2} for part, module in LAYERS]
     done(worker, do="shrink", file=str(planted), out=str(cut), ranks=ranks)
     assert {row["numeric_rank"] for row in file_spectrum(cut)["layers"]} == {2}
+    again = {"id": "x", "do": "shrink", "file": str(planted), "out": str(cut), "ranks": ranks}
+    assert "exists already" in worker.error(again)
 
 
 def test_a_strength_is_baked_in(worker: Worker, planted: Path, tmp_path: Path) -> None:
