@@ -500,7 +500,7 @@ def amplified_html(report: Row) -> str:
     """The heat map of amplification by block.
 
     Args:
-        report: of `tools.amplification.file_amplification`.
+        report: of `tools.analysis.file_amplification`.
     """
     blocks: Sequence[Row] = report["blocks"]
     overall = report["amplification"]

@@ -346,7 +346,9 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
         for name in FIELDS:
             value = config.get(name)
             if isinstance(value, str) and _is_path(value):
-                instead = f"<{name}>{PureWindowsPath(value).suffix}"
+                # A folder's name may have a dot too.
+                suffix = PureWindowsPath(value).suffix
+                instead = f"<{name}>{suffix if suffix in ('.safetensors', '.ckpt', '.zip') else ''}"
                 pairs += [(form, instead) for form in _json_forms(value)]
         pairs.append((config.dataset.trigger, "<trigger>"))
         pairs += [(prompt, "<prompt>") for prompt in config.sample.prompts]

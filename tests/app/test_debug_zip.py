@@ -69,13 +69,18 @@ def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
 def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(app_state: AppState) -> None:
     changed = ["the picture zoë.png", "the picture zuzana.png", "the package torch"]
     reason = f"Since the run a began, this has changed: {', '.join(changed)}."
-    run = make_run(app_state, "a", started(), events.Failed(reason=reason, changed=changed))
+    failure = events.Failed(reason=reason, changed=changed)
+    folder = {"dataset__path": "/mnt/d/marta.zuzana", "model__base": "/mnt/d/b.safetensors"}
+    run = make_run(app_state, "a", started(), failure, **folder)
     # The second one came after the run began.
     run.inputs_file.write_text(json.dumps({"the picture zoë.png": "ab"}))
     run_view = app_state.jobs.run_view(run)
     app_state.jobs.state(run_view)
     with zipfile.ZipFile(io.BytesIO(debug_zip(run_view.run, app_state.workspace))) as archive:
         lines = archive.read("events.jsonl").decode().splitlines()
+        settings = archive.read("settings.toml").decode()
+    assert 'path = "<dataset.path>"' in settings
+    assert 'base = "<model.base>.safetensors"' in settings
     failed = json.loads(lines[-1])
     assert failed["changed"] == 3
     assert "zo" not in failed["reason"]
