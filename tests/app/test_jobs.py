@@ -180,7 +180,7 @@ def test_names_that_are_no_folder_s_are_refused(app_state: AppState, name: str) 
 
 def test_facts_before_start(app_state: AppState, pictures: list[Path]) -> None:
     snapshot = take_snapshot(app_state)
-    assert "3 images, 1 without a caption;" in details(snapshot)
+    assert "3 pictures, 1 without a caption;" in details(snapshot)
     assert "Captions vary" not in details(snapshot)
     assert "start-why" not in facts(snapshot)
     assert "Effective learning rate" not in details(snapshot)

@@ -101,7 +101,7 @@ def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None
     (one,) = list_trash(app_state.workspace)
     assert restore(one, app_state.workspace) == kept.file
     assert [one.file for one in History(app_state.generated).newest()] == [kept.file]
-    with pytest.raises(RunError, match="no picture"):
+    with pytest.raises(RunError, match="no image"):
         history.remove("../../draft.json", app_state.workspace)
 
 

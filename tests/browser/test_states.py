@@ -93,7 +93,7 @@ def test_a_first_visit_teaches_and_each_button_that_is_off_says_why(page: Any) -
     open_tab(page, "Train")
     assert page.get_attribute("#run-status", "data-state") == "none"
     assert page.is_disabled("#start")
-    assert "images" in page.inner_text("#start-why")
+    assert "pictures" in page.inner_text("#start-why")
 
 
 def test_after_a_run_each_button_that_is_off_says_why(look: Any) -> None:
