@@ -41,7 +41,7 @@ from lora_core.data.scan import (
     walk_files,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text, replacing
+from lora_core.system.files import clean_text, file_bytes, replacing
 
 _CHUNK = 1 << 20
 
@@ -343,8 +343,8 @@ class _Import:
             self._by_size = {}
             for path in walk_files(self.into, IMAGE_SUFFIXES):
                 if isinstance(path, Path) and _Incoming(path, self.name_of(path)).is_picture:
-                    self._by_size.setdefault(path.stat().st_size, []).append(path)
-        for path in self._by_size.get(file.stat().st_size, []):
+                    self._by_size.setdefault(file_bytes(path), []).append(path)
+        for path in self._by_size.get(file_bytes(file), []):
             with contextlib.suppress(OSError):
                 if filecmp.cmp(path, file, shallow=False):
                     return path

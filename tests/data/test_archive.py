@@ -2,10 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_core.data import importer
 from lora_core.data.dataset import scan
 from lora_core.data.importer import TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError
@@ -150,6 +153,21 @@ def test_the_same_bytes_come_in_once(tmp_path: Path, draw: Draw) -> None:
     )
     assert "renamed.png is already here, as b.png." in [one.sentence for one in again.skipped]
     assert listed(into) == sorted([*first, "b.txt", "c.png"])
+
+
+def test_a_picture_that_disappears_meanwhile_is_no_fault(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = draw(tmp_path / "into" / "kept.png", seed=1)
+    walk = importer.walk_files
+
+    def walk_and_lose(*arguments: Any) -> Iterator[Any]:
+        yield from walk(*arguments)
+        yield kept.with_name("lost.png")
+
+    monkeypatch.setattr(importer, "walk_files", walk_and_lose)
+    new = draw(tmp_path / "new.png", seed=2)
+    assert [path.name for path in import_files([new], kept.parent).added] == ["new.png"]
 
 
 def test_two_new_pictures_may_be_alike(tmp_path: Path, draw: Draw) -> None:
