@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 TORCH_INDEX = "https://download.pytorch.org/whl/"
-PROBE_SECONDS = 5
+PROBE_SECONDS, SIGN_SECONDS = 5, 20
 OLDEST_DRIVER = 525
 """Of NVIDIA's, that runs CUDA 12."""
 LOCK = "launch.lock"
@@ -88,19 +88,21 @@ def has_base() -> bool:
 
 @dataclass(frozen=True)
 class Cards:
-    """The graphics cards of this machine that drivers tell of without PyTorch.
+    """The graphics cards of this machine, as far as drivers and the system tell without PyTorch.
 
     Attributes:
         nvidia: whether there is an NVIDIA card.
         driver: its driver's number (580.65 -> 580), 0 if unknown.
         capabilities: compute capability of each NVIDIA card; drivers before 510 do not tell it.
         amd: whether there is a card that AMD's ROCm runs on.
+        intel: whether there is a card of Intel's beside the processor's own graphics.
     """
 
     nvidia: bool = False
     driver: int = 0
     capabilities: tuple[float, ...] = ()
     amd: bool = False
+    intel: bool = False
 
 
 def find_cards() -> Cards:
@@ -108,8 +110,40 @@ def find_cards() -> Cards:
     # Separate queries: drivers without `compute_cap` fail a combined one.
     drivers, capabilities = nvidia_smi("driver_version"), nvidia_smi("compute_cap")
     nvidia = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
-    # APUs may have /dev/kfd too; ROCm's build falls back to the processor.
-    return Cards(nvidia, int(max(drivers, default=0)), tuple(capabilities), os.path.exists("/dev/kfd"))
+    names = windows_adapters()
+    return Cards(
+        nvidia or any("NVIDIA" in name for name in names),
+        int(max(drivers, default=0)),
+        tuple(capabilities),
+        # APUs may have /dev/kfd too; ROCm's build falls back to the processor.
+        os.path.exists("/dev/kfd") or any("Radeon RX" in name or "Radeon PRO" in name for name in names),
+        intel_card() or any("Arc" in name for name in names),
+    )
+
+
+def windows_adapters() -> list[str]:
+    """Display adapter names on Windows, [] elsewhere."""
+    names: list[str] = []
+    if sys.platform == "win32":
+        import winreg
+
+        display = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
+        for number in range(16):
+            path = rf"{display}\{number:04}"
+            with contextlib.suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+                names.append(str(winreg.QueryValueEx(key, "DriverDesc")[0]))
+    return names
+
+
+def intel_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether Linux lists an Intel display controller besides the integrated one (always 00:02.0)."""
+    for device in devices.glob("*") if devices.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if device.name.endswith("00:02.0") or (device / "vendor").read_text().strip() != "0x8086":
+                continue
+            if (device / "class").read_text().startswith("0x03"):
+                return True
+    return False
 
 
 def nvidia_smi(field: str) -> list[float]:
@@ -127,9 +161,10 @@ def nvidia_smi(field: str) -> list[float]:
 def torch_backend(system: str, cards: Cards) -> str:
     """The part of PyTorch's own index that suits the machine better than PyPI's build, or "".
 
-    PyPI has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13 wants a driver
-    from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves cards from Maxwell (5.0) up to Hopper (9.0).
-    Of several cards the newest is served, and the older ones too where one build serves all.
+    The default index has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13
+    wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves cards from Maxwell (5.0) up
+    to Hopper (9.0). Of several cards the newest is served, and the older ones too where one build serves all.
+    AMD's cards have builds for Linux only.
 
     Source: the CUDA support matrix in RELEASE.md of github.com/pytorch/pytorch.
     """
@@ -142,22 +177,32 @@ def torch_backend(system: str, cards: Cards) -> str:
         if 0 < cards.driver < 580 or (0 < oldest < 7.5 and newest < 10):
             return "cu128" if newest >= 10 else "cu126"
         return "cu130" if system == "Windows" else ""
-    return "rocm6.4" if cards.amd and system == "Linux" else "cpu"
+    if cards.amd and system == "Linux":
+        return "rocm6.4"
+    if cards.intel:
+        return "xpu"
+    return "cpu" if system == "Linux" else ""
 
 
-def card_note(cards: Cards) -> str:
-    """What keeps an NVIDIA card from being used, or ""."""
+def card_notes(system: str, cards: Cards) -> list[str]:
+    """What keeps a card from being used, one sentence each."""
+    found = []
     if 0 < cards.driver < OLDEST_DRIVER:
-        return (
+        found.append(
             f"The NVIDIA driver {cards.driver} is too old for PyTorch: install driver 580 or newer from"
             " nvidia.com, or the processor trains."
         )
     if cards.capabilities and max(cards.capabilities) < 5.0:
-        return (
+        found.append(
             f"The NVIDIA card (compute capability {max(cards.capabilities)}) is older than PyTorch supports"
             " (5.0), so the processor trains."
         )
-    return ""
+    if system == "Windows" and cards.amd and not cards.nvidia:
+        found.append(
+            "PyTorch's index has no build for AMD cards on Windows, so the processor trains; on Linux the"
+            " card can be used."
+        )
+    return found
 
 
 def answers(url: str) -> bool:
@@ -183,12 +228,40 @@ def pip(*arguments: str, quiet: bool = False) -> bool:
 
 
 def run_install(command: list[str], quiet: bool = False) -> bool:
-    """Run an installer on .venv, which shows its own progress; returns whether it succeeded."""
+    """Run an installer on .venv and show its progress; returns whether it succeeded."""
     foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
-    output = subprocess.DEVNULL if quiet else None
-    return not subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+    if quiet or (sys.stdout and sys.stdout.isatty()):  # on a terminal pip draws its own progress bars
+        output = subprocess.DEVNULL if quiet else None
+        return not subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+    ended = threading.Event()
+    threading.Thread(target=give_signs, args=(ended,), daemon=True).start()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        for line in process.stdout or ():
+            text = worth_saying(line.decode("utf-8", "replace").strip())
+            if text:
+                say(f"  {text}")
+    ended.set()
+    return process.returncode == 0
+
+
+def give_signs(ended: threading.Event) -> None:
+    """Print a sign of life now and then."""
+    began = time.monotonic()
+    while not ended.wait(SIGN_SECONDS):
+        say(f"  still at work after {time.monotonic() - began:.0f} s")
+
+
+def worth_saying(line: str) -> str:
+    """The short form of a line of pip's output that the user wants to see, or ""."""
+    if line.startswith("Downloading ") and line.endswith(" MB)"):
+        return line if float(line[:-4].rpartition("(")[2]) >= 10 else ""
+    if line.startswith("Installing collected packages:"):
+        return f"unpacking {line.count(',') + 1} packages" if "," in line else ""
+    return ""
 
 
 def pip_errors() -> str:
@@ -242,12 +315,12 @@ def install_torch(cards: Cards) -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     torch = next(text for text in project["dependencies"] if text.startswith("torch"))
-    if note := card_note(cards):
+    for note in card_notes(platform.system(), cards):
         say(note)
     backend = torch_backend(platform.system(), cards)
     if not backend:
         return
-    say("PyTorch, the build for this computer ...")
+    say(f"PyTorch, the build for {'this processor' if backend == 'cpu' else 'the graphics card'} ...")
     if pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
         return
     if not answers(f"{TORCH_INDEX}{backend}/"):
@@ -260,8 +333,8 @@ def install_torch(cards: Cards) -> None:
 def uv(torch: str, backend: str) -> bool:
     """Install the PyTorch that uv finds for this machine; returns whether it could.
 
-    uv knows AMD and Intel cards and drivers, but not which cards a CUDA build lacks kernels for: if `backend`
-    is an older CUDA, it is passed on.
+    uv knows AMD cards and drivers, but not which cards a CUDA build lacks kernels for: if `backend` is an
+    older CUDA, it is passed on.
     """
     if not pip("uv", "--only-binary", ":all:", quiet=True):
         return False

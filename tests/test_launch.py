@@ -1,4 +1,5 @@
-"""launch.py and app/install.py without an installation: versions, stamps, which PyTorch."""
+"""launch.py and app/install.py without an installation: versions, stamps, which PyTorch, what pip's lines
+become."""
 
 import ast
 import json
@@ -128,7 +129,7 @@ def nvidia(driver: int, *capabilities: float) -> install.Cards:
 
 
 NONE = install.Cards()
-AMD = install.Cards(amd=True)
+AMD, INTEL = install.Cards(amd=True), install.Cards(intel=True)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ AMD = install.Cards(amd=True)
     [
         ("Linux", install.Cards(), "cpu"),
         ("Linux", AMD, "rocm6.4"),
+        ("Linux", INTEL, "xpu"),
         ("Linux", install.Cards(nvidia=True, driver=580, capabilities=(8.6,), amd=True), ""),
         ("Linux", nvidia(470), "cu126"),
         ("Linux", nvidia(580, 8.6), ""),
@@ -146,8 +148,9 @@ AMD = install.Cards(amd=True)
         ("Linux", nvidia(580, 3.5, 8.9), ""),  # no build serves the older one
         ("Linux", nvidia(580, 12.0, 6.1), ""),  # none serves both
         ("Linux", nvidia(572, 12.0, 6.1), "cu128"),
-        ("Windows", install.Cards(), "cpu"),
-        ("Windows", AMD, "cpu"),
+        ("Windows", install.Cards(), ""),
+        ("Windows", AMD, ""),
+        ("Windows", INTEL, "xpu"),
         ("Windows", nvidia(0), "cu130"),
         ("Windows", nvidia(591, 12.0), "cu130"),
         ("Windows", nvidia(572, 12.0), "cu128"),
@@ -161,19 +164,21 @@ def test_which_pytorch(system: str, cards: install.Cards, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cards", "words"),
+    ("system", "cards", "words"),
     [
-        (nvidia(470), "driver 470 is too old for PyTorch: install driver 580"),
-        (nvidia(580, 3.5), "compute capability 3.5"),
-        (AMD, ""),
-        (nvidia(550, 8.6), ""),
-        (nvidia(0), ""),
+        ("Linux", nvidia(470), "driver 470 is too old for PyTorch: install driver 580"),
+        ("Windows", nvidia(580, 3.5), "compute capability 3.5"),
+        ("Windows", AMD, "no build for AMD cards on Windows"),
+        ("Windows", install.Cards(nvidia=True, driver=580, amd=True), ""),
+        ("Linux", AMD, ""),
+        ("Linux", nvidia(550, 8.6), ""),
+        ("Linux", nvidia(0), ""),
     ],
 )
-def test_a_card_that_cannot_be_used_is_named(cards: install.Cards, words: str) -> None:
-    found = install.card_note(cards)
-    assert bool(found) == bool(words)
-    assert words in found
+def test_a_card_that_cannot_be_used_is_named(system: str, cards: install.Cards, words: str) -> None:
+    found = install.card_notes(system, cards)
+    assert len(found) == bool(words)
+    assert words in " ".join(found)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +203,44 @@ def test_what_nvidia_smi_says(
     monkeypatch.setattr(install.subprocess, "run", run)
     monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(install.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(install, "intel_card", lambda: False)
     assert install.find_cards() == card
+
+
+@pytest.mark.parametrize(
+    ("names", "cards"),
+    [
+        (["Intel(R) UHD Graphics 770", "NVIDIA GeForce RTX 3060"], install.Cards(nvidia=True)),
+        (["AMD Radeon(TM) Graphics", "AMD Radeon RX 7800 XT"], AMD),
+        (["AMD Radeon(TM) Graphics"], install.Cards()),
+        (["Intel(R) Arc(TM) A770 Graphics"], INTEL),
+    ],
+)
+def test_what_windows_calls_its_cards(
+    names: list[str], cards: install.Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "nvidia_smi", lambda field: [])
+    monkeypatch.setattr(install.shutil, "which", lambda name: None)
+    monkeypatch.setattr(install.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(install, "intel_card", lambda: False)
+    monkeypatch.setattr(install, "windows_adapters", lambda: names)
+    assert install.find_cards() == cards
+
+
+@pytest.mark.parametrize(
+    ("place", "vendor", "kind", "found"),
+    [
+        ("0000:03:00.0", "0x8086", "0x030000", True),
+        ("0000:00:02.0", "0x8086", "0x030000", False),  # the processor's own graphics
+        ("0000:03:00.0", "0x8086", "0x020000", False),  # a network card
+        ("0000:03:00.0", "0x10de", "0x030000", False),
+    ],
+)
+def test_cards_of_intel_on_linux(tmp_path: Path, place: str, vendor: str, kind: str, found: bool) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "vendor").write_text(vendor + "\n")
+    (tmp_path / place / "class").write_text(kind + "\n")
+    assert install.intel_card(tmp_path) == found
 
 
 def install_calls(
@@ -246,6 +288,7 @@ def test_a_pytorch_that_is_there_is_taken(place: Path, monkeypatch: pytest.Monke
     [
         (install.Cards(), "auto"),
         (AMD, "auto"),
+        (INTEL, "xpu"),
         (nvidia(580, 6.1), "cu126"),  # which cards a build has code for, uv does not know
         (nvidia(550, 8.6), "cu126"),
     ],
@@ -278,6 +321,20 @@ def test_an_index_that_fails_or_is_silent_is_left(
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "PROBE_SECONDS", 0.2)
     assert not install.answers("http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("Downloading torch-2.8.0-cp311.whl (184.0 MB)", "Downloading torch-2.8.0-cp311.whl (184.0 MB)"),
+        ("Downloading six-1.16.0-py2.whl (11 kB)", ""),
+        ("Downloading gradio_client-2.7.whl (1.5 MB)", ""),
+        ("Installing collected packages: a, b, c", "unpacking 3 packages"),
+        ("Requirement already satisfied: six", ""),
+    ],
+)
+def test_what_is_said_of_pips_lines(line: str, said: str) -> None:
+    assert install.worth_saying(line) == said
 
 
 def test_the_errors_of_pips_log(place: Path) -> None:
