@@ -124,6 +124,10 @@
     }
   };
   addEventListener("hashchange", follow);
+  // A tab that the user opened before the page was ready counts more than the address.
+  document.addEventListener("click", (event) => {
+    if (event.isTrusted && event.target.closest("[role=tab], [data-tab]")) following = false;
+  }, true);
   const keepAddress = () => {
     if (!document.documentElement.dataset.ready) return;
     // The address that the page was opened with is followed first.

@@ -406,7 +406,10 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "alpha infinite": (settings("adapter.alpha=inf"), r"adapter\.alpha"),
     "steps infinite": (settings("train.steps=inf"), r"train\.steps"),
     "mis-spelt setting": (settings("adapter.rnak=4"), r"did you mean adapter\.rank\?"),
-    "two mistakes at once": (settings("adapter.rank=0", "seed=-1"), r"adapter\.rank.*seed = -1"),
+    "two mistakes at once": (
+        settings("adapter.rank=0", "seed=-1"),
+        r"(?=.*adapter\.rank = 0)(?=.*seed = -1)",
+    ),
     "wrong type": (settings("train.steps=many"), r"train\.steps = 'many' should be a whole number"),
     "set without =": (settings("adapter.rank"), r"section\.key=value"),
     "unknown optimizer": (settings("optimizer.name=adamx"), r"optimizer\.name = 'adamx'.*adamw"),
