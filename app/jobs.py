@@ -220,7 +220,7 @@ class Jobs:
         """
         run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
         if run.live_process() is not None:
-            raise RunError(f"The run {name} is going on; stop it before it is deleted.")
+            raise RunError(f"The run {name} is still running; stop it before it is deleted.")
         move_to_trash(run.path, self.workspace)
         with self._lock:
             self._views.pop(run.path, None)
@@ -257,13 +257,13 @@ class Jobs:
         """
         live = self.live()
         if live is None:
-            raise RunError("No run is going on.")
+            raise RunError("No run is active.")
         live.run.request(do)
 
     def _refuse_beside_another(self) -> None:
         live = self.live()
         if live is not None:
-            raise RunError(f"The run {live.run.name} is going on; pause or stop it first.")
+            raise RunError(f"The run {live.run.name} is still running; pause or stop it first.")
 
     def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:

@@ -120,7 +120,7 @@ class AppState:
         """Why nothing can be measured now, "" if it can."""
         run = self._live_run()
         if run:
-            return f"The run {run} is going on; measure once it has ended."
+            return f"The run {run} is still running; measure once it has ended."
         return "The queue is running." if self.queue.is_running else ""
 
     def _device(self) -> str:

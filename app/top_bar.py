@@ -55,7 +55,7 @@ def request_act(run: ShownRun, do: str, name: str = "") -> Act:
 def why_disabled(run: ShownRun, do: str) -> str:
     """Why a run cannot take a request now, "" if it can."""
     if not run.live:
-        return "No run is going on."
+        return "No run is active."
     if run.state in ("pausing", "stopping"):
         return f"The run is {run.state}; this takes until the current step is finished and saved."
     if do in ("preview", "save") and run.state == "preparing":

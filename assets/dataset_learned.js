@@ -74,9 +74,9 @@
     const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
     if (!place) return;
     button.hidden = check.state !== "idle" && check.state !== "failed";
-    if (check.state === "working") line.textContent = `Looking at ${check.done} of ${plural(check.total, "picture")}`;
+    if (check.state === "working") line.textContent = `Checking ${check.done} of ${plural(check.total, "picture")}`;
     else if (check.state === "failed") line.textContent = check.problem;
-    else if (check.state === "idle") line.textContent = `${plural(easel.shelf().pictures.length, "picture")} are many: looking at them takes a while.`;
+    else if (check.state === "idle") line.textContent = `Checking ${plural(easel.shelf().pictures.length, "picture")} takes a while.`;
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
     const phrases = check.problems.filter((row) => row.kind === "common phrase").map((row) => ({ kind: "phrase", sentence: row.sentence }));

@@ -57,7 +57,7 @@
   // `files`: [{ file, path }], the path including dropped folders.
   const take = async (files) => {
     easel.openTab("Dataset");
-    if (sending) return note("An import is under way; wait until it is done.", true);
+    if (sending) return note("Another import is running; wait until it is done.", true);
     if (!files.length) return note("There is nothing in that folder.", true);
     sending = { stopped: false };
     const mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
@@ -308,10 +308,10 @@
     const line = one("#check-state"), button = one("#check-start");
     if (!line) return;
     button.disabled = state.state === "working";
-    button.title = button.disabled ? "The pictures are being looked at" : "";
+    button.title = button.disabled ? "The pictures are being checked" : "";
     button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
     button.hidden = state.state === "done" && state.fresh;
-    if (state.state === "working") line.textContent = `Looking at ${state.done} of ${plural(state.total, "picture")}`;
+    if (state.state === "working") line.textContent = `Checking ${state.done} of ${plural(state.total, "picture")}`;
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
     const names = new Set(easel.shelf().pictures.map((picture) => picture.name));

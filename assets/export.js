@@ -11,26 +11,39 @@
 
   const worksIn = () => one("#works-in .panel").parentElement;
   // Results of one file do not apply to the next.
-  let unwritten = null;
+  let unwritten = null, turn = 0;
   const clear = () => {
+    turn += 1;
     one("#export-written").replaceChildren();
     one("#copy-note").replaceChildren();
     if (unwritten !== null) worksIn().innerHTML = unwritten;
   };
-  const choose = async (body) => { clear(); await post("export/choose", body); press("refresh"); };
+  // One after the other: the last choice counts.
+  let stored = Promise.resolve();
+  const store = (body) => { stored = stored.then(() => post("export/choose", body)).catch(() => window.easel.toast(AWAY, "bad")); return stored; };
+  const choose = (body) => { clear(); return store(body).then(() => press("refresh")); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
     else if (target.id === "checkpoint") choose({ checkpoint: target.value });
-    else if (target.name === "folder" && target.form?.id === "export-form") post("export/choose", { folder: target.value });
+    else if (target.name === "folder" && target.form?.id === "export-form") store({ folder: target.value });
     else if (target.form?.id === "export-form") clear();
   });
 
   const write = async (button, path, note) => {
-    const words = button.textContent;
+    const words = button.textContent, focused = document.activeElement === button, mine = turn;
     Object.assign(button, { disabled: true, textContent: "Writing…", title: "The file is being written." });
     const said = await post(path, choice()).catch(() => ({ problem: AWAY }));
     Object.assign(button, { disabled: false, textContent: words, title: "" });
+    // A disabled element loses the keyboard focus.
+    if (focused && document.activeElement === document.body) button.focus();
     const place = one(note);
+    if (mine !== turn) {
+      // Another file was chosen meanwhile: what is shown is for that one.
+      if (said.problem) window.easel.toast(said.problem, "bad");
+      else window.easel.toast("The file that you asked for before is written.");
+      if (said.link) make("a", { href: said.link, download: "" }).click();
+      return;
+    }
     if (said.problem) { place.replaceChildren(problem(said.problem)); return; }
     place.innerHTML = said.written ?? said.copied;
     const works = worksIn();

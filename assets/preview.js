@@ -84,6 +84,12 @@
 
   // One request at a time, in order; `later` holds what changed while one was in flight.
   let later = null, timer = null;
+  const proceed = () => {
+    const next = later;
+    later = null;
+    if (next) send(next.moved);
+    return Boolean(next);
+  };
   const send = async (moved) => {
     if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
     sending = true;
@@ -92,9 +98,7 @@
       if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
       if (answer.drawn) { follow(); press("refresh"); }
     } catch { /* Generate sends the form again. */ } finally { sending = false; changedAt = Date.now(); }
-    const next = later;
-    later = null;
-    if (next) send(next.moved); else read();
+    if (!proceed()) read();
   };
   const hold = () => { clearTimeout(timer); timer = later = null; };
   // An answer that brings the form with it outranks what was typed before the click.
@@ -189,17 +193,20 @@
   };
 
   const generate = async (what) => {
-    clearTimeout(timer);
-    timer = null;
+    hold();
     const note = one("#grid-note");
     if (what === "grid") note.textContent = ""; else working();
     if (what === "image" && root.dataset.compare === "grid") showStage();
+    // The server may finish two requests in the other order, and an older form would count as the newer one.
+    while (sending) await window.easel.later(20);
     sending = true;
     try {
       const answer = await post("preview/generate", { ...sent(), what, grid: gridOf() });
       if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
       if (answer.problem) note.textContent = answer.problem;
     } catch { note.textContent = what === "grid" ? "The window does not answer; is it still open?" : ""; } finally { sending = false; changedAt = Date.now(); }
+    // What was changed meanwhile.
+    proceed();
     press("refresh");
     follow();
   };
@@ -249,7 +256,7 @@
   };
   const openFile = async (file) => {
     if (timer) { hold(); await send(false); }
-    const answer = await fetch(`/easel/preview/file?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).then((said) => said.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
+    const answer = await window.easel.upload("preview/file", file);
     infotext = answer.text ?? "";
     take(answer.form);
     report(answer);

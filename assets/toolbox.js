@@ -42,7 +42,7 @@
     const measured = offered.runs.map((run) => [`what ${run.name} held out`, run.name]);
     const optional = needs().includes("measure?") ? [["nothing, from the files alone", ""]] : [];
     const measure = one("#toolbox-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
-    fill(measure, [...optional, ...measured, ["a folder of images", FOLDER]], kept);
+    fill(measure, [...optional, ...measured, ["a folder of pictures", FOLDER]], kept);
     const base = one("#toolbox-base"), bases = offered.bases.map((row) => [row.title, row.name]);
     // A base that only a DoRA needs stays empty until one is chosen for this tool.
     const free = needs().includes("base?"), none = free ? [["none: only a DoRA needs it", ""]] : [];
@@ -161,7 +161,7 @@
     const data = target.dataset;
     if (data.tool && target.closest("#toolbox")) choose(data.tool);
     else if (target.id === "toolbox-add") { rows.push({ file: "", strength: 1 }); showFiles(); why(); }
-    else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); }
+    else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") post("toolbox/cancel", {});
     else if (data.toolboxAct) begin("toolbox/act", { do: data.toolboxAct });
     else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((said) => {
@@ -184,7 +184,7 @@
   };
   window.easel.openLora = async (file) => {
     if (seen) tell("working", `${file.name} is being read`);
-    const said = await fetch(`/easel/toolbox/file?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).then((answer) => answer.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
+    const said = await window.easel.upload("toolbox/file", file);
     if (!said.problem) return inspect(said.file);
     if (seen) tell("error", said.problem); else window.easel.toast(said.problem, "bad");
   };

@@ -5,9 +5,9 @@
 (() => {
   const { one, all, press, toast } = window.easel;
 
-  const send = async (path, options) => {
+  const send = async (path, { headers, body }) => {
     try {
-      const answer = await fetch(`/easel/${path}`, { method: "POST", ...options });
+      const answer = await fetch(`/easel/${path}`, { method: "POST", headers: { ...headers, ...window.easel.ownProject() }, body });
       if (!answer.ok) throw new Error(await answer.text());
       const said = await answer.json();
       if (said.problem) throw new Error(said.problem);
@@ -72,16 +72,16 @@
 
   // ---- notifications -----------------------------------------------------------------------------------
   const LIVE = ["preparing", "running", "pausing", "stopping"];
-  const ENDS = { done: "is done", stopped: "was stopped", paused: "is paused", failed: "failed", interrupted: "broke off" };
+  const ENDS = { done: "is done", stopped: "was stopped", paused: "is paused", failed: "failed", interrupted: "was interrupted" };
   const bell = {
     get on() { return localStorage.getItem("easel-tell") === "1" && "Notification" in window && Notification.permission === "granted"; },
     async toggle() {
       if (this.on) localStorage.removeItem("easel-tell");
-      else if (!("Notification" in window)) return toast("This browser shows no notifications; the page's title tells the state.");
+      else if (!("Notification" in window)) return toast("This browser has no notifications; the page's title shows the state.");
       else if (await Notification.requestPermission() === "granted") localStorage.setItem("easel-tell", "1");
       else return toast("The browser does not allow notifications for this page; its settings can change that.", "bad");
       this.show();
-      toast(this.on ? "A notification tells when a run ends, while this page is open." : "No notification when a run ends.");
+      toast(this.on ? "You get a notification when a run ends, while this page is open." : "No notification when a run ends.");
     },
     show() {
       const place = one("#tell-end");
@@ -116,11 +116,11 @@
   // ---- quitting -------------------------------------------------------------------------------------------------------------
   const quit = async () => {
     const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
-    const goesOn = live ? ` The run ${name} goes on by itself.` : "";
+    const goesOn = live ? ` The run ${name} continues.` : "";
     if (!await ask(`Quit LoRA Easel?${goesOn}`, "Quit")) return;
     const said = await post("quit", {});
     if (!said) return;
-    const runs = said.run ? `The run ${said.run} goes on${said.queue ? ", and so does the queue" : ""}. ` : "";
+    const runs = said.run ? `The run ${said.run} continues${said.queue ? ", and so does the queue" : ""}. ` : "";
     const words = document.createElement("p");
     words.textContent = `LoRA Easel is closed. ${runs}Start it again to come back; this page can be closed.`;
     const box = dialog("panel", "Closed");

@@ -4,15 +4,18 @@
 (() => {
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  // Names, settings and files belong to a project: a stale page must not change another project.
+  const ownProject = () => (window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) });
   const post = async (path, body, options = {}) => {
-    // Image names belong to a project: a stale page must not change another project.
-    const project = window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) };
     const answer = await fetch(`/easel/${path}`, {
-      method: "POST", headers: { "Content-Type": "application/json", ...project }, body: JSON.stringify(body), ...options,
+      method: "POST", headers: { "Content-Type": "application/json", ...ownProject() }, body: JSON.stringify(body), ...options,
     });
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   };
+  // Sends a file; the answer of the server, or a problem if it did not arrive.
+  const upload = (path, file) => fetch(`/easel/${path}?name=${encodeURIComponent(file.name)}`, { method: "POST", headers: ownProject(), body: file })
+    .then((answer) => answer.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
   const press = (id) => document.getElementById(id)?.click();
   const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
@@ -59,9 +62,10 @@
   };
 
   // Keeps the keyboard focus while `draw` replaces the nodes in `place`: on the same control, or on its neighbour.
+  const CONTROLS = "button, input, select, textarea, summary, a[href]";
+  const nameOf = (node) => [node.tagName, node.id, node.getAttribute("aria-label"), ...Object.entries(node.dataset)].join();
   const refocus = (place, draw) => {
-    const controls = () => all("button, input, select, textarea, summary, a[href]", place);
-    const nameOf = (node) => [node.tagName, node.id, node.getAttribute("aria-label"), ...Object.entries(node.dataset)].join();
+    const controls = () => all(CONTROLS, place);
     const focused = place.contains(document.activeElement) && document.activeElement;
     const at = controls().indexOf(focused), name = focused && nameOf(focused);
     draw();
@@ -91,7 +95,12 @@
 
   // API for the other scripts; `settling` functions run whenever HTML may have been replaced.
   window.easel = {
-    openTab, one, all, get, post, press, make, plural, later, follower, whenChanged, refocus, redraw, toast, settling: [],
+    openTab, one, all, get, post, upload, ownProject, press, make, plural, later, follower, whenChanged, refocus, redraw, toast, settling: [],
+  };
+
+  // Browsers have a clipboard only at localhost and over https.
+  const copy = async (button, text) => {
+    try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { toast("The browser allows no copying at this address; select the text instead.", "bad"); }
   };
 
   // ---- one listener per event type -----------------------------------------------------------------------------
@@ -101,7 +110,7 @@
     const data = target.dataset;
     if (data.press) press(data.press);
     else if (data.tab) openTab(data.tab);
-    else if (data.copy !== undefined) navigator.clipboard.writeText(data.copy).then(() => { target.textContent = "Copied"; });
+    else if (data.copy !== undefined) copy(target, data.copy);
     else if (data.themeSwitch !== undefined) {
       const dark = document.body.classList.toggle("dark");
       localStorage.setItem("easel-theme", dark ? "dark" : "light");
@@ -109,7 +118,10 @@
   });
 
   // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
-  const place = () => location.hash.slice(1).split("/");
+  const place = () => {
+    // An address is typed or linked from anywhere: one that is not encoded right is taken as it is.
+    try { return location.hash.slice(1).split("/").map(decodeURIComponent); } catch { return location.hash.slice(1).split("/"); }
+  };
   const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
   const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
   let following = true, awaited = "";
@@ -118,8 +130,8 @@
     const tabs = all("[role=tab]"), wanted = name === "run" ? "train" : name;
     const tab = tabs.find((each) => each.textContent.trim().toLowerCase() === wanted) ?? tabs[0];
     if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
-    if (name === "run" && run && decodeURIComponent(run) !== shownRun()) {
-      awaited = decodeURIComponent(run);
+    if (name === "run" && run && run !== shownRun()) {
+      awaited = run;
       post("run", { do: "show", run: awaited }).then(() => press("refresh")).finally(() => setTimeout(() => { awaited = ""; }, 5000));
     }
   };
@@ -136,7 +148,7 @@
     const tab = name === "run" ? "train" : name || "dataset";
     if (now && now !== tab) history.pushState(null, "", `#${now}`);
     else if (awaited && awaited === shown) awaited = "";
-    else if (name === "run" && !awaited && shown && decodeURIComponent(run) !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
+    else if (name === "run" && !awaited && shown && run !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
   };
 
   // ---- a list opens on a key or a click, not on the focus that Tab brings ----------------------------------------
@@ -180,17 +192,23 @@
       if ((tab.dataset.badge ?? "") !== badge) tab.dataset.badge = badge;
     }
   };
+  // A control with a name that a response drew anew keeps the keyboard focus.
+  let focused = null;
+  document.addEventListener("focusin", ({ target }) => { focused = target.matches(CONTROLS) && (target.id || target.dataset.body) ? target : null; });
+  document.addEventListener("pointerdown", () => { focused = null; }, true);
+  const keepFocus = () => {
+    if (!focused || focused.isConnected || document.activeElement !== document.body) return;
+    const name = nameOf(focused);
+    focused = null;
+    all(CONTROLS).find((node) => nameOf(node) === name)?.focus({ preventScroll: true });
+  };
   const settle = () => {
+    keepFocus();
     keepAddress();
     showBadges();
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
-    // A disabled button explains itself in its tooltip.
-    for (const button of all("#export-download, #copy-export")) {
-      const why = button.disabled ? "There is no checkpoint yet; train something first." : "";
-      if (button.title !== why) button.title = why;
-    }
   };
   whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled", "aria-selected", "data-ready", "data-shown-run"]);
 

@@ -210,7 +210,7 @@ class Importer:
 
     def _refuse_two(self) -> None:
         if self.working:
-            raise DatasetError("An import is under way; wait until it is done.")
+            raise DatasetError("Another import is running; wait until it is done.")
 
     def _start(self, work: Callable[[TransferMode], Imported], how: str) -> None:
         with self._lock:

@@ -252,7 +252,7 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     run_view: RunView | None = next((w for w, _ in snapshot.runs if w.run.name == name), None)
     files = list_run_loras(run_view) if run_view else []
     if run_view is None or not files:
-        raise ConfigError(f"The run {name} has no file yet; it can be looked at once it has saved one.")
+        raise ConfigError(f"The run {name} has no file yet; try it after its first checkpoint.")
     config = run_view.config() or snapshot.plan.config
     previews = run_view.progress.previews
     prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""

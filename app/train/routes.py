@@ -116,7 +116,7 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
             made.truncate(int(size))
         found = settings_from_lora(file)
     except OSError as error:
-        raise RunError(f"The dropped file could not be looked at: {error.strerror or error}.") from error
+        raise RunError(f"The dropped file could not be read: {error.strerror or error}.") from error
     finally:
         file.unlink(missing_ok=True)
     app_state.like_said = take_settings(app_state.project, found, name)

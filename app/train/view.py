@@ -21,9 +21,7 @@ from lora_core.runs.notifications import VARIABLE, WEB, read_recipient, send_tes
 ONLY_HERE = (
     "A command can be set on the computer itself alone, as it runs there; from elsewhere give a web address."
 )
-ENVIRONMENT = (
-    f"The environment variable {VARIABLE} says it, so that this field plays no part; unset it to choose here."
-)
+ENVIRONMENT = f"The environment variable {VARIABLE} is set and overrides this field; unset it to choose here."
 
 
 def build_notifications(bindings: Bindings) -> None:
@@ -52,7 +50,7 @@ def build_notifications(bindings: Bindings) -> None:
             write_recipient(workspace, text or "")
         except (LoraError, OSError) as error:
             return problem_html(error)
-        return note_html("Saved." if (text or "").strip() else "Saved: nobody is told.")
+        return note_html("Saved." if (text or "").strip() else "Saved: no notifications.")
 
     def tried(text: str, request: gr.Request) -> str:
         try:

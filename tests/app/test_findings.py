@@ -133,8 +133,8 @@ def test_a_run_comes_first(client: TestClient, app_state: AppState, pictures: li
     come_alive(make_run(app_state, "live", started(), step(1)))
     state = settled(client, "triggers")
     assert state["state"] == "failed"
-    assert "run live is going on" in state["message"]
-    assert "run live is going on" in ask(client, "captions")["problem"]
+    assert "run live is still running" in state["message"]
+    assert "run live is still running" in ask(client, "captions")["problem"]
 
 
 def test_a_run_s_pictures_are_read_from_its_folder(

@@ -156,9 +156,9 @@ def test_one_run_at_a_time(app_state: AppState, pictures: list[Path]) -> None:
     assert blockers(take_snapshot(app_state)) == []
     come_alive(make_run(app_state, "first", started(), step(1)))
     assert "first is training" in blockers(take_snapshot(app_state))[0]
-    with pytest.raises(RunError, match="first is going on"):
+    with pytest.raises(RunError, match="first is still running"):
         app_state.jobs.start(RunConfig())
-    with pytest.raises(RunError, match="first is going on"):
+    with pytest.raises(RunError, match="first is still running"):
         app_state.jobs.resume("first")
 
 

@@ -45,7 +45,7 @@ def test_what_is_kept_is_shown(app_state: AppState, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(VARIABLE, "other")
     whom, note = chosen(bindings)
     assert whom == "other"
-    assert "plays no part" in note
+    assert "overrides this field" in note
 
 
 def test_a_file_that_cannot_be_read_is_a_sentence(app_state: AppState, tmp_path: Path) -> None:

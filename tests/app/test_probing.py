@@ -169,7 +169,7 @@ def test_a_run_and_a_picture_go_first(app_state: AppState, pictures: list[Path],
     come_alive(run)
     wait_for(lambda: not app_state.prober.active)
     assert app_state.prober.costs() == {}
-    with pytest.raises(RunError, match="live is going on"):
+    with pytest.raises(RunError, match="live is still running"):
         app_state.prober.begin(config)
     assert state(app_state) == "offered"
 

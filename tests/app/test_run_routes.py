@@ -35,13 +35,13 @@ def say(client: TestClient, path: str, **body: str) -> dict[str, object]:
 
 
 def test_requests_reach_the_run(app_state: AppState, client: TestClient) -> None:
-    assert say(client, "run", do="pause", run="")["problem"] == "No run is going on."
+    assert say(client, "run", do="pause", run="")["problem"] == "No run is active."
     run = make_run(app_state, "a", started(), step(1))
     come_alive(run)
     for do in ("preview", "save", "pause", "stop"):
         assert say(client, "run", do=do, run="") == {"done": True}
     assert [request["action"] for request in run.requests()] == ["preview", "save", "pause", "stop"]
-    assert "going on" in str(say(client, "run", do="delete", run="a")["problem"])
+    assert "still running" in str(say(client, "run", do="delete", run="a")["problem"])
 
 
 @pytest.mark.parametrize(("do", "options"), [("resume", ""), ("accept", "--accept-changes")])

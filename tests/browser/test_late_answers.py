@@ -142,6 +142,39 @@ def test_rows_arrive_in_the_order_in_which_they_were_changed(page: Any, window: 
     assert [one["rows"][0]["strength"] for one in sent] == [0.3, 0.5]
 
 
+def test_what_is_changed_while_generate_is_under_way_counts(page: Any, window: Window) -> None:
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready]")
+    page.click("#add-lora")
+    page.wait_for_selector("#loras [data-row]")
+    page.wait_for_timeout(300)
+    sent: list[Any] = []
+    page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/preview/rows") else None)
+    with held_back(page, "**/easel/preview/generate", "POST") as held:
+        page.click("#generate")
+        until(page, lambda: held)
+        page.fill("#strength input[type=number]", "0.4")
+        page.wait_for_timeout(150)
+        assert not sent
+    until(page, lambda: sent)
+    assert sent[0]["rows"][0]["strength"] == 0.4
+
+
+def test_an_address_that_is_not_encoded_right_stops_nothing(page: Any, window: Window) -> None:
+    page.evaluate("location.hash = '#run/%E0%A4%A'")
+    page.wait_for_selector("[role=tab][aria-selected=true] >> text=Train")
+    open_tab(page, "Export")
+    until(page, lambda: page.evaluate("location.hash") == "#export")
+
+
+def test_a_button_that_is_drawn_anew_keeps_the_keyboard(page: Any, window: Window) -> None:
+    page.focus("#tell-end")
+    page.evaluate(
+        "const box = document.querySelector('#tell-end').parentElement; box.innerHTML = box.innerHTML"
+    )
+    until(page, lambda: page.evaluate("document.activeElement.id") == "tell-end")
+
+
 @pytest.mark.parametrize("draft", [{**DEMO, "values": {"train.steps": 4}}], ids=["demo"])
 def test_a_page_that_nobody_looks_at_tells_how_the_run_ended(page: Any, window: Window) -> None:
     open_tab(page, "Train")

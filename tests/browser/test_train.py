@@ -174,7 +174,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.click("#quit")
-    page.wait_for_selector("dialog[open] >> text=goes on by itself")
+    page.wait_for_selector("dialog[open] >> text=continues")
     watched.expected_away = True
     page.click("dialog[open] .primary >> text=Quit")
     page.wait_for_selector("#closed")
