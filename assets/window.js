@@ -108,8 +108,7 @@
     const target = event.target.closest("button, a, [data-picture]");
     if (!target) return;
     const data = target.dataset;
-    if (data.press) press(data.press);
-    else if (data.tab) openTab(data.tab);
+    if (data.tab) openTab(data.tab);
     else if (data.copy !== undefined) copy(target, data.copy);
     else if (data.themeSwitch !== undefined) {
       const dark = document.body.classList.toggle("dark");
