@@ -1,8 +1,8 @@
 """Pictures of each tab, made from the real window: the demo is trained, looked at and exported.
 
 Run it as `python -m tests.browser.screenshots [WORKSPACE] [--into FOLDER]`. With a workspace that holds a
-finished run of the demo the training is skipped. Writes docs/screens/<tab>-<width>[-dark].webp, each tab at
-each width in both themes, and docs/window.webp while the demo trains.
+finished run of the demo the training is skipped. Writes docs/screens/<tab>-<width>[-dark].webp, the first
+screen of each tab at each width in both themes, and docs/window.webp while the demo trains.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def shoot(page, file: Path) -> None:
     # Pictures that are not shown are never loaded; waiting for those would be for ever.
     shown = "[...document.images].filter(one => one.offsetParent)"
     page.evaluate(f"Promise.all({shown}.map(one => one.decode().catch(() => null)))")
-    image = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+    image = Image.open(io.BytesIO(page.screenshot()))
     image.convert("RGB").save(file, quality=80, method=6)
 
 
