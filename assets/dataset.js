@@ -370,9 +370,10 @@
     } catch (error) { say("error", error.message || "The window does not answer"); return null; }
   };
 
-  // One at a time: the target of the next key press is known once the previous image is gone.
-  let leaving = Promise.resolve();
-  const leaveOut = (names) => { leaving = leaving.then(() => leaveNow(names ?? acted())).catch((error) => say("error", error.message)); return leaving; };
+  // One at a time, none lost: what the next key press acts on is known once the previous action is done.
+  let acting = Promise.resolve();
+  const inTurn = (action) => { acting = acting.then(action).catch((error) => say("error", error.message)); return acting; };
+  const leaveOut = (names) => inTurn(() => leaveNow(names ?? acted()));
   const leaveNow = async (names) => {
     if (!names.length || shelf.fixed) return;
     const back = filter === "out", [does, undoes] = back ? ["take-back", "leave-out"] : ["leave-out", "take-back"];
@@ -382,12 +383,12 @@
     if (await send(does)()) window.easel.did(`${plural(names.length, "picture")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
   };
 
-  const holdOut = async () => {
+  const holdOut = () => inTurn(async () => {
     const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
     const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await changed(); return true; };
     if (await send(on)()) window.easel.did(`${plural(names.length, "picture")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
-  };
+  });
 
   const changed = async () => { await load(); press("refresh"); };
 
@@ -402,12 +403,13 @@
   };
   // Something noted was taken back in another way.
   const undone = (undo) => { const at = journal.past.findLastIndex((entry) => entry.undo === undo); if (at >= 0) journal.past.splice(at, 1); };
-  const step = async (forward) => {
+  const step = (forward) => inTurn(async () => {
     const [from, into] = forward ? [journal.future, journal.past] : [journal.past, journal.future], entry = from.pop();
-    if (!entry || !(await entry[forward ? "redo" : "undo"]())) return;
+    if (!entry) return;
+    if (!(await entry[forward ? "redo" : "undo"]())) { from.push(entry); return; }
     into.push(entry);
     toast(`${forward ? "Done again" : "Undone"}: ${entry.text}`, "", forward ? () => step(false) : null);
-  };
+  });
   document.addEventListener("keydown", (event) => {
     const key = event.key.toLowerCase(), writes = event.target.closest?.("input:not([type=checkbox]), textarea, select");
     if (!(event.ctrlKey || event.metaKey) || !["z", "y"].includes(key) || writes || !grid()?.offsetParent) return;
@@ -555,7 +557,7 @@
 
   // API for the other scripts.
   Object.assign(window.easel, {
-    load, leaveOut, did, undone,
+    load, inTurn, leaveOut, did, undone,
     shelf: () => shelf,
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },

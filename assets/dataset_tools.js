@@ -214,7 +214,8 @@
     return true;
   });
 
-  const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
+  const apply = (...given) => easel.inTurn(() => change(...given));
+  const addTrigger = () => apply({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
 
   // For the selected pictures, from the bar above the grid.
   const openBulk = () => {
@@ -225,7 +226,7 @@
     one("#bulk").scrollIntoView({ block: "nearest" });
   };
   // Writes a tag at the end of some captions, as a finding proposes.
-  const addTag = (tag, pictures) => change({ do: "append", put: tag, pictures });
+  const addTag = (tag, pictures) => apply({ do: "append", put: tag, pictures });
 
   const MOST_TAGS = 60;
   const tags = async () => {
@@ -259,7 +260,7 @@
     field.focus();
     field.select();
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") { event.preventDefault(); change({ do: "rename tag", find: tag, put: field.value }); }
+      if (event.key === "Enter") { event.preventDefault(); apply({ do: "rename tag", find: tag, put: field.value }); }
       else if (event.key === "Escape") tags();
     });
     field.addEventListener("blur", () => { if (field.isConnected && field.value === tag) tags(); });
@@ -352,10 +353,10 @@
       if (open) one("#dataset-path input").focus();
     }
     else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
-    else if (target.id === "bulk-apply") change(scoped(edit()));
+    else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
-    else if (data.tagDo === "delete") change({ do: "delete tag", find: data.tag });
+    else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
     else if (target.id === "check-start") check();
     else if (data.leave !== undefined) easel.leaveOut([data.leave]).then(watchCheck);
@@ -378,7 +379,7 @@
     typing = setTimeout(preview, 150);
   };
   document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) { outcome(""); soon(); } });
-  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(scoped(edit())); } });
+  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) apply(scoped(edit())); } });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
   document.addEventListener("toggle", (event) => {
