@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import psutil
 from playwright.sync_api import sync_playwright
 
 from tests.benchmarks.rows import Row
+from tests.browser.conftest import CHROMIUM
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = 5
@@ -54,10 +54,9 @@ def _cpu(process: "subprocess.Popen[str]") -> float:
 
 def _once(home: Path) -> tuple[float, float, float]:
     """Seconds to a page that can be used, and to a warm worker after it; share of a core when idle."""
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as play, _server(home) as (process, address):
         began = time.perf_counter()
-        browser = play.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         launched = time.perf_counter()
         page = browser.new_page()
         page.goto(address)
