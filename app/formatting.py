@@ -60,7 +60,7 @@ def format_scientific(value: float) -> str:
 
 
 def pluralize(count: int, one: str, more: str | None = None) -> str:
-    """ "1 picture", "24 pictures"."""
+    """ "1 image", "24 images"."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
@@ -68,13 +68,13 @@ def describe_changes(names: list[str]) -> str:
     """A sentence that lists the inputs that changed since the run began.
 
     Args:
-        names: as the trainer calls them; a picture stands for its caption too.
+        names: as the trainer calls them; an image stands for its caption too.
     """
     shown = [
         (
             "its settings (config.toml)"
             if name == "config.toml"
-            else f"{name} or its caption"
+            else f"{name.replace('picture', 'image', 1)} or its caption"
             if name.startswith("the picture ")
             else name
         )

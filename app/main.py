@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"file with the password; or set {PASSWORD_VARIABLE}",
     )
     made.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    made.add_argument("--workspace", metavar="DIR", help="where runs, projects and pictures are kept")
+    made.add_argument("--workspace", metavar="DIR", help="where runs, projects and images are kept")
     return made
 
 

@@ -179,5 +179,5 @@ def wire_demo(bindings: Bindings, tabs: Any) -> None:
 
     filled_in = bindings.use_demo.click(to_demo, None, filled, **QUIET)
     bindings.refresh_after(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
-    own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
+    own = gr.Button("Use my own images", elem_id="use-own", visible="hidden")
     bindings.refresh_after(own.click(to_own, None, filled, **QUIET))

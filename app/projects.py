@@ -42,7 +42,7 @@ def add_project_routes(app: FastAPI, app_state: AppState) -> None:
 def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, Any]:
     """Apply an action of the picker; the page reloads if another project is open afterwards."""
     if app_state.importer.working:
-        raise RunError("Pictures are being imported; wait until that is done.")
+        raise RunError("Images are being imported; wait until that is done.")
     before, projects = app_state.project.path, app_state.projects
     said = ""
     match do:

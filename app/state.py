@@ -74,7 +74,7 @@ class OtherTools:
 
 
 BESIDE_BASE = 1_500_000_000
-"""Bytes that a picture takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
+"""Bytes that an image takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
 
 
 class AppState:

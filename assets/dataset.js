@@ -5,12 +5,12 @@
   const { one, all, get, post, press, make, plural, toast } = window.easel;
   const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
-    none: ["No pictures yet", "Take pictures of one thing or one style. In each caption write what is in the picture: what you do not write is what gets learned."],
-    filter: ["Nothing matches", "No picture fits this filter. Choose All, or clear the search field."],
+    none: ["No images yet", "Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned."],
+    filter: ["Nothing matches", "No image fits this filter. Choose All, or clear the search field."],
   };
 
   let shelf = { mark: "", pictures: [], left_out: [], fixed: false };
-  let chosen = null;            // the name of the picture shown large, which arrow keys move
+  let chosen = null;            // the name of the image shown large, which arrow keys move
   let picked = new Set();       // the names that are selected; actions are for these, or for the chosen one
   let anchor = { name: null, kept: new Set() };  // where a range begins, and what was selected before it
   let filter = "all";
@@ -18,10 +18,10 @@
   let doubts = new Set();       // told by the base, and by the last run
   let cells = new Map();        // name to button
   const edits = new Map();      // name to { past, future, base }: captions that Ctrl+Z goes back to
-  const waiting = new Map();    // captions typed but not yet saved, by picture
+  const waiting = new Map();    // captions typed but not yet saved, by image
 
   const pictures = () => (filter === "out" ? shelf.left_out : shelf.pictures);
-  let byName = new Map();       // of the pictures that the grid shows
+  let byName = new Map();       // of the images that the grid shows
   const named = (name) => byName.get(name);
   const kind = () => (filter === "out" ? "left-out" : "dataset");
   const bare = (picture) => !picture.caption.trim();
@@ -111,7 +111,7 @@
     one("#dataset-tools").hidden = !shelf.pictures.length;
     one("#bulk").hidden = one("#check").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
     one("#dataset-drop").dataset.some = any;
-    one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "picture") : "Drop pictures, a folder or a .zip";
+    one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "image") : "Drop images, a folder or a .zip";
     showSelection();
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
@@ -153,7 +153,7 @@
     chosen = null;
     one("#picture-big img").hidden = one("#picture-big .crop").hidden = true;
     one("#caption textarea").value = "";
-    one("#picture-facts").textContent = "Choose a picture to see it large and to write its caption.";
+    one("#picture-facts").textContent = "Choose an image to see it large and to write its caption.";
     one("#picture-name").textContent = one("#caption-state").textContent = "";
     one("#caption-undo").hidden = true;
     showTokens();
@@ -190,7 +190,7 @@
     one("#known-tags").replaceChildren(...tags);
   };
 
-  // The bar above the grid, and what the panel tells of several pictures.
+  // The bar above the grid, and what the panel tells of several images.
   const showSelection = () => {
     const bar = one("#selection-bar"), count = picked.size, out = filter === "out";
     if (!bar) return;
@@ -206,10 +206,10 @@
     }
     const note = one("#picture-several"), tags = count > 1 ? commonTags(members) : [];
     note.hidden = count < 2;
-    one("b", note).textContent = `${plural(count, "picture")} selected`;
+    one("b", note).textContent = `${plural(count, "image")} selected`;
     one("#common-tags").replaceChildren(make("span", { className: "small", textContent: tags.length ? "In all captions:" : "Their captions have no tag in common." }),
       ...tags.slice(0, 12).map((tag) => make("span", { className: "chip", dir: "auto", textContent: tag })));
-    one("#caption > span").textContent = count > 1 ? "Caption of this picture alone" : "Caption";
+    one("#caption > span").textContent = count > 1 ? "Caption of this image alone" : "Caption";
   };
 
   const showButtons = () => {
@@ -217,7 +217,7 @@
     const leave = one("#leave-out"), hold = one("#hold-out"), held = picked.size ? [...picked].every((name) => named(name)?.held) : picture?.held;
     leave.textContent = `${out ? "Include" : "Exclude"}${count}`;
     hold.textContent = `${held ? "Use for training" : "Use for validation"}${count}`;
-    if (picture) leave.title = out ? "Puts it back among the pictures" : "Moves it aside within the project; Excluded shows it";
+    if (picture) leave.title = out ? "Puts it back among the images" : "Moves it aside within the project; Excluded shows it";
     leave.hidden = shelf.fixed;
     hold.hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
@@ -237,7 +237,7 @@
     for (const button of all("button", panel)) {
       if (button.id === "detail-close") continue;
       button.disabled = !picture;
-      button.title = picture ? button.dataset.tip ?? button.getAttribute("aria-label") ?? "" : "No picture is chosen.";
+      button.title = picture ? button.dataset.tip ?? button.getAttribute("aria-label") ?? "" : "No image is chosen.";
     }
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
@@ -380,14 +380,14 @@
     await Promise.all(names.map((name) => save(name)));
     const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await changed(); return true; };
     forget();
-    if (await send(does)()) window.easel.did(`${plural(names.length, "picture")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
+    if (await send(does)()) window.easel.did(`${plural(names.length, "image")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
   };
 
   const holdOut = () => inTurn(async () => {
     const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
     const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await changed(); return true; };
-    if (await send(on)()) window.easel.did(`${plural(names.length, "picture")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
+    if (await send(on)()) window.easel.did(`${plural(names.length, "image")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
   });
 
   const changed = async () => { await load(); press("refresh"); };
@@ -491,7 +491,7 @@
     const data = target.dataset;
     if (data.picture !== undefined && target.classList.contains("thumb")) {
       const toggle = event.ctrlKey || event.metaKey;
-      // Ctrl adds to the picture that is open.
+      // Ctrl adds to the image that is open.
       if (toggle && !picked.size && chosen && chosen !== data.picture) picked.add(chosen);
       choose(data.picture, { toggle, range: event.shiftKey });
       if (!toggle && !event.shiftKey) editOnPhone(true);

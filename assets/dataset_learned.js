@@ -14,7 +14,7 @@
   };
 
   let state = {};             // of /easel/insights
-  let odd = [];               // pictures that are told by the check to have a wrong caption
+  let odd = [];               // images that are told by the check to have a wrong caption
   let sortMost = false, whole = { captions: false, pictures: false };
 
   // ---- elements -----------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@
     }
     if (kind === "wording" && name) {
       for (const word of name.split(", ")) {
-        const button = make("button", { type: "button", className: "own quiet", textContent: word, title: "Shows the pictures with this word" });
+        const button = make("button", { type: "button", className: "own quiet", textContent: word, title: "Shows the images with this word" });
         button.dataset.learnedWord = word.replace(/ \(\d+\)$/, "");
         shown.push(button);
       }
@@ -66,7 +66,7 @@
     const [least, most] = [trained[0], trained.at(-1)], out = shares.length - trained.length;
     const held = out ? ` ${out === 1 ? "One is for validation and gets" : `${out} are for validation and get`} none.` : "";
     const even = most.share < 1.1 * least.share;
-    const text = even ? `Each of the ${plural(trained.length, "picture")} gets ${percent(most.share)} of the steps.` : `A picture gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
+    const text = even ? `Each of the ${plural(trained.length, "image")} gets ${percent(most.share)} of the steps.` : `An image gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
     return [make("div", { className: "row" }, words(text + held, ...(even ? [] : [make("div", { className: "minis" }, mini(least.picture), make("span", { className: "small", textContent: "least" }), mini(most.picture), make("span", { className: "small", textContent: "most" }))])))];
   };
 
@@ -74,9 +74,9 @@
     const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
     if (!place) return;
     button.hidden = check.state !== "idle" && check.state !== "failed";
-    if (check.state === "working") line.textContent = `Checking ${check.done} of ${plural(check.total, "picture")}`;
+    if (check.state === "working") line.textContent = `Checking ${check.done} of ${plural(check.total, "image")}`;
     else if (check.state === "failed") line.textContent = check.problem;
-    else if (check.state === "idle") line.textContent = `Checking ${plural(easel.shelf().pictures.length, "picture")} takes a while.`;
+    else if (check.state === "idle") line.textContent = `Checking ${plural(easel.shelf().pictures.length, "image")} takes a while.`;
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
     const phrases = check.problems.filter((row) => row.kind === "common phrase").map((row) => ({ kind: "phrase", sentence: row.sentence }));
@@ -85,7 +85,7 @@
     const told = rows.filter((row) => KINDS[row.kind][1] !== "good").length;
     const fixed = easel.shelf().fixed;
     one("#learned > summary").textContent = `What will be learned${told && !fixed ? `, ${plural(told, "note")}` : ""}`;
-    if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "Add pictures: with fewer than five, nothing common can be told." : "The pictures have nothing in common that shows without a model." });
+    if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "Add images: with fewer than five, nothing common can be told." : "The images have nothing in common that shows without a model." });
     const intended = fixed ? [make("p", { className: "small", textContent: "The demo teaches a style: these are as intended." })] : [];
     redraw(place, ...intended, ...rows.map(learnedRow), ...stepsSentence(check.shares));
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
@@ -141,15 +141,15 @@
   const showCaptions = () => {
     const found = state.captions?.found;
     showLine("captions", {
-      none: "Measures how well each caption fits its picture.",
-      fresh: "", stale: "Pictures, captions or base have changed since.",
+      none: "Measures how well each caption fits its image.",
+      fresh: "", stale: "Images, captions or base have changed since.",
     });
     one("#captions-found").hidden = !found;
     if (!found) return;
     const suspects = found.rows.filter((row) => row.suspect && known(row.picture)), others = found.rows.filter((row) => !row.suspect && known(row.picture));
     const shown = [...suspects, ...(whole.captions ? others : others.slice(0, Math.max(0, 3 - suspects.length)))];
     const more = suspects.length + others.length - shown.length;
-    const verdict = suspects.length ? `${plural(suspects.length, "caption")} likely wrong.` : "No caption fits another picture better than its own. The weakest:";
+    const verdict = suspects.length ? `${plural(suspects.length, "caption")} likely wrong.` : "No caption fits another image better than its own. The weakest:";
     redraw(one("#captions-found"), make("p", { className: suspects.length ? "notes" : "small", textContent: verdict }), ...shown.map(captionRow), ...(more ? [rest(more, "captions")] : []));
   };
 
@@ -163,7 +163,7 @@
   const showPictures = () => {
     const now = state.pictures ?? {}, found = now.found;
     showLine("pictures", {
-      none: `Measures what ${now.run ? `the run ${now.run}` : "the last run"} has learned of each picture.`,
+      none: `Measures what ${now.run ? `the run ${now.run}` : "the last run"} has learned of each image.`,
       fresh: `The run ${now.run}, step ${found?.step}.`, stale: `The run ${now.run}, step ${found?.step}; there is another checkpoint since.`,
     });
     one("#pictures-found").hidden = one("#pictures-order").hidden = !found;
@@ -181,7 +181,7 @@
     const panel = one("#trigger-words"), now = state.triggers;
     if (!panel || !now) return;
     panel.hidden = !wordsOpen;
-    showLine("triggers", { none: "", fresh: "", stale: "Pictures, captions, base or trigger word have changed since." });
+    showLine("triggers", { none: "", fresh: "", stale: "Images, captions, base or trigger word have changed since." });
     const found = now.state === "working" ? null : now.found;
     one("#trigger-found").hidden = !found;
     if (!found) return;

@@ -157,7 +157,7 @@
     const replace = one("#bulk-do").value === "replace";
     all("[data-for=replace]", form).forEach((node) => { node.hidden = !replace; });
     one("#bulk-put-title").textContent = replace ? "Replace with" : "Text";
-    const scope = easel.scope(), whom = scope ? plural(scope.length, "picture") : "all pictures";
+    const scope = easel.scope(), whom = scope ? plural(scope.length, "image") : "all images";
     if (!edit()[replace ? "find" : "put"]) {
       allow(false, "Type first what is to be found or added");
       return bulkSay(`For ${whom}. Type to see what would change.`);
@@ -217,7 +217,7 @@
   const apply = (...given) => easel.inTurn(() => change(...given));
   const addTrigger = () => apply({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
 
-  // For the selected pictures, from the bar above the grid.
+  // For the selected images, from the bar above the grid.
   const openBulk = () => {
     one("#bulk").open = true;
     if (one("#bulk-do").value === "replace") one("#bulk-do").value = "prepend";
@@ -270,10 +270,10 @@
   const GROUPS = [
     ["unreadable", "Cannot be read"], ["twins", "Near-twins"], ["tiny", "Tiny"], ["blurred", "Blurred"],
     ["caption", "Captions that cannot be read"], ["no caption", "No caption"], ["long caption", "Too long captions"],
-    ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation pictures"],
+    ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation images"],
     ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"],
-    ["caption without picture", "Captions without a picture"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
-    ["unread caption", "Captions of pictures that cannot be used"], ["other file", "Other files"], ["hidden", "Hidden files"],
+    ["caption without picture", "Captions without an image"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
+    ["unread caption", "Captions of images that cannot be used"], ["other file", "Other files"], ["hidden", "Hidden files"],
     ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],
   ];
   const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
@@ -309,17 +309,17 @@
     const line = one("#check-state"), button = one("#check-start");
     if (!line) return;
     button.disabled = state.state === "working";
-    button.title = button.disabled ? "The pictures are being checked" : "";
+    button.title = button.disabled ? "The images are being checked" : "";
     button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
     button.hidden = state.state === "done" && state.fresh;
-    if (state.state === "working") line.textContent = `Checking ${state.done} of ${plural(state.total, "picture")}`;
+    if (state.state === "working") line.textContent = `Checking ${state.done} of ${plural(state.total, "image")}`;
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
     const names = new Set(easel.shelf().pictures.map((picture) => picture.name));
     // Images removed since are no longer a problem.
     const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
-    line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the pictures.";
-    one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
+    line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the images.";
+    one("#check > summary").textContent = rows.length ? `Check the images, ${rows.length} found` : "Check the images";
     easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
     const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
     redraw(one("#issues"), ...(easel.shelf().fixed ? [] : groups).filter(([kind]) => ISSUES[kind]).map(issue));

@@ -13,7 +13,7 @@
 
   const row = (project) => {
     const words = make("div", { className: "grow" }, make("b", { textContent: project.title, dir: "auto" }),
-      make("p", { className: "small num", textContent: `${plural(project.pictures, "picture")}, ${plural(project.runs, "run")}, ${project.size}` }));
+      make("p", { className: "small num", textContent: `${plural(project.pictures, "image")}, ${plural(project.runs, "run")}, ${project.size}` }));
     const open = project.is_open ? make("span", { className: "chip accent", textContent: "Current" }) : button("open", "Open", project, "");
     return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
   };
@@ -94,7 +94,7 @@
       askIn(target, make("label", { className: "entry grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
     } else if (does === "delete") {
       const title = one("b", target.closest(".row.apart")).textContent;
-      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its pictures to the trash? Its runs stay, and Trash below restores it.` }), "Delete", () => ({ do: "delete", project }), "danger");
+      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its images to the trash? Its runs stay, and Trash below restores it.` }), "Delete", () => ({ do: "delete", project }), "danger");
     } else if (does === "empty") askIn(target, make("span", { className: "grow small", textContent: "Delete everything in the trash for good?" }), "Delete for good", () => ({ do: "empty" }), "danger");
   });
 

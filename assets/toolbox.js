@@ -42,7 +42,7 @@
     const measured = offered.runs.map((run) => [`what ${run.name} held out`, run.name]);
     const optional = needs().includes("measure?") ? [["nothing, from the files alone", ""]] : [];
     const measure = one("#toolbox-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
-    fill(measure, [...optional, ...measured, ["a folder of pictures", FOLDER]], kept);
+    fill(measure, [...optional, ...measured, ["a folder of images", FOLDER]], kept);
     const base = one("#toolbox-base"), bases = offered.bases.map((row) => [row.title, row.name]);
     // A base that only a DoRA needs stays empty until one is chosen for this tool.
     const free = needs().includes("base?"), none = free ? [["none: only a DoRA needs it", ""]] : [];

@@ -1,4 +1,4 @@
-"""Draws `strip.png`: things that stand in no training picture, at LoRA strengths 0, 0.5 and 1, from one noise
+"""Draws `strip.png`: things that stand in no training image, at LoRA strengths 0, 0.5 and 1, from one noise
 each.
 
 python docs/strip.py ADAPTER.safetensors
@@ -25,7 +25,7 @@ HOW = GenerationRequest(seed=1234, steps=20, cfg=3.0)
 
 
 def main(adapter: Path) -> None:
-    """One column a caption of the held-out pictures, one row a strength."""
+    """One column a caption of the held-out images, one row a strength."""
     base = load_base("demo", torch.device("cpu"), torch.float32)
     weights = load_adapter(adapter, base.family)
     captions = [

@@ -8,7 +8,7 @@ and prints nothing:
     >>> merge([WeightedLora(str(file), 0.5), file], merged)
     ['1 layers of rank 4 from 2 files.']
 
-Below the verbs are the parts that they are made of: open a base, put an adapter into it, draw a picture:
+Below the verbs are the parts that they are made of: open a base, put an adapter into it, draw an image:
 
     >>> base = load_base("demo", torch.device("cpu"), torch.float32)
     >>> weights = load_adapter(file, base.family)

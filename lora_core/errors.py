@@ -23,7 +23,7 @@ class ConfigError(LoraError):
 
 
 class DatasetError(LoraError):
-    """Pictures or captions that cannot be used as they are."""
+    """Images or captions that cannot be used as they are."""
 
     cause = "data"
 

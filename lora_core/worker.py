@@ -6,7 +6,7 @@ torch. A request may name another "device", as `train.device` does, which is use
 read while a request is worked on, and "quit" ends the worker.
 
 Each method `do_...` of `Worker` is a request: most call a verb and answer its result under a key. The base is
-the one that pictures are drawn with; never two at once, since there may be memory for one.
+the one that images are drawn with; never two at once, since there may be memory for one.
 """
 
 import base64
@@ -144,7 +144,7 @@ class Worker:
             message = f"The request is not understood: {type(error).__name__} {error}."
             last = {"event": "error", "message": message}
         except Exception as error:  # noqa: BLE001 - a defect costs one request, and its traceback is kept
-            message = "The device ran out of memory; ask for a smaller picture."
+            message = "The device ran out of memory; ask for a smaller image."
             if not out_of_memory(error):
                 traceback.print_exc()
                 message = f"A defect of the program: {type(error).__name__} {error}."
@@ -171,7 +171,7 @@ class Worker:
     # Images
 
     def do_generate(self, request: Request, report: Reporter) -> Result:
-        """One picture for each of `strengths`, which multiply those of all adapters; all from one noise."""
+        """One image for each of `strengths`, which multiply those of all adapters; all from one noise."""
         strengths = [float(s) for s in request.get("strengths", [1.0])]
         if not all(map(math.isfinite, strengths)):
             raise ConfigError(f"The strengths {strengths} should be finite numbers.")
@@ -197,7 +197,7 @@ class Worker:
         return {"files": files}
 
     def do_sheet(self, request: Request, report: Reporter) -> Result:
-        """Pictures that exist as one labelled PNG; `cells` holds rows of paths, null where one is missing."""
+        """Images that exist as one labelled PNG; `cells` holds rows of paths, null where one is missing."""
         cells = request["cells"]
         if not isinstance(cells, list) or not all(isinstance(row, list) for row in cells):
             raise TypeError("cells should be a list of lists")
@@ -255,7 +255,7 @@ class Worker:
         return self._bare_base(_model(request)), records, draws
 
     def do_pictures(self, request: Request, report: Reporter) -> Result:
-        """What the run `run` has learned of each of its pictures."""
+        """What the run `run` has learned of each of its images."""
         run, which = RunFolder.open(Path(str(request["run"]))), str(request.get("checkpoint", "best"))
         triples = int(request.get("triples", 8))
         return {"found": measure_run_images(run, which, triples, report.step, self._bare_base)}
@@ -348,9 +348,9 @@ class Worker:
 
     @contextmanager
     def _evaluator(self, measure: Request, report: Reporter) -> Iterator[RunEvaluator]:
-        """What measures adapters on a `run`'s held-out pictures, or on a `dataset` with a `base`."""
+        """What measures adapters on a `run`'s held-out images, or on a `dataset` with a `base`."""
         self._release()
-        report.phase("Opening the base and encoding the pictures")
+        report.phase("Opening the base and encoding the images")
         with self._memory():
             if measure.get("run"):
                 run = RunFolder.open(Path(str(measure["run"])))
@@ -423,7 +423,7 @@ def _rewrite(request: Request) -> Rewrite:
 
 
 def generation_request(request: Request) -> GenerationRequest:
-    """The picture that a request asks for; what it leaves out is as in `GenerationRequest`."""
+    """The image that a request asks for; what it leaves out is as in `GenerationRequest`."""
     usual = GenerationRequest()
     values: dict[str, Any] = {
         key: type(value)(request.get(key, value))
@@ -469,7 +469,7 @@ def _made(out: object, sentences: Sequence[str] = ()) -> Result:
 
 
 def _previewer(report: Reporter, matrix: torch.Tensor) -> OnLatents:
-    """Sends the picture as it is so far, now and then."""
+    """Sends the image as it is so far, now and then."""
     sent_at = time.monotonic()
 
     def on_preview(latents: Callable[[], torch.Tensor]) -> None:
@@ -492,7 +492,7 @@ def _open_image(path: Any) -> Image.Image | None:
         with Image.open(Path(str(path))) as opened:
             return opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"The picture {path} cannot be read; draw it again.") from error
+        raise ConfigError(f"The image {path} cannot be read; draw it again.") from error
 
 
 def serve(incoming: TextIO, outgoing: TextIO) -> None:

@@ -133,7 +133,7 @@ def no_pictures(place: Place) -> list[object]:
 
 
 def text_as_png(place: Place) -> list[object]:
-    (place.pictures / "notes.png").write_text("I am no picture.")
+    (place.pictures / "notes.png").write_text("I am no image.")
     return place.train()
 
 
@@ -370,13 +370,13 @@ def out_below_a_file(place: Place) -> list[object]:
 
 CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "dataset missing": (missing_dataset, r"nowhere does not exist"),
-    "no pictures": (no_pictures, r"no pictures in .*pictures"),
+    "no images": (no_pictures, r"no images in .*pictures"),
     "text named png": (text_as_png, r"notes\.png"),
     "truncated jpeg": (truncated_jpeg, r"photo\.jpg"),
     "one pixel": (one_pixel, r"dot\.png is only 1 x 1"),
-    "empty picture": (empty_picture, r"nothing\.png"),
+    "empty image": (empty_picture, r"nothing\.png"),
     "caption not utf-8": (caption_not_utf8, r"red\.txt.*UTF-8"),
-    "too few pictures": (one_picture_to_train_on, r"validation\.pictures"),
+    "too few images": (one_picture_to_train_on, r"validation\.pictures"),
     "zip that climbs": (climbing_zip, r"\.\./\.\./escaped\.png"),
     "zip cut short": (truncated_zip, r"pictures\.zip"),
     "dataset is a file": (plain_file_as_dataset, r"pictures\.txt is neither a folder nor a zip"),
@@ -439,7 +439,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "seed -1": (lambda p: p.generate("--seed", -1), r"seed = -1"),
     "out is no png": (lambda p: p.generate("--out", p.root / "out.jpg"), r"out\.jpg.*\.png"),
     "out below a file": (out_below_a_file, r"file/out\.png"),
-    "empty validation set": (empty_validation_set, r"no pictures in .*empty"),
+    "empty validation set": (empty_validation_set, r"no images in .*empty"),
     "triples 0": (lambda p: ["validate", "--dataset", p.pictures, "--triples", "0"], r"--triples = 0"),
     "convert onto a file": (convert_onto_a_file, r"there\.safetensors exists already"),
     "convert no lora": (convert_no_lora, r"whole UNet"),
@@ -558,7 +558,7 @@ def test_the_corrected_second_try_takes_the_same_name(
 def test_all_that_is_wrong_is_said_at_once_and_no_run_is_made(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place.pictures / "notes.png").write_text("I am no picture.")
+    (place.pictures / "notes.png").write_text("I am no image.")
     arguments = place.train(
         "--base", place.root / "no-base", "--set", "model.vae=no-vae", "--set", "validation.pictures=3",
         "--set", "adapter.init=no.safetensors", "--set", "optimizer.lr=0", "--set",

@@ -50,7 +50,7 @@ class Offline:
 
     def trained(self, base: Path, side: int, **settings: object) -> Path:
         """The exported file of a short run."""
-        dataset = self.place / f"pictures {side}"
+        dataset = self.place / f"images {side}"
         if not dataset.exists():
             pictures(dataset, side)
         number = len(list(self.place.glob("runs/*")))

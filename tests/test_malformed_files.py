@@ -85,7 +85,7 @@ CONTAINERS: dict[str, bytes | Callable[[], bytes]] = {
     "an HTML page": b"<!DOCTYPE html><html><head><title>404</title></head></html>" * 9,
     "an HTML page after blanks": b"\n\n  <html><body>Sign in</body></html>",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2132625894\n",
-    "a picture": b"\x89PNG\r\n\x1a\n" + bytes(64),
+    "an image": b"\x89PNG\r\n\x1a\n" + bytes(64),
     "a pickle": lambda: pickle.dumps(Evil()),
     "a pickle of protocol 2": lambda: pickle.dumps(Evil(), protocol=2),
     "a torch file": lambda: torch_saved({"x": Evil()}),

@@ -107,7 +107,7 @@ VIEW_STATE = {
     "toolbox/file": "a file that was dropped on the Toolbox; its path on the command line",
     "preview/open": "the Preview tab was opened",
     "preview/cancel": "drops what the page has asked for; Ctrl-C on the command line",
-    "preview/forget": "deletes a drawn picture from the history; it is a PNG file",
+    "preview/forget": "deletes a drawn image from the history; it is a PNG file",
     "preview/bring-back": "takes it out of the trash again; `trash restore`",
     "toolbox/go-on": "fills the Train form; `train --set adapter.init=FILE`",
     "toolbox/cancel": "drops what the page has asked for; Ctrl-C on the command line",

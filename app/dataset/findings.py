@@ -26,7 +26,7 @@ from lora_core.projects.project import DEMO, Project, read_json, relative_name
 from lora_core.system.files import write_atomically
 
 BY_ITSELF = 150
-"""Up to so many pictures are looked over without being asked; a thousand would take a minute of both
+"""Up to so many images are looked over without being asked; a thousand would take a minute of both
 cores."""
 LISTS = ("problems", "learned", "shares")
 
@@ -212,13 +212,13 @@ class DatasetInsights:
             return busy
         records = self.project.dataset().records
         if not records:
-            return "There are no pictures yet; add some."
+            return "There are no images yet; add some."
         if what == "pictures":
             return (
-                "" if self._run() else "There is no run on these pictures with a checkpoint yet; train first."
+                "" if self._run() else "There is no run on these images with a checkpoint yet; train first."
             )
         if what == "captions" and len({record.caption for record in records if record.caption}) < 2:
-            return "Checking captions needs two pictures with different captions; write some first."
+            return "Checking captions needs two images with different captions; write some first."
         plan = Plan(self.project)
         return "" if plan.base.facts is not None else plan.base.problem
 
@@ -247,7 +247,7 @@ class DatasetInsights:
         return {"do": what, "dataset": str(self.project.dataset_folder), **asked}, self._mark(asked)
 
     def _mark(self, asked: dict[str, str]) -> str:
-        """Of pictures, captions, base and trigger word."""
+        """Of images, captions, base and trigger word."""
         rows = [(name, record.caption) for name, record in self.project.images().items()]
         return hashlib.sha256(json.dumps([rows, asked]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

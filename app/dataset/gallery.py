@@ -47,7 +47,7 @@ class Thumbnails:
         """The image as WebP, fitted into a square of `side` pixels.
 
         Raises:
-            DatasetError: it cannot be read as a picture.
+            DatasetError: it cannot be read as an image.
         """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.made, file, side)
 
@@ -231,7 +231,7 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
     """The counts of the summary as (text, tone), and a sentence for each thing worth knowing.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         skipped: what the last import left out.
         demo: whether they are the demo's.
         advice: sentences on the captions as a whole.
@@ -240,12 +240,12 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
     held = sum(record.held_out for record in dataset.records)
     unused = sum(note.kind in UNUSED for note in dataset.notes)
     counts = [
-        (len(dataset.records) - bare, pluralize(len(dataset.records) - bare, "picture") + " ready", "good"),
+        (len(dataset.records) - bare, pluralize(len(dataset.records) - bare, "image") + " ready", "good"),
         (bare, f"{bare} without caption", "warn"),
         (held, f"{held} for validation", ""),
         (len(dataset.problems), pluralize(len(dataset.problems), "problem"), "bad"),
         (unused, f"{pluralize(unused, 'file')} not used", "warn"),
-        (demo, "Demo pictures (read-only)", ""),
+        (demo, "Demo images (read-only)", ""),
     ]
     found = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *summarize_notes(skipped)]
     return {

@@ -157,7 +157,7 @@ async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) 
 def _names(sent: dict[str, Any]) -> list[str]:
     names = sent.get("pictures")
     if not isinstance(names, list) or len(names) > MOST_NAMES:
-        raise BadRequest("no list of pictures")
+        raise BadRequest("no list of images")
     return [str(name) for name in names]
 
 

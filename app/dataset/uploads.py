@@ -191,7 +191,7 @@ class Importer:
         """
         where = expand_home(text.strip().strip('"'))
         if not text.strip():
-            raise DatasetError("Type the path of a folder of pictures first.")
+            raise DatasetError("Type the path of a folder of images first.")
         try:
             is_folder, is_file = where.is_dir(), where.is_file()
         except (OSError, ValueError):
@@ -242,7 +242,7 @@ class Importer:
         except LoraError as error:
             note = str(error)
         except OSError as error:
-            note = f"The pictures cannot be imported ({error.strerror or error}); try it again."
+            note = f"The images cannot be imported ({error.strerror or error}); try it again."
         finally:
             self._state = {**self._state, "state": state, "note": note}
 
@@ -251,13 +251,13 @@ def _summarize(imported: Imported) -> tuple[str, str]:
     """Whether anything came in or was here already, and a sentence on it."""
     pictures = sum(path.suffix.casefold() in IMAGE_SUFFIXES for path in imported.added)
     captions = len(imported.added) - pictures
-    counts = [(pictures, "picture"), (captions, "caption")]
+    counts = [(pictures, "image"), (captions, "caption")]
     added = " and ".join(pluralize(count, word) for count, word in counts if count)
     same = sum(one.kind == "same picture" for one in imported.skipped)
     others = [one for one in imported.skipped if one.kind not in ("same picture", "already there")]
     parts = [f"{added} added." if added else "" if same else "Nothing was added."]
     if same:
-        parts.append(f"{pluralize(same, 'picture is', 'pictures are')} already here, skipped.")
+        parts.append(f"{pluralize(same, 'image is', 'images are')} already here, skipped.")
     if len(others) == 1:
         parts.append(f"1 file skipped: {others[0].sentence}")
     elif others:

@@ -14,7 +14,7 @@ from app.train.form import Plan
 from lora_core.system.files import DEMO_TRAIN
 
 FIRST_SEEN = 48
-"""Pictures of which the thumbnails are made while an import still shows its bar."""
+"""Images of which the thumbnails are made while an import still shows its bar."""
 FILTERS = (
     ("all", "All"), ("bare", "No caption"), ("small", "Small"), ("twins", "Twins"), ("doubt", "In doubt"),
     ("held", "Validation"), ("out", "Excluded"),

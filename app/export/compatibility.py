@@ -123,7 +123,7 @@ def describe_training(metadata: Mapping[str, str]) -> str:
     base = metadata.get("ss_sd_model_name", "")
     if base:
         words.append(f"on {base}")
-    for key, unit in (("ss_num_train_images", "picture"), ("ss_steps", "step")):
+    for key, unit in (("ss_num_train_images", "image"), ("ss_steps", "step")):
         value = metadata.get(key, "")
         if re.fullmatch("[0-9]{1,18}", value) and int(value):
             words.append(pluralize(int(value), unit))

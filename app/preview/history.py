@@ -38,7 +38,7 @@ class HistoryEntry:
 
     Attributes:
         file: the PNG.
-        shot: what it shows; of a sheet what its pictures have in common.
+        shot: what it shows; of a sheet what its images have in common.
         rows, columns: what a sheet varies.
         time: when it was drawn, in seconds since the epoch.
         beside: whether it is the base's own image beside another, which the list does not show.

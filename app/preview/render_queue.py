@@ -22,9 +22,9 @@ class PreviewState:
     """What a page shows.
 
     Attributes:
-        state: of the picture looked at, idle, working or error; strip and grid say for themselves.
+        state: of the image looked at, idle, working or error; strip and grid say for themselves.
         message: why it waits or what went wrong.
-        done, total: steps of the picture in hand.
+        done, total: steps of the image in hand.
         shot: what is looked at, None before the first.
         strip: the strengths of the strip, none where it is not wanted.
         grid: the grid, or None.
@@ -32,7 +32,7 @@ class PreviewState:
         wanted_at: when it was wanted, which tells one look from the next.
         drawing: the shot in hand.
         looks: how many looks there were at it.
-        note: what to know of how the base of the last picture was kept.
+        note: what to know of how the base of the last image was kept.
     """
 
     state: str
@@ -76,7 +76,7 @@ class PreviewState:
 
 MOST_DRAWN = 2000
 RESTS = 0.15
-"""Seconds that a slider has to rest before a picture is begun."""
+"""Seconds that a slider has to rest before an image is begun."""
 
 
 @dataclass(frozen=True)

@@ -249,9 +249,7 @@ def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
         if run_view is None:
             raise ConfigError(f"There is no run named {name}; choose another.")
         return {"run": str(run_view.run.path)}
-    dataset = _text(
-        sent, "dataset", "Choose what to measure on: a run, or a folder of pictures with captions."
-    )
+    dataset = _text(sent, "dataset", "Choose what to measure on: a run, or a folder of images with captions.")
     return {"dataset": str(expand_home(dataset)), "base": _text(sent, "base", "Choose the base.")}
 
 

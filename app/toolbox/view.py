@@ -69,7 +69,7 @@ def _spectrum(result: Row) -> str:
 def _measured(result: Row, shown: str, act: str = "", words: str = "") -> str:
     """A measurement, what it was made on, and a button that makes a file of it."""
     count = int(result.get("pictures", 0))
-    on = f"Measured on {count} {'picture' if count == 1 else 'pictures'}. {result.get('note', '')}".strip()
+    on = f"Measured on {count} {'image' if count == 1 else 'images'}. {result.get('note', '')}".strip()
     button = part("button", words, tone="primary", data={"toolbox_act": act}) if act else ""
     return shown + paragraph(on, small=True) + button
 

@@ -293,7 +293,7 @@ class Prober:
         asked = [one for one in (*worker.waiting, worker.in_hand) if one not in (None, self._reply)]
         warming = any(one.request["do"] == "warm" for one in asked if one)
         others = any(one.request["do"] != "warm" for one in asked if one)
-        # A base that is held for pictures would have to be opened again for the next one.
+        # A base that is held for images would have to be opened again for the next one.
         if others or worker.holds_memory or not (worker.ready or warming):
             return False
         return not self._occupied()

@@ -73,7 +73,7 @@ def draft_values(draft: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_preset(draft: dict[str, Any]) -> tuple[str, str]:
-    """The goal and the preset of a draft; the demo's pictures bring their own preset."""
+    """The goal and the preset of a draft; the demo's images bring their own preset."""
     level = draft.get("level") or (DEMO if draft.get("dataset") == DEMO else "balanced")
     return str(draft.get("goal") or "style"), str(level)
 

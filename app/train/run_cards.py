@@ -50,10 +50,10 @@ MOST_EARLIER = 12
 MOST_FAILED = 3
 MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
 RAW = ", raw adapter (above: its average)"
-ENCODE = ("Encoding pictures", "Encoding captions", "Finding the learning rate", "Trying the heaviest step")
+ENCODE = ("Encoding images", "Encoding captions", "Finding the learning rate", "Trying the heaviest step")
 STAGES = (
-    ("Load base", ("Reading the pictures", "Opening the base model")),
-    ("Encode pictures", ENCODE),
+    ("Load base", ("Reading the images", "Opening the base model")),
+    ("Encode images", ENCODE),
     ("Base samples", ("Sampling", "Validating")),
 )
 """What comes before the first step: the trainer's phases, in their order."""
@@ -182,7 +182,7 @@ def _tiles(run: ShownRun) -> list[tuple[str, str]]:
     at = f" at step {last.step:,}" if last else ""
     return [
         first,
-        (_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out pictures{at}"),
+        (_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out images{at}"),
         (f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"),
         (f"{progress.step:,}", f"of {progress.steps:,} steps"),
     ]
@@ -246,7 +246,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
     if math.isfinite(last.gauge) and last.train_gain > 0:
         share = last.gauge / last.train_gain if last.gauge > SURE * known_error(last.gauge_error) else 0.0
         grade = 1 + (share >= MEMORIZED) + (share >= 1)
-        why = describe_memorization(last) or "Held-out pictures improve as well."
+        why = describe_memorization(last) or "Held-out images improve as well."
         stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
         act = (stop if run.state == "running" else see) if grade == 3 else None
         figures = f"Gap {_figure(last.gauge, last.gauge_error)}"
@@ -330,16 +330,16 @@ def gain_chart(validations: Sequence[Validated]) -> str:
         return paired if math.isfinite(paired) else one.standard_error
 
     trained = [one for one in found if math.isfinite(one.train_gain)]
-    curves = [_curve("held-out pictures", found, "smooth", lambda e: e.gain, error)]
+    curves = [_curve("held-out images", found, "smooth", lambda e: e.gain, error)]
     if trained:
-        curves.append(_curve("training pictures", trained, "second", lambda e: e.train_gain))
+        curves.append(_curve("training images", trained, "second", lambda e: e.train_gain))
     best = best_of(found)
     raw = [one for one in found if math.isfinite(one.raw_gain)]
     if raw:
-        curves.append(_curve("held-out pictures, raw adapter", raw, "third", lambda e: e.raw_gain))
+        curves.append(_curve("held-out images, raw adapter", raw, "third", lambda e: e.raw_gain))
     mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
     words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
-    return curves_plot(f"Gain on held-out pictures{words}", curves, mark)
+    return curves_plot(f"Gain on held-out images{words}", curves, mark)
 
 
 def _curve(

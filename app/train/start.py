@@ -41,7 +41,7 @@ MOST_LISTED = 8
 RESUMED_FIRST = ("paused", "interrupted", "failed")
 """States from which Resume is the primary act, rather than a new run."""
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated"}
-NO_IMAGES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
+NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
 
 
 def build_start(bindings: Bindings) -> Any:
@@ -268,7 +268,7 @@ def _sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
         captions = "all with captions" if not bare else f"{bare} without a caption"
         looks = pluralize(max(1, round(expected.looks)), "time")
         sentences.append(
-            f"{pluralize(expected.pictures, 'picture')}, {captions}; each is seen about {looks} in"
+            f"{pluralize(expected.pictures, 'image')}, {captions}; each is seen about {looks} in"
             f" {pluralize(expected.steps, 'step')}."
         )
         sentences += _caption_sentences(snapshot)

@@ -1,9 +1,9 @@
-"""Makes the demo dataset: pictures that the base draws, printed in dusk tones that the base does not know.
+"""Makes the demo dataset: images that the base draws, printed in dusk tones that the base does not know.
 
 `train/` is what `lora-easel train demo` learns from; `held_out/` shows other things in the same style, so
 that what carries over can be measured and not only what was memorised. The style is one of tone and palette:
 brightness alone decides the ink, from indigo over coral to gold, with a little paper grain. The shapes stay
-those of the base, which a small LoRA could not redraw from two dozen pictures.
+those of the base, which a small LoRA could not redraw from two dozen images.
 
     python assets/demo/make.py
 """
@@ -72,7 +72,7 @@ HELD_OUT = {
 
 
 def dusk_print(picture: Image.Image, grain: np.random.Generator) -> Image.Image:
-    """Returns the picture printed in INKS: each pixel's brightness picks its colour."""
+    """Returns the image printed in INKS: each pixel's brightness picks its colour."""
     brightness = np.asarray(picture, dtype=np.float32) @ np.array(BRIGHTNESS, dtype=np.float32) / 255
     position = (brightness - DARKEST) / (BRIGHTEST - DARKEST) * (len(INKS) - 1)
     steps = range(len(INKS))
@@ -82,7 +82,7 @@ def dusk_print(picture: Image.Image, grain: np.random.Generator) -> Image.Image:
 
 
 def write(folder: Path, things: dict[str, str], seed: int) -> None:
-    """Replaces the folder's pictures and captions by those of these things on these backgrounds."""
+    """Replaces the folder's images and captions by those of these things on these backgrounds."""
     folder.mkdir(exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.txt")):
         old.unlink()

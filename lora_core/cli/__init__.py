@@ -169,9 +169,7 @@ def _shrink(
     if not intrinsic:
         return api.shrink(file, out, rank, energy, precision, measure.base, slow_notes())
     if not measure.dataset:
-        raise ConfigError(
-            "--intrinsic measures the gain: give --dataset, pictures that it was not trained on."
-        )
+        raise ConfigError("--intrinsic measures the gain: give --dataset, images that it was not trained on.")
     measured = dataclasses.replace(measure, base=measure.base or "demo")
     return api.shrink_intrinsic(file, out, measured, precision)
 
@@ -193,7 +191,7 @@ class Training:
     """What a command line asks a run to be.
 
     Attributes:
-        dataset: a folder of pictures, a zip of one, or `demo`.
+        dataset: a folder of images, a zip of one, or `demo`.
         name: the run's name; else date and dataset.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         config: a TOML file of settings.

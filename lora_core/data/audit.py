@@ -55,20 +55,20 @@ _BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
 _FEWEST, _FEWEST_ODD = 3, 4
 _MOSTLY = 0.75
 MAJORITY = 0.6
-"""The share of the pictures that is most of them."""
+"""The share of the images that is most of them."""
 MIN_IMAGES = 5
 """With fewer images common attributes are not reported."""
 OVERREPRESENTED = 2.0
-"""A picture with so many times an even share of the steps is named."""
+"""An image with so many times an even share of the steps is named."""
 _FEW, _NEARLY_ALL = 0.25, 0.75
 _ALL_CAPTIONS = 0.8
 _MOST_WORDS = 8
 _WORD = re.compile(r"[^\W\d_][\w&'-]+")
 _SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
 STOP_WORDS = frozenset(_SMALL.split())
-"""Words that say nothing of a picture."""
+"""Words that say nothing of an image."""
 TOKENS_READ = 75
-# The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
+# The steepest edges of an image rise by this share of its contrast from one pixel to the next, or it is
 # blurred. Photos measured at 0.2 to 0.7, blurred by 3 pixels at 0.07 to 0.1, flat drawings above both.
 _SHARP = 0.1
 _FLAT = 8.0
@@ -76,7 +76,7 @@ _COMMON_SHARE = 0.8
 _FEWEST_CAPTIONS = 5
 _LONGEST_PHRASE = 6
 _THREADS = 4
-# Any of these in a caption says that a picture has the attribute.
+# Any of these in a caption says that an image has the attribute.
 _GREY_WORDS = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
 _VIVID_WORDS = "vivid saturated colorful colourful bright vibrant neon"
 _DARK_WORDS = "dark night dim shadow shadows low-key black evening"
@@ -89,11 +89,11 @@ _COMPOSITION_WORDS = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """Something that pictures can have in common.
+    """Something that images can have in common.
 
     Attributes:
         name: of it, which a caption could say.
-        has: how a sentence says that pictures have it: "have a white background".
+        has: how a sentence says that images have it: "have a white background".
         words: any one of them in a caption says it.
     """
 
@@ -103,12 +103,12 @@ class Attribute:
 
 
 def reduce_image(image: Image.Image) -> np.ndarray:
-    """What is kept of a picture: (24, 24, 3), 0 to 255."""
+    """What is kept of an image: (24, 24, 3), 0 to 255."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
 def find_attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
-    """Each attribute that a picture has, with the indices of all pictures that have it."""
+    """Each attribute that an image has, with the indices of all images that have it."""
     found: dict[Attribute, list[int]] = {}
     for index, one in enumerate(thumbs):
         for attribute in _image_attributes(one.astype(np.float64)):
@@ -213,7 +213,7 @@ def _dominant_hue(image: np.ndarray, chroma: np.ndarray) -> str:
 
 
 def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
-    """The pictures whose light and dark lie as in the mean of all others."""
+    """The images whose light and dark lie as in the mean of all others."""
     if len(thumbs) < 3:
         return []
     blocks = np.array([one.astype(np.float64) @ _WEIGHTS for one in thumbs]).reshape(-1, 8, 3, 8, 3)
@@ -235,7 +235,7 @@ def colour_of_word(word: str) -> str:
 
 
 def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list[str]:
-    """The colour of each picture's plain background, "" where it has none."""
+    """The colour of each image's plain background, "" where it has none."""
     colours = [""] * pictures
     for attribute, members in found.items():
         if attribute.name.endswith(BACKGROUND):
@@ -255,10 +255,10 @@ def bias_finding(
 def check_background_captions(
     records: Sequence[ImageRecord], names: Sequence[str], colours: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Words for a background that mean something else in these pictures, and captions that are odd ones out.
+    """Words for a background that mean something else in these images, and captions that are odd ones out.
 
     Args:
-        records: pictures.
+        records: images.
         names: how each is named in sentences.
         colours: of each plain background, "" where there is none.
     """
@@ -275,7 +275,7 @@ def check_background_captions(
         own = colour_of_word(word)
         if shown != own and count >= _FEWEST:
             sentence = (
-                f"“{word} background” will come to mean {shown}: {count} of the {len(members)} pictures with"
+                f"“{word} background” will come to mean {shown}: {count} of the {len(members)} images with"
                 f" these words have {_a_or_an(shown)} one. Write {shown} instead, unless you want it."
             )
             meant = [records[i] for i in members if colours[i] == shown]
@@ -306,8 +306,8 @@ class TrainingView:
         multiple: what a bucket's sides are divisible by, in pixels.
         tokenizer: the base's tokenizer folder; None leaves the length of captions unchecked.
         trigger: which should stand in most captions.
-        batch_size: pictures a micro-batch, all of one bucket.
-        held_out: pictures that are kept to measure on, by path; those chosen by hand are too.
+        batch_size: images a micro-batch, all of one bucket.
+        held_out: images that are kept to measure on, by path; those chosen by hand are too.
     """
 
     resolution: int
@@ -318,16 +318,16 @@ class TrainingView:
     held_out: Collection[Path] = field(default=frozenset())
 
     def trains_on(self, record: ImageRecord) -> bool:
-        """Whether a picture is not held out."""
+        """Whether an image is not held out."""
         return not record.held_out and record.path not in self.held_out
 
 
 def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[float]:
-    """The share of all looks that each picture gets, on average over epochs; 0 for one that is held out.
+    """The share of all looks that each image gets, on average over epochs; 0 for one that is held out.
 
-    As `train/data` does it: a picture comes as often as it repeats; the last batch of a bucket is
+    As `train/data` does it: an image comes as often as it repeats; the last batch of a bucket is
     filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
-    for ceil(n / batch) * batch, and a picture for its part of that.
+    for ceil(n / batch) * batch, and an image for its part of that.
     """
     buckets = _buckets(records, training)
     looks: Counter[Bucket] = Counter()
@@ -351,13 +351,13 @@ def report_bias(
 ) -> list[dict[str, Any]]:
     """What training will pick up, a row each: kind, name, sentence, the `pictures` to look at, `counts`.
 
-    Kinds: `absorbed` (most pictures show it, few captions say it), `named` (most show it, and captions say
+    Kinds: `absorbed` (most images show it, few captions say it), `named` (most show it, and captions say
         so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
-        background than all like it), `wording` (words that some captions have), `share` (a picture with far
-        more steps than others), `bucket` (one picture has a bucket for itself).
+        background than all like it), `wording` (words that some captions have), `share` (an image with far
+        more steps than others), `bucket` (one image has a bucket for itself).
 
     Args:
-        records: all pictures.
+        records: all images.
         names: how each is named in sentences.
         thumbs: what `seen.thumb` gives; None for one that cannot be read.
         training: how they are trained on.
@@ -402,7 +402,7 @@ def _attribute_row(
     silent = [record for record in records if not attribute.words & words_of(record.caption)]
     said = len(records) - len(silent)
     taker = f"“{trigger}”" if trigger else "the trigger word"
-    shown = f"{len(records)} of {pictures} pictures {attribute.has}"
+    shown = f"{len(records)} of {pictures} images {attribute.has}"
     counts = {"pictures": len(records), "captions": said, "of": pictures}
     if said >= _NEARLY_ALL * len(records):
         sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
@@ -444,7 +444,7 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
 
 
 def _buckets(records: Sequence[ImageRecord], training: TrainingView) -> list[Bucket | None]:
-    """Where each picture is trained; None for one that is held out."""
+    """Where each image is trained; None for one that is held out."""
     size = (training.resolution, training.multiple)
     return [choose_bucket(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
 
@@ -460,7 +460,7 @@ def _uneven_shares(
             why = f"its {record.repeats} repeats" if record.repeats > 1 else "batches that it fills up alone"
             sentence = (
                 f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
-                " is learned more strongly than the others. Lower its repeats, or add pictures like it."
+                " is learned more strongly than the others. Lower its repeats, or add images like it."
             )
             rows.append(bias_finding("share", name, sentence, [record], {"share": share, "even": even}))
     return rows
@@ -469,7 +469,7 @@ def _uneven_shares(
 def _single_image_buckets(
     records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
 ) -> list[dict[str, Any]]:
-    """Buckets that one picture has for itself while others share theirs."""
+    """Buckets that one image has for itself while others share theirs."""
     members: dict[Bucket, list[int]] = {}
     for index, bucket in enumerate(_buckets(records, training)):
         if bucket is not None:
@@ -485,8 +485,8 @@ def _single_image_buckets(
         record, name = records[indices[top]], names[indices[top]]
         size = f"{bucket.width} x {bucket.height}"
         sentence = (
-            f"{name} is the only picture of the size {size}: each of its batches shows it"
-            f" {training.batch_size} times. Crop it to the shape of others, or add pictures of its shape."
+            f"{name} is the only image of the size {size}: each of its batches shows it"
+            f" {training.batch_size} times. Crop it to the shape of others, or add images of its shape."
             if len(indices) == 1
             else (
                 f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
@@ -498,7 +498,7 @@ def _single_image_buckets(
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """What is measured on a picture's pixels; `print` and `thumb` are None and `sharpness` 1 where it cannot
+    """What is measured on an image's pixels; `print` and `thumb` are None and `sharpness` 1 where it cannot
     be read any more."""
 
     print: Fingerprint | None
@@ -521,13 +521,13 @@ def audit(
     Args:
         dataset: what was scanned.
         training: how it will be trained on.
-        progress: called with (done, all) as the pictures are looked at; what it raises ends the audit.
+        progress: called with (done, all) as the images are looked at; what it raises ends the audit.
         looks_before: results of earlier audits of the same files; new ones are added.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
         where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag,
-        pictures; `shares`: picture, its share of the steps; `learned`: the rows of `report_bias`.
+        images; `shares`: picture, its share of the steps; `learned`: the rows of `report_bias`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
@@ -568,7 +568,7 @@ def _looks(
     known: Looks,
     progress: Callable[[int, int], None] | None,
 ) -> list[_Look]:
-    """What is measured on each picture; `size` is the resolution and what sides are divisible by."""
+    """What is measured on each image; `size` is the resolution and what sides are divisible by."""
     looks: list[_Look] = []
     threads = ThreadPoolExecutor(_THREADS)
     try:
@@ -587,8 +587,8 @@ def _problem_row(problem: FileProblem, twins: Mapping[FileProblem, Path]) -> dic
 
 
 def sharpness(image: Image.Image) -> float:
-    """The steepest rise between neighbouring pixels, as a share of the picture's contrast; 1 for a flat
-    picture."""
+    """The steepest rise between neighbouring pixels, as a share of the image's contrast; 1 for a flat
+    image."""
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     dark, bright = np.percentile(grey, (0.5, 99.5))
     if bright - dark < _FLAT:
@@ -651,7 +651,7 @@ def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> 
 
 
 def _names(records: list[ImageRecord]) -> list[str]:
-    """How pictures are named in sentences: the file's name, with its folder where two have the same."""
+    """How images are named in sentences: the file's name, with its folder where two have the same."""
     counts = Counter(record.path.name for record in records)
     return [
         record.path.name if counts[record.path.name] == 1 else f"{record.path.parent.name}/{record.path.name}"
@@ -679,7 +679,7 @@ def _image_problems(
 
 
 def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> dict[FileProblem, Path]:
-    """Each picture that looks the same as an earlier one, and which."""
+    """Each image that looks the same as an earlier one, and which."""
     return {
         FileProblem(
             records[index].path,

@@ -21,13 +21,13 @@ class Bucket:
 
 
 def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bucket:
-    """The size at which a picture is trained.
+    """The size at which an image is trained.
 
-    Its area is at most resolution^2 and its sides are multiples of `multiple`. It fits into the picture, so
-    that nothing is enlarged, unless a side of the picture is shorter than `multiple`.
+    Its area is at most resolution^2 and its sides are multiples of `multiple`. It fits into the image, so
+    that nothing is enlarged, unless a side of the image is shorter than `multiple`.
 
     Args:
-        width, height: of the picture, in pixels.
+        width, height: of the image, in pixels.
         resolution: side in pixels of a square with the largest area.
         multiple: what the sides must be divisible by, in pixels.
     """
@@ -63,14 +63,14 @@ def _down_and_up(side: float, multiple: int) -> tuple[int, int]:
 
 
 def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
-    """The largest centred part of a picture that has the bucket's shape.
+    """The largest centred part of an image that has the bucket's shape.
 
     Args:
-        width, height: of the picture, in pixels.
+        width, height: of the image, in pixels.
         bucket: the size it is trained at.
 
     Returns:
-        Left, top, right, bottom, in pixels of the picture.
+        Left, top, right, bottom, in pixels of the image.
     """
     scale = max(bucket.width / width, bucket.height / height)
     wide, high = min(width, bucket.width / scale), min(height, bucket.height / scale)
@@ -81,14 +81,14 @@ def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, flo
 def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int, int, int]:
     """SDXL's size conditioning of an image (Podell et al. 2023, section 2.2).
 
-    The crop is the centred one of `crop_box`, so that a mirrored picture has the same numbers.
+    The crop is the centred one of `crop_box`, so that a mirrored image has the same numbers.
 
     Args:
-        width, height: of the picture on disk, in pixels.
+        width, height: of the image on disk, in pixels.
         bucket: the size it is trained at.
 
     Returns:
-        Original height and width, in pixels of the picture on disk; top and left of the crop, in pixels of
+        Original height and width, in pixels of the image on disk; top and left of the crop, in pixels of
         the image as resized before cropping, rounded; height and width of what is left, the bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)
@@ -97,7 +97,7 @@ def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int
 
 
 def resize_and_crop(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """The picture cropped by `crop_box` and resized to the bucket."""
+    """The image cropped by `crop_box` and resized to the bucket."""
     box = crop_box(*image.size, bucket)
     if image.size == (bucket.width, bucket.height):
         return image.copy()

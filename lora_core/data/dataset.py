@@ -75,14 +75,14 @@ AUDIT_ONLY = ("hidden", "link", "unread caption")
 UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
-    "mask": "{} masks are not used yet: pictures are trained on whole, whatever a mask leaves out ({}).",
+    "mask": "{} masks are not used yet: images are trained on whole, whatever a mask leaves out ({}).",
     "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
-    "transparent": "{} pictures are see-through in places, and are trained on with a white background ({}).",
-    "caption without picture": "{} captions belong to no picture, and are not used ({}).",
-    "second caption": "{} captions are not used, as their pictures have another one ({}).",
-    "shared caption": "{} captions are shared by pictures of the same name ({}).",
+    "transparent": "{} images are see-through in places, and are trained on with a white background ({}).",
+    "caption without picture": "{} captions belong to no image, and are not used ({}).",
+    "second caption": "{} captions are not used, as their images have another one ({}).",
+    "shared caption": "{} captions are shared by images of the same name ({}).",
     "other file": "{} other files are not used ({}).",
-    "same picture": "{} pictures are already here and were skipped ({}).",
+    "same picture": "{} images are already here and were skipped ({}).",
     "already there": "{} captions or masks are already here and were left as they are ({}).",
 }
 """What many notes of a kind come to: how many there are, and the names of some."""
@@ -119,16 +119,16 @@ class _Listing:
 
 
 def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
-    """Every picture below a folder with its caption, in an order that is the same on all systems.
+    """Every image below a folder with its caption, in an order that is the same on all systems.
 
-    A caption is, in this order: the text file beside the picture, its row in the `metadata.jsonl` or `.csv`
+    A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv`
     of the same or a higher folder, the name of a `10_name` folder. Masks and what lies in a folder for masks
-    or regularisation images are not pictures. Nothing is raised for a file that is wrong; it becomes a
+    or regularisation images are not images. Nothing is raised for a file that is wrong; it becomes a
     problem. Each file that is not used is a problem or a note; hidden files share one.
 
     Args:
         folder: the dataset.
-        sizes: what is known from before; without it every picture is decoded.
+        sizes: what is known from before; without it every image is decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
     tables = _read_tables(listing)
@@ -172,12 +172,12 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
         unpack_into: where a zip is unpacked, in a folder named by its hash; an existing one is reused.
 
     Raises:
-        DatasetError: it does not exist, is neither, cannot be unpacked, or holds no picture file.
+        DatasetError: it does not exist, is neither, cannot be unpacked, or holds no image file.
     """
     path = DEMO_TRAIN if str(where) == "demo" else expand_home(where).absolute()
     if not path.exists():
         raise DatasetError(
-            f"The dataset {where} does not exist; give a folder of pictures, a zip of one, or `demo`."
+            f"The dataset {where} does not exist; give a folder of images, a zip of one, or `demo`."
         )
     notes: list[FileProblem] = []
     if path.is_dir():
@@ -189,7 +189,7 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
         notes = list_skipped_entries(path)
     else:
         raise DatasetError(
-            f"The dataset {where} is neither a folder nor a zip; give a folder of pictures, a zip of one, or"
+            f"The dataset {where} is neither a folder nor a zip; give a folder of images, a zip of one, or"
             " `demo`."
         )
     dataset = scan(folder)
@@ -199,7 +199,7 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     ):
         why = "".join(f" {note.sentence}" for note in summarize_notes(dataset.notes, AUDIT_ONLY))
         raise DatasetError(
-            f"There are no pictures in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
+            f"There are no images in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
             f" caption.{why}"
         )
     return dataset
@@ -243,7 +243,7 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
         there = {fold_name(listing.shown(path)) for path in listing.pictures}
         if missing := sorted(listing.held_out - there):
             sentence = (
-                f"{HOLDOUT_LIST} names pictures that are not there ({abbreviate(missing)}); they are not held"
+                f"{HOLDOUT_LIST} names images that are not there ({abbreviate(missing)}); they are not held"
                 " out."
             )
             listing.notes.append(FileProblem(root / HOLDOUT_LIST, "held out", sentence, False))
@@ -258,7 +258,7 @@ def _classify(path: Path, listing: _Listing) -> None:
         rest = "is in a folder for regularisation, which is not used yet; it is not trained on."
         listing.note(path, kind, rest)
     elif kind or (suffix in IMAGE_SUFFIXES and _is_mask(path, listing)):
-        listing.note(path, "mask", "is a mask, and masks are not used yet: all of its picture is trained on.")
+        listing.note(path, "mask", "is a mask, and masks are not used yet: all of its image is trained on.")
     elif suffix in IMAGE_SUFFIXES:
         listing.pictures.append(path)
     elif fold_name(path.name) in METADATA_NAMES:
@@ -266,11 +266,11 @@ def _classify(path: Path, listing: _Listing) -> None:
     elif suffix in CAPTION_SUFFIXES:
         listing.texts.append(path)
     else:
-        listing.note(path, "other file", "is neither a picture nor a caption; it is not used.")
+        listing.note(path, "other file", "is neither an image nor a caption; it is not used.")
 
 
 def _is_mask(path: Path, listing: _Listing) -> bool:
-    """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside a picture `cat`."""
+    """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside an image `cat`."""
     shown = listing.shown(path.with_suffix(""))
     if is_mask(path) or fold_name(shown[-5:]) not in _MASK_OF:
         return is_mask(path)
@@ -278,7 +278,7 @@ def _is_mask(path: Path, listing: _Listing) -> bool:
 
 
 def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
-    """Note the captions that no picture has, and those that several have."""
+    """Note the captions that no image has, and those that several have."""
     readers: dict[Path, list[ImageRecord]] = {}
     for record in records:
         if sidecar := _find_sidecar(record.path, listing):
@@ -291,17 +291,17 @@ def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
                 names = " and ".join(record.path.name for record in readers[text])
                 listing.note(text, "shared caption", f"is the caption of {names}; rename one if they differ.")
         elif fold_name(listing.shown(text.with_suffix(""))) in with_caption:
-            listing.note(text, "second caption", "is not used, as its picture has another caption.")
+            listing.note(text, "second caption", "is not used, as its image has another caption.")
         elif text in spare:
-            listing.note(text, "unread caption", "belongs to a picture that cannot be used.")
+            listing.note(text, "unread caption", "belongs to an image that cannot be used.")
         else:
-            listing.note(text, "caption without picture", "belongs to no picture; it is not used.")
+            listing.note(text, "caption without picture", "belongs to no image; it is not used.")
 
 
 def _read_tables(listing: _Listing) -> dict[Path, str]:
     """Image to caption, from all metadata files; errors are added to the problems."""
     captions: dict[Path, str] = {}
-    # A table nearer to the picture has the last word.
+    # A table nearer to the image has the last word.
     for table in sorted(listing.tables, key=lambda path: len(path.parts)):
         shown = listing.shown(table)
         rows, sentences = read_metadata_captions(table, shown)
@@ -314,10 +314,10 @@ def _read_tables(listing: _Listing) -> dict[Path, str]:
             else:
                 captions[picture] = caption
         for name in missing[:_SHOWN_ROWS]:
-            sentence = f"{shown} names {name}, which is not there; add the picture or remove the row."
+            sentence = f"{shown} names {name}, which is not there; add the image or remove the row."
             listing.problems.append(FileProblem(table, "metadata", sentence))
         if len(missing) > _SHOWN_ROWS:
-            sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more pictures that are not there."
+            sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more images that are not there."
             listing.problems.append(FileProblem(table, "metadata", sentence))
     return captions
 
@@ -337,7 +337,7 @@ def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> Imag
 
 
 def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:
-    """The text file beside a picture."""
+    """The text file beside an image."""
     stem = listing.shown(picture.with_suffix(""))
     return _find_first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
 

@@ -30,7 +30,7 @@ _SIDE, _KEPT = 32, 8
 _SAME_SHAPE = 0.98
 # Mean difference of the colour thumbnails, of 255.
 _COLOUR_APART = 12.0
-# Takes the place of the lowest frequency, so that pictures without any shape are alike.
+# Takes the place of the lowest frequency, so that images without any shape are alike.
 _FLAT = 10.0
 _THREADS = 4
 _FEWEST_TO_TRAIN_ON = 2
@@ -46,10 +46,10 @@ class Fingerprint:
 
 
 def compute_fingerprint(image: Image.Image) -> Fingerprint:
-    """What is compared of an RGB picture."""
+    """What is compared of an RGB image."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     waves, k = _cosines(), np.arange(_KEPT)
-    # Low frequencies are the largest in nearly all pictures; the weight lets the others count as much.
+    # Low frequencies are the largest in nearly all images; the weight lets the others count as much.
     shape = (waves @ np.asarray(grey, dtype=np.float64) @ waves.T) * np.hypot(k[:, None], k)
     shape[0, 0] = _FLAT
     colours = np.asarray(image.resize((4, 4), Image.Resampling.BOX), dtype=np.float64)
@@ -57,13 +57,13 @@ def compute_fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def are_near_duplicates(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two pictures look the same."""
+    """Whether two images look the same."""
     near = float(one.shape @ other.shape) >= _SAME_SHAPE
     return near and float(np.abs(one.colours - other.colours).mean()) <= _COLOUR_APART
 
 
 def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
-    """For each picture the index of the first one of its group; its own where nothing looks like it.
+    """For each image the index of the first one of its group; its own where nothing looks like it.
 
     Near-duplicates of near-duplicates are one group. None, an unreadable image, is alone.
     """
@@ -82,7 +82,7 @@ def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
 
 
 def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
-    """The fingerprint of each picture; None for one that cannot be read."""
+    """The fingerprint of each image; None for one that cannot be read."""
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(_fingerprint_or_none, paths))
 
@@ -107,12 +107,12 @@ def split_holdout(
 
     Args:
         records: all records.
-        pictures: a share if below 1, else a number of pictures. Where near-duplicates would have to be
+        pictures: a share if below 1, else a number of images. Where near-duplicates would have to be
         separated, it is fewer. Ignored where the user listed images.
         seed: of the choice.
 
     Raises:
-        DatasetError: fewer than two pictures would be left to train on.
+        DatasetError: fewer than two images would be left to train on.
     """
     by_hand = any(record.held_out for record in records)
     wished = 0 if by_hand else num_holdout(len(records), pictures)
@@ -132,18 +132,18 @@ def split_holdout(
     held = [record for group, record in zip(groups, records, strict=True) if group in chosen]
     if by_hand and len(train) < _FEWEST_TO_TRAIN_ON:
         raise DatasetError(
-            f"Holding out {len(held)} of {len(records)} pictures, those that look the same included, leaves"
+            f"Holding out {len(held)} of {len(records)} images, those that look the same included, leaves"
             f" fewer than {_FEWEST_TO_TRAIN_ON} to train on; choose fewer of them by hand."
         )
     return train, held
 
 
 def num_holdout(count: int, pictures: float) -> int:
-    """How many of `count` pictures are to be held out, 0 for none.
+    """How many of `count` images are to be held out, 0 for none.
 
     Args:
         count: all there are.
-        pictures: a share if below 1, else a number of pictures.
+        pictures: a share if below 1, else a number of images.
 
     Raises:
         DatasetError: fewer than two would be left to train on.
@@ -154,7 +154,7 @@ def num_holdout(count: int, pictures: float) -> int:
     most = count - _FEWEST_TO_TRAIN_ON
     if wished > most:
         raise DatasetError(
-            f"Holding out {wished} of {count} pictures leaves fewer than {_FEWEST_TO_TRAIN_ON} to train on;"
+            f"Holding out {wished} of {count} images leaves fewer than {_FEWEST_TO_TRAIN_ON} to train on;"
             f" set validation.pictures to at most {max(0, most)}."
         )
     return wished

@@ -34,10 +34,10 @@ _ENDINGS = (
 IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 MIN_SIDE = 16
 MAX_FILE_BYTES = 500_000_000
-"""Of one picture file."""
+"""Of one image file."""
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
-# The turn that brings a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112).
+# The turn that brings an image upright, by its EXIF orientation (Exif 2.3, tag 0x0112).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,7 +58,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class ImageInfo(NamedTuple):
-    """What a decoded picture shows: its upright size in pixels, and whether any pixel is see-through."""
+    """What a decoded image shows: its upright size in pixels, and whether any pixel is see-through."""
 
     width: int
     height: int
@@ -66,7 +66,7 @@ class ImageInfo(NamedTuple):
 
 
 def open_rgb(path: Path, least: int | None = None) -> Image.Image:
-    """The picture as 8-bit RGB, upright.
+    """The image as 8-bit RGB, upright.
 
     16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken.
 
@@ -76,14 +76,14 @@ def open_rgb(path: Path, least: int | None = None) -> Image.Image:
             decoding, which is several times faster.
 
     Raises:
-        DatasetError: the file is not a picture, is damaged, or has too many pixels; names the file.
+        DatasetError: the file is not an image, is damaged, or has too many pixels; names the file.
     """
     with _load_image(path, str(path), least) as (image, _):
         return _apply_orientation(to_rgb(image), _orientation(image))
 
 
 def make_thumbnail(path: Path, side: int = 256) -> bytes:
-    """A WebP of the picture that fits into a square of `side` pixels.
+    """A WebP of the image that fits into a square of `side` pixels.
 
     Raises:
         DatasetError: as `open_rgb`.
@@ -132,7 +132,7 @@ def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture of any mode as 8-bit RGB."""
+    """A decoded image of any mode as 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _to_8_bit(image).convert("RGB")
     if image.mode == "La":
@@ -145,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether a decoded picture has a pixel that `to_rgb` lays on white."""
+    """Whether a decoded image has a pixel that `to_rgb` lays on white."""
     if not image.has_transparency_data:
         return False
     if image.mode == "La":
@@ -185,7 +185,7 @@ def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
 def _load_image(
     path: Path, shown: str, least: int | None = None
 ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-    """A decoded picture, at full size or as `open_rgb`, and the size that its file states.
+    """A decoded image, at full size or as `open_rgb`, and the size that its file states.
 
     Raises:
         DatasetError: as `open_rgb`; names the file as `shown`.
@@ -212,7 +212,7 @@ def _describe_error(path: Path, shown: str, error: Exception) -> str:
             " smaller copy of it."
         )
     if isinstance(error, UnidentifiedImageError):
-        return f"{shown} is not a picture, whatever its name says; remove it, or save it as PNG or JPEG."
+        return f"{shown} is not an image, whatever its name says; remove it, or save it as PNG or JPEG."
     if isinstance(error, OSError) and error.errno is not None:
         return f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
     return f"{shown} is damaged or cut short ({error}); copy it again from its source or remove it."
@@ -260,7 +260,7 @@ class SizeCache:
             return
         self._changed = False
         self._known = {p: known for p, known in dict(self._known).items() if Path(p).is_relative_to(below)}
-        # Without the file the pictures are decoded once more, nothing else.
+        # Without the file the images are decoded once more, nothing else.
         with contextlib.suppress(OSError):
             flat = {path: [*known[:2], *map(int, known[2])] for path, known in self._known.items()}
             write_atomically(self.file, json.dumps(flat).encode())

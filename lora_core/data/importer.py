@@ -73,7 +73,7 @@ class Imported:
 
 
 def is_dataset_file(name: str) -> bool:
-    """Whether a file belongs to a dataset: a picture, a caption or a table of captions."""
+    """Whether a file belongs to a dataset: an image, a caption or a table of captions."""
     suffix = PurePosixPath(name).suffix.casefold()
     return (
         suffix in IMAGE_SUFFIXES
@@ -83,7 +83,7 @@ def is_dataset_file(name: str) -> bool:
 
 
 def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
-    """Unpack a zip's pictures, captions and tables of captions into a folder that is made for it.
+    """Unpack a zip's images, captions and tables of captions into a folder that is made for it.
 
     Raises:
         DatasetError: the zip is damaged, encrypted, too large, or holds an entry that leads out of the
@@ -152,7 +152,7 @@ def _zip_fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
     if entry.file_size > limits.file_bytes:
         return f"is larger than {limits.file_bytes / 1e6:.0f} MB; leave it out"
     if entry.file_size > max(limits.ratio_from_bytes, limits.ratio * entry.compress_size):
-        return "unpacks to far more than a picture can; leave it out"
+        return "unpacks to far more than an image can; leave it out"
     return ""
 
 
@@ -183,7 +183,7 @@ def _sort_entries(
         if any(is_junk(part) for part in name.split("/")):
             hidden.append(name)
         elif not is_dataset_file(name):
-            notes.append(_unused_entry(zip_path, name, "is neither a picture nor a caption; it is not used."))
+            notes.append(_unused_entry(zip_path, name, "is neither an image nor a caption; it is not used."))
         elif safe_name(name) in useful:
             notes.append(_unused_entry(zip_path, name, _TWICE))
         else:
@@ -252,10 +252,10 @@ class TransferMode:
     """How files are transferred.
 
     Attributes:
-        how: "copy"; "link", where pictures share the originals' place on the disk and captions are copied all
+        how: "copy"; "link", where images share the originals' place on the disk and captions are copied all
         the same, as the window writes them; or "move", for files that were made for the import only.
         progress: called with (phase, done, total).
-        sizes: where the sizes of the pictures that were decoded are remembered.
+        sizes: where the sizes of the images that were decoded are remembered.
     """
 
     how: str = "copy"
@@ -311,17 +311,17 @@ class _Incoming:
 
     @property
     def stem(self) -> str:
-        """The picture's stem, of its mask and its caption too."""
+        """The image's stem, of its mask and its caption too."""
         return self.name.stem[: -len(_MASK)] if self.is_mask else self.name.stem
 
     @property
     def set_name(self) -> str:
-        """Shared by a picture, its mask and its caption, which must keep together."""
+        """Shared by an image, its mask and its caption, which must keep together."""
         return fold_name((self.name.parent / self.stem).as_posix())
 
     @property
     def is_picture(self) -> bool:
-        """Whether it is a picture to train on."""
+        """Whether it is an image to train on."""
         return self.suffix in IMAGE_SUFFIXES and not self.is_mask
 
 
@@ -338,7 +338,7 @@ class _Import:
     _by_size: dict[int, list[Path]] | None = None
 
     def same_picture(self, file: Path) -> Path | None:
-        """The picture with the bytes of `file` that was in the dataset before this import, if any."""
+        """The image with the bytes of `file` that was in the dataset before this import, if any."""
         if self._by_size is None:
             self._by_size = {}
             for path in walk_files(self.into, IMAGE_SUFFIXES):
@@ -368,9 +368,9 @@ class _Import:
 def import_files(
     files: list[Path], into: Path, names: list[str] | None = None, way: TransferMode | None = None
 ) -> Imported:
-    """Take over pictures, their captions and masks into a dataset folder, and unpack zips.
+    """Take over images, their captions and masks into a dataset folder, and unpack zips.
 
-    A name that is taken gets `-2`, a picture together with its caption; a picture that the dataset holds byte
+    A name that is taken gets `-2`, an image together with its caption; an image that the dataset holds byte
     for byte is skipped. What is wrong with a file, a zip included, is told in `skipped`.
 
     Args:
@@ -396,7 +396,7 @@ def import_files(
 
 
 def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> Imported:
-    """Take over the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders
+    """Take over the images, captions and masks below a folder into a dataset folder; `10_name` sub-folders
     stay.
 
     Raises:
@@ -466,7 +466,7 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
         elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
             sets.setdefault(one.set_name, []).append(one)
         else:
-            sentence = f"{one.name} is neither a picture nor a caption nor a zip; it was left out."
+            sentence = f"{one.name} is neither an image nor a caption nor a zip; it was left out."
             under_way.skip(one.source, "other file", sentence)
     listed = [one for members in sets.values() for one in members]
     faults: dict[_Incoming, FileProblem | None] = {}
@@ -485,7 +485,7 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
 
 
 def _import_fault(one: _Incoming, sizes: SizeCache) -> FileProblem | None:
-    """What is wrong with a picture or a caption."""
+    """What is wrong with an image or a caption."""
     if one.suffix in IMAGE_SUFFIXES:
         info = sizes.info(one.source, str(one.name))
         return info if isinstance(info, FileProblem) else None
@@ -497,7 +497,7 @@ def _import_fault(one: _Incoming, sizes: SizeCache) -> FileProblem | None:
 
 
 def _import_set(members: list[_Incoming], under_way: _Import) -> None:
-    """Copy a picture with its mask and caption under one free name."""
+    """Copy an image with its mask and caption under one free name."""
     if not members:
         return
     # Two of a kind arrive only where a sender's names differ in case or in letters that had to be replaced.
@@ -507,7 +507,7 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
     has_picture = any(one.is_picture and one not in same for one in firsts)
     folder, stem = under_way.into / members[0].name.parent, firsts[0].stem
     if same and not has_picture:
-        # Its caption and mask go beside the picture that is there.
+        # Its caption and mask go beside the image that is there.
         there = next(iter(same.values()))
         folder, stem = there.parent, there.stem
     names, stems = under_way.taken(folder)
@@ -544,7 +544,7 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
 
 
 def _import_table(table: _Incoming, under_way: _Import) -> None:
-    """Write the rows of a table as text files beside the pictures that have none."""
+    """Write the rows of a table as text files beside the images that have none."""
     captions, sentences = read_metadata_captions(table.source, str(table.name))
     for sentence in sentences:
         under_way.skip(table.source, "metadata", sentence)
@@ -554,8 +554,7 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
         # `Path.is_file` raises where a name is too long for the file system.
         if not os.path.isfile(picture):
             sentence = (
-                f"{table.name} names {name}, which did not come along; add the picture and the table"
-                " together."
+                f"{table.name} names {name}, which did not come along; add the image and the table together."
             )
             under_way.skip(table.source, "metadata", sentence)
         elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):

@@ -19,10 +19,10 @@ from lora_core.system.files import clean_text, is_device
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One usable picture.
+    """One usable image.
 
     Width and height are in pixels after EXIF rotation. The caption holds one alternative a line. `repeats` is
-    how often the picture is shown in an epoch. `held_out` says that it was chosen to measure on,
+    how often the image is shown in an epoch. `held_out` says that it was chosen to measure on,
     `transparent` that parts of it are see-through, which are trained on as white.
     """
 

@@ -114,7 +114,7 @@ def score_captions(
     different = len(set(captions))
     if different < 2:
         raise DatasetError(
-            "Checking captions needs at least two pictures with different captions; write some first."
+            "Checking captions needs at least two images with different captions; write some first."
         )
     tried = max(_LEAST_TRIED, min(_MOST_TRIED, round(_TRIED_SHARE * len(records))))
     again = tried * (min(MOST_OTHERS, different) + 1)
@@ -205,7 +205,7 @@ def _explain(rows: list[dict[str, Any]]) -> None:
             )
         elif vague:
             row["sentence"] = (
-                f"The caption of {name} fits it no better than captions of other pictures do (the loss is"
+                f"The caption of {name} fits it no better than captions of other images do (the loss is"
                 f" lower by {row['fits']:.3f} ± {row['fits_error']:.3f}, for most by {usual:.3f}): it is"
                 " wrong, or names something that the base does not know."
             )
@@ -262,7 +262,7 @@ def propose_triggers(
         DatasetError: there is no image, or no candidate is left.
     """
     if not records:
-        raise DatasetError("Proposing a trigger word needs pictures; put some in.")
+        raise DatasetError("Proposing a trigger word needs images; put some in.")
     given = given.strip()
     some = random.Random(seed).sample(list(records), min(TRIGGER_IMAGES, len(records)))
     pool = trigger_candidates(base, [record.caption for record in records], seed)

@@ -361,6 +361,6 @@ def reason_to_stop(validations: Sequence[Validated], patience: int) -> str:
         )
     )
     return (
-        f"The gain on held-out pictures stopped growing after step {validations[best].step:,}: {since}"
+        f"The gain on held-out images stopped growing after step {validations[best].step:,}: {since}"
         f" validations were no better, and {how}. Resume the run to continue anyway."
     )

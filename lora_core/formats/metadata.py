@@ -288,7 +288,7 @@ def _training(metadata: Mapping[str, str]) -> str:
     counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
     images = sum(count for count in counts if isinstance(count, int))
     size = metadata.get("modelspec.resolution") or metadata.get("ss_resolution", "")
-    words = [f"{steps} steps" if steps else "", f"on {images} pictures" if images else ""]
+    words = [f"{steps} steps" if steps else "", f"on {images} images" if images else ""]
     return " ".join(word for word in (*words, f"at {size} px" if size else "") if word)
 
 

@@ -231,7 +231,7 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
     except OSError as error:
-        raise ConfigError(f"The picture cannot be written to {path}: {error.strerror or error}.") from error
+        raise ConfigError(f"The image cannot be written to {path}: {error.strerror or error}.") from error
 
 
 # The latent preview.
@@ -282,9 +282,7 @@ DECODING = 24
 """Bytes per pixel for each channel of the VAE's first level: the peak of its decoder in fp32."""
 SAMPLING = 2**29
 """Bytes that a sampler step takes beside the UNet, SDXL at 1024 px with guidance."""
-IN_8_BITS = (
-    "The UNet is kept in 8 bits, as it does not fit into the graphics memory; pictures differ slightly."
-)
+IN_8_BITS = "The UNet is kept in 8 bits, as it does not fit into the graphics memory; images differ slightly."
 Truncate = Callable[[AdapterWeights, int], AdapterWeights]
 FileKey = tuple[str, int, int, int]
 """Path, time and size of a file, and the rank that it is truncated to."""

@@ -281,7 +281,7 @@ def grid_requests(
     across = columns.values if columns else (None,)
     if len(down) * len(across) > MOST_CELLS:
         raise ConfigError(
-            f"A grid of {len(down)} by {len(across)} is {len(down) * len(across)} pictures; at most"
+            f"A grid of {len(down)} by {len(across)} is {len(down) * len(across)} images; at most"
             f" {MOST_CELLS} are drawn."
         )
 

@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")
 VARIANTS = ("fp16", "bf16")
 """Variants of the weights in a diffusers folder, used where there are none without a variant."""
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
-GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
+GUESS = "a guess: nothing in or beside the file says it; change Prediction if images come out as noise"
 CFG_RESCALE = 0.7
 """phi for bases with zero terminal SNR, as Lin et al. 2023 (section 3.4) recommend."""
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -1,1 +1,1 @@
-"""The frozen base model: opening it, turning pictures and captions into its inputs, calling its UNet."""
+"""The frozen base model: opening it, turning images and captions into its inputs, calling its UNet."""

@@ -44,7 +44,7 @@ from lora_core.system.files import (
 
 JOURNAL = "moving.json"
 DEMO = "demo"
-DEFAULT_TITLE = "My pictures"
+DEFAULT_TITLE = "My images"
 LABEL = "project.json"
 _LOCK = ".lock"
 _PATIENCE = 30.0
@@ -214,7 +214,7 @@ class Project:
         record = self.images().get(name)
         if record is None or not record.path.is_file():
             self.invalidate()
-            raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+            raise DatasetError(f"There is no image named {name!r} in the dataset any more.")
         return record
 
     def refuse_demo(self) -> None:
@@ -224,7 +224,7 @@ class Project:
             DatasetError: the demo's images are chosen.
         """
         if self.uses_demo:
-            raise DatasetError("The demo's pictures stay as they are; drop your own to work on them.")
+            raise DatasetError("The demo's images stay as they are; drop your own to work on them.")
 
     def save_caption(self, name: str, text: str) -> None:
         """Write an image's caption beside it.
@@ -234,7 +234,7 @@ class Project:
         """
         if self.uses_demo:
             raise DatasetError(
-                "The demo's captions stay as they are; drop your own pictures to write captions."
+                "The demo's captions stay as they are; drop your own images to write captions."
             )
         with self.lock():
             record = self.find_image(name)
@@ -340,7 +340,7 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
     leaving = set(paths.values())
     for name, path in paths.items():
         if path is None or not path.is_file():
-            raise DatasetError(f"There is no picture named {name!r} here any more.")
+            raise DatasetError(f"There is no image named {name!r} here any more.")
         folder = into / path.parent.relative_to(source)
         files = _set_of(path)
         if folder not in taken:
@@ -362,7 +362,7 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
     try:
         move_files(moves, project.root)
     except OSError as error:
-        what = Path(error.filename).name if error.filename else "The pictures"
+        what = Path(error.filename).name if error.filename else "The images"
         raise DatasetError(f"{what} cannot be moved ({error.strerror}); close what uses it.") from error
     for move in moves:
         project.sizes.carry(move.source, move.target)
@@ -382,7 +382,7 @@ def _set_of(image: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Move:
-    """One file to be moved, or to be copied where another picture needs it too."""
+    """One file to be moved, or to be copied where another image needs it too."""
 
     source: Path
     target: Path
@@ -440,10 +440,10 @@ def finish_moves(root: Path) -> bool:
 
 
 def rejoin_sidecars(pictures: Path, aside: Path) -> int:
-    """Bring captions and masks back to pictures from which they were parted; returns how many.
+    """Bring captions and masks back to images from which they were parted; returns how many.
 
-    Before moves were written down, a kill left a caption in the other folder, or, after Take back, beside a
-    picture with a number (`a.txt`, `a-2.png`).
+    Before moves were written down, a kill left a caption in the other folder, or, after Take back, beside an
+    image with a number (`a.txt`, `a-2.png`).
 
     Raises:
         OSError: a file cannot be moved.
@@ -465,7 +465,7 @@ def rejoin_sidecars(pictures: Path, aside: Path) -> int:
 
 
 class _Files:
-    """The pictures below a folder by their stems, relative and folded, and their captions and masks."""
+    """The images below a folder by their stems, relative and folded, and their captions and masks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -482,18 +482,18 @@ class _Files:
                 self.pictures[stem] = path
 
     def captioned(self, stem: str) -> bool:
-        """Whether a picture has a caption here."""
+        """Whether an image has a caption here."""
         return any(stem == other and not is_mask(path) for path, other in self.companions.items())
 
 
 def _name_after_stem(path: Path) -> str:
-    """What follows a picture's stem in its name or in that of its caption or mask."""
+    """What follows an image's stem in its name or in that of its caption or mask."""
     stem = path.stem[: -len("-masklabel")] if is_mask(path) else path.stem
     return path.name[len(stem) :]
 
 
 def _separated(one: _Files, other: _Files) -> list[Move]:
-    """Captions and masks in `one` whose picture is in `other`, which has no such file."""
+    """Captions and masks in `one` whose image is in `other`, which has no such file."""
     found = []
     for path, stem in one.companions.items():
         if stem in one.pictures or stem not in other.pictures:

@@ -170,7 +170,7 @@ def open_images(name: str, workspace: Path) -> Project:
         RunError: there is neither.
     """
     if name == DEMO:
-        raise DatasetError("The demo's pictures and captions stay as they are; copy them to work on them.")
+        raise DatasetError("The demo's images and captions stay as they are; copy them to work on them.")
     folder = expand_home(name).absolute()
     if folder.parent == workspace / "projects" and folder.is_dir():
         return Project(folder)

@@ -65,7 +65,7 @@ from lora_core.train.setup import input_hashes
 
 FEWEST_DRAWS = 8
 CHANGED = (
-    "The pictures have changed since the run started, so some of those that are measured may have been"
+    "The images have changed since the run started, so some of those that are measured may have been"
     " trained on."
 )
 
@@ -100,7 +100,7 @@ def run_evaluator(
     require_clean(dataset)
     _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     if not held:
-        raise DatasetError(f"{run.name} held no picture out, so there is nothing to measure it on.")
+        raise DatasetError(f"{run.name} held no image out, so there is nothing to measure it on.")
     known, now = _load_json(run.inputs_file), input_hashes(run, dataset.records)
     known = known if isinstance(known, dict) else {}
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
@@ -426,19 +426,19 @@ def summary(data: ReportData) -> list[str]:
 def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
     if not found:
         return (
-            "Whether it learned was not measured: no picture was held out."
+            "Whether it learned was not measured: no image was held out."
             if data.progress.step
             else "Nothing was trained yet."
         )
     best, last = best_of(found), found[-1]
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return "It did not learn: held-out pictures are predicted worse than by the base."
-        return "The gain on held-out pictures is within noise."
+            return "It did not learn: held-out images are predicted worse than by the base."
+        return "The gain on held-out images is within noise."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
     much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
     at = "at the end" if best.step == data.progress.step else f"at best at step {best.step:,}"
-    sentence = f"It learned: held-out pictures are predicted {much}, {at}."
+    sentence = f"It learned: held-out images are predicted {much}, {at}."
     return f"{sentence} {_overcooked(best, last, data.best)}".strip()
 
 
@@ -582,12 +582,12 @@ def gain_html(data: ReportData) -> str:
     """Gain on held-out images with its error, on training images, and on the base's own."""
     found = with_gain(data.progress.validations)
     if not found:
-        return paragraph("No picture was held out, so no gain was measured.")
+        return paragraph("No image was held out, so no gain was measured.")
     best = best_of(data.progress.validations)
     curves = [
-        _curve("held-out pictures", found, "smooth", lambda e: (e.gain, e.standard_error)),
-        _curve("training pictures", found, "second", lambda e: (e.train_gain, math.nan)),
-        _curve("the base's own pictures", found, "third", lambda e: (e.prior, e.prior_error)),
+        _curve("held-out images", found, "smooth", lambda e: (e.gain, e.standard_error)),
+        _curve("training images", found, "second", lambda e: (e.train_gain, math.nan)),
+        _curve("the base's own images", found, "third", lambda e: (e.prior, e.prior_error)),
     ]
     shown = [curve for curve in curves if curve.points]
     mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
@@ -595,7 +595,7 @@ def gain_html(data: ReportData) -> str:
     start = Curve("", [(0.0, 0.0)], (), "raw")
     plot = curves_plot(f"Gain over the base{words}", [start, *shown], mark)
     note = (
-        "The base's loss less the adapter's, on the same pictures, noise and timesteps; the bands are two"
+        "The base's loss less the adapter's, on the same images, noise and timesteps; the bands are two"
         " standard errors. Above 0 is better than the base."
     )
     return figure("Gain", plot, note) + _gauge(found) + folded("As a table", _gain_table(found))
@@ -615,7 +615,7 @@ def _gauge(found: Sequence[Validated]) -> str:
     if last is None:
         return ""
     return paragraph(
-        f"Memorisation gauge at step {last.step:,}: training pictures gain {last.gauge:+.4f} (standard error"
+        f"Memorisation gauge at step {last.step:,}: training images gain {last.gauge:+.4f} (standard error"
         f" {known_error(last.gauge_error):.4f}) more than held-out ones."
     )
 
@@ -670,5 +670,5 @@ def images_html(data: ReportData) -> str:
     ]  # fmt: skip
     less = len(rows) - len(shown)
     more = f" {less} between them are left out." if less else ""
-    note = f"Numbered by gain; the page contains neither their names nor the pictures.{more}"
-    return figure("Gain of each picture", bars_plot("Gain of each picture, the highest first", bars), note)
+    note = f"Numbered by gain; the page contains neither their names nor the images.{more}"
+    return figure("Gain of each image", bars_plot("Gain of each image, the highest first", bars), note)

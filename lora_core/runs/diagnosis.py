@@ -372,7 +372,7 @@ def _image_names(run: RunFolder, changed: list[str]) -> list[tuple[str, str]]:
     for number, name in enumerate(dict.fromkeys([*names, *changed]), 1):
         path = PurePosixPath(str(name).removeprefix("the picture "))
         if path.suffix and str(name).startswith("the picture "):
-            found += [(part, f"picture {number}") for part in (str(path), path.name, path.stem)]
+            found += [(part, f"image {number}") for part in (str(path), path.name, path.stem)]
     return found
 
 

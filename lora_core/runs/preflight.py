@@ -265,7 +265,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
         effective = rate * scale
         if not low <= effective <= high:
             much = "much" if effective > high else "little"
-            what = "pictures may burn" if effective > high else "hardly anything may be learned"
+            what = "images may burn" if effective > high else "hardly anything may be learned"
             sentence = (
                 f"{name}{product} = {effective:.3g} is {much} for {row.title}, which is usually given"
                 f" {low:g} to {high:g}; {what}."
@@ -288,7 +288,7 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
 def _images(dataset: Dataset) -> list[RunProblem]:
     found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
     if not dataset.records and not found:
-        found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
+        found.append(RunProblem("dataset", "There are no images yet; put some in."))
     notes = summarize_notes(dataset.notes, AUDIT_ONLY)
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
@@ -354,7 +354,7 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
     if free >= all_of_it:
         return []
     need = (
-        f"The run needs about {_size(all_of_it)} in {workspace} (pictures and captions {_size(caches)}, each"
+        f"The run needs about {_size(all_of_it)} in {workspace} (images and captions {_size(caches)}, each"
         f" checkpoint {_size(checkpoint_bytes(config, export // 2))}), and {_size(free)} are free; make room,"
         " or lower save.keep_last."
     )
@@ -376,7 +376,7 @@ def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int
     advice = "" if width == 2 else ", or set train.precision to bf16"
     sentence = (
         f"The base and the adapter alone take about {_size(need)} of {where}, a rough figure to which the"
-        f" pictures come, and {_size(free)} are free; close other programs{advice}."
+        f" images come, and {_size(free)} are free; close other programs{advice}."
     )
     return [RunProblem("memory", sentence, False)]
 
@@ -411,7 +411,7 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
 
 
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
-    """Bytes of encoded pictures on disk."""
+    """Bytes of encoded images on disk."""
     side = config.train.resolution or facts.resolution
     draws = 2 if config.dataset.flip else 1
     return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * draws

@@ -192,10 +192,10 @@ def _describe_gain(found: Sequence[Validated]) -> str:
     last, best = found[-1], best_of(found)
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return f"At step {last.step:,} it predicts held-out pictures worse than the base does."
+            return f"At step {last.step:,} it predicts held-out images worse than the base does."
         return f"No significant gain up to step {last.step:,}."
     if last.step == best.step:
-        return "Still gaining." if len(found) > 1 else f"It gains on held-out pictures: {best.gain:+.4f}."
+        return "Still gaining." if len(found) > 1 else f"It gains on held-out images: {best.gain:+.4f}."
     if last.against_best < -SURE * known_error(last.against_best_error):
         return f"It has become worse since step {best.step:,}; the file of that step is better."
     return f"No further gain since step {best.step:,}."
@@ -209,8 +209,8 @@ def describe_memorization(last: Validated) -> str:
     if last.gauge <= SURE * known_error(last.gauge_error) or share < MEMORIZED:
         return ""
     if share >= 1:
-        return "Memorization: its gain on training pictures does not carry over to others at all."
-    return f"Memorization: {share:.0%} of its gain on training pictures does not carry over to others."
+        return "Memorization: its gain on training images does not carry over to others at all."
+    return f"Memorization: {share:.0%} of its gain on training images does not carry over to others."
 
 
 def describe_forgetting(last: Validated) -> str:
@@ -218,13 +218,13 @@ def describe_forgetting(last: Validated) -> str:
     if not math.isfinite(last.prior) or last.prior >= -SURE * known_error(last.prior_error):
         return ""
     if last.gain <= 0:
-        return "Forgetting: it gets worse on the base's own pictures."
+        return "Forgetting: it gets worse on the base's own images."
     share = -last.prior / last.gain
     if share < A_LITTLE:
-        return "Forgetting: it gets slightly worse on the base's own pictures."
+        return "Forgetting: it gets slightly worse on the base's own images."
     if share < 1:
-        return f"Forgetting: it loses {share:.0%} as much on the base's own pictures as it gains on new ones."
-    return "Forgetting: it loses more on the base's own pictures than it gains on new ones."
+        return f"Forgetting: it loses {share:.0%} as much on the base's own images as it gains on new ones."
+    return "Forgetting: it loses more on the base's own images than it gains on new ones."
 
 
 def describe_average(last: Validated) -> str:

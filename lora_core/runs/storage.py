@@ -52,7 +52,7 @@ class TrashItem:
         return {
             "id": self.place.name,
             "name": self.name,
-            "kind": KINDS.get(self.came_from.parent.name, "picture"),
+            "kind": KINDS.get(self.came_from.parent.name, "image"),
             "came_from": str(self.came_from),
             "time": self.time,
         }
@@ -163,7 +163,7 @@ def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
     projects = workspace.absolute() / "projects"
     inside = full.relative_to(projects).parts if full.is_relative_to(projects) else ()
     if inside[1:2] == (_GENERATED,) and full.suffix == ".png":
-        return full, "picture"
+        return full, "image"
     kind = KINDS.get(full.parent.name, "")
     if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
         raise RunError(f"{path} is neither a run nor a project of {workspace}, so it is not deleted.")
@@ -190,7 +190,7 @@ def _refuse_used_project(path: Path, workspace: Path) -> None:
     for run in all_runs(workspace):
         if run.live_process() is not None and Path(run.config().dataset.path).is_relative_to(path):
             raise RunError(
-                f"The run {run.name} is going on with the pictures of {path.name}; stop it before they are"
+                f"The run {run.name} is going on with the images of {path.name}; stop it before they are"
                 " deleted."
             )
 

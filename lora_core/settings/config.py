@@ -52,7 +52,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "dataset.repeats": (
         1,
         "it changes nothing that is learned, as a run's length is counted in steps. Set train.steps, or put"
-        " pictures that should come more often into a folder named like 10_name.",
+        " images that should come more often into a folder named like 10_name.",
     ),
 }
 """Removed settings: the one value that is still accepted, and why no other is."""

@@ -211,11 +211,11 @@ class DatasetSection(Section):
     """The images and their captions."""
 
     path: str = Field("demo", title="Dataset")
-    """A folder of pictures with captions beside them, a zip of one, or `demo`."""
+    """A folder of images with captions beside them, a zip of one, or `demo`."""
     trigger: str = Field("", title="Trigger word")
     """The word that calls up what was learned; prepended to each caption that lacks it."""
     flip: bool = Field(False, title="Flip")
-    """Mirror each picture half of the time. Not for faces or writing."""
+    """Mirror each image half of the time. Not for faces or writing."""
     caption_dropout: float = Field(0.05, title="Caption dropout", ge=0.0, le=1.0)
     """Share of training samples shown without their caption; keeps guidance working."""
     tag_dropout: float = Field(0.0, title="Tag dropout", ge=0.0, le=1.0)
@@ -230,9 +230,9 @@ class TrainSection(Section):
     """How long, how large and in which dtype."""
 
     steps: int = Field(800, title="Steps", ge=1, le=1_000_000)
-    """Optimizer steps. About 100 per picture, between 800 and 3,000, is a good start."""
+    """Optimizer steps. About 100 per image, between 800 and 3,000, is a good start."""
     batch_size: int = Field(1, title="Batch size", ge=1, le=256)
-    """Pictures that go through the model at once."""
+    """Images that go through the model at once."""
     gradient_accumulation_steps: int = Field(1, title="Accumulate", ge=1, le=1024)
     """Batches summed into one step: a larger batch without more memory."""
     resolution: int = Field(0, title="Resolution", ge=0, le=4096)
@@ -256,7 +256,7 @@ class TrainSection(Section):
     """Uses only deterministic CUDA kernels, so that a resumed run equals an unbroken one to the bit; steps
     may be slower. Runs on the processor are deterministic anyway."""
     clip_skip: int = Field(1, title="Clip skip", ge=1, le=8)
-    """Which layer of the text encoder, counted from the last, conditions the picture. Many anime bases want
+    """Which layer of the text encoder, counted from the last, conditions the image. Many anime bases want
     2. Bases that always use the layer before the last, such as SDXL, treat 1 as 2."""
     max_token_length: Literal[75, 150, 225] = Field(75, title="Caption tokens")
     """How much of a caption is read: 75, 150 or 225 tokens."""
@@ -305,7 +305,7 @@ class LossSection(Section):
     """Evens out the weight of the noise levels (gamma of Hang et al. 2023). `auto`: 5 for a base that
     predicts noise, off for one that predicts velocity. 0: off."""
     noise_offset: float = Field(0.0, title="Noise offset", ge=0.0, le=1.0)
-    """Lets very dark and very bright pictures be learned; 0.05 is usual. 0: off."""
+    """Lets very dark and very bright images be learned; 0.05 is usual. 0: off."""
 
     def gamma(self, prediction: str) -> float:
         """gamma of min-SNR for a base that predicts `prediction`; 0: off.
@@ -323,14 +323,14 @@ class ValidationSection(Section):
 
     every: int = Field(100, title="Validate every", ge=0, le=1_000_000)
     """Steps between two validations. 0: never."""
-    pictures: float = Field(0.1, title="Held-out pictures", ge=0.0, le=10_000.0)
+    pictures: float = Field(0.1, title="Held-out images", ge=0.0, le=10_000.0)
     """Kept out of training and used to measure: a share below 1, or a number. 0: none."""
     draws_per_image: int = Field(4, title="Noise draws per image", ge=1, le=1000)
-    """Fixed (noise, timestep) pairs for each held-out picture."""
+    """Fixed (noise, timestep) pairs for each held-out image."""
     max_time_share: float = Field(0.05, title="Validation time budget", ge=0.0, le=1.0)
     """As a share of the training time: validations that cost more are done less often. 0: no limit."""
     memorization: bool = Field(True, title="Memorization gauge")
-    """Measure training pictures too: what they gain beyond held-out pictures is memorized."""
+    """Measure training images too: what they gain beyond held-out images is memorized."""
     forgetting: int = Field(4, title="Prior images", ge=0, le=1000)
     """Images that the base generates before the first step, to measure what it forgets. 0: none."""
     patience: int = Field(4, title="Patience", ge=0, le=1000)
@@ -344,7 +344,7 @@ class SampleSection(Section):
     every: int = Field(100, title="Sample every", ge=0, le=1_000_000)
     """Steps between two rounds of samples. 0: never."""
     prompts: list[str] = Field([], title="Sample prompts")
-    """One per line. Empty: captions of held-out or training pictures."""
+    """One per line. Empty: captions of held-out or training images."""
     seed: int = Field(0, title="Sample seed", ge=0, le=2**32 - 1)
     """The same noise in every round, so that only the adapter differs."""
     steps: int = Field(20, title="Sampler steps", ge=1, le=200)

@@ -371,7 +371,7 @@ def _large_files(folder: Path, search: _Search) -> dict[Path, float]:
 
 
 SIDE_FILES = (".json", ".preview.png")
-"""What other tools read beside `<stem>.safetensors`: words and strength, and a picture."""
+"""What other tools read beside `<stem>.safetensors`: words and strength, and an image."""
 MOST_NUMBERS = 1000
 
 

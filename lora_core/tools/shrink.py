@@ -392,8 +392,8 @@ def intrinsic_rank(
     gain, error = float(full.mean()), clustered_error(full)
     if not gain > 0:
         raise AdapterFileError(
-            f"The adapter gains nothing on these pictures ({gain:+.4f}, standard error {error:.4f}), so there"
-            " is no gain to keep; measure on pictures of what it was trained for, or give --rank."
+            f"The adapter gains nothing on these images ({gain:+.4f}, standard error {error:.4f}), so there"
+            " is no gain to keep; measure on images of what it was trained for, or give --rank."
         )
     tried: list[dict[str, float]] = []
 

@@ -58,7 +58,7 @@ class StrengthFit:
     def sentence(self, what: str = "The adapter") -> str:
         """The result in words."""
         if self.strength <= 0:
-            return f"{what} gains at no strength on these pictures: the base predicts them better without it."
+            return f"{what} gains at no strength on these images: the base predicts them better without it."
         edge = " and may be best beyond that, where nothing was tried" if self.strength >= HIGHEST else ""
         return (
             f"{what} gains most at strength {self.strength:.2f}{edge}: {self.gain:+.4f} (standard error"

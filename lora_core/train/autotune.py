@@ -135,7 +135,7 @@ def choose_octave(shares: list[float]) -> int:
     if best < LEAST:
         raise RunError(
             "The range test learned nothing at any rate, so optimizer.lr = auto finds none; give optimizer.lr"
-            " a number, or look whether the pictures, the captions and the layers are as they should be."
+            " a number, or look whether the images, the captions and the layers are as they should be."
         )
     half = next(number for number, share in enumerate(smooth) if share >= best / 2)
     return round(LOWEST + half / EACH + ABOVE_HALF)

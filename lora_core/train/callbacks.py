@@ -575,7 +575,7 @@ class Export:
         ):
             self.context.warn(
                 step,
-                f"The file is that of step {best:,}, the best one: on held-out pictures the last step is"
+                f"The file is that of step {best:,}, the best one: on held-out images the last step is"
                 f" {-last.against_best:.4f} worse (standard error {last.against_best_error:.4f}). Export can"
                 " still write the last.",
             )

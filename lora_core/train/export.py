@@ -83,7 +83,7 @@ def write_raw(
 
 
 def latest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
-    """The first of the pictures drawn last up to a step, with the raw adapter if asked; none of step 0, which
+    """The first of the images drawn last up to a step, with the raw adapter if asked; none of step 0, which
     the base drew alone."""
     drawn = [
         event.raw_files if raw else event.files for event in run.progress().previews if 0 < event.step <= step

@@ -96,7 +96,7 @@ class MemoryFallback:
     def _nothing_left(self) -> str:
         unet = self.state.base.denoiser
         tried = ["checkpointing is on"]
-        tried += ["pictures go through one at a time"] if self.state.chunks > 1 else []
+        tried += ["images go through one at a time"] if self.state.chunks > 1 else []
         tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
         tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)

@@ -311,7 +311,9 @@ def check_inputs(
         before = now
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept_changes:
-        named = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        named = ", ".join(changed[:5]).replace("the picture ", "the image ") + (
+            f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        )
         raise InputsChanged(
             f"Since the run {run.name} began, this has changed: {named}. Put it back, or go on with"
             " --accept-changes; the result is then not that of an unbroken run.",
@@ -476,7 +478,7 @@ def prepare(
         InputsChanged: images, settings or packages changed since it began, and that is not accepted.
     """
     cache = run.path.parent.parent / "cache"
-    say("Reading the pictures", 0, 1)
+    say("Reading the images", 0, 1)
     more = base_inputs(config.model)
     if (start := start_file(config.adapter)) is not None:
         more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
@@ -575,7 +577,7 @@ def build_train_state(
 def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
     """Choose the bucket of each image; DatasetError if there is none."""
     if not records:
-        raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
+        raise DatasetError("No image is left to train on; add images or hold fewer of them out.")
     return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
 
 
@@ -597,7 +599,7 @@ def _encode_pictures(
 ) -> None:
     """Encode images; from the first that does not fit into the device's memory on, on the CPU."""
     for done, (item, mirrored) in enumerate(wanted):
-        say("Encoding pictures", done, len(wanted))
+        say("Encoding images", done, len(wanted))
         try:
             cache.latents(item.record, item.bucket, mirrored)
         except Exception as error:
@@ -606,7 +608,7 @@ def _encode_pictures(
             release_failed(error, base.device)
             base.put("vae", torch.device("cpu"))
             cache.latents(item.record, item.bucket, mirrored)
-    say("Encoding pictures", len(wanted), len(wanted))
+    say("Encoding images", len(wanted), len(wanted))
 
 
 def is_on_cpu(module: torch.nn.Module) -> bool:

@@ -323,7 +323,7 @@ class Trainer:
             raise Diverged(
                 f"Training does not hold at step {at}, though the learning rate was halved"
                 f" {MAX_ROLLBACKS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to"
-                " fp32, look at the pictures that the notes name, and start again; the last checkpoint is"
+                " fp32, look at the images that the notes name, and start again; the last checkpoint is"
                 " whole."
             )
         self._restore(self._checkpoints.roll_back(guard.roll_back_to))

@@ -46,9 +46,9 @@ MIN_TRAINING_IMAGES = 4
 """So many training images are measured at least, where there are as many."""
 MAX_CROSSED = 16
 CROSSED = (
-    "There are too few pictures to hold any out, so the gain is measured on training pictures, each with the"
+    "There are too few images to hold any out, so the gain is measured on training images, each with the"
     " caption of another: that tells whether the words are learned, and little of what is learned by heart."
-    " Add pictures to measure better."
+    " Add images to measure better."
 )
 _STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
 

@@ -41,8 +41,8 @@ FILE_PRECISIONS = ("fp32", "fp16", "bf16")
 GROUPS = {
     "queue": "Train runs one after the other.",
     "captions": "Change the captions of a folder or project.",
-    "projects": "Projects: pictures, captions, settings and runs.",
-    "caches": "Encoded pictures and captions, unpacked zips.",
+    "projects": "Projects: images, captions, settings and runs.",
+    "caches": "Encoded images and captions, unpacked zips.",
     "trash": "Deleted runs and projects.",
 }
 """First words of commands of two words, with their help."""
@@ -64,11 +64,11 @@ class Measure:
     """What to measure an adapter on: images that it was not trained on, and a base.
 
     Attributes:
-        dataset: a folder of pictures with captions, a zip, or `demo`: pictures that it was not trained on.
+        dataset: a folder of images with captions, a zip, or `demo`: images that it was not trained on.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         vae: a VAE in place of the base's own: a folder or a file.
         prediction: what the base predicts.
-        triples: noise draws (timestep and noise) per picture.
+        triples: noise draws (timestep and noise) per image.
         seed: of the noise draws.
         workspace: where zips are unpacked.
         said: called with what is being measured.

@@ -43,12 +43,12 @@ def generate(
     drawn: Callable[[Path], None] | None = None,
     device: str = "auto",
 ) -> list[Path]:
-    """Make pictures as PNG files; returns their paths.
+    """Make images as PNG files; returns their paths.
 
     Args:
-        shot: all that a picture depends on, adapters included; the first has its seed.
+        shot: all that an image depends on, adapters included; the first has its seed.
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
-        count: pictures, each with the next seed.
+        count: images, each with the next seed.
         drawn: called with each path once the file is written.
 
     Raises:
@@ -87,10 +87,10 @@ def grid(
     precision: Annotated[str, PRECISIONS] = "auto",
     device: str = "auto",
 ) -> Path:
-    """Make a labelled sheet of pictures that differ in one or two things; returns its path.
+    """Make a labelled sheet of images that differ in one or two things; returns its path.
 
     Args:
-        shot: what all pictures have in common.
+        shot: what all images have in common.
         out: the PNG file.
         rows: what differs down the sheet, such as strength=0,0.5,1; a value with a comma needs double quotes.
         columns: what differs across it.
@@ -152,12 +152,12 @@ def unused_png(folder: Path, stem: str) -> Path:
 def validate(
     measure: Measure, loras: Annotated[Loras, "--lora"] = (), shuffle_captions: bool = False
 ) -> dict[str, Any]:
-    """Measure an adapter on pictures that it was not trained on.
+    """Measure an adapter on images that it was not trained on.
 
     Args:
-        measure: the pictures and the base.
+        measure: the images and the base.
         loras: an adapter; several are on at once.
-        shuffle_captions: give each picture another's caption.
+        shuffle_captions: give each image another's caption.
     """
     from lora_core.evaluate.validator import validation_report
     from lora_core.formats.io import load_adapter
@@ -356,7 +356,7 @@ def strength(
 
     Args:
         file: the adapter.
-        measure: the pictures and the base.
+        measure: the images and the base.
         apart: one strength for the UNet and one for the text encoders.
         bake: a new file that has it at strength 1.
     """
@@ -445,7 +445,7 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
 
     Args:
         loras: the adapters.
-        measure: measure the stack and each alone on these pictures.
+        measure: measure the stack and each alone on these images.
     """
     from lora_core.tools.analysis import interference_report, measure_stack
 

@@ -33,7 +33,7 @@ def audit(
         base: the base that it is for.
         resolution: in pixels; 0 for what the base was trained at.
         trigger: a word that may be in every caption.
-        batch: pictures per batch, for their shares of the steps.
+        batch: images per batch, for their shares of the steps.
     """
     from lora_core.data.audit import TrainingView
     from lora_core.data.audit import audit as audited
@@ -78,7 +78,7 @@ def pictures(
     workspace: File | None = None,
     note: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure what a run has learned of each of its pictures; kept in the run's folder too.
+    """Measure what a run has learned of each of its images; kept in the run's folder too.
 
     Args:
         checkpoint: best, last, or the step of a checkpoint.
@@ -205,11 +205,11 @@ def projects_delete(project: str, workspace: File | None = None) -> Path:
 def projects_import(
     project: str, source: File, link: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
-    """Bring pictures, captions and masks into a project: a folder, a zip or a file.
+    """Bring images, captions and masks into a project: a folder, a zip or a file.
 
     Args:
         project: its title, or its folder's name.
-        source: a folder, a zip or a picture.
+        source: a folder, a zip or an image.
         link: link files instead of copying them.
 
     Returns:
@@ -224,7 +224,7 @@ def projects_import(
     projects, where = _projects(workspace), expand_home(source).absolute()
     into = Project(projects.folder / projects.find_key(project))
     if not where.is_dir() and not where.is_file():
-        raise DatasetError(f"There is no folder, zip or picture at {where}.")
+        raise DatasetError(f"There is no folder, zip or image at {where}.")
     way = TransferMode("link" if link else "copy", sizes=into.sizes)
     if where.is_dir():
         found = import_folder(where, into.image_folder, way)
@@ -243,10 +243,10 @@ def _projects(workspace: File | None) -> "Projects":
 
 @verb
 def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
-    """Move pictures of a project aside, with their captions; returns how many.
+    """Move images of a project aside, with their captions; returns how many.
 
     Args:
-        dataset: a folder of pictures, or a project's name.
+        dataset: a folder of images, or a project's name.
         pictures: paths below the folder.
     """
     from lora_core.projects.project import leave_out as moved
@@ -256,14 +256,14 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = N
 
 @verb
 def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
-    """Put pictures that were left out back; returns how many."""
+    """Put images that were left out back; returns how many."""
     from lora_core.projects.project import take_back as moved
 
     return moved(_pictures_of(dataset, workspace), list(pictures))
 
 
 def left_out(dataset: File, workspace: File | None = None) -> list[str]:
-    """The pictures that were left out, as `take_back` takes them."""
+    """The images that were left out, as `take_back` takes them."""
     from lora_core.projects.project import list_left_out as aside
     from lora_core.projects.project import relative_name
 
@@ -278,7 +278,7 @@ def hold_out(
     on: Annotated[bool, "--undo"] = True,
     workspace: File | None = None,
 ) -> None:
-    """Hold pictures of a project out for validation; `on=False` (`--undo`) has them trained on again."""
+    """Hold images of a project out for validation; `on=False` (`--undo`) has them trained on again."""
     project = _pictures_of(dataset, workspace)
     for name in pictures:
         project.find_image(name)
@@ -287,7 +287,7 @@ def hold_out(
 
 @verb
 def captions_set(dataset: File, picture: str, text: str, workspace: File | None = None) -> None:
-    """Write the caption of one picture."""
+    """Write the caption of one image."""
     _pictures_of(dataset, workspace).save_caption(picture, text)
 
 
@@ -304,7 +304,7 @@ def captions_replace(
     """Find and replace in all captions.
 
     Args:
-        dataset: a folder of pictures, or a project's name.
+        dataset: a folder of images, or a project's name.
         find: a text, or with `regex` a regular expression.
         put: what comes in its place; may refer to the groups of a regular expression.
         regex: FIND is a regular expression.

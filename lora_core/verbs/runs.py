@@ -67,7 +67,7 @@ def run_config(
     """The settings of a run to come: preset, what the base's family needs, those of `like`, then `settings`.
 
     Args:
-        dataset: a folder of pictures, a zip of one, or "demo".
+        dataset: a folder of images, a zip of one, or "demo".
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
@@ -125,7 +125,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         measure: take a few steps, to know time and memory.
 
     Returns:
-        pictures, captions, looks (at each picture), steps, seconds and memory_bytes (None where they are not
+        pictures, captions, looks (at each image), steps, seconds and memory_bytes (None where they are not
         known), source (measured, probed, scaled or ""), file_bytes, learning_rate (the effective one),
         and problems [{kind, sentence, blocking}].
     """

@@ -73,7 +73,7 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
     assert len(app_state.project.dataset().records) == 4
     said = wait_for(lambda: [text for text in _notes(app_state) if "masks are not used yet" in text])
     assert said == [
-        "2 masks are not used yet: pictures are trained on whole, whatever a mask leaves out"
+        "2 masks are not used yet: images are trained on whole, whatever a mask leaves out"
         " (picture-0.png, picture-1-masklabel.png)."
     ]
     assert sum("regularisation" in text or "white background" in text for text in _notes(app_state)) == 2

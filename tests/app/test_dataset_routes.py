@@ -68,7 +68,7 @@ def shelf(client: TestClient) -> list[dict[str, Any]]:
 def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, app_state: AppState) -> None:
     picture, caption = png(1), f"{HOSTILE}\r\nsecond".encode()
     state = imported(client, {"3_my dog/a é.png": picture, "3_my dog/a é.txt": caption, "b.png": png(2)})
-    assert (state["state"], state["note"]) == ("done", "2 pictures and 1 caption added.")
+    assert (state["state"], state["note"]) == ("done", "2 images and 1 caption added.")
     pictures = app_state.project.image_folder
     assert (pictures / "3_my dog" / "a é.png").read_bytes() == picture
     assert (pictures / "3_my dog" / "a é.txt").read_bytes() == caption
@@ -85,10 +85,10 @@ def test_a_zip_and_what_is_wrong_in_it(client: TestClient, app_state: AppState) 
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("in/a.png", png(1))
         archive.writestr("in/a.txt", "a thing")
-        archive.writestr("in/broken.png", "no picture")
+        archive.writestr("in/broken.png", "no image")
     state = imported(client, {"all.zip": buffer.getvalue(), 'we"ird\n<b>.png': png(3)})
-    assert state["note"].startswith("2 pictures and 1 caption added. 1 file skipped: in/broken.png is not")
-    assert "broken.png is not a picture" in app_state.project.notes[0].sentence
+    assert state["note"].startswith("2 images and 1 caption added. 1 file skipped: in/broken.png is not")
+    assert "broken.png is not an image" in app_state.project.notes[0].sentence
     assert sorted(one["name"] for one in shelf(client)) == ["in/a.png", "we_ird__b_.png"]
 
 
@@ -205,11 +205,11 @@ def test_left_out_and_taken_back_whole(client: TestClient, app_state: AppState) 
 def test_what_is_no_picture_can_be_left_out(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    (app_state.project.image_folder / "broken.png").write_text("no picture")
+    (app_state.project.image_folder / "broken.png").write_text("no image")
     client.post("/easel/leave-out", json={"pictures": ["broken.png"]})
     assert app_state.project.dataset().problems == []
     answer = client.post("/easel/leave-out", json={"pictures": ["../../draft.json"]})
-    assert "no picture named" in answer.json()["problem"]
+    assert "no image named" in answer.json()["problem"]
 
 
 def test_held_out_by_hand(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
@@ -317,7 +317,7 @@ def test_a_hostile_folder_comes_in_without_harm(
         file.write(png(2))
     client.post("/easel/import", json={"path": str(folder)})
     state = settled(client, "import")
-    assert (state["state"], state["note"]) == ("done", "1 picture added. 5 files skipped, see below.")
+    assert (state["state"], state["note"]) == ("done", "1 image added. 5 files skipped, see below.")
     shutil.copy(folder / "a.png", os.fsencode(app_state.project.image_folder) + b"/\xfe.png")
     app_state.project.invalidate()
     (app_state.project.image_folder / "mask").mkdir()

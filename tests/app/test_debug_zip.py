@@ -32,7 +32,7 @@ def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
         started(),
         events.PreviewDone(step=0, files=["previews/step-0.png"], prompts=[prompt]),
         step(3),
-        events.Warned(step=3, message="Of the picture bel_07.png the loss is not finite."),
+        events.Warned(step=3, message="Of the image bel_07.png the loss is not finite."),
         events.Failed(step=3, reason="/mnt/d/Annabel/Pictures/bel_07.png cannot be read."),
         dataset__path="/mnt/d/Annabel/Pictures",
         model__base="/mnt/d/models/hunter base.safetensors",
@@ -89,8 +89,8 @@ def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(app_stat
 
 
 def test_paths_of_any_system_lose_their_names() -> None:
-    clean = Anonymizer([("bob", "<user>"), ("ab", "too short"), ("car", "picture 1")])
-    assert clean.text("card car.png Bob") == "card picture 1.png <user>"
+    clean = Anonymizer([("bob", "<user>"), ("ab", "too short"), ("car", "image 1")])
+    assert clean.text("card car.png Bob") == "card image 1.png <user>"
     assert (
         clean.text("see /data/x y/Bob/p.png, D:\\a\\b\\c.txt or a/b")
         == "see <path> y<path>.png, <path>.txt or a/b"

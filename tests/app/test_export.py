@@ -224,7 +224,7 @@ def test_trigger_words_are_those_said_else_the_frequent_tags() -> None:
     assert find_trigger_words({"ss_tag_frequency": "[1"}) == []
     assert (
         describe_training({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
-        == "on v1-5, 20 pictures"
+        == "on v1-5, 20 images"
     )
 
 

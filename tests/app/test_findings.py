@@ -81,8 +81,8 @@ def working(client: TestClient, what: str) -> None:
 def test_nothing_can_be_asked_without_pictures(client: TestClient) -> None:
     for what in ("captions", "triggers", "pictures"):
         state = client.get("/easel/insights").json()[what]
-        assert state == {"state": "idle", "why": "There are no pictures yet; add some."}
-        assert ask(client, what) == {"problem": "There are no pictures yet; add some."}
+        assert state == {"state": "idle", "why": "There are no images yet; add some."}
+        assert ask(client, what) == {"problem": "There are no images yet; add some."}
     assert "cannot be measured" in ask(client, "everything")["problem"]
 
 
@@ -105,7 +105,7 @@ def test_what_was_found_is_named_kept_and_goes_stale(
 def test_captions_that_are_all_the_same_are_not_asked_about(client: TestClient, pictures: list[Path]) -> None:
     for path in pictures:
         path.with_suffix(".txt").write_text("the same")
-    assert "two pictures with different captions" in ask(client, "captions")["problem"]
+    assert "two images with different captions" in ask(client, "captions")["problem"]
     assert "problem" not in ask(client, "triggers")
     settled(client, "triggers")
 
@@ -140,7 +140,7 @@ def test_a_run_comes_first(client: TestClient, app_state: AppState, pictures: li
 def test_a_run_s_pictures_are_read_from_its_folder(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    assert "no run on these pictures" in ask(client, "pictures")["problem"]
+    assert "no run on these images" in ask(client, "pictures")["problem"]
     other = make_run(app_state, "other", started(), dataset__path="demo")
     mine = make_run(app_state, "mine", started(), dataset__path=str(app_state.project.image_folder))
     for run in (other, mine):

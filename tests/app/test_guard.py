@@ -207,15 +207,15 @@ UPLOAD = "/gradio_api/upload"
 CROSS = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
 REQUESTS = [
     ("the page itself", "GET", "/", {}, 200),
-    ("its picture", "GET", OWN, {"sec-fetch-site": "same-origin", "sec-fetch-dest": "image"}, 200),
+    ("its image", "GET", OWN, {"sec-fetch-site": "same-origin", "sec-fetch-dest": "image"}, 200),
     ("a link to it on another site", "GET", "/", NAVIGATION, 200),
     ("by IPv6", "GET", OWN, {"host": "[::1]:7860"}, 200),
     ("rebound, the page", "GET", "/", {"host": "evil.example"}, 403),
-    ("rebound, a picture", "GET", OWN, {"host": "evil.example:7860"}, 403),
+    ("rebound, an image", "GET", OWN, {"host": "evil.example:7860"}, 403),
     ("rebound, Gradio's settings", "GET", "/config", {"host": "evil.example"}, 403),
     ("a host not allowed", "GET", OWN, {"host": "studio.lan"}, 403),
     ("a path in the host", "GET", OWN, {"host": "127.0.0.1:7860/easel?"}, 403),
-    ("a picture in another site's page", "GET", OWN, {**CROSS, "sec-fetch-dest": "image"}, 403),
+    ("an image in another site's page", "GET", OWN, {**CROSS, "sec-fetch-dest": "image"}, 403),
     ("a frame in another site's page", "GET", "/", {**NAVIGATION, "sec-fetch-dest": "iframe"}, 403),
     ("another port of this computer", "POST", "/easel/quit", {"origin": "http://127.0.0.1:1"}, 403),
     ("an upload by another site", "POST", UPLOAD, {"origin": "http://evil.example"}, 403),
@@ -402,7 +402,7 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/preview/put-back"): lambda evil: [("/easel/preview/put-back", {"file": evil})],
     ("POST", "/easel/preview/bring-back"): lambda evil: [("/easel/preview/bring-back", {"place": evil})],
     ("POST", "/easel/preview/file"): lambda evil: [
-        (f"/easel/preview/file?name={quote(evil, safe='')}", {"not": "a picture"})
+        (f"/easel/preview/file?name={quote(evil, safe='')}", {"not": "an image"})
     ],
     ("POST", "/easel/toolbox/file"): lambda evil: [
         (f"/easel/toolbox/file?name={quote(evil, safe='')}", {"kept": "under its last name alone"})

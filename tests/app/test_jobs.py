@@ -44,14 +44,12 @@ def test_states_and_words(app_state: AppState) -> None:
 
 
 def test_preparing_is_not_step_0(app_state: AppState) -> None:
-    run = make_run(
-        app_state, "first", started(), events.Preparing(phase="Encoding pictures", done=3, total=12)
-    )
+    run = make_run(app_state, "first", started(), events.Preparing(phase="Encoding images", done=3, total=12))
     come_alive(run)
     snapshot = take_snapshot(app_state)
     assert (snapshot.state, top_bar.describe_run(snapshot.shown)) == (
         "preparing",
-        "Preparing: Encoding pictures, 25%",
+        "Preparing: Encoding images, 25%",
     )
 
 
@@ -103,7 +101,7 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
 CHANGED = events.Failed(
     step=3,
     reason=(
-        "Since the run asks began, this has changed: the picture a.png. Put it back, or go on with"
+        "Since the run asks began, this has changed: the image a.png. Put it back, or go on with"
         " --accept-changes; the result is then not that of an unbroken run."
     ),
     changed=["config.toml", f"the picture {HOSTILE}.png", "the package torch", "a", "b", "c", "d"],
@@ -117,7 +115,7 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "failed"
     for shown in (cards.run_card(snapshot), earlier(snapshot), queue_card(snapshot)):
-        assert "this has changed: its settings (config.toml), the picture &lt;img" in shown
+        assert "this has changed: its settings (config.toml), the image &lt;img" in shown
         assert ".png or its caption, the package torch, a, b and 2 more." in shown
         assert "<img" not in shown
         assert "--accept" not in shown
@@ -180,7 +178,7 @@ def test_names_that_are_no_folder_s_are_refused(app_state: AppState, name: str) 
 
 def test_facts_before_start(app_state: AppState, pictures: list[Path]) -> None:
     snapshot = take_snapshot(app_state)
-    assert "3 pictures, 1 without a caption;" in details(snapshot)
+    assert "3 images, 1 without a caption;" in details(snapshot)
     assert "Captions vary" not in details(snapshot)
     assert "start-why" not in facts(snapshot)
     assert "Effective learning rate" not in details(snapshot)

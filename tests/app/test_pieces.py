@@ -77,7 +77,7 @@ def test_gain_marks_the_newest_that_was_called_best_and_not_the_highest() -> Non
     found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
     drawn = cards.gain_chart(found)
     assert "best, step 20" in drawn
-    assert "training pictures" not in drawn
+    assert "training images" not in drawn
     # The base itself is the first point: five lines of the axis lie at 0, 0.01, 0.02, 0.03 and 0.04.
     line = drawn.split('<polyline class="smooth" points="')[1].split('"')[0]
     assert line.split()[0] == "52.0,172.0"
@@ -88,7 +88,7 @@ def test_the_gauges_stand_beside_what_they_mean() -> None:
     last = validated(20, 0.01, True, train_gain=0.03, gauge=0.02, gauge_error=0.004, prior=-0.0001)
     drawn = cards.gain_chart([validated(10, 0.005, True), last])
     assert drawn.count("<polyline") == 2
-    assert "training pictures" in drawn
+    assert "training images" in drawn
     gain, overfitting, drift = verdicts([validated(10, 0.005, True), last])
     assert (gain["grade"], gain["word"], gain["why"]) == (1, "5%", "Best so far: step 20.")
     assert (overfitting["grade"], overfitting["word"]) == (2, "Medium")

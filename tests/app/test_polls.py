@@ -24,7 +24,7 @@ with run.hold():
     run.request("resume")
     writer = events.EventWriter(run.events_file)
     writer.write(events.Started(steps={STEPS}, pid=1, device="cpu", threads=1, versions={{}}))
-    for phase in ("Opening the base model", "Encoding pictures", "Encoding captions"):
+    for phase in ("Opening the base model", "Encoding images", "Encoding captions"):
         for done in range(6):
             writer.write(events.Preparing(phase=phase, done=done, total=5))
             time.sleep(0.01)

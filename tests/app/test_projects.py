@@ -148,10 +148,10 @@ def client(app_state: AppState) -> TestClient:
 
 def test_the_picker(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     [listed] = client.get("/easel/projects").json()["projects"]
-    assert (listed["title"], listed["pictures"], listed["is_open"]) == ("My pictures", 3, True)
+    assert (listed["title"], listed["pictures"], listed["is_open"]) == ("My images", 3, True)
     answer = client.post("/easel/projects", json={"do": "new", "title": "Dog"}).json()
     assert answer["switched"]
-    assert [one["title"] for one in answer["projects"]] == ["Dog", "My pictures"]
+    assert [one["title"] for one in answer["projects"]] == ["Dog", "My images"]
     answer = client.post("/easel/projects", json={"do": "new", "title": "dog"}).json()
     assert "already" in answer["problem"]
     answer = client.post(

@@ -84,7 +84,7 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
         "import sys, pathlib; run = pathlib.Path(sys.argv[1]); from lora_core.runs import events;"
         "from lora_core.runs.events import EventWriter; w = EventWriter(run / 'events.jsonl');"
         "w.write(events.Started(steps=3, pid=1, device='cpu', threads=1, versions={}));"
-        "w.write(events.Failed(reason='No picture can be read.') if run.name == 'bad' else"
+        "w.write(events.Failed(reason='No image can be read.') if run.name == 'bad' else"
         " events.Finished(step=3, export=''));"
         "sys.exit(run.name == 'bad')"
     )
@@ -97,7 +97,7 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
     assert (snapshot.run_view.run.name, snapshot.state) == ("good", "done")
     from app.train.run_cards import queue_card
 
-    assert "No picture can be read." in queue_card(snapshot)
+    assert "No image can be read." in queue_card(snapshot)
 
 
 def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(

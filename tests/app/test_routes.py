@@ -98,7 +98,7 @@ def test_a_caption_is_saved_byte_for_byte(client: TestClient, pictures: list[Pat
 
 def test_a_caption_of_no_picture_is_a_sentence(client: TestClient, pictures: list[Path]) -> None:
     answer = client.post("/easel/caption", json={"picture": "../draft.png", "text": "x"})
-    assert "no picture named" in answer.json()["problem"]
+    assert "no image named" in answer.json()["problem"]
 
 
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b'{"picture": 3}'])

@@ -66,10 +66,10 @@ def test_no_pictures_says_where_to_put_some(app_state: AppState) -> None:
 
 def test_preparing_is_a_phase_with_a_number(app_state: AppState) -> None:
     come_alive(
-        make_run(app_state, "a", started(), events.Preparing(phase="Encoding pictures", done=3, total=12))
+        make_run(app_state, "a", started(), events.Preparing(phase="Encoding images", done=3, total=12))
     )
     html = card(app_state)
-    assert "Encoding pictures, 25%." in html
+    assert "Encoding images, 25%." in html
     assert "3 of 12" in html
     assert "still preparing" in disabled(html, "sample-now")
     snapshot = take_snapshot(app_state)
@@ -85,11 +85,11 @@ def test_stages_and_phases_only_grow(app_state: AppState) -> None:
     seen: list[list[int]] = []
     lines = [
         events.Preparing(phase="Opening the base model", done=0, total=1),
-        events.Preparing(phase="Encoding pictures", done=3, total=12),
+        events.Preparing(phase="Encoding images", done=3, total=12),
         # Memory ran out: the base is opened again.
         events.Preparing(phase="Opening the base model", done=0, total=1),
-        events.Preparing(phase="Encoding pictures", done=0, total=12),
-        events.Preparing(phase="Encoding pictures", done=12, total=12),
+        events.Preparing(phase="Encoding images", done=0, total=12),
+        events.Preparing(phase="Encoding images", done=12, total=12),
         events.Working(step=0, phase="Sampling", done=15, total=20),
         # The next of several images, as earlier versions counted them.
         events.Working(step=0, phase="Sampling", done=2, total=20),
@@ -209,7 +209,7 @@ def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
 
 
 def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(app_state: AppState) -> None:
-    why = "Nothing was gained on held-out pictures after step 300 <b>"
+    why = "Nothing was gained on held-out images after step 300 <b>"
     make_run(app_state, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
     card = run_cards.run_card(take_snapshot(app_state))
     assert 'data-hint="early"' in card
@@ -269,7 +269,7 @@ def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:
 
 
 def test_another_failure_says_nothing_of_memory(app_state: AppState) -> None:
-    make_run(app_state, "a", started(), step(3), events.Failed(step=3, reason="The picture a.png is gone."))
+    make_run(app_state, "a", started(), step(3), events.Failed(step=3, reason="The image a.png is gone."))
     assert "data-hint" not in card(app_state)
 
 

@@ -91,7 +91,7 @@ class Story:
 
 HEAD = (
     "| | trained numbers | gradient and optimizer | kept for the backward pass | a step | file (fp16) | best"
-    " gain | to 95% of the LoRA's best | lost on the base's own pictures, at the best |\n"
+    " gain | to 95% of the LoRA's best | lost on the base's own images, at the best |\n"
     f"|{'---|' * 9}\n"
 )
 

@@ -93,17 +93,15 @@ def picture_rows(folder: Path) -> list[Row]:
         first = next(event for event in story if isinstance(event, events.Preparing))
         last = next(event for event in story if isinstance(event, events.StepDone))
         seconds.append(last.time - first.time)
-        sys.stderr.write(
-            f"{count} pictures: {seconds[-1]:.1f} s, {time.perf_counter() - began:.1f} s in all\n"
-        )
+        sys.stderr.write(f"{count} images: {seconds[-1]:.1f} s, {time.perf_counter() - began:.1f} s in all\n")
     ratios = [after / before for before, after in itertools.pairwise(seconds)]
     listed = ", ".join(f"{count}: {taken:.1f} s" for count, taken in zip(counts, seconds, strict=True))
     # What a latent and a caption take in memory, 16 kB and 200 kB, is what a picture may add.
     added = (memory[-1] - memory[0]) / (counts[-1] - counts[0])
     return [
-        Row("Preparation: pictures doubled, 10 to 1,280", f"{max(ratios):.2f} ({listed})", f"at most {MOST}",
+        Row("Preparation: images doubled, 10 to 1,280", f"{max(ratios):.2f} ({listed})", f"at most {MOST}",
             max(ratios) <= MOST),
-        Row("Memory for each further picture", f"{added / 1024:.0f} kB", "at most 300 kB",
+        Row("Memory for each further image", f"{added / 1024:.0f} kB", "at most 300 kB",
             added <= 300 * 1024),
     ]  # fmt: skip
 

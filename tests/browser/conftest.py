@@ -174,7 +174,7 @@ def page(new_page, window: Window):
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
     """Six drawings of two sizes, five with captions."""
-    folder = tmp_path / "my pictures"
+    folder = tmp_path / "my images"
     (folder / "3_more").mkdir(parents=True)
     made = []
     for index in range(6):

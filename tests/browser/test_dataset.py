@@ -47,7 +47,7 @@ def test_a_folder_with_sub_folders_is_dropped_on_the_page(
     page, window: Any, pictures: list[Path], tmp_path: Path
 ) -> None:
     folder = pictures[0].parent
-    (folder / "notes.pdf").write_text("no picture")
+    (folder / "notes.pdf").write_text("no image")
     (folder / "phone.heic").write_bytes(_heic())
     page.get_by_role("tab", name="Train", exact=True).click()
     drop(page, folder)
@@ -56,7 +56,7 @@ def test_a_folder_with_sub_folders_is_dropped_on_the_page(
     assert (stored(window) / "3_more" / "ball 5 é.txt").read_text() == "a ball, number 5"
     page.click("#dataset-grid [data-picture='3_more/ball 5 é.png']")
     assert "3 repeats" in page.inner_text("#picture-facts")
-    page.wait_for_selector(".sentences >> text=notes.pdf is neither a picture")
+    page.wait_for_selector(".sentences >> text=notes.pdf is neither an image")
     page.click("#dataset-grid [data-picture='phone.heic']")
     page.wait_for_function("document.querySelector('#picture-big img')?.naturalWidth == 160")
 
@@ -186,7 +186,7 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
     for key in ("Space", "ArrowRight", "Space", "ArrowRight", "ArrowRight", "Space", "ArrowRight"):
         page.keyboard.press(key)
     page.wait_for_selector("#selection-count >> text=3 selected")
-    assert page.inner_text("#picture-several b") == "3 pictures selected"
+    assert page.inner_text("#picture-several b") == "3 images selected"
     assert page.evaluate("document.activeElement.ariaSelected") == "false"
     page.keyboard.press("Escape")
     assert selected.count() == 0
@@ -211,22 +211,22 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
 
     page.click("[data-select=exclude]")
     pictures_in(page, 3)
-    page.wait_for_selector("#easel-toast >> text=3 pictures excluded")
+    page.wait_for_selector("#easel-toast >> text=3 images excluded")
     # A key that comes before the last one is done waits for it.
     page.keyboard.press("Control+z")
     page.keyboard.press("Control+Shift+z")
-    page.wait_for_selector("#easel-toast >> text=Done again: 3 pictures excluded")
+    page.wait_for_selector("#easel-toast >> text=Done again: 3 images excluded")
     pictures_in(page, 3)
     page.click("#easel-toast button >> text=Undo")
     pictures_in(page, 6)
-    page.wait_for_selector("#easel-toast >> text=Undone: 3 pictures excluded")
+    page.wait_for_selector("#easel-toast >> text=Undone: 3 images excluded")
     page.keyboard.press("Control+z")
     page.wait_for_function("!easel.shelf().pictures.some(one => one.caption.includes('ohwx'))")
     assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
 
     # The same files again are the same pictures.
     take(page, pictures)
-    page.wait_for_selector("#import-note >> text=6 pictures are already here, skipped.")
+    page.wait_for_selector("#import-note >> text=6 images are already here, skipped.")
     assert names(page) == listed
 
 
@@ -256,7 +256,7 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.keyboard.type(str(pictures[0].parent))
     page.keyboard.press("Enter")
     pictures_in(page, 6)
-    page.wait_for_selector("#import-note >> text=6 pictures and 5 captions added")
+    page.wait_for_selector("#import-note >> text=6 images and 5 captions added")
     for _ in range(40):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('thumb')"):
@@ -282,7 +282,7 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     assert len((stored(window) / "held_out.txt").read_text().splitlines()) == 2
     page.focus(".thumb.on")
     page.evaluate("window.easel.load()")
-    assert page.evaluate(focused) == names(page)[1], "pictures that are asked for again took the focus away"
+    assert page.evaluate(focused) == names(page)[1], "images that are asked for again took the focus away"
     after = names(page)[2]
     page.evaluate("void window.easel.load()")
     page.keyboard.press("Delete")
@@ -311,7 +311,7 @@ def test_a_thousand_pictures(page, window: Any, thousand: Path, record_property:
     began = computed(page, process)
     take(page, sorted(thousand.iterdir()))
     page.wait_for_selector("#import-note [role=progressbar]")
-    page.wait_for_selector("#import-note >> text=1,000 pictures and 900 captions added")
+    page.wait_for_selector("#import-note >> text=1,000 images and 900 captions added")
     took = computed(page, process) - began
     record_property("import, seconds", took)
     assert took < 60

@@ -160,8 +160,8 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     open_tab(page, "Dataset")
     page.click("#project-picker")
     with loaded_anew(page):
-        page.get_by_role("button", name="Open My pictures", exact=True).click()
-    page.wait_for_function("document.querySelector('#project-picker')?.textContent.trim() === 'My pictures'")
+        page.get_by_role("button", name="Open My images", exact=True).click()
+    page.wait_for_function("document.querySelector('#project-picker')?.textContent.trim() === 'My images'")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=failed]")
     assert HOSTILE in said(page, "#run-status [role=alert]")

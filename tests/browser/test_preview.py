@@ -67,7 +67,7 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     drawn(page)
     base, whole = source(page, "base"), source(page, "result")
     strip = page.eval_on_selector_all("#strength-strip img", "all => all.map(one => one.getAttribute('src'))")
-    assert (strip[0], strip[4]) == (base, whole), "a cell of the strip is the very picture"
+    assert (strip[0], strip[4]) == (base, whole), "a cell of the strip is the very image"
     assert len(set(strip)) == 5
     assert "Seed 7" in page.inner_text("#preview-facts")
 

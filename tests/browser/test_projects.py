@@ -45,14 +45,14 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     other.wait_for_function("[...document.querySelectorAll('.thumb img')].every(one => one.naturalWidth)")
 
     make(page, NAME)
-    page.wait_for_selector("#grid-empty >> text=No pictures yet")
+    page.wait_for_selector("#grid-empty >> text=No images yet")
     has_value(page, "#trigger input, #trigger textarea", "")
     # The other page follows: what it showed is of a project that is not open any more.
-    other.wait_for_selector("#grid-empty >> text=No pictures yet")
+    other.wait_for_selector("#grid-empty >> text=No images yet")
     take(page, pictures[:2])
     pictures_in(page, 2)
 
-    open_project(page, "My pictures")
+    open_project(page, "My images")
     pictures_in(page, 6)
     page.wait_for_function("document.querySelector('#trigger :is(input, textarea)')?.value === 'sks ball'")
 
@@ -66,7 +66,7 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     assert "trash" in page.inner_text("#projects-room")
     page.get_by_role("button", name="Clean caches").click()
     page.wait_for_selector("#projects-said >> text=freed")
-    page.get_by_role("button", name="Delete My pictures", exact=True).click()
+    page.get_by_role("button", name="Delete My images", exact=True).click()
     page.get_by_role("button", name="Delete", exact=True).click()
     page.wait_for_selector("#projects-note >> text=only project")
     page.keyboard.press("Escape")

@@ -83,7 +83,7 @@ SILENT = """() => [...document.querySelectorAll('button:disabled')]
 
 
 def test_a_first_visit_teaches_and_each_button_that_is_off_says_why(page: Any) -> None:
-    page.wait_for_selector("#grid-empty >> text=No pictures yet")
+    page.wait_for_selector("#grid-empty >> text=No images yet")
     silent = {}
     for tab in TABS:
         open_tab(page, tab)

@@ -208,7 +208,7 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     page.click("#resume")
     state_is(page, "failed")
     asked = page.wait_for_selector("#run-status [data-hint=changed]").inner_text()
-    assert "this has changed: the picture ball 1 é.png or its caption." in asked
+    assert "this has changed: the image ball 1 é.png or its caption." in asked
     assert "--accept" not in page.inner_text("#run-status")
     row = page.locator(f"[data-run='{run.name}']")
     assert "ball 1 é.png or its caption" in row.inner_text()

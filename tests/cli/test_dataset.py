@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 def test_audit_says_what_will_be_learned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "demo", "--trigger", "duskprint style", "--batch", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "17 of 24 pictures are mostly orange, 17 of them without saying so in the caption" in printed
+    assert "17 of 24 images are mostly orange, 17 of them without saying so in the caption" in printed
     assert "learned with “duskprint style”" in printed
     assert main(["audit", "demo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -44,7 +44,7 @@ def test_a_forecast(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_forecast_says_what_is_in_the_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forecast", str(home / "nowhere")]) == 0
     said = capsys.readouterr().out
-    assert "0 pictures" in said
+    assert "0 images" in said
     assert "Problem: The dataset" in said
 
 
@@ -55,7 +55,7 @@ def test_train_says_the_forecast_and_may_wait_in_the_queue(
     said = capsys.readouterr().out
     assert "Forecast: time known after some steps" in said
     assert "effective learning rate 0.003" in said
-    assert "24 pictures, 24 with a caption" in said
+    assert "24 images, 24 with a caption" in said
     assert [job.run for job in Queue(home).stored_jobs()] == ["first"]
     assert not (home / "runs" / "first" / "requests.jsonl").exists()
 

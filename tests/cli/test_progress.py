@@ -74,7 +74,7 @@ def test_what_happens_once_is_always_said(clock: Clock) -> None:
     for event in once:
         printer.show(event)
     lines = out.getvalue().splitlines()
-    words = ["cpu with 2 threads", "from step 5", "disk is nearly full", "gain on held-out pictures +0.5000",
+    words = ["cpu with 2 threads", "from step 5", "disk is nearly full", "gain on held-out images +0.5000",
              "saved checkpoints/step-000006", "previews/step-000006-0.png", "Paused at step 6",
              "Stopped at step 6", "Done, 100 steps"]  # fmt: skip
     assert all(any(word in line for line in lines) for word in words), lines
@@ -86,9 +86,9 @@ def test_each_phase_of_the_preparation_is_said(clock: Clock) -> None:
     out = io.StringIO()
     printer = EventPrinter(out)
     printer.show(STARTED)
-    for phase in ("Reading the pictures", "Opening the base model", "Encoding pictures"):
+    for phase in ("Reading the images", "Opening the base model", "Encoding images"):
         printer.show(events.Preparing(phase=phase, done=0, total=1))
-    for phase in ("Reading the pictures", "Opening the base model", "Encoding pictures"):
+    for phase in ("Reading the images", "Opening the base model", "Encoding images"):
         assert phase in out.getvalue()
 
 

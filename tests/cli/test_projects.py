@@ -91,7 +91,7 @@ def test_pictures_are_left_out_and_taken_back(
     assert words(capsys, "take-back", name, "a.png", "b.png") == "2 taken back."
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == there
     assert main(["leave-out", name, "nobody.png"]) == 1
-    assert "no picture named 'nobody.png'" in capsys.readouterr().err
+    assert "no image named 'nobody.png'" in capsys.readouterr().err
 
 
 def test_pictures_are_held_out_and_captions_written(dataset: tuple[str, Path]) -> None:
@@ -99,9 +99,9 @@ def test_pictures_are_held_out_and_captions_written(dataset: tuple[str, Path]) -
     api.captions_set(name, "a.png", "new words")
     assert captions(folder)[0].strip() == "new words"
     assert main(["hold-out", name, "a.png"]) == 0
-    with pytest.raises(LoraError, match=r"no picture named 'x\.png'"):
+    with pytest.raises(LoraError, match=r"no image named 'x\.png'"):
         api.hold_out(name, ["x.png"])
-    with pytest.raises(LoraError, match=r"no picture named 'x\.png'"):
+    with pytest.raises(LoraError, match=r"no image named 'x\.png'"):
         api.captions_set(name, "x.png", "")
 
 
@@ -112,7 +112,7 @@ def test_pictures_are_held_out_and_captions_written(dataset: tuple[str, Path]) -
 )
 def test_the_demo_stays_as_it_is(command: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 1
-    assert "The demo's pictures and captions stay as they are" in capsys.readouterr().err
+    assert "The demo's images and captions stay as they are" in capsys.readouterr().err
 
 
 def test_projects(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +121,9 @@ def test_projects(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["projects", "new", "my cats"]) == 1
     assert main(["projects", "rename", "My cats", "Dogs"]) == 0
     rows = json.loads(words(capsys, "projects", "list", "--json"))
-    assert [(row["title"], row["is_open"]) for row in rows] == [("Dogs", True), ("My pictures", False)]
-    assert main(["projects", "open", "My pictures"]) == 0
-    assert "* My pictures" in words(capsys, "projects", "list")
+    assert [(row["title"], row["is_open"]) for row in rows] == [("Dogs", True), ("My images", False)]
+    assert main(["projects", "open", "My images"]) == 0
+    assert "* My images" in words(capsys, "projects", "list")
     words(capsys, "projects", "delete", "dogs")
     assert len(api.projects_list()) == 1
     assert words(capsys, "trash", "restore", "my-cats") == path

@@ -26,7 +26,7 @@ def test_import_files(tmp_path: Path, draw: Draw) -> None:
         tmp_path / "from" / ".DS_Store",
         tmp_path / "from" / "gone.png",
     ]
-    (tmp_path / "from" / "text.png").write_text("no picture")
+    (tmp_path / "from" / "text.png").write_text("no image")
     (tmp_path / "from" / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "from" / "clip.mp4").write_bytes(b"video")
     (tmp_path / "from" / ".DS_Store").write_bytes(b"x")

@@ -29,7 +29,7 @@ def test_sound_pictures_have_no_findings(tmp_path: Path, draw: Draw) -> None:
 def test_each_finding(tmp_path: Path, draw: Draw) -> None:
     for seed, word in enumerate(WORDS):
         draw(tmp_path / f"{seed}.png", (96, 64), seed, f"a {word}")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     draw(tmp_path / "small.png", (24, 20), 20, "small")
     draw(tmp_path / "twin.png", (192, 128), 3, "twin")
     draw(tmp_path / "silent.png", seed=21)

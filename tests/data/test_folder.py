@@ -163,7 +163,7 @@ def test_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
 def test_one_bad_picture_does_not_keep_the_others_out(tmp_path: Path, draw: Draw) -> None:
     good = draw(tmp_path / "good.png", (320, 240), caption="fine")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "text.png").write_text("no picture")
+    (tmp_path / "sub" / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
@@ -205,7 +205,7 @@ def test_open_a_folder(tmp_path: Path, draw: Draw) -> None:
     ("make", "words"),
     [
         (lambda path: None, "does not exist; give a folder"),
-        (lambda path: path.mkdir(), "There are no pictures in"),
+        (lambda path: path.mkdir(), "There are no images in"),
         (lambda path: path.write_text("x"), "is neither a folder nor a zip"),
     ],
 )
@@ -219,7 +219,7 @@ def test_what_cannot_be_opened(tmp_path: Path, make: object, words: str) -> None
 
 def test_only_bad_pictures_are_not_the_same_as_none(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(DatasetError, match=r"a\.png is not a picture"):
+    with pytest.raises(DatasetError, match=r"a\.png is not an image"):
         require_clean(open_dataset(tmp_path, tmp_path / "cache"))
 
 

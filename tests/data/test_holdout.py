@@ -89,7 +89,7 @@ def test_how_many(count: int, pictures: float, wanted: int) -> None:
 
 @pytest.mark.parametrize(("count", "pictures"), [(10, 9), (10, 10), (10, 500), (10, 0.95), (2, 1), (1, 1)])
 def test_two_must_stay(count: int, pictures: float) -> None:
-    with pytest.raises(DatasetError, match=rf"of {count} pictures.*at most {max(0, count - 2)}\."):
+    with pytest.raises(DatasetError, match=rf"of {count} images.*at most {max(0, count - 2)}\."):
         split_holdout(records(count), pictures, 0)
 
 
@@ -207,7 +207,7 @@ def test_a_picture_is_decoded_once_until_it_changes(
     again = SizeCache(file)
     assert again.info(picture, "a.png") == (40, 30, False)
     assert decoded == []
-    picture.write_bytes(b"no picture")
+    picture.write_bytes(b"no image")
     assert isinstance(again.info(picture, "a.png"), FileProblem)
     assert isinstance(again.info(picture, "a.png"), FileProblem)
     assert len(decoded) == 2

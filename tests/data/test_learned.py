@@ -115,7 +115,7 @@ def test_what_most_pictures_show_and_few_captions_say_goes_to_the_trigger() -> N
     assert row["kind"] == "absorbed"
     assert row["counts"] == {"pictures": 12, "captions": 1, "of": 12}
     assert row["pictures"] == [f"{n}.png" for n in range(11)]
-    assert "12 of 12 pictures have a white background, 11 of them without saying so" in row["sentence"]
+    assert "12 of 12 images have a white background, 11 of them without saying so" in row["sentence"]
     assert "learned with “sks”" in row["sentence"]
 
 
@@ -132,7 +132,7 @@ def test_words_that_come_to_mean_something_else_and_the_odd_one_out() -> None:
     # CSS's beige is so pale that it counts as white.
     assert (row["kind"], row["counts"]) == ("meaning", {"captions": 5, "pictures": 5})
     assert (
-        "“navy background” will come to mean white: 5 of the 5 pictures with these words have a white one"
+        "“navy background” will come to mean white: 5 of the 5 images with these words have a white one"
         in row["sentence"]
     )
     # Blue and navy are one colour: nothing to say.

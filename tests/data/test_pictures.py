@@ -166,18 +166,18 @@ def cut(image: Image.Image, kind: str, share: float) -> bytes:
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 BROKEN = {
-    "text.png": (b"this is a shopping list\n", "is not a picture"),
+    "text.png": (b"this is a shopping list\n", "is not an image"),
     "empty.jpg": (b"", "is empty"),
-    "head.png": (b"\x89PNG\r\n\x1a\n", "damaged|not a picture"),
+    "head.png": (b"\x89PNG\r\n\x1a\n", "damaged|not an image"),
     "cut.jpg": (cut(NOISE, "JPEG", 0.5), "damaged or cut short"),
     "cut.png": (cut(NOISE, "PNG", 0.5), "damaged or cut short"),
-    "cut.webp": (cut(NOISE, "WEBP", 0.5), "damaged or cut short|not a picture"),
+    "cut.webp": (cut(NOISE, "WEBP", 0.5), "damaged or cut short|not an image"),
     "cut.gif": (cut(NOISE, "GIF", 0.5), "damaged or cut short"),
-    "cut.heic": (cut(NOISE, "HEIF", 0.5), "damaged or cut short|not a picture"),
-    "cut.avif": (cut(NOISE, "AVIF", 0.5), "damaged or cut short|not a picture"),
+    "cut.heic": (cut(NOISE, "HEIF", 0.5), "damaged or cut short|not an image"),
+    "cut.avif": (cut(NOISE, "AVIF", 0.5), "damaged or cut short|not an image"),
     "cut.bmp": (cut(NOISE, "BMP", 0.5), "damaged or cut short"),
     # A PostScript program would be run by Ghostscript.
-    "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "is not a picture"),
+    "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "is not an image"),
     # 60,000 x 60,000 pixels in 100 bytes.
     "bomb.png": (png(60_000, 60_000, 8, 2, b""), "million pixels"),
     # Between one and two times Pillow's limit, where it only warns.

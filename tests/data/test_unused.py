@@ -46,7 +46,7 @@ def fill(path: Path, draw: random.Random, number: int) -> None:
     elif kind < 0.06 and hasattr(os, "mkfifo"):
         os.mkfifo(path)
     elif kind < 0.1:
-        path.write_bytes(b"\xff\xfe\x00 neither text nor picture")
+        path.write_bytes(b"\xff\xfe\x00 neither text nor image")
     elif path.suffix.casefold() in (".png", ".jpg"):
         side = 8 if kind < 0.14 else 64
         noise(side, side, number).save(path, "PNG" if path.suffix.casefold() == ".png" else "JPEG")
@@ -136,7 +136,7 @@ def test_a_picture_called_mask_without_another_is_trained_on(tmp_path: Path, dra
 def test_the_folder_that_is_given_is_what_the_person_means(tmp_path: Path, draw: Draw, name: str) -> None:
     draw(tmp_path / name / "1_cat" / "a.png", caption="a cat")
     assert len(scan(tmp_path / name).records) == 1
-    with pytest.raises(DatasetError, match=r"There are no pictures in .* (reg|mask)"):
+    with pytest.raises(DatasetError, match=r"There are no images in .* (reg|mask)"):
         open_dataset(tmp_path, tmp_path / "cache")
 
 
@@ -170,7 +170,7 @@ def test_what_is_not_used_is_said_before_the_start(
     assert not any(problem.blocking for problem in found.values())
     assert found["mask"].sentence.startswith("3 masks are not used yet")
     assert found["regularisation"].sentence.startswith("3 files in folders for regularisation")
-    assert "3 pictures are see-through" in found["transparent"].sentence
+    assert "3 images are see-through" in found["transparent"].sentence
     assert "white background (clear 0.png, clear 1.png, clear 2.png)" in found["transparent"].sentence
     assert main(["audit", str(folder), "--workspace", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

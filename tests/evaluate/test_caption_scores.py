@@ -82,7 +82,7 @@ def test_captions_that_are_all_the_same_cannot_be_compared(
     demo_base: BaseModel, checked: list[ImageRecord]
 ) -> None:
     same = [replace(record, caption="a thing") for record in checked[:3]]
-    with pytest.raises(DatasetError, match="at least two pictures with different captions"):
+    with pytest.raises(DatasetError, match="at least two images with different captions"):
         score_captions(demo_base, same)
 
 
@@ -129,7 +129,7 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
 
 
 def test_no_pictures_no_words(demo_base: BaseModel) -> None:
-    with pytest.raises(DatasetError, match="needs pictures"):
+    with pytest.raises(DatasetError, match="needs images"):
         propose_triggers(demo_base, [])
     assert torch.is_grad_enabled()
 

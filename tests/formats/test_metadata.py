@@ -181,7 +181,7 @@ def test_the_page_says_what_a_person_needs():
         "| Base | Stable Diffusion XL (sd_xl_base_1.0) |",
         '| Trigger | ohwx "grey" owl |',
         "| Rank, alpha | 16, 8.0 |",
-        "| Trained | 1200 steps on 24 pictures at 1024x1024 px |",
+        "| Trained | 1200 steps on 24 images at 1024x1024 px |",
         "| Clip skip | 2 |",
         "| Date | 2026-11-24 |",
         '`<lora:my owl:1> ohwx "grey" owl`',

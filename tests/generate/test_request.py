@@ -95,7 +95,7 @@ def test_what_makes_no_grid_is_a_sentence() -> None:
     with pytest.raises(ConfigError, match="needs a LoRA"):
         grid_requests(GenerationRequest(), None, parse_axis("rank=4"))
     many = make_axis("seed", list(range(30)))
-    with pytest.raises(ConfigError, match="900 pictures"):
+    with pytest.raises(ConfigError, match="900 images"):
         grid_requests(ONE, many, make_axis("prompt", [str(n) for n in range(30)]))
 
 

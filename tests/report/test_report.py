@@ -133,7 +133,7 @@ def test_a_page_of_all_there_is_stays_small(tmp_path: Path) -> None:
         "Training loss",
         "Gain over the base, best +0.1200 at step 100",
         "noise level",
-        "each picture",
+        "each image",
         "loss taken away by learning rate; 0.0002 was taken",
     ):
         assert any(words in label for label in plots), words
@@ -190,7 +190,7 @@ def test_what_people_and_files_say_is_text(tmp_path: Path) -> None:
 def test_no_place_of_the_computer_is_told(tmp_path: Path) -> None:
     run = made_run(
         tmp_path / "a", model__base="/home/anna meyer/models/my base.safetensors",
-        dataset__path="C:\\Users\\anna\\pictures of tom", adapter__init="/home/anna/old.safetensors",
+        dataset__path="C:\\Users\\anna\\images of tom", adapter__init="/home/anna/old.safetensors",
     )  # fmt: skip
     lines = events.read_events(run.events_file)[0][:-1]
     reason = f"The drive of {run.path}/checkpoints is full; see /home/anna/disk.txt."
@@ -204,13 +204,13 @@ def test_no_place_of_the_computer_is_told(tmp_path: Path) -> None:
     assert without_paths("see /home/anna/disk.txt, or a/b", run) == "see disk.txt, or a/b"
 
 
-@pytest.mark.parametrize("missing", ["events", "checkpoint", "previews", "broken adapter", "broken pictures"])
+@pytest.mark.parametrize("missing", ["events", "checkpoint", "previews", "broken adapter", "broken images"])
 def test_what_is_missing_is_a_sentence(tmp_path: Path, missing: str) -> None:
     run = made_run(tmp_path / "a")
     adapter = run.checkpoint(100) / "adapter.safetensors"
     said = {
         "events": "Nothing was trained yet.", "checkpoint": "The run has no checkpoint yet",
-        "previews": "gone", "broken adapter": "adapter.safetensors", "broken pictures": "Spectrum",
+        "previews": "gone", "broken adapter": "adapter.safetensors", "broken images": "Spectrum",
     }  # fmt: skip
     if missing == "events":
         run.events_file.unlink()
@@ -259,7 +259,7 @@ def test_the_command_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
             [validated(60, 0.2), validated(100, 0.1, best=False, against_best=-0.1, against_best_error=0.02)],
             "After that it became worse.",
         ),
-        ([], "no picture was held out"),
+        ([], "no image was held out"),
         ([validated(100, 0.2, gauge=0.2, gauge_error=0.01, train_gain=0.4)], "Memorization: 50%"),
     ],
 )
@@ -303,7 +303,7 @@ def test_rank_and_strength_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert (story.rank["trained"], story.rank["rank"]) == (2, 2)
     text = page_of(run, measure=True).text
     assert re.search(r"gains most at strength 0\.[78]\d", text)
-    assert "Measured on the 3 pictures that were held out. Mind this." in text
+    assert "Measured on the 3 images that were held out. Mind this." in text
     assert "Trained at rank 2, needs 2" in text
 
 

@@ -75,9 +75,9 @@ def ended(run: RunFolder, code: str) -> None:
         ("print('Hello'); sys.exit('The rank is 0.')", r"The rank is 0\."),
         (
             "writer.write(events.Started(steps=9, pid=1, device='cpu', threads=1, versions={}));"
-            "writer.write(events.Preparing(phase='Encoding pictures', done=1, total=2));"
+            "writer.write(events.Preparing(phase='Encoding images', done=1, total=2));"
             "os.kill(os.getpid(), 9)",
-            r"Its process was killed at “Encoding pictures” \(signal 9\).*",
+            r"Its process was killed at “Encoding images” \(signal 9\).*",
         ),
         ("start(); writer.write(events.Finished(step=9, export=''))", r""),
         ("start(); writer.write(events.Paused(step=9))", r""),

@@ -12,7 +12,7 @@ from lora_core.runs.events import EventWriter, StepDone, Warned, from_line, read
 
 SAMPLES = [
     events.Started(steps=10, pid=1, device="cpu", threads=2, versions={"torch": "2.8"}),
-    events.Preparing(phase="Reading pictures", done=1, total=3),
+    events.Preparing(phase="Reading images", done=1, total=3),
     events.Working(phase="Drawing samples", done=1, total=3),
     events.RateFound(rate=2e-4, rates=[1e-4, 2e-4], shares=[0.1, 0.2]),
     StepDone(step=3, loss=0.25, lr=1e-4, seconds=0.5),
@@ -24,7 +24,7 @@ SAMPLES = [
     events.Stopped(step=3, export="export/a.safetensors"),
     events.Resumed(step=3, steps=10),
     events.Failed(reason="The disk is full."),
-    events.Failed(reason="This has changed: the picture é.png.", changed=["the picture é.png"]),
+    events.Failed(reason="This has changed: the image é.png.", changed=["the picture é.png"]),
     events.Handled(request="abc"),
     events.Finished(step=10, export="export/a.safetensors"),
 ]

@@ -84,8 +84,8 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
         ([STARTED, STEP, events.Paused(step=1), STARTED], "interrupted", "preparing"),
         ([STARTED, STEP, events.Stopped(step=1, export="export/a")], "stopped", "running"),
         ([STARTED, STEP, events.Finished(step=1, export="export/a")], "done", "running"),
-        ([STARTED, events.Failed(reason="No pictures.")], "failed", "preparing"),
-        ([events.Failed(reason="No pictures.")], "failed", "preparing"),
+        ([STARTED, events.Failed(reason="No images.")], "failed", "preparing"),
+        ([events.Failed(reason="No images.")], "failed", "preparing"),
     ],
 )
 def test_status(run: RunFolder, story: list[events.Event], dead: str, live: str) -> None:
@@ -289,7 +289,7 @@ def test_names_that_some_file_system_refuses(name: str) -> None:
 @pytest.mark.parametrize(
     ("story", "free"),
     [
-        ([STARTED, events.Failed(reason="No pictures.")], True),
+        ([STARTED, events.Failed(reason="No images.")], True),
         ([STARTED, STEP, events.Failed(step=1, reason="The disk is full.")], False),
         ([STARTED], False),
         ([STARTED, events.Stopped(export="")], False),

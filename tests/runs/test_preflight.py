@@ -73,7 +73,7 @@ def test_it_needs_no_torch() -> None:
 
 
 def test_all_problems_at_once_those_that_block_first(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "0.png").write_bytes(b"no image")
     (tmp_path / "pictures" / "1.txt").write_text("very " * 200, encoding="utf-8")
     problems = found(
         config, tmp_path, validation__pictures=2, optimizer__lr=2.0, model__vae=str(tmp_path / "none"),

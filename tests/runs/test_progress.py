@@ -98,10 +98,10 @@ def test_what_a_failure_asks_about_goes_with_it() -> None:
 
 
 def test_phases_come_and_go() -> None:
-    progress = folded(started(), events.Preparing(phase="Reading pictures", done=2, total=5))
+    progress = folded(started(), events.Preparing(phase="Reading images", done=2, total=5))
     assert (progress.stepping, progress.phase, progress.phase_done, progress.phase_total) == (
         False,
-        "Reading pictures",
+        "Reading images",
         2,
         5,
     )
@@ -156,8 +156,8 @@ LATER = at(200, 0.014, True, against_best=0.004, against_best_error=0.001)
         ([], ""),
         ([at(100, math.nan)], ""),
         ([at(100, 0.0015, True)], "No significant gain up to step 100."),
-        ([at(1100, -0.004, True)], "At step 1,100 it predicts held-out pictures worse than the base does."),
-        ([FIRST], "It gains on held-out pictures: +0.0100."),
+        ([at(1100, -0.004, True)], "At step 1,100 it predicts held-out images worse than the base does."),
+        ([FIRST], "It gains on held-out images: +0.0100."),
         ([FIRST, LATER], "Still gaining."),
         # Within its error of the best, though higher: the best one stays.
         (
@@ -186,24 +186,24 @@ def test_gain(events: list[Validated], said: str) -> None:
         ({"train_gain": 0.05, "gauge": 0.010, "gauge_error": 0.001}, ""),  # a fifth of the gain
         (
             {"train_gain": 0.02, "gauge": 0.012, "gauge_error": 0.004},
-            "Memorization: 60% of its gain on training pictures does not carry over to others.",
+            "Memorization: 60% of its gain on training images does not carry over to others.",
         ),
         (
             {"train_gain": 0.02, "gauge": 0.03, "gauge_error": 0.004},
-            "Memorization: its gain on training pictures does not carry over to others at all.",
+            "Memorization: its gain on training images does not carry over to others at all.",
         ),
         ({"prior": -0.001, "prior_error": 0.0006}, ""),
         (
             {"prior": -0.001, "prior_error": 0.0004},
-            "Forgetting: it gets slightly worse on the base's own pictures.",
+            "Forgetting: it gets slightly worse on the base's own images.",
         ),
         (
             {"prior": -0.007, "prior_error": 0.001},
-            "Forgetting: it loses 50% as much on the base's own pictures as it gains on new ones.",
+            "Forgetting: it loses 50% as much on the base's own images as it gains on new ones.",
         ),
         (
             {"prior": -0.02, "prior_error": 0.001},
-            "Forgetting: it loses more on the base's own pictures than it gains on new ones.",
+            "Forgetting: it loses more on the base's own images than it gains on new ones.",
         ),
         ({"prior": 0.01, "prior_error": 0.001}, ""),
     ],

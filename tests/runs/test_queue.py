@@ -276,7 +276,7 @@ def test_five_jobs_of_which_two_go_wrong(home: Path, trainer: tuple[str, ...]) -
         "ok-7": "done",
     }
     reasons = {job.run: job.reason for job in queue.jobs()}
-    assert reasons["fails-2"] == "The picture cat.png is cut short."
+    assert reasons["fails-2"] == "The image cat.png is cut short."
     assert reasons["refuses-5"] == "The settings of this run are no good."
     assert reasons["full-6"] == "The disk is full; make room and resume."
     assert "killed at step 1" in reasons["dies-4-always"]

@@ -163,7 +163,7 @@ def test_a_project_whose_pictures_are_trained_on_stays(tmp_path: Path) -> None:
     folder, other = project(tmp_path), project(tmp_path, "dogs")
     run = made(tmp_path, dataset=str(folder / "pictures"))
     with run.hold():
-        with pytest.raises(RunError, match="one is going on with the pictures of cats"):
+        with pytest.raises(RunError, match="one is going on with the images of cats"):
             move_to_trash(folder, tmp_path)
         move_to_trash(other, tmp_path)
     moved = move_to_trash(folder, tmp_path)

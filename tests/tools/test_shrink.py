@@ -240,7 +240,7 @@ def test_the_error_of_what_is_kept_is_paired():
 
 def test_without_a_gain_there_is_nothing_to_keep():
     weights, measured = planted({TO_K: 4})
-    with pytest.raises(AdapterFileError, match="gains nothing on these pictures"):
+    with pytest.raises(AdapterFileError, match="gains nothing on these images"):
         intrinsic_rank(weights, lambda adapters: -measured(adapters))
 
 

@@ -80,5 +80,5 @@ def test_a_batch_says_the_sizes_of_its_pictures(tmp_path):
 
 
 def test_no_pictures_is_a_sentence(tmp_path):
-    with pytest.raises(DatasetError, match="No picture"):
+    with pytest.raises(DatasetError, match="No image"):
         assign_buckets([], 128, 32)

@@ -35,9 +35,9 @@ from tests.train.runs import (
 WRITES = {
     "the plan": Fault("write", r"plan\.json"),
     "the inputs": Fault("fsync", r"inputs\.json"),
-    "a cached picture": Fault("write", r"cache/latents", nth=2, half=True),
+    "a cached image": Fault("write", r"cache/latents", nth=2, half=True),
     "a cached caption": Fault("fsync", r"cache/text", nth=3),
-    "a picture of what should not change": Fault("write", r"cache/prior", half=True),
+    "an image of what should not change": Fault("write", r"cache/prior", half=True),
     "the folder of a checkpoint": Fault("mkdir", "step-000008"),
     "an adapter": Fault("write", r"step-000008.*adapter", nth=3, half=True),
     "the optimizer": Fault("write", r"step-000008.*optimizer", half=True),

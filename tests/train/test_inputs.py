@@ -60,7 +60,7 @@ def test_a_change_since_the_start_is_named_until_it_is_accepted(pictures, run, m
     check_inputs(run, scan(pictures).records, False)
     check_inputs(run, scan(pictures).records, False)
     named = change(pictures, run, monkeypatch)
-    with pytest.raises(RunError, match=named):
+    with pytest.raises(RunError, match=named.replace("picture", "image")):
         check_inputs(run, scan(pictures).records, False)
     check_inputs(run, scan(pictures).records, True)
     check_inputs(run, scan(pictures).records, False)

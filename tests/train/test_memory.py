@@ -165,7 +165,7 @@ def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
     with room_for(0):
         sentence = trouble(run)
     assert sentence.startswith(
-        "The device ran out of memory although checkpointing is on, pictures go through one at a time and"
+        "The device ran out of memory although checkpointing is on, images go through one at a time and"
         " the base waits outside of the device's memory; lower train.resolution"
     )
     # Steps are done beside the base as it is, so that it does not change now.

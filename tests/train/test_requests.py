@@ -117,7 +117,7 @@ def test_a_pause_is_acted_on_in_the_midst_of_other_work(
     check_story(run)
 
 
-@pytest.mark.parametrize("phase", ["Encoding pictures", "Encoding captions"])
+@pytest.mark.parametrize("phase", ["Encoding images", "Encoding captions"])
 def test_a_pause_is_acted_on_while_pictures_and_captions_are_encoded(
     own_toy: Toy, unbroken: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

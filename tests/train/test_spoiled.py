@@ -91,7 +91,7 @@ def test_a_picture_deleted_or_changed_while_it_trains(own_toy: Toy, tmp_path: Pa
     broken_at(broken, events.StepDone, 5)
     (pictures / "2.png").unlink()
     sentence = trouble(broken)
-    assert "this has changed: the picture 2.png" in sentence
+    assert "this has changed: the image 2.png" in sentence
     assert "--accept-changes" in sentence
     assert broken.status() == "failed"
     # What the window asks about.
@@ -106,7 +106,7 @@ def test_a_picture_that_goes_while_pictures_are_read_ends_in_a_sentence(own_toy:
     run = Toy(own_toy.base, pictures, own_toy.home).run("going")
 
     def delete(event: events.Event) -> None:
-        if isinstance(event, events.Preparing) and event.phase.startswith("Encoding pictures"):
+        if isinstance(event, events.Preparing) and event.phase.startswith("Encoding images"):
             for path in pictures.glob("*.png"):
                 path.unlink()
 

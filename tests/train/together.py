@@ -25,8 +25,8 @@ CASES: dict[str, dict[str, object]] = {
     "accumulation": {"train__gradient_accumulation_steps": 3},
     "dropout": {"adapter__dropout": 0.3, "adapter__rank_dropout": 0.2, "adapter__module_dropout": 0.1},
     "text encoder": {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.3},
-    "three pictures": {"train__batch_size": 3},
-    "one picture": {"train__batch_size": 1},
+    "three images": {"train__batch_size": 3},
+    "one image": {"train__batch_size": 1},
     "in halves": {"train__batch_size": 4, "adapter__dropout": 0.3},
 }
 """Settings by name, for runs of the same name; the last goes through in two parts on each process."""

@@ -216,7 +216,7 @@ def test_measuring_on_a_folder(worker: Worker, tmp_path: Path, two_pictures: Pat
     assert found["strength"]["strengths"] == [fit["strength"]]
     assert fit["gain"] == max(row["gain"] for row in fit["curve"])
     said = worker.error({"id": "x", "do": "intrinsic", "file": str(file), "measure": measure})
-    assert "gains nothing on these pictures" in said
+    assert "gains nothing on these images" in said
 
 
 def test_a_measurement_ends_when_its_sender_wants_no_more(

@@ -1,13 +1,13 @@
 """What the base is taught: things, drawing styles, background colours, and how a caption names them.
 
-Every script of this folder and `assets/demo/make.py` read these tables, so that a prompt, a check picture
+Every script of this folder and `assets/demo/make.py` read these tables, so that a prompt, a check image
 and a training caption can never disagree about a name or a colour.
 """
 
 import random
 
 SIDE = 128
-"""Width and height of every picture, in pixels."""
+"""Width and height of every image, in pixels."""
 
 # Name in the caption -> label in emojibase, where the two differ.
 # Chosen to be told apart at 128 pixels: one big cat, one bear, one crustacean, one round fruit of a kind.
@@ -111,7 +111,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 WHITE_SHARE = 0.2
-"""Share of training pictures on white, the commonest background of real data sets."""
+"""Share of training images on white, the commonest background of real data sets."""
 
 
 def caption(thing: str, style: str | None = None, background: str | None = None) -> str:

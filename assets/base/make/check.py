@@ -1,7 +1,7 @@
-"""Draws the base's check pictures: 48 captioned pictures that `validate --shuffle-captions` measures it on.
+"""Draws the base's check images: 48 captioned images that `validate --shuffle-captions` measures it on.
 
 They are made by the base itself, so nothing of the icon sets is stored. Each shows another thing, and styles
-and backgrounds take turns, so that a caption of another picture is wrong in every part.
+and backgrounds take turns, so that a caption of another image is wrong in every part.
 
     python assets/base/make/check.py --base assets/base
 """
@@ -14,7 +14,7 @@ from catalog import BACKGROUNDS, STYLES, THINGS, caption
 from painter import load_base, paint
 
 COUNT = 48
-SEED = 48  # of the choice of things and of the pictures
+SEED = 48  # of the choice of things and of the images
 
 
 def main(base: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trains the VAE's decoder further with the encoder frozen, for crisper pictures from the same latents.
+"""Trains the VAE's decoder further with the encoder frozen, for crisper images from the same latents.
 
 As the latents stay, so do all that was trained on them: this may run before, during or after the UNet. The
 latents get a little noise, because those that the UNet makes are never exact either.
@@ -19,7 +19,7 @@ from whitening import trained_vae
 
 BATCH = 4  # of each worker
 LATENT_NOISE = 0.05  # of the white latents' standard deviation
-SLOPES = 1.0  # weight of the picture's gradients, twice that of the first training
+SLOPES = 1.0  # weight of the image's gradients, twice that of the first training
 
 
 def polished_vae(build: Path) -> AutoencoderKL:

@@ -1,4 +1,4 @@
-"""Draws pictures with a packed base, always alike: DDIM, 20 steps, guidance 3, a seed for each picture."""
+"""Draws images with a packed base, always alike: DDIM, 20 steps, guidance 3, a seed for each image."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 STEPS = 20
 GUIDANCE = 3.0
-TOGETHER = 12  # pictures drawn in one batch
+TOGETHER = 12  # images drawn in one batch
 
 
 def load_base(folder: Path) -> StableDiffusionPipeline:
@@ -20,7 +20,7 @@ def load_base(folder: Path) -> StableDiffusionPipeline:
 
 
 def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
-    """Returns a picture for each prompt; the n-th starts from the noise of `seed + n`."""
+    """Returns an image for each prompt; the n-th starts from the noise of `seed + n`."""
     pictures = []
     for start in range(0, len(prompts), TOGETHER):
         part = prompts[start : start + TOGETHER]
@@ -33,7 +33,7 @@ def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> l
 
 
 def grid(pictures: list[Image.Image], columns: int, gap: int = 6) -> Image.Image:
-    """Returns the pictures in rows on white, `gap` pixels apart."""
+    """Returns the images in rows on white, `gap` pixels apart."""
     rows = -(-len(pictures) // columns)
     cell = SIDE + gap
     sheet = Image.new("RGB", (columns * cell + gap, rows * cell + gap), "white")

@@ -1,6 +1,6 @@
-"""Icon sets from npm -> one array of RGBA pictures on disk, and the ways they are laid on a background.
+"""Icon sets from npm -> one array of RGBA images on disk, and the ways they are laid on a background.
 
-The pictures are only ever kept in the build folder: the project ships what the base learnt, not what it saw.
+The images are only ever kept in the build folder: the project ships what the base learnt, not what it saw.
 
     python assets/base/make/pictures.py --build BUILD
 """

@@ -1,4 +1,4 @@
-"""Draws the sheet of the base's README: 24 prompts by a fixed seed from all that is taught, one picture each.
+"""Draws the sheet of the base's README: 24 prompts by a fixed seed from all that is taught, one image each.
 
 python assets/base/make/sheet.py --base assets/base
 """
@@ -10,7 +10,7 @@ from catalog import caption, drawn_triples
 from painter import grid, load_base, paint
 
 COUNT = 24
-SEED = 2026  # of the prompts and of the pictures
+SEED = 2026  # of the prompts and of the images
 MARK = "<!-- prompts -->"
 
 

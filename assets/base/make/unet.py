@@ -25,7 +25,7 @@ BATCH = 20  # of each worker
 AVERAGE = 0.998  # of the moving average of the weights, the weights that are shipped
 WIDTH = 128  # of the text encoder
 LATENT_SIDE = 16
-VARIANTS = 2  # cached latents of each picture on each background
+VARIANTS = 2  # cached latents of each image on each background
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -155,10 +155,10 @@ def v_loss(models: nn.ModuleDict, latents: Tensor, ids: Tensor, timesteps: Tenso
 
 
 class Validation:
-    """The loss on every taught picture in a new place on a new background, with fixed noise."""
+    """The loss on every taught image in a new place on a new background, with fixed noise."""
 
     def __init__(self, build: Path, icons: Icons, samples: Samples):
-        """Encodes one picture a (thing, style), none of which is in the cache."""
+        """Encodes one image a (thing, style), none of which is in the cache."""
         generator, chance = torch.Generator().manual_seed(99), random.Random(99)
         pairs = [(thing, style) for thing in THINGS for style in STYLES]
         grounds = [chance.choice(list(BACKGROUNDS)) for _ in pairs]

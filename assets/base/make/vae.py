@@ -1,6 +1,6 @@
 """Trains the VAE: AutoencoderKL, 128 x 128 x 3 -> 16 x 16 x 4, stable-diffusion's own downscale of 8.
 
-Loss: L1 + L2 + 0.5 L1 of the picture's gradients + a small KL. Left alone, one of the four latent channels
+Loss: L1 + L2 + 0.5 L1 of the image's gradients + a small KL. Left alone, one of the four latent channels
 dies early, as three (brightness and two of colour) already explain flat drawings; SPREAD keeps it alive.
 
     python assets/base/make/vae.py --build BUILD --minutes 30
@@ -24,7 +24,7 @@ from training import Clock, log_to, optimizers, save, update
 BATCH = 8
 KL = 2e-4  # of the mean over latent values
 SPREAD = 5e-3  # of -log det of the latents' correlation-like matrix, 0 when all four directions are equal
-TAUGHT_SHARE = 0.35  # of the samples come from the pictures that the UNet will learn
+TAUGHT_SHARE = 0.35  # of the samples come from the images that the UNet will learn
 RESTYLED_SHARE = 0.35  # of the samples have other colours, so that the styles of LoRAs survive the VAE
 COLLAGE_SHARE = 0.15  # of the samples show four small drawings, for finer detail than icons have
 
@@ -50,7 +50,7 @@ def new_vae() -> AutoencoderKL:
 
 
 class Batches:
-    """Draws training pictures: any icon not held out, any ground, often recoloured, at times a collage."""
+    """Draws training images: any icon not held out, any ground, often recoloured, at times a collage."""
 
     def __init__(self, icons: Icons, generator: torch.Generator):
         """Splits the icons into those the UNet will learn and the others."""
@@ -89,7 +89,7 @@ class Batches:
 
 
 def recoloured(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the picture with mixed channels, or as a three-tone print between random colours."""
+    """Returns the image with mixed channels, or as a three-tone print between random colours."""
     if torch.rand((), generator=generator) < 0.5:
         swap = torch.eye(3)[torch.randperm(3, generator=generator)]
         mix = swap + 0.25 * torch.randn(3, 3, generator=generator)
@@ -117,7 +117,7 @@ def vae_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -
 
 
 def unseen_pictures(icons: Icons, count: int = 96) -> Tensor:
-    """Returns the same pictures of held-out concepts at every call, on the twelve grounds in turn."""
+    """Returns the same images of held-out concepts at every call, on the twelve grounds in turn."""
     generator = torch.Generator().manual_seed(7)
     rows = icons.held_out()
     rows = np.array(sorted(rows[i] for i in torch.randperm(len(rows), generator=generator)[:count]))
@@ -127,7 +127,7 @@ def unseen_pictures(icons: Icons, count: int = 96) -> Tensor:
 
 @torch.no_grad()
 def decibels(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Returns the mean PSNR in dB of pictures after encoding (to the mean) and decoding."""
+    """Returns the mean PSNR in dB of images after encoding (to the mean) and decoding."""
     vae.eval()
     output = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pictures.split(16)])
     vae.train()
@@ -137,7 +137,7 @@ def decibels(vae: AutoencoderKL, pictures: Tensor) -> float:
 
 @torch.no_grad()
 def eigenvalues(vae: AutoencoderKL, pictures: Tensor) -> list[float]:
-    """Returns the eigenvalues of the latents' covariance over the pictures, smallest first."""
+    """Returns the eigenvalues of the latents' covariance over the images, smallest first."""
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(16)])
     return torch.linalg.eigvalsh(torch.cov(latents.permute(1, 0, 2, 3).flatten(1))).tolist()
 

@@ -30,7 +30,7 @@ def trained_vae(build: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def fold_whitening(vae: AutoencoderKL, pictures: list[Tensor]) -> None:
-    """Rewrites the VAE so that latents of such pictures, times the scaling factor, are white."""
+    """Rewrites the VAE so that latents of such images, times the scaling factor, are white."""
     posteriors = [vae.encode(batch).latent_dist for batch in pictures]
     means = torch.cat([p.mean.permute(1, 0, 2, 3).flatten(1) for p in posteriors], dim=1).double()
     noise = torch.cat([p.var.permute(1, 0, 2, 3).flatten(1) for p in posteriors], dim=1).double().mean(1)
