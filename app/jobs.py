@@ -371,7 +371,7 @@ class QueueClient:
         """
         waiting = [job.run for job in self.queue.stored_jobs() if job.state == WAITING]
         if name not in waiting:
-            raise RunError(f"The run {name} does not wait in the queue any more.")
+            raise RunError(f"The run {name} is no longer in the queue.")
         self.queue.move(name, waiting.index(name) + 1 + by)
 
     def remove(self, name: str) -> None:

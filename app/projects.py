@@ -78,7 +78,7 @@ def _restored(app_state: AppState, place: str) -> str:
     """
     one = next((one for one in list_trash(app_state.workspace) if one.place.name == place), None)
     if one is None:
-        raise RunError("It is not in the trash any more.")
+        raise RunError("It is no longer in the trash.")
     path = restore(one, app_state.workspace)
     if path.name == one.name:
         return f"{one.name} is restored."

@@ -5,10 +5,12 @@ guard and login. A path sent by the page is resolved and has to stay below its r
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".web
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 LARGEST_CAPTION = 1_000_000
 LARGEST_FILE = 2_000_000_000
+MOST_SENT = 8
+"""Files that were sent last are kept: several may arrive at once, or be compared or merged."""
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free."""
 # URLs contain the file's time, so they can be cached indefinitely.
@@ -256,15 +260,16 @@ def add_actions(app: FastAPI, prefix: str, actions: Mapping[str, Callable[[dict[
 
 
 async def receive_file(request: Request, folder: Path, name: str) -> Path:
-    """Write the request's body as the only file of `folder`, under its own name.
+    """Write the request's body below `folder` under its own name, and remove older ones.
 
     Raises:
         RunError: it is too large, or the disk is full.
     """
-    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / safe_name(name).name
-    room = min(LARGEST_FILE, shutil.disk_usage(folder).free - ROOM_LEFT)
+    await asyncio.to_thread(_remove_old, folder)
+    place = folder / uuid.uuid4().hex
+    place.mkdir(parents=True)
+    path = place / safe_name(name).name
+    room = min(LARGEST_FILE, shutil.disk_usage(place).free - ROOM_LEFT)
     with open(path, "wb") as file:
         async for chunk in request.stream():
             room -= len(chunk)
@@ -272,6 +277,14 @@ async def receive_file(request: Request, folder: Path, name: str) -> Path:
                 raise RunError(f"{name} is too large; give its path instead.")
             file.write(chunk)
     return path
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove all but the files that were sent last."""
+    with contextlib.suppress(OSError):
+        sent = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in sent[:-MOST_SENT]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _tokens(app_state: AppState, text: str) -> dict[str, Any]:

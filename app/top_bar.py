@@ -22,7 +22,7 @@ REASONS = {
 }
 NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
 FEW_STEPS = 10
-"""So many steps say how long the rest takes, but for samples and validations that are still to come."""
+"""So many steps say how long each of the rest takes."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def run_actions(snapshot: Snapshot) -> str:
     return render("header.html", part="acts", acts=acts)
 
 
-def describe_left(progress: Progress) -> str:
+def describe_left(run: ShownRun) -> str:
     """The time left; a range as long as few steps were done."""
-    left = progress.seconds_left()
-    if left is None or len(progress.losses) >= FEW_STEPS:
+    left = run.progress.seconds_left(run.view.config() if run.view else None)
+    if left is None or len(run.progress.losses) >= FEW_STEPS:
         return format_clock(left)
     low, _, unit = format_duration(left).partition(" ")
     high = format_duration(2 * left)
@@ -127,7 +127,7 @@ def describe_run(run: ShownRun) -> str:
             return f"Preparing: {describe_phase(progress)[:-1]}"
         case "running" | "pausing" | "stopping":
             verb = "" if run.state == "running" else f"{STATES[run.state][0]}, "
-            left = f", {describe_left(progress)} left" if run.state == "running" else ""
+            left = f", {describe_left(run)} left" if run.state == "running" else ""
             return f"{verb}{run.percent}%, step {progress.step:,} of {progress.steps:,}{left}"
         case "done":
             return f"{run.name}: done, {progress.step:,} steps"

@@ -2,6 +2,7 @@
 returns finds its state."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from app.formatting import pluralize
 from app.routes import FRESH, Answer, add_actions
 from app.templates import problem_html
 from app.worker_client import Reply, WorkerClient
-from lora_core.errors import RunError
+from lora_core.errors import LoraError, RunError
 
+UNSHOWN = "The result cannot be shown because of a bug in LoRA Easel; its log has the details."
 BUSY = "A tool is already running; wait for it, or cancel it."
 
 
@@ -81,7 +83,13 @@ class BackgroundTask:
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
             return problem_html(reply.message)
-        return self._shows(reply.result)
+        try:
+            return self._shows(reply.result)
+        except LoraError as error:
+            return problem_html(error)
+        except Exception:
+            logging.getLogger(__name__).exception("The result of %s cannot be shown", self.title)
+            return problem_html(UNSHOWN)
 
     def _words(self) -> str:
         reply = self._reply

@@ -271,7 +271,7 @@
     ["unreadable", "Cannot be read"], ["twins", "Near-twins"], ["tiny", "Tiny"], ["blurred", "Blurred"],
     ["caption", "Captions that cannot be read"], ["no caption", "No caption"], ["long caption", "Too long captions"],
     ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation images"],
-    ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"],
+    ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"], ["animated", "Animated, first frame used"],
     ["caption without picture", "Captions without an image"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
     ["unread caption", "Captions of images that cannot be used"], ["other file", "Other files"], ["hidden", "Hidden files"],
     ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],

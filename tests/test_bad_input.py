@@ -433,7 +433,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "width 100": (lambda p: p.generate("--width", 100), r"width = 100.*multiple of"),
     "height -32": (lambda p: p.generate("--height", -32), r"height = -32"),
     "unknown sampler": (lambda p: p.generate("--sampler", "magic"), r"sampler = 'magic'.*euler_a"),
-    "steps 0": (lambda p: p.generate("--steps", 0), r"steps = 0 is out of range; it goes from 1"),
+    "steps 0": (lambda p: p.generate("--steps", 0), r"steps = 0 is out of range; it must be between 1"),
     "count 0": (lambda p: p.generate("--count", 0), r"--count 0"),
     "cfg nan": (lambda p: p.generate("--cfg", "nan"), r"cfg = nan"),
     "seed -1": (lambda p: p.generate("--seed", -1), r"seed = -1"),

@@ -214,9 +214,7 @@ class DatasetInsights:
         if not records:
             return "There are no images yet; add some."
         if what == "pictures":
-            return (
-                "" if self._run() else "There is no run on these images with a checkpoint yet; train first."
-            )
+            return "" if self._run() else "No run on these images has a checkpoint yet; train one first."
         if what == "captions" and len({record.caption for record in records if record.caption}) < 2:
             return "Checking captions needs two images with different captions; write some first."
         plan = Plan(self.project)

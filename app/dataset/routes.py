@@ -165,5 +165,5 @@ def _edit(sent: dict[str, Any], trigger: str) -> Edit:
     do = str(sent.get("do", ""))
     put = str(sent.get("put", "")).strip() or trigger if do == "trigger" else str(sent.get("put", ""))
     if do == "trigger" and not put:
-        raise DatasetError("There is no trigger word yet; type one first.")
+        raise DatasetError("No trigger word yet; type one first.")
     return Edit(do, str(sent.get("find", "")), put, bool(sent.get("regex")), bool(sent.get("any_case")))

@@ -51,7 +51,7 @@ class FileManager:
         if self.problem:
             raise RunError(self.problem)
         if not file.exists():
-            raise RunError(f"There is no file at {file} any more.")
+            raise RunError(f"{file} no longer exists.")
         threading.Thread(target=_run, args=(commands(file, sys.platform),), daemon=True).start()
 
 

@@ -114,7 +114,7 @@ def export_buttons(snapshot: Snapshot) -> str:
     ]
     return render(
         "export/buttons.html",
-        why="" if chosen_run(snapshot) else "There is no checkpoint yet; train something first.",
+        why="" if chosen_run(snapshot) else "No checkpoint yet. Train a run first.",
         choices=choices,
         usual=usual,
         own_lists=list(dict.fromkeys(names)),

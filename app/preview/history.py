@@ -94,7 +94,7 @@ class History:
         with self._lock:
             found = next((one for one in self._kept if one.file.name == name), None)
         if found is None:
-            raise RunError(f"There is no image {name!r} any more.")
+            raise RunError(f"The image {name!r} no longer exists.")
         return found
 
     def add(self, kept: HistoryEntry) -> None:

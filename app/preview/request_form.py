@@ -194,7 +194,9 @@ def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highe
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{_TITLES[name]} should be a number, not {str(value)[:40]!r}.") from error
     if not lowest <= number <= highest:
-        raise ConfigError(f"{_TITLES[name]} {number:g} is out of range; it goes from {lowest} to {highest}.")
+        raise ConfigError(
+            f"{_TITLES[name]} {number:g} is out of range; it must be between {lowest} and {highest}."
+        )
     return number
 
 

@@ -170,7 +170,7 @@ def _tiles(run: ShownRun) -> list[tuple[str, str]]:
     progress = run.progress
     if run.live:
         speed = format_speed(progress.seconds_a_step())
-        first = (describe_left(progress), f"left, {speed}" if speed else "left")
+        first = (describe_left(run), f"left, {speed}" if speed else "left")
     else:
         took = sum(event.seconds for event in progress.losses)
         # Averaged over the whole run: the last steps may not match the elapsed time next to it.
@@ -264,7 +264,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         figures = f"Gain on the base's own images {_figure(last.prior, last.prior_error)}"
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
-    return [*graded, _verdict("Averaged adapter", 1, "Measured", average)] if average else graded
+    return [*graded, _verdict("EMA of weights", 1, "Measured", average)] if average else graded
 
 
 def _verdict(

@@ -40,7 +40,7 @@ from lora_core.system.hardware import card_problem
 MOST_LISTED = 8
 RESUMED_FIRST = ("paused", "interrupted", "failed")
 """States from which Resume is the primary act, rather than a new run."""
-SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated"}
+SOURCES = {MEASURED: "measured", PROBED: "from trial steps", SCALED: "estimated"}
 NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
 
 

@@ -75,9 +75,10 @@ AUDIT_ONLY = ("hidden", "link", "unread caption")
 UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
-    "mask": "{} masks are not used yet: images are trained on whole, whatever a mask leaves out ({}).",
+    "mask": "{} masks are not used yet: images are trained on in full, masked or not ({}).",
     "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
     "transparent": "{} images are see-through in places, and are trained on with a white background ({}).",
+    "animated": "{} images are animated, and only their first frame is trained on ({}).",
     "caption without picture": "{} captions belong to no image, and are not used ({}).",
     "second caption": "{} captions are not used, as their images have another one ({}).",
     "shared caption": "{} captions are shared by images of the same name ({}).",
@@ -139,11 +140,10 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     problems = [one for one in found if isinstance(one, FileProblem)]
     for record in records:
         if record.transparent:
-            listing.note(
-                record.path,
-                "transparent",
-                "is see-through in places, and is trained on with a white background.",
-            )
+            sentence = "is see-through in places, and is trained on with a white background."
+            listing.note(record.path, "transparent", sentence)
+        if record.animated:
+            listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
     _note_texts(records, listing)
     return Dataset(records, [*listing.problems, *problems], listing.notes)
 
@@ -333,7 +333,8 @@ def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> Imag
     except DatasetError as error:
         return FileProblem(path, "caption", str(error))
     by_hand = fold_name(listing.shown(path)) in listing.held_out
-    return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, info.transparent)
+    seen = (info.transparent, info.animated)
+    return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, *seen)
 
 
 def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:

@@ -28,6 +28,8 @@ from lora_core.system.files import parse_json, write_atomically
 
 # What phones call MPO is opened as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+# In others, further frames are a thumbnail, a depth map or a gain map.
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 _ENDINGS = (
     "png apng jpg jpeg jpe jfif mpo webp heic heif hif avif gif bmp dib tif tiff ppm pgm pbm pnm tga jp2"
 )
@@ -58,11 +60,13 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class ImageInfo(NamedTuple):
-    """What a decoded image shows: its upright size in pixels, and whether any pixel is see-through."""
+    """What a decoded image shows: its upright size in pixels, whether any pixel is see-through, and whether
+    more frames follow the first."""
 
     width: int
     height: int
     transparent: bool
+    animated: bool = False
 
 
 def open_rgb(path: Path, least: int | None = None) -> Image.Image:
@@ -114,7 +118,7 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
 
 
 def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
-    """Upright size and transparency, after decoding the full file; or the problem of an image that cannot be
+    """What it shows, after decoding the full file; or the problem of an image that cannot be
     trained on, which names it as `shown`."""
     try:
         with _load_image(path, shown, 1) as (image, stated):
@@ -122,7 +126,8 @@ def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
             width, height = stated if image.format in ("JPEG", "MPO") else image.size
             if _orientation(image) in _SIDEWAYS:
                 width, height = height, width
-            info = ImageInfo(width, height, _is_transparent(image))
+            animated = image.format in ANIMATED and bool(getattr(image, "is_animated", False))
+            info = ImageInfo(width, height, _is_transparent(image), animated)
     except DatasetError as error:
         return FileProblem(path, "unreadable", str(error))
     if min(width, height) >= MIN_SIDE:
@@ -232,8 +237,10 @@ class SizeCache:
         if file is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                 for path, known in parse_json(file.read_bytes()).items():
-                    time, length, width, height, transparent = map(int, known)
-                    self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
+                    time, length, width, height, *seen = map(int, known)
+                    # Entries of an earlier version do not tell whether there are more frames.
+                    if len(seen) == 2:
+                        self._known[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
 
     def info(self, path: Path, shown: str) -> ImageInfo | FileProblem:
         """As `check_image`, without decoding a file that has not changed since it was decoded."""

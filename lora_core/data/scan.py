@@ -23,7 +23,8 @@ class ImageRecord:
 
     Width and height are in pixels after EXIF rotation. The caption holds one alternative a line. `repeats` is
     how often the image is shown in an epoch. `held_out` says that it was chosen to measure on,
-    `transparent` that parts of it are see-through, which are trained on as white.
+    `transparent` that parts of it are see-through, which are trained on as white, `animated` that it has more
+    frames, of which the first is trained on.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class ImageRecord:
     repeats: int = 1
     held_out: bool = False
     transparent: bool = False
+    animated: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 _MOST_BYTES = 180
 
 
+FULL_WIDTH = 0xFEE0
+"""From a printable ASCII character to its full-width form."""
+
+
 def fold_name(name: str) -> str:
     """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
     return unicodedata.normalize("NFC", name).casefold()
@@ -72,15 +78,20 @@ def safe_name(name: str) -> PurePosixPath:
 
     Args:
         name: parts between slashes or backslashes; `..` and drive letters are dropped, illegal letters
-        replaced.
+        become their full-width forms.
     """
     parts = [_safe_part(part) for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/")]
     return PurePosixPath(*[part for part in parts if part] or ["file"])
 
 
+def _lookalike(found: re.Match[str]) -> str:
+    """The full-width form of a character that file names cannot hold, so that a name reads as it was given."""
+    return chr(ord(found[0]) + FULL_WIDTH) if found[0] in '<>:"|?*' else "_"
+
+
 def _safe_part(part: str) -> str:
     # Windows drops dots and spaces at the end of a name without a word.
-    part = _ILLEGAL.sub("_", part.encode("utf-8", "replace").decode()).rstrip(". ")
+    part = _ILLEGAL.sub(_lookalike, part.encode("utf-8", "replace").decode()).rstrip(". ")
     if not part.strip(". "):
         return ""
     if is_device(part):

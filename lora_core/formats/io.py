@@ -169,7 +169,7 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
     if 0.0 in alphas and keep_alphas and format == "kohya":
         notes.append("some layers have an alpha of 0, which kohya's own loader reads as the rank.")
     if format == "diffusers":
-        notes.append("only diffusers reads this format whole; the other tools need the kohya format.")
+        notes.append("only diffusers reads this format completely; the other tools need the kohya format.")
     elif len(alphas) > 1 and keep_alphas:
         notes.append(
             "the layers have different alphas, which diffusers reads at the wrong strength; A1111, Forge,"

@@ -116,9 +116,9 @@ class GenerationRequest:
         phi = self.cfg_rescale
         for name, legal, hint in (
             ("seed", 0 <= self.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
-            ("steps", 1 <= self.steps <= 1000, "it goes from 1 to 1000"),
+            ("steps", 1 <= self.steps <= 1000, "it must be between 1 and 1,000"),
             ("cfg", math.isfinite(self.cfg), "take a number such as 5"),
-            ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it goes from 0 to 1"),
+            ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it must be between 0 and 1"),
         ):
             if not legal:
                 raise ConfigError(f"{name} = {getattr(self, name)} is out of range; {hint}.")
@@ -180,7 +180,7 @@ def parse_cfg_rescale(value: Any) -> NumberOrAuto:
     except ValueError as error:
         raise ConfigError(f"CFG rescale {str(value)[:40]!r} should be a number or {AUTO}.") from error
     if not 0.0 <= number <= 1.0:
-        raise ConfigError(f"CFG rescale {number:g} is out of range; it goes from 0 to 1.")
+        raise ConfigError(f"CFG rescale {number:g} is out of range; it must be between 0 and 1.")
     return number
 
 
@@ -262,7 +262,7 @@ def _check_value(kind: str, value: Value) -> Value:
     lowest, highest = _RANGES[kind]
     if not (math.isfinite(number) and lowest <= number <= highest):
         raise ConfigError(
-            f"The {kind} {value} of a grid is out of range; it goes from {lowest} to {highest}."
+            f"The {kind} {value} of a grid is out of range; it must be between {lowest} and {highest}."
         )
     return number
 

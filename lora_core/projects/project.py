@@ -214,7 +214,7 @@ class Project:
         record = self.images().get(name)
         if record is None or not record.path.is_file():
             self.invalidate()
-            raise DatasetError(f"There is no image named {name!r} in the dataset any more.")
+            raise DatasetError(f"The dataset has no image named {name!r}.")
         return record
 
     def refuse_demo(self) -> None:
@@ -340,7 +340,7 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
     leaving = set(paths.values())
     for name, path in paths.items():
         if path is None or not path.is_file():
-            raise DatasetError(f"There is no image named {name!r} here any more.")
+            raise DatasetError(f"There is no image named {name!r} here.")
         folder = into / path.parent.relative_to(source)
         files = _set_of(path)
         if folder not in taken:

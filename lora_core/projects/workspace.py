@@ -137,7 +137,7 @@ class Projects:
 
     def _path(self, key: str) -> Path:
         if not self._is_there(key):
-            raise RunError(f"There is no project {key!r} any more.")
+            raise RunError(f"The project {key!r} no longer exists.")
         return self.folder / key
 
     def find_key(self, name: str) -> str:

@@ -218,7 +218,7 @@ def _measure(data: ReportData, on_phase: OnPhase) -> None:
         found = run_evaluator(data.run, data.config, phase.append, on_image)
     except LoraError as error:
         words = without_paths(str(error), data.run)
-        data.problems |= dict.fromkeys(("rank", "strength"), f"It cannot be measured any more. {words}")
+        data.problems |= dict.fromkeys(("rank", "strength"), f"It can no longer be measured. {words}")
         return
     data.measured_on, data.note = found.pictures, found.note
     for name, work in (("strength", measure_strength), ("rank", measure_rank)):

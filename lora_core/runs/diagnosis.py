@@ -233,7 +233,7 @@ def _from_code(ended: ExitRecord | None, progress: Progress) -> Crash | None:
         held = f": it held {ended.held / 1e9:.1f} of {ended.total / 1e9:.1f} GB" if ended.held else ""
         return Crash(f"{who} memory ran out{held}; {LESS_MEMORY}.", OutOfMemory.cause)
     if name == "SIGKILL":
-        return Crash(f"Its process was killed {where} (signal 9), by a person or by another program.")
+        return Crash(f"Its process was killed {where} (signal 9), by a user or another program.")
     if name in NATIVE_SIGNALS or code in NATIVE_CODES:
         return Crash(
             f"Its process crashed {where} in compiled code ({name or f'code {code:#x}'}), which points to a"

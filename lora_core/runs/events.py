@@ -296,7 +296,7 @@ class EventWriter:
             self.close()
             self._reason = error.strerror or str(error)
             if not self._lost:
-                self._say(f"The events cannot be written to {self._path}: {self._reason}. The run goes on.")
+                self._say(f"The events cannot be written to {self._path}: {self._reason}. The run continues.")
             self._lost += 1
 
 

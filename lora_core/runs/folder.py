@@ -156,7 +156,7 @@ class RunFolder:
         """A sentence for each setting of the file that an earlier version used and this one does not."""
         flat = flattened(load_toml(self.config_file), say=False)
         return [
-            f"{sentence} The run goes on as with {RETIRED[name][0]}."
+            f"{sentence} The run continues as with {RETIRED[name][0]}."
             for name, value in flat.items()
             for sentence in retired([(name, value)])
         ]

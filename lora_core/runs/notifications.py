@@ -80,7 +80,7 @@ def notify_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
         recipient = read_recipient(workspace) if facts else ""
         return _send(recipient, facts) if facts and recipient else ""
     except ConfigError as error:
-        return f"The end of the run was told to nobody: {error}"
+        return f"No notification was sent: {error}"
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return f"The end of the run could not be told to {recipient}: {_short(error)}."
 

@@ -385,7 +385,7 @@ def _busy(workspace: Path) -> list[RunProblem]:
     live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
     if not live:
         return []
-    sentence = f"The run {live[0]} is going on too; both get slower and share the memory."
+    sentence = f"The run {live[0]} is running too; both get slower and share the memory."
     return [RunProblem("busy", sentence, False)]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from lora_core.runs import events
 from lora_core.runs.events import Validated
+from lora_core.settings.config import RunConfig
 
 LONGEST_GAP = 600.0
 """Seconds between two steps beyond which the run was paused or broken off."""
@@ -28,6 +29,8 @@ class Progress:
 
     Attributes:
         phases: the share done of each phase of the present work between two steps; it never falls.
+        took: seconds of the last validation and of the last round of samples, by the name of their event.
+        idle_since: when the last step, or the last work between two steps, ended.
         handled: the requests acted on, ever.
         answered: those of them that the present process acted on.
     """
@@ -40,6 +43,8 @@ class Progress:
     phase_done: int = 0
     phase_total: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
+    idle_since: float = 0.0
     ending: str = ""
     reason: str = ""
     cause: str = ""
@@ -59,6 +64,10 @@ class Progress:
         """Fold in events in the order of the file."""
         for event in new:
             self._fold(event)
+            if isinstance(event, events.Validated | events.PreviewDone) and self.idle_since:
+                self.took[event.kind] = max(0.0, event.time - self.idle_since)
+            if not isinstance(event, events.Working | events.Warned | events.Handled):
+                self.idle_since = event.time
 
     def _fold(self, event: events.Event) -> None:
         match event:
@@ -140,10 +149,27 @@ class Progress:
         steps = self.seconds_a_step() or 0.0
         return max(steps, sum(gaps) / len(gaps)) if gaps else steps or None
 
-    def seconds_left(self) -> float | None:
-        """Time to the last step at the present pace."""
-        pace = self.wall_pace() or self.seconds_a_step()
-        return None if pace is None else pace * max(0, self.steps - self.step)
+    def seconds_left(self, config: RunConfig | None = None) -> float | None:
+        """Time to the last step: at the pace so far, or with the settings of the run the usual time of a step
+        and the samples and validations that are still to come."""
+        ahead = max(0, self.steps - self.step)
+        step = self.seconds_a_step()
+        if config is None or step is None:
+            pace = self.wall_pace() or step
+            return None if pace is None else pace * ahead
+        times = [event.time for event in self.losses[-30:]]
+        gaps = sorted(after - before for before, after in itertools.pairwise(times))
+        left = max(step, gaps[len(gaps) // 2] if gaps else 0.0) * ahead
+        section, took = config.validation, self.took.get(events.Validated.kind)
+        # Validations that cost more than their share of the time are done less often.
+        most = section.max_time_share * left if section.max_time_share else math.inf
+        measuring = min(most, math.inf if took is None else took * self._rounds_left(section.every))
+        left += measuring if section.every and math.isfinite(measuring) else 0.0
+        return left + self.took.get(events.PreviewDone.kind, 0.0) * self._rounds_left(config.sample.every)
+
+    def _rounds_left(self, every: int) -> int:
+        """How often what is done every so many steps and after the last one is still to come."""
+        return math.ceil(self.steps / every) - self.step // every if every else 0
 
 
 def smooth(values: list[float], memory: float = 50.0) -> list[float]:

@@ -231,7 +231,7 @@ class Queue:
         with self._transaction() as db:
             job = _job(db, name)
             if job.state == RUNNING and (self.runner() is not None or self.run(name).live_process()):
-                raise RunError(f"The run {name} is going on; stop or pause it first.")
+                raise RunError(f"The run {name} is still running; stop or pause it first.")
             db.execute("DELETE FROM jobs WHERE run = ?", [name])
 
     def take_next(self) -> QueuedRun | None:
@@ -456,7 +456,7 @@ class _Runner:
             if own or not others or not any(job.state == WAITING for job in jobs):
                 break
             if not said:
-                self._say(f"Waiting for the run {others[0]}, which is going on.")
+                self._say(f"Waiting for the run {others[0]}, which is still running.")
             said = True
             time.sleep(TICK * 2)
         return not self.must_end

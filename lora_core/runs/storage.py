@@ -172,25 +172,25 @@ def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
 
 def _refuse_live_run(run: RunFolder) -> None:
     if not run.path.is_dir():
-        raise RunError(f"There is no run {run.name} any more.")
+        raise RunError(f"The run {run.name} no longer exists.")
     lock = FileLock(run.lock_file)
     try:
         # A trainer that has only just started holds the lock before it writes its process file.
         lock.acquire(timeout=0)
         lock.release()
     except Timeout as error:
-        raise RunError(f"The run {run.name} is going on; stop it before it is deleted.") from error
+        raise RunError(f"The run {run.name} is still running; stop it before it is deleted.") from error
     except OSError as error:
         raise RunError(f"The run {run.name} cannot be deleted: {error.strerror or error}.") from error
 
 
 def _refuse_used_project(path: Path, workspace: Path) -> None:
     if not path.is_dir():
-        raise RunError(f"There is no project {path.name} any more.")
+        raise RunError(f"The project {path.name} no longer exists.")
     for run in all_runs(workspace):
         if run.live_process() is not None and Path(run.config().dataset.path).is_relative_to(path):
             raise RunError(
-                f"The run {run.name} is going on with the images of {path.name}; stop it before they are"
+                f"The run {run.name} is still training on the images of {path.name}; stop it before they are"
                 " deleted."
             )
 
@@ -217,7 +217,8 @@ def clean_caches(workspace: Path) -> int:
     live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
     if live:
         raise RunError(
-            f"The run {live[0]} is going on and uses the caches; clean them when it has ended or is paused."
+            f"The run {live[0]} is still running and uses the caches; clean them when it has ended or is"
+            " paused."
         )
     cache = workspace / "cache"
     freed = folder_bytes(cache)

@@ -230,8 +230,11 @@ def checked_value(name: str, value: Any, called: str = "") -> Any:
         called: what messages call the setting, such as the option of a verb that stands for it.
 
     Raises:
-        ConfigError: wrong type, out of range, not among the choices, or a pattern that cannot be used.
+        ConfigError: no such setting, wrong type, out of range, not among the choices, or a pattern that cannot
+            be used.
     """
+    if name not in FIELDS:
+        raise ConfigError(_unknown(name))
     section, _, key = name.rpartition(".")
     tables: dict[str, Any] = {section: {key: value}} if section else {key: value}
     try:
@@ -280,7 +283,7 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
             return f"= {shown} is out of range; it must be above {problem['ctx']['gt']:g}"
         case "greater_than_equal" | "less_than_equal":
             low, high = limits_of(name) or (-math.inf, math.inf)
-            return f"= {shown} is out of range; it goes from {low:.10g} to {high:.10g}"
+            return f"= {shown} is out of range; it must be between {low:,.10g} and {high:,.10g}"
         case "literal_error":
             known = ", ".join(map(str, typing.get_args(info.annotation)))
             return f"= {shown} is not possible; choose one of {known}"

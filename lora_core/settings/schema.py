@@ -182,13 +182,13 @@ class AdapterSection(Section):
     """How many directions each layer may learn. A higher rank learns more detail and makes a larger file."""
     alpha: float = Field(16.0, title="Alpha", gt=0.0)
     """The update is scaled by alpha / rank. Keep it equal to rank unless a recipe says otherwise."""
-    rslora: bool = Field(False, title="Rank-stabilised scale")
+    rslora: bool = Field(False, title="rsLoRA scaling")
     """Scales by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as strongly as small
     ones (rsLoRA)."""
     targets: Annotated[str, RowOf(choices.TARGETS)] = Field("attention", title="Layers")
     """Which layers of the base are adapted."""
-    init: str = Field("default", title="Start from")
-    """`default` for a fresh adapter, or the file of a LoRA, of any rank, to continue training."""
+    init: str = Field("default", title="Continue from LoRA")
+    """The file of a LoRA, of any rank, to continue training; `default` starts from scratch."""
     block_ranks: Annotated[dict[str, Rank], Patterns] = Field({}, title="Ranks by block")
     """Rank for the layers whose path matches a pattern, such as "mid_block" = 4 or "unet.*attn2" = 32; 0
     leaves them out. If several patterns match, the last one counts."""
@@ -230,14 +230,13 @@ class TrainSection(Section):
     """How long, how large and in which dtype."""
 
     steps: int = Field(800, title="Steps", ge=1, le=1_000_000)
-    """Optimizer steps. About 100 per image, between 800 and 3,000, is a good start."""
+    """100 per image is a good start (800 to 3,000)."""
     batch_size: int = Field(1, title="Batch size", ge=1, le=256)
     """Images that go through the model at once."""
-    gradient_accumulation_steps: int = Field(1, title="Accumulate", ge=1, le=1024)
+    gradient_accumulation_steps: int = Field(1, title="Gradient accumulation", ge=1, le=1024)
     """Batches summed into one step: a larger batch without more memory."""
     resolution: int = Field(0, title="Resolution", ge=0, le=4096)
-    """In pixels; training images have about the area of a square with this side. 0: what the base was trained
-    at."""
+    """In pixels: the side of a square with the area of a training image. 0: auto, the base's own."""
     device: Annotated[str, AfterValidator(_check_device)] = Field(AUTO, title="Device")
     """`auto` for the newest card, `cpu` for the processor, `cuda:0`, `cuda:1`, ... for a card by its number
     in nvidia-smi (ROCm's too), `mps` on a Mac, `xpu` for Intel's."""
@@ -249,10 +248,10 @@ class TrainSection(Section):
     quantize_base: Annotated[str, RowOf(choices.QUANTIZED)] = Field("none", title="Quantize base model")
     """Rounds the frozen weights of the UNet's blocks: much less memory, slightly longer steps, and the LoRA
     is trained beside a base that is very slightly off."""
-    offload: bool = Field(False, title="Offload the base")
+    offload: bool = Field(False, title="Offload base to RAM")
     """Keeps the UNet's frozen weights outside of the device's memory and fetches each when it is used: far
     less memory, the same results, longer steps."""
-    deterministic: bool = Field(False, title="Deterministic on a card")
+    deterministic: bool = Field(False, title="Deterministic on GPU")
     """Uses only deterministic CUDA kernels, so that a resumed run equals an unbroken one to the bit; steps
     may be slower. Runs on the processor are deterministic anyway."""
     clip_skip: int = Field(1, title="Clip skip", ge=1, le=8)
@@ -266,7 +265,7 @@ class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
     name: Annotated[str, RowOf(choices.OPTIMIZERS)] = Field("adamw", title="Optimizer")
-    """The optimizer."""
+    """AdamW is the safe default; Prodigy finds its own learning rate."""
     lr: Rate = Field(1e-4, title="Learning rate")
     """Of the UNet's adapter. What counts is this times alpha / rank."""
     range_test: bool = Field(False, title="Auto learning rate")
@@ -281,7 +280,7 @@ class OptimizerSection(Section):
     block_lr: Annotated[dict[str, Rate], Patterns] = Field({}, title="Rates by block")
     """Learning rate for the layers whose path matches a pattern; 0: they are not trained. If several patterns
     match, the last one counts."""
-    lora_plus: float = Field(1.0, title="Rate ratio (LoRA+)", ge=1.0, le=64.0)
+    lora_plus: float = Field(1.0, title="LoRA+ ratio", ge=1.0, le=64.0)
     """Learning rate of each layer's second matrix, which starts from zero, as a multiple of the first's. 1:
     the same."""
     schedule: Annotated[str, RowOf(choices.SCHEDULES)] = Field("cosine", title="Schedule")
@@ -327,9 +326,9 @@ class ValidationSection(Section):
     """Kept out of training and used to measure: a share below 1, or a number. 0: none."""
     draws_per_image: int = Field(4, title="Noise draws per image", ge=1, le=1000)
     """Fixed (noise, timestep) pairs for each held-out image."""
-    max_time_share: float = Field(0.05, title="Validation time budget", ge=0.0, le=1.0)
+    max_time_share: float = Field(0.05, title="Max. time spent validating", ge=0.0, le=1.0)
     """As a share of the training time: validations that cost more are done less often. 0: no limit."""
-    memorization: bool = Field(True, title="Memorization gauge")
+    memorization: bool = Field(True, title="Measure overfitting")
     """Measure training images too: what they gain beyond held-out images is memorized."""
     forgetting: int = Field(4, title="Prior images", ge=0, le=1000)
     """Images that the base generates before the first step, to measure what it forgets. 0: none."""
@@ -355,7 +354,7 @@ class SampleSection(Section):
     """Removes the contrast that guidance adds: 0 none of it, 1 all (phi of Lin et al. 2023). `auto`: 0.7 for
     a base with zero terminal SNR that predicts velocity, off for others and for the bundled base."""
     sampler: Annotated[str, RowOf(choices.SAMPLERS)] = Field("ddim", title="Sampler")
-    """The sampler."""
+    """DDIM is plain and deterministic; DPM++ 2M is sharp in 20 steps."""
 
 
 class SaveSection(Section):
@@ -367,7 +366,7 @@ class SaveSection(Section):
     """How many of the newest checkpoints are kept."""
     keep_best: bool = Field(True, title="Keep best")
     """Also keep the checkpoint with the best validation."""
-    ema: float = Field(0.0, title="Averaged adapter", ge=0.0, le=0.99999)
+    ema: float = Field(0.0, title="EMA of weights", ge=0.0, le=0.99999)
     """Decay of a running average of the adapter, such as 0.99: it evens out the last steps. Average and raw
     adapter are both sampled, measured and exported (NAME and NAME-raw). 0: off."""
     tensorboard: bool = Field(False, title="TensorBoard")

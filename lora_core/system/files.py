@@ -176,7 +176,7 @@ def require_room(path: Path, need: int, what: str) -> None:
     if free < need + MARGIN:
         raise NoRoom(
             f"{what} needs {_megabytes(need + MARGIN)}, and the drive of {path} has {_megabytes(free)} free."
-            " What is saved is whole; make room and resume."
+            " Everything saved is complete; free some space and resume."
         )
 
 

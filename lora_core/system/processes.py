@@ -53,7 +53,7 @@ COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
 other, whose waiting threads sleep soon."""
 PATIENCE = 0.3
 """Seconds to wait for the right: who only asks whether somebody has it holds it for a moment."""
-WHY = "A training run is going on"
+WHY = "A training run is in progress"
 _CONTINUOUS, _SYSTEM_REQUIRED = 0x80000000, 0x00000001
 _SYSTEMD = Path("/run/systemd/system")
 """There on machines that systemd runs, and nowhere else: sd_booted(3)."""

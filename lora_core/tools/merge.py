@@ -9,6 +9,7 @@ Strengths can differ from layer to layer: patterns over layer names, from a TOML
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -372,7 +373,7 @@ TensorEdits = dict[Path, dict[str, list[TensorEdit]]]
 
 
 def merge_files_into_base(
-    loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = ""
+    loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = "", note: OnLayer | None = None
 ) -> list[str]:
     """Write a copy of a base with adapter files merged into it, LoHa, LoKr and DoRA exactly.
 
@@ -380,6 +381,7 @@ def merge_files_into_base(
         base_name: a folder, a file or a hub id.
         out: the file or folder to make; it must not exist.
         blocks: the text of `--blocks`, or "".
+        note: called with (done, all) as the changed tensors are written.
 
     Returns:
         What was done, in sentences.
@@ -404,18 +406,26 @@ def merge_files_into_base(
         "modelspec.merged_from": ", ".join([base.path.stem, *(file.path.stem for file in files)]),
     }
     terms = _terms(files, parse_block_weights(blocks, len(files)))
-    _write(base, _edits(base, terms), out, texts)
+    _write(base, _edits(base, terms), out, texts, note)
     return [*extras_sentences(loras), f"{len(terms)} layers of the base changed by {files_words(files)}."]
 
 
-def _write(base: BaseWeights, edits: TensorEdits, out: Path, texts: Mapping[str, str]) -> None:
+def _write(
+    base: BaseWeights, edits: TensorEdits, out: Path, texts: Mapping[str, str], note: OnLayer | None
+) -> None:
     """Write the copy, completely or not at all."""
+    done, total = itertools.count(1), sum(map(len, edits.values()))
+
+    def written() -> None:
+        if note is not None:
+            note(next(done), total)
+
     draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
     try:
         if base.single:
-            _write_file(base.path, draft, edits.get(base.path, {}), texts)
+            _write_file(base.path, draft, edits.get(base.path, {}), texts, written)
         else:
-            _write_folder(base.path, draft, edits, texts)
+            _write_folder(base.path, draft, edits, texts, written)
         os.rename(draft, out)
         sync_folder(out.parent)
     except OSError as error:
@@ -468,8 +478,9 @@ def _shape(source: TensorSource) -> torch.Size:
 
 
 def _write_file(
-    source: Path, target: Path, edits: Mapping[str, list[TensorEdit]], texts: Mapping[str, str]
-) -> None:
+    source: Path, target: Path, edits: Mapping[str, list[TensorEdit]], texts: Mapping[str, str],
+    written_one: Callable[[], None],
+) -> None:  # fmt: skip
     """Copy a safetensors file with some tensors changed, flush it to the disk, and read it back."""
     header = read_header(source, ModelFileError)
     metadata = {key: text for key, text in header.metadata.items() if key not in STALE} | dict(texts)
@@ -477,7 +488,7 @@ def _write_file(
     written = hashlib.sha256(start)
     with open(target, "wb") as file:
         file.write(start)
-        for piece in _pieces(source, header, edits):
+        for piece in _pieces(source, header, edits, written_one):
             file.write(piece)
             written.update(piece)
         file.flush()
@@ -491,7 +502,7 @@ def _write_file(
 
 
 def _pieces(
-    source: Path, header: Header, edits: Mapping[str, list[TensorEdit]]
+    source: Path, header: Header, edits: Mapping[str, list[TensorEdit]], written: Callable[[], None]
 ) -> Iterator[bytes | memoryview]:
     """The tensor bytes of a file in their order, changed where there is an edit."""
     weights = SafetensorsFile(source)
@@ -500,6 +511,7 @@ def _pieces(
             if name in edits:
                 changed = _edit_tensor(weights.tensor(name), edits[name], f"{source}: the tensor {name}")
                 yield as_bytes(changed).numpy().data
+                written()
                 continue
             first, last = header.tensors[name]["data_offsets"]
             file.seek(header.start + first)
@@ -532,7 +544,9 @@ def _edit_tensor(tensor: torch.Tensor, edits: Sequence[TensorEdit], name: str) -
     return rounded
 
 
-def _write_folder(source: Path, target: Path, edits: TensorEdits, texts: Mapping[str, str]) -> None:
+def _write_folder(
+    source: Path, target: Path, edits: TensorEdits, texts: Mapping[str, str], written: Callable[[], None]
+) -> None:
     """Copy a diffusers folder with some weight files changed.
 
     At the top only what `model_index.json` lists is copied, and texts. In changed parts, weights in other
@@ -550,7 +564,7 @@ def _write_folder(source: Path, target: Path, edits: TensorEdits, texts: Mapping
 
     _copy_tree(source, target, wanted)
     for path, changes in edits.items():
-        _write_file(path, target / path.relative_to(source), changes, texts)
+        _write_file(path, target / path.relative_to(source), changes, texts, written)
 
 
 def _copy_tree(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:

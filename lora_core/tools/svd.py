@@ -164,7 +164,7 @@ class TruncationLoss:
 def check_rank(rank: int) -> int:
     """The rank, or a ConfigError where no layer can have it."""
     if not 1 <= rank <= MAX_RANK:
-        raise ConfigError(f"--rank {rank} is out of range; it goes from 1 to {MAX_RANK}.")
+        raise ConfigError(f"--rank {rank} is out of range; it must be between 1 and {MAX_RANK}.")
     return rank
 
 

@@ -373,7 +373,7 @@ class Callback:
             state.base.put("vae", torch.device("cpu"))
         what, verb = self.words
         self.context.warn(
-            step, f"{what} of step {step} did not fit into memory and {verb} left out; training goes on."
+            step, f"{what} of step {step} did not fit into memory and {verb} left out; training continues."
         )
 
 

@@ -99,7 +99,7 @@ def save_checkpoint(
     except OSError as error:
         raise RunError(
             f"The checkpoint of step {state.step} cannot be written to {final.parent}:"
-            f" {error.strerror or error}. The one before it is whole; make room and resume."
+            f" {error.strerror or error}. The one before it is intact; free some space and resume."
         ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -357,7 +357,7 @@ class CheckpointManager:
     def _load_start(self) -> CheckpointState:
         if self._start is None:
             raise RunError(
-                f"No checkpoint of the run {self._run.name} is whole; start a new run with its settings."
+                f"No checkpoint of the run {self._run.name} is intact; start a new run with its settings."
             )
         self._restore(*self._start)
         return self._start[1]

@@ -107,7 +107,7 @@ class MemoryFallback:
             others.append(f" or install {BITSANDBYTES} for an 8-bit optimizer,")
         return (
             f"The device ran out of memory although {listed}; lower train.resolution or adapter.rank,"
-            f"{''.join(others)} or close other programs that use the device. What is saved is whole."
+            f"{''.join(others)} or close other programs that use the device. Everything saved is complete."
         )
 
 

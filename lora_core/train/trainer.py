@@ -262,7 +262,7 @@ class Trainer:
             state = self._checkpoints.load_latest_or_start()
             self._restore(state)
             self._guard.restore(state.health)
-            again = f"it goes on from step {self.step}"
+            again = f"it continues from step {self.step}"
         self._context.warn(self.step, f"Memory ran out, so {again}. {done}")
         if partial:
             self._report_resumed()
@@ -321,15 +321,14 @@ class Trainer:
         if guard.rollbacks >= MAX_ROLLBACKS:
             lr = self._config.optimizer.lr * guard.lr_scale
             raise Diverged(
-                f"Training does not hold at step {at}, though the learning rate was halved"
-                f" {MAX_ROLLBACKS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to"
-                " fp32, look at the images that the notes name, and start again; the last checkpoint is"
-                " whole."
+                f"Training diverged at step {at} even after halving the learning rate {MAX_ROLLBACKS} times,"
+                f" to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to fp32, look at the images"
+                " that the notes name, and start again; the last checkpoint is intact."
             )
         self._restore(self._checkpoints.roll_back(guard.roll_back_to))
         self._context.warn(
             self.step,
-            f"At step {at} {why}, so training goes on from step {self.step}, the last good state, with the"
+            f"At step {at} {why}, so training continues from step {self.step}, the last good state, with the"
             f" learning rates halved ({guard.rollbacks} of at most {MAX_ROLLBACKS} times).",
         )
         self._report_resumed()

@@ -55,7 +55,7 @@ def generate(
         LoraError: a value is out of range, or the base or an adapter cannot be used.
     """
     if not 1 <= count <= 1000:
-        raise ConfigError(f"--count {count} is out of range; it goes from 1 to 1000.")
+        raise ConfigError(f"--count {count} is out of range; it must be between 1 and 1,000.")
     shot.check()
     target = Path(out) if out else None
     if target:
@@ -266,16 +266,18 @@ def merge(  # noqa: PLR0913 - one option each
                 f"--{given[0]} goes with a merged adapter, not with --into-base: there the base's own"
                 " precision stays and nothing is approximated."
             )
-        return merge_into_base(loras, into_base, out, blocks)
+        return merge_into_base(loras, into_base, out, blocks, note)
     check_precision(precision or "fp32")
     return merge_files(checked_loras(loras), Path(out), rank, blocks, precision or "fp32", base, note)
 
 
-def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
+def merge_into_base(
+    loras: Sequence[Lora], base: str, out: File, blocks: str = "", note: Progress | None = None
+) -> list[str]:
     """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
     from lora_core.tools.merge import merge_files_into_base
 
-    return merge_files_into_base(checked_loras(loras), base, Path(out), blocks)
+    return merge_files_into_base(checked_loras(loras), base, Path(out), blocks, note)
 
 
 @verb

@@ -51,7 +51,7 @@ def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]
     said = str(caught.value)
     assert "/no/vae" in said
     assert "/no/lora.safetensors" in said
-    assert "Start from" in said
+    assert "Continue from LoRA" in said
     # A rate that is only unusual does not stand in the way; it is a note.
     assert "9" not in said
     assert "much for AdamW" in wait_for(lambda: [t for t in _notes(app_state) if "much" in t])[0]
@@ -73,7 +73,7 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
     assert len(app_state.project.dataset().records) == 4
     said = wait_for(lambda: [text for text in _notes(app_state) if "masks are not used yet" in text])
     assert said == [
-        "2 masks are not used yet: images are trained on whole, whatever a mask leaves out"
+        "2 masks are not used yet: images are trained on in full, masked or not"
         " (picture-0.png, picture-1-masklabel.png)."
     ]
     assert sum("regularisation" in text or "white background" in text for text in _notes(app_state)) == 2

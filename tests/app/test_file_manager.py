@@ -64,7 +64,7 @@ def test_a_file_that_was_named_is_shown(app_state: AppState, file: Path) -> None
     assert lines[-2:] == ["xdg-open", str(file.parent)]
     assert not (file.parent / "x").exists()
     file.unlink()
-    assert "no file at" in page.post("/easel/show-file", json={"file": str(file)}).json()["problem"]
+    assert "no longer exists" in page.post("/easel/show-file", json={"file": str(file)}).json()["problem"]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None
     (one,) = list_trash(app_state.workspace)
     assert restore(one, app_state.workspace) == kept.file
     assert [one.file for one in History(app_state.generated).newest()] == [kept.file]
-    with pytest.raises(RunError, match="no image"):
+    with pytest.raises(RunError, match="no longer exists"):
         history.remove("../../draft.json", app_state.workspace)
 
 
@@ -228,10 +228,10 @@ def test_a_seed_of_minus_one_is_drawn_by_lot(app_state: AppState) -> None:
         ({"width": 100}, "no multiple of 32; take 96 or 128"),
         ({"height": 8}, "take 32"),
         ({"steps": 0}, "Steps 0"),
-        ({"cfg": 99}, "goes from 1 to 30"),
+        ({"cfg": 99}, "must be between 1 and 30"),
         ({"seed": -2}, "The seed -2"),
         ({"width": 10**9}, "out of range"),
-        ({"cfg_rescale": "2"}, "CFG rescale 2 is out of range; it goes from 0 to 1"),
+        ({"cfg_rescale": "2"}, "CFG rescale 2 is out of range; it must be between 0 and 1"),
         ({"cfg_rescale": "much"}, "a number or auto"),
         ({"cfg_rescale": "nan"}, "out of range"),
         ({"steps": "many"}, "Steps should be a number, not 'many'"),

@@ -237,8 +237,8 @@ def test_the_trash_is_listed_and_given_back(app_state: AppState) -> None:
     assert answer["said"] == "first is restored as first-2, because its name is taken."
     assert sorted(run_view.run.name for run_view in app_state.jobs.all()) == [again.name, "first-2"]
     assert (answer["trashed"], answer["trash"]) == ([], "")
-    assert "not in the trash any more" in say("restore", kept["id"])["problem"]
-    assert "not in the trash any more" in say("restore", "../../x")["problem"]
+    assert "no longer in the trash" in say("restore", kept["id"])["problem"]
+    assert "no longer in the trash" in say("restore", "../../x")["problem"]
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ def test_audit_says_what_will_be_learned(capsys: pytest.CaptureFixture[str]) -> 
     assert {"absorbed", "named", "meaning", "wording"} == {row["kind"] for row in found["learned"]}
     assert sum(row["share"] for row in found["shares"]) == pytest.approx(1)
     assert main(["audit", "demo", "--batch", "0"]) == 1
-    assert capsys.readouterr().err == "--batch = 0 is out of range; it goes from 1 to 256.\n"
+    assert capsys.readouterr().err == "--batch = 0 is out of range; it must be between 1 and 256.\n"
     for value in ("-1", "9" * 20):
         assert main(["audit", "demo", "--resolution", value]) == 1
-        assert "out of range; it goes from 0 to 4096.\n" in capsys.readouterr().err
+        assert "out of range; it must be between 0 and 4,096.\n" in capsys.readouterr().err
 
 
 def test_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -274,7 +274,7 @@ def test_steps_of_resume_go_as_far_as_the_setting(
 ) -> None:
     run = RunFolder.create(tmp_path / "runs" / "first", RunConfig())
     assert main(["resume", str(run.path), "--steps", steps]) == 1
-    assert "it goes from 1 to 1000000" in capsys.readouterr().err
+    assert "it must be between 1 and 1,000,000" in capsys.readouterr().err
     assert not run.requests_file.exists()
 
 

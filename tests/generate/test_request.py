@@ -43,9 +43,9 @@ def test_an_axis_is_read(text: str, kind: str, values: tuple[object, ...]) -> No
         ("strength=much", "'much' of a grid is not a number"),
         ("strength=nan", "out of range"),
         ("strength=1e9", "out of range"),
-        ("rank=0", "it goes from 1"),
+        ("rank=0", "it must be between 1"),
         ("rank=1.5", "not a number"),
-        ("seed=-1", "it goes from 0"),
+        ("seed=-1", "it must be between 0"),
     ],
 )
 def test_a_wrong_axis_is_a_sentence(text: str, words: str) -> None:

@@ -200,7 +200,7 @@ def test_no_place_of_the_computer_is_told(tmp_path: Path) -> None:
     assert str(tmp_path) not in page.text
     assert "my base.safetensors" in page.text
     assert "old.safetensors" in page.text
-    assert "It cannot be measured any more." in page.text
+    assert "It can no longer be measured." in page.text
     assert without_paths("see /home/anna/disk.txt, or a/b", run) == "see disk.txt, or a/b"
 
 

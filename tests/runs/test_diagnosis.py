@@ -56,7 +56,7 @@ def ended(run: RunFolder, code: str) -> None:
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("start(); os.kill(os.getpid(), 9)", r"Its process was killed at step 8 \(signal 9\), by a person.*"),
+        ("start(); os.kill(os.getpid(), 9)", r"Its process was killed at step 8 \(signal 9\), by a user.*"),
         ("start(); os.kill(os.getpid(), 15)", r"Its process was ended by the signal SIGTERM at step 8\."),
         (
             "start(); ctypes.string_at(0)",
@@ -117,7 +117,7 @@ def test_a_live_run_has_not_crashed(run: RunFolder) -> None:
     [
         (14.2, 0.4, 0, "killed at step 8, probably because memory ran out: it held 14.2 of 16.0 GB"),
         (13.0, 5.0, 0, "probably because memory ran out: it held 13.0 of 16.0 GB"),
-        (3.0, 9.0, 0, "by a person or by another program"),
+        (3.0, 9.0, 0, "by a user or another program"),
         (3.0, 9.0, 1, "The system killed its process at step 8 because memory ran out: it held 3.0 of 16.0"),
     ],
 )

@@ -148,7 +148,7 @@ def test_lines_that_cannot_be_written_are_lost_told_and_gone_on_after(
     writer.write(events.Handled(step=4, request="d"))
     writer.close()
     assert len(said) == 1
-    assert "No space left on device. The run goes on." in said[0]
+    assert "No space left on device. The run continues." in said[0]
     found = read_events(tmp_path / "events.jsonl")[0]
     assert [event.kind for event in found] == ["Handled", "Warned", "Handled"]
     assert [event.step for event in found] == [1, 4, 4]

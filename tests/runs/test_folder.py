@@ -343,4 +343,4 @@ def test_a_folder_of_an_earlier_version_names_what_is_no_longer_used(run: RunFol
     assert run.config().adapter.rank == 4
     (sentence,) = run.retired_settings()
     assert sentence.startswith("dataset.repeats = 10 cannot be used: it changes nothing that is learned")
-    assert sentence.endswith("The run goes on as with 1.")
+    assert sentence.endswith("The run continues as with 1.")

@@ -305,7 +305,7 @@ def test_a_pause_is_skipped_and_a_stop_is_an_end(home: Path, trainer: tuple[str,
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
         assert states(queue) == {"waits-1": "running", "waits-2": "waiting", "ok-3": "waiting"}
         assert queue.runner() is not None
-        with pytest.raises(RunError, match="waits-1 is going on"):
+        with pytest.raises(RunError, match="waits-1 is still running"):
             queue.remove("waits-1")
         with pytest.raises(RunError, match="waits-1 is running; only jobs that wait"):
             queue.move("waits-1", 1)
@@ -424,7 +424,7 @@ def test_a_run_started_by_hand_has_the_machine_for_itself(home: Path, trainer: t
         thread.start()
         wait_for(lambda: lines)
         time.sleep(1.2)
-        assert lines == ["Waiting for the run alone, which is going on."]
+        assert lines == ["Waiting for the run alone, which is still running."]
     thread.join(PATIENCE)
     assert states(queue) == {"ok-1": "done"}
 

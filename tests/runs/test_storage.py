@@ -81,7 +81,7 @@ def test_caches_are_cleaned_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "cache" / "link").symlink_to(tmp_path / "outside")
     link = (tmp_path / "cache" / "link").lstat().st_size
     run = RunFolder.create(runs_folder(tmp_path) / "one", RunConfig())
-    with run.hold(), pytest.raises(RunError, match="one is going on"):
+    with run.hold(), pytest.raises(RunError, match="one is still running"):
         clean_caches(tmp_path)
     assert cache_sizes(tmp_path) == {"text": 1000, "latents": 300}
     assert clean_caches(tmp_path) == 1355 + link
@@ -137,7 +137,7 @@ def test_two_of_one_name(tmp_path: Path) -> None:
 
 def test_a_live_run_stays(tmp_path: Path) -> None:
     run = made(tmp_path)
-    with run.hold(), pytest.raises(RunError, match="one is going on; stop it"):
+    with run.hold(), pytest.raises(RunError, match="one is still running; stop it"):
         move_to_trash(run.path, tmp_path)
     # One that has the lock and has not said yet who it is.
     locked, leave = threading.Event(), threading.Event()
@@ -150,7 +150,7 @@ def test_a_live_run_stays(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     locked.wait(PATIENCE)
-    with pytest.raises(RunError, match="one is going on"):
+    with pytest.raises(RunError, match="one is still running"):
         move_to_trash(run.path, tmp_path)
     leave.set()
     thread.join()
@@ -163,7 +163,7 @@ def test_a_project_whose_pictures_are_trained_on_stays(tmp_path: Path) -> None:
     folder, other = project(tmp_path), project(tmp_path, "dogs")
     run = made(tmp_path, dataset=str(folder / "pictures"))
     with run.hold():
-        with pytest.raises(RunError, match="one is going on with the images of cats"):
+        with pytest.raises(RunError, match="one is still training on the images of cats"):
             move_to_trash(folder, tmp_path)
         move_to_trash(other, tmp_path)
     moved = move_to_trash(folder, tmp_path)
@@ -196,7 +196,7 @@ def test_nothing_else_is_ever_moved(tmp_path: Path, place: str) -> None:
 
 def test_what_is_gone_already(tmp_path: Path) -> None:
     for place in (runs_folder(tmp_path) / "gone", tmp_path / "projects" / "gone"):
-        with pytest.raises(RunError, match="gone any more"):
+        with pytest.raises(RunError, match="gone no longer exists"):
             move_to_trash(place, tmp_path)
     empty_trash(tmp_path)
 

@@ -136,4 +136,4 @@ except ConfigError as error:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "save.toy = 4 is out of range; it goes from 0 to 3.\n"
+    assert done.stdout == "save.toy = 4 is out of range; it must be between 0 and 3.\n"

@@ -223,7 +223,7 @@ def test_memory_that_ends_in_the_optimizer_takes_nothing_half_done(own_toy: Toy,
 
     with mock.patch.object(torch.optim.AdamW, "step", half):
         trained(run)
-    assert f"so it goes on from step {saved}." in notes(run)[0]
+    assert f"so it continues from step {saved}." in notes(run)[0]
     check_story(run)
     # The rung that was taken, halves of a batch of two, changes roundings from there on.
     for (name, ours), theirs in zip(
