@@ -8,13 +8,14 @@ import dataclasses
 import re
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.worker_client import last_log_line
+from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import OutOfMemory, RunError
+from lora_core.projects.project import read_title
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
@@ -279,15 +280,12 @@ class Jobs:
             view.recorder.start()
 
     def free_name(self, config: RunConfig) -> str:
-        """Date and dataset, with a number where the day has several."""
+        """The words of the project's title or of the dataset's name, with a number where they are taken."""
         source = Path(config.dataset.path)
-        words = source.parent.name if source.name == "pictures" else source.stem
-        words = "pictures" if words == "default" else words
-        words = re.sub(r"[^\w-]+", "-", words).strip("-")[:60] or "run"
-        stem = f"{time.strftime('%Y-%m-%d')}-{words}"
-        taken = {run.name for run in all_runs(self.workspace)}
-        number = next(n for n in range(1, 10_000) if (stem if n == 1 else f"{stem}-{n}") not in taken)
-        return stem if number == 1 else f"{stem}-{number}"
+        title = read_title(source.parent) if source.name == "pictures" else source.stem
+        words = "-".join(re.findall(r"\w+", title.lower()))[:60]
+        taken = {fold_name(run.name) for run in all_runs(self.workspace)}
+        return unused_stem(safe_name(words or "run").name, taken)
 
 
 def _record_exit(child: "subprocess.Popen[bytes]", recorder: ExitRecorder) -> None:

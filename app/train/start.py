@@ -47,7 +47,7 @@ NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the d
 def build_start(bindings: Bindings) -> Any:
     """Lay out what will happen and the command that does the same; returns the field of the run's name."""
     name = gr.Textbox(
-        label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
+        label="Name of the run", placeholder="project and number", elem_id="run-name", lines=1, max_lines=1
     )
     bindings.follow(html_block(elem_id="start-facts"), details)
     bindings.follow(html_block(elem_id="command"), command)
@@ -114,7 +114,7 @@ def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
 
     Args:
         bindings: of the page.
-        name: of the run, "" for date and dataset.
+        name: of the run, "" for the project's title and a number.
         do: "start", which takes that no run is going on, or "queue".
 
     Raises:

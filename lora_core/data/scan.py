@@ -85,7 +85,7 @@ def safe_name(name: str) -> PurePosixPath:
 
 
 def _lookalike(found: re.Match[str]) -> str:
-    """The full-width form of a character that file names cannot hold, so that a name reads as it was given."""
+    """The full-width form of a character that file names cannot hold, so that the name still reads alike."""
     return chr(ord(found[0]) + FULL_WIDTH) if found[0] in '<>:"|?*' else "_"
 
 

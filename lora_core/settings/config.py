@@ -230,8 +230,7 @@ def checked_value(name: str, value: Any, called: str = "") -> Any:
         called: what messages call the setting, such as the option of a verb that stands for it.
 
     Raises:
-        ConfigError: no such setting, wrong type, out of range, not among the choices, or a pattern that cannot
-            be used.
+        ConfigError: no such setting, wrong type, out of range, not a choice, or an unusable pattern.
     """
     if name not in FIELDS:
         raise ConfigError(_unknown(name))

@@ -1,11 +1,20 @@
 """App state over a workspace of its own, and pictures to put on it."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.projects import add_project_routes
+from app.routes import add_routes
 from app.state import AppState
+from app.tabs import TABS
+
+Say = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -26,3 +35,27 @@ def pictures(app_state: AppState) -> list[Path]:
             path.with_suffix(".txt").write_text(f"a plain field, number {index}")
         made.append(path)
     return made
+
+
+@pytest.fixture
+def client(app_state: AppState) -> Iterator[TestClient]:
+    """The routes of all tabs, without the page, the guard and the login."""
+    app = FastAPI()
+    add_routes(app, app_state)
+    add_project_routes(app, app_state)
+    for tab in TABS:
+        tab.add_routes(app, app_state)
+    with TestClient(app) as made:
+        yield made
+
+
+@pytest.fixture
+def say(client: TestClient) -> Say:
+    """Posts the given fields to a route below /easel and returns its answer."""
+
+    def posted(path: str, **body: Any) -> dict[str, Any]:
+        answer = client.post(f"/easel/{path}", json=body)
+        assert answer.status_code == 200
+        return dict(answer.json())
+
+    return posted

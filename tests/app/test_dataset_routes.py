@@ -9,26 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app.dataset import uploads
 from app.dataset.gallery import summarize
-from app.dataset.routes import add_dataset_routes
-from app.routes import add_routes
 from app.state import AppState
 from tests.waiting import wait_for
 
 HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
-
-
-@pytest.fixture
-def client(app_state: AppState) -> TestClient:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_dataset_routes(app, app_state)
-    return TestClient(app)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (160, 120)) -> bytes:

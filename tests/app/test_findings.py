@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from app.dataset.routes import add_dataset_routes
-from app.routes import add_routes
 from app.state import AppState
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import wait_for
@@ -52,14 +49,6 @@ def app_state(tmp_path: Path):
     made = AppState(workspace, worker_command=[sys.executable, str(script)])
     yield made
     made.worker.close()
-
-
-@pytest.fixture
-def client(app_state: AppState) -> TestClient:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_dataset_routes(app, app_state)
-    return TestClient(app)
 
 
 def ask(client: TestClient, what: str, do: str = "begin") -> dict[str, Any]:

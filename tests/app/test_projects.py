@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from app.page import build_page
-from app.projects import add_project_routes
-from app.routes import add_routes
 from app.state import AppState, take_snapshot
 from app.train.run_cards import earlier
 from lora_core.errors import RunError
@@ -20,6 +17,7 @@ from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
 from lora_core.runs.storage import list_trash
 from lora_core.settings.config import RunConfig
+from tests.app.conftest import Say
 
 
 def run(app_state: AppState, name: str, dataset: str = "demo") -> RunFolder:
@@ -138,14 +136,6 @@ def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, 
     assert "3 runs of other projects" in earlier(snapshot)
 
 
-@pytest.fixture
-def client(app_state: AppState) -> TestClient:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_project_routes(app, app_state)
-    return TestClient(app)
-
-
 def test_the_picker(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     [listed] = client.get("/easel/projects").json()["projects"]
     assert (listed["title"], listed["pictures"], listed["is_open"]) == ("My images", 3, True)
@@ -207,19 +197,11 @@ def test_a_run_made_in_the_window_is_the_open_project_s(app_state: AppState) -> 
     assert names_of_runs(app_state) == set()
 
 
-def test_the_trash_is_listed_and_given_back(app_state: AppState) -> None:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_project_routes(app, app_state)
-    client = TestClient(app)
-
-    def say(do: str, project: str = "") -> Any:
-        return client.post("/easel/projects", json={"do": do, "project": project}).json()
-
+def test_the_trash_is_listed_and_given_back(app_state: AppState, client: TestClient, say: Say) -> None:
     made = run(app_state, "first")
     app_state.jobs.delete("first")
     key = app_state.projects.new("Gone")
-    say("delete", key)
+    say("projects", do="delete", project=key)
     project, kept = client.get("/easel/projects").json()["trashed"]
     assert (project["kind"], project["name"], kept["kind"], kept["name"]) == (
         "project",
@@ -229,16 +211,16 @@ def test_the_trash_is_listed_and_given_back(app_state: AppState) -> None:
     )
     assert kept["came_from"] == str(made.path)
     assert kept["size"].endswith("kB")
-    answer = say("restore", project["id"])
+    answer = say("projects", do="restore", project=project["id"])
     assert answer["said"] == f"{key} is restored."
     assert "Gone" in [one["title"] for one in answer["projects"]]
     again = run(app_state, "first")
-    answer = say("restore", kept["id"])
+    answer = say("projects", do="restore", project=kept["id"])
     assert answer["said"] == "first is restored as first-2, because its name is taken."
     assert sorted(run_view.run.name for run_view in app_state.jobs.all()) == [again.name, "first-2"]
     assert (answer["trashed"], answer["trash"]) == ([], "")
-    assert "no longer in the trash" in say("restore", kept["id"])["problem"]
-    assert "no longer in the trash" in say("restore", "../../x")["problem"]
+    assert "no longer in the trash" in say("projects", do="restore", project=kept["id"])["problem"]
+    assert "no longer in the trash" in say("projects", do="restore", project="../../x")["problem"]
 
 
 @pytest.mark.parametrize(

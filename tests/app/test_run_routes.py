@@ -2,87 +2,69 @@
 
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.routes import add_routes
 from app.state import AppState
 from app.train import routes as run_routes
 from app.train.form import FORM, widget_values
-from app.train.routes import add_run_routes
+from tests.app.conftest import Say
 from tests.app.runs import come_alive, make_run, started, step
 from tests.model_files.test_starting_settings import KOHYA, lora
 from tests.waiting import PATIENCE
 
 
-@pytest.fixture
-def client(app_state: AppState) -> Iterator[TestClient]:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_run_routes(app, app_state)
-    with TestClient(app) as made:
-        yield made
-
-
-def say(client: TestClient, path: str, **body: str) -> dict[str, object]:
-    answer = client.post(f"/easel/{path}", json=body)
-    assert answer.status_code == 200
-    return dict(answer.json())
-
-
-def test_requests_reach_the_run(app_state: AppState, client: TestClient) -> None:
-    assert say(client, "run", do="pause", run="")["problem"] == "No run is active."
+def test_requests_reach_the_run(app_state: AppState, say: Say) -> None:
+    assert say("run", do="pause", run="")["problem"] == "No run is active."
     run = make_run(app_state, "a", started(), step(1))
     come_alive(run)
     for do in ("preview", "save", "pause", "stop"):
-        assert say(client, "run", do=do, run="") == {"done": True}
+        assert say("run", do=do, run="") == {"done": True}
     assert [request["action"] for request in run.requests()] == ["preview", "save", "pause", "stop"]
-    assert "still running" in str(say(client, "run", do="delete", run="a")["problem"])
+    assert "still running" in str(say("run", do="delete", run="a")["problem"])
 
 
 @pytest.mark.parametrize(("do", "options"), [("resume", ""), ("accept", "--accept-changes")])
 def test_only_a_yes_to_the_changes_reaches_the_trainer(
-    app_state: AppState, client: TestClient, do: str, options: str
+    app_state: AppState, say: Say, do: str, options: str
 ) -> None:
     run = make_run(app_state, "a", started(), step(1))
     app_state.jobs.trainer = (sys.executable, "-c", "import sys; sys.stdout.write(str(sys.argv[1:]))")
-    assert say(client, "run", do=do, run="a") == {"done": True}
+    assert say("run", do=do, run="a") == {"done": True}
     child = app_state.jobs.run_view(run).child
     assert child is not None
     assert child.wait(PATIENCE) == 0
     assert run.log_file.read_text() == str([str(run.path), *options.split()])
 
 
-def test_a_deleted_run_lies_in_the_trash(app_state: AppState, client: TestClient) -> None:
+def test_a_deleted_run_lies_in_the_trash(app_state: AppState, say: Say) -> None:
     run = make_run(app_state, "a", started(), step(1))
-    assert say(client, "run", do="delete", run="a") == {"done": True}
+    assert say("run", do="delete", run="a") == {"done": True}
     assert not run.path.exists()
     assert list((app_state.workspace / ".trash").glob("*/content/events.jsonl"))
 
 
-def test_what_the_preview_is_to_draw_is_kept(app_state: AppState, client: TestClient) -> None:
+def test_what_the_preview_is_to_draw_is_kept(app_state: AppState, say: Say) -> None:
     make_run(app_state, "a", started(), step(1))
-    assert say(client, "run", do="see", run="a") == {"done": True}
+    assert say("run", do="see", run="a") == {"done": True}
     assert app_state.project.draft()["preview_strip"] == "a"
 
 
 @pytest.mark.parametrize("name", ["../../etc", "..", "a/b", "a\0b"])
-def test_no_run_outside_the_workspace(client: TestClient, name: str) -> None:
+def test_no_run_outside_the_workspace(client: TestClient, say: Say, name: str) -> None:
     for do in ("resume", "accept", "delete", "show", "see"):
-        assert "problem" in say(client, "run", do=do, run=name)
+        assert "problem" in say("run", do=do, run=name)
     for do in ("up", "remove"):
-        assert "problem" in say(client, "queue", do=do, run=name)
+        assert "problem" in say("queue", do=do, run=name)
     assert client.get(f"/easel/debug/{name.replace(chr(0), '%00')}").status_code in (200, 404)
 
 
-def test_no_such_action(client: TestClient) -> None:
+def test_no_such_action(client: TestClient, say: Say) -> None:
     assert client.post("/easel/run", json={"do": "burn"}).status_code == 404
     assert client.post("/easel/run", content=b"[1]").status_code == 404
-    assert "problem" in say(client, "queue", do="burn")
+    assert "problem" in say("queue", do="burn")
 
 
 def test_the_zip_of_a_run(app_state: AppState, client: TestClient) -> None:
@@ -115,12 +97,10 @@ def test_a_header_without_end_is_refused(client: TestClient, monkeypatch: pytest
     assert client.post("/easel/like?size=99999", content=b"x" * 2000).status_code == 404
 
 
-def test_quitting_says_what_goes_on(
-    app_state: AppState, client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quitting_says_what_goes_on(app_state: AppState, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_routes, "QUIT_AFTER", 0.0)
     left = threading.Event()
     app_state.on_quit = left.set
     come_alive(make_run(app_state, "a", started(), step(1)))
-    assert say(client, "quit") == {"run": "a", "queue": False}
+    assert say("quit") == {"run": "a", "queue": False}
     assert left.wait(PATIENCE)

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.export.routes import add_export_routes
 from app.export.view import report_card
-from app.routes import add_routes
 from app.state import AppState, take_snapshot
 from app.templates import render
-from app.toolbox.routes import add_toolbox_routes
 from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
 from app.toolbox.view import result_html, written_html
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
+from tests.app.conftest import Say
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
 from tests.waiting import wait_for
@@ -61,22 +58,6 @@ def app_state(tmp_path: Path) -> Iterator[AppState]:
     made = AppState(workspace, worker_command=[sys.executable, "-c", FAKE])
     yield made
     made.close()
-
-
-@pytest.fixture
-def client(app_state: AppState) -> Iterator[TestClient]:
-    app = FastAPI()
-    add_routes(app, app_state)
-    add_export_routes(app, app_state)
-    add_toolbox_routes(app, app_state)
-    with TestClient(app) as made:
-        yield made
-
-
-def say(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
-    answer = client.post(f"/easel/{path}", json=body)
-    assert answer.status_code == 200
-    return dict(answer.json())
 
 
 def ended(client: TestClient, job: str = "toolbox") -> dict[str, Any]:
@@ -170,21 +151,21 @@ def test_requests_are_what_the_worker_knows(app_state: AppState) -> None:
 
 
 def test_a_base_with_files_in_it_is_offered_as_a_base(
-    app_state: AppState, client: TestClient, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, client: TestClient, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, file = run_with_file(app_state)
     sent = {"files": [{"file": str(file), "strength": "0,8"}], "base": "demo", "blocks": "mid_block=0"}
     asked = build_worker_request(app_state, "into-base", sent)
     out = app_state.project.path / "bases" / "base-mine"
     assert (asked["do"], asked["out"], asked["blocks"]) == ("into-base", str(out), "mid_block=0")
-    assert say(client, "toolbox/start", tool="into-base", **sent) == {"done": True}
+    assert say("toolbox/start", tool="into-base", **sent) == {"done": True}
     shown = ended(client)["html"]
     assert "base-mine" in shown
     assert "/easel/made/" not in shown
     assert app_state.places.read("bases") == [str(out)]
     out.rename(out.with_name("base-mine-2"))
     monkeypatch.setattr("app.toolbox.tools.free_bytes", lambda path: 1000)
-    assert "A copy of the base takes" in say(client, "toolbox/start", tool="into-base", **sent)["problem"]
+    assert "A copy of the base takes" in say("toolbox/start", tool="into-base", **sent)["problem"]
 
 
 def test_new_files_never_take_a_name_that_is_taken(app_state: AppState, tmp_path: Path) -> None:
@@ -197,11 +178,11 @@ def test_new_files_never_take_a_name_that_is_taken(app_state: AppState, tmp_path
     assert place == app_state.project.path / "loras" / "a_b_-merged.safetensors"
 
 
-def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: TestClient) -> None:
+def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: TestClient, say: Say) -> None:
     _, file = run_with_file(app_state)
-    assert say(client, "toolbox/act", do="shrink")["problem"].startswith("Measure first")
+    assert say("toolbox/act", do="shrink")["problem"].startswith("Measure first")
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
-    assert say(client, "toolbox/start", tool="intrinsic", **body) == {"done": True}
+    assert say("toolbox/start", tool="intrinsic", **body) == {"done": True}
     now = ended(client)
     assert "Trained at rank 4, needs 1." in now["html"]
     assert 'data-toolbox-act="shrink"' in now["html"]
@@ -209,33 +190,33 @@ def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: Test
     assert "html" not in client.get(f"/easel/toolbox/now?known={now['revision']}").json()
     assert client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()["intrinsic"]["rank"] == 1
     assert client.get("/easel/toolbox/numbers.json?tool=../x").json() == {}
-    assert say(client, "toolbox/act", do="shrink") == {"done": True}
+    assert say("toolbox/act", do="shrink") == {"done": True}
     now = ended(client)
     assert "mine-rank1.safetensors" in now["html"]
     assert "needs 1" in now["html"]
     made = client.get("/easel/download/mine/mine-rank1.safetensors")
     assert json.loads(made.content)["ranks"] == [{"part": "unet", "module": "a", "rank": 1}]
-    say(client, "toolbox/start", tool="strength", **body)
+    say("toolbox/start", tool="strength", **body)
     now = ended(client)
     assert now["name"] == "strength"
     assert "Bake 0.8 into the file" in now["html"]
     assert app_state.project.draft()["best_strengths"] == {str(file): 0.8}, "the Preview tab marks it"
-    say(client, "toolbox/act", do="bake")
+    say("toolbox/act", do="bake")
     assert "mine-baked.safetensors" in ended(client)["html"]
     # The page still shows the result of the other tool, with its button and its link.
     assert "strength" not in client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()
-    assert say(client, "toolbox/act", do="shrink") == {"done": True}
+    assert say("toolbox/act", do="shrink") == {"done": True}
     now = ended(client)
     assert now["name"] == "intrinsic"
     assert "mine-rank1-2.safetensors" in now["html"]
 
 
 def test_files_from_elsewhere_are_made_in_the_project(
-    app_state: AppState, client: TestClient, tmp_path: Path
+    app_state: AppState, client: TestClient, say: Say, tmp_path: Path
 ) -> None:
     file = tmp_path / "found é.safetensors"
     file.write_bytes(b"x")
-    say(client, "toolbox/start", tool="shrink", files=[{"file": str(file)}], rank=2)
+    say("toolbox/start", tool="shrink", files=[{"file": str(file)}], rank=2)
     html = ended(client)["html"]
     assert "/easel/made/found%20%C3%A9-rank2.safetensors" in html
     assert client.get("/easel/made/found%20%C3%A9-rank2.safetensors").status_code == 200
@@ -243,41 +224,43 @@ def test_files_from_elsewhere_are_made_in_the_project(
         assert client.get(f"/easel/made/{name}").status_code == 404
 
 
-def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient) -> None:
+def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient, say: Say) -> None:
     _, file = run_with_file(app_state)
-    say(client, "toolbox/start", tool="spectrum", files=[{"file": str(file)}])
+    say("toolbox/start", tool="spectrum", files=[{"file": str(file)}])
     now = ended(client)
     assert now["state"] == "error"
     assert "&lt;b&gt;It cannot be read." in now["html"]
 
 
-def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, client: TestClient) -> None:
+def test_nothing_is_measured_while_a_run_needs_the_memory(
+    app_state: AppState, client: TestClient, say: Say
+) -> None:
     run = make_run(app_state, "live", started(), step(1))
     come_alive(run)
     _, file = run_with_file(app_state)
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
-    assert "A run is using the memory" in say(client, "toolbox/start", tool="strength", **body)["problem"]
-    assert "A run is using the memory" in say(client, "report/start", run="mine", measure=True)["problem"]
-    assert say(client, "report/start", run="mine", measure=False) == {"done": True}
+    assert "A run is using the memory" in say("toolbox/start", tool="strength", **body)["problem"]
+    assert "A run is using the memory" in say("report/start", run="mine", measure=True)["problem"]
+    assert say("report/start", run="mine", measure=False) == {"done": True}
     ended(client, "report")
 
 
-def test_training_goes_on_from_a_file(app_state: AppState, client: TestClient, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_file(app_state: AppState, say: Say, tmp_path: Path) -> None:
     _, file = run_with_file(app_state)
     app_state.project.update_draft(values={"train.steps": 7})
-    assert say(client, "toolbox/go-on", file=str(file)) == {"done": True}
+    assert say("toolbox/go-on", file=str(file)) == {"done": True}
     assert app_state.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
-    assert "no file at" in say(client, "toolbox/go-on", file=str(tmp_path / "gone"))["problem"]
+    assert "no file at" in say("toolbox/go-on", file=str(tmp_path / "gone"))["problem"]
 
 
-def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: TestClient) -> None:
+def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: TestClient, say: Say) -> None:
     run = make_run(app_state, "mine é", started(), step(1))
     run.checkpoint(1).mkdir(parents=True)
     (run.checkpoint(1) / "adapter.safetensors").touch()
     assert "report-open" not in report_card(take_snapshot(app_state))
     assert client.get("/easel/report/of/mine é").status_code == 404
     assert client.post("/easel/report/start", json={"run": "../x"}).status_code == 404
-    assert say(client, "report/start", run="mine é", measure=False) == {"done": True}
+    assert say("report/start", run="mine é", measure=False) == {"done": True}
     assert "is made" in ended(client, "report")["html"]
     page = client.get("/easel/report/of/mine é")
     assert page.text == "<p>told</p>"
@@ -327,3 +310,30 @@ def test_what_files_are_called_is_text() -> None:
         assert "<img" not in shown
         assert "&lt;img src=x" in shown
     assert "<img" not in written_html({"file": f"/a/{HOSTILE}", "sentences": [HOSTILE], "link": HOSTILE})
+
+
+def test_a_result_that_cannot_be_shown_says_so(
+    app_state: AppState, client: TestClient, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = run_with_file(app_state)
+    body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
+    assert say("toolbox/start", tool="intrinsic", **body) == {"done": True}
+    assert "needs 1" in ended(client)["html"]
+
+    def broken(*given: Any) -> str:
+        raise KeyError("ranks")
+
+    monkeypatch.setattr("app.toolbox.routes.result_html", broken)
+    assert say("toolbox/start", tool="strength", **body) == {"done": True}
+    html = ended(client)["html"]
+    assert "cannot be shown" in html
+    assert "needs 1" not in html
+
+
+def test_a_file_that_is_sent_leaves_the_one_before_it(client: TestClient) -> None:
+    files = [
+        Path(client.post("/easel/toolbox/file?name=a.safetensors", content=text).json()["file"])
+        for text in ("first", "second")
+    ]
+    assert [file.read_text() for file in files] == ["first", "second"]
+    assert {file.name for file in files} == {"a.safetensors"}

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_core.data.images import check_image, hash_file, make_thumbnail, open_rgb, to_rgb
+from lora_core.data.dataset import scan
+from lora_core.data.images import (
+    ImageInfo,
+    SizeCache,
+    check_image,
+    hash_file,
+    make_thumbnail,
+    open_rgb,
+    to_rgb,
+)
 from lora_core.data.scan import FileProblem
 from lora_core.errors import DatasetError
 
@@ -110,6 +119,15 @@ def test_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
     options = {"lossless": True} if name.endswith("webp") else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, **options)
     assert open_rgb(tmp_path / name).getpixel((10, 10)) == (255, 0, 0)
+    known = SizeCache(tmp_path / "sizes.json")
+    assert known.info(tmp_path / name, name) == ImageInfo(20, 20, False, True)
+    known.save(tmp_path)
+    assert SizeCache(tmp_path / "sizes.json").info(tmp_path / name, name) == ImageInfo(20, 20, False, True)
+    (note,) = scan(tmp_path).notes
+    assert (note.kind, note.sentence) == (
+        "animated",
+        f"{name} is animated; only its first frame is trained on.",
+    )
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "heic", "avif"])

@@ -1,6 +1,7 @@
 """Events folded into the state of a run."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lora_core.runs import events
 from lora_core.runs.events import Validated
 from lora_core.runs.progress import Progress, best_of, smooth, verdict
+from lora_core.settings.config import RunConfig
 
 
 def started(steps: int = 100) -> events.Started:
@@ -121,6 +123,31 @@ def test_time_left_is_the_median_pace_times_the_steps_left() -> None:
     progress = folded(started(100), *(step(n, seconds=0.5) for n in range(1, 40)), step(40, seconds=60.0))
     assert progress.seconds_a_step() == 0.5
     assert progress.seconds_left() == 30.0
+
+
+def test_samples_and_validations_to_come_are_planned() -> None:
+    """Steps of 1 s, samples every 20 that take 10 s, a validation every 50 that takes 15 s."""
+    config = RunConfig().changed(
+        {"sample.every": 20, "validation.every": 50, "validation.max_time_share": 0.0}
+    )
+
+    def at(number: int, time: float) -> events.StepDone:
+        return events.StepDone(step=number, loss=1.0, lr=1e-4, seconds=1.0, time=time)
+
+    progress = folded(
+        events.Preparing(phase="Opening the base model", done=1, total=1, time=90.0),
+        events.PreviewDone(files=[], prompts=[], time=100.0),
+        *(at(number, 100.0 + number) for number in range(1, 11)),
+    )
+    progress.steps = 100
+    assert progress.seconds_left(config) == pytest.approx(90 * 1 + 5 * 10)
+    # Until one was made, validations are taken to need their share of the time.
+    limited = config.changed({"validation.max_time_share": 0.1})
+    assert progress.seconds_left(limited) == pytest.approx(90 * 1.1 + 5 * 10)
+    progress.update([at(50, 150.0), replace(validated(50, True), time=165.0), at(51, 166.0)])
+    assert progress.seconds_left(config) == pytest.approx(49 * 1 + 3 * 10 + 15)
+    assert progress.seconds_left(limited) == pytest.approx(49 * 1.1 + 3 * 10)
+    assert folded(started()).seconds_left(config) is None
 
 
 def test_smoothing_starts_without_a_bias() -> None:

@@ -12,6 +12,7 @@ from lora_core.errors import ConfigError
 from lora_core.settings.config import (
     FIELDS,
     RunConfig,
+    checked_value,
     flattened,
     help_of,
     label_of,
@@ -35,6 +36,11 @@ def test_a_misspelt_setting_is_answered_with_the_right_one() -> None:
 
 def test_a_setting_like_no_other_is_answered_with_the_sections() -> None:
     assert "The sections are model, adapter, dataset" in refusal(xyzzy=1)
+
+
+def test_a_value_of_an_unknown_setting_is_refused_with_a_hint() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rnak is not a setting; did you mean adapter\.rank\?"):
+        checked_value("adapter.rnak", 8)
 
 
 def test_all_problems_are_told_at_once() -> None:

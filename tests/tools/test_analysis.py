@@ -261,32 +261,13 @@ def test_the_verb_measures_too(files, tmp_path, capsys, three_pictures):
     small = saved(
         {k: random_layer(k, 2, 2.0, n, 0.01) for n, k in enumerate(LAYERS)}, tmp_path / "s.safetensors"
     )
-    arguments = [
-        "stack",
-        str(small),
-        f"{small}:0.5",
-        "--dataset",
-        str(three_pictures),
-        "--triples",
-        "2",
-        "--json",
-    ]
-    assert main(arguments) == 0
+    on = ["--dataset", str(three_pictures), "--triples", "2", "--json"]
+    assert main(["stack", str(small), f"{small}:0.5", *on]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pairs"][0]["cosine"] == pytest.approx(1)
     validation = found["validation"]
     # The same measurement by the verb `validate` of one adapter at the strengths' sum.
-    single = [
-        "validate",
-        "--lora",
-        f"{small}:1.5",
-        "--dataset",
-        str(three_pictures),
-        "--triples",
-        "2",
-        "--json",
-    ]
-    assert main(single) == 0
+    assert main(["validate", "--lora", f"{small}:1.5", *on]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert validation["stack"]["gain"] == pytest.approx(alone["gain"], abs=1e-6)
     gains = [row["gain"] for row in validation["alone"]]
