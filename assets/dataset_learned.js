@@ -186,7 +186,7 @@
     one("#trigger-found").hidden = !found;
     if (!found) return;
     const cards = found.rows.filter((row) => !row.given).map((row) => {
-      const card = make("button", { type: "button", className: "own word", title: row.sentence }, make("b", { textContent: row.word }), make("span", { className: "small num", textContent: `${row.reaction.toFixed(2)}×, ${plural(row.tokens, "token")}` }));
+      const card = make("button", { type: "button", className: "own word", title: row.sentence }, make("b", { textContent: row.word, dir: "auto" }), make("span", { className: "small num", textContent: `${row.reaction.toFixed(2)}×, ${plural(row.tokens, "token")}` }));
       card.dataset.triggerWord = row.word;
       return card;
     });

@@ -109,7 +109,7 @@
     fill(data.fields, data.strip);
     show();
   };
-  const changed = (moved, wait) => { clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
+  const changed = (moved, wait) => { followSeed(); clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
 
   const read = () => {
     const place = one("#preview-base-note");
@@ -237,7 +237,19 @@
       place.replaceChildren(make("label", { className: "entry" }, prompt ? "One prompt a line" : "Values", make(prompt ? "textarea" : "input", { ...(prompt ? { rows: 3 } : { type: "text" }), value: values.join(prompt ? "\n" : ", "), attributes: { "aria-label": label } })));
     }
   };
+  // The seeds of a grid begin with the form's, until other ones are typed.
+  let firstSeed = null;
+  const seedsFrom = (seed) => [0, 1, 2].map((number) => Math.max(0, Number(seed)) + number).join(", ");
+  const followSeed = () => {
+    const now = form().elements.seed.value;
+    for (const axis of axes()) {
+      const text = one("select", axis).value === "seed" && one("input[type=text]", axis);
+      if (text && text.value === seedsFrom(firstSeed)) text.value = seedsFrom(now);
+    }
+    firstSeed = now;
+  };
   const loadAxes = async () => {
+    firstSeed = form().elements.seed.value;
     const found = await get("preview/axes");
     for (const axis of axes()) showAxis(axis, found[axis.dataset.axis]);
     form("grid-form").dataset.ready = "1";

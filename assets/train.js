@@ -179,6 +179,7 @@
   // ---- another page of the same window ----------------------------------------------------------------------------------------
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("easel") : null;
   const others = new Set(), me = `${Math.random()}`;
+  let shared = false;
   if (channel) {
     channel.onmessage = ({ data }) => {
       if (data.do === "leave") others.delete(data.me);
@@ -271,8 +272,8 @@
     const now = one("#base-note")?.dataset.arrived ?? arrived;
     if (arrived !== undefined && now !== arrived) press("refill");
     arrived = now;
-    const note = one("#other-pages");
-    if (note && note.hidden !== !others.size) note.hidden = !others.size;
+    if (others.size && !shared) window.easel.toast("Also open in another tab. The last edit wins.");
+    shared = others.size > 0;
     for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {
       const place = document.getElementById(id), text = document.getElementById(why)?.textContent ?? "";
       const title = place?.disabled ? text : "";

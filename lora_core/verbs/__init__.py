@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.generate.request import WeightedLora
+from lora_core.settings.choices import PRECISIONS
 from lora_core.settings.config import checked_value
+from lora_core.settings.schema import AUTO
 from lora_core.system.files import workspace as workspace_folder
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ Progress = Callable[[int, int], None]
 CHECKPOINT = object()
 """Marks a parameter that takes, on the command line, also a run's checkpoint: RUN or RUN@STEP."""
 AdapterFile = Annotated[File, CHECKPOINT]
-FILE_PRECISIONS = ("fp32", "fp16", "bf16")
+FILE_PRECISIONS = tuple(name for name in PRECISIONS if name != AUTO)
 """Of adapter files."""
 
 GROUPS = {
