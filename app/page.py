@@ -16,7 +16,7 @@ from app import top_bar
 from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
 from app.templates import render
-from lora_core.projects.project import Project
+from lora_core.projects.project import DEMO_TITLE, Project
 from lora_core.system.files import ASSETS, clean_value
 
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
@@ -162,22 +162,18 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
 
 
 def wire_demo(bindings: Bindings, tabs: Any) -> None:
-    """Make the demo button fill the form and open the Train tab."""
-    project = bindings.app_state.project
+    """Make the demo button open the demo's own project, fill the form and open the Train tab."""
+    app_state, project = bindings.app_state, bindings.app_state.project
     filled = [component for component, _ in bindings.initial]
 
     def to_demo() -> list[Any]:
         """Fill the form first and switch tabs afterwards, so that nothing typed meanwhile is overwritten."""
+        app_state.projects.open_titled(DEMO_TITLE)
+        app_state.reset_project_view()
         project.update_draft(
             dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
         )
         return bindings.initial_values()
 
-    def to_own() -> list[Any]:
-        project.update_draft(dataset="", level="", values={}, preview={}, preview_loras={})
-        return bindings.initial_values()
-
     filled_in = bindings.use_demo.click(to_demo, None, filled, **QUIET)
     bindings.refresh_after(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
-    own = gr.Button("Use my own images", elem_id="use-own", visible="hidden")
-    bindings.refresh_after(own.click(to_own, None, filled, **QUIET))

@@ -15,6 +15,7 @@ from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState, Snapshot
 from app.templates import render
 from lora_core.errors import RunError
+from lora_core.projects.project import DEMO_TITLE
 from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.system.files import folder_bytes
 
@@ -22,7 +23,9 @@ from lora_core.system.files import folder_bytes
 def project_button(snapshot: Snapshot) -> str:
     """The open project's name; opens the dialog."""
     project = snapshot.app_state.project
-    return render("project_button.html", title=project.title, demo=project.uses_demo)
+    return render(
+        "project_button.html", title=project.title, demo=project.uses_demo and project.title != DEMO_TITLE
+    )
 
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:

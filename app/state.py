@@ -86,7 +86,8 @@ class AppState:
         self.projects = Projects(workspace)
         # The same object for the window's lifetime; its project changes.
         self.project = self.projects.current
-        self.importer = Importer(self.project, workspace / "tmp" / "incoming")
+        self.importer = Importer(self.projects, workspace / "tmp" / "incoming")
+        self.importer.switched = self.reset_project_view
         self.checker = Checker(self.project)
         self.thumbs = Thumbnails(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)

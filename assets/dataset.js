@@ -473,8 +473,13 @@
     if (!mark || !grid()) return;
     window.easel.project ??= mark.dataset.project;
     one("#trigger :is(input, textarea)")?.setAttribute("dir", "auto");
-    // Another page opened another project: everything here belongs to the old one.
-    if (window.easel.project !== mark.dataset.project) { location.reload(); return; }
+    if (window.easel.project !== mark.dataset.project) {
+      // Another page opened another project: everything here belongs to the old one.
+      if (!window.easel.joining) { location.reload(); return; }
+      // This page did, by its demo or its import.
+      window.easel.project = mark.dataset.project;
+      window.easel.joining = false;
+    }
     if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
     // Gradio may have rebuilt the tab.
     else if (grid().dataset.mark === undefined && shelf.mark) render();
@@ -489,6 +494,10 @@
     const target = event.target.closest("button, [data-picture]");
     if (!target) return;
     const data = target.dataset;
+    if (target.id === "use-demo") {
+      window.easel.joining = true;
+      setTimeout(() => { window.easel.joining = false; }, 10000);
+    }
     if (data.picture !== undefined && target.classList.contains("thumb")) {
       const toggle = event.ctrlKey || event.metaKey;
       // Ctrl adds to the image that is open.

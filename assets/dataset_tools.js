@@ -60,7 +60,8 @@
     if (sending) return note("Another import is running; wait until it is done.", true);
     if (!files.length) return note("There is nothing in that folder.", true);
     sending = { stopped: false };
-    const mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
+    easel.joining = true;
+    const own = easel.project, mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
     let next = 0, done = 0, batch = null;
     try {
       const begun = await post("upload", {});
@@ -80,23 +81,25 @@
       const answer = await post(`upload/${batch}`, {});
       if (answer.problem) throw new Error(answer.problem);
       batch = null;
-      await follow(0.5);
+      await follow(0.5, own);
     } catch (error) {
       mine.stopped = true;
       if (batch) post(`upload/${batch}`, { give_up: true }).catch(() => {});
       end(error.message, true);
-    } finally { sending = null; }
+    } finally { sending = null; easel.joining = false; }
   };
 
   const end = (text, bad) => { const place = one("#import-note"); if (place) place.className = ""; note(text, bad); };
 
-  const follow = async (from = 0) => {
+  const follow = async (from, own) => {
     for (;;) {
       const state = await get("import");
       if (state.state !== "working") {
+        // The demo's page is that of the user's own project now.
+        easel.project = state.project;
         await easel.load();
         // Only if the import changed the form: text being typed must not be lost.
-        if (state.left_demo) press("refill");
+        if (state.left_demo || state.project !== own) press("refill");
         press("refresh");
         end(state.note ?? "", state.state === "failed");
         post("check", { by_itself: true }).then(watchCheck).catch(() => {});
@@ -113,13 +116,15 @@
   const fromPath = async () => {
     const field = one("#dataset-path input"), path = field.value;
     if (sending) return;
+    const own = easel.project;
     sending = {};
+    easel.joining = true;
     try {
       const answer = await post("import", { path, link: one("#dataset-link").checked });
       if (answer.problem) return note(answer.problem, true);
-      await follow();
+      await follow(0, own);
       field.value = "";
-    } catch (error) { note(error.message, true); } finally { sending = null; }
+    } catch (error) { note(error.message, true); } finally { sending = null; easel.joining = false; }
   };
   Object.assign(easel, { takeFiles: take, openBulk: () => openBulk(), addTag: (...given) => addTag(...given) });
   addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });

@@ -17,7 +17,8 @@ from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
-from lora_core.projects.project import Project
+from lora_core.projects.project import DEFAULT_TITLE, DEMO_TITLE
+from lora_core.projects.workspace import Projects
 from lora_core.system.files import expand_home, parse_json
 
 MOST_FILES = 40_000
@@ -80,22 +81,23 @@ class _BodyReader:
 class Importer:
     """The one import of a window."""
 
-    def __init__(self, project: Project, staging: Path) -> None:
+    def __init__(self, projects: Projects, staging: Path) -> None:
         """Import into the open project; uploads are kept in `staging` until then."""
-        self.project = project
+        self.projects, self.project = projects, projects.current
         self.staging = staging
         # Uploads of a killed window are useless.
         shutil.rmtree(staging, ignore_errors=True)
         self._batches: dict[str, UploadBatch] = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle", "number": 0}
-        # Called before an import counts as done.
+        # Called once another project is open, and before an import counts as done.
+        self.switched: Callable[[], object] = lambda: None
         self.after: Callable[[], object] = lambda: None
 
     def state(self) -> dict[str, Any]:
-        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, and
-        `left_demo` if the form changed because of it."""
-        return dict(self._state)
+        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, the
+        `project` that it goes into, and `left_demo` if the form changed because of it."""
+        return {**self._state, "project": self.project.path.name}
 
     @property
     def working(self) -> bool:
@@ -165,6 +167,7 @@ class Importer:
         if found is None:
             raise DatasetError("This import is over; drop the files again.")
         self._refuse_two()
+        self._leave_demo()
         del self._batches[batch]
         files = [found.files[index] for index in sorted(found.files)]
 
@@ -199,6 +202,7 @@ class Importer:
         if not is_folder and not is_file:
             raise DatasetError(f"There is no folder at {where}.")
         self._refuse_two()
+        self._leave_demo()
         if link:
             self.project.link(where if is_folder else where.parent)
 
@@ -211,6 +215,12 @@ class Importer:
     def _refuse_two(self) -> None:
         if self.working:
             raise DatasetError("Another import is running; wait until it is done.")
+
+    def _leave_demo(self) -> None:
+        """Open the project of the user's own images, so that they do not mix with the demo's runs."""
+        if self.project.uses_demo and self.project.title == DEMO_TITLE:
+            self.projects.open_titled(DEFAULT_TITLE)
+            self.switched()
 
     def _start(self, work: Callable[[TransferMode], Imported], how: str) -> None:
         with self._lock:

@@ -44,7 +44,7 @@ from lora_core.system.files import (
 
 JOURNAL = "moving.json"
 DEMO = "demo"
-DEFAULT_TITLE = "My images"
+DEFAULT_TITLE, DEMO_TITLE = "My images", "Demo"
 LABEL = "project.json"
 _LOCK = ".lock"
 _PATIENCE = 30.0

@@ -92,6 +92,18 @@ class Projects:
             self.open(key)
         return key
 
+    def open_titled(self, title: str) -> None:
+        """Open the project of this title, made if there is none.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        titles = {read_title(path): path.name for path in self.folder.iterdir() if path.is_dir()}
+        if title in titles:
+            self.open(titles[title])
+        else:
+            self.new(title)
+
     def rename(self, key: str, title: str) -> None:
         """Give a project another title; its folder keeps its name, as runs know it by that.
 

@@ -321,3 +321,17 @@ def test_a_hostile_folder_comes_in_without_harm(
     rows = {(row["picture"], row["kind"]) for row in settled(client, "check")["problems"]}
     assert {("mask/a.png", "mask"), ("�.png", "name")} <= rows
     assert client.post("/easel/leave-out", json={"pictures": ["�.png"]}).json() == {"left_out": 1}
+
+
+def test_the_demo_is_a_project_of_its_own(app_state: AppState, client: TestClient) -> None:
+    app_state.projects.open_titled("Demo")
+    app_state.project.update_draft(dataset="demo")
+    demo = app_state.project.path
+    # An import opens the project of the user's own images.
+    state = imported(client, {"a.png": png()})
+    assert (state["note"], state["project"]) == ("1 image added.", "default")
+    assert (app_state.project.title, app_state.project.uses_demo) == ("My images", False)
+    assert len(app_state.project.dataset().records) == 1
+    assert not list((demo / "pictures").iterdir())
+    app_state.projects.open_titled("Demo")
+    assert (app_state.project.path, app_state.project.uses_demo) == (demo, True)

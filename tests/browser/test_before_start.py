@@ -45,4 +45,4 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
 
     page.set_viewport_size({"width": 390, "height": 800})
     page.click("#project-picker")
-    page.wait_for_selector("#projects[open] #projects-list >> text=My images")
+    page.wait_for_selector("#projects[open] #projects-list >> text=Demo")
