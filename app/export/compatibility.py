@@ -66,11 +66,11 @@ def file_facts(name: str, result: Mapping[str, Any]) -> str:
     rows = [
         ("For", FAMILIES[family].title if family in FAMILIES else family),
         ("Kind", f"{report.get('kind', '')}, {report.get('format', '')} format"),
-        ("Written by", find_writer(metadata) or "not said"),
+        ("Written by", find_writer(metadata) or "unknown"),
         ("Rank", _numbers(report.get("ranks"))),
         ("Alpha", _numbers(report.get("alphas"))),
         ("Layers", f"{report.get('modules', 0):,}, {report.get('parameters', 0):,} parameters"),
-        ("Trained", describe_training(metadata) or "not said"),
+        ("Trained", describe_training(metadata) or "unknown"),
     ]
     problem = str(result.get("problem") or "")
     verified: dict[str, Any] = dict(result.get("verify") or {})

@@ -138,7 +138,7 @@ def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
     places = [app_state.files.place(file, "Saved to")]
     if result.get("raw"):
-        words = "It holds the averaged adapter; the raw one is at"
+        words = "It holds the EMA weights; the raw ones are at"
         places.append(app_state.files.place(Path(result["raw"]), words))
     return {
         "written": written_line(result, str(sent.get("precision")), link, places),

@@ -27,6 +27,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16"
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a pickled torch file or a zip"),
     *((bytes((0x80, version)), "a pickled torch file, which can run code") for version in range(2, 6)),
+    *((start, "an image, not a model") for start in (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")),
     (b"<", "a web page: the download went wrong"),
     (b"version https://git-lfs", "a Git LFS pointer: the download went wrong"),
 )
