@@ -54,7 +54,7 @@
     if (bare(picture)) marks.push("no caption");
     if (picture.held) marks.push("validation");
     if (picture.small) marks.push("small");
-    if (twins.has(picture.name)) marks.push("twin");
+    if (twins.has(picture.name)) marks.push("duplicate");
     if (doubts.has(picture.name)) marks.unshift("in doubt");
     // Two chips fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
@@ -259,7 +259,7 @@
     area.readOnly = fixed;
     one("#caption-undo").hidden = fixed || !edits.get(name)?.past.length;
     try { sessionStorage.setItem(KEPT, JSON.stringify([window.easel.project, name])); } catch { /* storage is off */ }
-    if (!waiting.has(name)) say("saved", fixed ? "Read only" : text ? "Saved" : "No caption");
+    if (!waiting.has(name)) say("saved", fixed ? "Read only" : text ? "Saved" : "Uncaptioned");
     countTokens(name, text);
     showTags();
     showButtons();

@@ -273,8 +273,8 @@
 
   // ---- the check --------------------------------------------------------------------------------------------------
   const GROUPS = [
-    ["unreadable", "Cannot be read"], ["twins", "Near-twins"], ["tiny", "Tiny"], ["blurred", "Blurred"],
-    ["caption", "Captions that cannot be read"], ["no caption", "No caption"], ["long caption", "Too long captions"],
+    ["unreadable", "Cannot be read"], ["twins", "Near duplicates"], ["tiny", "Tiny"], ["blurred", "Blurred"],
+    ["caption", "Captions that cannot be read"], ["no caption", "Uncaptioned"], ["long caption", "Too long captions"],
     ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation images"],
     ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"], ["animated", "Animated, first frame used"],
     ["caption without picture", "Captions without an image"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
@@ -282,7 +282,7 @@
     ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],
   ];
   const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
-  const ISSUES = { unreadable: ["unreadable", "Exclude"], twins: ["near-twins", "Keep the first of each"], tiny: ["tiny", "Exclude"], blurred: ["blurred", "Exclude"] };
+  const ISSUES = { unreadable: ["unreadable", "Exclude"], twins: ["near duplicates", "Keep the first of each"], tiny: ["tiny", "Exclude"], blurred: ["blurred", "Exclude"] };
   const MOST_ROWS = 40;
 
   const small = (name) => {
@@ -324,7 +324,7 @@
     // Images removed since are no longer a problem.
     const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
     line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the images.";
-    one("#check > summary").textContent = rows.length ? `Check the images, ${rows.length} found` : "Check the images";
+    one("#check > summary").textContent = rows.length ? `Issues (${rows.length.toLocaleString("en")})` : "Check the images";
     easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
     const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
     redraw(one("#issues"), ...(easel.shelf().fixed ? [] : groups).filter(([kind]) => ISSUES[kind]).map(issue));

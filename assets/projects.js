@@ -37,10 +37,10 @@
   const show = (state) => {
     one("#projects-list").replaceChildren(...state.projects.map(row));
     showTrash(state.trashed);
-    const room = one("#projects-room"), parts = [["runs", "Runs"], ["caches", "caches"], ["trash", "trash"]].filter(([key]) => state[key]);
+    const room = one("#projects-room"), parts = [["runs", "Runs"], ["trash", "trash"]].filter(([key]) => state[key]);
     room.replaceChildren(make("span", { className: "small num grow", textContent: parts.map(([key, word]) => `${word} ${state[key]}`).join(", ") }));
     const does = make("div", { className: "row" });
-    if (state.caches) does.append(button("clean", "Clean caches", null, ""));
+    if (state.caches) does.append(button("clean", `Clear cache (${state.caches})`, null, ""));
     if (state.trash) does.append(button("empty", "Empty the trash", null, ""));
     room.append(does);
   };
@@ -94,7 +94,7 @@
       askIn(target, make("label", { className: "entry grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
     } else if (does === "delete") {
       const title = one("b", target.closest(".row.apart")).textContent;
-      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its images to the trash? Its runs stay, and Trash below restores it.` }), "Delete", () => ({ do: "delete", project }), "danger");
+      askIn(target, make("span", { className: "grow small", textContent: `Delete “${title}”? Its images go to the trash, where Trash below restores them; runs are kept.` }), "Delete", () => ({ do: "delete", project }), "danger");
     } else if (does === "empty") askIn(target, make("span", { className: "grow small", textContent: "Delete everything in the trash for good?" }), "Delete for good", () => ({ do: "empty" }), "danger");
   });
 

@@ -16,7 +16,7 @@ from lora_core.system.files import DEMO_TRAIN
 FIRST_SEEN = 48
 """Images of which the thumbnails are made while an import still shows its bar."""
 FILTERS = (
-    ("all", "All"), ("bare", "No caption"), ("small", "Small"), ("twins", "Twins"), ("doubt", "In doubt"),
+    ("all", "All"), ("bare", "Uncaptioned"), ("small", "Too small"), ("twins", "Duplicates"), ("doubt", "In doubt"),
     ("held", "Validation"), ("out", "Excluded"),
 )  # fmt: skip
 

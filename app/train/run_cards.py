@@ -58,8 +58,8 @@ STAGES = (
 )
 """What comes before the first step: the trainer's phases, in their order."""
 REMARKS = {
-    "pausing": "It saves a checkpoint after the current step and ends.",
-    "stopping": "It saves and exports after the current step and ends.",
+    "pausing": "Pausing: saving a checkpoint after the current step.",
+    "stopping": "Stopping: saving and exporting after the current step.",
     "paused": "Resuming gives exactly the same result as training without the pause.",
 }
 

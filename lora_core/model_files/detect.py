@@ -147,8 +147,8 @@ def base_path(name: str) -> Path:
             return cached
         raise ModelFileError(f"The base {name!r} is neither a folder here nor in the local hub cache.")
     raise ModelFileError(
-        f"The base {name!r} does not exist. A base is demo, a diffusers folder, a .safetensors file, or a hub id"
-        " like owner/name."
+        f"The base {name!r} does not exist. A base is demo, a diffusers folder, a .safetensors file, or a"
+        " hub id like owner/name."
     )
 
 
