@@ -16,8 +16,8 @@ from lora_core.system.files import DEMO_TRAIN
 FIRST_SEEN = 48
 """Images of which the thumbnails are made while an import still shows its bar."""
 FILTERS = (
-    ("all", "All"), ("bare", "Uncaptioned"), ("small", "Too small"), ("twins", "Duplicates"), ("doubt", "In doubt"),
-    ("held", "Validation"), ("out", "Excluded"),
+    ("all", "All"), ("bare", "Uncaptioned"), ("small", "Too small"), ("twins", "Duplicates"),
+    ("doubt", "In doubt"), ("held", "Validation"), ("out", "Excluded"),
 )  # fmt: skip
 
 

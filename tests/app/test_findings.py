@@ -129,7 +129,7 @@ def test_a_run_comes_first(client: TestClient, app_state: AppState, pictures: li
 def test_a_run_s_pictures_are_read_from_its_folder(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    assert "no run on these images" in ask(client, "pictures")["problem"]
+    assert "No run on these images" in ask(client, "pictures")["problem"]
     other = make_run(app_state, "other", started(), dataset__path="demo")
     mine = make_run(app_state, "mine", started(), dataset__path=str(app_state.project.image_folder))
     for run in (other, mine):

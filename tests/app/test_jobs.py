@@ -33,7 +33,7 @@ def test_states_and_words(app_state: AppState) -> None:
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "running"
     # As long as few steps were done the time is a range.
-    assert top_bar.describe_run(snapshot.shown) == "34%, step 34 of 100, 35 to 65 s left"
+    assert top_bar.describe_run(snapshot.shown) == "34%, step 34 of 100, 35 to 70 s left"
     assert 'aria-valuenow="34"' in top_bar.run_bar(snapshot)
     assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(snapshot)
     run.request("pause")

@@ -62,7 +62,7 @@ def test_rename_keeps_the_folder(app_state: AppState) -> None:
 
 @pytest.mark.parametrize(
     ("title", "said"),
-    [("", "Type a name"), (" \n", "Type a name"), ("x" * 81, "longer"), ("my PICTURES", "already")],
+    [("", "Type a name"), (" \n", "Type a name"), ("x" * 81, "longer"), ("my IMAGES", "already")],
 )
 def test_titles_that_will_not_do(app_state: AppState, title: str, said: str) -> None:
     with pytest.raises(RunError, match=said):
@@ -84,7 +84,7 @@ def test_deleted_projects_are_in_the_trash_with_all_they_hold(
 def test_no_other_folder_is_a_project(app_state: AppState, key: str) -> None:
     app_state.projects.new("Second")
     for act in (app_state.projects.open, app_state.projects.delete):
-        with pytest.raises(RunError, match="no project"):
+        with pytest.raises(RunError, match="no longer exists"):
             act(key)
 
 

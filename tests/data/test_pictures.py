@@ -123,11 +123,8 @@ def test_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
     assert known.info(tmp_path / name, name) == ImageInfo(20, 20, False, True)
     known.save(tmp_path)
     assert SizeCache(tmp_path / "sizes.json").info(tmp_path / name, name) == ImageInfo(20, 20, False, True)
-    (note,) = scan(tmp_path).notes
-    assert (note.kind, note.sentence) == (
-        "animated",
-        f"{name} is animated; only its first frame is trained on.",
-    )
+    (note,) = (note for note in scan(tmp_path).notes if note.kind == "animated")
+    assert note.sentence == f"{name} is animated; only its first frame is trained on."
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "heic", "avif"])
@@ -235,7 +232,7 @@ def test_tiny(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_smallest_that_is_taken(tmp_path: Path) -> None:
     Image.new("RGB", (16, 17)).save(tmp_path / "a.png")
-    assert check_image(tmp_path / "a.png", "a.png") == (16, 17, False)
+    assert check_image(tmp_path / "a.png", "a.png") == (16, 17, False, False)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
