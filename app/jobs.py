@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.worker_client import last_log_line
 from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.projects.project import read_title
@@ -31,7 +30,7 @@ from lora_core.runs.queue import (
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import folder_bytes
-from lora_core.system.processes import ACCEPTING, TRAINER, start_detached
+from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
 from lora_core.system.processes import child_environment as environment
 
 __all__ = ["LIVE", "RESUMABLE", "Jobs", "RunView", "environment"]

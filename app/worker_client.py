@@ -7,7 +7,6 @@ restarted when memory is free.
 """
 
 import base64
-import binascii
 import contextlib
 import json
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_core.settings.schema import AUTO
-from lora_core.system.processes import detached, log_tail
+from lora_core.system.processes import detached, last_log_line
 
 CANCELLED = "Cancelled."
 HOLDERS = ("generate", "captions", "triggers", "pictures")
@@ -139,8 +138,7 @@ class WorkerClient:
         if process is not None and process.poll() is None:
             self._gave_way = self.in_hand is not None
             self.ready = self.holds_memory = False
-            process.kill()
-            process.wait(5)
+            _kill(process)
 
     @property
     def computes_on(self) -> str:
@@ -157,13 +155,9 @@ class WorkerClient:
         with self._starting:
             self._closed = True
             process = self._process
-        if process is None:
-            return
-        # It writes whole files or none, so that nothing is lost; asking it to quit would only make Ctrl-C
-        # slow.
-        process.kill()
-        process.wait(5)
-        _close_pipes(process)
+        if process is not None:
+            _kill(process)
+            _close_pipes(process)
 
     def _serve(self) -> None:
         while not self._closed:
@@ -181,10 +175,7 @@ class WorkerClient:
             reply.state = "working"
             reply.message = "" if self.ready else STARTING_TAKES
             try:
-                if reply.dropped:
-                    self._end(reply, "error", CANCELLED)
-                else:
-                    self._answer(reply)
+                self._answer(reply)
             except (OSError, ValueError) as error:
                 self._end(reply, "error", self._death(str(error)))
             self.in_hand, self._idle_since = None, time.monotonic()
@@ -198,6 +189,9 @@ class WorkerClient:
         return not reply.message
 
     def _answer(self, reply: Reply) -> None:
+        if reply.dropped:
+            self._end(reply, "error", CANCELLED)
+            return
         self._gave_way = False
         process = self._running_process()
         if process is None:
@@ -245,7 +239,7 @@ class WorkerClient:
                 reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
                 reply.phase = str(message.get("phase", ""))
             case "look":
-                with contextlib.suppress(binascii.Error, ValueError):
+                with contextlib.suppress(ValueError):
                     reply.look = base64.b64decode(str(message.get("image", "")), validate=True)
                     reply.looks += 1
             case "picture":
@@ -273,15 +267,11 @@ class WorkerClient:
         with self._starting, open(self.log_file, "ab") as log:
             if self._closed:
                 return None
+            # Ctrl-C in the terminal reaches the window, which ends the worker itself.
             self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=self.environment,
-                # Ctrl-C in the terminal reaches the window, which ends the worker itself.
-                **detached(),
-            )
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env=self.environment, **detached(),
+            )  # fmt: skip
         for message in _messages(self._process.stdout):
             if message.get("event") == "ready":
                 self.ready = True
@@ -293,13 +283,10 @@ class WorkerClient:
         process = self._process
         if process is None or process.stdin is None:
             return
-        with self._lock:
-            try:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            except OSError:
-                # The process ended; the reader of its output reports it.
-                return
+        # Where the process has ended, the reader of its output reports it.
+        with self._lock, contextlib.suppress(OSError):
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
 
     def _death(self, reason: str) -> str:
         said = last_log_line(self.log_file)
@@ -317,18 +304,18 @@ def _messages(stream: IO[bytes] | None) -> Any:
             yield message
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a worker, which writes whole files or none; asking it to quit would only make Ctrl-C slow."""
+    process.kill()
+    process.wait(5)
+
+
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             # Unwritten data has no reader any more.
             with contextlib.suppress(OSError, ValueError):
                 pipe.close()
-
-
-def last_log_line(path: Path) -> str:
-    """The last non-empty line of a log, "" if none."""
-    lines = log_tail(path, 40)
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 class MemoryYieldPolicy:

@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_core.formats.io import load_adapter
 from lora_core.generate.pipeline import generate_image
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.inject import Merger
-from lora_core.lora.weights import LoadedLora
+from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.load import load_base
 from lora_core.system.files import ASSETS
 

@@ -26,7 +26,8 @@ import importlib
 from typing import Any
 
 from lora_core.errors import LoraError
-from lora_core.generate.request import Axis, WeightedLora, GenerationRequest
+from lora_core.generate.request import WeightedLora, GenerationRequest
+from lora_core.generate.grid import Axis
 from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -52,7 +53,7 @@ from lora_core.verbs.adapters import (
 _LAZY = {
     "AdapterWeights": "lora_core.lora.weights",
     "LayerWeights": "lora_core.lora.weights",
-    "Merger": "lora_core.lora.inject",
+    "Merger": "lora_core.lora.weights",
     "LoadedLora": "lora_core.lora.weights",
     "adapter_weights": "lora_core.lora.inject",
     "generate_image": "lora_core.generate.pipeline",

@@ -17,7 +17,7 @@ ORDER = [
 ]  # fmt: skip
 WITHOUT_TORCH = [
     "lora_core.errors", *(f"lora_core.{name}" for name in ORDER[1:7]), "lora_core.generate.request",
-    "lora_core.report.plots",
+    "lora_core.generate.grid",     "lora_core.report.plots",
 ]  # fmt: skip
 TENSORS = {"torch", "transformers", "diffusers", "accelerate", "peft"}
 FOLDERS = [ROOT / name for name in ("lora_core", "app", "assets")]

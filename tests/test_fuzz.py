@@ -22,11 +22,11 @@ from starlette.testclient import TestClient
 
 from app import main
 from app.dataset.gallery import count_caption_tokens
+from app.preview.infotext import parse_infotext
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.dataset import scan
 from lora_core.errors import LoraError
-from lora_core.generate import request
 from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.models.weight_files import open_weights
 from lora_core.runs.events import from_line
@@ -215,7 +215,7 @@ def test_lines_of_a_run(kind: str, fields: dict[str, Any], other: bytes) -> None
 @given(texts | st.lists(texts, max_size=4).map("".join))
 def test_captions_and_texts_in_pictures(place: Path, text: str) -> None:
     with soon():
-        request.parse_infotext(text)
+        parse_infotext(text)
         count_caption_tokens(text[:50_000], Plan(desk_of(place).project))
     folder = place / "pictures"
     folder.mkdir(exist_ok=True)

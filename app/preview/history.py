@@ -9,24 +9,17 @@ import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError, RunError
-from lora_core.generate.request import (
-    Axis,
-    GenerationRequest,
-    Infotext,
-    WeightedLora,
-    grid_requests,
-    grid_settings,
-    make_axis,
-)
+from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis
+from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import lookup_base
 from lora_core.runs.storage import list_trash, move_to_trash, restore
-from lora_core.settings.choices import SAMPLERS
-from lora_core.system.files import check_fields, parse_json
+from lora_core.system.files import parse_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"
@@ -163,21 +156,12 @@ class History:
             rows, columns = (
                 make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
             )
-            shot, drawn_at = request_from_settings(said["shot"]), float(said["time"])
+            # Entries from before this setting were not rescaled.
+            shot = GenerationRequest.from_json({"cfg_rescale": 0.0, **said["shot"]})
+            drawn_at = float(said["time"])
             return HistoryEntry(file, shot, rows, columns, drawn_at, bool(said.get("beside")))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
-
-
-def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
-    """Parse a request from its own JSON.
-
-    Raises:
-        TypeError, KeyError: it is none.
-    """
-    loras = tuple(check_fields(WeightedLora, row) for row in said["loras"])
-    # Entries from before this setting were not rescaled.
-    return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
 def file_time(file: str | Path) -> int:
@@ -213,29 +197,30 @@ class GridState:
         return cls(shot, rows, columns, cells)
 
     @property
+    def waits(self) -> bool:
+        """Whether it is still to be generated."""
+        return not self.problem and self.sheet is None
+
+    @property
     def shots(self) -> list[GenerationRequest]:
         """All images in reading order."""
         return [shot for row in self.cells for shot in row]
+
+    def sheet_request(self, images: Mapping[GenerationRequest, Path], out: Path) -> dict[str, Any]:
+        """What the worker is asked for, so that the images become one."""
+        return {
+            "do": "sheet",
+            "cells": [[str(images[shot]) if shot in images else None for shot in row] for row in self.cells],
+            "rows": self.rows.labels() if self.rows else [],
+            "columns": self.columns.labels() if self.columns else [],
+            "parameters": sheet_info(self),
+            "out": str(out),
+        }
 
 
 def sheet_info(grid: GridState) -> str:
     """Infotext of a sheet: the settings its images share, and its axes."""
     shot = grid.shot
-    return Infotext(
-        prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
-        cfg=shot.cfg, cfg_rescale=_resolve_rescale(shot), seed=shot.seed,
-        width=shot.width, height=shot.height, model=Path(shot.base).stem, clip_skip=shot.clip_skip,
-        loras=tuple(one for one in shot.loras if one.acts),
-        extra=grid_settings(grid.rows, grid.columns),
-    ).text()  # fmt: skip
-
-
-def _resolve_rescale(shot: GenerationRequest) -> float:
-    """The CFG rescale that was used."""
     facts = lookup_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
-    return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
-
-
-def sampler_title(key: str) -> str:
-    """A sampler's name in A1111."""
-    return SAMPLERS[key].title if key in SAMPLERS else key
+    phi = facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
+    return shot.infotext(phi, grid_settings(grid.rows, grid.columns))

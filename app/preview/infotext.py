@@ -1,19 +1,51 @@
-"""Files opened on the Preview tab: a LoRA is added, the settings in a generated image can be used."""
+"""Files opened on the Preview tab: a LoRA is added, the settings in a generated image can be used.
 
+The settings are text in the form that A1111 writes. Source: its `infotext_utils.py`, the extra networks'
+`<lora:name:te:unet>`, and "CFG Rescale" of its extension CFG_Rescale_webui.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from app.preview.loras import add_lora, lora_groups
-from app.preview.request_form import form_data, load_fields, lora_rows, parse_strength, save_form
+from app.preview.request_form import form_data, load_fields, lora_rows
+from app.preview.sent_form import parse_strength, save_form
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, render
 from lora_core.errors import DatasetError
-from lora_core.generate.request import Infotext, WeightedLora, parse_infotext
+from lora_core.generate.request import NEGATIVE, WeightedLora
 from lora_core.settings.choices import SAMPLERS
 
 LONGEST_SHOWN = 600
+LONGEST = 200_000
+"""Characters that are parsed; no image tool writes more."""
+_SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_TAG = re.compile(r"<lora:([^<>]+)>")
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """Prompt and settings of an image; what a text does not name is None, or "" for words."""
+
+    prompt: str = ""
+    negative: str = ""
+    steps: int | None = None
+    sampler: str = ""
+    cfg: float | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    model: str = ""
+    clip_skip: int | None = None
+    loras: tuple[WeightedLora, ...] = ()
+    extra: Mapping[str, str] = field(default_factory=dict)
+    cfg_rescale: float | None = None
 
 
 def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
@@ -108,3 +140,68 @@ def infotext_table(name: str, info: Infotext) -> str:
     }
     shown = [(title, value) for title, value in rows.items() if value not in (None, "")]
     return render("preview/infotext.html", name=name, rows=shown)
+
+
+def parse_infotext(text: str) -> Infotext:
+    """Parse the text under `parameters`; a text of another form is all prompt."""
+    lines = text[:LONGEST].strip().split("\n")
+    found = {}
+    settings = _SETTING.findall(lines[-1])
+    if len(settings) >= 3:
+        lines.pop()
+        found = {key.strip(): _unquote(value) for key, value in settings}
+    start = next((n for n, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    prompt = "\n".join(lines[:start])
+    negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
+    loras = tuple(lora for match in _TAG.finditer(prompt) if (lora := _parse_tag(match[1])) is not None)
+    size = re.fullmatch(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*", found.get("Size", ""))
+    return Infotext(
+        prompt=re.sub(r" ?<lora:[^<>]+>", "", prompt).strip() if loras else prompt.strip(),
+        negative=negative, steps=_parse_int(found.get("Steps")), sampler=_parse_sampler(found),
+        cfg=_parse_float(found.get("CFG scale")), cfg_rescale=_parse_float(found.get("CFG Rescale")),
+        seed=_parse_int(found.get("Seed")), width=int(size[1]) if size else None,
+        height=int(size[2]) if size else None, model=found.get("Model", ""),
+        clip_skip=_parse_int(found.get("Clip skip")), loras=loras, extra=found,
+    )  # fmt: skip
+
+
+def _unquote(value: str) -> str:
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value.strip()
+
+
+def _parse_sampler(found: Mapping[str, str]) -> str:
+    """The sampler with its schedule, which newer A1111 writes apart."""
+    name, schedule = found.get("Sampler", ""), found.get("Schedule type", "")
+    joined = schedule not in ("", "Automatic", "Uniform") and not name.endswith(schedule)
+    return f"{name} {schedule}" if joined else name
+
+
+def _parse_tag(text: str) -> WeightedLora | None:
+    positional = [part for part in text.split(":") if "=" not in part]
+    named = dict(part.split("=", 1) for part in text.split(":") if "=" in part)
+    if not positional or not positional[0].strip():
+        return None
+    on_text = _parse_float(named.get("te", positional[1] if len(positional) > 1 else "1"))
+    if on_text is None:
+        return None
+    on_unet = _parse_float(named.get("unet", positional[2] if len(positional) > 2 else str(on_text)))
+    if on_unet is None:
+        return None
+    return WeightedLora(positional[0].strip(), on_unet, None if on_text == on_unet else on_text)
+
+
+def _parse_float(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if abs(number) < 1e9 else None
+
+
+def _parse_int(text: str | None) -> int | None:
+    return int(text) if text and re.fullmatch(r"-?\d{1,19}", text.strip()) else None

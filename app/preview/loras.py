@@ -14,6 +14,7 @@ from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError
 from lora_core.model_files.header import read_header
 from lora_core.projects.project import Project
+from lora_core.system.files import unused_path
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
 LOOK_AGAIN = 20
@@ -105,15 +106,6 @@ def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
     return choices + [(f"Step {step:,}", str(step)) for step in reversed(steps)]
 
 
-def unused_path(folder: Path, stem: str, ending: str = ".safetensors") -> Path:
-    """A path in `folder`, which is made, that no file has yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / f"{stem}{ending}", 2
-    while path.exists():
-        path, number = folder / f"{stem}-{number}{ending}", number + 1
-    return path
-
-
 def add_lora(project: Project, file: Path) -> Path:
     """Move a LoRA file that was sent by a page into the project; returns its new path.
 
@@ -121,8 +113,9 @@ def add_lora(project: Project, file: Path) -> Path:
         LoraError: it is no safetensors file, or the disk refuses.
     """
     read_header(file)
-    target = unused_path(project.path / ADDED, Path(safe_name(file.name).name).stem)
+    target = unused_path(project.path / ADDED, Path(safe_name(file.name).name).stem, ".safetensors")
     try:
+        target.parent.mkdir(exist_ok=True)
         shutil.move(file, target)
     except OSError as error:
         raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.preview.history import GridState, History, HistoryEntry, file_time, sheet_info
+from app.preview.history import GridState, History, HistoryEntry, file_time
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.generate.request import GenerationRequest
 
@@ -54,60 +54,56 @@ class PreviewState:
 
     def strip_shots(self) -> list[GenerationRequest]:
         """The requests of the strip."""
-        if self.shot is None or not self.shot.loras:
-            return []
-        return [self.shot.at("strength", value).acting() for value in self.strip]
+        return _strip_shots(self.shot, self.strip)
 
     @property
     def working(self) -> bool:
         """Whether anything is still to be generated, strip and grid included."""
-        return self.state == "working" or self.strip_waits or self.grid_waits
+        strip_waits = self.state != "error" and any(shot not in self.images for shot in self.strip_shots())
+        return self.state == "working" or strip_waits or (self.grid is not None and self.grid.waits)
 
-    @property
-    def strip_waits(self) -> bool:
-        """Whether cells of the strip are still to be generated."""
-        return self.state != "error" and any(shot not in self.images for shot in self.strip_shots())
 
-    @property
-    def grid_waits(self) -> bool:
-        """Whether the grid is still to be generated."""
-        return self.grid is not None and not self.grid.problem and self.grid.sheet is None
+def _strip_shots(shot: GenerationRequest | None, strengths: tuple[float, ...]) -> list[GenerationRequest]:
+    if shot is None or not shot.loras:
+        return []
+    return [shot.at("strength", value).acting() for value in strengths]
 
 
 MOST_DRAWN = 2000
 RESTS = 0.15
 """Seconds that a slider has to rest before an image is begun."""
+ImageKey = tuple[GenerationRequest, tuple[int, ...]]
+"""A request with the times of its files: a checkpoint that was rewritten gives another image."""
 
 
 @dataclass(frozen=True)
 class _RenderJob:
-    """The next thing to generate, and where it is shown."""
+    """What is being generated: where it is shown, the image, None for a grid's sheet, and the grid."""
 
     place: str
-    shot: GenerationRequest | None = None
+    shot: GenerationRequest | None
+    key: ImageKey | None
+    grid: GridState | None
+    reply: Reply
 
 
 class RenderQueue:
     """Generates images through the worker, in its own thread."""
 
-    def __init__(
-        self, worker: WorkerClient, folder: Callable[[], Path], on_image: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, worker: WorkerClient, folder: Callable[[], Path]) -> None:
         """Generate into `folder()`."""
         self.worker = worker
         self._folder = folder
-        self._on_image = on_image
         self._shot: GenerationRequest | None = None
         self._strip: tuple[float, ...] = ()
         self._grid: GridState | None = None
         self._error = self._note = ""
         self._wanted_at = 0.0
-        self._drawn: dict[tuple[GenerationRequest, tuple[int, ...]], Path] = {}
+        self._drawn: dict[ImageKey, Path] = {}
         # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
         # until somebody asks again.
         self._times: dict[str, int] = {}
         self._histories: dict[Path, History] = {}
-        self._reply: Reply | None = None
         self._job: _RenderJob | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -115,9 +111,8 @@ class RenderQueue:
     @property
     def history(self) -> History:
         """History of the open project."""
-        folder = self._folder()
         with self._changed:
-            return self.history_at(folder)
+            return self._history_at(self._folder())
 
     def want(self, shot: GenerationRequest, strip: tuple[float, ...] | None = None) -> None:
         """Show `shot`, with the strip at these strengths (None: unchanged); other images being generated are
@@ -129,10 +124,8 @@ class RenderQueue:
             if strip is not None:
                 self._strip = strip
             job = self._job
-            if self._reply is not None and job is not None:
-                wanted = {shot.acting(), shot.alone(), *self._strip_shots(shot)}
-                if job.shot not in wanted and (other or job.place == "shot"):
-                    self.worker.cancel(self._reply)
+            if job is not None and (other or job.place == "shot") and job.shot not in self._wanted().values():
+                self.worker.cancel(job.reply)
             self._begin()
 
     def draw_grid(self, grid: GridState) -> None:
@@ -140,8 +133,8 @@ class RenderQueue:
         with self._changed:
             self._times.clear()
             self._grid = grid
-            if self._reply is not None and self._job is not None and self._job.place == "grid":
-                self.worker.cancel(self._reply)
+            if self._job is not None and self._job.place == "grid":
+                self.worker.cancel(self._job.reply)
             self._begin()
 
     def refuse(self, sentence: str) -> None:
@@ -152,20 +145,18 @@ class RenderQueue:
     def cancel(self) -> None:
         """Stop generating; finished images stay."""
         with self._changed:
-            if self._reply is not None:
-                self.worker.cancel(self._reply)
+            self._drop()
             self._strip = ()
-            if self._grid is not None and self._grid.sheet is None:
-                self._grid.problem = self._grid.problem or CANCELLED
-            if self._shot is not None and not self._has_needed_images(self._shot):
+            if self._grid is not None and self._grid.waits:
+                self._grid.problem = CANCELLED
+            if not self._is_shown():
                 self._error = CANCELLED
             self._wanted_at = time.monotonic()
 
     def clear(self) -> None:
         """Reset, as another project is open."""
         with self._changed:
-            if self._reply is not None:
-                self.worker.cancel(self._reply)
+            self._drop()
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
     def forget(self, name: object, workspace: Path) -> str:
@@ -186,33 +177,30 @@ class RenderQueue:
         with self._changed:
             if self._shot is None and not self._error:
                 self._show_last()
-            shot, reply, job, grid = self._shot, self._reply, self._job, self._grid
-            wanted = set(self._strip_shots(shot)) | set(grid.shots if grid else ())
-            if shot is not None:
-                wanted |= {shot.acting(), shot.alone()}
+            job, grid = self._job, self._grid
+            wanted = [*self._wanted().values(), *(grid.shots if grid else ())]
             images = {one: path for one in wanted if (path := self._find_image(one)) is not None}
-            working = shot is not None and not self._has_needed_images(shot)
-            told = "idle" if self._error == CANCELLED else "error" if self._error else ""
-            state = told or ("working" if working else "idle")
-            message = self._error or (self._words(reply) if reply is not None else "")
-            done, total = (reply.done, reply.total) if reply is not None else (0, 0)
-            looks = reply.looks if reply is not None else 0
+            state = "idle" if self._is_shown() else "working"
+            if self._error:
+                state = "idle" if self._error == CANCELLED else "error"
+            reply = job.reply if job else Reply({})
+            message = self._error or self._words(reply)
             return PreviewState(
-                state, message, done, total, shot, self._strip, grid, images, self._wanted_at,
-                job.shot if job else None, looks, self._note,
+                state, message, reply.done, reply.total, self._shot, self._strip, grid,
+                images, self._wanted_at, job.shot if job else None, reply.looks, self._note,
             )  # fmt: skip
 
+    def look(self) -> bytes:
+        """A small JPEG of the image in progress, b"" if there is none."""
+        job = self._job
+        return job.reply.look if job is not None else b""
+
     def _show_last(self) -> None:
-        pair = self.history_at(self._folder()).last_pair()
+        pair = self._history_at(self._folder()).last_pair()
         for one in pair:
             self._drawn.setdefault(self._key(one.shot), one.file)
         if pair:
             self._shot = pair[0].shot
-
-    def look(self) -> bytes:
-        """A small JPEG of the image in progress, b"" if there is none."""
-        reply = self._reply
-        return reply.look if reply is not None else b""
 
     def _words(self, reply: Reply) -> str:
         """Why a request has not started, or ""."""
@@ -227,42 +215,42 @@ class RenderQueue:
             self._thread.start()
         self._changed.notify()
 
-    def _has_needed_images(self, shot: GenerationRequest) -> bool:
-        """Whether the shown image and the base's own exist."""
-        return self._find_image(shot.acting()) is not None and self._find_image(shot.alone()) is not None
+    def _drop(self) -> None:
+        if self._job is not None:
+            self.worker.cancel(self._job.reply)
 
-    def _strip_shots(self, shot: GenerationRequest | None) -> list[GenerationRequest]:
-        return PreviewState("", "", 0, 0, shot, self._strip, None).strip_shots()
+    def _wanted(self) -> dict[str, GenerationRequest]:
+        """The shown image, the base's beside it and the strip, in the order that they are generated in, by
+        place."""
+        if self._shot is None:
+            return {}
+        strip = _strip_shots(self._shot, self._strip)
+        shown = {"shot": self._shot.acting(), "base": self._shot.alone()}
+        return shown | {f"strip {number}": shot for number, shot in enumerate(strip)}
+
+    def _is_shown(self) -> bool:
+        """Whether the shown image and the base's own exist, or none is wanted."""
+        return all(self._find_image(shot) is not None for shot in list(self._wanted().values())[:2])
 
     def _find_image(self, shot: GenerationRequest) -> Path | None:
         """The file of a request, if it was generated in the open project from the adapter files as last
         requested."""
         path = self._drawn.get(self._key(shot))
-        if path is None or not path.is_relative_to(self._folder()):
-            return None
-        return path if path.is_file() else None
+        return path if path is not None and path.is_relative_to(self._folder()) and path.is_file() else None
 
-    def _key(self, shot: GenerationRequest) -> tuple[GenerationRequest, tuple[int, ...]]:
-        """A request with the times of its files: a checkpoint that was rewritten gives another image."""
+    def _key(self, shot: GenerationRequest) -> ImageKey:
         return shot, tuple(self._times.setdefault(one.file, file_time(one.file)) for one in shot.loras)
 
-    def _next(self) -> _RenderJob | None:
-        """The next job: shown image, base beside it, strip, grid, sheet."""
-        shot = self._shot
-        if shot is not None and not self._error:
-            if self._find_image(shot.acting()) is None:
-                return _RenderJob("shot", shot.acting())
-            if self._find_image(shot.alone()) is None:
-                return _RenderJob("base", shot.alone())
-            for wanted in self._strip_shots(shot):
-                if self._find_image(wanted) is None:
-                    return _RenderJob("strip", wanted)
-        grid = self._grid
-        if grid is None or grid.problem or grid.sheet is not None:
+    def _next(self) -> tuple[str, GenerationRequest | None] | None:
+        """Where the next image is shown, and its request: shown image, base beside it, strip, grid, sheet."""
+        if not self._error:
+            for place, shot in self._wanted().items():
+                if self._find_image(shot) is None:
+                    return place, shot
+        if self._grid is None or not self._grid.waits:
             return None
-        missing = (cell for cell in grid.shots if self._find_image(cell) is None)
-        cell = next(missing, None)
-        return _RenderJob("grid", cell) if cell is not None else _RenderJob("sheet")
+        cell = next((cell for cell in self._grid.shots if self._find_image(cell) is None), None)
+        return ("grid", cell) if cell is not None else ("sheet", None)
 
     def _draw_for_ever(self) -> None:
         while True:
@@ -271,70 +259,61 @@ class RenderQueue:
                 # The slider is still moving: wait for it to rest.
                 while (rest := self._wanted_at + RESTS - time.monotonic()) > 0:
                     self._changed.wait(rest)
-                job = self._next()
-                if job is None:
+                found = self._next()
+                if found is None:
                     continue
-                grid = self._grid
-                request = self._draw_request(job.shot) if job.shot else self._sheet_request(grid)
-                self._job, self._reply = job, (reply := self.worker.submit(request))
+                place, shot = found
+                reply = self.worker.submit(self._request(shot))
+                key = self._key(shot) if shot is not None else None
+                self._job = job = _RenderJob(place, shot, key, self._grid, reply)
             reply.finished.wait()
             with self._changed:
-                self._keep(job, grid, reply)
-                self._job = self._reply = None
-            self._on_image()
+                self._keep(job)
+                self._job = None
 
-    def _draw_request(self, shot: GenerationRequest) -> dict[str, Any]:
-        place = self._folder() / time.strftime("%Y-%m")
-        return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": self._key(shot)[1]}
-
-    def _sheet_request(self, grid: GridState | None) -> dict[str, Any]:
-        assert grid is not None
+    def _request(self, shot: GenerationRequest | None) -> dict[str, Any]:
+        """What the worker is asked for: an image, or the sheet of the grid."""
+        folder = self._folder() / time.strftime("%Y-%m")
+        if shot is not None:
+            return {"do": "generate", **asdict(shot), "look": True, "out": str(folder)}
+        assert self._grid is not None
+        images = {one: path for one in self._grid.shots if (path := self._find_image(one)) is not None}
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-grid-{time.monotonic_ns() % 100_000:05d}.png"
-        cells = [[str(path) if (path := self._find_image(s)) else None for s in row] for row in grid.cells]
-        return {
-            "do": "sheet",
-            "cells": cells,
-            "rows": grid.rows.labels() if grid.rows else [],
-            "columns": grid.columns.labels() if grid.columns else [],
-            "parameters": sheet_info(grid),
-            "out": str(self._folder() / time.strftime("%Y-%m") / stem),
-        }
+        return self._grid.sheet_request(images, folder / stem)
 
-    def _keep(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
-        if reply.state == "error":
-            self._failed(job, grid, reply)
-            return
-        files = reply.result.get("files") or []
-        path = Path(str(files[0])) if files else None
-        if path is None or not path.is_file():
+    def _keep(self, job: _RenderJob) -> None:
+        reply, grid = job.reply, job.grid
+        path = Path(str((reply.result.get("files") or [""])[0]))
+        if reply.state != "error" and not path.is_file():
             # Retrying would loop: a worker that finishes without an image has a bug.
-            reply.message = "The worker ended without an image; see the logs folder."
-            self._failed(job, grid, reply)
-        elif job.shot is None:
+            reply.state, reply.message = "error", "The worker ended without an image; see the logs folder."
+        if reply.state == "error":
+            self._fail(job)
+        elif job.shot is None or job.key is None:
             assert grid is not None
             grid.sheet = path
-            self.history_at(path.parent.parent).add(HistoryEntry(path, grid.shot, grid.rows, grid.columns))
+            entry = HistoryEntry(path, grid.shot, grid.rows, grid.columns)
+            self._history_at(path.parent.parent).add(entry)
         else:
             self._note = str(reply.images[-1].get("note", "")) if reply.images else ""
-            self._drawn[job.shot, tuple(reply.request["key"])] = path
+            self._drawn[job.key] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))
             if job.place in ("shot", "base"):
                 entry = HistoryEntry(path, job.shot, beside=job.place == "base")
-                self.history_at(path.parent.parent).add(entry)
+                self._history_at(path.parent.parent).add(entry)
 
-    def history_at(self, folder: Path) -> History:
+    def _history_at(self, folder: Path) -> History:
         """The history of a folder, opened on first use."""
         if folder not in self._histories:
             self._histories[folder] = History(folder)
         return self._histories[folder]
 
-    def _failed(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
+    def _fail(self, job: _RenderJob) -> None:
         """Report a failure where it belongs; cancellation by a new request is silent."""
+        grid, reply = job.grid, job.reply
         if job.place in ("grid", "sheet"):
-            if grid is not None and not (reply.dropped and grid is self._grid and not grid.problem):
+            if grid is not None and not (reply.dropped and grid is self._grid):
                 grid.problem = grid.problem or reply.message
-        elif not reply.dropped and self._shot is not None:
-            mine = {self._shot.acting(), self._shot.alone(), *self._strip_shots(self._shot)}
-            if job.shot in mine:
-                self._error = reply.message
+        elif not reply.dropped and job.shot in self._wanted().values():
+            self._error = reply.message

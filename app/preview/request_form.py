@@ -1,54 +1,52 @@
-"""The form of the Preview tab: which LoRAs there are, what a page sends of the form, and the request that it
-makes. The form is stored in the project's draft; each change gets the next revision, so that a page knows
-which of two states is newer."""
+"""The form of the Preview tab as a page shows it: its fields, LoRAs and the axes of a grid; and the request
+that it makes."""
 
-import contextlib
-import math
 import random
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.jobs import RunView
 from app.preview.loras import find_loras, find_owner, list_run_loras, lora_groups
+from app.preview.sent_form import FIELDS, parse_rows, row_data, save_form, strip_values
 from app.state import Snapshot
-from lora_core.errors import ConfigError, LoraError
-from lora_core.generate.request import (
-    GenerationRequest,
-    WeightedLora,
-    make_axis,
-    parse_cfg_rescale,
-    split_values,
-)
+from lora_core.errors import ConfigError
+from lora_core.generate.grid import Axis, make_axis, split_values
+from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.projects.project import Project
+from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, NumberOrAuto
 
-FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 # Not in the demo's training set, so the result shows generalization.
 DEMO_PROMPT = "house, duskprint style, on a sky blue background"
+SAMPLE_FIELDS = ("sampler", "steps", "cfg", "cfg_rescale", "seed")
+"""Fields that a run's settings of its samples have, too."""
 SEED = 1234
-STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 LARGEST_RANDOM = 2**32
-MOST_LORAS = 20
-MOST_STRENGTH = 20.0
+GRID_SIDES = {"rows": "seed", "columns": "strength"}
+"""Rows and columns, and what each varies at first."""
+NOTHING = "none"
+GRID_KINDS = {
+    "strength": "LoRA strength", "checkpoint": "Checkpoint", "seed": "Seed", "prompt": "Prompt",
+    "rank": "Rank", NOTHING: "Nothing",
+}  # fmt: skip
+MOST_CHECKPOINTS = 40
 
 
 def load_fields(snapshot: Snapshot) -> dict[str, Any]:
     """The tab's fields: the draft over defaults that suit the shown run."""
-    draft = snapshot.app_state.project.draft().get("preview") or {}
-    preview = snapshot.plan.config.sample
-    usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
-    usual["cfg_rescale"] = preview.cfg_rescale
-    usual |= {"prompt": "", "negative": "", "seed": SEED, "width": None, "height": None}
-    previews = snapshot.progress.previews
-    if snapshot.app_state.project.uses_demo:
-        usual["prompt"] = DEMO_PROMPT
-    elif previews and previews[0].prompts:
-        usual["prompt"] = previews[0].prompts[0]
-    return {name: draft[name] if draft.get(name) not in (None, "") else usual[name] for name in FIELDS}
+    project, sample = snapshot.app_state.project, snapshot.plan.config.sample
+    draft = project.draft().get("preview") or {}
+    usual = {name: getattr(sample, name) for name in SAMPLE_FIELDS} | {"seed": SEED, "negative": ""}
+    usual["prompt"] = DEMO_PROMPT if project.uses_demo else _first_prompt(snapshot.progress)
+    return {name: draft[name] if draft.get(name) not in (None, "") else usual.get(name) for name in FIELDS}
+
+
+def _first_prompt(progress: Progress) -> str:
+    """The first prompt of a run's samples, or ""."""
+    return next((sample.prompts[0] for sample in progress.previews[:1] if sample.prompts), "")
 
 
 def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
@@ -66,72 +64,6 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
     return ([WeightedLora(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
 
 
-def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
-    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None."""
-    found = []
-    for row in list(rows)[:MOST_LORAS]:
-        if isinstance(row, dict) and str(row.get("file") or "").strip():
-            text = row.get("text")
-            file = str(row["file"]).strip().strip('"')
-            found.append(
-                WeightedLora(
-                    file, parse_strength(row.get("strength")), None if text is None else parse_strength(text)
-                )
-            )
-    return found
-
-
-def parse_strength(value: Any) -> float:
-    """A strength within its limits; 0 for what is no number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    number = number if math.isfinite(number) else 0.0
-    return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
-
-
-def save_form(
-    project: Project, rows: list[WeightedLora], apart: bool, fields: dict[str, Any] | None = None, **more: Any
-) -> int:
-    """Store the LoRAs, the fields if given, and other entries of the draft; returns the new revision."""
-    before = project.draft().get("preview_loras") or {}
-    rev = int(before.get("rev") or 0) + 1
-    if fields is not None:
-        more["preview"] = {name: _plain(fields.get(name)) for name in FIELDS}
-    project.update_draft(preview_loras={"rows": _row_data(rows), "apart": apart, "rev": rev}, **more)
-    return rev
-
-
-def _plain(value: Any) -> str | float | None:
-    return value if isinstance(value, str | int | float) else None
-
-
-def _row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:
-    return [{"file": row.file, "strength": row.strength, "text": row.text_strength} for row in rows]
-
-
-def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[WeightedLora], int]:
-    """Store the form as a page sends it; returns its LoRAs and the new revision.
-
-    Raises:
-        ConfigError: it is not whole.
-    """
-    if not isinstance(sent.get("rows"), list):
-        raise ConfigError("The LoRAs of the form did not arrive; try again.")
-    rows = parse_rows(sent["rows"])
-    more: dict[str, Any] = {}
-    fields, strip = sent.get("fields"), sent.get("strip")
-    if isinstance(strip, dict):
-        kept = {"on": bool(strip.get("on")), "values": list(strip_values(project))}
-        with contextlib.suppress(LoraError):
-            # Reported when the strip is generated; a half-typed number is not an error yet.
-            kept["values"] = list(parse_strengths(strip.get("values")))
-        more["preview_strip_at"] = kept
-    fields = fields if isinstance(fields, dict) else None
-    return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
-
-
 def form_data(snapshot: Snapshot) -> dict[str, Any]:
     """The whole form as the page's script needs it."""
     rows, kept = lora_rows(snapshot)
@@ -141,7 +73,7 @@ def form_data(snapshot: Snapshot) -> dict[str, Any]:
         "project": project.path.name,
         "rev": int(kept.get("rev") or 0),
         "apart": bool(kept.get("apart")),
-        "rows": _row_data(rows),
+        "rows": row_data(rows),
         "groups": lora_groups(snapshot),
         "best": project.draft().get("best_strengths") or {},
         "fields": load_fields(snapshot),
@@ -216,25 +148,10 @@ def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:
     return value
 
 
-def strip_values(project: Project) -> tuple[float, ...]:
-    """The strengths of the strip in the draft."""
-    kept = (project.draft().get("preview_strip_at") or {}).get("values")
-    return tuple(kept) if isinstance(kept, list) and kept else STRIP
-
-
 def strip_is_on(project: Project, base: BaseFacts) -> bool:
     """Whether each image gets a strip: the user's choice, else only for the embedded base, which is fast."""
     chosen = (project.draft().get("preview_strip_at") or {}).get("on")
     return base.embedded if chosen is None else bool(chosen)
-
-
-def parse_strengths(text: Any) -> tuple[float, ...]:
-    """The strengths of the strip, as they are typed.
-
-    Raises:
-        ConfigError: there is none, or one is no number in range.
-    """
-    return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)
 
 
 def save_request(project: Project, shot: GenerationRequest) -> None:
@@ -255,13 +172,97 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     files = list_run_loras(run_view) if run_view else []
     if run_view is None or not files:
         raise ConfigError(f"The run {name} has no file yet; try it after its first checkpoint.")
-    config = run_view.config() or snapshot.plan.config
-    previews = run_view.progress.previews
-    prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""
-    fields = load_fields(snapshot) | {
-        "seed": config.sample.seed, "steps": config.sample.steps, "cfg": config.sample.cfg,
-        "cfg_rescale": config.sample.cfg_rescale, "sampler": config.sample.sampler,
-        "width": None, "height": None, "negative": "",
-    }  # fmt: skip
+    sample = (run_view.config() or snapshot.plan.config).sample
+    fields = load_fields(snapshot) | {name: getattr(sample, name) for name in SAMPLE_FIELDS}
+    fields |= {"width": None, "height": None, "negative": ""}
     shot = build_request(snapshot, fields, [WeightedLora(str(files[0].file))])
-    return replace(shot, prompt=prompt or str(fields["prompt"]))
+    return replace(shot, prompt=_first_prompt(run_view.progress) or str(fields["prompt"]))
+
+
+def _values_key(side: str) -> str:
+    return f"{side.removesuffix('s')}_values"
+
+
+def _sent_axis(sent: Any) -> tuple[str, list[str]]:
+    sent = sent if isinstance(sent, dict) else {}
+    values = sent.get("values")
+    return str(sent.get("kind")), [str(value) for value in values] if isinstance(values, list) else []
+
+
+def take_sent_axes(project: Project, sent: dict[str, Any]) -> list[Axis | None]:
+    """Store rows and columns as a page sends them; returns them parsed.
+
+    Raises:
+        ConfigError: there is no value, or one is not legal.
+    """
+    grid = sent.get("grid")
+    axes = {side: _sent_axis(grid.get(side) if isinstance(grid, dict) else None) for side in GRID_SIDES}
+    kept = {
+        key: value
+        for side, axis in axes.items()
+        for key, value in zip((side, _values_key(side)), axis, strict=True)
+    }
+    project.update_draft(preview_grid=kept)
+    return [parse_axis(*axis) for axis in axes.values()]
+
+
+def parse_axis(kind: str, values: list[str]) -> Axis | None:
+    """Parse the chosen values of an axis; numbers typed together are split.
+
+    Raises:
+        ConfigError: there is no value, or one is not legal.
+    """
+    if kind == NOTHING:
+        return None
+    if kind in ("strength", "seed", "rank"):
+        values = [part for value in values for part in split_values(value)]
+    return make_axis(kind, values)
+
+
+def grid_axes(snapshot: Snapshot) -> dict[str, Any]:
+    """Rows and columns in the draft, each with its values and choices."""
+    kept = snapshot.app_state.project.draft().get("preview_grid") or {}
+    return {
+        side: axis_data(snapshot, str(kept.get(side) or usual), kept.get(_values_key(side)))
+        for side, usual in GRID_SIDES.items()
+    }
+
+
+def axis_data(snapshot: Snapshot, kind: str, values: Any = None) -> dict[str, Any]:
+    """An axis as the page's script needs it; without values those that are usual."""
+    choices, usual = list_axis_values(snapshot, kind)
+    listed = [str(value) for value in values] if isinstance(values, list) and values else usual
+    return {"kind": kind, "values": listed, "choices": choices}
+
+
+def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Checkpoints on offer as (title, file), and the values selected by default."""
+    fields = load_fields(snapshot)
+    if kind == "checkpoint":
+        return _list_checkpoints(snapshot)
+    try:
+        first = max(0, int(fields["seed"]))
+    except ValueError:
+        first = SEED
+    usual = {
+        "strength": ["0", "0.5", "1"],
+        "rank": ["1", "4", "16"],
+        "seed": [str(first + number) for number in range(3)],
+        "prompt": [str(fields["prompt"])] if fields["prompt"] else [],
+    }
+    return [], usual.get(kind, [])
+
+
+def _list_checkpoints(snapshot: Snapshot) -> tuple[list[tuple[str, str]], list[str]]:
+    """All adapter files; those of the first LoRA's run are selected."""
+    rows, _ = lora_rows(snapshot)
+    run_view = find_owner(snapshot, rows[0].file) if rows else None
+    own = [str(one.file) for one in list_run_loras(run_view)] if run_view else []
+    choices = [
+        (title if place == "Runs" else f"{place}: {title}", file)
+        for place, files in lora_groups(snapshot)
+        for title, file in files
+    ]
+    steps = [file for file in own if "/checkpoints/" in file.replace("\\", "/")]
+    picked = (steps or own)[:3][::-1] or [file for _, file in choices[:2]]
+    return choices[:MOST_CHECKPOINTS], picked

@@ -3,29 +3,31 @@
 import asyncio
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.preview.grid import axis_data, grid_axes, strip_sheet, take_sent_axes
-from app.preview.history import GridState
+from app.preview.history import GridState, HistoryEntry
 from app.preview.infotext import open_file, use_infotext
 from app.preview.request_form import (
+    axis_data,
     base_for,
     build_request,
     build_run_request,
     form_data,
-    parse_strengths,
+    grid_axes,
     save_request,
     strip_is_on,
-    strip_values,
-    take_sent_form,
+    take_sent_axes,
 )
+from app.preview.sent_form import parse_strengths, strip_values, take_rows, take_sent_form
 from app.preview.view import working_words
 from app.routes import FRESH, Answer, add_actions, receive_file
 from app.state import AppState, take_snapshot
-from lora_core.errors import LoraError
+from lora_core.errors import LoraError, RunError
+from lora_core.generate.grid import make_axis
 
 
 def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
@@ -71,17 +73,6 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     async def strip() -> Response:
         path = await asyncio.to_thread(strip_sheet, app_state)
         return FileResponse(path, filename=path.name, media_type="image/png", headers=FRESH)
-
-
-def take_rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Store the form; if only strengths changed, draw the shown image anew."""
-    rows, rev = take_sent_form(app_state.project, sent)
-    shot = app_state.render_queue.view().shot if sent.get("moved") and rows else None
-    # Another file waits for Generate, because it may need another base.
-    drawn = shot is not None and [lora.file for lora in shot.loras] == [row.file for row in rows]
-    if shot is not None and drawn:
-        app_state.render_queue.want(shot.__class__(**{**vars(shot), "loras": tuple(rows)}))
-    return {"rev": rev, "drawn": drawn}
 
 
 def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +136,28 @@ def put_back(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     if not kept.is_sheet:
         app_state.render_queue.want(kept.shot, ())
     return {"form": form_data(take_snapshot(app_state))}
+
+
+def strip_sheet(app_state: AppState) -> Path:
+    """The strip as one PNG, assembled from its images.
+
+    Raises:
+        RunError: it is not whole.
+    """
+    render_queue = app_state.render_queue
+    view = render_queue.view()
+    shots = view.strip_shots()
+    if view.shot is None or not shots or any(shot not in view.images for shot in shots):
+        raise RunError("The strip is not generated yet; generate it first.")
+    columns = make_axis("strength", list(view.strip))
+    first = view.images[shots[0]]
+    out = first.with_name(f"{first.stem}-strip.png")
+    request = GridState(view.shot, None, columns, [shots]).sheet_request(view.images, out)
+    reply = app_state.worker.ask(request | {"columns": [f"{value:g}" for value in view.strip]})
+    if reply.state == "error":
+        raise RunError(reply.message)
+    render_queue.history.add(HistoryEntry(out, view.shot, None, columns))
+    return out
 
 
 ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {

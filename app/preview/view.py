@@ -9,15 +9,14 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import Bindings, html_block
-from app.preview.grid import GRID_KINDS
-from app.preview.history import GridState, HistoryEntry, sampler_title
+from app.preview.history import GridState, HistoryEntry
 from app.preview.render_queue import PreviewState
-from app.preview.request_form import base_for, form_data, lora_rows
+from app.preview.request_form import GRID_KINDS, base_for, form_data, lora_rows
 from app.routes import image_url
 from app.state import Snapshot
 from app.templates import render
 from app.train.train_form import base_choices
-from lora_core.generate.request import GenerationRequest
+from lora_core.generate.request import GenerationRequest, sampler_title
 from lora_core.settings.choices import SAMPLERS
 
 

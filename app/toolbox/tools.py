@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import format_bytes
-from app.preview.loras import ADDED, find_owner, lora_groups, unused_path
+from app.preview.loras import ADDED, find_owner, lora_groups
 from app.state import AppState, take_snapshot
 from app.train.train_form import base_choices
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
-from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, unused_path
 
 MOST_FILES = 12
 LONGEST_TABLE = 4000
@@ -265,7 +265,8 @@ def free_path(app_state: AppState, source: str, suffix: str) -> Path:
     file = expand_home(source)
     run_view = find_owner(take_snapshot(app_state), str(file))
     folder = run_view.run.exports if run_view else app_state.project.path / ADDED
-    return unused_path(folder, f"{default_stem(app_state, file)[:80]}-{suffix}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return unused_path(folder, f"{default_stem(app_state, file)[:80]}-{suffix}", ".safetensors")
 
 
 def _base_place(app_state: AppState, base: str, source: str) -> Path:
@@ -283,6 +284,7 @@ def _base_place(app_state: AppState, base: str, source: str) -> Path:
             f"A copy of the base takes {format_bytes(size)}, and {format_bytes(free)} are free in {folder};"
             " make room."
         )
+    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{path.stem[:60]}-{default_stem(app_state, Path(source))[:60]}"
     return unused_path(folder, stem, ".safetensors" if path.is_file() else "")
 

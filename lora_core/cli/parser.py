@@ -22,7 +22,8 @@ import typer
 from lora_core.api import VERBS
 from lora_core.cli.terminal import say, slow_notes, write
 from lora_core.errors import AdapterFileError, RunError
-from lora_core.generate.request import KINDS, Axis, WeightedLora, parse_axis, parse_cfg_rescale
+from lora_core.generate.grid import KINDS, Axis, parse_axis
+from lora_core.generate.request import WeightedLora, parse_cfg_rescale
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.verbs import CHECKPOINT, GROUPS

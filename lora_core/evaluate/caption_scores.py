@@ -34,8 +34,7 @@ from lora_core.evaluate.validator import (
     standard_error,
 )
 from lora_core.formats.io import load_adapter
-from lora_core.lora.inject import Merger
-from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base

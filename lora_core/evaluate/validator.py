@@ -16,8 +16,7 @@ import torch
 from lora_core.data.buckets import choose_bucket, size_conditioning
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
-from lora_core.lora.inject import Merger
-from lora_core.lora.weights import LoadedLora
+from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds

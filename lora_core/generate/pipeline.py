@@ -3,10 +3,6 @@
 The noise of an image depends on its seed and size alone and is drawn on the CPU, so that a seed means the
 same image on every device, and base and adapter can be compared on the same noise.
 
-The latent preview maps latents to colours by one small matrix. It is fitted once per base by least squares
-between the latents of a few images and their colours averaged over the pixels of a latent. It leaves out
-texture; decoding would cost as much as some steps of the sampler.
-
 A `Pipeline` merges what changes between two images and never reloads the base. On a card with too little
 memory the text encoders wait in main memory and are on the card only while they read a new prompt; where that
 is not enough, the UNet is quantized to 8 bits. How an adapter is truncated to a rank is passed in, because
@@ -16,45 +12,34 @@ the tools that do it import this folder.
 import functools
 import inspect
 import io
-import textwrap
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lora_core.backends.int8 import WeightPolicy, quantize_int8
-from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
-from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora
-from lora_core.lora.inject import Merger
-from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
+from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
-from lora_core.models.device import (
-    available_memory,
-    best_device,
-    cap_memory,
-    dtype_of,
-    memory_of,
-    out_of_memory,
-    release_failed,
-)
+from lora_core.models.device import out_of_memory, release_failed
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
-from lora_core.models.load import BaseModel, open_base
+from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
 from lora_core.models.unet import PromptEmbeds, default_time_ids
-from lora_core.models.vae import decode_latents, encode_image
+from lora_core.models.vae import decode_latents
 from lora_core.settings.choices import SAMPLERS, chosen
-from lora_core.system.files import DEMO_TRAIN, write_atomically
+from lora_core.system.files import write_atomically
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, number of steps); an exception from it ends the image."""
-OnLatents = Callable[[Callable[[], torch.Tensor]], None]
-"""Called after each step with a function that computes the predicted clean latents (1, C, h, w)."""
 
 
 def make_scheduler(base: BaseModel, name: str) -> Any:
@@ -140,7 +125,7 @@ def sample_latents(
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
             if on_latents is not None:
-                on_latents(functools.partial(_predict_clean, base, scaled, output, timestep))
+                on_latents(functools.partial(predict_clean, base, scaled, output, timestep))
     return latents
 
 
@@ -159,23 +144,6 @@ def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) 
     return guided * (phi * wanted / given + (1.0 - phi))
 
 
-def _predict_clean(
-    base: BaseModel, scaled: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """Clean latents from the UNet's output.
-
-    The UNet's input has the variance of the forward process with every sampler, so the scheduler is not
-    asked.
-    Source: Ho et al. 2020, equation 15; Salimans and Ho 2022, appendix D.
-    """
-    step = int(timestep.round().clamp(0, base.noise.num_timesteps - 1))
-    share = base.noise.alphas_cumprod[step].clamp(min=1e-4)
-    signal, spread = float(share.sqrt()), float((1 - share).sqrt())
-    if base.noise.objective == "epsilon":
-        return (scaled - spread * output) / signal
-    return signal * scaled - spread * output
-
-
 def sample_image(
     base: BaseModel,
     request: GenerationRequest,
@@ -192,29 +160,23 @@ def sample_image(
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """The image (RGB) of a request's prompts, with whatever adapter is in the base."""
+    return sample_image(base, request, *encode_prompts(base, request), on_step)
+
+
+def encode_prompts(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """The conditions of a request's prompt and of its negative prompt."""
+    options = request.clip_skip, request.tokens
     with torch.no_grad():
-        text = encode_prompt(base, [request.prompt], request.clip_skip, request.tokens)
-        negative = encode_negative_prompt(base, request.negative, request.clip_skip, request.tokens)
-    return sample_image(base, request, text, negative, on_step)
+        text = encode_prompt(base, [request.prompt], *options)
+        return text, encode_negative_prompt(base, request.negative, *options)
 
 
 def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, str] | None = None) -> str:
-    """Prompt and settings in the form of A1111.
-
-    Args:
-        base: what made the image.
-        extra: more settings, name to value.
-    """
+    """Prompt and settings in the form of A1111, with the size and CFG rescale that `base` uses, and with
+    more settings, name to value."""
     width, height = image_size(base, request)
     phi = base.facts.cfg_rescale(request.cfg_rescale) if request.cfg > 1 else 0.0
-    return Infotext(
-        prompt=request.prompt, negative=request.negative, steps=request.steps,
-        sampler=chosen(SAMPLERS, request.sampler, "sampler").title, cfg=request.cfg, cfg_rescale=phi,
-        seed=request.seed, width=width, height=height, model=Path(base.name).stem,
-        clip_skip=request.clip_skip, loras=tuple(lora for lora in request.loras if lora.acts),
-        extra={f"LoRA rank of {lora.name}": str(lora.rank) for lora in request.loras if lora.rank}
-        | dict(extra or {}),
-    ).text()  # fmt: skip
+    return replace(request, base=base.name, width=width, height=height).infotext(phi, extra or {})
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
@@ -234,114 +196,21 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
         raise ConfigError(f"The image cannot be written to {path}: {error.strerror or error}.") from error
 
 
-# The latent preview.
-
-FIT_IMAGES = 6
-"""Enough for a matrix of 15 entries: each has 256 latents where a latent is 8 pixels wide."""
-FIT_SIDE = 128
-
-
-def fit_rgb_matrix(base: BaseModel) -> torch.Tensor:
-    """(C + 1, 3) in fp32: latents with a 1 appended, times this, are colours in [0, 1]."""
-    latents, colours = [], []
-    for path in _fit_images():
-        with Image.open(path) as opened:
-            image = opened.convert("RGB").resize((FIT_SIDE, FIT_SIDE))
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
-        latents.append(encode_image(base, pixels * 2 - 1).flatten(1).T)
-        means = torch.nn.functional.avg_pool2d(pixels[None], base.vae_scale_factor)[0]
-        colours.append(means.flatten(1).T)
-    known = torch.cat(latents).double()
-    ones = torch.ones(len(known), 1, dtype=torch.float64)
-    solved = torch.linalg.lstsq(torch.cat([known, ones], dim=1), torch.cat(colours).double())
-    return solved.solution.float()
-
-
-@functools.cache
-def _fit_images() -> tuple[str, ...]:
-    """A few of the demo's images, evenly spaced."""
-    found = sorted(path for path in DEMO_TRAIN.iterdir() if path.suffix.lower() != ".txt")
-    return tuple(str(path) for path in found[:: max(1, len(found) // FIT_IMAGES)][:FIT_IMAGES])
-
-
-def latent_preview(latents: torch.Tensor, matrix: torch.Tensor) -> Image.Image:
-    """A small RGB image, one pixel for each latent of (1, C, h, w)."""
-    flat = latents[0].detach().float().cpu()
-    colours = torch.einsum("chw,cr->hwr", flat, matrix[:-1]) + matrix[-1]
-    return Image.fromarray((colours.nan_to_num().clamp(0, 1) * 255).round().byte().numpy())
-
-
 # A base that stays open.
 
 MOST_ADAPTERS = 8
-"""Kept in memory after use."""
+"""Kept in memory after use, and as many that were truncated."""
 MOST_PROMPTS = 32
-RESIDENT, ASIDE, INT8 = range(3)
-"""How a base is kept: everything on the device; text encoders in main memory; the UNet in 8 bits, too."""
-DECODING = 24
-"""Bytes per pixel for each channel of the VAE's first level: the peak of its decoder in fp32."""
-SAMPLING = 2**29
-"""Bytes that a sampler step takes beside the UNet, SDXL at 1024 px with guidance."""
 IN_8_BITS = "The UNet is kept in 8 bits, as it does not fit into the graphics memory; images differ slightly."
 Truncate = Callable[[AdapterWeights, int], AdapterWeights]
-FileKey = tuple[str, int, int, int]
-"""Path, time and size of a file, and the rank that it is truncated to."""
 
 
 def open_pipeline(request: GenerationRequest, truncate: Truncate, precision: str = "auto") -> "Pipeline":
-    """The pipeline of a request's base on the best device, kept so that its images fit into memory.
-
-    Raises:
-        ModelFileError: the base cannot be used.
-        OutOfMemory: it does not fit in any way.
-    """
-    device = best_device()
-    cap_memory(device)
-    least = RESIDENT
-    while True:
-        policy = WeightPolicy()
-        base = open_base(
-            request.base, device, dtype_of(precision, device), request.prediction, request.vae, policy,
-            request.zero_terminal_snr,
-        )  # fmt: skip
-        kept = max(least, _fitting(base))
-        policy.quantize = quantize_int8 if kept == INT8 else None
-        try:
-            base.load(base.family.denoiser)
-            for part in base.text_encoders:
-                base.load(part)
-                if kept != RESIDENT:
-                    base.put(part, torch.device("cpu"))
-            base.load("vae")
-            return Pipeline(base, truncate, kept)
-        except OutOfMemory as error:
-            if device.type == "cpu":
-                raise
-            if kept == INT8:
-                raise OutOfMemory(
-                    f"The base {request.base} does not fit into the {memory_of(device)} that is free, even"
-                    " with its UNet in 8 bits; close other programs that use it, or wait for the end of a"
-                    " run."
-                ) from error
-            release_failed(error, device)
-            least = kept + 1
-
-
-def _fitting(base: BaseModel) -> int:
-    """How to keep a base that is not loaded yet, by its size and the free memory."""
-    room = available_memory(base.device)
-    if room is None:
-        return RESIDENT
-    unet, *encoders = (
-        sum(tensor.numel() for tensor in module.parameters()) * base.dtype.itemsize
-        for module in base.modules.values()
+    """The pipeline of a request's base on the best device; see `load_to_fit`."""
+    base, kept = load_to_fit(
+        request.base, precision, request.prediction, request.vae, request.zero_terminal_snr
     )
-    config: Any = base.vae.config
-    decoding = DECODING * config.block_out_channels[0] * base.resolution**2
-    vae = sum(tensor.nbytes for tensor in base.vae.parameters())
-    if unet + sum(encoders) + vae + max(decoding, SAMPLING) <= room:
-        return RESIDENT
-    return ASIDE if unet + max(*encoders, vae + SAMPLING) <= room else INT8
+    return Pipeline(base, truncate, kept)
 
 
 class Pipeline:
@@ -351,13 +220,13 @@ class Pipeline:
         """Generate with `base`, kept in one of three ways; `truncate` cuts an adapter to a rank."""
         self.base = base
         self.kept = kept
-        self._truncate = truncate
         self._merger = Merger(base.modules)
-        self._files: OrderedDict[FileKey, AdapterWeights] = OrderedDict()
+        keep = functools.lru_cache(MOST_ADAPTERS)
+        self._read = read = keep(lambda file, time, size: load_adapter(Path(file), base.family))
+        self._truncated = keep(lambda rank, *version: truncate(read(*version), rank))
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions: OrderedDict[object, tuple[PromptEmbeds, PromptEmbeds]] = OrderedDict()
-        self._rgb_matrix: torch.Tensor | None = None
         self.ready_in = 0.0
         """Seconds from the last request to the first step of its sampler: merging and encoding the prompt."""
 
@@ -366,12 +235,10 @@ class Pipeline:
         """What the user should know of how the base is kept, or ""."""
         return IN_8_BITS if self.kept == INT8 else ""
 
-    @property
+    @functools.cached_property
     def rgb_matrix(self) -> torch.Tensor:
-        """Latents to colours, fitted at the first use."""
-        if self._rgb_matrix is None:
-            self._rgb_matrix = fit_rgb_matrix(self.base)
-        return self._rgb_matrix
+        """Latents to colours, for the latent preview."""
+        return fit_rgb_matrix(self.base)
 
     def __call__(
         self, request: GenerationRequest, on_step: OnStep | None = None, on_latents: OnLatents | None = None
@@ -388,7 +255,8 @@ class Pipeline:
                 if not out_of_memory(error) or self.kept == INT8 or self.base.device.type == "cpu":
                     raise
                 release_failed(error, self.base.device)
-            self._use_less_memory()
+            self.kept += 1
+            keep_in_less_memory(self.base, self.kept)
 
     def _generate(
         self, request: GenerationRequest, on_step: OnStep | None, on_latents: OnLatents | None
@@ -399,14 +267,6 @@ class Pipeline:
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents)
 
-    def _use_less_memory(self) -> None:
-        self.kept += 1
-        if self.kept == INT8:
-            WeightPolicy(quantize_int8).apply_to(self.base.denoiser)
-            return
-        for part in self.base.text_encoders:
-            self.base.put(part, torch.device("cpu"))
-
     def _encode_prompts(self, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
         """The conditions of both prompts, kept for as long as no adapter changes the text encoders."""
         asked = (request.prompt, request.negative, request.clip_skip, request.tokens, self._merged_text)
@@ -414,13 +274,8 @@ class Pipeline:
             if self.kept != RESIDENT:
                 # The largest text encoder takes more than the VAE.
                 self.base.put("vae", torch.device("cpu"))
-            with torch.no_grad():
-                text = encode_prompt(self.base, [request.prompt], request.clip_skip, request.tokens)
-                negative = encode_negative_prompt(
-                    self.base, request.negative, request.clip_skip, request.tokens
-                )
+            self._conditions[asked] = encode_prompts(self.base, request)
             self.base.put("vae", self.base.device)
-            self._conditions[asked] = text, negative
         self._conditions.move_to_end(asked)
         while len(self._conditions) > MOST_PROMPTS:
             self._conditions.popitem(last=False)
@@ -433,17 +288,16 @@ class Pipeline:
 
     def set_adapters(self, loras: tuple[WeightedLora, ...]) -> None:
         """Make the base act as with exactly these adapters; does nothing where it does already."""
-        files = [(lora, *self._load(lora)) for lora in loras]
-        wanted = tuple((key, lora.strength, lora.text_strength) for lora, key, _ in files if lora.acts)
+        acting = [
+            (key, LoadedLora(weights, lora.strength, lora.text_strength))
+            for lora, (key, weights) in [(lora, self._load(lora)) for lora in loras]
+            if lora.acts
+        ]
+        wanted = tuple((key, one.strength, one.text_strength) for key, one in acting)
         if wanted == self._merged:
             return
         # An exception while merging leaves the weights in an unknown state.
         self._merged = None
-        acting = [
-            (key, LoadedLora(weights, lora.strength, lora.text_strength))
-            for lora, key, weights in files
-            if lora.acts
-        ]
         self._merger.apply([one for _, one in acting])
         self._merged_text = tuple(
             (key, strength)
@@ -453,88 +307,10 @@ class Pipeline:
         )
         self._merged = wanted
 
-    def _load(self, lora: WeightedLora) -> tuple[FileKey, AdapterWeights]:
-        """The adapter in a file, read again where the file has changed."""
+    def _load(self, lora: WeightedLora) -> tuple[tuple[object, ...], AdapterWeights]:
+        """The adapter in a file, read again where the file has changed, and what identifies it."""
         path = Path(lora.file)
         status = path.stat() if path.is_file() else None
         version = (str(path), status.st_mtime_ns if status else 0, status.st_size if status else 0)
-        key = (*version, lora.rank)
-        if key not in self._files:
-            if lora.rank:
-                _, weights = self._load(WeightedLora(lora.file))
-                self._files[key] = self._truncate(weights, lora.rank)
-            else:
-                self._files[key] = load_adapter(path, self.base.family)
-        self._files.move_to_end(key)
-        while len(self._files) > MOST_ADAPTERS:
-            self._files.popitem(last=False)
-        return key, self._files[key]
-
-
-# Draws a labelled grid of images with Pillow's own font.
-
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-GAP = 8
-MOST_LINES, MOST_LETTERS = 4, 400
-PAPER, INK = "#ffffff", "#1f1c18"
-ELLIPSIS = "..."
-"""Three dots, as not every build of Pillow's font has the single character."""
-
-
-def make_image_grid(
-    images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
-) -> Image.Image:
-    """The images in a grid, RGB, none of them scaled.
-
-    Args:
-        images: row by row; None leaves a blank cell.
-        rows: labels left of the rows; none for no labels.
-        columns: labels above the columns; none for no labels.
-    """
-    present = [image for row in images for image in row if image is not None]
-    width = max((image.width for image in present), default=64)
-    height = max((image.height for image in present), default=64)
-    font = ImageFont.load_default(size=max(11, min(28, width // 18 + 6)))
-    line_height = int(font.getbbox("Ágj")[3]) + 3
-    left = [_wrap(label, max(96, min(width // 2, 320)), font) for label in rows]
-    top = [_wrap(label, width, font) for label in columns]
-    margin = max((_width(line, font) for lines in left for line in lines), default=0)
-    head = max((len(lines) for lines in top), default=0) * line_height
-    x0, y0 = GAP + (margin + GAP if margin else 0), GAP + (head + GAP if head else 0)
-    across = max((len(row) for row in images), default=0)
-    grid = Image.new("RGB", (x0 + across * (width + GAP), y0 + len(images) * (height + GAP)), PAPER)
-    draw = ImageDraw.Draw(grid)
-    for number, lines in enumerate(top):
-        x = x0 + number * (width + GAP)
-        for index, line in enumerate(lines):
-            indent = max(0, (width - _width(line, font)) // 2)
-            y = y0 - GAP - (len(lines) - index) * line_height
-            draw.text((x + indent, y), line, fill=INK, font=font)
-    for number, lines in enumerate(left):
-        y = y0 + number * (height + GAP) + max(0, (height - len(lines) * line_height) // 2)
-        for index, line in enumerate(lines):
-            draw.text((GAP, y + index * line_height), line, fill=INK, font=font)
-    for down, row in enumerate(images):
-        for right, image in enumerate(row):
-            if image is not None:
-                grid.paste(image, (x0 + right * (width + GAP), y0 + down * (height + GAP)))
-    return grid
-
-
-def _wrap(label: str, width: int, font: Font) -> list[str]:
-    """A label in at most `MOST_LINES` lines of at most `width` pixels; the rest is cut off."""
-    text = "".join(c for c in " ".join(label[:MOST_LETTERS].split()) if c.isprintable())
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        # Without FreeType, Pillow has a font of Latin letters only.
-        text = text.encode("ascii", "replace").decode()
-    average = _width(text, font) / max(1, len(text))
-    for count in range(min(len(text), int(1.5 * width / average)) + len(ELLIPSIS), len(ELLIPSIS) - 1, -1):
-        lines = textwrap.wrap(text, count, max_lines=MOST_LINES, placeholder=ELLIPSIS)
-        if all(_width(line, font) <= width for line in lines):
-            return lines
-    return []
-
-
-def _width(text: str, font: Font) -> int:
-    return int(font.getlength(text)) + 1
+        weights = self._truncated(lora.rank, *version) if lora.rank else self._read(*version)
+        return (*version, lora.rank), weights

@@ -1,4 +1,4 @@
-"""Putting an adapter into a base: which layers, as trainable layers for training, or merged for use.
+"""An adapter put into a base for training: which layers, what they start from, and what was trained.
 
 Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
 "text_encoder.text_model.encoder.layers.0.self_attn.q_proj". The patterns of block tables
@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from lora_core.backends.base import Adaptable, replace_submodule
-from lora_core.backends.int8 import CompactLayer, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
-from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, layer_by_path
+from lora_core.model_files.families import Targets, canonical_path
 from lora_core.settings.schema import AdapterSection, compile_pattern, last_matches
 
 ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
@@ -36,20 +35,6 @@ def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, 
         if isinstance(layer, Adaptable) and pattern.fullmatch(name):
             found[name] = (path, layer)
     return found
-
-
-def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
-    """The (real path, frozen layer) that a canonical path names in `module`, or None."""
-    for candidate in dict.fromkeys((path, path.removeprefix(TEXT_LEVEL))):
-        try:
-            layer = module.get_submodule(candidate)
-        except AttributeError:
-            continue
-        # An adapted layer hides the frozen one behind it.
-        frozen = getattr(layer, "base", layer)
-        if isinstance(frozen, Adaptable):
-            return candidate, frozen
-    return None
 
 
 @dataclass(frozen=True)
@@ -292,93 +277,3 @@ def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights,
         new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
     )
     return layer, kept, lost
-
-
-Factors = tuple[torch.Tensor, torch.Tensor]
-"""up (out, r) and down (r, in)."""
-
-
-class Merger:
-    """Adapters merged into a base's own weights, and taken out again: W = W0 + sum of s (alpha/r) B A.
-
-    Where every strength is 0 the weight is W0 bit for bit, and nothing depends on what was merged before.
-
-    On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference
-    costs what the base costs. On other devices memory is scarcer than time: W0 stays, the factors are
-    copied to the device once, in the base's dtype, and each use of a layer computes the sum anew, by one
-    `addmm` for each adapter. So a new strength copies nothing, and no weight is there twice."""
-
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """Manage the components `modules`, by part."""
-        self._modules = modules
-        self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
-        self._compact: dict[LayerKey, CompactLayer] = {}
-        self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
-        """By the adapter's id, beside the adapter, so that no other can have it."""
-
-    def apply(self, adapters: list[LoadedLora]) -> None:
-        """Make the base act as with exactly these adapters.
-
-        Raises:
-            AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
-        """
-        acting: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
-        for adapter in adapters:
-            for key in adapter.weights.layers:
-                self._prepare(key, adapter.weights)
-                if adapter.on(key[0]) != 0:
-                    acting.setdefault(key, []).append((adapter.on(key[0]), adapter.weights))
-        with torch.no_grad():
-            for key, (layer, original) in self._originals.items():
-                merged = original.float() if key in acting else original
-                for strength, weights in acting.get(key, []):
-                    merged = merged + strength * weights.layers[key].delta().reshape(original.shape)
-                layer.weight.copy_(merged)
-            if adapters and self._compact:
-                used = {id(adapter.weights) for adapter in adapters}
-                self._factors = {name: kept for name, kept in self._factors.items() if name in used}
-            for key, compact in self._compact.items():
-                compact.updates = [
-                    (*self._factors_on_device(key, weights), strength * weights.layers[key].scale)
-                    for strength, weights in acting.get(key, [])
-                ]
-
-    def _factors_on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
-        """up (out, r) and down (r, in) of a layer, in its dtype and on its device."""
-        _, factors = self._factors.setdefault(id(weights), (weights, {}))
-        layer = self._compact[key]
-        found = factors.get(key)
-        if found is None or (layer.data is not None and found[0].device != layer.data.device):
-            device = (layer.dequantize() if layer.data is None else layer.data).device
-            update = weights.layers[key]
-            up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
-            factors[key] = (up, down)
-        return factors[key]
-
-    def _prepare(self, key: LayerKey, weights: AdapterWeights) -> None:
-        """Check that a layer fits, and have its W0 kept."""
-        part, path = key
-        located = layer_by_path(self._modules[part], path) if part in self._modules else None
-        if located is None:
-            raise AdapterFileError(
-                f"The adapter has a layer {part} {path} that this base does not have; it is for another base."
-            )
-        (real, layer), size = located, weights.layers[key].weight_shape
-        shape = layer.shape if isinstance(layer, CompactLayer) else layer.weight.shape
-        if shape.numel() != math.prod(size) or shape[0] != size[0]:
-            raise AdapterFileError(
-                f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
-                f"{shape[1]} to {shape[0]}; it is for another base."
-            )
-        if key in self._originals or key in self._compact:
-            return
-        # A weight on the CPU is merged in place.
-        in_place = not isinstance(layer, CompactLayer) and layer.weight.device.type == "cpu"
-        compact = None if in_place else as_compact(layer)
-        if compact is None:
-            self._originals[key] = (layer, layer.weight.detach().clone())
-            return
-        if compact is not layer:
-            holder = self._modules[part].get_submodule(real)
-            replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", compact)
-        self._compact[key] = compact

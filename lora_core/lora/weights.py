@@ -1,15 +1,28 @@
-"""The one in-memory adapter: each file format translates to and from it, so n formats need n translators."""
+"""The one in-memory adapter, to and from which each file format translates, and how it is merged into a base.
 
+On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference costs
+what the base costs. On other devices memory is scarcer than time: W0 stays, the factors are copied to the
+device once, in the base's dtype, and each use of a layer computes the sum anew, by one `addmm` for each
+adapter. So a new strength copies nothing, and no weight is there twice.
+"""
+
+import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
-from lora_core.model_files.families import is_text_encoder
+from lora_core.backends.base import Adaptable, replace_submodule
+from lora_core.backends.int8 import CompactLayer, as_compact
+from lora_core.errors import AdapterFileError
+from lora_core.model_files.families import TEXT_LEVEL, is_text_encoder
 
 LayerKey = tuple[str, str]
 """(part, module path): the part is one of `Family.parts`, such as "unet"; the path is diffusers'
 dotted name below it, for text encoders always with the `text_model.` level
 ("text_model.encoder.layers.0.self_attn.q_proj")."""
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""up (out, r) and down (r, in)."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +87,96 @@ class LoadedLora:
         """The strength on a part."""
         text = self.text_strength
         return text if text is not None and is_text_encoder(part) else self.strength
+
+
+def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
+    """The (real path, frozen layer) that a canonical path names in `module`, or None."""
+    for candidate in dict.fromkeys((path, path.removeprefix(TEXT_LEVEL))):
+        try:
+            layer = module.get_submodule(candidate)
+        except AttributeError:
+            continue
+        # An adapted layer hides the frozen one behind it.
+        frozen = getattr(layer, "base", layer)
+        if isinstance(frozen, Adaptable):
+            return candidate, frozen
+    return None
+
+
+class Merger:
+    """Merges adapters: W = W0 + sum of s (alpha/r) B A. Where every strength is 0 the weight is W0 bit for
+    bit, and nothing depends on what was merged before."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """Manage the components `modules`, by part."""
+        self._modules = modules
+        self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
+        self._compact: dict[LayerKey, CompactLayer] = {}
+        self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
+        """By the adapter's id, beside the adapter, so that no other can have it."""
+
+    def apply(self, adapters: list[LoadedLora]) -> None:
+        """Make the base act as with exactly these adapters.
+
+        Raises:
+            AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
+        """
+        acting: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
+        for adapter in adapters:
+            for key in adapter.weights.layers:
+                self._prepare(key, adapter.weights)
+                if strength := adapter.on(key[0]):
+                    acting.setdefault(key, []).append((strength, adapter.weights))
+        with torch.no_grad():
+            for key, (layer, original) in self._originals.items():
+                merged = original.float() if key in acting else original
+                for strength, weights in acting.get(key, []):
+                    merged = merged + strength * weights.layers[key].delta().reshape(original.shape)
+                layer.weight.copy_(merged)
+            if adapters and self._compact:
+                used = {id(adapter.weights) for adapter in adapters}
+                self._factors = {name: kept for name, kept in self._factors.items() if name in used}
+            for key, compact in self._compact.items():
+                compact.updates = [
+                    (*self._factors_on_device(key, weights), strength * weights.layers[key].scale)
+                    for strength, weights in acting.get(key, [])
+                ]
+
+    def _factors_on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
+        """up (out, r) and down (r, in) of a layer, in its dtype and on its device."""
+        _, factors = self._factors.setdefault(id(weights), (weights, {}))
+        layer, found = self._compact[key], factors.get(key)
+        if found is None or (layer.data is not None and found[0].device != layer.data.device):
+            device = (layer.dequantize() if layer.data is None else layer.data).device
+            update = weights.layers[key]
+            up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
+            factors[key] = (up, down)
+        return factors[key]
+
+    def _prepare(self, key: LayerKey, weights: AdapterWeights) -> None:
+        """Check that a layer fits, and have its W0 kept."""
+        part, path = key
+        located = layer_by_path(self._modules[part], path) if part in self._modules else None
+        if located is None:
+            raise AdapterFileError(
+                f"The adapter has a layer {part} {path} that this base does not have; it is for another base."
+            )
+        (real, layer), size = located, weights.layers[key].weight_shape
+        shape = layer.shape if isinstance(layer, CompactLayer) else layer.weight.shape
+        if shape.numel() != math.prod(size) or shape[0] != size[0]:
+            raise AdapterFileError(
+                f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
+                f"{shape[1]} to {shape[0]}; it is for another base."
+            )
+        if key in self._originals or key in self._compact:
+            return
+        # A weight on the CPU is merged in place.
+        in_place = not isinstance(layer, CompactLayer) and layer.weight.device.type == "cpu"
+        compact = None if in_place else as_compact(layer)
+        if compact is None:
+            self._originals[key] = (layer, layer.weight.detach().clone())
+            return
+        if compact is not layer:
+            holder = self._modules[part].get_submodule(real)
+            replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", compact)
+        self._compact[key] = compact

@@ -25,7 +25,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from lora_core.backends.int8 import WeightPolicy
+from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import ModelFileError, OutOfMemory
 from lora_core.model_files.detect import (
     UNET,
@@ -39,7 +39,15 @@ from lora_core.model_files.families import Family, TextEncoder
 from lora_core.model_files.header import Header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.ldm_names import RESNETS, open_clip_path
-from lora_core.models.device import available_memory, memory_of, out_of_memory
+from lora_core.models.device import (
+    available_memory,
+    best_device,
+    cap_memory,
+    dtype_of,
+    memory_of,
+    out_of_memory,
+    release_failed,
+)
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, as_denoiser
 from lora_core.models.weight_files import (
     TensorSource,
@@ -53,6 +61,12 @@ from lora_core.models.weight_files import (
 )
 from lora_core.system.files import CLIP_TOKENIZER, expand_home
 
+RESIDENT, ASIDE, INT8 = range(3)
+"""How a base is kept for images: all on the device; text encoders in main memory; the UNet in 8 bits, too."""
+DECODING = 24
+"""Bytes per pixel for each channel of the VAE's first level: the peak of its decoder in fp32."""
+SAMPLING = 2**29
+"""Bytes that a sampler step takes beside the UNet, SDXL at 1024 px with guidance."""
 TITLES = {"unet": "UNet", "vae": "VAE"}
 """Components in messages, where the part's own name is no word."""
 
@@ -208,6 +222,68 @@ def open_base(
         tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
         dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip
+
+
+def load_to_fit(name: str, precision: str, prediction: str, vae: str, zero_snr: str) -> tuple[BaseModel, int]:
+    """A base on the best device, for images, and how it is kept so that they fit into memory; arguments as of
+    `open_base`, and the precision of `dtype_of`.
+
+    Raises:
+        ModelFileError: the base cannot be used.
+        OutOfMemory: it does not fit in any way.
+    """
+    device = best_device()
+    cap_memory(device)
+    least = RESIDENT
+    while True:
+        policy = WeightPolicy()
+        base = open_base(name, device, dtype_of(precision, device), prediction, vae, policy, zero_snr)
+        kept = max(least, _fitting(base))
+        policy.quantize = quantize_int8 if kept == INT8 else None
+        try:
+            base.load(base.family.denoiser)
+            for part in base.text_encoders:
+                base.load(part)
+                if kept != RESIDENT:
+                    base.put(part, torch.device("cpu"))
+            base.load("vae")
+            return base, kept
+        except OutOfMemory as error:
+            if device.type == "cpu":
+                raise
+            if kept == INT8:
+                raise OutOfMemory(
+                    f"The base {name} does not fit into the {memory_of(device)} that is free, even with its"
+                    " UNet in 8 bits; close other programs that use it, or wait for the end of a run."
+                ) from error
+            release_failed(error, device)
+            least = kept + 1
+
+
+def _fitting(base: BaseModel) -> int:
+    """How to keep a base that is not loaded yet, by its size and the free memory."""
+    room = available_memory(base.device)
+    if room is None:
+        return RESIDENT
+    unet, *encoders = (
+        sum(tensor.numel() for tensor in module.parameters()) * base.dtype.itemsize
+        for module in base.modules.values()
+    )
+    config: Any = base.vae.config
+    decoding = DECODING * config.block_out_channels[0] * base.resolution**2
+    vae = sum(tensor.nbytes for tensor in base.vae.parameters())
+    if unet + sum(encoders) + vae + max(decoding, SAMPLING) <= room:
+        return RESIDENT
+    return ASIDE if unet + max(*encoders, vae + SAMPLING) <= room else INT8
+
+
+def keep_in_less_memory(base: BaseModel, kept: int) -> None:
+    """Keep a loaded base in another way than before, ASIDE or INT8."""
+    if kept == INT8:
+        WeightPolicy(quantize_int8).apply_to(base.denoiser)
+        return
+    for part in base.text_encoders:
+        base.put(part, torch.device("cpu"))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.queue import Queue
-from lora_core.system.files import folder_bytes, parse_json, write_atomically
+from lora_core.system.files import folder_bytes, parse_json, unused_path, write_atomically
 
 _LABEL = "label.json"
 _CONTENT = "content"
@@ -118,9 +118,7 @@ def restore(one: TrashItem, workspace: Path) -> Path:
         RunError: it is gone from the trash, or the disk refuses.
     """
     wanted, kind = _allowed(one.came_from, workspace)
-    path, number = wanted, 2
-    while os.path.lexists(path):
-        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
+    path = unused_path(wanted.parent, wanted.stem, wanted.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(one.content, path)

@@ -258,6 +258,14 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def unused_path(folder: Path, stem: str, ending: str) -> Path:
+    """`stem` with `ending` in a folder, or the first of `stem-2`, `stem-3`, ... that does not exist."""
+    path, number = folder / f"{stem}{ending}", 2
+    while os.path.lexists(path):
+        path, number = folder / f"{stem}-{number}{ending}", number + 1
+    return path
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, its texts made valid; NaN and Infinity, which are no JSON, become null.
 

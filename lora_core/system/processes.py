@@ -178,6 +178,12 @@ def log_tail(path: Path, lines: int, start: int = 0) -> list[str]:
         return []
 
 
+def last_log_line(path: Path) -> str:
+    """The last non-empty line of a log, "" if none."""
+    lines = log_tail(path, 40)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
 def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 

@@ -352,7 +352,7 @@ def _tag_counts(files: Sequence[LoraFile]) -> dict[str, dict[str, int]]:
 # Merges adapters into a base on disk: a diffusers folder or a single file, copied with its weights changed.
 #
 # A file is copied tensor by tensor. Where adapters change a tensor it becomes W0 + sum of s delta, summed
-# in fp32 as `lora/inject.Merger` does and rounded once to the tensor's own dtype; everything else, names,
+# in fp32 as `lora/weights.Merger` does and rounded once to the tensor's own dtype; everything else, names,
 # order and offsets in the file included, is copied byte for byte. At most one tensor is in memory at a
 # time.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
-from lora_core.generate.request import Axis, GenerationRequest, grid_requests, grid_settings
+from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
+from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS, PRECISIONS
-from lora_core.system.files import expand_home
+from lora_core.system.files import expand_home, unused_path
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import (
     FILE_PRECISIONS,
@@ -70,7 +71,7 @@ def generate(
         if target:
             path = target.with_stem(f"{target.stem}-{number + 1}") if number else target
         else:
-            path = unused_png(workspace_folder(workspace) / "generated", stem)
+            path = unused_path(workspace_folder(workspace) / "generated", stem, ".png")
         save_png(pipeline(one), path, pipeline.infotext(one))
         made.append(path)
         if drawn:
@@ -112,7 +113,7 @@ def grid(
     shots, target = grid_requests(shot, rows, columns), Path(out)
     _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
-    from lora_core.generate.pipeline import make_image_grid, save_png
+    from lora_core.generate.pipeline import save_png
 
     made = make_image_grid(
         [[pipeline(one) for one in row] for row in shots],
@@ -138,14 +139,6 @@ def _check_png(path: Path) -> None:
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"--out {path} cannot be written; choose a file in a folder of yours.")
-
-
-def unused_png(folder: Path, stem: str) -> Path:
-    """`stem.png` in a folder, or the first of `stem-2.png`, `stem-3.png`, ... that does not exist."""
-    path, number = folder / f"{stem}.png", 2
-    while path.exists():
-        path, number = folder / f"{stem}-{number}.png", number + 1
-    return path
 
 
 @verb

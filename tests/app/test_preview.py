@@ -9,20 +9,23 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.preview import grid
 from app.preview import request_form as preview_form
+from app.preview import sent_form
 from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
-from app.preview.infotext import apply_infotext, infotext_table, read_infotext
-from app.preview.loras import ADDED, lora_groups, unused_path
+from app.preview.infotext import Infotext, apply_infotext, infotext_table, read_infotext
+from app.preview.loras import ADDED, lora_groups
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.routes import generate, open_tab, take_rows
+from app.preview.routes import generate, open_tab
+from app.preview.sent_form import take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
-from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
+from lora_core.generate.grid import make_axis
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.storage import list_trash, restore
 from lora_core.settings.config import RunConfig
+from lora_core.system.files import unused_path
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
 
@@ -119,11 +122,11 @@ def test_the_newest_lora_is_in_the_form_until_a_person_chooses(app_state: AppSta
     run, file = run_with_file(app_state)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     rows = [WeightedLora(str(file), 0.5), WeightedLora("/typed/é.safetensors", 2.5, 0.25)]
-    first = preview_form.save_form(app_state.project, rows, True)
+    first = sent_form.save_form(app_state.project, rows, True)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == rows
-    assert preview_form.save_form(app_state.project, [], False) == first + 1
+    assert sent_form.save_form(app_state.project, [], False) == first + 1
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [], "the base alone is a choice too"
-    preview_form.save_form(app_state.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
+    sent_form.save_form(app_state.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     # Another project begins with its own, of which there is none.
     app_state.projects.new("Other")
@@ -136,11 +139,11 @@ def test_rows_from_a_page_are_checked() -> None:
         {"file": "x", "strength": float("nan"), "text": "1e99"},
         {"file": "", "strength": 1}, "no row", {"strength": 1}, None,
     ]  # fmt: skip
-    assert preview_form.parse_rows(sent) == [
+    assert sent_form.parse_rows(sent) == [
         WeightedLora("/a b.safetensors", 0.5),
         WeightedLora("x", 0.0, 20.0),
     ]
-    assert len(preview_form.parse_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
+    assert len(sent_form.parse_rows([{"file": "x"}] * 500)) == sent_form.MOST_LORAS
 
 
 def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
@@ -150,20 +153,20 @@ def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
         "strip": {"values": "0, 0.5", "on": True},
         "grid": {"rows": {"kind": "none"}, "columns": {"kind": "seed", "values": ["1, 2"]}},
     }  # fmt: skip
-    rows, rev = preview_form.take_sent_form(app_state.project, sent)
+    rows, rev = sent_form.take_sent_form(app_state.project, sent)
     snapshot = take_snapshot(app_state)
     assert rows == preview_form.lora_rows(snapshot)[0] == [WeightedLora("x", 0.3)]
     data = preview_form.form_data(snapshot)
     assert data["rev"] == rev
     assert {name: data["fields"][name] for name in fields} == fields
     assert data["strip"] == sent["strip"]
-    assert grid.take_sent_axes(app_state.project, sent) == [None, make_axis("seed", [1, 2])]
-    assert grid.grid_axes(snapshot)["columns"]["values"] == ["1, 2"]
+    assert preview_form.take_sent_axes(app_state.project, sent) == [None, make_axis("seed", [1, 2])]
+    assert preview_form.grid_axes(snapshot)["columns"]["values"] == ["1, 2"]
     assert preview_form.build_request(snapshot, data["fields"], rows).steps == 9
     # A number that is half typed, and what a page of another kind might send.
-    preview_form.take_sent_form(app_state.project, {**sent, "strip": {"values": "0, x"}})
-    assert preview_form.strip_values(app_state.project) == (0.0, 0.5)
-    preview_form.take_sent_form(app_state.project, {"rows": [], "fields": {"prompt": ["a"]}, "grid": 3})
+    sent_form.take_sent_form(app_state.project, {**sent, "strip": {"values": "0, x"}})
+    assert sent_form.strip_values(app_state.project) == (0.0, 0.5)
+    sent_form.take_sent_form(app_state.project, {"rows": [], "fields": {"prompt": ["a"]}, "grid": 3})
     assert preview_form.form_data(take_snapshot(app_state))["rows"] == []
 
 
@@ -296,9 +299,10 @@ def test_other_tools_and_added_files_are_offered(
     (folder / "notes.txt").write_bytes(b"")
     monkeypatch.setattr(app_state.tools, "lora_folders", lambda: [("ComfyUI", folder)])
     _, file = run_with_file(app_state)
-    added = unused_path(app_state.project.path / ADDED, "y")
+    added = app_state.project.path / ADDED / "y.safetensors"
+    added.parent.mkdir()
     added.write_bytes(b"")
-    assert unused_path(added.parent, "y").name == "y-2.safetensors"
+    assert unused_path(added.parent, "y", ".safetensors").name == "y-2.safetensors"
     groups = dict(lora_groups(take_snapshot(app_state)))
     assert groups["ComfyUI"] == [("sub/x", str(folder / "sub" / "x.safetensors"))]
     assert groups["Added here"] == [("y", str(added))]
@@ -331,9 +335,10 @@ def test_the_strip_of_a_run_is_drawn_once(app_state: AppState, monkeypatch: pyte
 
 
 def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
-    written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(WeightedLora("x", 0.5),))
-    _, info = read_infotext(picture(tmp_path, text=written.text()))
-    assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (WeightedLora("x", 0.5),))
+    lora = WeightedLora("x", 0.5)
+    drawn = GenerationRequest(HOSTILE, prompt=HOSTILE, negative=HOSTILE, seed=9, loras=(lora,))
+    _, info = read_infotext(picture(tmp_path, text=drawn.infotext(0.0, {})))
+    assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (lora,))
     shown = infotext_table(f"{HOSTILE}.png", info)
     assert "<img" not in shown
 
@@ -404,12 +409,12 @@ def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
 
 
 def test_axes_are_typed_or_picked(app_state: AppState) -> None:
-    assert grid.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
-    assert grid.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
-    assert grid.parse_axis("none", []) is None
+    assert preview_form.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
+    assert preview_form.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
+    assert preview_form.parse_axis("none", []) is None
     with pytest.raises(LoraError, match="needs values"):
-        grid.parse_axis("seed", [])
+        preview_form.parse_axis("seed", [])
     run_with_file(app_state)
-    choices, picked = grid.list_axis_values(take_snapshot(app_state), "checkpoint")
+    choices, picked = preview_form.list_axis_values(take_snapshot(app_state), "checkpoint")
     assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]

@@ -16,19 +16,16 @@ HELPERS = {
     "app/jobs.py": {"Jobs.all", "Jobs.live"},
     "app/preview/history.py": {"History.add", "file_time"},
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
-    "lora_core/lora/weights.py": {
-        "AdapterWeights.parts", "LayerWeights.delta", "LayerWeights.rank", "LayerWeights.scale",
-        "LayerWeights.weight_shape", "LoadedLora.on",
-    },
+    "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
+    "lora_core/generate/latent_preview.py": {"previewer"},
     "lora_core/models/device.py": {"best_device", "use_device"},
     "lora_core/models/load.py": {
         "BaseModel.latent_channels", "BaseModel.resolution", "BaseModel.size_multiple",
         "BaseModel.vae_scale_factor", "_DivideByOne.__rtruediv__",
     },
-    "lora_core/verbs/adapters.py": {"unused_png"},
 }  # fmt: skip
 """Small functions of other files: whether a run needs the memory, where the image is noted, properties of the
-base and of an adapter, a free name."""
+base, the strengths of the strip."""
 
 WORKER = """
 import json, sys, threading
@@ -66,7 +63,8 @@ def note(frame, event, arg):
         seen.setdefault(folder.strip("/") + "/" + file, set()).add(name)
 
 threading.setprofile(note)
-from app.preview.routes import generate, take_rows
+from app.preview.routes import generate
+from app.preview.sent_form import take_rows
 from app.state import AppState
 state = AppState(home / "workspace", worker_command=[sys.executable, "-c", worker, str(home / "worker.json")])
 fields = {"prompt": "a house", "seed": 3, "steps": 2}

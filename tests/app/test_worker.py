@@ -14,10 +14,11 @@ import pytest
 
 from app.preview.history import GridState
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.request_form import STRIP
+from app.preview.sent_form import STRIP
 from app.state import AppState
 from app.worker_client import MemoryYieldPolicy, WorkerClient
-from lora_core.generate.request import GenerationRequest, WeightedLora, make_axis
+from lora_core.generate.grid import make_axis
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.runs.events import to_line
 from lora_core.system.hardware import Card
 from lora_core.system.processes import detached

@@ -18,9 +18,9 @@ from lora_core.backends.int8 import (
     quantize_int8,
 )
 from lora_core.backends.offload import FileStore, OffloadStore, offload_store_for
-from lora_core.lora.inject import Merger, adapter_weights, inject, remove
+from lora_core.lora.inject import adapter_weights, inject, remove
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.weights import LoadedLora
+from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.model_files.families import ATTENTION
 from lora_core.models.load import load_base
 from tests.tiny import tiny_folder, tiny_unet

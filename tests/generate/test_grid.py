@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_core.generate.pipeline import GAP, make_image_grid
+from lora_core.generate.grid import GAP, make_image_grid
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 

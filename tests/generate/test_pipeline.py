@@ -6,8 +6,10 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import save_adapter
-from lora_core.generate.pipeline import Pipeline, generate_image, latent_preview
-from lora_core.generate.request import GenerationRequest, WeightedLora, grid_requests, parse_axis
+from lora_core.generate.grid import grid_requests, parse_axis
+from lora_core.generate.latent_preview import latent_preview
+from lora_core.generate.pipeline import Pipeline, generate_image
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.load import load_base

@@ -3,16 +3,8 @@
 import pytest
 
 from lora_core.errors import ConfigError
-from lora_core.generate.request import (
-    Axis,
-    GenerationRequest,
-    WeightedLora,
-    adapter_name,
-    grid_requests,
-    grid_settings,
-    make_axis,
-    parse_axis,
-)
+from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis, parse_axis
+from lora_core.generate.request import GenerationRequest, WeightedLora, adapter_name
 
 ONE = GenerationRequest(prompt="owl", seed=3, loras=(WeightedLora("a.safetensors", 0.8),))
 TWO = GenerationRequest(loras=(WeightedLora("a.safetensors", 0.8), WeightedLora("b.safetensors", 0.5, 0.2)))

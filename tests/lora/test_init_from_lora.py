@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import Merger, adapter_weights, fit_to_rank, init_from_lora, inject
+from lora_core.lora.inject import adapter_weights, fit_to_rank, init_from_lora, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger
 from lora_core.model_files.families import KOHYA, LOCON
 from tests.tiny import tiny_output, tiny_unet
 

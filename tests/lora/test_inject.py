@@ -3,9 +3,9 @@ import torch
 
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, WeightPolicy
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import Merger, adapter_weights, inject, layer_by_path, remove
+from lora_core.lora.inject import adapter_weights, inject, remove
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger, layer_by_path
 from lora_core.model_files.families import KOHYA
 from tests.tiny import tiny_output, tiny_text_encoder, tiny_unet
 

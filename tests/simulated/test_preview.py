@@ -24,13 +24,13 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from app.worker_client import WorkerClient
 from lora_core.backends.int8 import WeightPolicy, is_quantized
 from lora_core.generate import pipeline as module
-from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Pipeline, sample_latents
+from lora_core.generate.pipeline import Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
-from lora_core.models.load import BaseModel, load_base
+from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
 from lora_core.models.vae import decode_latents
 from lora_core.settings.choices import SAMPLERS
@@ -204,7 +204,7 @@ def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -
     """At true shapes, 1024 px, bf16, kohya's layers at rank 16; all of it took 13.7 GiB once."""
     with SimulatedDevice(gib=7, numbers=False) as card, torch.no_grad():
         weights = adapter(shapes_of("sdxl", WeightPolicy()), rank=16)
-        monkeypatch.setattr(module, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
+        monkeypatch.setattr("lora_core.models.load.open_base", lambda *asked: shapes_of("sdxl", asked[5]))
         pipeline = module.open_pipeline(GenerationRequest(), lambda same, rank: same)
         pipeline._load = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
         shot = GenerationRequest(

@@ -15,8 +15,7 @@ from lora_core.data.dataset import open_dataset
 from lora_core.data.scan import ImageRecord
 from lora_core.evaluate.validator import EvalImage, EvalNoise, encode_eval_images, eval_losses, paired_gain
 from lora_core.formats.io import load_adapter
-from lora_core.lora.inject import Merger
-from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base

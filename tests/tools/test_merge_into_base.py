@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.formats.io import save_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.inject import Merger, target_modules
-from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
+from lora_core.lora.inject import target_modules
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base

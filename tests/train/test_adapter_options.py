@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.formats.io import load_adapter, read_tensors, save_adapter
-from lora_core.lora.inject import Merger, adapter_weights, inject
+from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import FAMILIES, KOHYA
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base

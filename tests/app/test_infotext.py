@@ -2,7 +2,9 @@
 
 import pytest
 
-from lora_core.generate.request import Infotext, WeightedLora, parse_infotext
+from app.preview.infotext import parse_infotext
+from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.settings.choices import SAMPLERS
 
 HOSTILE = '<img src=x onerror="alert(1)"> {{7*7}} 😀 "quoted", Steps: 3'
 
@@ -34,21 +36,23 @@ def test_named_strengths_of_a1111_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "info",
+    ("shot", "extra"),
     [
-        Infotext("an owl", "", 20, "Euler a", 7.0, 1, 128, 128, "demo"),
-        Infotext(HOSTILE, HOSTILE, 20, "DDIM", 5.5, 2**63 - 1, 96, 160, "a, b: c", 2,
-             (WeightedLora("x y", 0.8), WeightedLora("größe", -0.5, 0.25))),
-        Infotext("two\nlines", "no\nno", 1, "UniPC", 1.0, 0, 64, 64, "demo",
-                 extra={"Rows": 'prompt="a, b",c'}),
+        (GenerationRequest(prompt="an owl", sampler="euler_a", cfg=7.0, seed=1, width=128, height=128), {}),
+        (GenerationRequest("a, b: c", prompt=HOSTILE, negative=HOSTILE, cfg=5.5, seed=2**63 - 1, width=96,
+                           height=160, clip_skip=2,
+                           loras=(WeightedLora("x y", 0.8), WeightedLora("größe", -0.5, 0.25))), {}),
+        (GenerationRequest(prompt="two\nlines", negative="no\nno", steps=1, sampler="unipc", cfg=1.0,
+                           width=64, height=64), {"Rows": 'prompt="a, b",c'}),
     ],
 )  # fmt: skip
-def test_what_is_written_is_read_back(info: Infotext) -> None:
-    found = parse_infotext(info.text())
-    assert (found.prompt, found.negative, found.loras) == (info.prompt, info.negative, info.loras)
-    for name in ("steps", "sampler", "cfg", "seed", "width", "height", "model"):
-        assert getattr(found, name) == getattr(info, name)
-    assert found.extra.get("Rows") == info.extra.get("Rows")
+def test_what_is_written_is_read_back(shot: GenerationRequest, extra: dict[str, str]) -> None:
+    found = parse_infotext(shot.infotext(0.7, extra))
+    assert (found.sampler, found.model) == (SAMPLERS[shot.sampler].title, shot.base)
+    for name in ("prompt", "negative", "loras", "steps", "cfg", "seed", "width", "height"):
+        assert getattr(found, name) == getattr(shot, name)
+    assert (found.cfg_rescale, found.clip_skip or 1) == (0.7, shot.clip_skip)
+    assert found.extra.get("Rows") == extra.get("Rows")
 
 
 def test_other_texts_are_all_prompt() -> None:

@@ -1,0 +1,109 @@
+"""What a page sends of the Preview tab's form: parsed, and stored in the project's draft.
+
+Each change gets the next revision, so that a page knows which of two states is newer.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from app.state import AppState
+from lora_core.errors import ConfigError, LoraError
+from lora_core.generate.grid import make_axis, split_values
+from lora_core.generate.request import WeightedLora
+from lora_core.projects.project import Project
+
+FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
+STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
+MOST_LORAS = 20
+MOST_STRENGTH = 20.0
+
+
+def take_rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Store the form; if only strengths changed, draw the shown image anew."""
+    rows, rev = take_sent_form(app_state.project, sent)
+    shot = app_state.render_queue.view().shot if sent.get("moved") and rows else None
+    # Another file waits for Generate, because it may need another base.
+    drawn = shot is not None and [lora.file for lora in shot.loras] == [row.file for row in rows]
+    if shot is not None and drawn:
+        app_state.render_queue.want(replace(shot, loras=tuple(rows)))
+    return {"rev": rev, "drawn": drawn}
+
+
+def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[WeightedLora], int]:
+    """Store the form as a page sends it; returns its LoRAs and the new revision.
+
+    Raises:
+        ConfigError: it is not whole.
+    """
+    if not isinstance(sent.get("rows"), list):
+        raise ConfigError("The LoRAs of the form did not arrive; try again.")
+    rows = parse_rows(sent["rows"])
+    more: dict[str, Any] = {}
+    fields, strip = sent.get("fields"), sent.get("strip")
+    if isinstance(strip, dict):
+        kept = {"on": bool(strip.get("on")), "values": list(strip_values(project))}
+        with contextlib.suppress(LoraError):
+            # Reported when the strip is generated; a half-typed number is not an error yet.
+            kept["values"] = list(parse_strengths(strip.get("values")))
+        more["preview_strip_at"] = kept
+    fields = fields if isinstance(fields, dict) else None
+    return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
+
+
+def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
+    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None."""
+    found = []
+    for row in list(rows)[:MOST_LORAS]:
+        if isinstance(row, dict) and (file := str(row.get("file") or "").strip().strip('"')):
+            text = None if row.get("text") is None else parse_strength(row["text"])
+            found.append(WeightedLora(file, parse_strength(row.get("strength")), text))
+    return found
+
+
+def parse_strength(value: Any) -> float:
+    """A strength within its limits; 0 for what is no number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    number = number if math.isfinite(number) else 0.0
+    return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
+
+
+def save_form(
+    project: Project, rows: list[WeightedLora], apart: bool, fields: dict[str, Any] | None = None, **more: Any
+) -> int:
+    """Store the LoRAs, the fields if given, and other entries of the draft; returns the new revision."""
+    before = project.draft().get("preview_loras") or {}
+    rev = int(before.get("rev") or 0) + 1
+    if fields is not None:
+        more["preview"] = {name: _plain(fields.get(name)) for name in FIELDS}
+    project.update_draft(preview_loras={"rows": row_data(rows), "apart": apart, "rev": rev}, **more)
+    return rev
+
+
+def _plain(value: Any) -> str | float | None:
+    return value if isinstance(value, str | int | float) else None
+
+
+def row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:
+    """LoRAs as a page sends them."""
+    return [{"file": row.file, "strength": row.strength, "text": row.text_strength} for row in rows]
+
+
+def strip_values(project: Project) -> tuple[float, ...]:
+    """The strengths of the strip in the draft."""
+    kept = (project.draft().get("preview_strip_at") or {}).get("values")
+    return tuple(kept) if isinstance(kept, list) and kept else STRIP
+
+
+def parse_strengths(text: Any) -> tuple[float, ...]:
+    """The strengths of the strip, as they are typed.
+
+    Raises:
+        ConfigError: there is none, or one is no number in range.
+    """
+    return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)
