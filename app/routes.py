@@ -151,7 +151,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
 def add_assets(app: FastAPI, names: list[str]) -> None:
     """Serve `names` out of `assets/`, and nothing else of that folder."""
 
-    @app.get("/easel/assets/{name}")
+    @app.get("/easel/assets/{name:path}")
     async def asset(name: str) -> Response:
         if name not in names:
             raise BadRequest(name)

@@ -21,6 +21,7 @@ from app.toolbox.routes import add_toolbox_routes
 from app.toolbox.view import build_toolbox
 from app.train.routes import add_run_routes
 from app.train.view import build_train
+from lora_core.report.plots import SCRIPTS
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ TABS = (
         "Dataset", build_dataset, add_dataset_routes,
         ("dataset.js", "dataset_tools.js", "dataset_learned.js"), ("dataset.css",),
     ),
-    Tab("Train", build_train, add_run_routes, ("train.js",)),
+    Tab("Train", build_train, add_run_routes, ("train.js", "timeline.js")),
     Tab("Preview", build_preview, add_preview_routes, ("preview.js",), ("preview.css",)),
     Tab("Export", build_export, add_export_routes, ("export.js",)),
     Tab("Toolbox", build_toolbox, add_toolbox_routes, ("toolbox.js",), ("analysis.css",)),
@@ -58,6 +59,7 @@ def list_scripts() -> list[str]:
     """The page's scripts in loading order: the shared ones, then each tab's."""
     return [
         "window.js",
+        *SCRIPTS,
         "lightbox.js",
         "folder_drop.js",
         "projects.js",
@@ -67,4 +69,4 @@ def list_scripts() -> list[str]:
 
 def list_styles() -> list[str]:
     """The page's style sheets in loading order."""
-    return ["style.css", *(name for tab in TABS for name in tab.styles)]
+    return ["style.css", "charts.css", *(name for tab in TABS for name in tab.styles)]

@@ -1,31 +1,47 @@
 // One lightbox for every image of the app. Whatever carries `data-zoom` or `data-large` opens in it, with all others of
 // the same value as its row: an image, a link to one, or a button with `data-src`. `data-flip` is what Space shows in its
-// place (of samples the first of the row, which is the base's), `data-words` the caption, `data-use` an image of the
-// history whose settings can be used.
+// place (of samples the first of the row, which is the base's), `data-words` the caption. What an image was made with is read
+// from its file and can be used again.
 (() => {
-  const { one, all, make } = window.easel;
+  const { one, all, make, openTab } = window.easel;
   const kind = (node) => (node.dataset.large !== undefined ? "large" : "zoom");
   const rowOf = (node) => all(`[data-${kind(node)}="${CSS.escape(node.dataset[kind(node)])}"]`);
   const addressOf = (node) => node.dataset.src || node.getAttribute("href") || node.getAttribute("src");
+  // The settings that a PNG holds, as other tools write them too; "" without any.
+  const settingsIn = (data) => {
+    const view = new DataView(data), text = (from, to, kind = "latin1") => new TextDecoder(kind).decode(data.slice(from, to));
+    for (let at = 8; at + 12 <= data.byteLength; at += 12 + view.getUint32(at)) {
+      const kind = text(at + 4, at + 8), [key, ...rest] = text(at + 8, at + 8 + view.getUint32(at), kind === "iTXt" ? "utf-8" : "latin1").split("\0");
+      if (kind === "IDAT") break;
+      if (["tEXt", "iTXt"].includes(kind) && key === "parameters") return rest.at(-1);
+    }
+    return "";
+  };
+  const readSettings = (address) => fetch(address).then((answer) => answer.arrayBuffer()).then(settingsIn).catch(() => "");
   const ZOOMS = [["Fit", 0], ["1:1", 1], ["4×", 4]];
 
   const open = (node) => {
-    const row = rowOf(node), image = make("img"), words = make("p", { className: "small" });
-    let at = row.indexOf(node), flipped = false, zoom = 0;
+    const row = rowOf(node), image = make("img"), words = make("p", { className: "small" }), made = make("p", { className: "small num" });
+    let at = row.indexOf(node), flipped = false, zoom = 0, settings = "";
     const box = make("dialog", { className: "easel-dialog lightbox", attributes: { "aria-label": "Image" } });
     const button = (text, act, more = {}) => { const made = make("button", { type: "button", className: "own", textContent: text, ...more }); made.addEventListener("click", act); return made; };
     const flipOf = () => row[at].dataset.flip || (kind(row[at]) === "large" && at ? addressOf(row[0]) : "");
-    const show = () => {
-      const base = flipOf(), { words: said = "", use } = row[at].dataset;
+    const show = async () => {
+      const base = flipOf(), { words: said = "" } = row[at].dataset;
       flipped &&= Boolean(base);
       image.src = flipped ? base : addressOf(row[at]);
       image.alt = said || row[at].alt || "";
       words.textContent = `${flipped ? "Base. " : ""}${image.alt}`;
       flip.textContent = flipped ? "Show LoRA" : "Show base";
       Object.assign(flip, { hidden: !base, title: "Space" });
-      useIt.hidden = use === undefined;
       for (const step of [earlier, later]) step.hidden = row.length < 2;
       scale();
+      const address = image.src, found = await readSettings(address);
+      // Another image may be shown by now.
+      if (image.src !== address) return;
+      settings = found;
+      useIt.hidden = !settings || !window.easel.useSettings;
+      made.textContent = settings.split("\n").at(-1);
     };
     const scale = () => {
       frame.dataset.scale = zoom;
@@ -36,7 +52,7 @@
     const [back, on] = kind(node) === "large" ? ["Earlier", "Later"] : ["Previous", "Next"];
     const earlier = button(back, () => go(-1), { title: "Left arrow" }), later = button(on, () => go(1), { title: "Right arrow" });
     const flip = button("Show base", () => { flipped = !flipped; show(); });
-    const useIt = button("Use these settings", () => { const { use } = row[at].dataset; box.close(); one(`[data-put-back="${CSS.escape(use)}"]`)?.click(); });
+    const useIt = button("Use these settings", () => { box.close(); openTab("Preview"); window.easel.useSettings(settings); }, { hidden: true });
     const zooms = ZOOMS.map(([text, value]) => button(text, () => { zoom = value; scale(); }, { className: "" }));
     zooms.forEach((each, index) => { each.dataset.scale = ZOOMS[index][1]; });
     const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": "Image, enlarged" } }, image);
@@ -50,7 +66,7 @@
     });
     box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
     box.addEventListener("close", () => box.remove());
-    box.append(frame, words, bar);
+    box.append(frame, words, made, bar);
     (one(".gradio-container") || document.body).append(box);
     show();
     box.showModal();

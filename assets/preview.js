@@ -274,6 +274,14 @@
     report(answer);
   };
 
+  // Puts the settings of an image, as its file holds them, into the form.
+  window.easel.useSettings = async (text) => {
+    hold();
+    const answer = await post("preview/infotext", { text });
+    take(answer.form);
+    report(answer);
+  };
+
   // ---- opening the tab: once the strip of the run that was just trained, else a first image if requested ------------
   let wasOpen = false, wanted = false;
   const opened = async () => {
@@ -319,12 +327,7 @@
       else window.easel.toast("Image moved to the trash.", "", async () => { await post("preview/bring-back", answer); press("refresh"); });
       press("refresh");
     }
-    else if (target.id === "send-to-form") {
-      hold();
-      const answer = await post("preview/infotext", { text: infotext });
-      take(answer.form);
-      report(answer);
-    }
+    else if (target.id === "send-to-form") window.easel.useSettings(infotext);
     else if (data.compare) setMode(data.compare);
     else if (data.showPreview !== undefined) wanted = true;
   }, true);

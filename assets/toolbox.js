@@ -110,6 +110,7 @@
   };
   const begin = async (path, body) => {
     tell("working", "");
+    picked = false;
     const said = await post(path, body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
     if (said.problem) tell("error", said.problem);
     else follow();
@@ -124,7 +125,7 @@
   };
 
   // ---- progress ------------------------------------------------------------------------------------------------------
-  let revision = -1;
+  let revision = -1, picked = false;
   const look = window.easel.follower(async () => {
     const now = await get(`toolbox/now?known=${revision}`);
     const working = now.state === "working", track = one("#toolbox-track");
@@ -137,7 +138,8 @@
       revision = now.revision;
       if (now.html) {
         answers[now.name] = now.html;
-        if (now.name !== tool) choose(now.name); else showAnswer();
+        // What was chosen while the answer was on its way counts more.
+        if (now.name !== tool && !picked) choose(now.name); else showAnswer();
         load();
       }
     }
@@ -159,7 +161,7 @@
     const target = event.target.closest("button");
     if (!target) return;
     const data = target.dataset;
-    if (data.tool && target.closest("#toolbox")) choose(data.tool);
+    if (data.tool && target.closest("#toolbox")) { picked = true; choose(data.tool); }
     else if (target.id === "toolbox-add") { rows.push({ file: "", strength: 1 }); showFiles(); why(); }
     else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") post("toolbox/cancel", {});

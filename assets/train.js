@@ -1,5 +1,4 @@
-// Client of the Train tab and the header: runs and queue, smoothing of the loss, notifications,
-// settings from a dropped file, quitting.
+// Client of the Train tab and the header: runs and queue, notifications, settings from a dropped file, quitting.
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
@@ -49,26 +48,6 @@
     box.addEventListener("close", () => resolve(box.returnValue === "yes"));
     box.showModal();
   });
-
-  // ---- smoothing: exponential moving average of the drawn points --------------------------------
-  const smooth = () => {
-    const slider = one("#smoothing"), raw = one("#charts .raw"), calm = raw?.parentElement.querySelector(".smooth");
-    if (!slider || !raw || !calm) return;
-    const kept = localStorage.getItem("easel-smoothing");
-    if (kept !== null && document.activeElement !== slider && slider.value !== kept) slider.value = kept;
-    const steps = Number(slider.value) / Number(raw.closest("[data-stride]").dataset.stride), key = `${slider.value} ${raw.getAttribute("points")}`;
-    if (calm.dataset.of === key || (kept === null && !calm.dataset.of)) return;
-    const decay = steps > 0 ? Math.exp(-1 / steps) : 0;
-    let total = 0, weight = 0;
-    const points = raw.getAttribute("points").split(" ").map((point) => {
-      const [x, y] = point.split(",").map(Number);
-      total = decay * total + y;
-      weight = decay * weight + 1;
-      return `${x},${(total / weight).toFixed(1)}`;
-    }).join(" ");
-    calm.dataset.of = key;
-    calm.setAttribute("points", points);
-  };
 
   // ---- notifications -----------------------------------------------------------------------------------
   const LIVE = ["preparing", "running", "pausing", "stopping"];
@@ -155,11 +134,6 @@
     else if (target.id === "tell-end") bell.toggle();
     else if (target.id === "quit") quit();
   });
-  document.addEventListener("input", (event) => {
-    if (event.target.id !== "smoothing") return;
-    localStorage.setItem("easel-smoothing", event.target.value);
-    smooth();
-  });
   document.addEventListener("change", (event) => {
     if (event.target.id !== "like-file" || !event.target.files.length) return;
     takeHeader(event.target.files[0]);
@@ -241,16 +215,6 @@
     card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
   };
 
-  // The newest samples are in view, the base stays beside them.
-  const scrolled = new WeakSet();
-  const showNewest = () => {
-    for (const strip of all("#samples .strip")) {
-      if (scrolled.has(strip) || !strip.clientWidth) continue;
-      scrolled.add(strip);
-      strip.scrollLeft = strip.scrollWidth;
-    }
-  };
-
   // The fields are filled some frames after the header of the same response.
   let filling = false, arrived;
   const ready = () => {
@@ -261,11 +225,9 @@
 
   const settle = () => {
     ready();
-    smooth();
     watchEnd();
     bell.show();
     markFields();
-    showNewest();
     lookAtRun();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.
@@ -280,5 +242,5 @@
       if (place && place.title !== title) place.title = title;
     }
   };
-  window.easel.whenChanged(settle, ["data-run-state", "data-state", "points", "disabled", "open"]);
+  window.easel.whenChanged(settle, ["data-run-state", "data-state", "disabled", "open"]);
 })();

@@ -9,9 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.routes import Answer, BadRequest, read_sent_json
+from app.routes import FRESH, Answer, BadRequest, read_sent_json
 from app.state import AppState
 from app.train.form import Plan
+from app.train.run_cards import charts_data
 from app.train.start import take_settings
 from app.train.train_form import reset_settings
 from lora_core.errors import RunError
@@ -40,11 +41,14 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         await asyncio.to_thread(app_state.queue.act, str(sent.get("do")), str(sent.get("run", "")))
         return Answer({"done": True})
 
+    @app.get("/easel/curves/{name}")
+    async def curves(name: str, compare: str = "") -> Response:
+        runs = [_existing_run(app_state, each) for each in (name, compare) if each]
+        return Answer(await asyncio.to_thread(_read_curves, app_state, runs), headers=FRESH)
+
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:
-        found = RunFolder(runs_folder(app_state.workspace) / check_run_name(name))
-        if not found.config_file.is_file():
-            raise BadRequest(name)
+        found = _existing_run(app_state, name)
         card = app_state.hardware.card()
         data = await asyncio.to_thread(debug_zip, found, app_state.workspace, card.name if card else "")
         headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
@@ -64,6 +68,21 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         # Runs and queue are processes of their own and continue.
         threading.Timer(QUIT_AFTER, app_state.on_quit).start()
         return Answer({"run": live.run.name if live else "", "queue": app_state.queue.is_running})
+
+
+def _existing_run(app_state: AppState, name: str) -> RunFolder:
+    found = RunFolder(runs_folder(app_state.workspace) / check_run_name(name))
+    if not found.config_file.is_file():
+        raise BadRequest(name)
+    return found
+
+
+def _read_curves(app_state: AppState, runs: list[RunFolder]) -> dict[str, Any]:
+    run_views = [app_state.jobs.run_view(run) for run in runs]
+    for run_view in run_views:
+        # Reads what its events say since.
+        app_state.jobs.state(run_view)
+    return charts_data(run_views)
 
 
 def do_run_action(app_state: AppState, do: str, name: str) -> None:

@@ -2,7 +2,7 @@
 and the list of all others."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from app.export.view import report_entry
@@ -22,9 +22,8 @@ from app.templates import render
 from app.top_bar import Act, accept_act, describe_left, describe_phase, request_act, resume_act
 from app.train.background import with_labels
 from lora_core.errors import Diverged, RunError
-from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample, rate_html
-from lora_core.runs.costs import num_rounds
-from lora_core.runs.events import PreviewDone, StepDone, Validated
+from lora_core.report.plots import chart_tables, rate_html, run_charts
+from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import runs_folder
 from lora_core.runs.progress import (  # fmt: skip
     A_LITTLE,
@@ -36,19 +35,19 @@ from lora_core.runs.progress import (  # fmt: skip
     describe_forgetting,
     describe_memorization,
     known_error,
-    smooth,
     with_gain,
 )
 from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
 from lora_core.settings.choices import PRECISIONS
 from lora_core.system.processes import log_tail
 
-DIGITS = 7
 LOG_LINES = 40
 MOST_WARNINGS = 3
 MOST_EARLIER = 12
 MOST_FAILED = 3
-MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
+MOST_ROWS, MOST_COLUMNS = 4, 60
+MOST_GHOSTS = 7
+"""Columns up to which samples to come have their places."""
 RAW = ", raw adapter (above: its average)"
 ENCODE = ("Encoding images", "Encoding captions", "Finding the learning rate", "Trying the heaviest step")
 STAGES = (
@@ -211,27 +210,33 @@ def _remark(run: ShownRun) -> tuple[str, str]:
     return "", REMARKS.get(run.state, "")
 
 
+def verdicts_card(snapshot: Snapshot) -> str:
+    """What the validations of the run shown mean; "" before the first."""
+    return render("train/verdicts.html", verdicts=verdicts(snapshot.shown))
+
+
 def charts(snapshot: Snapshot) -> str:
-    """Verdicts, and both charts side by side with a smoothing slider."""
-    run_view, progress = snapshot.run_view, snapshot.progress
+    """The run's charts, which `assets/charts.js` asks for, and the test that found its learning rate."""
+    run_view, rate = snapshot.run_view, snapshot.progress.rate
     if run_view is None:
         return ""
-    config, found = run_view.config(), progress.rate
+    title = f"Learning rate {rate.rate:.2g}, found by a range test" if rate else ""
+    plot = rate_html(rate) if rate else ""
+    return render("train/charts.html", run=run_view.run.name, title=title, plot=plot)
+
+
+def charts_data(run_views: Sequence[RunView]) -> dict[str, Any]:
+    """Improvement and loss of runs, each a curve of the same chart, with a note where nothing is measured."""
+    first = run_views[0]
+    found = run_charts({run_view.run.name: run_view.progress for run_view in run_views})
+    config = first.config()
     every = config.validation.every if config else 0
-    rate = found and {
-        "title": f"Learning rate {found.rate:.2g}, found by a range test",
-        "plot": rate_html(found),
-    }
-    return render(
-        "train/charts.html",
-        verdicts=verdicts(snapshot.shown),
-        gain=gain_chart(progress.validations),
-        loss=loss_chart(progress.losses),
-        # The page's slider smooths the drawn points, so it needs the number of steps per point.
-        stride=math.ceil(len(progress.losses) / MOST_POINTS),
-        first_validation=f"First measurement at step {every:,}." if every else "Validation is off.",
-        rate=rate,
-    )
+    note = f"Improvement is first measured at step {every:,}." if every else "Validation is off."
+    if any(with_gain(run_view.progress.validations) for run_view in run_views):
+        note = ""
+    elif not found:
+        note = "The curve begins with the first steps."
+    return {"charts": [chart.document() for chart in found], "tables": chart_tables(found), "note": note}
 
 
 def verdicts(run: ShownRun) -> list[dict[str, Any]]:
@@ -296,65 +301,6 @@ def _figure(value: float, error: float) -> str:
     return f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
 
 
-def loss_chart(losses: Sequence[StepDone]) -> str:
-    """Training loss, raw and smoothed; "" with fewer than two steps."""
-    points = [(float(e.step), round(e.loss, DIGITS)) for e in losses if math.isfinite(e.loss)]
-    if len(points) < 2:
-        return ""
-    # Rounded, so that a constant loss does not plot rounding errors.
-    means = [round(y, DIGITS) for y in smooth([y for _, y in points])]
-    calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
-    raw = downsample(points)
-    ys = sorted(y for _, y in raw)
-    # A single outlier must not flatten the curve.
-    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
-    label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
-    return curves_plot(
-        label,
-        [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)],
-        highest=top if top > ys[0] else None,
-    )
-
-
-def gain_chart(validations: Sequence[Validated]) -> str:
-    """Gain on held-out images, gain on training images, and the best step; "" without a validation.
-
-    The band is two standard errors of the difference to the best step, of the gain itself at the first one.
-    """
-    found = with_gain(validations)
-    if not found:
-        return ""
-
-    def error(one: Validated) -> float:
-        paired = one.against_best_error
-        return paired if math.isfinite(paired) else one.standard_error
-
-    trained = [one for one in found if math.isfinite(one.train_gain)]
-    curves = [_curve("held-out images", found, "smooth", lambda e: e.gain, error)]
-    if trained:
-        curves.append(_curve("training images", trained, "second", lambda e: e.train_gain))
-    best = best_of(found)
-    raw = [one for one in found if math.isfinite(one.raw_gain)]
-    if raw:
-        curves.append(_curve("held-out images, raw adapter", raw, "third", lambda e: e.raw_gain))
-    mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
-    words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
-    return curves_plot(f"Gain on held-out images{words}", curves, mark)
-
-
-def _curve(
-    name: str,
-    found: Sequence[Validated],
-    style: str,
-    value: Callable[[Validated], float],
-    error: Callable[[Validated], float] | None = None,
-) -> Curve:
-    # Step 0 is the base, with a gain of 0 by definition.
-    points = [(0.0, 0.0), *((float(one.step), value(one)) for one in found)]
-    errors = [0.0, *(SURE * known_error(error(one)) for one in found)] if error else ()
-    return Curve(name, points, errors, style)
-
-
 def log_card(snapshot: Snapshot) -> str:
     """The end of the run's log, and a zip for bug reports."""
     run_view = snapshot.run_view
@@ -373,37 +319,45 @@ def samples_card(snapshot: Snapshot) -> str:
     rounds = select_rounds(snapshot.progress.previews)
     kinds = (False, True) if any(one.raw_files for one in rounds) else (False,)
     most = min(MOST_ROWS, max((len(one.files) for one in rounds), default=0))
-    strips = [_strip(snapshot, run_view, rounds, row, raw) for row in range(most) for raw in kinds]
-    return render("train/samples.html", strips=strips, columns=_columns(run_view, len(rounds)))
+    return render(
+        "train/samples.html",
+        strips=[_strip(snapshot, run_view, rounds, row, raw) for row in range(most) for raw in kinds],
+        rounds=[one.step for one in rounds],
+        ghosts=_steps_to_come(snapshot, run_view, rounds),
+        best=snapshot.progress.best_step,
+    )
 
 
 def _strip(
     snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone], row: int, raw: bool
 ) -> dict[str, Any]:
     """Samples of one prompt over the rounds, of the raw adapter where `raw`."""
-    root, best = runs_folder(snapshot.app_state.workspace), snapshot.progress.best_step
+    root = runs_folder(snapshot.app_state.workspace)
     shots = []
     for one in rounds:
         files = one.raw_files if raw else one.files
         if row < len(files):
+            file = run_view.run.path / files[row]
             shots.append(
                 {
                     "step": one.step,
-                    "url": image_url("run", root, run_view.run.path / files[row]),
+                    "url": image_url("run", root, file),
+                    "thumb": image_url("run", root, file, "thumb"),
                     "prompt": one.prompts[row] if row < len(one.prompts) else "",
                     "title": f"step {one.step:,}" + (", the base" if one.step == 0 else ""),
-                    "best": bool(one.step) and one.step == best,
                 }
             )
     prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
     return {"id": f"{row}-raw" if raw else str(row), "prompt": prompt + (RAW if raw else ""), "shots": shots}
 
 
-def _columns(run_view: RunView, there: int) -> int:
-    """As many columns as the run will fill, so that images keep their size."""
+def _steps_to_come(snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone]) -> list[int]:
+    """The steps at which a live run will sample, where their places fit beside those there are."""
     config = run_view.config()
-    planned = num_rounds(config.train.steps, config.sample.every) if config else 0
-    return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
+    if config is None or not snapshot.shown.live or not rounds or not config.sample.every:
+        return []
+    coming = range(rounds[-1].step + config.sample.every, config.train.steps + 1, config.sample.every)
+    return list(coming) if len(rounds) + len(coming) <= MOST_GHOSTS else []
 
 
 def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:

@@ -96,6 +96,7 @@ def build_train(bindings: Bindings) -> None:
         with gr.Column(elem_classes="main"):
             for place, shows in (
                 ("run-card", run_cards.run_card),
+                ("verdicts", run_cards.verdicts_card),
                 ("queue", run_cards.queue_card),
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),

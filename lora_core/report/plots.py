@@ -1,17 +1,18 @@
-"""Plots, tables and figures as HTML: the geometry is computed here, the markup is in
-`templates/plots.html.j2`.
+"""Charts, tables and figures as HTML: values are prepared here, the markup is in `templates/plots.html.j2`.
 
-The window and the report of a run draw with the same functions; they return plain text to be put into a page.
-Every text is escaped. What a plot shows is in its label, and a table stands beside it where its values
-matter.
+The window and the report of a run show the same: curves are handed to `assets/charts.js` as JSON, with a
+table for screen readers and for pages without scripts; bars and heat maps are tables themselves. Every text
+is escaped.
 """
 
+import base64
 import functools
+import hashlib
 import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,15 @@ from typing import Any
 import jinja2
 
 from lora_core.model_files.families import is_text_encoder
-from lora_core.runs.events import RateFound
+from lora_core.runs.events import RateFound, Validated
+from lora_core.runs.progress import SURE, Progress, best_of, known_error, smooth, with_gain
+from lora_core.system.files import ASSETS
 
 TEMPLATES = Path(__file__).parent / "templates"
-WIDTH, HEIGHT = 576, 200
-LEFT, RIGHT, TOP, BOTTOM = 52, 556, 20, 172
-NAMES = 182
-"""The width that the names of bars and rows take."""
-MOST_POINTS = 300
-MOST_DOTS = 40
-"""Measurements are marked one by one where there are no more."""
+SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js")
+"""What draws the charts, in loading order; files in `assets/`."""
+MOST_POINTS = 5000
+MOST_ROWS = 40
 MOST_LETTERS = 28
 
 Points = list[tuple[float, float]]
@@ -78,12 +78,6 @@ def table_html(
     return str(_macros().table(headers, rows, caption, numbers))
 
 
-def round_step(rough: float) -> float:
-    """The next larger number of 1, 2, 5 times a power of ten."""
-    scale = 10.0 ** math.floor(math.log10(rough))
-    return next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough * 0.999)
-
-
 def downsample(points: Points, most: int = MOST_POINTS) -> Points:
     """At most `most` points, each the mean of a stretch."""
     stride = math.ceil(len(points) / most) or 1
@@ -93,58 +87,18 @@ def downsample(points: Points, most: int = MOST_POINTS) -> Points:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-class Axes:
-    """The map from data to the drawing; y ends at round numbers."""
+@functools.cache
+def load_scripts() -> list[str]:
+    """The text of `SCRIPTS`."""
+    return [(ASSETS / name).read_text(encoding="utf-8").strip() for name in SCRIPTS]
 
-    def __init__(
-        self,
-        xs: Sequence[float],
-        lowest: float,
-        highest: float,
-        whole: bool = True,
-        ticks: Callable[[float], str] | None = None,
-    ) -> None:
-        """Axes that contain `xs` and the values from `lowest` to `highest`.
 
-        The x axis is labelled at round numbers, whole ones where it is `whole`; with `ticks` at its quarters.
-        """
-        self.ticks = ticks
-        self.x0 = min(xs)
-        self.x1 = max(max(xs), self.x0 + 1) if whole else max(max(xs), self.x0 + 1e-9)
-        self.whole = whole
-        step = round_step((highest - lowest) / 3 or abs(highest) / 3 or 1.0)
-        self.y0 = math.floor(lowest / step + 1e-9) * step
-        self.lines = max(2, math.ceil((highest - self.y0) / step - 1e-9)) + 1
-        self.y1 = self.y0 + step * (self.lines - 1)
-        self.digits = max(0, math.ceil(-math.log10(step) - 1e-9))
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """The coordinates of a point of the data, to a tenth."""
-        right = LEFT + (x - self.x0) / (self.x1 - self.x0) * (RIGHT - LEFT)
-        down = BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (BOTTOM - TOP)
-        return round(right, 1), round(down, 1)
-
-    def path(self, points: Points) -> str:
-        """Points as an SVG attribute."""
-        return " ".join(f"{x},{y}" for x, y in (self.at(*point) for point in points))
-
-    def rows(self) -> list[tuple[float, str]]:
-        """The y coordinates of the grid lines, and their labels."""
-        values = [self.y0 + (self.y1 - self.y0) * row / (self.lines - 1) for row in range(self.lines)]
-        return [(self.at(self.x0, value)[1], f"{value:.{self.digits}f}") for value in values]
-
-    def columns(self) -> list[tuple[float, str]]:
-        """The x coordinates of the ticks, and their labels."""
-        if self.ticks is not None:
-            ticks = [self.x0 + (self.x1 - self.x0) * column / 4 for column in range(5)]
-            return [(self.at(tick, self.y0)[0], self.ticks(tick)) for tick in ticks]
-        step = round_step((self.x1 - self.x0) / 5)
-        if self.whole:
-            step = max(1.0, step)
-        digits = max(0, math.ceil(-math.log10(step) - 1e-9))
-        first, last = math.ceil(self.x0 / step - 1e-9), math.floor(self.x1 / step + 1e-9)
-        ticks = [number * step for number in range(first, last + 1)]
-        return [(self.at(tick, self.y0)[0], f"{tick:,.{digits}f}") for tick in ticks]
+@functools.cache
+def content_policy() -> str:
+    """The Content-Security-Policy of a report: nothing is fetched, and nothing runs but `SCRIPTS`."""
+    digests = [hashlib.sha256(text.encode()).digest() for text in load_scripts()]
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}"
 
 
 @dataclass(frozen=True)
@@ -152,21 +106,32 @@ class Curve:
     """A line over x.
 
     Attributes:
-        name: for the legend, "" for none.
+        name: in the legend and the table.
         points: (x, y), x ascending.
         errors: half the height of its band at each point; () for none.
         style: "smooth", "second", "third" or "raw".
+        noisy: drawn faintly, below its moving average.
+        hidden: drawn only once its name is clicked.
     """
 
     name: str
     points: Points
     errors: Sequence[float] = ()
     style: str = "smooth"
+    noisy: bool = False
+    hidden: bool = False
 
-    def edge(self, sign: int) -> Points:
-        """The upper (1) or the lower (-1) edge of its band, the line itself without errors."""
-        errors = self.errors or [0.0] * len(self.points)
-        return [(x, y + sign * error) for (x, y), error in zip(self.points, errors, strict=True)]
+    def document(self) -> dict[str, Any]:
+        """As `assets/charts.js` takes it."""
+        return {
+            "name": self.name, "style": self.style, "noisy": self.noisy, "hidden": self.hidden,
+            "x": [_short(x) for x, _ in self.points], "y": [_short(y) for _, y in self.points],
+            "error": [_short(error) for error in self.errors],
+        }  # fmt: skip
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -178,55 +143,127 @@ class Mark:
     words: str
 
 
-def curves_plot(
-    label: str,
-    curves: Sequence[Curve],
-    mark: Mark | None = None,
-    whole: bool = True,
-    between: tuple[float, float] | None = None,
-    highest: float | None = None,
-    ticks: Callable[[float], str] | None = None,
-) -> str:
-    """Curves with their bands over one axis.
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis.
 
-    Args:
-        curves: at least one, each of a point or more.
+    Attributes:
+        title: of its button, where it shares its place with other charts.
+        label: what it shows, in a sentence.
+        curves: at least one, each of a point or more; the table has the points of the first.
         mark: a point to mark.
-        whole: whether x counts steps.
+        x: what its x axis counts.
+        unit: of y.
         between: two values of x; the range between them is shaded.
-        highest: where the y axis ends; points above are drawn at the edge.
-        ticks: the label of an x, where x counts no steps.
+        log_x: whether x is drawn on a logarithmic axis.
     """
-    low = min(y for curve in curves for _, y in curve.edge(-1))
-    high = max(y for curve in curves for _, y in curve.edge(1))
-    axes = Axes(
-        [x for curve in curves for x, _ in curve.points],
-        low,
-        high if highest is None else max(highest, low + 1e-12),
-        whole and not ticks,
-        ticks,
-    )
-    shaded = None
-    if between is not None:
-        left, right = (axes.at(x, axes.y0)[0] for x in between)
-        shaded = left, max(2.0, round(right - left, 1))
-    lines = []
-    for curve in curves:
-        inside = [(x, min(y, axes.y1)) for x, y in curve.points]
-        dots = [axes.at(*p) for p in inside] if curve.errors and len(inside) <= MOST_DOTS else []
-        lines.append((curve.style, axes.path(inside), dots))
-    marked = None
-    if mark is not None:
-        x, y = axes.at(mark.x, min(mark.y, axes.y1))
-        marked = {"x": x, "y": y, "anchor": "end" if x > (LEFT + RIGHT) / 2 else "start", "text": mark.words}
-    plot = {
-        "label": label, "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP,
-        "bottom": BOTTOM, "legend": [curve for curve in curves if curve.name], "rows": axes.rows(),
-        "columns": axes.columns(), "zero": axes.at(axes.x0, 0.0)[1] if low < 0 < high else None,
-        "shaded": shaded, "lines": lines, "mark": marked,
-        "bands": [(c.style, axes.path([*c.edge(1), *reversed(c.edge(-1))])) for c in curves if c.errors],
-    }  # fmt: skip
-    return str(_macros().curves(plot))
+
+    title: str
+    label: str
+    curves: Sequence[Curve]
+    mark: Mark | None = None
+    x: str = "Step"
+    unit: str = ""
+    between: tuple[float, float] | None = None
+    log_x: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """As `assets/charts.js` takes it."""
+        return {
+            "title": self.title, "label": self.label, "x": self.x, "unit": self.unit, "logX": self.log_x,
+            "curves": [curve.document() for curve in self.curves], "between": self.between,
+            "mark": self.mark and {"x": self.mark.x, "y": _short(self.mark.y), "text": self.mark.words},
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """Its values at the points of the first curve, or at some of many."""
+        points = self.curves[0].points
+        shown = [points[i * (len(points) - 1) // max(1, MOST_ROWS - 1)] for i in range(MOST_ROWS)]
+        known = [self._cells(curve) for curve in self.curves]
+        xs = [x for x, _ in (points if len(points) <= MOST_ROWS else shown)]
+        rows = [(f"{x:,.6g}", *(cells.get(x, "") for cells in known)) for x in xs]
+        names = [f"{curve.name}, smoothed" if curve.noisy else curve.name for curve in self.curves]
+        return table_html((self.x, *names), rows, self.title)
+
+    def _cells(self, curve: Curve) -> dict[float, str]:
+        errors = [f" \N{PLUS-MINUS SIGN} {error:.2g}" for error in curve.errors] or [""] * len(curve.points)
+        ys = [y for _, y in curve.points]
+        values = zip(curve.points, smooth(ys) if curve.noisy else ys, errors, strict=True)
+        return {x: f"{y:.4g}{self.unit}{error}" for (x, _), y, error in values}
+
+
+def charts_html(charts: Sequence[Chart]) -> str:
+    """Charts that share one place, with their tables."""
+    return str(_macros().charts([chart.document() for chart in charts], chart_tables(charts)))
+
+
+def chart_tables(charts: Sequence[Chart]) -> str:
+    """The tables of charts."""
+    return "".join(chart.table() for chart in charts)
+
+
+def run_charts(runs: Mapping[str, Progress]) -> list[Chart]:
+    """Improvement and loss by step of a run, or of several, each named; what was not measured is left out."""
+    alone = len(runs) == 1
+    styles = itertools.cycle(("smooth", "second"))
+    gains: list[Curve] = []
+    losses: list[Curve] = []
+    for (name, progress), style in zip(runs.items(), styles, strict=False):
+        gains += gain_curves(progress.validations, "" if alone else name, style)
+        points = [(float(e.step), e.loss) for e in progress.losses if math.isfinite(e.loss)]
+        if len(points) > 1:
+            losses.append(Curve("Loss" if alone else name, downsample(points), (), style, noisy=True))
+    charts = []
+    first = next(iter(runs.values()))
+    if gains:
+        best = best_of(first.validations)
+        share = _percent(first.validations)
+        mark = Mark(float(best.step), share * best.gain, f"best, step {best.step:,}") if best else None
+        words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
+        charts.append(Chart("Improvement", f"Gain over the base{words}", gains, mark, unit="%"))
+    if losses:
+        last = first.smoothed_loss()
+        words = f", now {last:.4f} smoothed" if last is not None else ""
+        charts.append(Chart("Loss", f"Training loss{words}", losses))
+    return charts
+
+
+def _percent(validations: Sequence[Validated]) -> float:
+    """What turns a difference of losses into percent of the base's loss."""
+    base = next((one.base_loss for one in with_gain(validations) if one.base_loss > 0), 1.0)
+    return 100 / base
+
+
+def gain_curves(validations: Sequence[Validated], name: str = "", style: str = "smooth") -> list[Curve]:
+    """The gain in percent of the base's loss: on held-out images, with the error of the difference to the
+    best step (of the gain itself at the first); with no name also on other images, and of the raw adapter.
+    """
+    found, scale = with_gain(validations), _percent(validations)
+    if not found:
+        return []
+
+    def curve(name: str, style: str, values: list[tuple[float, float]], hidden: bool = False) -> list[Curve]:
+        rows = zip(found, values, strict=True)
+        known = [
+            (float(one.step), scale * value, error) for one, (value, error) in rows if math.isfinite(value)
+        ]
+        # Step 0 is the base, with a gain of 0 by definition.
+        points = [(0.0, 0.0), *((x, y) for x, y, _ in known)]
+        errors = [0.0, *(SURE * scale * known_error(error) for _, _, error in known)]
+        return [Curve(name, points, errors if any(errors) else (), style, hidden=hidden)] if known else []
+
+    paired = [
+        e.against_best_error if math.isfinite(e.against_best_error) else e.standard_error for e in found
+    ]
+    held = list(zip((e.gain for e in found), paired, strict=True))
+    if name:
+        return curve(name, style, held)
+    return [
+        *curve("Held out", style, held),
+        *curve("Training", "second", [(e.train_gain, math.nan) for e in found]),
+        *curve("Held out, raw", "raw", [(e.raw_gain, math.nan) for e in found]),
+        *curve("Base's own", "third", [(e.prior, e.prior_error) for e in found], hidden=True),
+    ]
 
 
 @dataclass(frozen=True)
@@ -240,39 +277,28 @@ class Bar:
     weak: bool = False
 
 
-def bars_plot(label: str, bars: Sequence[Bar], names: float = NAMES) -> str:
-    """Horizontal bars, one a row, from zero to either side, with error bars.
-
-    Args:
-        names: the width of the names.
-    """
+def bars_plot(label: str, bars: Sequence[Bar]) -> str:
+    """Horizontal bars, one a row, from zero to either side, with error bars."""
     low = min(0.0, *(bar.value - bar.error for bar in bars))
-    high = max(0.0, *(bar.value + bar.error for bar in bars))
+    span = max(0.0, *(bar.value + bar.error for bar in bars)) - low or 1.0
 
-    def at(value: float) -> float:
-        return round(names + 8 + (value - low) / ((high - low) or 1.0) * (WIDTH - names - 96), 1)
+    def stretch(start: float, end: float) -> tuple[float, float]:
+        left, right = sorted((100 * (start - low) / span, 100 * (end - low) / span))
+        return round(left, 1), round(right - left, 1)
 
-    rows = []
-    for bar in bars:
-        left, right = sorted((at(0.0), at(bar.value)))
-        error = (at(bar.value - bar.error), at(bar.value + bar.error)) if bar.error else None
-        rows.append(
-            {
-                "name": shorten(bar.name), "left": left, "width": max(1.0, round(right - left, 1)),
-                "error": error, "end": round(max(right, at(bar.value + bar.error)) + 6, 1),
-                "text": bar.words, "weak": bar.weak,
-            }
-        )  # fmt: skip
-    return str(_macros().bars(label, rows, names, at(0.0), WIDTH))
+    rows = [
+        {
+            "name": shorten(bar.name), "text": bar.words, "weak": bar.weak, "bar": stretch(0.0, bar.value),
+            "error": stretch(bar.value - bar.error, bar.value + bar.error) if bar.error else None,
+        }
+        for bar in bars
+    ]  # fmt: skip
+    return str(_macros().bars(label, rows, stretch(0.0, 0.0)[0]))
 
 
 def shorten(text: str, most: int = MOST_LETTERS) -> str:
     """A name that fits its space; its end says more than its beginning."""
     return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[1 - most :]}"
-
-
-def _opacity(share: float, least: float, span: float) -> float:
-    return round(least + span * min(1.0, max(0.0, share)), 3)
 
 
 def heat_plot(
@@ -288,11 +314,7 @@ def heat_plot(
         shares: for each row, from 0 to 1, how strongly each cell is coloured.
         words: for each row, the text of each cell.
     """
-    cells = [
-        [(_opacity(share, 0.06, 0.5), text) for share, text in zip(row, texts, strict=True)]
-        for row, texts in zip(shares, words, strict=True)
-    ]
-    return str(_macros().heat(label, [shorten(name) for name in names], columns, cells, NAMES, WIDTH))
+    return str(_macros().heat(label, [shorten(name) for name in names], columns, shares, words))
 
 
 def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str, str]) -> str:
@@ -301,8 +323,7 @@ def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str,
     Args:
         table: rows of equal length.
     """
-    cells = [[_opacity(share, 0.05, 0.95) for share in row] for row in table]
-    return str(_macros().square(label, titles, cells, min(28.0, 320.0 / max(len(table), 1)), WIDTH))
+    return str(_macros().square(label, titles, table))
 
 
 # The analyses of an adapter as HTML: the spectrum, the intrinsic rank, the best strength, amplification.
@@ -382,15 +403,16 @@ def _held(layers: Sequence[Row]) -> str:
         return paragraph("All layers are zero.")
     columns = [sorted(column) for column in zip(*shares, strict=True)]
 
-    def curve(tenths: int, style: str) -> Curve:
+    def curve(name: str, tenths: int, style: str) -> Curve:
         values = [100 * column[len(column) * tenths // 10] for column in columns]
-        return Curve("", [(0.0, 0.0), *((float(k), value) for k, value in enumerate(values, 1))], (), style)
+        return Curve(name, [(0.0, 0.0), *((float(k), value) for k, value in enumerate(values, 1))], (), style)
 
-    median = curve(5, "smooth")
+    median = curve("median layer", 5, "smooth")
     at, energy = next((k, y) for k, y in median.points if y >= 99 * (1 - 1e-9))
-    label = "Share of energy held by the leading directions; the median layer holds 99% with"
-    curves = [curve(1, "raw"), curve(9, "raw"), median]
-    return curves_plot(f"{label} {at:.0f} of {longest}", curves, Mark(at, energy, f"99% by {at:.0f}"))
+    label = f"Share of energy held by the leading directions; the median layer holds 99% with {at:.0f} of"
+    curves = [median, curve("lowest tenth", 1, "raw"), curve("highest tenth", 9, "raw")]
+    mark = Mark(at, energy, f"99% by {at:.0f}")
+    return charts_html([Chart("Energy held", f"{label} {longest}", curves, mark, "Directions", "%")])
 
 
 def _sorted_ranks(layers: Sequence[Row]) -> str:
@@ -405,9 +427,8 @@ def _sorted_ranks(layers: Sequence[Row]) -> str:
         curves.append(Curve(name, [(float(i), value) for i, value in enumerate(values, 1)], (), style))
     if len(layers) == 1:
         return paragraph(f"rank99 {layers[0]['rank99']}, rank90 {layers[0]['rank90']}")
-    return curves_plot("Rank, rank that holds 99% and 90% of the energy, and effective rank of the layers", [
-        Curve("", [(0.0, 0.0)], (), "raw"), *curves,
-    ])  # fmt: skip
+    label = "Rank, rank that holds 99% and 90% of the energy, and effective rank of the layers"
+    return charts_html([Chart("Ranks", label, curves, x="Layer")])
 
 
 def block_name(row: Row) -> str:
@@ -466,11 +487,10 @@ def intrinsic_html(found: Row) -> str:
     points = [(float(row["columns"]), 100 * float(row["kept"])) for row in tried]
     errors = [200 * float(row["standard_error"]) for row in tried]
     label = "Share of the gain that is kept, over how many directions are kept in all layers together"
-    plot = curves_plot(label, [Curve("", points, errors)])
-    rows = [(f"{row['columns']:,}", f"{row['kept']:.1%}", f"{row['standard_error']:.1%}") for row in tried]
-    table = table_html(("Directions kept", "Share of the gain", "Standard error"), rows, "Measured cuts")
-    note = "In percent, over the directions kept in all layers together; the band is two standard errors."
-    return text + figure("Gain that is kept", plot, note) + folded("As a table", table)
+    curve = Curve("share of the gain", points, errors)
+    plot = charts_html([Chart("Measured cuts", label, [curve], x="Directions kept", unit="%")])
+    note = "Over the directions kept in all layers together; the band is two standard errors."
+    return text + figure("Gain that is kept", plot, note)
 
 
 def strength_html(found: Row, what: str = "") -> str:
@@ -486,14 +506,11 @@ def strength_html(found: Row, what: str = "") -> str:
     best, low, high = (float(found[key]) for key in ("strength", "low", "high"))
     label = f"Gain over strength; highest at {best:.2f}, as good within noise from {low:.2f} to {high:.2f}"
     mark = Mark(best, float(found["gain"]), f"best, {best:.2f}")
-    plot = curves_plot(label, [Curve("", points, errors)], mark, whole=False, between=(low, high))
-    rows = [
-        (f"{row['strength']:.2f}", f"{row['gain']:+.4f}", f"{row['standard_error']:.4f}") for row in curve
-    ]
-    table = table_html(("Strength", "Gain", "Standard error"), rows, "Measured strengths")
+    curves = [Curve("gain", points, errors)]
+    plot = charts_html([Chart("Measured strengths", label, curves, mark, "Strength", between=(low, high))])
     note = "Two standard errors around the gain; the shaded strengths are as good as the best within noise."
     title = f"Gain over strength{f', {what}' if what else ''}"
-    return figure(title, plot, note) + folded("As a table", table)
+    return figure(title, plot, note)
 
 
 def amplified_html(report: Row) -> str:
@@ -527,23 +544,17 @@ def amplified_html(report: Row) -> str:
     names = [block_name(row) for row in blocks]
     columns = ("Amplification", "Norm", "Intruders")
     plot = heat_plot("Amplification, norm and intruders by block", names, columns, shares, words)
-    table = table_html(
-        ("Block", *columns),
-        [(name, *cells) for name, cells in zip(names, words, strict=True)],
-        "By block",
-    )
-    return text + left_out_html(report["left_out"]) + figure("By block", plot) + folded("As a table", table)
+    return text + left_out_html(report["left_out"]) + figure("By block", plot)
 
 
 def rate_html(found: RateFound) -> str:
     """The learning rate range test, its x axis in powers of ten."""
-    points = [(math.log10(rate), share) for rate, share in zip(found.rates, found.shares, strict=True)]
-    place = math.log10(found.rate)
-    share = min(points, key=lambda point: abs(point[0] - place))[1]
+    points = list(zip(found.rates, found.shares, strict=True))
+    share = min(points, key=lambda point: abs(math.log(point[0] / found.rate)))[1]
     label = f"Share of the base's loss taken away by learning rate; {found.rate:.2g} was taken"
     curve = Curve("share of the base's loss taken away", points)
-    mark = Mark(place, share, f"taken: {found.rate:.2g}")
-    plot = curves_plot(label, [curve], mark, ticks=lambda x: f"{10**x:.1g}")
+    mark = Mark(found.rate, share, f"taken: {found.rate:.2g}")
+    plot = charts_html([Chart("Range test", label, [curve], mark, "Learning rate", log_x=True)])
     note = (
         "A short test before the first step, at rising rates. The chosen rate is twice the one that reaches"
         " half of the best: fast, and well below where training becomes unstable."

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that holds its images and plots, runs nothing and requests nothing.
+"""The report of a run: one HTML file that holds its images and charts, and requests nothing.
 
 Everything is read or measured before it is rendered; a gap is a sentence instead. Paths of this computer and
 names of images do not appear in it, since the page may be passed on.
@@ -30,19 +30,17 @@ from lora_core.models.unet import PromptEmbeds
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.report.plots import (
     Bar,
-    Curve,
-    Mark,
     bars_plot,
-    curves_plot,
-    downsample,
+    charts_html,
+    content_policy,
     figure,
-    folded,
     intrinsic_html,
+    load_scripts,
     paragraph,
     rate_html,
+    run_charts,
     spectrum_html,
     strength_html,
-    table_html,
     templates,
 )
 from lora_core.runs.events import Finished, PreviewDone, Stopped, Validated, read_events
@@ -53,7 +51,6 @@ from lora_core.runs.progress import (
     best_of,
     describe_costs,
     known_error,
-    smooth,
     with_gain,
 )
 from lora_core.settings.config import FIELDS, RunConfig, label_of
@@ -274,7 +271,7 @@ def _is_number(value: Any) -> bool:
 # The page.
 
 FILE_NAME = "report.html"
-STYLE = ASSETS / "report.css"
+STYLES = ("report.css", "charts.css")
 
 
 def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, now: float) -> int:
@@ -313,13 +310,14 @@ def report_html(data: ReportData, now: float) -> str:
         .render(
             data=data,
             name=data.run.name,
-            style=STYLE.read_text(encoding="utf-8"),
+            style="".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES),
+            scripts=load_scripts(),
+            policy=content_policy(),
             summary=summary(data),
             tiles=_tiles(data),
             samples=_samples(data),
             learned=[
-                gain_html(data),
-                loss_html(data),
+                curves_html(data),
                 rate_html(rate) if rate else "",
                 bands_html(data),
                 images_html(data),
@@ -488,7 +486,10 @@ def _samples(data: ReportData) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt,
-            "samples": [{"title": title(one.step), "data": images.get(one.file, "")} for one in samples],
+            "samples": [
+                {"step": one.step, "title": title(one.step), "data": images.get(one.file, "")}
+                for one in samples
+            ],
         }
         for prompt, samples in rows
     ]
@@ -561,53 +562,20 @@ def encode_thumbnail(file: Path, side: int) -> str:
 MOST_PICTURES = 40
 
 
-def loss_html(data: ReportData) -> str:
-    """Training loss, raw and smoothed."""
-    points = [(float(e.step), e.loss) for e in data.progress.losses if math.isfinite(e.loss)]
-    if len(points) < 2:
-        return paragraph("Too few steps for a curve.")
-    means = smooth([y for _, y in points])
-    curve = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
-    raw = downsample(points)
-    ys = sorted(y for _, y in raw)
-    # A single outlier must not flatten the rest of the curve.
-    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in curve))
-    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", curve)]
-    plot = curves_plot(f"Training loss, at the end {curve[-1][1]:.4f} smoothed", curves, highest=top)
-    note = "It says little by itself, since noise and timesteps are random; the gain says more."
-    return figure("Training loss", plot, note)
-
-
-def gain_html(data: ReportData) -> str:
-    """Gain on held-out images with its error, on training images, and on the base's own."""
+def curves_html(data: ReportData) -> str:
+    """Improvement and training loss by step, and how much more training images gain than held-out ones."""
     found = with_gain(data.progress.validations)
-    if not found:
-        return paragraph("No image was held out, so no gain was measured.")
-    best = best_of(data.progress.validations)
-    curves = [
-        _curve("held-out images", found, "smooth", lambda e: (e.gain, e.standard_error)),
-        _curve("training images", found, "second", lambda e: (e.train_gain, math.nan)),
-        _curve("the base's own images", found, "third", lambda e: (e.prior, e.prior_error)),
-    ]
-    shown = [curve for curve in curves if curve.points]
-    mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
-    words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
-    start = Curve("", [(0.0, 0.0)], (), "raw")
-    plot = curves_plot(f"Gain over the base{words}", [start, *shown], mark)
+    missing = [] if found else [paragraph("No image was held out, so no gain was measured.")]
+    charts = run_charts({data.run.name: data.progress})
+    if not any(chart.title == "Loss" for chart in charts):
+        missing.append(paragraph("Too few steps for a curve."))
     note = (
-        "The base's loss less the adapter's, on the same images, noise and timesteps; the bands are two"
-        " standard errors. Above 0 is better than the base."
+        "Improvement: the base's loss less the adapter's on the same images, noise and timesteps, in"
+        " percent of the base's; the band is two standard errors of the difference to the best step."
+        " The loss says little by itself, since noise and timesteps are random."
     )
-    return figure("Gain", plot, note) + _gauge(found) + folded("As a table", _gain_table(found))
-
-
-def _curve(
-    name: str, found: Sequence[Validated], style: str, value: Callable[[Validated], tuple[float, float]]
-) -> Curve:
-    rows = [(float(e.step), *value(e)) for e in found]
-    rows = [row for row in rows if math.isfinite(row[1])]
-    errors = [SURE * error if math.isfinite(error) else 0.0 for _, _, error in rows]
-    return Curve(name, [(x, y) for x, y, _ in rows], errors if any(errors) else (), style)
+    shown = figure("Improvement and loss", charts_html(charts), note) if charts else ""
+    return "".join(missing) + shown + _gauge(found)
 
 
 def _gauge(found: Sequence[Validated]) -> str:
@@ -618,18 +586,6 @@ def _gauge(found: Sequence[Validated]) -> str:
         f"Memorisation gauge at step {last.step:,}: training images gain {last.gauge:+.4f} (standard error"
         f" {known_error(last.gauge_error):.4f}) more than held-out ones."
     )
-
-
-def _gain_table(found: Sequence[Validated]) -> str:
-    gains = [(e.gain, e.train_gain, e.gauge, e.prior, e.raw_gain) for e in found]
-    heads = ("Step", "Held out", "Training", "Gauge", "Base's own", "Held out, raw")
-    width = len(heads) if any(math.isfinite(e.raw_gain) for e in found) else len(heads) - 1
-    rows = [(f"{e.step:,}", *map(_signed, own))[:width] for e, own in zip(found, gains, strict=True)]
-    return table_html(heads[:width], rows, "Gain by step")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}" if math.isfinite(value) else "-"
 
 
 def bands_html(data: ReportData) -> str:

@@ -1,6 +1,5 @@
-"""HTML pieces: everything that a person or a file supplies is shown as text; charts hold few points."""
+"""HTML pieces: everything that a person or a file supplies is shown as text."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +38,6 @@ def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
     assert wide / high == pytest.approx(cell["bucket"][0] / cell["bucket"][1], rel=0.01)
 
 
-def losses(count: int) -> list[events.StepDone]:
-    return [
-        events.StepDone(step=i, loss=0.2 + (i % 7) / 50, lr=1e-4, seconds=0.1) for i in range(1, count + 1)
-    ]
-
-
-def test_a_long_run_s_chart_is_as_small_as_a_short_one_s() -> None:
-    assert len(cards.loss_chart(losses(20_000))) < 12_000
-    assert cards.loss_chart(losses(2)).count("<polyline") == 2
-
-
-def test_a_loss_that_does_not_move_has_numbers_that_can_be_read() -> None:
-    still = [events.StepDone(step=i, loss=0.1, lr=1e-4, seconds=0.1) for i in range(1, 9)]
-    drawn = cards.loss_chart(still)
-    assert max(len(text) for text in re.findall(r">([0-9.]+)</text>", drawn)) <= 4
-
-
-def test_a_chart_needs_two_finite_losses() -> None:
-    lost = [events.StepDone(step=i, loss=float("nan"), lr=1e-4, seconds=0.1) for i in range(5)]
-    assert "<svg" not in cards.loss_chart(lost)
-    assert "<svg" not in cards.gain_chart([])
-
-
 def verdicts(found: list[events.Validated]) -> list[dict[str, Any]]:
     view = RunView(RunFolder(Path("a")))
     view.progress.update(found)
@@ -73,22 +49,8 @@ def validated(step: int, gain: float, best: bool, **more: float) -> events.Valid
     return events.Validated(step=step, gain=gain, best=best, **numbers | more)
 
 
-def test_gain_marks_the_newest_that_was_called_best_and_not_the_highest() -> None:
-    found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
-    drawn = cards.gain_chart(found)
-    assert "best, step 20" in drawn
-    assert "training images" not in drawn
-    # The base itself is the first point: five lines of the axis lie at 0, 0.01, 0.02, 0.03 and 0.04.
-    line = drawn.split('<polyline class="smooth" points="')[1].split('"')[0]
-    assert line.split()[0] == "52.0,172.0"
-    assert "best, step" not in cards.gain_chart([validated(10, 0.01, False)])
-
-
 def test_the_gauges_stand_beside_what_they_mean() -> None:
     last = validated(20, 0.01, True, train_gain=0.03, gauge=0.02, gauge_error=0.004, prior=-0.0001)
-    drawn = cards.gain_chart([validated(10, 0.005, True), last])
-    assert drawn.count("<polyline") == 2
-    assert "training images" in drawn
     gain, overfitting, drift = verdicts([validated(10, 0.005, True), last])
     assert (gain["grade"], gain["word"], gain["why"]) == (1, "5%", "Best so far: step 20.")
     assert (overfitting["grade"], overfitting["word"]) == (2, "Medium")
@@ -119,7 +81,6 @@ def test_verdicts_are_graded_and_a_clear_loss_has_its_paired_error() -> None:
 def test_the_raw_adapter_stands_beside_its_average() -> None:
     raw = {"raw_gain": 0.02, "raw_against": 0.01, "raw_against_error": 0.001}
     found = [validated(10, 0.005, True), validated(20, 0.01, True, **raw)]
-    assert "raw adapter" in cards.gain_chart(found)
     assert "The raw adapter gains more than its average" in verdicts(found)[-1]["why"]
 
 

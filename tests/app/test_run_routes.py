@@ -26,6 +26,20 @@ def test_requests_reach_the_run(app_state: AppState, say: Say) -> None:
     assert "still running" in str(say("run", do="delete", run="a")["problem"])
 
 
+def test_the_curves_of_a_run_come_alone_and_beside_another_s(app_state: AppState, client: TestClient) -> None:
+    make_run(app_state, "a", started(), step(1), step(2), validation__every=20)
+    make_run(app_state, "b", started(), step(1), step(2), step(3))
+    answer = client.get("/easel/curves/a").json()
+    (chart,) = answer["charts"]
+    assert (chart["title"], chart["curves"][0]["x"]) == ("Loss", [1.0, 2.0])
+    assert answer["note"] == "Improvement is first measured at step 20."
+    assert "<td" in answer["tables"]
+    (chart,) = client.get("/easel/curves/a?compare=b").json()["charts"]
+    assert [(curve["name"], len(curve["x"])) for curve in chart["curves"]] == [("a", 2), ("b", 3)]
+    assert client.get("/easel/curves/none").status_code == 404
+    assert client.get("/easel/curves/a?compare=none").status_code == 404
+
+
 @pytest.mark.parametrize(("do", "options"), [("resume", ""), ("accept", "--accept-changes")])
 def test_only_a_yes_to_the_changes_reaches_the_trainer(
     app_state: AppState, say: Say, do: str, options: str

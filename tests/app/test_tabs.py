@@ -28,6 +28,7 @@ def test_a_row_adds_tab_routes_and_script(
     assets.mkdir()
     shared = (*tabs.list_scripts(), *tabs.list_styles(), "icon.svg")
     for name in shared:
+        (assets / name).parent.mkdir(exist_ok=True)
         (assets / name).write_bytes((page.ASSETS / name).read_bytes())
     (assets / "toy.js").write_text("window.toy = true;")
     monkeypatch.setattr(page, "ASSETS", assets)

@@ -82,7 +82,7 @@ def shoot_all(browser, address: str, folder: Path) -> None:
         if tab == "Toolbox":
             page.click("[data-tool=spectrum]")
             page.click("#toolbox-go:enabled")
-            page.wait_for_selector("#toolbox-answer figure svg")
+            page.wait_for_selector("#toolbox-answer figure canvas")
         page.wait_for_timeout(700)
         shoot(page, folder / f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
         page.close()

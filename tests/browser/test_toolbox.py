@@ -58,7 +58,7 @@ def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None
     said = done(page, "layers of rank 8")
     assert "effective rank" in said
     labels = page.eval_on_selector_all(
-        "#toolbox-answer svg", "all => all.map(one => one.getAttribute('aria-label'))"
+        "#toolbox-answer :is(.chart-box, .bars)", "all => all.map(one => one.getAttribute('aria-label'))"
     )
     assert len(labels) == 3
     assert all(labels)
