@@ -456,7 +456,7 @@ def refused(answer: Any) -> bool:
         return True
     said = answer.json()
     nothing = said.get("given_up") is True or said.get("changed") == 0 or said.keys() == {"revision"}
-    dropped = Path(said.get("file", "")).parent.parts[-2:] == ("tmp", "dropped")
+    dropped = Path(said.get("file", "")).parent.parts[-3:-1] == ("tmp", "dropped")
     return answer.status_code == 200 and ("problem" in said or nothing or dropped)
 
 

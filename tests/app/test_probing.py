@@ -94,7 +94,7 @@ def test_a_still_form_is_measured_and_says_so(
     # Validation takes 5% of the time at the most.
     assert 2 + drawn <= found.seconds_a_step <= 2 * 1.05 + drawn + 1e-6
     shown = facts(take_snapshot(app_state))
-    assert "<small>measured</small>" in shown
+    assert "<small>from trial steps</small>" in shown
     assert '<b class="num">3.0 GB</b>' in shown
     # It is not asked for again.
     time.sleep(0.3)

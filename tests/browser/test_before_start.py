@@ -16,7 +16,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     page.click("#use-demo")
     page.wait_for_selector("#measuring[data-measuring=known]")
     assert "it/s" in page.inner_text("#measuring") or "s/it" in page.inner_text("#measuring")
-    assert "measured" in page.inner_text("#facts .facts small >> nth=0")
+    assert "trial steps" in page.inner_text("#facts .facts small >> nth=0")
     kept = json.loads((window.workspace / "measured.json").read_text())["measured"]
     assert [one["base"] for one in kept.values()] == ["demo"]
 

@@ -153,7 +153,7 @@ def test_a_broken_file_and_a_broken_command(tmp_path: Path) -> None:
         write_recipient(tmp_path, "say 'hello")
     for text in ("tell = ", "tell = 3"):
         notify_file(tmp_path).write_text(text)
-        assert "told to nobody" in notify_end(run, tmp_path)
+        assert "No notification was sent" in notify_end(run, tmp_path)
     write_recipient(tmp_path, "")
     assert read_recipient(tmp_path) == ""
 

@@ -58,7 +58,7 @@ with run.hold():
     if before.started:
         writer.write(events.Resumed(step=before.step, steps=2))
     if kind == "fails":
-        writer.write(events.Failed(step=0, reason="The picture cat.png is cut short."))
+        writer.write(events.Failed(step=0, reason="The image cat.png is cut short."))
         sys.exit(1)
     writer.write(events.StepDone(step=1, loss=1.0, lr=1.0, seconds=0.01))
     if kind == "dies" and not (before.started and "always" not in run.name):
