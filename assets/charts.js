@@ -139,12 +139,16 @@
         type: "button", className: `key ${style}`, textContent: error.length ? `${name} \u00b1 2 SE` : name, ariaPressed: !this.hidden.has(name), title: "Show or hide",
         onclick: () => { if (!this.hidden.delete(name)) this.hidden.add(name); const at = curves.findIndex((curve) => curve.name === name); this.draw(); this.keys.children[at].focus(); },
       });
-      this.choice.replaceChildren(...this.charts.map(({ title }, i) => make("button", { type: "button", textContent: title, ariaPressed: i === this.shown, onclick: () => { this.choose(i); this.choice.children[i].focus(); } })));
-      this.choice.hidden = this.charts.length < 2;
-      this.keys.replaceChildren(...(curves.length > 1 || curves.some(({ error }) => error.length) ? curves.map(key) : []));
       this.smoothing.hidden = !noisy;
       this.logs.hidden = !noisy || curves.some(({ y }) => y.some((value) => value <= 0));
       this.logs.ariaPressed = this.log && !this.logs.hidden;
+      // A button that is pressed while new data comes stays.
+      const now = JSON.stringify([this.shown, this.charts.map(({ title }) => title), curves.map(({ name, style, error }) => [name, style, error.length > 0, this.hidden.has(name)])]);
+      if (now === this.shows) return;
+      this.shows = now;
+      this.choice.replaceChildren(...this.charts.map(({ title }, i) => make("button", { type: "button", textContent: title, ariaPressed: i === this.shown, onclick: () => { this.choose(i); this.choice.children[i].focus(); } })));
+      this.choice.hidden = this.charts.length < 2;
+      this.keys.replaceChildren(...(curves.length > 1 || curves.some(({ error }) => error.length) ? curves.map(key) : []));
     }
 
     shade() {
@@ -287,6 +291,6 @@
   document.addEventListener("click", (event) => { if (event.target.closest("[data-theme-switch]")) requestAnimationFrame(repaint); });
   document.addEventListener("toggle", settle, true);
   window.easel?.settling.push(settle);
-  window.charts = { placeOf };
+  window.charts = { placeOf, settle };
   settle();
 })();

@@ -1,7 +1,7 @@
 // Samples and charts of the Train tab share one time axis and one cursor: the scrubber, the columns of samples and the cursor
 // of the chart show the same step.
 (() => {
-  const { one, all, follower, later } = window.easel;
+  const { one, all, later } = window.easel;
   const PAUSE = 1000;
   let at = null, run = "", last = [];
 
@@ -18,12 +18,13 @@
     scrubber.setAttribute("aria-valuetext", steps[index] ? `step ${steps[index].toLocaleString("en")}` : "base");
     for (const figure of all("#samples figure")) figure.classList.toggle("on", Number(figure.dataset.step) === steps[index]);
     const scroll = one(".samples-scroll"), figure = one("#samples figure.on"), pinned = one("#samples figure.pinned");
+    if (!figure) return;
     // What was scrolled by hand stays, until another step is shown.
     const same = last[0] === scroll && last[1] === index;
     last = [scroll, index];
     const left = figure.offsetLeft - (figure === pinned || !pinned ? 0 : pinned.offsetWidth + 12), right = figure.offsetLeft + figure.offsetWidth;
-    if (same || !scrolls) { /* It stays. */ } else if (left < scroll.scrollLeft) scroll.scrollLeft = left;
-    else if (right > scroll.scrollLeft + scroll.clientWidth) scroll.scrollLeft = right - scroll.clientWidth;
+    const hidden = left < scroll.scrollLeft || right > scroll.scrollLeft + scroll.clientWidth;
+    if (hidden && !same && scrolls) scroll.scrollLeft = (left + right - scroll.clientWidth) / 2;
     if (chart()) window.charts.placeOf(chart()).point(step ?? steps[index]);
   };
 
@@ -46,29 +47,36 @@
     return node?.offsetParent && state && !document.hidden ? [node.dataset.source, node.dataset.compare, state.state, state.step, one("#verdict")?.textContent].join("|") : "";
   };
   const stale = () => wanted() && (wanted() !== loaded || drawn !== chart());
-  const load = follower(async () => {
-    if (!stale()) return false;
+  // Takes the curves; how long to wait before the next time, as long ones come less often.
+  const take = async () => {
     const node = chart(), now = wanted(), { source, compare } = node.dataset;
-    const answer = await fetch(compare ? `${source}?compare=${encodeURIComponent(compare)}` : source).catch(() => null);
-    if (!answer?.ok) return false;
+    const answer = await fetch(compare ? `${source}?compare=${encodeURIComponent(compare)}` : source);
     const { charts, tables, note } = await answer.json();
     // Another run may be shown by now.
-    if (chart() !== node || node.dataset.source !== source || node.dataset.compare !== compare) return true;
+    if (chart() !== node || node.dataset.source !== source || node.dataset.compare !== compare) return 1;
     [loaded, drawn] = [now, node];
     one(".chart-table > div", node).innerHTML = tables;
     one(".chart-table", node).hidden = !tables;
     window.charts.placeOf(node).take(charts, note);
-    // Long curves come less often.
-    await later(PAUSE + charts.flatMap(({ curves }) => curves).reduce((sum, { x }) => sum + x.length, 0) / 2);
-    return stale();
-  }, 0);
+    return PAUSE + charts.flatMap(({ curves }) => curves).reduce((sum, { x }) => sum + x.length, 0) / 2;
+  };
+  let busy = false;
+  const load = async () => {
+    if (busy || !stale()) return;
+    busy = true;
+    // What fails is tried again with the next change of the page.
+    const pause = await take().catch(() => 0);
+    await later(pause || PAUSE);
+    busy = false;
+    if (pause) load();
+  };
 
   const settle = () => {
     const name = one("#run-status")?.dataset.shownRun ?? "";
     if (name !== run) { run = name; at = null; }
     align();
     show(at);
-    if (stale()) load();
+    load();
   };
   window.easel.settling.push(settle);
   addEventListener("resize", align);
@@ -77,6 +85,12 @@
     if (target.id !== "scrubber") return;
     const steps = stepsOf(target), index = Number(target.value);
     show(index === steps.length - 1 ? null : steps[index]);
+  });
+  document.addEventListener("keydown", (event) => {
+    const scrubber = one("#scrubber"), by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], index = Number(scrubber?.value) + by;
+    if (!by || !event.target.matches(".samples-scroll")) return;
+    event.preventDefault();
+    show(stepsOf(scrubber)[index] ?? at);
   });
   document.addEventListener("chart-step", ({ detail }) => show(detail));
   // A column is chosen by the pointer and by the focus that the keyboard brings to its image.

@@ -77,6 +77,7 @@
     const place = one("#toolbox-answer");
     if (answers[tool]) place.innerHTML = answers[tool];
     else place.replaceChildren(one("#toolbox-empty").content.cloneNode(true));
+    window.charts.settle();
   };
   const why = () => {
     const low = Number(button().dataset.low), high = Number(button().dataset.high), count = chosen().length;
