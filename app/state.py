@@ -93,9 +93,9 @@ class AppState:
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: mark_project(run, self.project.path)
         self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config(), self.project.path)
-        self.hardware = Hardware(lambda: self.worker.device)
+        self.hardware = Hardware(lambda: self.worker.computes_on, self._device)
         self.queue = QueueClient(workspace, self.jobs)
-        self.checks = Checks(workspace, self.hardware)
+        self.checks = Checks(workspace, self.free_on_card)
         self.on_quit: Callable[[], None] = lambda: None
         self.like_said = ""
         self.has_password = False
@@ -124,6 +124,12 @@ class AppState:
             return f"The run {run} is still running; measure once it has ended."
         return "The queue is running." if self.queue.is_running else ""
 
+    def free_on_card(self) -> int | None:
+        """Bytes of the card that a run finds free once worker and live run have ended; None for none."""
+        card, live = self.hardware.card(), self.jobs.live()
+        running = live.run.live_process() if live else None
+        return card.free(self.worker.pid, running.pid if running else None) if card else None
+
     def _device(self) -> str:
         """`train.device` of the open project's draft."""
         values = self.project.draft().get("values")
@@ -137,7 +143,10 @@ class AppState:
             return ""
         card, config = self.hardware.card(), live.config()
         device = self.worker.computes_on or ("cuda" if card else "")
-        if device not in CARDS or (config is not None and config.train.device == "cpu"):
+        if device not in CARDS or (
+            config is not None
+            and (config.train.device == "cpu" or self.hardware.card(config.train.device) is not card)
+        ):
             return ""
         until = f"It is done when the run {live.run.name} has ended or is paused."
         if card is None or not live.progress.stepping:

@@ -169,8 +169,10 @@ def run_bar(snapshot: Snapshot) -> str:
 
 def memory_usage(snapshot: Snapshot) -> str:
     """Memory in use, of the GPU if there is one, else by the run; rounded so that it does not flicker."""
-    run, card = snapshot.active, snapshot.app_state.hardware.card()
+    run, process = snapshot.active, None
+    config = run.view.config() if run.view else None
     process = run.view.run.live_process() if run.view else None
+    card = snapshot.app_state.hardware.card(config.train.device if process and config else None)
     held = round((resident_bytes(process) or 0) / 1e8) / 10
     own = f"This run uses {held:.1f} GB of memory" if held else ""
     if card is not None:

@@ -141,6 +141,11 @@ class WorkerClient:
             _kill(process)
 
     @property
+    def pid(self) -> int | None:
+        """The process."""
+        return self._process.pid if self._process else None
+
+    @property
     def computes_on(self) -> str:
         """Device type that requests are served on, "" while unknown."""
         wanted = self.wanted_device()

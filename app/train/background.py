@@ -47,10 +47,10 @@ _NAMES = re.compile(
 class Checks:
     """The problems of the newest plan that was asked about."""
 
-    def __init__(self, workspace: Path, hardware: Hardware) -> None:
-        """Nothing is checked before the first question."""
+    def __init__(self, workspace: Path, free_on_card: Callable[[], int | None]) -> None:
+        """Nothing is checked before the first question; `free_on_card` gives free bytes of the card."""
         self._workspace = workspace
-        self._hardware = hardware
+        self._free_on_card = free_on_card
         self._lock = threading.Lock()
         self._asked: tuple[RunConfig, Dataset, float] | None = None
         self._found: list[RunProblem] = []
@@ -88,10 +88,6 @@ class Checks:
                 self._found = [RunProblem("check", f"The check before Start failed: {error}", False)]
         finally:
             self._busy = False
-
-    def _free_on_card(self) -> int | None:
-        card = self._hardware.card()
-        return card.total - card.used if card else None
 
 
 def with_labels(sentence: str, title: Callable[[str], str] = label_of) -> str:

@@ -29,6 +29,7 @@ from app.train.form import (
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.detect import EMBEDDED
+from lora_core.model_files.sizes import FALLBACKS
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
 from lora_core.runs.preflight import caption_bytes
@@ -171,7 +172,9 @@ def notes(snapshot: Snapshot) -> list[str]:
         found.insert(0, card_problem(card, worker.found) + " Until then training runs on the CPU.")
     elif hardware.known and not hardware.has_gpu and not plan.base.embedded and plan.base.facts:
         slow = "With a base of this size it takes hours; the embedded base takes minutes."
-        found.insert(0, f"No GPU found: training on the CPU. {slow}")
+        chosen = plan.config.train.device == "cpu"
+        why = "Training on the CPU, as chosen." if chosen else "No GPU found: training on the CPU."
+        found.insert(0, f"{why} {slow}")
     return found
 
 
@@ -211,7 +214,8 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     app_state, base = snapshot.app_state, snapshot.plan.base
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
     records, costs = app_state.project.dataset().records, app_state.prober.costs()
-    return forecast_run(config, base.facts, records, runs, costs, app_state.hardware.has_gpu)
+    has_gpu, free = app_state.hardware.has_gpu, app_state.free_on_card()
+    return forecast_run(config, base.facts, records, runs, costs, has_gpu, free)
 
 
 def _measuring(snapshot: Snapshot, expected: RunForecast) -> dict[str, Any]:
@@ -249,7 +253,8 @@ def _what_it_takes(snapshot: Snapshot) -> str:
 
 
 def _memory_words(snapshot: Snapshot, measured: bool) -> str:
-    card = snapshot.app_state.hardware.card()
+    hardware = snapshot.app_state.hardware
+    card = hardware.card() if hardware.has_gpu else None
     words = "memory, measured" if measured else "memory"
     return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
 
@@ -272,6 +277,7 @@ def _sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
             f" {pluralize(expected.steps, 'step')}."
         )
         sentences += _caption_sentences(snapshot)
+    sentences += _memory_sentences(snapshot, expected)
     if config.optimizer.range_test:
         sentences.append(
             "A range test finds the learning rate before the first step, beginning around"
@@ -305,6 +311,20 @@ def _caption_sentences(snapshot: Snapshot) -> list[str]:
     return [
         "Captions vary, so each is encoded as it comes; up to"
         f" {format_bytes(drawn)} of them stay in memory, none on disk."
+    ]
+
+
+def _memory_sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
+    """What a run does to fit into the card's memory, where it has to."""
+    free = snapshot.app_state.free_on_card()
+    if not expected.fallbacks or not expected.memory_as_set or not expected.memory_bytes or not free:
+        return []
+    beyond = expected.memory_bytes > free
+    return [
+        f"As set, it would take about {expected.memory_as_set / 1e9:.1f} GB of the card's memory, of which"
+        f" {free / 1e9:.1f} GB are free, so it takes less:",
+        *dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks),
+        *(["Even so it may not fit: close other programs, or lower the resolution."] if beyond else []),
     ]
 
 

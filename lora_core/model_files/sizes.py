@@ -1,19 +1,23 @@
 """Sizes that follow from settings and from the shapes of a base's layers, of which headers are read and no
-weights: checkpoint, samples, exported file, the whole run, and the base in memory."""
+weights: checkpoint, samples, exported file, the whole run on disk, and its memory on a card with what is done
+where that is short."""
 
 import functools
+import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import UNET, BaseFacts, weight_paths
 from lora_core.model_files.families import FAMILIES, Family, canonical_path, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.ldm_names import diffusers_unet_path
-from lora_core.settings.choices import OPTIMIZERS, chosen
+from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import last_matches
 from lora_core.system.files import FAMILY_CONFIGS, MARGIN
@@ -28,6 +32,38 @@ PREPACKED_SPARE = 2 * 2**30
 """Bytes that must stay free beside those."""
 OFFLOAD_BUFFERS = 3
 """Weights of an offloaded base on the card at once: in use, on its way, maybe still waited for."""
+CARD_SPARE = 300 * 2**20
+"""Bytes of a card that a process leaves free, for the driver and the desktop."""
+CONTEXT = 0.8e9
+"""Bytes of a card for its driver's context and the libraries' workspaces."""
+LOOKS = 4
+"""Noise draws that are validated in one batch."""
+DECODE_TILES = (512, 256)
+"""Sides of VAE tiles in pixels, tried in this order where an image does not fit whole."""
+OFFLOAD_SPARE = 2**30
+"""Bytes that stay free where the base is offloaded to."""
+BITSANDBYTES = "bitsandbytes"
+VAE_ON_CPU, TEXT_ON_CPU, PLAIN_LAYOUT = "vae aside", "text encoders aside", "plain layout"
+ON_CPU = VAE_ON_CPU, TEXT_ON_CPU
+CHECKPOINTING, HALVES, OPTIMIZER_8BIT = "checkpointing", "half", "8-bit optimizer"
+INT8, OFFLOAD = "int8", "offload"
+FALLBACKS = {
+    VAE_ON_CPU: "The VAE waits in the computer's own memory; samples take some seconds longer.",
+    TEXT_ON_CPU: "The text encoders wait in the computer's own memory and come to the device for some dozens"
+    " of captions at a time: the numbers stay the same, at about the same speed.",
+    PLAIN_LAYOUT: "The base's weights are kept once, as they are, instead of laid out for the processor too:"
+    " steps take up to a quarter longer.",
+    CHECKPOINTING: "Gradient checkpointing is on: steps take about a third longer.",
+    HALVES: "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
+    " twice as long on a graphics card, and no longer on a processor.",
+    OPTIMIZER_8BIT: "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
+    INT8: "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
+    " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
+    OFFLOAD: "The base's weights wait outside of the device's memory and are fetched as they are used: the"
+    " numbers stay the same, and steps may take twice as long or more.",
+}
+"""What is done where memory is short, in the order in which it is tried before the first step: name in
+`plan.json` to what it does and costs. `train/oom.py` applies them."""
 HEADER_A_LAYER = 450
 """Bytes of the exported file's header for each layer: three tensors with long names."""
 _HEADERS = 64 * 1024
@@ -174,3 +210,115 @@ def _known_text_layers(family: Family) -> Iterator[Any]:
                 yield (encoder.part, f"{start}.self_attn.{name}"), (width, width)
             yield (encoder.part, f"{start}.mlp.fc1"), (width, inner)
             yield (encoder.part, f"{start}.mlp.fc2"), (inner, width)
+
+
+def fit_on_card(
+    config: RunConfig, facts: BaseFacts, varied: bool = False, free: float | None = None
+) -> tuple[float, list[str]] | None:
+    """Predict a run's memory on a card, within a quarter of what the simulated card counts.
+
+    Args:
+        config: the run's settings.
+        facts: of its base.
+        varied: whether captions vary from draw to draw, so that frozen text encoders are needed in training.
+        free: bytes of the card that no other process holds; None where that is not known.
+
+    Returns:
+        Bytes at the peak with the driver's context, and the keys of `FALLBACKS` that will be applied to fit
+        into `free`, in order; more than `free` where they do not suffice. None where the base does not say.
+    """
+    parameters, export = count_base_parameters(facts), export_bytes(facts, config)
+    if facts.family is None or not parameters or not export:
+        return None
+    counts, applied = (parameters, export // 2), []
+
+    def phases() -> tuple[float, float, list[float]]:
+        return _card_phases(config, facts, counts, varied, applied)
+
+    def apply_next(skipped: Collection[str] = ()) -> bool:
+        found = _next_fallback(config, parameters, varied, (*applied, *skipped))
+        applied.extend([found] if found else [])
+        return found is not None
+
+    if free is not None:
+        room = free - CARD_SPARE
+        while phases()[0] > room and apply_next(_BEFORE_INT8):
+            pass
+        while phases()[1] > room and apply_next():
+            pass
+        while phases()[2][-1] > room and _next_fallback(config, parameters, varied, applied) in ON_CPU:
+            apply_next()
+    _, step, samples = phases()
+    sample = samples[0] if free is None else next((one for one in samples if one <= room), samples[-1])
+    return max(step, sample), applied
+
+
+_BEFORE_INT8 = tuple(FALLBACKS)[: list(FALLBACKS).index(INT8)]
+"""What does not help where the base alone is too large."""
+
+
+def _next_fallback(config: RunConfig, parameters: int, varied: bool, applied: Collection[str]) -> str | None:
+    """The fallback that comes after those that were applied; `parameters` are those of the base."""
+    train, optim = config.train, config.optimizer
+    in_ram = psutil.virtual_memory().available > parameters * _HALF + OFFLOAD_SPARE
+    impossible = {
+        TEXT_ON_CPU: not varied or trains_text_encoder(config),
+        PLAIN_LAYOUT: True,
+        CHECKPOINTING: train.gradient_checkpointing,
+        HALVES: 2 ** list(applied).count(HALVES) >= train.batch_size,
+        OPTIMIZER_8BIT: optim.name != "adamw" or importlib.util.find_spec(BITSANDBYTES) is None,
+        INT8: train.quantize_base != "none" or train.offload or OFFLOAD in applied,
+        OFFLOAD: train.offload or not in_ram,
+    }
+    possible = (name for name in FALLBACKS if not impossible.get(name))
+    return next((name for name in possible if name == HALVES or name not in applied), None)
+
+
+def trains_text_encoder(config: RunConfig) -> bool:
+    """Whether a text encoder is trained, so that no caption's embedding can be kept."""
+    optim = config.optimizer
+    return bool(TARGETS[config.adapter.targets].text and (optim.text_encoder_lr or optim.text_encoder_2_lr))
+
+
+def _card_phases(
+    config: RunConfig, facts: BaseFacts, counts: tuple[int, int], varied: bool, applied: Collection[str]
+) -> tuple[float, float, list[float]]:
+    """Bytes of a card: of the UNet alone, at the peak of steps, validation and what comes before, and in
+    samples decoded whole or in ever smaller tiles. `counts` are the parameters of base and adapter."""
+    assert facts.family is not None
+    row, train, (weights, trained) = facts.family.footprint, config.train, counts
+    larger = weights / (row.unet + row.text + row.vae)
+    width = 4 if train.precision == "fp32" else 2
+    int8 = train.quantize_base != "none" or INT8 in applied
+    blocks = OFFLOAD_BUFFERS * row.largest if train.offload or OFFLOAD in applied else row.blocks
+    unet = ((row.unet - row.blocks) * width + blocks * (1 if int8 else width)) * larger
+    made = row.largest * width * larger if int8 else 0
+    text = row.text * width * larger
+    encoders = text if trains_text_encoder(config) or (varied and TEXT_ON_CPU not in applied) else 0
+    state = 0.5 if OPTIMIZER_8BIT in applied else OPTIMIZERS[config.optimizer.name].state
+    copies = 2 + state + (1 if width == 2 else 0) + (1 if config.save.ema else 0)
+    vae = 0 if VAE_ON_CPU in applied else row.vae * 4 * larger
+    held = CONTEXT + unet + made + encoders + vae + trained * 4 * copies
+    # Activations grow with the width of the layers, weights with its square.
+    activation = math.sqrt(larger) * width / 2
+    side, own_side = train.resolution or facts.resolution, facts.resolution
+    pixels, own_pixels = (side / 8) ** 2, (own_side / 8) ** 2
+    plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
+    if train.gradient_checkpointing or CHECKPOINTING in applied:
+        a_pixel: float = checkpointed
+    else:
+        a_pixel = plain + of_rank * (config.adapter.rank - 16)
+    rows = math.ceil(train.batch_size / 2 ** list(applied).count(HALVES))
+    passing = [a_pixel * rows * pixels * activation]
+    if config.validation.every and config.validation.pictures:
+        passing.append(min(LOOKS, config.validation.draws_per_image) * row.guided * pixels * activation)
+    if varied and not encoders:
+        passing.append(text)
+    # Images that do not fit are encoded on the processor.
+    encoding = CONTEXT + row.vae * 4 * larger + row.encode * pixels * math.sqrt(larger)
+    before = [CONTEXT + text] + ([] if applied else [encoding])
+    decoded = [own_side, *(tile for tile in DECODE_TILES if tile < own_side)]
+    guided = 2 * row.guided * own_pixels * activation
+    # A sample can be asked for at any time; on the CPU, the VAE takes nothing of the card.
+    samples = [row.decode * (one / 8) ** 2 * math.sqrt(larger) if vae else 0 for one in decoded]
+    return CONTEXT + unet, max(held + max(passing), *before), [held + max(guided, one) for one in samples]

@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from lora_core.backends.onednn import supports_bf16
 from lora_core.errors import ConfigError
+from lora_core.model_files.sizes import CARD_SPARE
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.settings.schema import AUTO
 
@@ -24,8 +25,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
 VOLTA, TURING = (7, 0), (7, 5)
 """Compute capabilities."""
-SPARE = 300 * 2**20
-"""Bytes of a card that this process leaves free."""
+LIBRARY_ERRORS = ("STATUS_NOT_INITIALIZED", "CUDNN_STATUS_INTERNAL_ERROR", "unable to find an engine")
+"""Words of cuBLAS and cuDNN that mean that memory ran out, where there is `ALMOST_NONE` left."""
+ALMOST_NONE = 0.05
+"""Share of a card's memory."""
 WORTH_IT = 0.7
 """bf16 is taken where it needs at most this share of fp32's time."""
 
@@ -166,18 +169,18 @@ def describe_torch() -> dict[str, str]:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes of a card that this process can still allocate, less `SPARE` for the driver and the desktop;
+    """Bytes of a card that this process can still allocate, less `CARD_SPARE` for the driver and the desktop;
     None for other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + cached - SPARE)
+    return max(0, free + cached - CARD_SPARE)
 
 
 def cap_memory(device: torch.device) -> int:
-    """Limit this process to the card's memory that no other process holds, less `SPARE`; returns the cap in
-    bytes, 0 where the device has none.
+    """Limit this process to the card's memory that no other process holds, less `CARD_SPARE`; returns the cap
+    in bytes, 0 where the device has none.
 
     Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the Windows driver moves
     memory to RAM instead, and steps take many times as long without an error.
@@ -276,9 +279,18 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    words = (
+        "can't allocate memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "bad_alloc",
+        "cudaErrorMemoryAllocation",
+    )
     if any(word in str(error) for word in words):
         return True
+    if any(word in str(error) for word in LIBRARY_ERRORS) and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return free < ALMOST_NONE * total
     # oneDNN's message when its allocation fails; without a limit it means something else.
     return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
 

@@ -1,5 +1,6 @@
 """Captions to prompt embeddings: tokens in chunks, and the text encoders."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -46,21 +47,30 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
             layer norm; those conditioned on the penultimate, number 2, do not, and never take a later one.
         tokens: 75, 150 or 225: one, two or three chunks, joined along T.
     """
+    return encode_prompts(base, [captions], clip_skip, tokens)[0]
+
+
+def encode_prompts(
+    base: BaseModel, batches: Sequence[list[str]], clip_skip: int = 1, tokens: int = 75
+) -> list[PromptEmbeds]:
+    """`encode_prompt` of each batch; each text encoder is moved to the device once for all of them."""
     chunks = max(1, round(tokens / CHUNK))
-    contexts, pooled = [], None
+    contexts: list[list[torch.Tensor]] = [[] for _ in batches]
+    pooled: list[torch.Tensor | None] = [None] * len(batches)
     for encoder in base.family.text_encoders:
-        ids = torch.cat(
-            [token_chunks(base.tokenizers[encoder.part], caption, chunks) for caption in captions]
-        )
+        module, tokenizer = base.text_encoders[encoder.part], base.tokenizers[encoder.part]
         with base.on_device(encoder.part):
-            hidden, projected = _hidden_states(
-                base.text_encoders[encoder.part], encoder, ids.to(base.device), clip_skip
-            )
-        contexts.append(hidden)
-        if projected is not None:
-            pooled = projected.reshape(len(captions), chunks, -1)[:, 0]
-    context = torch.cat(contexts, dim=-1)
-    return PromptEmbeds(context.reshape(len(captions), -1, context.shape[-1]), pooled)
+            for number, captions in enumerate(batches):
+                ids = torch.cat([token_chunks(tokenizer, caption, chunks) for caption in captions])
+                hidden, projected = _hidden_states(module, encoder, ids.to(base.device), clip_skip)
+                contexts[number].append(hidden)
+                if projected is not None:
+                    pooled[number] = projected.reshape(len(captions), chunks, -1)[:, 0]
+    joined = [torch.cat(found, dim=-1) for found in contexts]
+    return [
+        PromptEmbeds(context.reshape(len(captions), -1, context.shape[-1]), first)
+        for captions, context, first in zip(batches, joined, pooled, strict=True)
+    ]
 
 
 def encode_negative_prompt(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> PromptEmbeds:

@@ -8,11 +8,9 @@ import torch
 from lora_core.data.buckets import Bucket, resize_and_crop
 from lora_core.data.images import open_rgb
 from lora_core.data.scan import ImageRecord
+from lora_core.model_files.sizes import DECODE_TILES
 from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel
-
-TILES = (512, 256)
-"""Sides of VAE tiles in pixels, tried in this order."""
 
 
 def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
@@ -60,7 +58,7 @@ def _decode(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
             return vae.tiled_decode(unscaled).sample
         except (RuntimeError, MemoryError) as error:
             side = tile or max(unscaled.shape[-2:]) * base.vae_scale_factor
-            smaller = next((each for each in TILES if each < side), 0)
+            smaller = next((each for each in DECODE_TILES if each < side), 0)
             if not smaller or not out_of_memory(error):
                 raise
             release_failed(error, base.device)

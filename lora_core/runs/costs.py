@@ -18,19 +18,17 @@ import psutil
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import BaseFacts, lookup_base
-from lora_core.model_files.families import Family
 from lora_core.model_files.sizes import (
-    OFFLOAD_BUFFERS,
     PREPACKED_COPIES,
     PREPACKED_SPARE,
     WINOGRAD_COPIES,
     count_base_parameters,
     export_bytes,
+    fit_on_card,
     num_adapters,
 )
-from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes
+from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
 from lora_core.runs.progress import Progress
-from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import check_fields, parse_json, write_atomically
 
@@ -48,10 +46,6 @@ ACTIVATIONS = 0.7e6
 USUAL_PARAMETERS = 1.07e9
 """Weights of all of SD 1.x, which ACTIVATIONS was measured with."""
 CHECKPOINTING_KEEPS = 0.2
-CONTEXT = 0.8e9
-"""Bytes of a card for its driver's context and the libraries' workspaces."""
-LOOKS = 4
-"""Noise draws that are validated in one batch."""
 _lock = threading.Lock()
 
 
@@ -88,7 +82,9 @@ class RunForecast:
         steps: of the run.
         seconds: of all steps, samples and validation included.
         source: of the time: measured, probed, scaled or "".
-        memory_bytes: at the peak.
+        memory_bytes: at the peak, with `fallbacks`.
+        fallbacks: what will be done to fit into a card's free memory, in order; keys of `sizes.FALLBACKS`.
+        memory_as_set: bytes at the peak without them.
         file_bytes: of the exported file.
         learning_rate: the effective one.
     """
@@ -102,6 +98,8 @@ class RunForecast:
     memory_bytes: int | None
     file_bytes: int | None
     learning_rate: float | None
+    fallbacks: list[str] = field(default_factory=list)
+    memory_as_set: int | None = None
 
     @property
     def seconds_a_step(self) -> float | None:
@@ -179,6 +177,7 @@ def forecast_run(
     runs: Iterable[tuple[Progress, RunConfig | None]],
     costs: Mapping[str, StepCost],
     has_gpu: bool,
+    free: int | None = None,
 ) -> RunForecast:
     """What a run will take.
 
@@ -189,12 +188,18 @@ def forecast_run(
         runs: of this machine, the newest first.
         costs: what was measured on this device, as `read_costs` returns it.
         has_gpu: whether it trains on a card.
+        free: bytes of that card that no other process holds; None where that is not known.
     """
     step, source = _forecast_step(config, runs, costs, len(records)) or (None, "")
     tried = costs.get(cost_key(config))
-    memory: float | None = tried.peak if tried and tried.peak else None
-    if memory is None and facts:
-        memory = memory_needed(config, facts, has_gpu)
+    as_set: float | None = tried.peak if tried and tried.peak else None
+    memory, fallbacks = as_set, list[str]()
+    if memory is None and facts and has_gpu and facts.family:
+        varied = captions_vary(records, config)
+        as_set = (fit_on_card(config, facts, varied) or (None,))[0]
+        memory, fallbacks = fit_on_card(config, facts, varied, free) or (None, [])
+    elif memory is None and facts:
+        memory = as_set = memory_needed(config, facts)
         if memory and not has_gpu:
             memory += sum(caption_bytes(records, config, facts))
     shown = sum(record.repeats for record in records)
@@ -209,6 +214,8 @@ def forecast_run(
         memory_bytes=round(memory) if memory else None,
         file_bytes=export_bytes(facts, config) if facts else None,
         learning_rate=None if config.optimizer.range_test else config.optimizer.lr * config.adapter.scale,
+        fallbacks=fallbacks,
+        memory_as_set=round(as_set) if as_set else None,
     )
 
 
@@ -266,17 +273,11 @@ def num_rounds(steps: int, every: int) -> int:
     return math.ceil(steps / every) + 1 if every else 0
 
 
-def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
-    """About how many bytes the run takes at its peak.
-
-    On a card within a quarter of what the simulated card counts, where no fallback is needed; on a processor
-    within a factor of two at best.
-    """
+def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
+    """About how many bytes a run on a processor takes at its peak, within a factor of two at best."""
     parameters, export = parameters_of(lookup_base(config.model.base)), export_bytes(known, config)
     if not parameters or not export:
         return None
-    if on_card and known.family is not None:
-        return _card_memory(config, known.family, known.resolution, (parameters, export // 2))
     asked = config.train.precision
     width = 4 if asked in ("fp32", "auto") else 2
     side = config.train.resolution or known.resolution
@@ -291,35 +292,6 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
         copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
         weights *= 1 + copies
     return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
-
-
-def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tuple[int, int]) -> float:
-    """The peak of a run on a card; `counts` are the parameters of the base and the trained ones."""
-    row, train = family.footprint, config.train
-    weights, trained = counts
-    larger = weights / (row.unet + row.text + row.vae)
-    width = 4 if train.precision == "fp32" else 2
-    kept = 1 if train.quantize_base != "none" else width
-    blocks = OFFLOAD_BUFFERS * row.largest if train.offload else row.blocks
-    unet = (row.unet - row.blocks) * width + blocks * kept
-    made = row.largest * width if train.quantize_base != "none" else 0
-    optim, dataset = config.optimizer, config.dataset
-    encoding = optim.text_encoder_lr or optim.text_encoder_2_lr or dataset.shuffle_tags or dataset.tag_dropout
-    text = row.text * width if encoding else 0
-    copies = 2 + OPTIMIZERS[optim.name].state + (1 if width == 2 else 0) + (1 if config.save.ema else 0)
-    # Activations grow with the width of the layers, weights with its square.
-    activation = math.sqrt(larger) * width / 2
-    pixels, own_pixels = (((side or resolution) / 8) ** 2 for side in (train.resolution, resolution))
-    plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
-    step = checkpointed if train.gradient_checkpointing else plain + of_rank * (config.adapter.rank - 16)
-    passing = [step * train.batch_size * pixels * activation]
-    if config.validation.every and config.validation.pictures:
-        passing.append(min(LOOKS, config.validation.draws_per_image) * row.guided * pixels * activation)
-    # A sample can be asked for at any time.
-    passing += [2 * row.guided * own_pixels * activation, row.decode * own_pixels * math.sqrt(larger)]
-    vae = row.vae * 4 * larger
-    training = (unet + made + text) * larger + vae + trained * 4 * copies + max(passing)
-    return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)
 
 
 def parameters_of(base: BaseFacts) -> int | None:

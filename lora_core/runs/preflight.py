@@ -26,10 +26,12 @@ from lora_core.model_files.detect import (
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.sizes import (
+    CARD_SPARE,
     DRAWN_CAPTIONS_BYTES,
     checkpoint_bytes,
     count_base_parameters,
     export_bytes,
+    fit_on_card,
     needed_bytes,
 )
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
@@ -78,9 +80,10 @@ class RunProblem:
     blocking: bool = True
 
 
-def free_card_bytes() -> int | None:
-    """Free memory of the graphics card that a run takes; None where there is none or it does not say."""
-    card = find_card()
+def free_card_bytes(device: str) -> int | None:
+    """Free memory of the graphics card that a run with this `train.device` takes; None where there is none
+    or it does not say."""
+    card = find_card(device)
     return card.total - card.used if card else None
 
 
@@ -88,7 +91,7 @@ def preflight(
     config: RunConfig,
     workspace: Path,
     dataset: Dataset | None = None,
-    card: Callable[[], int | None] = free_card_bytes,
+    card: Callable[[], int | None] | None = None,
 ) -> list[RunProblem]:
     """Everything that is wrong with a run before it starts, and what a user should know.
 
@@ -96,7 +99,7 @@ def preflight(
         config: of the run; an empty name is given later and not checked.
         workspace: where it will be.
         dataset: its images, where they were read already.
-        card: asked for the free bytes of the graphics card; None where there is none.
+        card: asked for the free bytes of the graphics card, in place of its driver; None where there is none.
 
     Returns:
         Blocking problems first; empty where all is well.
@@ -123,7 +126,8 @@ def preflight(
     found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
-        found += targets or _room(config, workspace, facts, records, card())
+        free = card() if card else free_card_bytes(config.train.device)
+        found += targets or _room(config, workspace, facts, records, free)
     found += _busy(workspace)
     return sorted(found, key=lambda problem: not problem.blocking)
 
@@ -340,7 +344,8 @@ def _room(
         again - folder_bytes(cache / "text"),
     )
     on_disk = sum(max(0, size) for size in lacking)
-    return _disk(config, workspace, facts, on_disk) + _memory(config, facts, card, again + drawn)
+    memory = _memory(config, facts, card, again + drawn, captions_vary(records, config))
+    return _disk(config, workspace, facts, on_disk) + memory
 
 
 def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[RunProblem]:
@@ -361,8 +366,11 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
     return [RunProblem("disk", need, free < least)]
 
 
-def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[RunProblem]:
-    """Weights and adapter against what is free; rough, since activations come on top."""
+def _memory(
+    config: RunConfig, facts: BaseFacts, card: int | None, captions: int, varied: bool
+) -> list[RunProblem]:
+    """Weights and adapter against what is free; rough, since activations come on top. No problem on a card
+    where the trainer fits the run into its memory."""
     parameters, export = count_base_parameters(facts), export_bytes(facts, config)
     if not parameters or not export:
         return []
@@ -371,7 +379,8 @@ def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int
     need = parameters * width + (export // 2) * 4 * ADAPTER_COPIES
     need += captions if card is None else 0
     free, where = (psutil.virtual_memory().available, "memory") if card is None else (card, "graphics memory")
-    if need <= free:
+    fitted = fit_on_card(config, facts, varied, card) if card is not None else None
+    if need <= free or (fitted and fitted[0] + CARD_SPARE <= free):
         return []
     advice = "" if width == 2 else ", or set train.precision to bf16"
     sentence = (
@@ -387,6 +396,12 @@ def _busy(workspace: Path) -> list[RunProblem]:
         return []
     sentence = f"The run {live[0]} is running too; both get slower and share the memory."
     return [RunProblem("busy", sentence, False)]
+
+
+def captions_vary(records: Sequence[ImageRecord], config: RunConfig) -> bool:
+    """Whether a caption of the images reads differently from draw to draw."""
+    rules = CaptionRules.of(config.dataset)
+    return any(varies_by_draw(record.caption, rules) for record in records)
 
 
 def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:

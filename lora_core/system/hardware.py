@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Card:
         by_process: process to bytes, where known.
         maker: "NVIDIA" or "AMD".
         driver: driver version, "" if unknown.
+        device: as `train.device` names it, such as "cuda:0".
     """
 
     name: str
@@ -53,37 +54,45 @@ class Card:
     by_process: dict[int, int] = field(default_factory=dict)
     maker: str = "NVIDIA"
     driver: str = ""
+    device: str = ""
+
+    def free(self, *mine: int | None) -> int:
+        """Bytes that are free once the processes `mine` have ended."""
+        return self.total - self.used + sum(self.by_process.get(pid or 0, 0) for pid in mine)
 
 
 class Hardware:
-    """The machine's card, looked at anew at most every few seconds."""
+    """The machine's cards, looked at anew at most every few seconds."""
 
-    def __init__(self, device: Callable[[], str] = str) -> None:
+    def __init__(self, device: Callable[[], str] = str, wanted: Callable[[], str] = lambda: "auto") -> None:
         """Nothing is asked before the first look.
 
         Args:
             device: gives the kind of device that PyTorch computes on, "" while that is not known.
+            wanted: gives the value of `train.device`.
         """
         self._device = device
-        self._card: Card | None = None
+        self._wanted = wanted
+        self._cards: list[Card] = []
         self._asked = 0.0
         self.known = False
         """Whether an answer has come, so that no card means that there is none."""
         self._lock = threading.Lock()
 
-    def card(self) -> Card | None:
-        """The first card as it was a moment ago; None where there is none or no answer has come yet."""
+    def card(self, device: str | None = None) -> Card | None:
+        """The card that a run takes, by default with the wanted `train.device`, as it was a moment ago; None
+        where there is none or no answer has come yet."""
         with self._lock:
             due = time.monotonic() - self._asked > FRESH_SECONDS or not self._asked
             # A machine without a card grows none while the window is open.
-            if due and not (self.known and self._card is None):
+            if due and not (self.known and not self._cards):
                 self._asked = time.monotonic()
                 threading.Thread(target=self.look, daemon=True, name="hardware").start()
-        return self._card
+        return choose_card(self._cards, self._wanted() if device is None else device)
 
     def look(self) -> None:
         """Ask now."""
-        self._card = find_card()
+        self._cards = find_cards()
         self.known = True
 
     @property
@@ -97,25 +106,34 @@ class Hardware:
         """Whether something faster than the processor is known to be there, and PyTorch can use it."""
         if self._device() == "cpu":
             return False
-        return self._card is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
+        return self.card() is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
 
 
-def find_card() -> Card | None:
-    """The card that a run would take, asked of its driver now."""
-    return find_nvidia_card() or find_amd_card()
+def find_card(device: str = "auto") -> Card | None:
+    """The card that a run with this `train.device` takes, asked of its driver now."""
+    return choose_card(find_cards(), device)
 
 
-def find_nvidia_card() -> Card | None:
-    """The card that a run uses, from nvidia-smi: the newest; of equal ones, the largest."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        cards = list_nvidia_cards(tool)
-        apps = parse_apps(_run_command(tool, "--query-compute-apps=pid,used_memory"))
-        best = max(cards, key=lambda card: (card.generation, card.total), default=None)
-        return replace(best, by_process=apps) if best else None
-    return None
+def choose_card(cards: Sequence[Card], device: str) -> Card | None:
+    """The card that a run with this `train.device` takes: the named one, else the newest; of equal ones, the
+    largest. None where it takes none of them."""
+    if device in ("auto", "cuda"):
+        return max(cards, key=lambda card: (card.generation, card.total), default=None)
+    return next((card for card in cards if card.device == device), None)
+
+
+def find_cards() -> list[Card]:
+    """The cards of one maker in the order of their numbers, those alone that CUDA_VISIBLE_DEVICES names by
+    number; all, where that leaves none."""
+    cards: list[Card] = []
+    if tool := shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            apps = parse_apps(_run_command(tool, "--query-compute-apps=pid,used_memory"))
+            cards = [replace(card, by_process=apps) for card in list_nvidia_cards(tool)]
+    cards = cards or list_amd_cards()
+    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    named = [cards[int(one)] for one in numbers if one.strip().isdigit() and int(one) < len(cards)]
+    return [replace(card, device=f"cuda:{number}") for number, card in enumerate(named or cards)]
 
 
 def list_nvidia_cards(tool: str) -> list[Card]:
@@ -171,14 +189,14 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def find_amd_card(devices: Path = Path("/sys/class/drm")) -> Card | None:
-    """The largest card whose driver reports memory in sysfs, as AMD's does on Linux."""
+def list_amd_cards(devices: Path = Path("/sys/class/drm")) -> list[Card]:
+    """The cards whose driver reports memory in sysfs, as AMD's does on Linux."""
     found = []
-    for total in devices.glob("card*/device/mem_info_vram_total"):
+    for total in sorted(devices.glob("card*/device/mem_info_vram_total")):
         with contextlib.suppress(OSError, ValueError):
             used = int((total.parent / "mem_info_vram_used").read_text())
             found.append(Card("AMD graphics card", used, int(total.read_text()), maker="AMD"))
-    return max(found, key=lambda card: card.total, default=None)
+    return found
 
 
 def card_problem(card: Card, found: Mapping[str, str], system: str = platform.system()) -> str:

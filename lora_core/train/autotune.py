@@ -22,6 +22,7 @@ from lora_core.backends.onednn import PLAIN, layout_of
 from lora_core.data.buckets import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
+from lora_core.model_files.sizes import CONTEXT, ON_CPU
 from lora_core.models.device import cap_memory, limited, out_of_memory, use_device
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
@@ -40,7 +41,7 @@ from lora_core.train.loop import (
     training_steps,
 )
 from lora_core.train.loss import diffusion_loss
-from lora_core.train.oom import VAE_ON_CPU, MemoryFallback, free_memory
+from lora_core.train.oom import MemoryFallback, free_memory
 from lora_core.train.setup import (
     OnProgress,
     RuntimePlan,
@@ -217,7 +218,7 @@ def fit_memory(
     while not _fits(state, lambda: _try_step(session, settings, optimizer_state)):
         warnings.append(f"The heaviest step does not fit into memory as it is. {memory.apply_next(0)}")
     while not _fits(state, lambda: _try_sample(session)):
-        if memory.next is None or memory.next.name != VAE_ON_CPU:
+        if memory.next is None or memory.next.name not in ON_CPU:
             warnings.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
         warnings.append(f"Samples do not fit into memory as it is. {memory.apply_next(0)}")
@@ -310,14 +311,15 @@ def _time_steps(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     base = open_base_for(config, device, training_dtype(config, device), [], offload_folder)
-    base.load(*base.waiting)
-    on_step(0, TIMED_STEPS)
+    base.load(*base.text_encoders)
     layout = plan_adapter(base, config)
     tokens = train.max_token_length
     text = PromptCache(base, offload_folder, layout.encoders_trained, train.clip_skip, tokens)
     if not layout.encoders_trained:
         text.embed_batch([CAPTION])
         text.release()
+    base.load(base.family.denoiser)
+    on_step(0, TIMED_STEPS)
     side = train.resolution or base.resolution
     batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)
     state, _ = build_train_state(base, layout, config, "")
@@ -333,7 +335,7 @@ def _time_steps(
         "step": statistics.median(counted),
         "draw": _time_sampler_step(base, text.embed_batch([CAPTION])),
         "steps": len(counted),
-        "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        "peak": int(torch.cuda.max_memory_reserved(device) + CONTEXT) if device.type == "cuda" else 0,
         "device": device.type,
     }
 

@@ -22,11 +22,14 @@ from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import as_negative_prompt, encode_prompt, token_chunks
+from lora_core.models.encode import as_negative_prompt, encode_prompt, encode_prompts, token_chunks
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
 from lora_core.system.files import write_atomically
+
+AHEAD = 64
+"""Captions that are encoded together where text encoders have to be moved to the device for it."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,17 @@ class Batches:
 
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from 0 over the whole run."""
-        epoch, place = divmod(number, self._batches_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._epoch_batches(epoch))
-        rows = [self._draw(number, row, index) for row, index in enumerate(self._epoch[1][place])]
-        latents, captions, images = zip(*rows, strict=True)
-        names, sizes = [image.record.path.name for image in images], [image.sizes for image in images]
+        items, flips, captions = zip(*self._rows(number), strict=True)
+        latents = [
+            self._cache.latents(item.record, item.bucket, flip)
+            for item, flip in zip(items, flips, strict=True)
+        ]
+        names, sizes = [item.record.path.name for item in items], [item.sizes for item in items]
         return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
+
+    def captions(self, number: int) -> list[str]:
+        """The captions of micro-batch `number`."""
+        return [caption for _, _, caption in self._rows(number)]
 
     def heaviest(self) -> int:
         """The number of a micro-batch of the largest bucket."""
@@ -89,12 +96,18 @@ class Batches:
         sizes = [self._images[indices[0]].bucket for indices in epoch]
         return max(range(len(epoch)), key=lambda number: sizes[number].width * sizes[number].height)
 
-    def _draw(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, TrainImage]:
-        draw = random.Random(f"{self._seed}/look/{number}/{row}")
-        item = self._images[index]
-        flip = self._flip and draw.random() < 0.5
-        caption = sample_caption(item.record.caption, self._captions, draw)
-        return self._cache.latents(item.record, item.bucket, flip), caption, item
+    def _rows(self, number: int) -> list[tuple[TrainImage, bool, str]]:
+        """(image, mirrored, caption) for each row of a micro-batch."""
+        epoch, place = divmod(number, self._batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._epoch_batches(epoch))
+        rows = []
+        for row, index in enumerate(self._epoch[1][place]):
+            draw = random.Random(f"{self._seed}/look/{number}/{row}")
+            item = self._images[index]
+            flip = self._flip and draw.random() < 0.5
+            rows.append((item, flip, sample_caption(item.record.caption, self._captions, draw)))
+        return rows
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """One epoch: each image as often as it repeats, cut into batches of one bucket in random order. A
@@ -162,6 +175,22 @@ class PromptCache:
             return encode_prompt(self._base, captions, *self._options)
         return PromptEmbeds.cat([self._embed_random(caption) for caption in captions]).to(self._base.device)
 
+    def embed_ahead(self, batches: Batches, number: int) -> None:
+        """Where the text encoders wait on the CPU: embed the captions of micro-batch `number` and of some
+        after it, moving each encoder once."""
+        kind = self._base.device.type
+        if all(next(one.parameters()).device.type == kind for one in self._base.text_encoders.values()):
+            return
+        wanted = self._unknown(batches.captions(number))
+        for ahead in range(number + 1, number + AHEAD):
+            if not 0 < len(wanted) < AHEAD:
+                break
+            wanted |= self._unknown(batches.captions(ahead))
+        with torch.no_grad():
+            found = encode_prompts(self._base, [[caption] for caption in wanted], *self._options)
+        for caption, embeds in zip(wanted, found, strict=True):
+            self._keep_random(caption, embeds.to(torch.device("cpu")))
+
     def embed(self, caption: str) -> PromptEmbeds:
         """Embed one fixed caption, B = 1, on the base's device; kept on disk."""
         if self._trained:
@@ -183,14 +212,21 @@ class PromptCache:
     def _embed_random(self, caption: str) -> PromptEmbeds:
         if caption in self._fixed:
             return self._fixed[caption]
-        found = self._random.pop(caption, None)
+        found = self._random.get(caption)
         if found is None:
             found = self._encode(caption)
-            self._room -= found.nbytes
-        self._random[caption] = found
+            self._keep_random(caption, found)
+        self._random.move_to_end(caption)
+        return found
+
+    def _keep_random(self, caption: str, embeds: PromptEmbeds) -> None:
+        self._random[caption] = embeds
+        self._room -= embeds.nbytes
         while self._room < 0 and len(self._random) > 1:
             self._room += self._random.popitem(last=False)[1].nbytes
-        return found
+
+    def _unknown(self, captions: list[str]) -> dict[str, None]:
+        return {one: None for one in captions if one not in self._fixed and one not in self._random}
 
     def _key(self, caption: str) -> str:
         """A hash of all that embeddings depend on; token ids stand for the tokenizers and their padding."""

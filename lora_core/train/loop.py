@@ -140,6 +140,7 @@ def backward_micro_batch(
     device, 0 for the rows of other processes."""
     dropout, config = state.injected.dropout_state, settings.config
     batch, noise = sample_batch(state, batches, settings, number)
+    text.embed_ahead(batches, number)
     count = len(batch.latents)
     total = count * config.train.gradient_accumulation_steps
     local = state.group.local_rows(count)

@@ -18,29 +18,41 @@ from lora_core.backends.int8 import WeightPolicy, is_offloaded, is_quantized, qu
 from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
+from lora_core.model_files.families import is_text_encoder
+from lora_core.model_files.sizes import (
+    BITSANDBYTES,
+    CHECKPOINTING,
+    HALVES,
+    INT8,
+    OFFLOAD,
+    OFFLOAD_SPARE,
+    OPTIMIZER_8BIT,
+    PLAIN_LAYOUT,
+    TEXT_ON_CPU,
+    VAE_ON_CPU,
+)
+from lora_core.model_files.sizes import FALLBACKS as DESCRIPTIONS
 from lora_core.models.device import release_failed
 from lora_core.settings.schema import TrainSection
 from lora_core.system.files import free_bytes
 from lora_core.train.loop import TrainState
-from lora_core.train.setup import INT8, OFFLOAD, enable_checkpointing
-
-BITSANDBYTES = "bitsandbytes"
-VAE_ON_CPU = "vae aside"
-PLAIN = "plain layout"
-SPARE = 2**30
-"""Bytes that stay free where the base is offloaded to."""
+from lora_core.train.setup import enable_checkpointing, is_on_cpu
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """One way to take less memory: its name in `plan.json`, a sentence on what is done and what it costs,
-    whether it can be applied now, what applies it, and whether gradients stay the same but for rounding."""
+    """One way to take less memory: its name in `plan.json`, whether it can be applied now, what applies it,
+    and whether gradients stay the same but for rounding."""
 
     name: str
-    description: str
     possible: "Callable[[MemoryFallback], bool]"
     apply: "Callable[[MemoryFallback], None]"
     exact: bool = True
+
+    @property
+    def description(self) -> str:
+        """A sentence on what is done and what it costs."""
+        return DESCRIPTIONS[self.name]
 
 
 @dataclass
@@ -111,6 +123,17 @@ class MemoryFallback:
         )
 
 
+def _can_move_text_encoders(memory: MemoryFallback) -> bool:
+    encoders = memory.state.base.text_encoders.values()
+    trained = any(is_text_encoder(part) for part in memory.state.injected.parts())
+    return not trained and any(not is_on_cpu(encoder) for encoder in encoders)
+
+
+def _move_text_encoders(memory: MemoryFallback) -> None:
+    for part in memory.state.base.text_encoders:
+        memory.state.base.put(part, torch.device("cpu"))
+
+
 def _undo_prepacking(memory: MemoryFallback) -> None:
     for module in memory.state.base.modules.values():
         undo_prepack(module)
@@ -144,7 +167,7 @@ def _can_offload(memory: MemoryFallback) -> bool:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(folder)
-    return room > need + SPARE
+    return room > need + OFFLOAD_SPARE
 
 
 def _offload(memory: MemoryFallback) -> None:
@@ -156,51 +179,29 @@ def _offload(memory: MemoryFallback) -> None:
 FALLBACKS = (
     Fallback(
         VAE_ON_CPU,
-        "The VAE waits in the computer's own memory; samples take some seconds longer.",
-        lambda memory: memory.state.base.vae.device.type != "cpu",
+        lambda memory: not is_on_cpu(memory.state.base.vae),
         lambda memory: memory.state.base.put("vae", torch.device("cpu")),
     ),
+    Fallback(TEXT_ON_CPU, _can_move_text_encoders, _move_text_encoders),
     Fallback(
-        PLAIN,
-        "The base's weights are kept once, as they are, instead of laid out for the processor too: steps take"
-        " up to a quarter longer.",
+        PLAIN_LAYOUT,
         lambda memory: any(map(is_prepacked, memory.state.base.modules.values())),
         _undo_prepacking,
     ),
     Fallback(
-        "checkpointing",
-        "Gradient checkpointing is on: steps take about a third longer.",
+        CHECKPOINTING,
         lambda memory: not memory.state.base.denoiser.is_gradient_checkpointing,
         lambda memory: enable_checkpointing(memory.state.base),
     ),
-    Fallback(
-        "half",
-        "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
-        " twice as long on a graphics card, and no longer on a processor.",
-        lambda memory: memory.state.chunks < memory.batch_size,
-        _halve_chunks,
-    ),
-    Fallback(
-        "8-bit optimizer",
-        "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
-        _can_use_8bit_adamw,
-        _use_8bit_adamw,
-    ),
+    Fallback(HALVES, lambda memory: memory.state.chunks < memory.batch_size, _halve_chunks),
+    Fallback(OPTIMIZER_8BIT, _can_use_8bit_adamw, _use_8bit_adamw),
     Fallback(
         INT8,
-        "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
-        " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
         _can_quantize,
         lambda memory: WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser),
         exact=False,
     ),
-    Fallback(
-        OFFLOAD,
-        "The base's weights wait outside of the device's memory and are fetched as they are used: the numbers"
-        " stay the same, and steps may take twice as long or more.",
-        _can_offload,
-        _offload,
-    ),
+    Fallback(OFFLOAD, _can_offload, _offload),
 )
 """In the order in which they are applied before the first step."""
 FALLBACKS_WITHIN_A_RUN = tuple(sorted(FALLBACKS, key=lambda each: not each.exact))

@@ -42,7 +42,7 @@ from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
-from lora_core.model_files.sizes import count_base_parameters
+from lora_core.model_files.sizes import INT8, OFFLOAD, TEXT_ON_CPU, VAE_ON_CPU, count_base_parameters
 from lora_core.models.device import (
     bf16_is_faster,
     cap_memory,
@@ -69,8 +69,6 @@ OnProgress = Callable[[str, int, int], None]
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter from scratch."""
-INT8, OFFLOAD = "int8", "offload"
-"""Memory fallbacks, see `oom.FALLBACKS`, that change how the base is kept."""
 SAMPLE_PROMPTS = 2
 ROOMIER = 1.1
 """From how many times the memory of before fewer fallbacks are tried."""
@@ -456,7 +454,8 @@ def build_optimizer(
 @dataclass
 class TrainSession:
     """A run ready to train: `prompts` are those of the samples, `notes` what a user should know before it
-    starts; the base may be offloaded to the drive of `offload_folder`."""
+    starts; the base may be offloaded to the drive of `offload_folder`; `fallbacks` are those that it was
+    loaded with because memory is short, but for what `RuntimePlan.rungs` names."""
 
     state: TrainState
     batches: Batches
@@ -466,6 +465,7 @@ class TrainSession:
     prompts: list[str]
     notes: list[str]
     offload_folder: Path
+    fallbacks: list[str]
 
 
 def prepare(
@@ -519,13 +519,18 @@ def prepare(
             text.embed(caption)
         if len(fixed) == len(train):
             text.release()
+    waiting = {VAE_ON_CPU: ["vae"]}
+    if not layout.encoders_trained:
+        waiting[TEXT_ON_CPU] = list(base.text_encoders)
+    for part in waiting.get(TEXT_ON_CPU, []):
+        base.put(part, torch.device("cpu"))
     base.load(base.family.denoiser)
-    base.put("vae", device)
+    fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
     state, notes = build_train_state(base, layout, config, plan.layout)
     batches = Batches(items, latents, rules, config.train.batch_size, config.dataset.flip, config.seed)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
-    return TrainSession(state, batches, text, sets, items, prompts, sentences, cache)
+    return TrainSession(state, batches, text, sets, items, prompts, sentences, cache, fallbacks)
 
 
 def open_base_for(
@@ -609,6 +614,24 @@ def _encode_pictures(
             base.put("vae", torch.device("cpu"))
             cache.latents(item.record, item.bucket, mirrored)
     say("Encoding images", len(wanted), len(wanted))
+
+
+def _put_back(base: BaseModel, waiting: dict[str, list[str]], applied: list[str]) -> list[str]:
+    """Move components to the device that a fallback would keep on the CPU, unless it was applied; returns the
+    fallbacks whose components do not fit, and stay there."""
+    lacking = []
+    for fallback, parts in waiting.items():
+        try:
+            for part in parts if fallback not in applied else ():
+                base.put(part, base.device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            release_failed(error, base.device)
+            lacking.append(fallback)
+            for part in parts:
+                base.put(part, torch.device("cpu"))
+    return lacking
 
 
 def is_on_cpu(module: torch.nn.Module) -> bool:

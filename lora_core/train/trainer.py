@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lora_core.errors import Diverged, InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
+from lora_core.model_files.sizes import FALLBACKS as DESCRIPTIONS
 from lora_core.model_files.sizes import checkpoint_bytes
 from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory, release_failed
 from lora_core.runs import events
@@ -120,6 +121,11 @@ def set_up(
         context.warn(0, f"The base does not fit into memory as it is. {fallback.description}")
     for note in session.notes:
         context.warn(0, note)
+    if session.fallbacks:
+        plan = plan.with_fallbacks([*((name, 0) for name in session.fallbacks), *plan.rungs])
+        plan.write(run)
+    for name in session.fallbacks:
+        context.warn(0, f"The base does not fit into memory as it is. {DESCRIPTIONS[name]}")
     memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
     memory.apply_until(0)
     plan, found = autotune(

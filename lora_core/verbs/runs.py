@@ -127,15 +127,18 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     Returns:
         pictures, captions, looks (at each image), steps, seconds and memory_bytes (None where they are not
         known), source (measured, probed, scaled or ""), file_bytes, learning_rate (the effective one),
-        and problems [{kind, sentence, blocking}].
+        fallbacks (what is done to fit into a card's free memory), memory_as_set (without them), and problems
+        [{kind, sentence, blocking}].
     """
     from lora_core.runs.costs import forecast_run, read_costs
     from lora_core.runs.folder import all_runs
     from lora_core.runs.preflight import preflight
     from lora_core.system.hardware import Hardware
 
-    place, facts, hardware = workspace_folder(workspace), lookup_base(config.model.base).facts, Hardware()
+    place, facts = workspace_folder(workspace), lookup_base(config.model.base).facts
+    hardware = Hardware(wanted=lambda: config.train.device)
     hardware.look()
+    card = hardware.card()
     dataset = None
     with contextlib.suppress(DatasetError):  # `preflight` says it
         dataset = load_images(config.dataset.path, place)
@@ -145,7 +148,8 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     costs = read_costs(place, hardware.device)
     runs = ((run.progress(), run.config_or_none()) for run in all_runs(place))
     records = dataset.records if dataset else []
-    found = forecast_run(config, facts, records, runs, costs, hardware.has_gpu)
+    free = card.free() if card else None
+    found = forecast_run(config, facts, records, runs, costs, hardware.has_gpu, free)
     return asdict(found) | {"problems": [asdict(problem) for problem in problems]}
 
 

@@ -298,7 +298,7 @@ def test_without_a_card_it_says_that_it_takes_hours(
     base = base_file(tmp_path / "base.safetensors", "sd15")
     app_state.project.update_draft(values={"model.base": str(base)})
     assert "No GPU found" in notes(without_card(app_state))[0]
-    app_state.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
+    app_state.hardware._cards = [Card("RTX 3060", 2**30, 8 * 2**30)]
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
     assert "of 8 GB on the card" in facts(take_snapshot(app_state))
     assert "GPU 1.0 of 8 GB" in top_bar.memory_usage(take_snapshot(app_state))

@@ -332,7 +332,7 @@ def test_a_picture_that_waits_for_a_run_is_cancelled_at_once(on_card: WorkerClie
 def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(app_state: AppState) -> None:
     picture, train = {"do": "generate", "base": "demo"}, make_run(app_state, "a", started())
     card = Card("RTX 3060", used=9 * 10**9, total=12 * 10**9)
-    app_state.hardware._card, app_state.hardware.known = card, True
+    app_state.hardware._cards, app_state.hardware.known = [card], True
     app_state.hardware._asked = time.monotonic() + 1000
     app_state.worker.found = {"device": "cuda"}
     assert app_state._in_the_way(picture) == ""
@@ -342,7 +342,7 @@ def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(app_state: AppSt
     with open(train.events_file, "a") as events:
         events.write(to_line(step(1)))
     assert app_state._in_the_way(picture) == ""
-    app_state.hardware._card = replace(card, used=11 * 10**9)
+    app_state.hardware._cards = [replace(card, used=11 * 10**9)]
     sentence = app_state._in_the_way(picture)
     assert "It does not fit beside the run: about 1.5 GB are needed" in sentence
     assert "1.0 GB are free. It is done when the run a has ended or is paused." in sentence

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HEAD = "| part | what | found | bar | met | s |\n|---|---|---|---|---|---|"
 
 
-PARTS = ("correctness", "resume", "step_time", "memory", "ladder", "preview", "bad_moments")
+PARTS = ("correctness", "resume", "step_time", "switches", "memory", "ladder", "preview", "bad_moments")
 """Functions of `tests.gpu.parts`; what is cheap and tells most comes first."""
 
 

@@ -324,6 +324,80 @@ def _frozen(bench: Bench, family: str, rung: str) -> Callable[[], None]:
     return _warm((step, lambda: torch.zeros(0)))
 
 
+def switches(bench: Bench) -> Iterator[Finding]:
+    """Seconds of a step of SD 1.5 with what might make it faster, of one without, taking turns; none of it is
+    in the program, so that nothing has a bar and what fails is a row."""
+    pairs, plain = (3 if bench.toy else 20), _easel(bench, "sd15", "none")
+    for name, build in {
+        "channels_last": _channels_last,
+        "CUDA graph": _graph,
+        "torch.compile": _compiled,
+    }.items():
+        what = f"Step of sd15 with {name}, of one without"
+        if name != "channels_last" and bench.device.type != "cuda":
+            yield Finding(what, "left out: for CUDA cards")
+            continue
+        began = time.perf_counter()
+        try:
+            step = _warm((build(bench), lambda: torch.zeros(0)))
+            warm = time.perf_counter() - began
+            times = [[_timed(bench, one) for one in (step, plain)] for _ in range(pairs)]
+            ratios = sorted(a / b for a, b in times)
+            found = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); {warm:.0f} s before it"
+        except Exception as error:  # noqa: BLE001 - what a card does is not known
+            found = f"fails: {type(error).__name__}: {str(error)[:150]}"
+        yield Finding(what, found)
+
+
+def _parts(bench: Bench) -> tuple[nn.Module, FlatParams, Step]:
+    unet = bench.denoiser("sd15")
+    storage = _adapted(unet, ATTENTION, "none", bench.device, bench.folder)
+    return unet, storage, Step(unet, bench.device, bench.dtype, bench.side("sd15") // 8)
+
+
+def _channels_last(bench: Bench) -> Callable[[], None]:
+    unet, storage, given = _parts(bench)
+    unet.to(memory_format=torch.channels_last)
+    given.noisy = given.noisy.to(memory_format=torch.channels_last)
+    return easel_step(unet, storage, given)[0]
+
+
+def _compiled(bench: Bench) -> Callable[[], None]:
+    unet, storage, given = _parts(bench)
+    unet.compile()
+    return easel_step(unet, storage, given)[0]
+
+
+def _graph(bench: Bench) -> Callable[[], None]:
+    """Forward and backward pass as one launch; clipping and optimizer as they are."""
+    unet, storage, given = _parts(bench)
+    optimizer = torch.optim.AdamW(storage.groups, 1e-4, weight_decay=1e-2)
+
+    def differentiate() -> None:
+        storage.zero_grad()
+        given.loss(unet).backward()
+        storage.flush_grads()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            differentiate()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        differentiate()
+
+    def step() -> None:
+        graph.replay()
+        factor = 1.0 / (torch.linalg.vector_norm(storage.grads) + 1e-6)
+        if factor < 1.0:
+            storage.grads.mul_(factor)
+        optimizer.step()
+
+    return step
+
+
 def memory(bench: Bench) -> Iterator[Finding]:
     """The peak of a step by family and rung, allocated and reserved."""
     for family in bench.families:

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from lora_core.data.scan import ImageRecord
 from lora_core.model_files.detect import lookup_base, read_base_facts
 from lora_core.model_files.families import FAMILIES
-from lora_core.model_files.sizes import count_base_parameters
+from lora_core.model_files.sizes import FALLBACKS, count_base_parameters, fit_on_card
 from lora_core.runs import costs
-from lora_core.runs.costs import StepCost, cost_key, costs_file, keep_cost, memory_needed, read_costs
+from lora_core.runs.costs import (
+    StepCost,
+    cost_key,
+    costs_file,
+    forecast_run,
+    keep_cost,
+    memory_needed,
+    read_costs,
+)
 from lora_core.settings.config import RunConfig
+from lora_core.train import oom
 from tests.app.bases import checkpoint
 
 
@@ -91,9 +101,9 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
             "optimizer.text_encoder_lr": 0.0,
             **own,
         }
-        found = memory_needed(RunConfig().changed(settings), known, True)
+        found = fit_on_card(RunConfig().changed(settings), known)
         assert found is not None
-        return found / 1e9
+        return found[0] / 1e9
 
     plain = gigabytes()
     assert 11 < plain < 14
@@ -138,9 +148,40 @@ def test_memory_is_within_a_quarter_of_the_simulated_card_s(
     size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
     base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
     settings = {**FAMILIES[family].settings, "model.base": str(base), **changes}
-    found = memory_needed(RunConfig().changed(settings), read_base_facts(str(base)), True)
+    found = fit_on_card(RunConfig().changed(settings), read_base_facts(str(base)))
     assert found is not None
-    assert found / 1e9 == pytest.approx(simulated, rel=0.25)
+    assert found[0] / 1e9 == pytest.approx(simulated, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("family", "free", "changes", "fallbacks"),
+    [
+        ("sdxl", 24.0, {}, []),
+        ("sdxl", 8.3, {}, ["vae aside", "checkpointing"]),
+        ("sdxl", 8.3, {"dataset.shuffle_tags": True}, ["vae aside", "text encoders aside", "checkpointing"]),
+        ("sdxl", 6.2, {}, ["int8", "vae aside", "checkpointing"]),
+        ("sdxl", 6.2, {"train.quantize_base": "int8"}, ["vae aside", "checkpointing"]),
+        ("sd15", 3.6, {"train.batch_size": 4}, ["vae aside", "checkpointing", "half"]),
+    ],
+)
+def test_a_forecast_names_what_will_be_done_to_fit(
+    family: str, free: float, changes: dict[str, object], fallbacks: list[str], tmp_path: Path
+) -> None:
+    size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
+    base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
+    settings = {**FAMILIES[family].settings, "adapter.targets": "kohya", "model.base": str(base), **changes}
+    records = [ImageRecord(Path("a.png"), 64, 64, "a, b")]
+    config, facts = RunConfig().changed(settings), read_base_facts(str(base))
+    found = forecast_run(config, facts, records, [], {}, True, int(free * 1e9))
+    assert found.fallbacks == fallbacks
+    assert found.memory_bytes is not None
+    assert found.memory_as_set is not None
+    assert found.memory_bytes <= free * 1e9
+    assert (found.memory_as_set > free * 1e9) == bool(fallbacks)
+
+
+def test_a_forecast_knows_all_fallbacks_in_the_order_of_the_trainer() -> None:
+    assert list(FALLBACKS) == [each.name for each in oom.FALLBACKS]
 
 
 def test_a_processor_s_run_takes_more_memory_where_there_is_more(
@@ -152,11 +193,10 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
     for available in (8, 16, 24):
         memory = types.SimpleNamespace(available=available * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
-        found.append(memory_needed(config, read_base_facts(str(base)), False))
+        found.append(memory_needed(config, read_base_facts(str(base))))
     weights = 4 * count_base_parameters(read_base_facts(str(base)))
     assert found[1] - found[0] == pytest.approx(2 * weights)
     assert found[2] - found[0] == pytest.approx(3 * weights)
     assert (
-        memory_needed(config.changed({"train.quantize_base": "int8"}), read_base_facts(str(base)), False)
-        == found[0]
+        memory_needed(config.changed({"train.quantize_base": "int8"}), read_base_facts(str(base))) == found[0]
     )

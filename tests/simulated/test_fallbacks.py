@@ -10,15 +10,15 @@ import torch
 from lora_core.backends import offload
 from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import OutOfMemory
-from lora_core.model_files.sizes import OFFLOAD_BUFFERS
-from lora_core.models.device import SPARE, cap_memory
-from lora_core.models.load import open_base
+from lora_core.model_files.sizes import CARD_SPARE, OFFLOAD_BUFFERS
+from lora_core.models.device import cap_memory, out_of_memory
+from lora_core.models.load import BaseModel, open_base
 from lora_core.runs import events
 from lora_core.train import loop, trainer
 from lora_core.train.setup import RuntimePlan
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.tiny import tiny_folder, tiny_unet
-from tests.train.runs import broken_at, notes, toy, trained
+from tests.train.runs import broken_at, notes, result, toy, trained
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 
@@ -75,11 +75,19 @@ def test_a_base_that_is_too_large_is_refused_before_it_is_read(how, tmp_path: Pa
         base.load("unet")
         # Blocks of 512 bytes for each tensor, and the scales of 8 bits.
         assert need <= card.live - before <= need * 1.1 + 512 * len(list(base.denoiser.modules())) * 2
-        card.others = card.total - SPARE - card.live - need + 1
+        card.others = card.total - CARD_SPARE - card.live - need + 1
         with pytest.raises(OutOfMemory, match="does not fit into the graphics memory"):
             open_base(folder, CUDA, BF16, policy=policy)
         card.others -= 1
         open_base(folder, CUDA, BF16, policy=policy)
+
+
+@pytest.mark.parametrize(("others", "full"), [(11.7, True), (6.0, False)])
+def test_errors_of_libraries_on_a_full_card_mean_its_memory(others: float, full: bool) -> None:
+    with SimulatedDevice(gib=12, others=int(others * GIB)):
+        for words in ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_INTERNAL_ERROR"):
+            assert out_of_memory(RuntimeError(f"CUDA error: {words} when calling")) == full
+        assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize(("times", "rungs"), [(1, []), (2, [["vae aside", 0]])])
@@ -126,6 +134,51 @@ def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         trained(run)
     assert len(waited) == 3
     assert json.loads(run.plan_file.read_text())["rungs"] == []
+
+
+def test_text_encoders_wait_on_the_processor_where_captions_vary(tmp_path: Path) -> None:
+    """They come to the card once for many captions, and the numbers stay those of a run with them on it."""
+    place = toy(tmp_path)
+    settings = {"train__steps": 6, "dataset__shuffle_tags": True, "train__gradient_accumulation_steps": 2}
+    runs = [place.run(name, **settings) for name in ("beside", "aside")]
+    moved: list[str] = []
+    put = BaseModel.put
+
+    def recorded(base: BaseModel, part: str, device: torch.device) -> None:
+        moved.append(f"{part} {device.type}")
+        put(base, part, device)
+
+    with SimulatedDevice(), mock.patch.object(BaseModel, "put", recorded):
+        trained(runs[0])
+        plan = json.loads(runs[0].plan_file.read_text())
+        runs[1].plan_file.write_text(
+            json.dumps({**plan, "rungs": [["vae aside", 0], ["text encoders aside", 0]]})
+        )
+        moved.clear()
+        trained(runs[1])
+    # Away for the UNet to be read, then there and back for all of the captions.
+    assert [one for one in moved if one.startswith("text")] == [
+        "text_encoder cpu", "text_encoder cuda", "text_encoder cpu",
+    ]  # fmt: skip
+    assert result(runs[0]) == result(runs[1])
+
+
+def test_what_does_not_fit_beside_the_unet_stays_on_the_processor(tmp_path: Path) -> None:
+    run = toy(tmp_path).run("beside", train__steps=2, dataset__shuffle_tags=True)
+    put, failed = BaseModel.put, []
+
+    def full(base: BaseModel, part: str, device: torch.device) -> None:
+        if device.type == "cuda" and "unet" not in base.waiting and len(failed) < 2:
+            failed.append(part)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        put(base, part, device)
+
+    with SimulatedDevice(), mock.patch.object(BaseModel, "put", full):
+        trained(run)
+    assert failed == ["vae", "text_encoder"]
+    assert json.loads(run.plan_file.read_text())["rungs"] == [["vae aside", 0], ["text encoders aside", 0]]
+    assert len([note for note in notes(run) if note.startswith("The base does not fit into memory")]) == 2
+    assert run.status() == "done"
 
 
 def test_rungs_are_taken_back_where_more_memory_is_free(tmp_path: Path) -> None:
