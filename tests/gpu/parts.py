@@ -343,7 +343,9 @@ def switches(bench: Bench) -> Iterator[Finding]:
             warm = time.perf_counter() - began
             times = [[_timed(bench, one) for one in (step, plain)] for _ in range(pairs)]
             ratios = sorted(a / b for a, b in times)
-            found = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); ready in {warm:.0f} s"
+            found = (
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), after {warm:.0f} s"
+            )
         except Exception as error:  # noqa: BLE001 - what a card does is not known
             found = f"fails: {type(error).__name__}: {str(error)[:150]}"
         yield Finding(what, found)
