@@ -182,10 +182,11 @@ class PromptCache:
         if all(next(one.parameters()).device.type == kind for one in self._base.text_encoders.values()):
             return
         wanted = self._unknown(batches.captions(number))
+        if not wanted:
+            return
         for ahead in range(number + 1, number + AHEAD):
-            if not 0 < len(wanted) < AHEAD:
-                break
-            wanted |= self._unknown(batches.captions(ahead))
+            if len(wanted) < AHEAD:
+                wanted |= self._unknown(batches.captions(ahead))
         with torch.no_grad():
             found = encode_prompts(self._base, [[caption] for caption in wanted], *self._options)
         for caption, embeds in zip(wanted, found, strict=True):

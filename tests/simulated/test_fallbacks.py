@@ -139,7 +139,7 @@ def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_text_encoders_wait_on_the_processor_where_captions_vary(tmp_path: Path) -> None:
     """They come to the card once for many captions, and the numbers stay those of a run with them on it."""
     place = toy(tmp_path)
-    settings = {"train__steps": 6, "dataset__shuffle_tags": True, "train__gradient_accumulation_steps": 2}
+    settings = {"train__steps": 2, "dataset__shuffle_tags": True, "train__batch_size": 1}
     runs = [place.run(name, **settings) for name in ("beside", "aside")]
     moved: list[str] = []
     put = BaseModel.put
