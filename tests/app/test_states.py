@@ -1,5 +1,6 @@
 """Each state of the Train tab as HTML: what it says, what can be pressed, and why not."""
 
+import html as markup
 import itertools
 import json
 import sys
@@ -13,7 +14,8 @@ from app.state import AppState, Snapshot, take_snapshot
 from app.train import run_cards
 from app.train.routes import do_run_action
 from app.train.run_cards import earlier, queue_card, samples_card, select_rounds
-from app.train.start import blockers, facts, notes, start_problems
+from app.train.start import blockers, details, facts, notes, start_problems
+from lora_core.model_files.families import FAMILIES
 from lora_core.runs import events
 from lora_core.runs.diagnosis import LESS_MEMORY
 from lora_core.runs.folder import RunFolder
@@ -315,6 +317,31 @@ def test_without_a_card_it_says_that_it_takes_hours(
     app_state.project.update_draft(values={"model.base": str(base)})
     app_state.worker.found["device"] = "cuda"
     assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
+
+
+def test_what_a_run_does_to_fit_the_chosen_card_is_said(
+    app_state: AppState, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.app.bases import checkpoint as base_file
+
+    monkeypatch.setattr(app_state.hardware, "look", lambda: None)
+    app_state.hardware.known = True
+    app_state.hardware._cards = [
+        Card("RTX 3060", 2**30, 8 * 2**30, 8.6, device="cuda:0"),
+        Card("RTX 3090", 2**30, 24 * 2**30, 8.6, device="cuda:1"),
+    ]
+    base = base_file(tmp_path / "base.safetensors", "sdxl", 6_900_000_000)
+    for device, total, words in (("auto", 24, ""), ("cuda:0", 8, "Gradient checkpointing is on")):
+        app_state.project.update_draft(
+            values={**FAMILIES["sdxl"].settings, "model.base": str(base), "train.device": device}
+        )
+        snapshot = take_snapshot(app_state)
+        assert f"of {total} GB on the card" in facts(snapshot)
+        assert f"GPU 1.0 of {total} GB" in top_bar.memory_usage(snapshot)
+        said = markup.unescape(details(snapshot))
+        assert ("As set, it would take about" in said) == bool(words)
+        assert words in said
+        assert not any("alone take about" in note for note in notes(snapshot))
 
 
 def test_a_run_in_the_way_leaves_the_queue(app_state: AppState, pictures: list[Path]) -> None:
