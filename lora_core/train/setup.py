@@ -519,13 +519,7 @@ def prepare(
             text.embed(caption)
         if len(fixed) == len(train):
             text.release()
-    waiting = {VAE_ON_CPU: ["vae"]}
-    if not layout.encoders_trained:
-        waiting[TEXT_ON_CPU] = list(base.text_encoders)
-    for part in waiting.get(TEXT_ON_CPU, []):
-        base.put(part, torch.device("cpu"))
-    base.load(base.family.denoiser)
-    fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
+    fallbacks = _load_denoiser(base, layout, [name for name, step in plan.rungs if step == 0])
     state, notes = build_train_state(base, layout, config, plan.layout)
     batches = Batches(items, latents, rules, config.train.batch_size, config.dataset.flip, config.seed)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
@@ -616,9 +610,14 @@ def _encode_pictures(
     say("Encoding images", len(wanted), len(wanted))
 
 
-def _put_back(base: BaseModel, waiting: dict[str, list[str]], applied: list[str]) -> list[str]:
-    """Move components to the device that a fallback would keep on the CPU, unless it was applied; returns the
-    fallbacks whose components do not fit, and stay there."""
+def _load_denoiser(base: BaseModel, layout: AdapterPlan, applied: list[str]) -> list[str]:
+    """Load the denoiser while VAE and frozen text encoders wait on the CPU, then move these to the device but
+    for what a fallback keeps off it. Returns the fallbacks for those that do not fit, which stay."""
+    cpu = torch.device("cpu")
+    waiting = {VAE_ON_CPU: ["vae"], TEXT_ON_CPU: [] if layout.encoders_trained else list(base.text_encoders)}
+    for part in waiting[TEXT_ON_CPU]:
+        base.put(part, cpu)
+    base.load(base.family.denoiser)
     lacking = []
     for fallback, parts in waiting.items():
         try:
@@ -630,7 +629,7 @@ def _put_back(base: BaseModel, waiting: dict[str, list[str]], applied: list[str]
             release_failed(error, base.device)
             lacking.append(fallback)
             for part in parts:
-                base.put(part, torch.device("cpu"))
+                base.put(part, cpu)
     return lacking
 
 
