@@ -235,30 +235,29 @@ def fit_on_card(
     def phases() -> tuple[float, float, list[float]]:
         return _card_phases(config, facts, counts, varied, applied)
 
-    def apply_next(skipped: Collection[str] = ()) -> bool:
-        found = _next_fallback(config, parameters, varied, (*applied, *skipped))
-        applied.extend([found] if found else [])
-        return found is not None
+    def apply_next(*names: str) -> bool:
+        possible = _possible_fallbacks(config, parameters, varied, applied)
+        found = [name for name in possible if name in (names or FALLBACKS)][:1]
+        applied.extend(found)
+        return bool(found)
 
     if free is not None:
         room = free - CARD_SPARE
-        while phases()[0] > room and apply_next(_BEFORE_INT8):
+        while phases()[0] > room and apply_next(INT8, OFFLOAD):
             pass
         while phases()[1] > room and apply_next():
             pass
-        while phases()[2][-1] > room and _next_fallback(config, parameters, varied, applied) in ON_CPU:
-            apply_next()
+        while phases()[2][-1] > room and apply_next(*ON_CPU):
+            pass
     _, step, samples = phases()
     sample = samples[0] if free is None else next((one for one in samples if one <= room), samples[-1])
     return max(step, sample), applied
 
 
-_BEFORE_INT8 = tuple(FALLBACKS)[: list(FALLBACKS).index(INT8)]
-"""What does not help where the base alone is too large."""
-
-
-def _next_fallback(config: RunConfig, parameters: int, varied: bool, applied: Collection[str]) -> str | None:
-    """The fallback that comes after those that were applied; `parameters` are those of the base."""
+def _possible_fallbacks(
+    config: RunConfig, parameters: int, varied: bool, applied: Collection[str]
+) -> list[str]:
+    """The fallbacks that are left after those that were applied; `parameters` are those of the base."""
     train, optim = config.train, config.optimizer
     in_ram = psutil.virtual_memory().available > parameters * _HALF + OFFLOAD_SPARE
     impossible = {
@@ -270,8 +269,8 @@ def _next_fallback(config: RunConfig, parameters: int, varied: bool, applied: Co
         INT8: train.quantize_base != "none" or train.offload or OFFLOAD in applied,
         OFFLOAD: train.offload or not in_ram,
     }
-    possible = (name for name in FALLBACKS if not impossible.get(name))
-    return next((name for name in possible if name == HALVES or name not in applied), None)
+    possible = [name for name in FALLBACKS if not impossible.get(name)]
+    return [name for name in possible if name == HALVES or name not in applied]
 
 
 def trains_text_encoder(config: RunConfig) -> bool:

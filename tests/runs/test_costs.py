@@ -161,7 +161,7 @@ def test_memory_is_within_a_quarter_of_the_simulated_card_s(
         ("sdxl", 8.3, {"dataset.shuffle_tags": True}, ["vae aside", "text encoders aside", "checkpointing"]),
         ("sdxl", 6.2, {}, ["int8", "vae aside", "checkpointing"]),
         ("sdxl", 6.2, {"train.quantize_base": "int8"}, ["vae aside", "checkpointing"]),
-        ("sd15", 3.6, {"train.batch_size": 4}, ["vae aside", "checkpointing", "half"]),
+        ("sd15", 4.0, {"train.batch_size": 4}, ["vae aside", "checkpointing", "half"]),
     ],
 )
 def test_a_forecast_names_what_will_be_done_to_fit(
