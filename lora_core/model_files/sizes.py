@@ -230,7 +230,7 @@ def fit_on_card(
     parameters, export = count_base_parameters(facts), export_bytes(facts, config)
     if facts.family is None or not parameters or not export:
         return None
-    counts, applied = (parameters, export // 2), []
+    counts, applied = (parameters, export // 2), list[str]()
 
     def phases() -> tuple[float, float, list[float]]:
         return _card_phases(config, facts, counts, varied, applied)
