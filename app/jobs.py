@@ -137,6 +137,7 @@ class Jobs:
         self._views: dict[Path, RunView] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
+        self._second: Path | None = None
         self._last_live: Path | None = None
         # Told of each run that is made here; the window notes which project it belongs to.
         self.created: Callable[[RunFolder], None] = lambda run: None
@@ -180,12 +181,17 @@ class Jobs:
         return self.run_view(RunFolder(path)) if path and (path / "config.toml").is_file() else None
 
     def choose_anew(self) -> None:
-        """Forget which run was chosen, as when another project is opened."""
-        self._chosen = self._last_live = None
+        """Forget which runs were chosen, as when another project is opened."""
+        self._chosen = self._second = self._last_live = None
 
-    def show(self, name: str) -> None:
-        """Choose which run the window shows."""
-        self._chosen, self._last_live = runs_folder(self.workspace) / check_run_name(name), None
+    def show(self, names: str) -> None:
+        """Choose which run the window shows: "A", or "A+B" beside another one."""
+        first, *others = (runs_folder(self.workspace) / check_run_name(name) for name in names.split("+", 1))
+        self._chosen, self._second, self._last_live = first, next(iter(others), None), None
+
+    def second(self) -> RunView | None:
+        """The run that the one shown is compared with."""
+        return self._find(self._second)
 
     def create(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config`, to be started now or later.
@@ -272,7 +278,8 @@ class Jobs:
             view.progress.expect_start()
             exit_recorder = ExitRecorder(run)
             command = [*self.trainer, str(run.path), *options]
-            view.child, self._chosen = start_detached(command, run.log_file, self.workspace), run.path
+            view.child = start_detached(command, run.log_file, self.workspace)
+            self._chosen, self._second = run.path, None
             view.recorder = threading.Thread(
                 target=_record_exit, args=(view.child, exit_recorder), daemon=True
             )
@@ -383,8 +390,8 @@ class QueueClient:
         if run.path.is_dir() and not run.events_file.exists():
             self._runs.delete(name)
 
-    def act(self, action: str, name: str) -> None:
-        """Do what a button of the queue asks for.
+    def act(self, action: str, name: str, place: int = 0) -> None:
+        """Do what the list of the queue asks for; `place` is where to move a run, 1 is the next to start.
 
         Raises:
             RunError: it cannot be done now.
@@ -392,6 +399,7 @@ class QueueClient:
         actions: dict[str, Callable[[], None]] = {
             "up": lambda: self.move(name, -1),
             "down": lambda: self.move(name, 1),
+            "move": lambda: self.queue.move(name, place),
             "remove": lambda: self.remove(name),
             "start": self.start,
             "pause": lambda: self.queue.set_enabled(False),

@@ -232,6 +232,7 @@ class Snapshot:
 
     Attributes:
         shown: the run that the Train tab shows.
+        second: the run that it is compared with.
         active: the run in the header: the live one, else the last that was.
         runs: all runs with their states, newest first.
         view: the Preview tab's.
@@ -240,6 +241,7 @@ class Snapshot:
 
     app_state: AppState
     shown: ShownRun
+    second: ShownRun
     active: ShownRun
     runs: list[tuple[RunView, str]]
     view: PreviewState
@@ -283,5 +285,14 @@ def take_snapshot(app_state: AppState) -> Snapshot:
         return ShownRun(run_view, states.get(run_view.run.path, "none")) if run_view else ShownRun()
 
     shown, active = app_state.jobs.watched(next((w for w, state in runs if state in LIVE), None))
+    second = app_state.jobs.second()
     view, plan = app_state.render_queue.view(), Plan(app_state.project)
-    return Snapshot(app_state, with_state(shown), with_state(active), runs, view, plan)
+    return Snapshot(
+        app_state,
+        with_state(shown),
+        with_state(second if second is not shown else None),
+        with_state(active),
+        runs,
+        view,
+        plan,
+    )

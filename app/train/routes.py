@@ -38,7 +38,9 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/easel/queue")
     async def queue(request: Request) -> Response:
         sent = await read_sent_json(request)
-        await asyncio.to_thread(app_state.queue.act, str(sent.get("do")), str(sent.get("run", "")))
+        place = sent.get("place")
+        place = place if isinstance(place, int) else 0
+        await asyncio.to_thread(app_state.queue.act, str(sent.get("do")), str(sent.get("run", "")), place)
         return Answer({"done": True})
 
     @app.get("/easel/curves/{name}")

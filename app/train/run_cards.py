@@ -66,7 +66,7 @@ REMARKS = {
 def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
     run, run_view = snapshot.shown, snapshot.run_view
-    values: dict[str, Any] = {"run": run, "kind": "steps"}
+    values: dict[str, Any] = {"run": run, "second": snapshot.second.name, "kind": "steps"}
     if run_view is not None:
         values |= {
             "acts": _acts(snapshot),
