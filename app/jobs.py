@@ -191,7 +191,7 @@ class Jobs:
 
     def second(self) -> RunView | None:
         """The run that the one shown is compared with."""
-        return self._find(self._second)
+        return self._find(self._second) if self._second != self._chosen else None
 
     def create(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config`, to be started now or later.

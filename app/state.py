@@ -285,14 +285,5 @@ def take_snapshot(app_state: AppState) -> Snapshot:
         return ShownRun(run_view, states.get(run_view.run.path, "none")) if run_view else ShownRun()
 
     shown, active = app_state.jobs.watched(next((w for w, state in runs if state in LIVE), None))
-    second = app_state.jobs.second()
-    view, plan = app_state.render_queue.view(), Plan(app_state.project)
-    return Snapshot(
-        app_state,
-        with_state(shown),
-        with_state(second if second is not shown else None),
-        with_state(active),
-        runs,
-        view,
-        plan,
-    )
+    second, view, plan = app_state.jobs.second(), app_state.render_queue.view(), Plan(app_state.project)
+    return Snapshot(app_state, with_state(shown), with_state(second), with_state(active), runs, view, plan)

@@ -109,6 +109,74 @@
     box.showModal();
   };
 
+  // ---- the rail: arrows go from run to run; Alt+arrows and dragging order the queue -------------------------------------
+  // Acts that follow each other fast are sent one after the other.
+  let last = Promise.resolve();
+  const inTurn = (work) => { last = last.then(work, work); return last; };
+  const order = (body) => inTurn(() => post("queue", body)).then(() => press("refresh"));
+  const RUN = "application/x-easel-run";
+  const waitingAt = (event) => event.dataTransfer?.types.includes(RUN) && event.target.closest?.(".rail [data-place]");
+  const markDrop = (at) => { for (const each of all(".rail [data-over]")) if (each !== at) delete each.dataset.over; if (at) at.dataset.over = ""; };
+  document.addEventListener("dragstart", (event) => {
+    const run = event.target.closest?.(".rail [data-place]");
+    if (run) { event.dataTransfer.setData(RUN, run.dataset.job); event.dataTransfer.effectAllowed = "move"; }
+  });
+  document.addEventListener("dragover", (event) => { const at = waitingAt(event); if (at) event.preventDefault(); markDrop(at); });
+  document.addEventListener("dragend", () => markDrop(null));
+  document.addEventListener("drop", (event) => {
+    const at = waitingAt(event);
+    markDrop(null);
+    if (!at) return;
+    event.preventDefault();
+    order({ do: "move", run: event.dataTransfer.getData(RUN), place: Number(at.dataset.place) });
+  });
+  document.addEventListener("keydown", (event) => {
+    const view = event.target.closest?.(".rail .view"), by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
+    if (!view || !by || event.ctrlKey || event.metaKey || (event.altKey && !event.key.match(/Up|Down/))) return;
+    event.preventDefault();
+    const { job, place } = view.closest("li").dataset, views = all(".rail .view").filter((each) => each.offsetParent);
+    if (!event.altKey) views[views.indexOf(view) + by]?.focus();
+    else if (place) order({ do: by < 0 ? "up" : "down", run: job });
+  });
+
+  // ---- the settings of a run come into the form, and go again -----------------------------------------------------------
+  let former = null;
+  const giveBack = () => inTurn(async () => {
+    if (!former || !await post("settings/restore", former)) return;
+    former = null;
+    press("refill");
+    toast("Undone: the form is as it was.");
+  });
+  const clone = (run) => inTurn(async () => {
+    const answer = await post("settings/take", { run });
+    if (!answer) return;
+    former = answer.before;
+    press("refill");
+    toast(`The form has the settings of ${run}: ${window.easel.plural(answer.new, "setting")} changed.`, "", giveBack);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z") return;
+    if (!one(".page-train")?.offsetParent || event.target.closest?.("input, textarea, select")) return;
+    event.preventDefault();
+    giveBack();
+  });
+  document.addEventListener("submit", (event) => {
+    if (!["sweep-form", "like-form"].includes(event.target.id)) return;
+    event.preventDefault();
+    if (event.target.id === "like-form") return inTurn(() => post("settings/import", { path: one("#like-path input").value })).then(() => { press("refill"); press("refresh"); });
+    const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
+    inTurn(async () => {
+      const body = { setting: one("#sweep-setting").value, values: values.value, name };
+      const answer = await window.easel.post("settings/sweep", body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
+      problem.textContent = answer.problem ?? "";
+      values.setAttribute("aria-invalid", Boolean(answer.problem));
+      if (answer.problem) return values.focus();
+      one("#sweep").open = false;
+      toast(`In the queue: ${answer.names}.`);
+      press("refresh");
+    });
+  });
+
   // ---- one listener per event type -------------------------------------------------------------------------------------------
   const act = async (target, path, body) => {
     if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
@@ -130,6 +198,7 @@
     // The tab asks for it when it opens, so it has to be stored before.
     else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.repair !== undefined) repair(target);
+    else if (data.clone) clone(data.clone);
     else if (target.id === "start") started = true;
     else if (target.id === "tell-end") bell.toggle();
     else if (target.id === "quit") quit();

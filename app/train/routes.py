@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.routes import FRESH, Answer, BadRequest, read_sent_json
+from app.routes import FRESH, Answer, BadRequest, add_actions, read_sent_json
 from app.state import AppState
 from app.train.form import Plan
 from app.train.run_cards import charts_data
-from app.train.start import take_settings
+from app.train.start import import_settings, queue_sweep, take_run_settings, take_settings
 from app.train.train_form import reset_settings
 from lora_core.errors import RunError
 from lora_core.model_files.header import MAX_HEADER
@@ -47,6 +47,24 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     async def curves(name: str, compare: str = "") -> Response:
         runs = [_existing_run(app_state, each) for each in (name, compare) if each]
         return Answer(await asyncio.to_thread(_read_curves, app_state, runs), headers=FRESH)
+
+    def sweep(sent: dict[str, Any]) -> dict[str, str]:
+        setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
+        return {"names": queue_sweep(app_state, setting, values, name)}
+
+    def restore(sent: dict[str, Any]) -> None:
+        values, trigger = sent.get("values"), sent.get("trigger")
+        if not isinstance(values, dict | None) or not isinstance(trigger, str | None):
+            raise BadRequest("no draft")
+        app_state.project.update_draft(values=values, trigger=trigger)
+
+    settings: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "sweep": sweep,
+        "take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
+        "import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
+        "restore": restore,
+    }
+    add_actions(app, "settings", settings)
 
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:

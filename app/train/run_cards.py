@@ -1,5 +1,4 @@
-"""The runs of the Train tab: the one shown, with its progress, verdicts, charts, samples and log; the queue;
-and the list of all others."""
+"""The run that the Train tab shows, with its progress, verdicts, charts, samples and log."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +8,16 @@ from app.export.view import report_entry
 from app.formatting import (
     UNKNOWN,
     describe_changes,
-    format_bytes,
     format_clock,
-    format_duration,
     format_speed,
-    pluralize,
 )
 from app.jobs import LOWER_RATE, RESUMABLE, RunView
 from app.routes import image_url
-from app.state import ShownRun, Snapshot, asks_to_accept
+from app.state import ShownRun, Snapshot
 from app.templates import render
 from app.top_bar import Act, accept_act, describe_left, describe_phase, request_act, resume_act
 from app.train.background import with_labels
-from lora_core.errors import Diverged, RunError
+from lora_core.errors import Diverged
 from lora_core.report.plots import chart_tables, rate_html, run_charts
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import runs_folder
@@ -29,7 +25,6 @@ from lora_core.runs.progress import (  # fmt: skip
     A_LITTLE,
     MEMORIZED,
     SURE,
-    Progress,
     best_of,
     describe_average,
     describe_forgetting,
@@ -37,14 +32,11 @@ from lora_core.runs.progress import (  # fmt: skip
     known_error,
     with_gain,
 )
-from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
 from lora_core.settings.choices import PRECISIONS
 from lora_core.system.processes import log_tail
 
 LOG_LINES = 40
 MOST_WARNINGS = 3
-MOST_EARLIER = 12
-MOST_FAILED = 3
 MOST_ROWS, MOST_COLUMNS = 4, 60
 MOST_GHOSTS = 7
 """Columns up to which samples to come have their places."""
@@ -70,6 +62,8 @@ def run_card(snapshot: Snapshot) -> str:
     if run_view is not None:
         values |= {
             "acts": _acts(snapshot),
+            "report": report_entry(run_view, run_view.resume_info().step > 0) if not run.live else "",
+            "path": str(run_view.run.path),
             "can_try": run.state in ("done", "stopped"),
             "summary": _summary(snapshot),
             "stages": stages(run),
@@ -181,13 +175,13 @@ def _tiles(run: ShownRun) -> list[tuple[str, str]]:
     at = f" at step {last.step:,}" if last else ""
     return [
         first,
-        (_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out images{at}"),
+        (format_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out images{at}"),
         (f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"),
         (f"{progress.step:,}", f"of {progress.steps:,} steps"),
     ]
 
 
-def _share(value: float, of: Validated) -> str:
+def format_share(value: float, of: Validated) -> str:
     """A difference of losses as a share of the base's loss."""
     share = f"{value / of.base_loss:.0%}" if of.base_loss > 0 else f"{value:+.4f}"
     return share.replace("-", "\N{MINUS SIGN}")
@@ -254,7 +248,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         why = describe_memorization(last) or "Held-out images improve as well."
         stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
         act = (stop if run.state == "running" else see) if grade == 3 else None
-        figures = f"Gap {_figure(last.gauge, last.gauge_error)}"
+        figures = f"Gap {format_gain(last.gauge, last.gauge_error)}"
         graded.append(_verdict("Overfitting", grade, ("Low", "Medium", "High")[grade - 1], why, figures, act))
     if math.isfinite(last.prior):
         share = 0.0
@@ -266,7 +260,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         if A_LITTLE <= share < math.inf:
             why += " Usual for a style; lower the strength if it bothers you."
         act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
-        figures = f"Gain on the base's own images {_figure(last.prior, last.prior_error)}"
+        figures = f"Gain on the base's own images {format_gain(last.prior, last.prior_error)}"
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
     return [*graded, _verdict("EMA of weights", 1, "Measured", average)] if average else graded
@@ -281,7 +275,7 @@ def _verdict(
 def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     """Whether held-out images improve, with the error of the difference to the best step."""
     last, best = found[-1], best_of(found)
-    figures = f"Gain {_figure(last.gain, last.standard_error)}"
+    figures = f"Gain {format_gain(last.gain, last.standard_error)}"
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
             return _verdict("Improvement", 3, "Worse", "The base alone does better.", figures)
@@ -294,10 +288,11 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
             why += f" It is better than step {last.step:,} by {-last.against_best:.4f} ± {error:.4f}."
         else:
             why += " No certain difference since."
-    return _verdict("Improvement", grade, _share(best.gain, best), why, figures)
+    return _verdict("Improvement", grade, format_share(best.gain, best), why, figures)
 
 
-def _figure(value: float, error: float) -> str:
+def format_gain(value: float, error: float) -> str:
+    """A difference of losses with its standard error."""
     return f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -366,89 +361,3 @@ def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
         return rounds
     last = len(rounds) - 1
     return [rounds[round(i * last / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
-
-
-def queue_card(snapshot: Snapshot) -> str:
-    """What waits, in order, and what failed; "" where nothing did."""
-    queue = snapshot.app_state.queue
-    try:
-        present = queue.queue.jobs()
-    except RunError as error:
-        return render("train/queue.html", problem=str(error))
-    jobs = [job for job in present if not job.has_ended]
-    failed = [job for job in reversed(present) if job.state == FAILED][:MOST_FAILED]
-    if not jobs and not failed:
-        return ""
-    waiting = [job.run for job in jobs if job.state == WAITING]
-    asking = {
-        run_view.run.name: run_view for run_view, state in snapshot.runs if asks_to_accept(run_view, state)
-    }
-    return render(
-        "train/queue.html",
-        problem="",
-        running=queue.is_running,
-        unfinished=bool(jobs),
-        waiting=len(waiting),
-        jobs=[_job(job, waiting, asking.get(job.run)) for job in [*jobs, *failed]],
-    )
-
-
-def _job(job: QueuedRun, waiting: list[str], asking: RunView | None) -> dict[str, Any]:
-    """One job; `asking` is its run where that ended to ask if it may continue with what has changed."""
-    place = waiting.index(job.run) + 1 if job.state == WAITING else 0
-    tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
-    why = with_labels(job.reason)
-    if asking:
-        why = f"{describe_changes(asking.changed)} Decide below, under Runs."
-    word = f"{place}." if place else job.state.capitalize()
-    named = {"run": job.run, "state": job.state, "place": place}
-    return {**named, "word": word, "tone": tones[job.state], "why": why}
-
-
-def earlier(snapshot: Snapshot) -> str:
-    """The runs of the open project, the one shown first; those of other projects are folded below."""
-    queue, jobs = snapshot.app_state.queue, snapshot.app_state.jobs
-    listed = [(w, s) for w, s in snapshot.runs if not (s == "queued" and queue.holds(w.run.name))]
-    listed = [(w, s) for w, s in listed if w is not snapshot.run_view or not snapshot.shown.live]
-    listed.sort(key=lambda one: one[0] is not snapshot.run_view)
-    own = [one for one in listed if jobs.own(one[0])]
-    others = [one for one in listed if not jobs.own(one[0])]
-    if not own and not others:
-        return ""
-    return render("train/earlier.html", own=_listed(snapshot, own), others=_listed(snapshot, others))
-
-
-def _listed(snapshot: Snapshot, listed: list[tuple[RunView, str]]) -> dict[str, Any]:
-    rows = [_run_row(snapshot, run_view, state) for run_view, state in listed[:MOST_EARLIER]]
-    return {"runs": rows, "more": max(0, len(listed) - MOST_EARLIER)}
-
-
-def _run_row(snapshot: Snapshot, run_view: RunView, state: str) -> dict[str, Any]:
-    progress, after, busy = run_view.progress, run_view.resume_info(), _busy(snapshot)
-    asks = asks_to_accept(run_view, state)
-    acts = [accept_act(run_view, busy)] if asks else []
-    acts += [resume_act(run_view, asks, busy)] if state in RESUMABLE else []
-    failed = state in ("failed", "interrupted")
-    why = describe_changes(run_view.changed) if asks else with_labels(run_view.reason()) if failed else ""
-    return {
-        "name": run_view.run.name,
-        "state": state,
-        "early": progress.stopped_early,
-        "facts": _facts_of(progress, after.size),
-        "shown": run_view is snapshot.run_view,
-        "live": run_view is snapshot.active.view and snapshot.active.live,
-        "acts": acts,
-        "report": report_entry(run_view, after.step > 0),
-        "path": str(run_view.run.path),
-        "why": why,
-    }
-
-
-def _facts_of(progress: Progress, size: int) -> str:
-    parts = [f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"]
-    best = best_of(progress.validations)
-    if best is not None:
-        parts.append(f"best at step {best.step:,}, {_share(best.gain, best)}")
-    took = sum(event.seconds for event in progress.losses)
-    parts += [format_duration(took)] if took else []
-    return ", ".join([*parts, format_bytes(size)])

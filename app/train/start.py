@@ -2,8 +2,9 @@
 settings imported from a LoRA file."""
 
 import functools
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import gradio as gr
 
@@ -16,12 +17,18 @@ from app.formatting import (
     format_speed,
     pluralize,
 )
-from app.state import Snapshot, take_snapshot
+from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, part, problem_html, render
 from app.top_bar import Act, resume_act
+from app.train.background import with_labels
 from app.train.form import (
+    BASIC,
     FORM,
+    GROUPS,
+    Plan,
     command_line,
+    form_values,
+    group_fields,
     keep_changed_values,
     to_widget_value,
     widget_values,
@@ -32,8 +39,10 @@ from lora_core.model_files.detect import EMBEDDED
 from lora_core.model_files.sizes import FALLBACKS
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
+from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.preflight import caption_bytes
-from lora_core.settings.config import RunConfig, label_of
+from lora_core.runs.queue import sweep_configs
+from lora_core.settings.config import FIELDS, RunConfig, is_pattern_table, label_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.files import expand_home
 from lora_core.system.hardware import card_problem
@@ -61,6 +70,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
         bindings.follow(html_block(elem_id="facts", elem_classes="grow"), facts)
         with gr.Row(elem_classes="start-row"):
             note = html_block(elem_id="start-note")
+            html_block(render("train/sweep.html", groups=_sweepable()))
             queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
             start = gr.Button(
                 "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
@@ -71,6 +81,14 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
     for button, do in ((start, "start"), (queue, "queue")):
         act = functools.partial(_pressed, bindings, do)
         bindings.refresh_after(button.click(act, inputs, [name, note], **QUIET))
+
+
+def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
+    """The settings that have one value, by group, as (name, label)."""
+    lists = [name for name in FORM if is_pattern_table(name) or get_origin(FIELDS[name].annotation) is list]
+    groups = [("Basic", [name for name in BASIC if name != "model.base"])]
+    groups += [(group, group_fields(group)) for group in GROUPS]
+    return [(group, [(n, label_of(n)) for n in names if n not in lists]) for group, names in groups]
 
 
 def start_button(snapshot: Snapshot) -> Any:
@@ -99,7 +117,7 @@ def _pressed(
     keep_changed_values(app_state.project, seen, list(values))
     app_state.project.update_draft(trigger=(trigger or "").strip())
     try:
-        config = ready_config(bindings, (run_name or "").strip(), do)
+        config = ready_config(app_state, (run_name or "").strip(), do)
         if do == "queue":
             return "", note_html(f"{app_state.queue.add(config).name} waits in the queue.")
         # A run needs the memory more than an image does; the worker loads again when it is asked.
@@ -110,20 +128,22 @@ def _pressed(
     return "", ""
 
 
-def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
-    """The settings of the form, once all of it was checked.
+def ready_config(
+    app_state: AppState, name: str, do: str = "start", config: RunConfig | None = None
+) -> RunConfig:
+    """The settings of the form, or `config` made of them, once all of it was checked.
 
     Args:
-        bindings: of the page.
+        app_state: of the window.
         name: of the run, "" for the project's title and a number.
         do: "start", which takes that no run is going on, or "queue".
+        config: the settings, where they differ from the form's.
 
     Raises:
         LoraError: something is in the way; all of it in one message.
     """
-    app_state = bindings.app_state
     snapshot = take_snapshot(app_state)
-    config = snapshot.plan.config.changed({"name": name})
+    config = config or snapshot.plan.config.changed({"name": name})
     found = list(snapshot.plan.problems) or [
         one.sentence for one in app_state.checks.now(config, app_state.project.dataset()) if one.blocking
     ]
@@ -132,6 +152,36 @@ def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
     if sentences:
         raise LoraError(" ".join(sentences))
     return config
+
+
+def queue_sweep(app_state: AppState, setting: str, values: str, name: str) -> str:
+    """Queue a run of the form's settings for each value of one of them, or none; returns their names.
+
+    Raises:
+        LoraError: a value is not legal, or something else is in the way.
+    """
+    base = Plan(app_state.project).config.changed({"name": name.strip()})
+    texts = [text.strip() for text in re.split("[,;\n]", values)]
+    try:
+        configs = sweep_configs(base, setting, texts, runs_folder(app_state.workspace))
+    except ConfigError as error:
+        raise ConfigError(with_labels(str(error))) from error
+    ready = [ready_config(app_state, "", "queue", config) for config in configs]
+    return ", ".join(app_state.queue.add(config).name for config in ready)
+
+
+def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
+    """Put the settings of a run into the form; returns what the draft held `before`, and how many are `new`.
+
+    Raises:
+        LoraError: there is no such run, or its settings cannot be read.
+    """
+    project = app_state.project
+    config = RunFolder.open(runs_folder(app_state.workspace) / check_run_name(name)).config()
+    draft, standing, taken = project.draft(), widget_values(project), form_values(config)
+    project.update_draft(values=dict(zip(FORM, taken, strict=True)), trigger=config.dataset.trigger)
+    new = sum(one != other for one, other in zip(standing, taken, strict=True))
+    return {"new": new, "before": {key: draft.get(key) for key in ("values", "trigger")}}
 
 
 def blockers(snapshot: Snapshot) -> list[str]:
@@ -340,37 +390,23 @@ def command(snapshot: Snapshot) -> str:
     return render("train/command.html", line=line)
 
 
-def build_like(bindings: Bindings, form: TrainForm) -> None:
+def build_like(bindings: Bindings) -> None:
     """Import settings from a LoRA file, dropped or given by its path."""
-    app_state = bindings.app_state
     with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a LoRA", open=False):
         html_block(render("train/like.html"))
-        with gr.Row(elem_id="like-row"):
-            path = gr.Textbox(
-                label="Path of a LoRA file",
-                placeholder="or its path",
-                elem_id="like-path",
-                lines=1,
-                max_lines=1,
-            )
-            take = gr.Button("Import", elem_id="like-take", min_width=0, scale=0)
         bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_said)
 
-    def import_settings(text: str) -> list[Any]:
-        name = (text or "").strip().strip('"')
-        try:
-            if not name:
-                raise ConfigError("Choose a file, or type its path first.")
-            settings = settings_from_lora(expand_home(name))
-            app_state.like_said = take_settings(app_state.project, settings, Path(name).name)
-        except (LoraError, OSError, ValueError) as error:
-            app_state.like_said = problem_html(error)
-            return [gr.skip() for _ in outputs]
-        values = widget_values(app_state.project)
-        return [app_state.project.draft().get("trigger") or "", values, *values]
 
-    outputs = [bindings.trigger, form.seen, *form.fields]
-    bindings.refresh_after(gr.on([take.click, path.submit], import_settings, path, outputs, **QUIET))
+def import_settings(app_state: AppState, path: str) -> None:
+    """Put the settings of the LoRA file at `path` into the form, or say what is wrong with it."""
+    name = path.strip().strip('"')
+    try:
+        if not name:
+            raise ConfigError("Choose a file, or type its path first.")
+        found = settings_from_lora(expand_home(name))
+        app_state.like_said = take_settings(app_state.project, found, Path(name).name)
+    except (LoraError, OSError, ValueError) as error:
+        app_state.like_said = problem_html(error)
 
 
 def take_settings(project: Any, like: LoraSettings, name: str) -> str:

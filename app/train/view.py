@@ -12,7 +12,7 @@ import gradio as gr
 from app.bindings import QUIET, Bindings, html_block
 from app.guard import is_loopback
 from app.templates import note_html, problem_html, render
-from app.train import run_cards
+from app.train import rail, run_cards
 from app.train.start import build_action_bar, build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
@@ -88,19 +88,22 @@ def checked(text: str, request: Any) -> None:
 def build_train(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
+        with gr.Column(elem_classes="rail"):
+            bindings.follow(html_block(elem_id="running"), rail.running)
+            bindings.follow(html_block(elem_id="queue"), rail.queue_card)
+            bindings.follow(html_block(elem_id="earlier"), rail.earlier)
         with gr.Column(elem_classes="side card"):
             form = TrainForm(bindings)
             name = build_start(bindings)
-            build_like(bindings, form)
+            build_like(bindings)
             build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
                 ("run-card", run_cards.run_card),
                 ("verdicts", run_cards.verdicts_card),
-                ("queue", run_cards.queue_card),
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),
-                ("earlier", run_cards.earlier),
+                ("compare", rail.compare_card),
                 ("run-log", run_cards.log_card),
             ):
                 bindings.follow(html_block(elem_id=place), shows)

@@ -15,12 +15,14 @@ from its last checkpoint, once; one that failed with a reason is not, since it w
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +30,11 @@ from typing import Any
 
 import psutil
 
-from lora_core.errors import RunError
+from lora_core.errors import ConfigError, RunError
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence
 from lora_core.runs.events import warn_on_stderr
-from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
+from lora_core.settings.config import RunConfig, parsed_assignment
 from lora_core.system.files import check_fields, file_bytes, is_network_drive, parse_json
 from lora_core.system.processes import (
     INTERRUPTED,
@@ -363,6 +366,37 @@ def _problem(error: sqlite3.Error) -> str:
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
         return f"cannot be read ({error}); mend it, or remove it to begin with an empty one."
     return f"cannot be written: {error}; make room or give the right to write there."
+
+
+def sweep_configs(config: RunConfig, setting: str, values: Sequence[str], runs: Path) -> list[RunConfig]:
+    """The settings of one run for each value of a setting, named after it: "rank-8", or "NAME-rank-8".
+
+    Args:
+        config: all other settings; its name, unless it is "", begins the others.
+        setting: by its dotted name.
+        values: as the command line takes them.
+        runs: the folder in which the names are to be free.
+
+    Raises:
+        ConfigError: there is no such setting, no value, or one that is not legal; all in one message.
+    """
+    problems: list[str] = []
+    found: dict[str, RunConfig] = {}
+    for text in dict.fromkeys(filter(None, values)):
+        try:
+            name, value = parsed_assignment(f"{setting}={text}")
+            changed = config.changed({name: value})
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        key = name.rpartition(".")[2].replace("_", "-")
+        stem = "-".join(filter(None, [config.name, key, re.sub(r"[^\w.-]+", "-", text)[:40].strip("-.")]))
+        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        name = next(name for name in names if name not in found and not (runs / name).exists())
+        found[name] = changed.changed({"name": check_run_name(name)})
+    if problems or not found:
+        raise ConfigError(" ".join(dict.fromkeys(problems)) or "Give at least one value, such as 4, 8, 16.")
+    return list(found.values())
 
 
 def ensure_runner(workspace: Path) -> bool:

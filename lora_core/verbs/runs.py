@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -291,6 +291,33 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     if start:
         ensure_runner(queue.workspace)
     return folder
+
+
+@verb
+def queue_sweep(
+    run: File, setting: str, values: Sequence[str], workspace: File | None = None, start: bool = False
+) -> list[RunFolder]:
+    """Queue copies of a run with one setting at several values; returns their folders.
+
+    Args:
+        setting: such as adapter.rank.
+        values: such as 4 8 16; each copy is named after its own.
+        start: have the queue worked through by another process.
+
+    Raises:
+        LoraError: a value is not legal or something else is in the way; nothing is queued then.
+    """
+    from lora_core.runs.preflight import preflight, require_none_blocking
+    from lora_core.runs.queue import sweep_configs
+
+    folder = find_run(run, workspace)
+    place = workspace_folder(workspace) if workspace else folder.path.parent.parent
+    config = folder.config().changed({"name": folder.name})
+    configs = sweep_configs(config, setting, values, runs_folder(place))
+    for one in configs:
+        require_none_blocking(preflight(one, place))
+    made = [RunFolder.create(runs_folder(place) / one.name, one) for one in configs]
+    return [queue_add(one.path, place, start) for one in made]
 
 
 @verb

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.bindings import Bindings
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
 from app.train import background
@@ -47,7 +46,7 @@ def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]
         values={"model.vae": "/no/vae", "adapter.init": "/no/lora.safetensors", "optimizer.lr": 9.0}
     )
     with pytest.raises(LoraError) as caught:
-        ready_config(Bindings(app_state), "a run")
+        ready_config(app_state, "a run")
     said = str(caught.value)
     assert "/no/vae" in said
     assert "/no/lora.safetensors" in said
@@ -87,15 +86,15 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
 def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path]) -> None:
     make_run(app_state, "taken", started(), step(3))
     with pytest.raises(LoraError, match="taken exists already"):
-        ready_config(Bindings(app_state), "taken")
-    assert ready_config(Bindings(app_state), "free").name == "free"
+        ready_config(app_state, "taken")
+    assert ready_config(app_state, "free").name == "free"
 
 
 def test_a_run_in_the_way_stops_start_and_not_the_queue(app_state: AppState, pictures: list[Path]) -> None:
     come_alive(make_run(app_state, "live", started(), step(3)))
     with pytest.raises(LoraError, match="live is training"):
-        ready_config(Bindings(app_state), "")
-    assert ready_config(Bindings(app_state), "next", "queue").name == "next"
+        ready_config(app_state, "")
+    assert ready_config(app_state, "next", "queue").name == "next"
 
 
 def test_a_check_that_breaks_is_a_note(

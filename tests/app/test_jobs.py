@@ -13,7 +13,7 @@ from app.jobs import LIVE, Jobs
 from app.preview.loras import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
 from app.train import run_cards as cards
-from app.train.run_cards import earlier, queue_card
+from app.train.rail import earlier
 from app.train.start import blockers, details, facts
 from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
@@ -113,7 +113,7 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     app_state.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "failed"
-    for shown in (cards.run_card(snapshot), earlier(snapshot), queue_card(snapshot)):
+    for shown in (cards.run_card(snapshot), earlier(snapshot)):
         assert "this has changed: its settings (config.toml), the image &lt;img" in shown
         assert ".png or its caption, the package torch, a, b and 2 more." in shown
         assert "<img" not in shown
@@ -121,7 +121,6 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     yes = 'data-body="{"do": "accept", "run": "asks"}"'
     assert 'data-hint="changed"' in cards.run_card(snapshot)
     assert yes in html.unescape(cards.run_card(snapshot))
-    assert yes in html.unescape(earlier(snapshot))
     # Who put it back goes on as always.
     assert 'id="train-resume"' in cards.run_card(snapshot)
     assert "it asks again" in top_bar.run_actions(snapshot)
@@ -143,8 +142,9 @@ def test_another_failure_asks_nothing(app_state: AppState) -> None:
 def test_a_question_waits_while_another_run_is_going_on(app_state: AppState) -> None:
     make_run(app_state, "asks", started(), step(3), CHANGED)
     come_alive(make_run(app_state, "other", started(), step(1)))
-    row = earlier(take_snapshot(app_state))
-    tag = row[: row.index("Continue with the changes")].rpartition("<button")[2]
+    app_state.jobs.show("asks")
+    card = cards.run_card(take_snapshot(app_state))
+    tag = card[: card.index("Continue with the changes")].rpartition("<button")[2]
     assert "other is training; pause or stop it first." in tag
     assert tag.endswith(" disabled>")
 
@@ -227,8 +227,9 @@ def test_what_a_run_left_can_be_looked_at(app_state: AppState) -> None:
 def test_earlier_runs_are_listed_with_what_can_be_done(app_state: AppState) -> None:
     make_run(app_state, "older", started(), step(5), events.Paused(step=5))
     make_run(app_state, "newer", started(), step(9), events.Finished(step=9, export=""))
-    app_state.jobs.show("newer")
-    listed = earlier(take_snapshot(app_state))
-    assert 'data-run="older"' in listed
-    assert '"do": "resume"' in html.unescape(listed)
+    app_state.jobs.show("older")
+    snapshot = take_snapshot(app_state)
+    listed = earlier(snapshot)
+    assert listed.index('data-run="newer"') < listed.index('data-run="older"')
     assert "Paused" in listed
+    assert '"do": "resume"' in html.unescape(cards.run_card(snapshot))

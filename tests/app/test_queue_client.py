@@ -38,6 +38,13 @@ def test_order_and_removal(app_state: AppState, line: QueueClient) -> None:
     assert names(line) == ["c", "a", "b"]
     with pytest.raises(RunError):
         line.act("up", "c")
+    line.act("move", "b", 1)
+    assert names(line) == ["b", "c", "a"]
+    line.act("move", "b", 3)
+    for place in (0, 4):
+        with pytest.raises(RunError, match="it goes from 1 to 3"):
+            line.act("move", "b", place)
+    assert names(line) == ["c", "a", "b"]
     with pytest.raises(RunError, match="no such action"):
         line.act("burn", "c")
     line.act("remove", "a")
@@ -95,9 +102,9 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
     assert snapshot.run_view is not None
     # The one that did something last is shown, although the other has been made later or earlier.
     assert (snapshot.run_view.run.name, snapshot.state) == ("good", "done")
-    from app.train.run_cards import queue_card
+    from app.train.rail import earlier
 
-    assert "No image can be read." in queue_card(snapshot)
+    assert "No image can be read." in earlier(snapshot)
 
 
 def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from app.state import AppState
 from app.train import routes as run_routes
 from app.train.form import FORM, widget_values
+from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say
 from tests.app.runs import come_alive, make_run, started, step
 from tests.model_files.test_starting_settings import KOHYA, lora
@@ -118,3 +119,42 @@ def test_quitting_says_what_goes_on(app_state: AppState, say: Say, monkeypatch: 
     come_alive(make_run(app_state, "a", started(), step(1)))
     assert say("quit") == {"run": "a", "queue": False}
     assert left.wait(PATIENCE)
+
+
+def test_the_settings_of_a_run_come_into_the_form_and_go_again(
+    app_state: AppState, client: TestClient, say: Say
+) -> None:
+    make_run(app_state, "a", adapter__rank=24, dataset__trigger="ohwx")
+    app_state.project.update_draft(values={"adapter.rank": 5, "train.steps": 77}, trigger="mine")
+    before = app_state.project.draft()
+    answer = say("settings/take", run="a")
+    now = dict(zip(FORM, widget_values(app_state.project), strict=True))
+    assert (now["adapter.rank"], app_state.project.draft()["trigger"]) == (24, "ohwx")
+    assert answer["new"]
+    assert say("settings/restore", **answer["before"]) == {"done": True}
+    assert app_state.project.draft() == before
+    assert client.post("/easel/settings/restore", json={"values": [1]}).status_code == 404
+    assert "is not a run" in str(say("settings/take", run="none")["problem"])
+
+
+def test_a_sweep_queues_a_run_for_each_value_or_none(app_state: AppState, say: Say) -> None:
+    app_state.project.update_draft(dataset="demo", level="demo")
+    wrong = say("settings/sweep", setting="adapter.rank", values="4, 0, x", name="")
+    assert "Rank" in str(wrong["problem"])
+    assert "at least one value" in str(
+        say("settings/sweep", setting="adapter.rank", values=" ,")["problem"]
+    )
+    assert app_state.queue.jobs() == []
+    for name, expected in (("", ["rank-4", "rank-16"]), ("dog", ["dog-rank-4", "dog-rank-16"])):
+        say("settings/sweep", setting="adapter.rank", values="4, 16, 4", name=name)
+        assert [job.run for job in app_state.queue.jobs()][-2:] == expected
+    say("settings/sweep", setting="adapter.rank", values="4", name="")
+    assert [job.run for job in app_state.queue.jobs()][-1] == "rank-4-2"
+    ranks = [
+        RunFolder.open(runs_folder(app_state.workspace) / job.run).config().adapter.rank
+        for job in app_state.queue.jobs()
+    ]
+    assert ranks == [4, 16, 4, 16, 4]
+    # What is in the way of a single run is in the way of these.
+    app_state.project.update_draft(values={"model.base": "/no/such/base"})
+    assert "problem" in say("settings/sweep", setting="adapter.rank", values="4", name="")

@@ -3,17 +3,20 @@
 import html as markup
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from app import top_bar
+from app.formatting import UNKNOWN
 from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
 from app.train import run_cards
+from app.train.rail import compare_card, earlier, queue_card, running
 from app.train.routes import do_run_action
-from app.train.run_cards import earlier, queue_card, samples_card, select_rounds
+from app.train.run_cards import samples_card, select_rounds
 from app.train.start import blockers, details, facts, notes, start_problems
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs import events
@@ -386,15 +389,19 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     checkpoint(make_run(app_state, "new", started(), step(12)), 10)
     app_state.jobs.show("new")
     html = earlier(take_snapshot(app_state))
-    assert "100 of 100 steps, best at step 50, 16%" in html
+    assert all(words in html for words in ("100 of 100 steps", "best 50, 16%"))
     assert "kB" in html
-    assert "Resume from step 10" in html
-    assert html.count("data-confirm=") == 2
+    # Its curve goes from the base's gain of 0 at the bottom to the middle of its steps.
+    assert 'points="0.0,19.0 24.0,1.0"' in html
+    new = card(app_state)
+    assert "Resume from step 10" in new
+    app_state.jobs.show("old")
+    old = card(app_state)
+    assert (new.count("data-confirm="), old.count("data-confirm=")) == (1, 1)
     # A report can be made of what has a checkpoint, and opened where there is one.
-    assert [name for name in ("old", "new") if f'data-report-run="{name}"' in html] == ["new"]
+    assert ["data-report-run" in shown for shown in (old, new)] == [False, True]
     (app_state.workspace / "runs" / "old" / "report.html").write_text("<p>told</p>")
-    html = earlier(take_snapshot(app_state))
-    assert '<a class="own quiet" href="/easel/report/of/old"' in html
+    assert '<a class="own quiet" href="/easel/report/of/old"' in card(app_state)
     come_alive(RunFolder(app_state.workspace / "runs" / "new"))
     app_state.jobs.show("old")
     snapshot = take_snapshot(app_state)
@@ -402,7 +409,8 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     assert "Viewed while new trains." in run_cards.run_card(snapshot)
     assert 'data-run-name="new"' in top_bar.run_bar(snapshot)
     assert enabled(top_bar.run_actions(snapshot), "pause")
-    assert 'href="#run/new"' in earlier(snapshot)
+    assert 'href="#run/new"' in running(snapshot)
+    assert 'data-run="new"' not in earlier(snapshot)
 
 
 def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
@@ -416,7 +424,40 @@ def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
     assert "It is the last already." in html
     assert "Start the queue" in html
     assert "The queue is paused." in html
-    # Runs that only wait are no earlier runs.
+    # Runs that only wait are no earlier runs, and those that are trained wait no more.
     assert earlier(take_snapshot(app_state)) == ""
+    come_alive(RunFolder(app_state.workspace / "runs" / "one"))
+    html = queue_card(take_snapshot(app_state))
+    assert ('data-job="one"' in html, 'data-job="two"' in html) == (False, True)
+    assert "one" in running(take_snapshot(app_state))
     line.queue.file.write_bytes(b"broken" * 500)
     assert "cannot be read" in queue_card(take_snapshot(app_state))
+
+
+def test_two_runs_are_compared(app_state: AppState) -> None:
+    def rounds(*steps: int) -> list[events.Event]:
+        return [events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=["a dog"]) for n in steps]
+
+    gain = events.Validated(
+        step=50, gain=0.02, standard_error=0.001, base_loss=0.2, adapted_loss=0.18, best=True
+    )
+    make_run(app_state, "a", started(), step(50), gain, *rounds(0, 40, 80), adapter__rank=4)
+    make_run(app_state, "b", started(), step(20), *rounds(0, 30), adapter__rank=16, train__batch_size=3)
+    app_state.jobs.show("a")
+    assert compare_card(take_snapshot(app_state)) == ""
+    assert 'href="#run/a+b"' in earlier(take_snapshot(app_state))
+    app_state.jobs.show("a+b")
+    snapshot = take_snapshot(app_state)
+    html = compare_card(snapshot)
+    assert 'data-shown-run="a+b"' in run_cards.run_card(snapshot)
+    rows = [re.sub(r"<[^>]+>", "|", row) for row in html.split("<tr>")]
+    told = {(cells := [one for one in row.split("|") if one.strip()])[0]: cells[1:3] for row in rows}
+    assert told["Rank"] == ["4", "16"]
+    assert told["Batch size"] == ["1", "3"]
+    assert told["Gain"] == ["+0.0200 ± 0.0010", UNKNOWN]
+    assert "Learning rate" not in told
+    # Samples of the steps nearest to each other.
+    assert re.findall("previews/([0-9]+).png", html)[::2] == ["40", "30"]
+    assert 'href="#run/a"' in earlier(snapshot)
+    app_state.jobs.show("b+b")
+    assert compare_card(take_snapshot(app_state)) == ""

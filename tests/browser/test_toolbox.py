@@ -124,11 +124,11 @@ def test_a_report_opens_anywhere(look: Any, trained: Any, browser: Any, tmp_path
     page = look()
     # From the list of runs, without having seen the Export tab: a quick one.
     open_tab(page, "Train")
-    page.click("[data-run] [data-report-run]")
+    page.click("#run-status [data-report-run]")
     page.wait_for_selector("#easel-toast >> text=is being made")
     page.wait_for_selector("#easel-toast >> text=is made")
     with page.expect_popup() as opened:
-        page.click("[data-run] [data-report-of]")
+        page.click("#run-status [data-report-of]")
     opened.value.wait_for_selector(".strip img")
     opened.value.close()
     open_tab(page, "Export")

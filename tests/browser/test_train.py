@@ -136,8 +136,8 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
     names = "[...document.querySelectorAll('#queue-list [data-job]')].map(one => one.dataset.job)"
     again.wait_for_function(f"{names}.join() === 'broken,good'")
     again.get_by_role("button", name="Start the queue").click()
-    again.wait_for_selector("#queue-list [data-job=broken][data-job-state=failed]")
-    assert "/no/such/folder" in again.inner_text("#queue-list [data-job=broken]")
+    again.wait_for_selector("#earlier [data-run=broken][data-run-is=failed]")
+    assert "/no/such/folder" in again.inner_text("#earlier [data-run=broken]")
     again.wait_for_function(
         "document.querySelector('[data-run-name]')?.dataset.runName === 'good' &&"
         " document.querySelector('[data-run-state]')?.dataset.runState === 'done'"
@@ -212,9 +212,51 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     assert "--accept" not in page.inner_text("#run-status")
     row = page.locator(f"[data-run='{run.name}']")
     assert "ball 1 é.png or its caption" in row.inner_text()
-    assert row.get_by_role("button", name="Resume from").count() == 1
+    assert page.locator("#run-status").get_by_role("button", name="Resume from").count() == 1
     page.click("#train-accept")
     state_is(page, "done")
     assert page.get_attribute("#run-status", "data-step") == "60"
     assert page.locator("[data-hint=changed], #train-accept").count() == 0
     assert list((run / "export").glob("*.safetensors"))
+
+
+@pytest.mark.own_window
+@pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
+def test_a_sweep_is_ordered_compared_and_cloned(page) -> None:
+    def order_is(*names: str) -> None:
+        jobs = "[...document.querySelectorAll('#queue [data-job]')].map(one => one.dataset.job).join()"
+        page.wait_for_function(f"{jobs} === '{','.join(names)}'")
+
+    open_tab(page, "Train")
+    page.click("#sweep summary")
+    page.fill("#sweep-values", "5, 0")
+    page.press("#sweep-values", "Enter")
+    page.wait_for_selector("#sweep-values[aria-invalid=true]")
+    assert page.inner_text("#sweep-problem").startswith("Rank")
+    page.fill("#sweep-values", "5, 6, 7")
+    page.press("#sweep-values", "Enter")
+    order_is("rank-5", "rank-6", "rank-7")
+    # Keys that come faster than the answers all count, and the focus goes with the run.
+    page.focus("[data-job=rank-5] .view")
+    for _ in range(2):
+        page.keyboard.press("Alt+ArrowDown")
+    order_is("rank-6", "rank-7", "rank-5")
+    page.wait_for_function("document.activeElement?.closest('[data-job]')?.dataset.job === 'rank-5'")
+    page.drag_and_drop("[data-job=rank-5] b", "[data-job=rank-6] b")
+    order_is("rank-5", "rank-6", "rank-7")
+    page.focus("[data-job=rank-5] .view")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#run-status[data-shown-run=rank-6]")
+    page.get_by_role("link", name="Compare rank-7 with rank-6").click()
+    page.wait_for_selector("#comparison[data-runs='rank-6+rank-7']")
+    assert page.evaluate("decodeURIComponent(location.hash)") == "#run/rank-6+rank-7"
+    row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="Rank", exact=True))
+    assert row.get_by_role("cell").all_inner_texts() == ["6", "7"]
+    page.get_by_role("link", name="Stop comparing", exact=True).click()
+    page.wait_for_selector("#comparison", state="detached")
+    command = "document.querySelector('#command pre')?.textContent.includes('adapter.rank=6')"
+    page.get_by_role("button", name="Use these settings").click()
+    page.wait_for_function(command)
+    page.keyboard.press("Control+z")
+    page.wait_for_function(f"!{command}")

@@ -173,6 +173,17 @@ def test_three_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFi
     assert left == []
 
 
+def test_a_sweep_queues_copies_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--workspace", home)
+    made(home, "a")
+    assert "a-rank-4 waits in the queue" in said(capsys, "queue", "sweep", "a", "adapter.rank", 4, 8, *where)
+    assert [job.run for job in Queue(home).jobs()] == ["a-rank-4", "a-rank-8"]
+    config = Queue(home).run("a-rank-8").config()
+    assert (config.name, config.adapter.rank, config.train.steps) == ("a-rank-8", 8, 3)
+    assert main(["queue", "sweep", "a", "adapter.rank", "2", "0", *map(str, where)]) != 0
+    assert len(Queue(home).jobs()) == 2
+
+
 def made_longer(home: Path, name: str) -> RunFolder:
     run = RunFolder(runs_folder(home) / name)
     text = run.config_file.read_text(encoding="utf-8")
