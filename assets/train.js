@@ -208,6 +208,16 @@
     takeHeader(event.target.files[0]);
     event.target.value = "";
   });
+  // The run shown is in sight in the rail, once it was chosen.
+  let seen = "";
+  const showInRail = () => {
+    const run = one(".rail [data-shown]"), rail = run?.closest(".rail");
+    if (!run?.offsetParent || run.dataset.run === seen) return;
+    seen = run.dataset.run;
+    const [row, box] = [run.getBoundingClientRect(), rail.getBoundingClientRect()];
+    if (row.left < box.left || row.right > box.right) rail.scrollLeft += row.left - box.left;
+    if (row.top < box.top || row.bottom > box.bottom) rail.scrollTop += row.top - box.top;
+  };
   // Opened details stay open when their HTML is replaced.
   const unfolded = new Set();
   document.addEventListener("toggle", (event) => {
@@ -298,6 +308,7 @@
     bell.show();
     markFields();
     lookAtRun();
+    showInRail();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;

@@ -102,7 +102,7 @@ def _row(
         "tone": tone,
         "job": job if job and not job.has_ended else None,
         "place": place,
-        "brief": _briefly(progress, state in LIVE),
+        "brief": _briefly(progress, state),
         "facts": ", ".join(facts),
         "shown": name == snapshot.shown.name,
         "beside": snapshot.shown.name,
@@ -113,15 +113,16 @@ def _row(
     }
 
 
-def _briefly(progress: Progress, live: bool) -> str:
+def _briefly(progress: Progress, state: str) -> str:
     """Step and improvement in a few letters."""
     best = best_of(progress.validations)
-    if live:
-        steps = [f"{progress.step:,} of {progress.steps:,}"] if progress.steps else []
-        return ", ".join([*steps, *([format_share(best.gain, best)] if best else [])])
-    if best:
-        return f"best {best.step:,}, {format_share(best.gain, best)}"
-    return f"step {progress.step:,}" if progress.step else ""
+    gain = format_share(best.gain, best) if best else ""
+    if state in LIVE:
+        steps = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
+        return ", ".join(filter(None, (steps, gain)))
+    if best and state == "done":
+        return f"best {best.step:,}, {gain}"
+    return gain if gain and state == "stopped" else f"step {progress.step:,}" if progress.step else ""
 
 
 def sparkline(progress: Progress) -> str:

@@ -452,7 +452,7 @@ def test_two_runs_are_compared(app_state: AppState) -> None:
     assert 'data-shown-run="a+b"' in run_cards.run_card(snapshot)
     rows = [re.sub(r"<[^>]+>", "|", row) for row in html.split("<tr>")]
     told = {(cells := [one for one in row.split("|") if one.strip()])[0]: cells[1:3] for row in rows}
-    assert told["Rank"] == ["4", "16"]
+    assert told["Rank (size)"] == ["4", "16"]
     assert told["Batch size"] == ["1", "3"]
     assert told["Gain"] == ["+0.0200 ± 0.0010", UNKNOWN]
     assert "Learning rate" not in told

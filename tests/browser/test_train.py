@@ -251,7 +251,7 @@ def test_a_sweep_is_ordered_compared_and_cloned(page) -> None:
     page.get_by_role("link", name="Compare rank-7 with rank-6").click()
     page.wait_for_selector("#comparison[data-runs='rank-6+rank-7']")
     assert page.evaluate("decodeURIComponent(location.hash)") == "#run/rank-6+rank-7"
-    row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="Rank", exact=True))
+    row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="Rank (size)", exact=True))
     assert row.get_by_role("cell").all_inner_texts() == ["6", "7"]
     page.get_by_role("link", name="Stop comparing", exact=True).click()
     page.wait_for_selector("#comparison", state="detached")
