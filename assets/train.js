@@ -130,13 +130,24 @@
     event.preventDefault();
     order({ do: "move", run: event.dataTransfer.getData(RUN), place: Number(at.dataset.place) });
   });
+  // The run that keys move: a response may draw another one into the row that has the focus, which then goes after it.
+  let moved = "";
+  const followMoved = () => {
+    const view = moved && one(`.rail [data-job="${CSS.escape(moved)}"] .view`);
+    if (view && document.activeElement !== view) view.focus();
+  };
+  document.addEventListener("pointerdown", () => { moved = ""; });
   document.addEventListener("keydown", (event) => {
     const view = event.target.closest?.(".rail .view"), by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
-    if (!view || !by || event.ctrlKey || event.metaKey || (event.altKey && !event.key.match(/Up|Down/))) return;
+    const moves = event.altKey && ["ArrowUp", "ArrowDown"].includes(event.key);
+    if (!moves && event.key !== "Alt") moved = "";
+    if (!view || !by || event.ctrlKey || event.metaKey || (event.altKey && !moves)) return;
     event.preventDefault();
     const { job, place } = view.closest("li").dataset, views = all(".rail .view").filter((each) => each.offsetParent);
-    if (!event.altKey) views[views.indexOf(view) + by]?.focus();
-    else if (place) order({ do: by < 0 ? "up" : "down", run: job });
+    if (!moves) return views[views.indexOf(view) + by]?.focus();
+    if (!place) return;
+    moved ||= job;
+    order({ do: by < 0 ? "up" : "down", run: moved });
   });
 
   // ---- the settings of a run come into the form, and go again -----------------------------------------------------------
@@ -309,6 +320,7 @@
     markFields();
     lookAtRun();
     showInRail();
+    followMoved();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;
@@ -322,5 +334,5 @@
       if (place && place.title !== title) place.title = title;
     }
   };
-  window.easel.whenChanged(settle, ["data-run-state", "data-state", "disabled", "open"]);
+  window.easel.whenChanged(settle, ["data-run-state", "data-job", "data-state", "disabled", "open"]);
 })();

@@ -216,7 +216,9 @@ def charts(snapshot: Snapshot) -> str:
         return ""
     title = f"Learning rate {rate.rate:.2g}, found by a range test" if rate else ""
     plot = rate_html(rate) if rate else ""
-    return render("train/charts.html", run=run_view.run.name, title=title, plot=plot)
+    return render(
+        "train/charts.html", run=run_view.run.name, second=snapshot.second.name, title=title, plot=plot
+    )
 
 
 def charts_data(run_views: Sequence[RunView]) -> dict[str, Any]:

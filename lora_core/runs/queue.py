@@ -15,7 +15,6 @@ from its last checkpoint, once; one that failed with a reason is not, since it w
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import re
 import sqlite3
@@ -30,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from lora_core.data.scan import fold_name, unused_stem
 from lora_core.errors import ConfigError, RunError
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence
 from lora_core.runs.events import warn_on_stderr
@@ -381,7 +381,8 @@ def sweep_configs(config: RunConfig, setting: str, values: Sequence[str], runs: 
         ConfigError: there is no such setting, no value, or one that is not legal; all in one message.
     """
     problems: list[str] = []
-    found: dict[str, RunConfig] = {}
+    found: list[RunConfig] = []
+    taken = {fold_name(path.name) for path in runs.glob("*")}
     for text in dict.fromkeys(filter(None, values)):
         try:
             name, value = parsed_assignment(f"{setting}={text}")
@@ -391,12 +392,12 @@ def sweep_configs(config: RunConfig, setting: str, values: Sequence[str], runs: 
             continue
         key = name.rpartition(".")[2].replace("_", "-")
         stem = "-".join(filter(None, [config.name, key, re.sub(r"[^\w.-]+", "-", text)[:40].strip("-.")]))
-        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
-        name = next(name for name in names if name not in found and not (runs / name).exists())
-        found[name] = changed.changed({"name": check_run_name(name)})
+        name = check_run_name(unused_stem(stem, taken))
+        taken.add(fold_name(name))
+        found.append(changed.changed({"name": name}))
     if problems or not found:
         raise ConfigError(" ".join(dict.fromkeys(problems)) or "Give at least one value, such as 4, 8, 16.")
-    return list(found.values())
+    return found
 
 
 def ensure_runner(workspace: Path) -> bool:

@@ -141,9 +141,7 @@ def test_a_sweep_queues_a_run_for_each_value_or_none(app_state: AppState, say: S
     app_state.project.update_draft(dataset="demo", level="demo")
     wrong = say("settings/sweep", setting="adapter.rank", values="4, 0, x", name="")
     assert "Rank" in str(wrong["problem"])
-    assert "at least one value" in str(
-        say("settings/sweep", setting="adapter.rank", values=" ,")["problem"]
-    )
+    assert "at least one value" in str(say("settings/sweep", setting="adapter.rank", values=" ,")["problem"])
     assert app_state.queue.jobs() == []
     for name, expected in (("", ["rank-4", "rank-16"]), ("dog", ["dog-rank-4", "dog-rank-16"])):
         say("settings/sweep", setting="adapter.rank", values="4, 16, 4", name=name)
