@@ -103,7 +103,7 @@ def build_train(bindings: Bindings) -> None:
                 ("verdicts", run_cards.verdicts_card),
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),
-                ("compare", rail.compare_card),
+                ("beside", rail.compare_card),
                 ("run-log", run_cards.log_card),
             ):
                 bindings.follow(html_block(elem_id=place), shows)
