@@ -13,10 +13,9 @@ from app.preview import request_form as preview_form
 from app.preview import sent_form
 from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
-from app.preview.infotext import Infotext, apply_infotext, infotext_table, read_infotext
 from app.preview.loras import ADDED, lora_groups
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.routes import generate, open_tab
+from app.preview.routes import Infotext, apply_infotext, generate, infotext_table, open_tab, read_infotext
 from app.preview.sent_form import take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
