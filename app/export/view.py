@@ -9,12 +9,12 @@ from urllib.parse import quote
 import gradio as gr
 
 from app.bindings import Bindings, html_block
-from app.export.compatibility import compatibility_card
 from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
 from app.routes import image_url
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import render
+from app.toolbox.view import compatibility_card
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.runs.folder import check_run_name, runs_folder

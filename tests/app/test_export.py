@@ -8,14 +8,6 @@ from typing import Any
 
 import pytest
 
-from app.export.compatibility import (
-    compatibility_card,
-    describe_training,
-    file_facts,
-    find_trigger_words,
-    find_writer,
-    tool_rows,
-)
 from app.export.view import (
     check_folder,
     checkpoint_cards,
@@ -27,6 +19,14 @@ from app.export.view import (
     written_line,
 )
 from app.state import AppState, OtherTools, take_snapshot
+from app.toolbox.view import (
+    compatibility_card,
+    describe_training,
+    file_facts,
+    find_trigger_words,
+    find_writer,
+    tool_rows,
+)
 from lora_core.errors import RunError
 from lora_core.system import other_tools
 from lora_core.system.other_tools import InstalledTool, copy_export
