@@ -80,13 +80,9 @@ def _set_timesteps(scheduler: Any, request: GenerationRequest) -> None:
 
 
 def sample_latents(
-    base: BaseModel,
-    request: GenerationRequest,
-    text: PromptEmbeds,
-    negative: PromptEmbeds,
-    on_step: OnStep | None = None,
-    on_latents: OnLatents | None = None,
-) -> torch.Tensor:
+    base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
+    on_step: OnStep | None = None, on_latents: OnLatents | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Latents (1, C, h, w) after the last sampler step. No step waits for the device.
 
     Source: Ho and Salimans 2022, equation 6, for the guidance.
@@ -145,13 +141,9 @@ def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) 
 
 
 def sample_image(
-    base: BaseModel,
-    request: GenerationRequest,
-    text: PromptEmbeds,
-    negative: PromptEmbeds,
-    on_step: OnStep | None = None,
-    on_latents: OnLatents | None = None,
-) -> Image.Image:
+    base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
+    on_step: OnStep | None = None, on_latents: OnLatents | None = None,
+) -> Image.Image:  # fmt: skip
     """The image (RGB) of conditions that are encoded already, with whatever adapter is in the base."""
     latents = sample_latents(base, request, text, negative, on_step, on_latents)
     pixels = decode_latents(base, latents)[0].permute(1, 2, 0).numpy()

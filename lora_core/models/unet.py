@@ -185,12 +185,9 @@ class NoisePredictor:
         raise NotImplementedError
 
     def predict_noise(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        prompt: PromptEmbeds,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeds,
         sizes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """What the denoiser predicts, with whatever adapter is in it, (B, C, h, w) in fp32.
 
         `timesteps` is (B,); `sizes` is (B, 6), for families conditioned on them, else `default_time_ids`.
