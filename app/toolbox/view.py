@@ -239,7 +239,7 @@ SAME_STRENGTH = 0.05
 
 def tool_rows(verified: Mapping[str, Any]) -> str:
     """A row per tool: how many keys it reads, or what goes wrong."""
-    return render("export/tools.html", rows=[_tool(row) for row in verified.get("tools", [])])
+    return render("toolbox/tools.html", rows=[_tool(row) for row in verified.get("tools", [])])
 
 
 def _tool(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def file_facts(name: str, result: Mapping[str, Any]) -> str:
     verified: dict[str, Any] = dict(result.get("verify") or {})
     notes = [str(report.get(key) or "") for key in ("problem", "extras")]
     return render(
-        "export/facts.html",
+        "toolbox/facts.html",
         name=name,
         size=float(report.get("bytes", 0)),
         rows=rows,
