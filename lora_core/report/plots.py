@@ -318,7 +318,7 @@ def heat_plot(
 
 
 def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str, str]) -> str:
-    """A heat map of a square table of shares from 0 to 1, with ranks below and beside it.
+    """A heat map of a square table of shares from 0 to 1, by rank.
 
     Args:
         table: rows of equal length.
