@@ -28,14 +28,21 @@
     });
   };
 
+  // What was chosen in one place holds for the next, as when another run is shown; a report has no storage of its own.
+  const kept = { title: "", log: false, steps: Number((window.easel && localStorage.getItem("easel-smoothing")) ?? 50) };
+
   class Place {
     constructor(node) {
-      Object.assign(this, { node, charts: [], shown: 0, steps: 50, log: false, at: null, hidden: new Set(), index: -1 });
+      Object.assign(this, { node, charts: [], shown: 0, at: null, hidden: new Set(), index: -1 });
       const button = (textContent, onclick, more = {}) => make("button", { type: "button", className: "own quiet", textContent, onclick, ...more });
       this.choice = make("div", { className: "seg", role: "group", ariaLabel: "Chart" });
-      this.logs = button("Log scale", () => { this.log = !this.log; this.draw(); });
-      const slider = make("input", { type: "range", min: 0, max: 200, step: 5, value: this.steps, ariaLabel: "Smoothing of the loss, in steps" });
-      slider.oninput = () => { this.steps = Number(slider.value); this.draw(); };
+      this.logs = button("Log scale", () => { kept.log = !kept.log; this.draw(); });
+      const slider = make("input", { type: "range", min: 0, max: 200, step: 5, value: kept.steps, ariaLabel: "Smoothing of the loss, in steps" });
+      slider.oninput = () => {
+        kept.steps = Number(slider.value);
+        if (window.easel) localStorage.setItem("easel-smoothing", kept.steps);
+        this.draw();
+      };
       this.smoothing = make("label", { className: "small smoothing" }, "Smoothing ", slider);
       this.whole = button("Show all", () => { this.reset(); this.box.focus(); }, { hidden: true, title: "Double click or Escape" });
       this.keys = make("p", { className: "keys small" });
@@ -54,21 +61,21 @@
     take(charts, note = "") {
       for (const { curves } of charts) for (const { name, hidden } of curves) if (hidden && !this.known?.has(name)) this.hidden.add(name);
       this.known = new Set(charts.flatMap(({ curves }) => curves.map(({ name }) => name)));
-      const title = this.chart?.title;
+      const title = this.chart?.title ?? kept.title;
       this.charts = charts;
       this.shown = Math.max(0, charts.findIndex((chart) => chart.title === title));
       this.note.textContent = note;
       this.draw();
     }
 
-    choose(shown) { this.shown = shown; this.draw(); }
+    choose(shown) { this.shown = shown; kept.title = this.chart.title; this.draw(); }
 
     // The columns that uPlot draws: of a noisy curve the raw values and their average, of a band its edges.
     columns() {
       return this.chart.curves.flatMap((curve) => {
         const { name, x, y, error, style, noisy } = curve, stroke = () => token(COLOURS[style]), show = !this.hidden.has(name);
         const line = { curve, y, stroke, show, width: 2, dash: noisy ? undefined : DASHES[style], points: { show: !noisy && x.length <= MOST_DOTS, size: 5, fill: stroke } };
-        if (noisy) return [{ ...line, width: 1, alpha: this.chart.curves.length > 1 ? 0.15 : 0.35, edge: true }, { ...line, y: average(curve, this.steps) }];
+        if (noisy) return [{ ...line, width: 1, alpha: this.chart.curves.length > 1 ? 0.15 : 0.35, edge: true }, { ...line, y: average(curve, kept.steps) }];
         const edge = (sign) => ({ curve, y: y.map((value, i) => value + sign * error[i]), show, edge: true, band: stroke, width: 0, points: { show: false } });
         return error.length ? [edge(1), edge(-1), line] : [line];
       });
@@ -141,7 +148,7 @@
       });
       this.smoothing.hidden = !noisy;
       this.logs.hidden = !noisy || curves.some(({ y }) => y.some((value) => value <= 0));
-      this.logs.ariaPressed = this.log && !this.logs.hidden;
+      this.logs.ariaPressed = kept.log && !this.logs.hidden;
       // A button that is pressed while new data comes stays.
       const now = JSON.stringify([this.shown, this.charts.map(({ title }) => title), curves.map(({ name, style, error }) => [name, style, error.length > 0, this.hidden.has(name)])]);
       if (now === this.shows) return;
@@ -214,7 +221,7 @@
     facts(x) {
       const shown = [this.chart, ...this.charts.filter((chart) => chart !== this.chart && chart.x === this.chart.x)];
       return shown.flatMap((chart) => chart.curves.filter(({ name }) => !this.hidden.has(name)).map((curve) => {
-        const at = nearest(curve.x, x), error = curve.error[at], y = curve.noisy ? average(curve, this.steps)[at] : curve.y[at];
+        const at = nearest(curve.x, x), error = curve.error[at], y = curve.noisy ? average(curve, kept.steps)[at] : curve.y[at];
         const name = curve.noisy ? `${curve.name}, smoothed` : curve.name;
         return [chart === this.chart || curve.noisy ? name : `${chart.title}, ${name}`, `${number(y)}${chart.unit}${error ? ` \u00b1 ${error.toPrecision(2)}` : ""}`];
       }));
