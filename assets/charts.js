@@ -50,7 +50,7 @@
       this.tip = make("div", { className: "chart-tip", ariaHidden: "true", hidden: true });
       this.line = make("i", { className: "chart-at" });
       this.note = make("p", { className: "small chart-note" });
-      node.prepend(make("div", { className: "chart-head" }, this.choice, this.keys, make("span", { className: "grow" }), this.smoothing, this.logs, this.whole), this.box, this.note);
+      this.head = make("div", { className: "chart-head" }, this.choice, this.keys, make("span", { className: "grow" }), this.smoothing, this.logs, this.whole);
       new ResizeObserver(() => { if (this.plot && this.width && this.width !== this.plot.width) this.plot.setSize({ width: this.width, height: HEIGHT }); }).observe(this.box);
     }
 
@@ -284,7 +284,13 @@
   }
 
   const places = new WeakMap();
-  const placeOf = (node) => { if (!places.has(node)) places.set(node, new Place(node)); return places.get(node); };
+  const placeOf = (node) => {
+    if (!places.has(node)) places.set(node, new Place(node));
+    const place = places.get(node);
+    // Gradio keeps the node, but not what it does not know, when its HTML changes.
+    if (place.head.parentElement !== node) node.prepend(place.head, place.box, place.note);
+    return place;
+  };
   // Draws what came into the page, and what was not visible before.
   const settle = () => {
     for (const node of document.querySelectorAll(".chart[data-chart]")) {

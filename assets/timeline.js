@@ -41,12 +41,12 @@
     if (window.charts.placeOf(node).charts.length) window.charts.placeOf(node).draw();
   };
 
-  let loaded = "", drawn = null;
+  let loaded = "";
   const wanted = () => {
     const node = chart(), state = one("#run-status")?.dataset;
     return node?.offsetParent && state && !document.hidden ? [node.dataset.source, node.dataset.compare, state.state, state.step, one("#verdict")?.textContent].join("|") : "";
   };
-  const stale = () => wanted() && (wanted() !== loaded || drawn !== chart());
+  const stale = () => wanted() && (wanted() !== loaded || !one(".chart-head", chart()));
   // Takes the curves; how long to wait before the next time, as long ones come less often.
   const take = async () => {
     const node = chart(), now = wanted(), { source, compare } = node.dataset;
@@ -54,7 +54,7 @@
     const { charts, tables, note } = await answer.json();
     // Another run may be shown by now.
     if (chart() !== node || node.dataset.source !== source || node.dataset.compare !== compare) return 1;
-    [loaded, drawn] = [now, node];
+    loaded = now;
     one(".chart-table > div", node).innerHTML = tables;
     one(".chart-table", node).hidden = !tables;
     window.charts.placeOf(node).take(charts, note);
@@ -74,9 +74,9 @@
   const settle = () => {
     const name = one("#run-status")?.dataset.shownRun ?? "";
     if (name !== run) { run = name; at = null; }
+    load();
     align();
     show(at);
-    load();
   };
   window.easel.settling.push(settle);
   addEventListener("resize", align);
