@@ -38,7 +38,7 @@ ROUTES = served()
 
 
 DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "train": (("like",), ()),
+    "train": (("like", "settings/import"), ()),
     "forecast": (("run measure", "run unmeasure"), ("probe",)),
     "resume": (("run resume", "run accept"), ()),
     "stop": (("run stop",), ()),
@@ -46,7 +46,8 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "save": (("run save",), ()),
     "preview": (("run preview",), ()),
     "delete": (("run delete",), ()),
-    "queue move": (("queue up", "queue down"), ()),
+    "queue move": (("queue move", "queue up", "queue down"), ()),
+    "queue sweep": (("settings/sweep",), ()),
     "queue remove": (("queue remove",), ()),
     "queue run": (("queue start",), ()),
     "queue pause": (("queue pause",), ()),
@@ -98,6 +99,8 @@ VIEW_STATE = {
     "run download-ask": "asks the hub again how large a base is",
     "run reset": "puts fields of the Train form back; `train --preset`",
     "run retry": "starts a failed run again with another value; `train --set`",
+    "settings/take": "fills the Train form with the settings of a run; `train --config RUN/config.toml`",
+    "settings/restore": "takes that back",
     "run show": "chooses the run that the Train tab shows",
     "preview/rows": "keeps the form of the Preview tab; `generate --lora FILE:STRENGTH`",
     "preview/file": "a file that was dropped on the Preview tab; its path on the command line",

@@ -28,6 +28,7 @@ LARGEST_FILE = 2**40
 
 def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
+    _add_settings_routes(app, app_state)
 
     @app.post("/easel/run")
     async def run(request: Request) -> Response:
@@ -47,24 +48,6 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     async def curves(name: str, compare: str = "") -> Response:
         runs = [_existing_run(app_state, each) for each in (name, compare) if each]
         return Answer(await asyncio.to_thread(_read_curves, app_state, runs), headers=FRESH)
-
-    def sweep(sent: dict[str, Any]) -> dict[str, str]:
-        setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
-        return {"names": queue_sweep(app_state, setting, values, name)}
-
-    def restore(sent: dict[str, Any]) -> None:
-        values, trigger = sent.get("values"), sent.get("trigger")
-        if not isinstance(values, dict | None) or not isinstance(trigger, str | None):
-            raise BadRequest("no draft")
-        app_state.project.update_draft(values=values, trigger=trigger)
-
-    settings: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "sweep": sweep,
-        "take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
-        "import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
-        "restore": restore,
-    }
-    add_actions(app, "settings", settings)
 
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:
@@ -88,6 +71,26 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         # Runs and queue are processes of their own and continue.
         threading.Timer(QUIT_AFTER, app_state.on_quit).start()
         return Answer({"run": live.run.name if live else "", "queue": app_state.queue.is_running})
+
+
+def _add_settings_routes(app: FastAPI, app_state: AppState) -> None:
+    def sweep(sent: dict[str, Any]) -> dict[str, str]:
+        setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
+        return {"names": queue_sweep(app_state, setting, values, name)}
+
+    def restore(sent: dict[str, Any]) -> None:
+        values, trigger = sent.get("values"), sent.get("trigger")
+        if not isinstance(values, dict | None) or not isinstance(trigger, str | None):
+            raise BadRequest("no draft")
+        app_state.project.update_draft(values=values, trigger=trigger)
+
+    settings: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "sweep": sweep,
+        "take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
+        "import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
+        "restore": restore,
+    }
+    add_actions(app, "settings", settings)
 
 
 def _existing_run(app_state: AppState, name: str) -> RunFolder:
