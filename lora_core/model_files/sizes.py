@@ -48,7 +48,8 @@ ON_CPU = VAE_ON_CPU, TEXT_ON_CPU
 CHECKPOINTING, HALVES, OPTIMIZER_8BIT = "checkpointing", "half", "8-bit optimizer"
 INT8, OFFLOAD = "int8", "offload"
 FALLBACKS = {
-    VAE_ON_CPU: "The VAE waits in the computer's own memory; samples take some seconds longer.",
+    VAE_ON_CPU: "The VAE waits in the computer's own memory and comes to the device for samples, if it fits;"
+    " else these take some seconds longer.",
     TEXT_ON_CPU: "The text encoders wait in the computer's own memory and come to the device for some dozens"
     " of captions at a time: the numbers stay the same, at about the same speed.",
     PLAIN_LAYOUT: "The base's weights are kept once, as they are, instead of laid out for the processor too:"
@@ -318,6 +319,8 @@ def _card_phases(
     before = [CONTEXT + text] + ([] if applied else [encoding])
     decoded = [own_side, *(tile for tile in DECODE_TILES if tile < own_side)]
     guided = 2 * row.guided * own_pixels * activation
-    # A sample can be asked for at any time; on the CPU, the VAE takes nothing of the card.
-    samples = [row.decode * (one / 8) ** 2 * math.sqrt(larger) if vae else 0 for one in decoded]
+    # A sample can be asked for at any time; a VAE that waits on the CPU comes to the card for it, if it fits.
+    moved = 0 if vae else row.vae * 4 * larger
+    samples = [moved + row.decode * (one / 8) ** 2 * math.sqrt(larger) for one in decoded]
+    samples += [] if vae else [0]
     return CONTEXT + unet, max(held + max(passing), *before), [held + max(guided, one) for one in samples]

@@ -47,10 +47,10 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
             layer norm; those conditioned on the penultimate, number 2, do not, and never take a later one.
         tokens: 75, 150 or 225: one, two or three chunks, joined along T.
     """
-    return encode_prompts(base, [captions], clip_skip, tokens)[0]
+    return encode_batches(base, [captions], clip_skip, tokens)[0]
 
 
-def encode_prompts(
+def encode_batches(
     base: BaseModel, batches: Sequence[list[str]], clip_skip: int = 1, tokens: int = 75
 ) -> list[PromptEmbeds]:
     """`encode_prompt` of each batch; each text encoder is moved to the device once for all of them."""

@@ -39,10 +39,21 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
 
     If the decoder runs out of memory, this and all later images of this base are decoded in overlapping
     tiles: an image takes 3 GiB at 1024 px, a tile of 512 px a quarter. The colours of tiles differ a little.
+    A VAE that waits on the CPU comes to the device for it, if it fits.
     """
     shift, scale = _shift_and_scale(base)
+    unscaled = latents.to(base.device, base.vae.dtype) / scale + shift
+    home = base.vae.device
     with torch.no_grad():
-        pixels = _decode(base, latents.to(base.vae.device, base.vae.dtype) / scale + shift)
+        try:
+            with base.on_device("vae"):
+                pixels = _decode(base, unscaled)
+        except (RuntimeError, MemoryError) as error:
+            if home.type == base.device.type or not out_of_memory(error):
+                raise
+            release_failed(error, base.device)
+            base.put("vae", home)
+            pixels = _decode(base, unscaled.to(home))
     return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

@@ -22,7 +22,7 @@ from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import as_negative_prompt, encode_prompt, encode_prompts, token_chunks
+from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
@@ -188,7 +188,7 @@ class PromptCache:
             if len(wanted) < AHEAD:
                 wanted |= self._unknown(batches.captions(ahead))
         with torch.no_grad():
-            found = encode_prompts(self._base, [[caption] for caption in wanted], *self._options)
+            found = encode_batches(self._base, [[caption] for caption in wanted], *self._options)
         for caption, embeds in zip(wanted, found, strict=True):
             self._keep_random(caption, embeds.to(torch.device("cpu")))
 

@@ -178,6 +178,14 @@ def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor:
         assert torch.equal(decode_latents(base, latents.to("cuda")), tiled)
         assert card.failures == 1, "it is not tried again"
         assert card.peak < peak
+        # A VAE that waits on the processor comes to the card, or decodes there if that does not fit.
+        base.put("vae", CPU)
+        for limit, at_work in ((card.total, True), (card.live + 2**20, False)):
+            card.limit = limit
+            card.clear()
+            assert torch.equal(decode_latents(base, latents.to("cuda")), tiled)
+            assert (card.launches["convolution"] > 20) == at_work
+            assert base.vae.device.type == "cpu"
     assert tiled.shape == whole.shape
     assert (tiled - whole).abs().mean() < 0.03
 
