@@ -51,7 +51,7 @@
 
   const describe = (picture) => {
     const cell = cells.get(picture.name), marks = [];
-    if (bare(picture)) marks.push("no caption");
+    if (bare(picture)) marks.push("uncaptioned");
     if (picture.held) marks.push("validation");
     if (picture.small) marks.push("small");
     if (twins.has(picture.name)) marks.push("duplicate");
