@@ -1,8 +1,7 @@
-"""How tabs plug into the page: components that follow the snapshot, fields filled at load, events that
-refresh.
+"""How tabs plug into the page: cards and fields that follow the snapshot, fields filled at load.
 
-There is one load event and one poll for the whole page. A component declares a function of the snapshot; only
-values that changed are sent.
+Each declares a function of the snapshot. The live stream sends the HTML of cards; Gradio's own fields are
+updated by an event that the page triggers when the stream tells that they changed.
 """
 
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app.state import AppState, Snapshot
+from lora_core.system.files import clean_value
 
 # Options of every event: a plain function that completes even if the page is closed.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -19,25 +19,35 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 
+MOUNTED = "(window.easelMounted ??= []).push({{ name: {name!r}, element, trigger }}); window.easel?.mount();"
+"""Tells the page's script of an element of ours that Gradio has made, now or later."""
+
+
 @dataclass
 class Bindings:
     """What the tabs register with the page.
 
     Attributes:
-        live: components, each with the function of the snapshot that it shows.
+        parts: by the name of a card, the function of the snapshot that gives its HTML.
+        updates: Gradio's fields, each with the function of the snapshot that gives its update.
         initial: components, each with what gives its value when the page opens.
     """
 
     app_state: AppState
-    live: list[tuple[Any, Callable[[Snapshot], Any]]] = field(default_factory=list)
+    parts: dict[str, Callable[[Snapshot], str]] = field(default_factory=dict)
+    updates: list[tuple[Any, Callable[[Snapshot], Any]]] = field(default_factory=list)
     initial: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
-    refreshing: list[Any] = field(default_factory=list)
     trigger: Any = None
     use_demo: Any = None
 
     def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
-        """Update `component` with `shows(snapshot)` at each poll."""
-        self.live.append((component, shows))
+        """Show `shows(snapshot)` in `component`: HTML in a block of HTML, an update of another component."""
+        if isinstance(component, gr.HTML):
+            name = component.elem_id or f"part-{len(self.parts)}"
+            component.js_on_load = MOUNTED.format(name=name)
+            self.parts[name] = shows
+        else:
+            self.updates.append((component, shows))
         return component
 
     def fill_on_load(self, component: Any, value: Callable[[], Any]) -> Any:
@@ -45,14 +55,9 @@ class Bindings:
         self.initial.append((component, value))
         return component
 
-    def refresh_after(self, event: Any) -> Any:
-        """Poll right after `event`."""
-        self.refreshing.append(event)
-        return event
-
     def initial_values(self) -> list[Any]:
         """The values of all fields filled at load, in order."""
-        return [value() for _, value in self.initial]
+        return [clean_value(value()) for _, value in self.initial]
 
 
 def html_block(value: str = "", **options: Any) -> Any:

@@ -26,7 +26,7 @@ from lora_core.model_files.header import MAX_HEADER
 
 COOKIE = "lora_easel_login"
 # Accessible without login: style and identity of the app.
-OPEN_PATHS = ("/easel", "/easel/assets/style.css", "/easel/assets/icon.svg")
+OPEN_PATHS = ("/easel", "/easel/assets/page.css", "/easel/assets/icon.svg")
 LARGEST_FORM, SLOWEST_FORM = 4096, 5.0
 LOGOUT = ("/easel/logout", "/logout")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0

@@ -19,9 +19,10 @@ from fastapi import FastAPI
 
 from app import tabs
 from app.guard import Guard, Login, is_loopback
+from app.live import add_live_route
 from app.page import mount
 from app.projects import add_project_routes
-from app.routes import add_assets, add_routes
+from app.routes import Traffic, add_assets, add_routes
 from app.state import AppState
 from lora_core.errors import LoraError, RunError
 from lora_core.system.files import workspace, write_atomically
@@ -83,8 +84,10 @@ def build_app(app_state: AppState, allowed: list[str], password: str = "") -> An
     """Build the server as one ASGI app: guard, login, our routes, Gradio."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, app_state)
+    add_live_route(app, app_state.live)
+    app.add_middleware(Traffic, live=app_state.live)
     add_project_routes(app, app_state)
-    add_assets(app, [*tabs.list_scripts(), *tabs.list_styles(), "icon.svg"])
+    add_assets(app, tabs.list_assets())
     for tab in tabs.TABS:
         tab.add_routes(app, app_state)
     app_state.has_password = bool(password)

@@ -1,10 +1,11 @@
-"""The page: header, welcome, tabs; one load event and one poll for all components."""
+"""The page: header and tabs, what fills their fields, and what of them follows the state."""
 
 import logging
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -13,14 +14,14 @@ import gradio as gr
 from app import projects as project_picker
 from app import tabs as registry
 from app import top_bar
-from app.bindings import QUIET, TYPING, Bindings, html_block
+from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
 from app.templates import render
 from lora_core.projects.project import DEMO_TITLE, Project
-from lora_core.system.files import ASSETS, clean_value
+from lora_core.system.files import clean_value
 
-LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
+Found = TypeVar("Found")
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
@@ -30,75 +31,79 @@ def build_page(app_state: AppState) -> gr.Blocks:
     with gr.Blocks(
         title=top_bar.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
-        _header(bindings)
+        hub = _header(bindings)
         with gr.Tabs(elem_id="tabs") as tabs:
             for tab in registry.TABS:
                 with gr.Tab(tab.title, id=tab.title, render_children=True):
                     tab.build(bindings)
         wire_demo(bindings, tabs)
-        _poll(bindings, page)
+        _follow(bindings, page, hub)
     return page
 
 
-def _header(bindings: Bindings) -> None:
+def _header(bindings: Bindings) -> Any:
+    """Lay out the header; returns the block that lets the page's script trigger events of Gradio."""
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
             html_block(top_bar.brand())
             bindings.follow(html_block(), project_picker.project_button)
-        bindings.follow(html_block(elem_classes="grow"), top_bar.run_bar)
+        bindings.follow(html_block(elem_id="run-bar", elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
             bindings.follow(html_block(), top_bar.memory_usage)
             html_block(render("header.html", part="tools", has_password=bindings.app_state.has_password))
-    html_block(render("header.html", part="notes"))
+    hub = html_block(render("header.html", part="notes"))
+    hub.js_on_load = MOUNTED.format(name="hub")
     bindings.follow(html_block(), top_bar.draft_note)
     html_block(render("projects.html"))
+    return hub
 
 
-def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
-    """Wire one load event, one timer and one hidden refresh button; only values that changed are sent."""
+def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
+    """Wire the load event, the live stream, and the events by which the page has Gradio's fields updated."""
     app_state = bindings.app_state
-    timer = gr.Timer(LIVE_EVERY)
-    bindings.follow(timer, lambda snap: gr.update(value=LIVE_EVERY if snap.busy else IDLE_EVERY))
-    refresh = gr.Button("Look again", elem_id="refresh", visible="hidden")
-    seen = gr.State({})
-    outputs = [seen, *(component for component, _ in bindings.live)]
 
-    def shown() -> list[Any]:
-        snapshot = take_snapshot(app_state)
-        return [_valid(shows(snapshot)) for _, shows in bindings.live]
+    def look() -> tuple[dict[str, Any], bool]:
+        def shown() -> tuple[dict[str, Any], bool]:
+            snapshot = take_snapshot(app_state)
+            parts = {name: shows(snapshot) for name, shows in bindings.parts.items()}
+            fields = [zlib.crc32(repr(shows(snapshot)).encode()) for _, shows in bindings.updates]
+            return {**parts, "fields": fields, "version": version}, snapshot.busy
+
+        return _retry_without_draft(app_state.project, shown)
 
     def filled_in() -> list[Any]:
-        values = [_valid(value) for value in bindings.initial_values()]
+        values = bindings.initial_values()
         for (component, _), value in zip(bindings.initial, values, strict=True):
             if not isinstance(value, dict):
                 # Values a field cannot show fail here, where the draft can be set aside.
                 component.postprocess(value)
         return values
 
-    def look(before: dict[int, str]) -> list[Any]:
-        values = _retry_without_draft(app_state.project, shown)
-        now = {index: _fingerprint(value) for index, value in enumerate(values)}
-        fresh = [v if now[i] != before.get(i) else gr.skip() for i, v in enumerate(values)]
-        return [now if now != before else gr.skip(), *fresh]
-
     def opened() -> list[Any]:
         app_state.worker.warm()
         app_state.tools.look()
         app_state.project.invalidate()
-        return [*_retry_without_draft(app_state.project, filled_in), *look({})]
+        return _retry_without_draft(app_state.project, filled_in)
 
+    def update(event: gr.EventData) -> list[Any]:
+        """The fields of Gradio that the page asks for, by their place in `updates`."""
+        snapshot, asked, updates = take_snapshot(app_state), event.fields, bindings.updates
+        return [
+            clean_value(shows(snapshot)) if at in asked else gr.skip()
+            for at, (_, shows) in enumerate(updates)
+        ]
+
+    version = _version()
+    app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
-    demo.load(opened, None, [*filled, *outputs], **QUIET)
-    refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
-    bindings.refresh_after(refill.click(bindings.initial_values, None, filled, **QUIET))
-    # A refresh requested during a poll runs after it.
-    gr.on([timer.tick, refresh.click], look, seen, outputs, **TYPING)
-    for event in bindings.refreshing:
-        event.then(look, seen, outputs, **QUIET)
+    demo.load(opened, None, filled, **QUIET)
+    hub.submit(bindings.initial_values, None, filled, **QUIET)
+    # Fields that change during an update are asked for after it.
+    hub.change(update, None, [component for component, _ in bindings.updates], **TYPING)
 
 
-def _retry_without_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]:
+def _retry_without_draft(project: Project, work: Callable[[], Found]) -> Found:
     """Run `work`; if the project's draft makes it fail, set the draft aside and run it again."""
     try:
         return work()
@@ -110,20 +115,14 @@ def _retry_without_draft(project: Project, work: Callable[[], list[Any]]) -> lis
         return values
 
 
-def _valid(value: Any) -> Any:
-    """Make a component's value or update safe to send as JSON."""
-    return clean_value(value) if isinstance(value, str | int | float | list | dict) else value
-
-
-def _fingerprint(value: Any) -> str:
-    return value if isinstance(value, str) and len(value) < 80 else str(hash(repr(value)))
-
-
 def head() -> str:
     """The page's own styles and scripts, with addresses that change when the files do."""
-    script_files, style_files = registry.list_scripts(), registry.list_styles()
-    version = max(int((ASSETS / name).stat().st_mtime) for name in (*script_files, *style_files))
-    return render("head.html", scripts=script_files, styles=style_files, version=version)
+    return render("head.html", version=_version())
+
+
+def _version() -> int:
+    """Changes with the page's own scripts and styles; an open page of another version loads itself anew."""
+    return zlib.crc32(b"".join(registry.list_assets().values()))
 
 
 def slow_queue_polling(page: gr.Blocks) -> None:
@@ -156,7 +155,8 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
         enable_monitoring=False,
         show_error=True,
         max_file_size="2gb",
-        theme=gr.themes.Base(),
+        # Own fonts would be loaded first and not be used.
+        theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
         head=head(),
     )
 
@@ -176,4 +176,4 @@ def wire_demo(bindings: Bindings, tabs: Any) -> None:
         return bindings.initial_values()
 
     filled_in = bindings.use_demo.click(to_demo, None, filled, **QUIET)
-    bindings.refresh_after(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
+    filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET)

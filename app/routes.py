@@ -18,10 +18,14 @@ from urllib.parse import quote, unquote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.dataset.gallery import count_caption_tokens
 from app.export.file_manager import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback
+from app.live import LiveStream
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.images import IMAGE_SUFFIXES
@@ -29,7 +33,7 @@ from lora_core.data.scan import safe_name
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
-from lora_core.system.files import ASSETS, DEMO_TRAIN, clean_value, parse_json
+from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.
@@ -41,6 +45,7 @@ MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free."""
+COMPRESSED = ("/", "/theme.css", "/easel/assets/page.js", "/easel/assets/page.css", "/easel/dataset")
 # URLs contain the file's time, so they can be cached indefinitely.
 FRESH = {"Cache-Control": "no-store"}
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -148,15 +153,39 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return Answer(_tokens(app_state, str(sent.get("text", ""))))
 
 
-def add_assets(app: FastAPI, names: list[str]) -> None:
-    """Serve `names` out of `assets/`, and nothing else of that folder."""
+def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
+    """Serve the page's own `files`, by name."""
 
-    @app.get("/easel/assets/{name:path}")
-    async def asset(name: str) -> Response:
-        if name not in names:
+    @app.get("/easel/assets/{name}")
+    async def asset(name: str, v: str = "") -> Response:
+        if name not in files:
             raise BadRequest(name)
-        kind = ASSET_TYPES[Path(name).suffix]
-        return FileResponse(ASSETS / name, media_type=kind, headers={"Cache-Control": "no-cache"})
+        headers = KEEP if v else {"Cache-Control": "no-cache"}
+        return Response(files[name], media_type=ASSET_TYPES[Path(name).suffix], headers=headers)
+
+
+class Traffic:
+    """Compresses the page, lets browsers keep Gradio's files, which are named by their content, and has pages
+    look at the state after each POST."""
+
+    def __init__(self, app: ASGIApp, live: LiveStream) -> None:
+        """Wrap `app`."""
+        self.app, self.live, self.compressing = app, live, GZipMiddleware(app, minimum_size=1000)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and the answer back."""
+        path = scope.get("path", "")
+
+        async def answer(message: Message) -> None:
+            if path.startswith("/assets/") and message.get("status") == 200:
+                MutableHeaders(scope=message)["Cache-Control"] = KEEP["Cache-Control"]
+            await send(message)
+
+        try:
+            await (self.compressing if path in COMPRESSED else self.app)(scope, receive, answer)
+        finally:
+            if scope.get("method") == "POST":
+                self.live.wake()
 
 
 def _answer_problems(app: FastAPI) -> None:

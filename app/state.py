@@ -1,4 +1,4 @@
-"""State of the window: one `AppState` per server, shared by all its pages, and a `Snapshot` of it per poll.
+"""State of the window: one `AppState` per server, shared by all its pages, and a `Snapshot` of it per look.
 
 Two pages of the same window therefore show the same project, run and images.
 """
@@ -16,6 +16,7 @@ from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.file_manager import FileManager
 from app.jobs import LIVE, Jobs, QueueClient, RunView, environment
+from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
@@ -83,6 +84,7 @@ class AppState:
     def __init__(self, workspace: Path, worker_command: list[str] | None = None) -> None:
         """Open a workspace; `worker_command` replaces the warm worker in tests."""
         self.workspace = workspace
+        self.live = LiveStream()
         self.projects = Projects(workspace)
         # The same object for the window's lifetime; its project changes.
         self.project = self.projects.current
@@ -228,7 +230,7 @@ class ShownRun:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State read once per poll, from which all components are rendered.
+    """State read once per look, from which all components are rendered.
 
     Attributes:
         shown: the run that the Train tab shows.
@@ -264,7 +266,7 @@ class Snapshot:
 
     @property
     def busy(self) -> bool:
-        """Whether something changes by itself, so that pages should poll often."""
+        """Whether something changes by itself, so that it is looked at often."""
         app_state = self.app_state
         # Between two runs of a queue, none is live.
         working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active

@@ -4,7 +4,7 @@ To add one, write its view and routes and a script in `assets/`, and add a row h
 server and the list of served assets are made from `TABS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -22,6 +22,7 @@ from app.toolbox.view import build_toolbox
 from app.train.routes import add_run_routes
 from app.train.view import build_train
 from lora_core.report.plots import SCRIPTS
+from lora_core.system.files import ASSETS
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,19 @@ TABS = (
 )  # fmt: skip
 
 
-def list_scripts() -> list[str]:
-    """The page's scripts in loading order: the shared ones, then each tab's."""
-    return [
+def list_assets() -> dict[str, bytes]:
+    """What the page loads of `assets/`: scripts and styles as one file each, the shared ones first."""
+    scripts = (
         "window.js",
         *SCRIPTS,
         "lightbox.js",
         "folder_drop.js",
         "projects.js",
         *(name for tab in TABS for name in tab.scripts),
-    ]
+    )
+    styles = ("style.css", "charts.css", *(name for tab in TABS for name in tab.styles))
+    return {"page.js": _join(scripts), "page.css": _join(styles), "icon.svg": _join(("icon.svg",))}
 
 
-def list_styles() -> list[str]:
-    """The page's style sheets in loading order."""
-    return ["style.css", "charts.css", *(name for tab in TABS for name in tab.styles)]
+def _join(names: Iterable[str]) -> bytes:
+    return b"\n".join((ASSETS / name).read_bytes() for name in names)

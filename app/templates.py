@@ -35,6 +35,7 @@ def _environment() -> jinja2.Environment:
             [jinja2.FileSystemLoader(FOLDER / "templates"), jinja2.PrefixLoader(tabs)]
         ),
         autoescape=True,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

@@ -1,17 +1,16 @@
 """A task that a page starts in the worker and follows. One at a time, independent of the page: a page that
 returns finds its state."""
 
-import asyncio
 import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
 
 from app.formatting import pluralize
-from app.routes import FRESH, Answer, add_actions
+from app.live import LiveStream
+from app.routes import add_actions
 from app.templates import problem_html
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import LoraError, RunError
@@ -67,8 +66,8 @@ class BackgroundTask:
         if reply is not None and self.working:
             self._worker.cancel(reply)
 
-    def now(self, known: int) -> dict[str, Any]:
-        """The state; HTML only for a page that knows another revision."""
+    def now(self) -> dict[str, Any]:
+        """The state, and what the last task came to while none is running."""
         with self._lock:
             reply = self._reply
             if reply is not None and reply.finished.is_set() and not self._told:
@@ -78,7 +77,7 @@ class BackgroundTask:
             said = {"state": state, "words": self._words(), "revision": self._revision, "name": self._name}
             if reply is not None and state == "working":
                 said |= {"done": reply.done, "total": reply.total}
-            return said | ({"html": self._html} if known != self._revision else {})
+            return said | ({} if state == "working" else {"html": self._html})
 
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
@@ -103,11 +102,7 @@ class BackgroundTask:
         return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
 
 
-def add_task_routes(app: FastAPI, name: str, task: BackgroundTask) -> None:
-    """Add routes below `/easel/NAME` for a task's progress and cancellation."""
-
-    @app.get(f"/easel/{name}/now")
-    async def now(known: int = -1) -> Response:
-        return Answer(await asyncio.to_thread(task.now, known), headers=FRESH)
-
+def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) -> None:
+    """Tell pages of a task by the live stream, and let them cancel it at `/easel/NAME/cancel`."""
+    live.feeds[name] = task.now
     add_actions(app, name, {"cancel": lambda sent: task.cancel()})

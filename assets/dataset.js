@@ -2,7 +2,7 @@
 //
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
-  const { one, all, get, post, press, make, plural, toast } = window.easel;
+  const { one, all, get, post, make, plural, toast } = window.easel;
   const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
     none: ["No images yet", "Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned."],
@@ -312,7 +312,6 @@
       if (!entry.goingBack) { history.past.push(history.base); history.past.splice(0, history.past.length - MOST_STEPS); history.future = []; }
       history.base = text;
     }
-    const before = entry.before;
     try {
       const answer = await send({ picture: name, text }, options);
       if (answer.problem) throw new Error(answer.problem);
@@ -322,8 +321,6 @@
       const [revision, ...rest] = shelf.mark.split(" ");
       if (revision === String(answer.before)) shelf.mark = [answer.revision, ...rest].join(" ");
       if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
-      // The counts below the grid change only when a caption is added or removed.
-      if (!before.trim() !== !text.trim()) press("refresh");
     } catch (error) {
       // Without an answer it is tried again; a refusal is told.
       const away = error instanceof TypeError;
@@ -337,7 +334,7 @@
     if (!picture) return;
     clearTimeout(entry?.timer);
     if (!edits.has(name)) edits.set(name, { past: [], future: [], base: picture.caption });
-    waiting.set(name, { text, goingBack, before: entry?.before ?? picture.caption, timer: setTimeout(() => save(name), 300) });
+    waiting.set(name, { text, goingBack, timer: setTimeout(() => save(name), 300) });
     if (name === chosen) say("saving", "Saving");
     picture.caption = text;
     describe(picture);
@@ -378,7 +375,7 @@
     if (!names.length || shelf.fixed) return;
     const back = filter === "out", [does, undoes] = back ? ["take-back", "leave-out"] : ["leave-out", "take-back"];
     await Promise.all(names.map((name) => save(name)));
-    const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await changed(); return true; };
+    const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await load(); return true; };
     forget();
     if (await send(does)()) window.easel.did(`${plural(names.length, "image")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
   };
@@ -386,11 +383,9 @@
   const holdOut = () => inTurn(async () => {
     const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
-    const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await changed(); return true; };
+    const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await load(); return true; };
     if (await send(on)()) window.easel.did(`${plural(names.length, "image")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
   });
-
-  const changed = async () => { await load(); press("refresh"); };
 
   // ---- undo: a note for ten seconds, and Ctrl+Z for as long as the page is open -----------------------------------
   const journal = { past: [], future: [] };

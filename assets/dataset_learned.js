@@ -211,12 +211,13 @@
     marked();
   };
 
-  const following = easel.follower(async () => {
+  const following = easel.inOrder(async () => {
     state = await get("insights");
     show();
-    return Object.values(state).some((one) => one.state === "working");
-  }, 500);
+  });
   const watch = () => following().catch(() => { /* the window is away; asked again when something changes */ });
+  let measuring = false;
+  easel.on("insights", ({ state: now }) => { if (measuring || now === "working") watch(); measuring = now === "working"; });
   const begin = async (body) => {
     const answer = await post("insights", body).catch((error) => ({ problem: error.message }));
     if (answer.problem) {
@@ -227,6 +228,7 @@
     }
     state = answer;
     show();
+    // An answer that is still under way may be older.
     watch();
   };
 

@@ -1,7 +1,7 @@
 // The Dataset tab's tools: import, bulk edit of captions, checks.
 (() => {
   const easel = window.easel;
-  const { one, all, get, post, press, make, plural, later, redraw } = easel;
+  const { one, all, get, post, make, plural, later, redraw } = easel;
 
   // ---- import: file by file, so that errors name the file and folders stay folders -----
   const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
@@ -81,7 +81,7 @@
       const answer = await post(`upload/${batch}`, {});
       if (answer.problem) throw new Error(answer.problem);
       batch = null;
-      await follow(0.5, own);
+      await finished(answer, 0.5, own);
     } catch (error) {
       mine.stopped = true;
       if (batch) post(`upload/${batch}`, { give_up: true }).catch(() => {});
@@ -91,27 +91,34 @@
 
   const end = (text, bad) => { const place = one("#import-note"); if (place) place.className = ""; note(text, bad); };
 
-  const follow = async (from, own) => {
-    for (;;) {
-      const state = await get("import");
-      if (state.state !== "working") {
-        // The demo's page is that of the user's own project now.
-        easel.project = state.project;
-        await easel.load();
+  // The import that is shown: begun here, or by another page. `done` is called when it has ended.
+  let followed = null;
+  const finished = ({ number }, from, own) => new Promise((done) => { followed = { number, from, own, done }; easel.tell("import"); });
+  easel.on("import", (state) => {
+    if (!one("#import-note")) return false;
+    const { number } = state;
+    if (state.state === "working" && (followed?.number ?? 0) < number && !sending) followed = { number, from: 0, own: easel.project, done: () => {} };
+    // What is told of an earlier import is older than the one that was begun here.
+    if (followed?.number !== number) return;
+    if (state.state !== "working") {
+      const { own, done } = followed;
+      followed = null;
+      // The demo's page is that of the user's own project now.
+      if (sending) easel.project = state.project;
+      easel.load().then(() => {
         // Only if the import changed the form: text being typed must not be lost.
-        if (state.left_demo || state.project !== own) press("refill");
-        press("refresh");
+        if (state.left_demo || state.project !== own) easel.refill();
         end(state.note ?? "", state.state === "failed");
         post("check", { by_itself: true }).then(watchCheck).catch(() => {});
-        return;
-      }
-      const share = state.total ? state.done / state.total : 0;
-      // Reading the images takes most of the time, moving them the rest.
-      const part = { Checking: share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
-      progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, from + (1 - from) * part, false);
-      await later(250);
+        done();
+      });
+      return;
     }
-  };
+    const share = state.total ? state.done / state.total : 0;
+    // Reading the images takes most of the time, moving them the rest.
+    const part = { Checking: share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
+    progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, followed.from + (1 - followed.from) * part, false);
+  });
 
   const fromPath = async () => {
     const field = one("#dataset-path input"), path = field.value;
@@ -122,7 +129,7 @@
     try {
       const answer = await post("import", { path, link: one("#dataset-link").checked });
       if (answer.problem) return note(answer.problem, true);
-      await follow(0, own);
+      await finished(answer, 0, own);
       field.value = "";
     } catch (error) { note(error.message, true); } finally { sending = null; easel.joining = false; }
   };
@@ -202,7 +209,6 @@
     const words = answer.changed ? `${plural(answer.changed, "caption")} changed.` : "No caption had to be changed.";
     tell(words);
     if (answer.changed && !again) easel.did(words, undo, () => change(body, outcome, true));
-    press("refresh");
     return true;
   }, true);
 
@@ -215,7 +221,6 @@
     const kept = answer.kept ? ` ${plural(answer.kept, "caption")} changed since then and left as they are.` : "";
     outcome(`${plural(answer.undone, "caption")} restored.${kept}`);
     preview();
-    press("refresh");
     return true;
   });
 
@@ -337,13 +342,17 @@
     }));
   };
 
-  const watchCheck = easel.follower(async () => {
+  const watchCheck = easel.inOrder(async () => {
     let state = await get("check");
     // Measurements are cached, so checking a few images again takes no time.
     if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
     showCheck(state);
-    return state.state === "working";
-  }, 400);
+  });
+  // A check under way is told of by the stream; what it found is asked for.
+  easel.on("check", (state) => {
+    if (!one("#check-state")) return false;
+    if (state.state === "working") showCheck(state); else if (state.state !== "idle") watchCheck();
+  });
   const check = async () => { showCheck(await post("check", {})); watchCheck(); };
 
   // ---- events ---------------------------------------------------------------------------------------------------
@@ -392,12 +401,4 @@
     if (event.target.id === "bulk") { tags(); preview(); }
     if (event.target.id === "check") watchCheck();
   }, true);
-
-  // A page opened during an import follows it.
-  let first = true;
-  easel.settling.push(() => {
-    if (!first || !one("#import-note") || !one("#dataset-mark")) return;
-    first = false;
-    get("import").then(async (state) => { if (state.state === "working") { sending = {}; await follow(); sending = null; } else watchCheck(); }).catch(() => {});
-  });
 })();

@@ -1,6 +1,6 @@
 // Client of the Export tab: the choice of run and checkpoint, writing and copying the file, the report.
 (() => {
-  const { one, get, post, press, make } = window.easel;
+  const { one, post, make } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
@@ -21,7 +21,7 @@
   // One after the other: the last choice counts.
   let stored = Promise.resolve();
   const store = (body) => { stored = stored.then(() => post("export/choose", body)).catch(() => window.easel.toast(AWAY, "bad")); return stored; };
-  const choose = (body) => { clear(); return store(body).then(() => press("refresh")); };
+  const choose = (body) => { clear(); return store(body); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
     else if (target.id === "checkpoint") choose({ checkpoint: target.value });
@@ -50,7 +50,6 @@
     unwritten ??= works.innerHTML;
     works.innerHTML = said.works_in;
     if (said.link) make("a", { href: said.link, download: "" }).click();
-    press("refresh");
   };
 
   // ---- the report ---------------------------------------------------------------------------------------------------
@@ -66,29 +65,22 @@
     one("#report-cancel").hidden = state !== "working";
     if (button?.dataset.reportRun) { button.disabled = state === "working"; button.title = state === "working" ? "A report is being made." : ""; }
   };
-  const look = window.easel.follower(async () => {
-    const now = await get(`report/now?known=${revision}`), working = now.state === "working";
-    tell(working ? "working" : "idle", now.words);
-    if (now.html !== undefined && !working) {
-      const first = revision === -1;
-      revision = now.revision;
-      if (now.html && !(first && now.state === "done")) {
-        tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
-        press("refresh");
-      }
-    }
-    return working;
-  }, 300);
-  const follow = () => look().catch(() => tell("error", AWAY));
+  window.easel.on("report", (now) => {
+    if (!one("#report-state")) return false;
+    if (now.state === "working") return tell("working", now.words);
+    const first = revision === -1;
+    if (now.revision === revision) return;
+    revision = now.revision;
+    if (now.html && !(first && now.state === "done")) tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
+    else tell("idle", "");
+  });
   const makeReport = async ({ reportRun: run, reportQuick }) => {
     quick = reportQuick !== undefined;
     if (quick) window.easel.toast(`The report of ${run} is being made.`);
-    // Only a page that knows an earlier result is told about a new one.
-    if (revision === -1) revision = 0;
     tell("working", "");
     const box = one("#report-measure");
     const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled }).catch(() => ({ problem: AWAY }));
-    if (said.problem) tell("error", said.problem); else follow();
+    if (said.problem) tell("error", said.problem);
   };
 
   document.addEventListener("click", (event) => {
@@ -105,7 +97,7 @@
     if (!["export-form", "export-choice"].includes(event.target.id)) return;
     event.preventDefault();
   });
-  let seen = false, usual = "";
+  let usual = "";
   window.easel.settling.push(() => {
     const folders = one("#copy-folders"), run = one("#export-run")?.value ?? "";
     if (!folders || !one("#export-form")) return;
@@ -113,8 +105,5 @@
     // The usual folder, until another one is typed.
     if (folders.dataset.usual !== usual && [usual, ""].includes(field("folder").value)) field("folder").value = folders.dataset.usual;
     usual = folders.dataset.usual;
-    const open = Boolean(one("#export-form").offsetParent);
-    if (open && !seen) follow();
-    seen = open;
   });
 })();

@@ -3,7 +3,7 @@
 // The form is drawn and filled here, so that no response replaces a control that is in use. The server's state of it
 // comes with a revision; each change made here gets the next one.
 (() => {
-  const { one, all, get, post, press, make, refocus } = window.easel;
+  const { one, all, get, post, make, refocus } = window.easel;
   const MOST = 1.5;
   const root = document.documentElement;
   let rows = [], apart = false, groups = [], best = {}, rev = -1, project = null, mark = "", sending = false, changedAt = 0;
@@ -96,7 +96,6 @@
     try {
       const answer = await post("preview/rows", { ...sent(), moved });
       if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
-      if (answer.drawn) { follow(); press("refresh"); }
     } catch { /* Generate sends the form again. */ } finally { sending = false; changedAt = Date.now(); }
     if (!proceed()) read();
   };
@@ -166,31 +165,15 @@
     state.className = "small num";
     state.textContent = "Generating";
     if (cancel) { cancel.disabled = false; cancel.title = ""; }
-    follow();
   };
 
-  let following = false;
-  const follow = async () => {
-    if (following) return;
-    following = true;
-    let looks = 0, before = "";
-    try {
-      for (let quiet = 0; quiet < 20;) {
-        await new Promise((done) => setTimeout(done, 250));
-        if (document.hidden || !one("#preview-state")?.offsetParent) { quiet += 1; continue; }
-        const now = await get("preview/now");
-        const state = one("#preview-state"), image = one("#compare img.look");
-        if (now.state === "working" && now.words && state?.dataset.state === "working") state.textContent = now.words;
-        if (image && now.state === "working" && now.looks && now.looks !== looks) { image.src = `/easel/preview/look?n=${now.at}-${now.looks}`; image.hidden = false; }
-        if (image && now.state !== "working") image.hidden = true;
-        looks = now.looks;
-        const after = `${now.state} ${now.at} ${now.pictures}`;
-        if (after !== before || (now.state !== "working" && state?.dataset.state === "working")) press("refresh");
-        before = after;
-        quiet = now.busy ? 0 : quiet + 5;
-      }
-    } catch { /* The window is away; its poll says so. */ } finally { following = false; }
-  };
+  window.easel.on("preview", ({ words, look }) => {
+    const state = one("#preview-state"), image = one("#compare img.look");
+    if (words && state?.dataset.state === "working") state.textContent = words;
+    if (!image) return;
+    image.hidden = !look;
+    if (look && state?.offsetParent) image.src = `/easel/preview/look?n=${look}`;
+  });
 
   const generate = async (what) => {
     hold();
@@ -207,8 +190,6 @@
     } catch { note.textContent = what === "grid" ? "The window does not answer; is it still open?" : ""; } finally { sending = false; changedAt = Date.now(); }
     // What was changed meanwhile.
     proceed();
-    press("refresh");
-    follow();
   };
   document.addEventListener("submit", (event) => {
     const what = { "preview-form": "image", "strip-form": "strip", "grid-form": "grid" }[event.target.id];
@@ -264,7 +245,6 @@
   let infotext = "";
   const report = (said) => {
     one("#preview-report").replaceChildren(said.problem ? make("p", { className: "problem", textContent: said.problem, attributes: { role: "alert" } }) : make("div", { innerHTML: said.html }));
-    press("refresh");
   };
   const openFile = async (file) => {
     if (timer) { hold(); await send(false); }
@@ -288,8 +268,7 @@
     try {
       loadAxes();
       const answer = await post("preview/open", {});
-      press("refresh");
-      if (answer.fill) follow(); else if (!answer.drawn && wanted) first();
+      if (!answer.fill && !answer.drawn && wanted) first();
     } catch { /* As above. */ } finally { wanted = false; }
   };
   const first = (tries = 40) => {
@@ -303,7 +282,7 @@
     if (!target) return;
     const data = target.dataset;
     const setSeed = (value) => { form().elements.seed.value = value; changed(false, 0); };
-    if (target.id === "cancel-drawing") { await post("preview/cancel", {}); press("refresh"); }
+    if (target.id === "cancel-drawing") post("preview/cancel", {});
     else if (target.id === "dice") setSeed(-1);
     else if (target.id === "last-seed") { const { seed } = one("#preview-state").dataset; if (seed) setSeed(seed); }
     else if (target.id === "add-lora") {
@@ -319,13 +298,10 @@
       if (answer.problem) window.easel.toast(answer.problem, "bad");
       take(answer.form);
       showStage();
-      press("refresh");
-      follow();
     } else if (data.forget !== undefined) {
       const answer = await post("preview/forget", { file: data.forget });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
-      else window.easel.toast("Image moved to the trash.", "", async () => { await post("preview/bring-back", answer); press("refresh"); });
-      press("refresh");
+      else window.easel.toast("Image moved to the trash.", "", () => post("preview/bring-back", answer));
     }
     else if (target.id === "send-to-form") window.easel.useSettings(infotext);
     else if (data.compare) setMode(data.compare);
@@ -359,6 +335,5 @@
     const open = Boolean(one("#generate")?.offsetParent);
     if (open && !wasOpen) opened();
     wasOpen = open;
-    if (open && one("#preview-state")?.dataset.busy === "1") follow();
   });
 })();

@@ -65,7 +65,6 @@
       show(answer);
       say("");
       one("#projects-said").textContent = answer.said;
-      window.easel.press("refresh");
     } catch (error) { say(error.message || "The window does not answer."); }
   };
 

@@ -1,7 +1,7 @@
 // Client of the Toolbox: files, tool, the tool's fields, progress. Results come as HTML, escaped by the server, and are
 // kept by tool.
 (() => {
-  const { one, all, get, post, press, make, openTab } = window.easel;
+  const { one, all, get, post, refill, make, openTab } = window.easel;
   const answers = {};
   const OTHER = "\u0000other", FOLDER = "\u0000folder";
   let offered = { groups: [], runs: [], bases: [] }, tool = "check", rows = [{ file: "", strength: 1 }];
@@ -114,7 +114,6 @@
     picked = false;
     const said = await post(path, body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
     if (said.problem) tell("error", said.problem);
-    else follow();
   };
   const tell = (state, words) => {
     const place = one("#toolbox-state");
@@ -127,26 +126,22 @@
 
   // ---- progress ------------------------------------------------------------------------------------------------------
   let revision = -1, picked = false;
-  const look = window.easel.follower(async () => {
-    const now = await get(`toolbox/now?known=${revision}`);
+  window.easel.on("toolbox", (now) => {
+    if (!one("#toolbox")) return false;
     const working = now.state === "working", track = one("#toolbox-track");
     tell(working ? "working" : "idle", now.words);
     track.hidden = !working;
     // Without a total the bar only moves.
     track.classList.toggle("preparing", !now.total);
     track.firstElementChild.style.width = now.total ? `${(100 * now.done) / now.total}%` : "100%";
-    if (now.html !== undefined && !working) {
-      revision = now.revision;
-      if (now.html) {
-        answers[now.name] = now.html;
-        // What was chosen while the answer was on its way counts more.
-        if (now.name !== tool && !picked) choose(now.name); else showAnswer();
-        load();
-      }
-    }
-    return working;
-  }, 300);
-  const follow = () => look().catch(() => tell("error", "The window does not answer; is it still open?"));
+    if (working || now.revision === revision) return;
+    revision = now.revision;
+    if (!now.html) return;
+    answers[now.name] = now.html;
+    // What was chosen while the answer was on its way counts more.
+    if (now.name !== tool && !picked) choose(now.name); else showAnswer();
+    load();
+  });
 
   // ---- events ------------------------------------------------------------------------------------------------------------
   const load = async () => {
@@ -169,7 +164,7 @@
     else if (data.toolboxAct) begin("toolbox/act", { do: data.toolboxAct });
     else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((said) => {
       if (said.problem) return tell("error", said.problem);
-      press("refill");
+      refill();
       openTab("Train");
     });
     else if (data.toolboxFile) inspect(data.toolboxFile);
@@ -227,6 +222,6 @@
     if (!open) { seen = null; return; }
     if (seen === card) return;
     seen = card;
-    load().then(follow).then(inspectPending);
+    load().then(inspectPending);
   });
 })();

@@ -2,7 +2,7 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, press, toast } = window.easel;
+  const { one, all, refill, toast } = window.easel;
 
   const send = async (path, { headers, body }) => {
     try {
@@ -89,7 +89,7 @@
     const said = await send(`like?${query}`, {
       headers: { "Content-Type": "application/octet-stream" }, body: await file.slice(0, 8 + length).arrayBuffer(),
     });
-    if (said) press("refill");
+    if (said) refill();
   };
 
   // ---- quitting -------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@
   // Acts that follow each other fast are sent one after the other.
   let last = Promise.resolve();
   const inTurn = (work) => { last = last.then(work, work); return last; };
-  const order = (body) => inTurn(() => post("queue", body)).then(() => press("refresh"));
+  const order = (body) => inTurn(() => post("queue", body));
   const RUN = "application/x-easel-run";
   const waitingAt = (event) => event.dataTransfer?.types.includes(RUN) && event.target.closest?.(".rail [data-place]");
   const markDrop = (at) => { for (const each of all(".rail [data-over]")) if (each !== at) delete each.dataset.over; if (at) at.dataset.over = ""; };
@@ -155,14 +155,14 @@
   const giveBack = () => inTurn(async () => {
     if (!former || !await post("settings/restore", former)) return;
     former = null;
-    press("refill");
+    refill();
     toast("Undone: the form is as it was.");
   });
   const clone = (run) => inTurn(async () => {
     const answer = await post("settings/take", { run });
     if (!answer) return;
     former = answer.before;
-    press("refill");
+    refill();
     toast(`The form has the settings of ${run}: ${window.easel.plural(answer.new, "setting")} changed.`, "", giveBack);
   });
   document.addEventListener("keydown", (event) => {
@@ -174,7 +174,7 @@
   document.addEventListener("submit", (event) => {
     if (!["sweep-form", "like-form"].includes(event.target.id)) return;
     event.preventDefault();
-    if (event.target.id === "like-form") return inTurn(() => post("settings/import", { path: one("#like-path input").value })).then(() => { press("refill"); press("refresh"); });
+    if (event.target.id === "like-form") return inTurn(() => post("settings/import", { path: one("#like-path input").value })).then(refill);
     const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
     inTurn(async () => {
       const body = { setting: one("#sweep-setting").value, values: values.value, name };
@@ -184,7 +184,6 @@
       if (answer.problem) return values.focus();
       one("#sweep").open = false;
       toast(`In the queue: ${answer.names}.`);
-      press("refresh");
     });
   });
 
@@ -199,7 +198,7 @@
     // A disabled element loses the keyboard focus.
     if (focused && document.activeElement === document.body) target.focus();
     // What was changed in the draft comes into the form.
-    press(body.do === "reset" ? "refill" : "refresh");
+    if (body.do === "reset") refill();
   };
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a");
@@ -229,16 +228,6 @@
     if (row.left < box.left || row.right > box.right) rail.scrollLeft += row.left - box.left;
     if (row.top < box.top || row.bottom > box.bottom) rail.scrollTop += row.top - box.top;
   };
-  // Opened details stay open when their HTML is replaced.
-  const unfolded = new Set();
-  document.addEventListener("toggle", (event) => {
-    if (event.target.tagName !== "DETAILS" || !event.target.id || !event.isTrusted) return;
-    if (event.target.open) unfolded.add(event.target.id);
-  }, true);
-  document.addEventListener("click", (event) => {
-    const fold = event.target.closest("summary")?.parentElement;
-    if (fold?.id && fold.open) unfolded.delete(fold.id);
-  });
 
   // ---- another page of the same window ----------------------------------------------------------------------------------------
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("easel") : null;
@@ -305,26 +294,17 @@
     card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
   };
 
-  // The fields are filled some frames after the header of the same response.
-  let filling = false, arrived;
-  const ready = () => {
-    if (filling || !one("[data-run-state]")) return;
-    filling = true;
-    setTimeout(() => { document.documentElement.dataset.ready = "1"; }, 200);
-  };
-
+  let arrived;
   const settle = () => {
-    ready();
     watchEnd();
     bell.show();
     markFields();
     lookAtRun();
     showInRail();
     followMoved();
-    for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;
-    if (arrived !== undefined && now !== arrived) press("refill");
+    if (arrived !== undefined && now !== arrived) refill();
     arrived = now;
     if (others.size && !shared) window.easel.toast("Also open in another tab. The last edit wins.");
     shared = others.size > 0;
@@ -334,5 +314,5 @@
       if (place && place.title !== title) place.title = title;
     }
   };
-  window.easel.whenChanged(settle, ["data-run-state", "data-job", "data-state", "disabled", "open"]);
+  window.easel.settling.push(settle);
 })();

@@ -17,7 +17,6 @@
   const upload = (path, file) => fetch(`/easel/${path}?name=${encodeURIComponent(file.name)}`, { method: "POST", headers: ownProject(), body: file })
     .then((answer) => answer.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
-  const press = (id) => document.getElementById(id)?.click();
   const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
   // An element with properties, `data-*` values and other attributes, and children.
   const make = (tag, options = {}, ...inside) => {
@@ -31,34 +30,16 @@
   const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
   const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
-  // Calls `look` until it returns false. A call during a run causes at least one more `look`, because a response in
-  // flight may be older than the call.
-  const follower = (look, pause) => {
-    let running = false, again = false;
-    return async () => {
+  // Makes calls of `look` run one after the other; one that waits is enough, as it is newer than all before it.
+  const inOrder = (look) => {
+    let running = null, again = false;
+    return () => {
       again = true;
-      if (running) return;
-      running = true;
-      try {
-        while (again) {
-          again = false;
-          if (await look()) { again = true; await later(pause); }
-        }
-      } finally { running = false; }
+      running ??= (async () => {
+        try { while (again) { again = false; await look(); } } finally { running = null; }
+      })();
+      return running;
     };
-  };
-
-  // Calls `settle` after the page changed: in the next frame, or after a timeout for hidden pages, which get no frames but
-  // whose title and notifications have to follow the run.
-  const whenChanged = (settle, attributeFilter) => {
-    let asked = false;
-    const now = () => { if (asked) { asked = false; settle(); } };
-    new MutationObserver(() => {
-      if (asked) return;
-      asked = true;
-      requestAnimationFrame(now);
-      setTimeout(now, 250);
-    }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter });
   };
 
   // Keeps the keyboard focus while `draw` replaces the nodes in `place`: on the same control, or on its neighbour.
@@ -93,10 +74,8 @@
     toast.timer = setTimeout(close, 10_000);
   };
 
-  // API for the other scripts; `settling` functions run whenever HTML may have been replaced.
-  window.easel = {
-    openTab, one, all, get, post, upload, ownProject, press, make, plural, later, follower, whenChanged, refocus, redraw, toast, settling: [],
-  };
+  // API for the other scripts; `settling` functions run whenever the page may have changed.
+  window.easel = { openTab, one, all, get, post, upload, ownProject, make, plural, later, inOrder, refocus, redraw, toast, settling: [] };
 
   // Browsers have a clipboard only at localhost and over https.
   const copy = async (button, text) => {
@@ -131,7 +110,7 @@
     if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
     if (name === "run" && run && run !== shownRun()) {
       awaited = run;
-      post("run", { do: "show", run: awaited }).then(() => press("refresh")).finally(() => setTimeout(() => { awaited = ""; }, 5000));
+      post("run", { do: "show", run: awaited }).finally(() => setTimeout(() => { awaited = ""; }, 5000));
     }
   };
   addEventListener("hashchange", follow);
@@ -165,6 +144,108 @@
     event.stopImmediatePropagation();
   }, true);
 
+  // ---- the live stream: HTML of parts of the page and the state of work under way, by name -----------------------
+  const places = new Map(), latest = {}, tellers = {}, untold = new Set();
+  const keyOf = (node) => node.id || node.dataset?.key || node.dataset?.run;
+  // Makes `old` like `fresh` and keeps its nodes: those with an id or a key wherever they go, others by their place.
+  const morph = (old, fresh) => {
+    const keyed = new Map([...old.children].filter(keyOf).map((node) => [keyOf(node), node])), stay = new Set([...fresh.children].map(keyOf));
+    for (const [key, node] of keyed) if (!stay.has(key)) node.remove();
+    let at = old.firstChild;
+    for (const wanted of [...fresh.childNodes]) {
+      const key = keyOf(wanted), kept = key ? keyed.get(key) : at;
+      if (kept?.nodeName !== wanted.nodeName || keyOf(kept) !== key) { old.insertBefore(wanted, at); continue; }
+      keyed.delete(key);
+      if (kept === at) at = at.nextSibling; else old.insertBefore(kept, at);
+      if (wanted.nodeType !== 1) { if (kept.data !== wanted.data) kept.data = wanted.data; continue; }
+      // What is folded open is the user's choice.
+      for (const { name } of [...kept.attributes]) if (name !== "open" && !wanted.hasAttribute(name)) kept.removeAttribute(name);
+      for (const { name, value } of [...wanted.attributes]) {
+        if (name === "open" || kept.getAttribute(name) === value) continue;
+        kept.setAttribute(name, value);
+        if (name === "value" && kept !== document.activeElement) kept.value = value;
+        if (name === "selected") kept.selected = true;
+      }
+      morph(kept, wanted);
+    }
+    while (at) { const next = at.nextSibling; at.remove(); at = next; }
+  };
+  const draw = (name) => {
+    const place = places.get(name);
+    if (!place || latest[name] === undefined) return;
+    const fresh = place.cloneNode(), held = document.activeElement;
+    fresh.innerHTML = latest[name];
+    morph(place, fresh);
+    // A node that moves loses the keyboard focus.
+    if (place.contains(held) && document.activeElement !== held) held.focus({ preventScroll: true });
+  };
+  // A function that answers false is told again once there is more of the page.
+  const tell = (name) => { if (tellers[name]?.(latest[name]) === false) untold.add(name); else untold.delete(name); };
+  window.easel.tell = tell;
+  window.easel.on = (name, teller) => { tellers[name] = teller; if (latest[name] !== undefined) setTimeout(tell, 0, name); };
+  // Gradio has made an element for a part; `hub` can trigger events of Gradio.
+  let trigger = null;
+  window.easel.mount = () => {
+    for (const made of (window.easelMounted ?? []).splice(0)) {
+      if (made.name === "hub") trigger = made.trigger;
+      else { places.set(made.name, made.element); draw(made.name); }
+    }
+  };
+
+  // Gradio's own fields: those whose state changed are asked for once the form is filled.
+  let filled = false, known = [];
+  const updateFields = () => {
+    const fields = (latest.fields ?? []).flatMap((mark, at) => (mark === known[at] ? [] : [at]));
+    if (!filled || !trigger || !fields.length) return;
+    known = latest.fields;
+    trigger("change", { fields });
+  };
+  window.easel.on("fields", updateFields);
+  window.easel.formShown = () => { filled = true; updateFields(); ready(); };
+  window.easel.refill = () => trigger?.("submit");
+  window.easel.on("version", (version) => { if (window.easel.version !== undefined && window.easel.version !== version) location.reload(); window.easel.version = version; });
+  // Gradio 6.31 shows a timer while it starts and goes on asking for frames when that is gone, 4% of a core: what is asked
+  // for now is taken back, once.
+  const endStrayFrames = () => { for (let last = requestAnimationFrame(() => {}), id = last; id > last - 20; id -= 1) cancelAnimationFrame(id); };
+  // The fields are drawn some frames after they were filled; a hidden page gets no frames.
+  const ready = () => {
+    if (!filled || latest["run-bar"] === undefined || document.documentElement.dataset.ready) return;
+    setTimeout(() => { document.documentElement.dataset.ready = "1"; settle(); endStrayFrames(); }, 200);
+  };
+
+  const SILENT = 45_000, RETRY = 2000;
+  let source = null, seen = "", silence = null;
+  const listen = () => {
+    source?.close();
+    const mine = source = new EventSource(`/easel/live?seen=${seen}${document.hidden ? "&hidden=1" : ""}`);
+    // A connection can die unnoticed while the computer sleeps.
+    const heard = () => { clearTimeout(silence); silence = setTimeout(listen, SILENT); };
+    heard();
+    mine.onopen = () => away(false);
+    mine.onmessage = ({ data, lastEventId }) => {
+      heard();
+      const parts = JSON.parse(data), first = latest["run-bar"] === undefined;
+      if (lastEventId) seen = lastEventId;
+      Object.assign(latest, parts);
+      for (const name of Object.keys(parts)) { draw(name); tell(name); }
+      if (first) ready();
+      settle();
+    };
+    mine.onerror = async () => {
+      // The server ends the stream of a hidden page, which is asked for again.
+      if (document.hidden && mine.readyState === EventSource.CONNECTING) return;
+      away(true);
+      if (mine.readyState !== EventSource.CLOSED || mine !== source) return;
+      // Refused: the password is asked for again after a restart.
+      clearTimeout(silence);
+      silence = setTimeout(listen, RETRY);
+      const answer = await call("/easel/live?hidden=1").catch(() => null);
+      if (answer?.status === 401) location.reload();
+    };
+  };
+  document.addEventListener("visibilitychange", listen);
+  addEventListener("online", listen);
+
   // ---- the server is away ------------------------------------------------------------------------------------
   const call = window.fetch.bind(window);
   const away = (is) => {
@@ -176,6 +257,8 @@
     try {
       const answer = await call(...asked);
       away(false);
+      // Gradio draws what its events bring a moment later.
+      if (String(asked[0]).includes("/gradio_api/run")) { settleSoon(); if (!filled) setTimeout(window.easel.formShown, 200); }
       return answer;
     } catch (error) {
       if (error instanceof TypeError) away(true);
@@ -183,7 +266,7 @@
     }
   };
 
-  // ---- after Gradio replaced HTML ----------------------------------------------------------------
+  // ---- after the page changed: a message of the stream, a click, an event of Gradio ------------------------------
   const showBadges = () => {
     const badges = JSON.parse(one("[data-badges]")?.dataset.badges ?? "{}");
     for (const tab of all("[role=tab]")) {
@@ -202,6 +285,8 @@
     all(CONTROLS).find((node) => nameOf(node) === name)?.focus({ preventScroll: true });
   };
   const settle = () => {
+    window.easel.mount();
+    [...untold].forEach(tell);
     keepFocus();
     keepAddress();
     showBadges();
@@ -209,7 +294,10 @@
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
   };
-  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled", "aria-selected", "data-ready", "data-shown-run"]);
+  window.easel.settle = settle;
+  const settleSoon = () => { for (const wait of [0, 50, 300]) setTimeout(settle, wait); };
+  document.addEventListener("click", settleSoon);
+  listen();
 
   const theme = localStorage.getItem("easel-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");

@@ -266,6 +266,7 @@ def assert_page_opens(client: TestClient) -> None:
     sent = {"fn_index": load_event(client), "data": [], "session_hash": "fuzz"}
     answer = client.post("/gradio_api/run/predict", json=sent)
     assert answer.status_code == 200, answer.text[:300]
+    assert "run-bar" in client.get("/easel/live?hidden=1").text
 
 
 FIELDS = (

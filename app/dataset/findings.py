@@ -62,6 +62,10 @@ class Checker:
         fresh = aim is not None and aim == self._now()
         return {**self._state, "fresh": fresh}
 
+    def progress(self) -> dict[str, Any]:
+        """`state` and progress alone."""
+        return {key: value for key, value in self._state.items() if key in ("state", "done", "total")}
+
     def start(self) -> None:
         """Start the check, unless it is running or done."""
         aim = self._now()
@@ -173,6 +177,11 @@ class DatasetInsights:
         """Per entry of `WHATS`: `state` (idle, working, done, failed), progress, `why` it cannot start, what
         was `found`, and whether that is `fresh`."""
         return {what: self._state(what) for what in WHATS}
+
+    def progress(self) -> dict[str, Any]:
+        """`state`, working or idle, and the progress of what is being measured."""
+        done = {what: (work.reply.done, work.reply.message) for what, work in dict(self._work).items()}
+        return {"state": "working" if done else "idle", "done": done}
 
     def begin(self, what: str) -> None:
         """Start a measurement, unless it is running.

@@ -58,10 +58,7 @@ def _add_images(app: FastAPI, app_state: AppState) -> None:
 
 def _add_import(app: FastAPI, app_state: AppState) -> None:
     importer = app_state.importer
-
-    @app.get("/easel/import")
-    async def state() -> Response:
-        return Answer(importer.state(), headers={"Cache-Control": "no-store"})
+    app_state.live.feeds["import"] = importer.state
 
     @app.post("/easel/import")
     async def from_path(request: Request) -> Response:
@@ -117,6 +114,7 @@ def _add_bulk(app: FastAPI, app_state: AppState) -> None:
 
 def _add_check(app: FastAPI, app_state: AppState) -> None:
     checker = app_state.checker
+    app_state.live.feeds["check"] = checker.progress
 
     @app.get("/easel/check")
     async def state() -> Response:
@@ -136,6 +134,7 @@ def _add_check(app: FastAPI, app_state: AppState) -> None:
 
 def _add_insights(app: FastAPI, app_state: AppState) -> None:
     insights = app_state.insights
+    app_state.live.feeds["insights"] = insights.progress
 
     @app.get("/easel/insights")
     async def state() -> Response:

@@ -81,8 +81,7 @@ def _trigger(bindings: Bindings) -> None:
     bindings.fill_on_load(
         trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True)
     )
-    save = gr.on(
+    gr.on(
         edit_events(trigger), lambda text: project.update_draft(trigger=text.strip()), trigger, None, **TYPING
     )
-    bindings.refresh_after(save)
     bindings.trigger = trigger

@@ -12,7 +12,7 @@ from app.routes import FRESH, BadRequest, add_actions, below
 from app.state import AppState
 from app.templates import note_html
 from app.toolbox.tools import check_memory_is_free
-from app.worker_task import BackgroundTask, add_task_routes
+from app.worker_task import BackgroundTask, add_task
 from lora_core.report.plots import content_policy
 from lora_core.runs.folder import check_run_name, runs_folder
 
@@ -20,7 +20,7 @@ from lora_core.runs.folder import check_run_name, runs_folder
 def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
     report = BackgroundTask(app_state.worker)
-    add_task_routes(app, "report", report)
+    add_task(app, app_state.live, "report", report)
 
     actions = {"choose": choose, "write": export, "copy": copy}
     add_actions(app, "export", {name: functools.partial(act, app_state) for name, act in actions.items()})

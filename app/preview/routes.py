@@ -50,21 +50,17 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
     render_queue = app_state.render_queue
 
-    @app.get("/easel/preview/now")
-    async def now() -> Response:
-        view = await asyncio.to_thread(render_queue.view)
+    def now() -> dict[str, Any]:
+        view = render_queue.view()
         main = view.shot is not None and view.drawing == view.shot.acting()
-        return Answer(
-            {
-                "state": view.state,
-                "busy": view.working,
-                "words": working_words(view) if view.state == "working" else "",
-                "looks": view.looks if main else 0,
-                "at": f"{view.wanted_at:.3f}",
-                "pictures": len(view.images),
-            },
-            headers=FRESH,
-        )
+        return {
+            "state": "working" if view.working else view.state,
+            "made": len(view.images),
+            "words": working_words(view) if view.state == "working" else "",
+            "look": f"{view.wanted_at:.3f}-{view.looks}" if main and view.looks else "",
+        }
+
+    app_state.live.feeds["preview"] = now
 
     @app.get("/easel/preview/look")
     async def look() -> Response:

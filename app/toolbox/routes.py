@@ -14,7 +14,7 @@ from app.routes import FRESH, Answer, add_actions, below, receive_file
 from app.state import AppState
 from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
 from app.toolbox.view import result_html, written_html
-from app.worker_task import BackgroundTask, add_task_routes
+from app.worker_task import BackgroundTask, add_task
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.runs.folder import runs_folder
 
@@ -22,7 +22,7 @@ from lora_core.runs.folder import runs_folder
 def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
     toolbox = Toolbox(app_state)
-    add_task_routes(app, "toolbox", toolbox.task)
+    add_task(app, app_state.live, "toolbox", toolbox.task)
 
     app.get("/easel/toolbox/choices")(lambda: Answer(list_choices(app_state), headers=FRESH))
     go_on = functools.partial(train_on, app_state)

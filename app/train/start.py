@@ -80,7 +80,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
     inputs = [name, bindings.trigger, form.seen, *form.fields]
     for button, do in ((start, "start"), (queue, "queue")):
         act = functools.partial(_pressed, bindings, do)
-        bindings.refresh_after(button.click(act, inputs, [name, note], **QUIET))
+        button.click(act, inputs, [name, note], **QUIET)
 
 
 def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:

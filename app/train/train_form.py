@@ -115,7 +115,7 @@ class TrainForm:
         return search
 
     def _wire(self, search: Any) -> None:
-        project, bindings = self.bindings.app_state.project, self.bindings
+        project = self.bindings.app_state.project
 
         def keep(seen: list[Any] | None, *values: Any) -> list[Any]:
             keep_changed_values(project, seen, list(values))
@@ -137,11 +137,11 @@ class TrainForm:
         kept = [field for name, field in self.widgets.items() if name != "model.base"]
         # Unfolding a group renders its fields anew, so only events of the user count.
         events = [event for field in kept for event in edit_events(field)]
-        bindings.refresh_after(gr.on(events, keep, [self.seen, *self.fields], self.seen, **TYPING))
+        gr.on(events, keep, [self.seen, *self.fields], self.seen, **TYPING)
         choices = [self.widgets["model.base"], self.goal, self.level]
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
-            bindings.refresh_after(chosen.input(apply_if_changed, choices, filled, **TYPING))
+            chosen.input(apply_if_changed, choices, filled, **TYPING)
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
@@ -329,7 +329,7 @@ def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: A
         return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
 
     inputs, outputs = [seen, *fields], [note, level, seen, *fields]
-    bindings.refresh_after(widgets["model.base"].input(chosen, inputs, outputs, **TYPING))
+    widgets["model.base"].input(chosen, inputs, outputs, **TYPING)
 
 
 def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

@@ -41,6 +41,8 @@ def pictures(app_state: AppState) -> list[Path]:
 def client(app_state: AppState) -> Iterator[TestClient]:
     """The routes of all tabs, without the page, the guard and the login."""
     app = FastAPI()
+    # What the live stream tells of work under way.
+    app.state.feeds = app_state.live.feeds
     add_routes(app, app_state)
     add_project_routes(app, app_state)
     for tab in TABS:

@@ -160,7 +160,7 @@ class Whole:
         """The own routes alone, which are made quicker."""
         app = FastAPI()
         add_routes(app, self.app_state)
-        add_assets(app, ["style.css"])
+        add_assets(app, {"page.css": b"body {}"})
         add_dataset_routes(app, self.app_state)
         return TestClient(app)
 
@@ -339,14 +339,14 @@ Asked = tuple[str, Any]
 
 NO_PATHS = {
     # Neither in the address nor in what is sent is there a name of anything on disk.
-    ("GET", "/easel"), ("GET", "/easel/dataset"), ("GET", "/easel/import"), ("GET", "/easel/tags"),
+    ("GET", "/easel"), ("GET", "/easel/dataset"), ("GET", "/easel/live"), ("GET", "/easel/tags"),
     ("GET", "/easel/check"), ("POST", "/easel/check"), ("GET", "/easel/projects"), ("POST", "/easel/tokens"),
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
-    ("GET", "/easel/preview/now"), ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
+    ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
     ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
     ("GET", "/easel/insights"), ("POST", "/easel/insights"), ("GET", "/easel/toolbox/choices"),
-    ("GET", "/easel/toolbox/now"), ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
-    ("POST", "/easel/toolbox/cancel"), ("GET", "/easel/report/now"), ("POST", "/easel/report/cancel"),
+    ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
+    ("POST", "/easel/toolbox/cancel"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
     ("POST", "/easel/toolbox/go-on"),
@@ -464,14 +464,15 @@ def refused(answer: Any) -> bool:
 # -----------------------------------------------------------------------------------
 
 
-def taken(client: TestClient, name: str, data: bytes) -> dict[str, Any]:
+def taken(whole: Whole, name: str, data: bytes) -> dict[str, Any]:
     """What the window says after a file was dropped on it."""
+    client, importer = whole.own(), whole.app_state.importer
     batch = client.post("/easel/upload").json()["batch"]
     line = json.dumps([[0, name, len(data)]]).encode()
     assert client.put(f"/easel/upload/{batch}", content=line + b"\n" + data).json() == {"received": 1}
     client.post(f"/easel/upload/{batch}", json={})
-    wait_for(lambda: client.get("/easel/import").json()["state"] != "working")
-    return client.get("/easel/import").json()
+    wait_for(lambda: not importer.working)
+    return importer.state()
 
 
 def zipped(*entries: tuple[zipfile.ZipInfo | str, bytes]) -> bytes:
@@ -532,10 +533,9 @@ def test_files_that_were_made_to_do_harm(
     tmp_path: Path, name: str, made: Callable[[], bytes], said: str
 ) -> None:
     whole = Whole(tmp_path)
-    client = whole.own()
     around = whole.around()
     before = sorted(whole.app_state.project.image_folder.rglob("*"))
-    state = taken(client, name, made())
+    state = taken(whole, name, made())
     notes = " ".join(note.sentence for note in whole.app_state.project.notes)
     assert state["state"] == "failed"
     assert said in state["note"] + notes
@@ -550,7 +550,7 @@ def test_files_that_were_made_to_do_harm(
 def test_names_of_dropped_files_lead_nowhere(tmp_path: Path, name: str) -> None:
     whole = Whole(tmp_path)
     around = whole.around()
-    taken(whole.own(), name, png(64, 64))
+    taken(whole, name, png(64, 64))
     assert whole.around() == around
     assert len(list(whole.app_state.project.image_folder.rglob("*.png"))) == 2
 

@@ -17,7 +17,8 @@ HELPERS = {
     "app/preview/history.py": {"History.add", "file_time"},
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
     "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
-    "lora_core/generate/latent_preview.py": {"previewer"},
+    # A step that takes long is looked at.
+    "lora_core/generate/latent_preview.py": {"previewer", "latent_preview", "predict_clean"},
     "lora_core/models/device.py": {"best_device", "use_device"},
     "lora_core/models/load.py": {
         "BaseModel.latent_channels", "BaseModel.resolution", "BaseModel.size_multiple",

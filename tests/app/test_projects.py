@@ -241,6 +241,7 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(app_state: AppState, draft: d
     opened = next(event for event in page.fns.values() if event.name == "opened")
     for _ in range(2):
         shown = opened.fn()
+        assert "run-bar" in app_state.live.look()[0]
         for component, value in zip(opened.outputs, shown, strict=True):
             if not isinstance(value, dict):
                 component.postprocess(value)

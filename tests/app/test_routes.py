@@ -16,7 +16,7 @@ from app.state import AppState
 def client(app_state: AppState) -> TestClient:
     app = FastAPI()
     add_routes(app, app_state)
-    add_assets(app, ["style.css"])
+    add_assets(app, {"style.css": b"body {}"})
     return TestClient(app)
 
 

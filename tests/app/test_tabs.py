@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app import main, page, routes, tabs
+from app import main, tabs
 from app.bindings import Bindings, html_block
 from app.state import AppState
 
@@ -26,21 +26,19 @@ def test_a_row_adds_tab_routes_and_script(
 ) -> None:
     assets = tmp_path / "assets"
     assets.mkdir()
-    shared = (*tabs.list_scripts(), *tabs.list_styles(), "icon.svg")
-    for name in shared:
-        (assets / name).parent.mkdir(exist_ok=True)
-        (assets / name).write_bytes((page.ASSETS / name).read_bytes())
+    for file in [*tabs.ASSETS.glob("*.*"), *tabs.ASSETS.glob("vendor/*.js")]:
+        (assets / file.relative_to(tabs.ASSETS)).parent.mkdir(exist_ok=True)
+        (assets / file.relative_to(tabs.ASSETS)).write_bytes(file.read_bytes())
     (assets / "toy.js").write_text("window.toy = true;")
-    monkeypatch.setattr(page, "ASSETS", assets)
-    monkeypatch.setattr(routes, "ASSETS", assets)
+    monkeypatch.setattr(tabs, "ASSETS", assets)
     toy = tabs.Tab("Toy", build_toy, add_toy_routes, ("toy.js",))
     monkeypatch.setattr(tabs, "TABS", (*tabs.TABS, toy))
 
     client = TestClient(main.build_app(app_state, ["testserver"]))
     assert client.get("/easel/toy").json() == {"runs": 0}
-    assert client.get("/easel/assets/toy.js").text == "window.toy = true;"
+    assert client.get("/easel/assets/page.js").text.endswith("window.toy = true;")
     html = client.get("/").text
-    assert "/easel/assets/toy.js" in html
+    assert "/easel/assets/page.js" in html
     for words in ("Toy button", "Dataset", "Train", "Preview", "Export", "Toolbox"):
         assert words in html
     app_state.close()

@@ -60,9 +60,9 @@ def app_state(tmp_path: Path) -> Iterator[AppState]:
     made.close()
 
 
-def ended(client: TestClient, job: str = "toolbox") -> dict[str, Any]:
+def ended(app_state: AppState, job: str = "toolbox") -> dict[str, Any]:
     def look() -> dict[str, Any]:
-        now = dict(client.get(f"/easel/{job}/now?known=-2").json())
+        now = dict(app_state.live.feeds[job]())
         return now if now["state"] != "working" else {}
 
     return wait_for(look)
@@ -159,7 +159,7 @@ def test_a_base_with_files_in_it_is_offered_as_a_base(
     out = app_state.project.path / "bases" / "base-mine"
     assert (asked["do"], asked["out"], asked["blocks"]) == ("into-base", str(out), "mid_block=0")
     assert say("toolbox/start", tool="into-base", **sent) == {"done": True}
-    shown = ended(client)["html"]
+    shown = ended(app_state)["html"]
     assert "base-mine" in shown
     assert "/easel/made/" not in shown
     assert app_state.places.read("bases") == [str(out)]
@@ -183,30 +183,28 @@ def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: Test
     assert say("toolbox/act", do="shrink")["problem"].startswith("Measure first")
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
     assert say("toolbox/start", tool="intrinsic", **body) == {"done": True}
-    now = ended(client)
+    now = ended(app_state)
     assert "Trained at rank 4, needs 1." in now["html"]
     assert 'data-toolbox-act="shrink"' in now["html"]
-    # A page that knows it is not told again.
-    assert "html" not in client.get(f"/easel/toolbox/now?known={now['revision']}").json()
     assert client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()["intrinsic"]["rank"] == 1
     assert client.get("/easel/toolbox/numbers.json?tool=../x").json() == {}
     assert say("toolbox/act", do="shrink") == {"done": True}
-    now = ended(client)
+    now = ended(app_state)
     assert "mine-rank1.safetensors" in now["html"]
     assert "needs 1" in now["html"]
     made = client.get("/easel/download/mine/mine-rank1.safetensors")
     assert json.loads(made.content)["ranks"] == [{"part": "unet", "module": "a", "rank": 1}]
     say("toolbox/start", tool="strength", **body)
-    now = ended(client)
+    now = ended(app_state)
     assert now["name"] == "strength"
     assert "Bake 0.8 into the file" in now["html"]
     assert app_state.project.draft()["best_strengths"] == {str(file): 0.8}, "the Preview tab marks it"
     say("toolbox/act", do="bake")
-    assert "mine-baked.safetensors" in ended(client)["html"]
+    assert "mine-baked.safetensors" in ended(app_state)["html"]
     # The page still shows the result of the other tool, with its button and its link.
     assert "strength" not in client.get("/easel/toolbox/numbers.json?tool=intrinsic").json()
     assert say("toolbox/act", do="shrink") == {"done": True}
-    now = ended(client)
+    now = ended(app_state)
     assert now["name"] == "intrinsic"
     assert "mine-rank1-2.safetensors" in now["html"]
 
@@ -217,7 +215,7 @@ def test_files_from_elsewhere_are_made_in_the_project(
     file = tmp_path / "found é.safetensors"
     file.write_bytes(b"x")
     say("toolbox/start", tool="shrink", files=[{"file": str(file)}], rank=2)
-    html = ended(client)["html"]
+    html = ended(app_state)["html"]
     assert "/easel/made/found%20%C3%A9-rank2.safetensors" in html
     assert client.get("/easel/made/found%20%C3%A9-rank2.safetensors").status_code == 200
     for name in ("..%2F..%2Fproject.json", "none.safetensors", "..%2Fdraft.json"):
@@ -227,7 +225,7 @@ def test_files_from_elsewhere_are_made_in_the_project(
 def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient, say: Say) -> None:
     _, file = run_with_file(app_state)
     say("toolbox/start", tool="spectrum", files=[{"file": str(file)}])
-    now = ended(client)
+    now = ended(app_state)
     assert now["state"] == "error"
     assert "&lt;b&gt;It cannot be read." in now["html"]
 
@@ -242,7 +240,7 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(
     assert "A run is using the memory" in say("toolbox/start", tool="strength", **body)["problem"]
     assert "A run is using the memory" in say("report/start", run="mine", measure=True)["problem"]
     assert say("report/start", run="mine", measure=False) == {"done": True}
-    ended(client, "report")
+    ended(app_state, "report")
 
 
 def test_training_goes_on_from_a_file(app_state: AppState, say: Say, tmp_path: Path) -> None:
@@ -261,7 +259,7 @@ def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: Te
     assert client.get("/easel/report/of/mine é").status_code == 404
     assert client.post("/easel/report/start", json={"run": "../x"}).status_code == 404
     assert say("report/start", run="mine é", measure=False) == {"done": True}
-    assert "is made" in ended(client, "report")["html"]
+    assert "is made" in ended(app_state, "report")["html"]
     page = client.get("/easel/report/of/mine é")
     assert page.text == "<p>told</p>"
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
@@ -318,14 +316,14 @@ def test_a_result_that_cannot_be_shown_says_so(
     _, file = run_with_file(app_state)
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
     assert say("toolbox/start", tool="intrinsic", **body) == {"done": True}
-    assert "needs 1" in ended(client)["html"]
+    assert "needs 1" in ended(app_state)["html"]
 
     def broken(*given: Any) -> str:
         raise KeyError("ranks")
 
     monkeypatch.setattr("app.toolbox.routes.result_html", broken)
     assert say("toolbox/start", tool="strength", **body) == {"done": True}
-    html = ended(client)["html"]
+    html = ended(app_state)["html"]
     assert "cannot be shown" in html
     assert "needs 1" not in html
 

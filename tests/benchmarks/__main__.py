@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [SECTION ...]
 
-Sections: counts, step, preview, growth, window, peer. Without any, all but `peer` are run, which needs
+Sections: counts, step, preview, growth, window, page, peer. Without any, all but `peer` are run, which needs
 diffusers' text-to-image LoRA script and an hour (see `tests/benchmarks/peer.py`). A quiet machine gives the
 truest figures; sides that are compared take turns in one run, whatever it is.
 """
@@ -19,6 +19,7 @@ SECTIONS = {
     "preview": "tests.benchmarks.preview:preview_rows",
     "growth": "tests.benchmarks.growth:growth_rows",
     "window": "tests.benchmarks.window:window_rows",
+    "page": "tests.benchmarks.page:page_rows",
     "peer": "tests.benchmarks.peer:peer_rows",
 }
 
