@@ -348,6 +348,7 @@ NO_PATHS = {
     ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
     ("POST", "/easel/toolbox/cancel"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
+    ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"), ("POST", "/easel/settings/sweep"),
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
     ("POST", "/easel/toolbox/go-on"),
     ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"),
@@ -380,6 +381,11 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ],
     ("POST", "/easel/run"): lambda evil: [
         ("/easel/run", {"do": do, "run": evil}) for do in ("see", "resume", "show", "delete")
+    ],
+    ("POST", "/easel/settings/take"): lambda evil: [("/easel/settings/take", {"run": evil})],
+    ("GET", "/easel/curves/{name}"): lambda evil: [
+        (f"/easel/curves/{evil}", None),
+        (f"/easel/curves/first?compare={quote(evil, safe='')}", None),
     ],
     ("POST", "/easel/queue"): lambda evil: [
         ("/easel/queue", {"do": do, "run": evil}) for do in ("up", "down", "remove")
