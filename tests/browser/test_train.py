@@ -55,7 +55,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.fill("#steps input", "-5")
     page.press("#steps input", "Tab")
     page.wait_for_selector("#steps input[aria-invalid=true][aria-describedby=steps-problem]")
-    assert page.is_disabled("#start")
+    page.wait_for_selector("#start:disabled")
     page.click("#steps-problem [data-repair]")
     page.wait_for_selector("#start:enabled")
     assert page.locator("#steps-problem, #steps [aria-invalid]").count() == 0
