@@ -348,7 +348,8 @@ NO_PATHS = {
     ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
     ("POST", "/easel/toolbox/cancel"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
-    ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"), ("POST", "/easel/settings/sweep"),
+    ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"),
+    ("POST", "/easel/settings/sweep"),
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
     ("POST", "/easel/toolbox/go-on"),
     ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"),
