@@ -8,6 +8,7 @@ import dataclasses
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,12 @@ class RunView:
     def changed(self) -> list[str]:
         """What differs from the run's start, where it ended to ask about that."""
         return self.progress.changed if self.progress.ending == "failed" else []
+
+    @property
+    def made(self) -> str:
+        """The day on which it was made, such as 29 Nov 2026."""
+        seconds = _changed_at(self.run.config_file) / 1e9
+        return time.strftime("%d %b %Y", time.localtime(seconds)).lstrip("0") if seconds else ""
 
     @property
     def out_of_memory(self) -> bool:

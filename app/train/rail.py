@@ -90,7 +90,8 @@ def _row(
         word, tone = ("Next" if place == 1 else "Then") if place else job.state.capitalize(), ""
     samples = progress.previews[-1].files if progress.previews else []
     root = runs_folder(snapshot.app_state.workspace)
-    facts = [f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"]
+    steps = f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"
+    facts = [run_view.made, steps]
     if state not in LIVE:
         took = sum(event.seconds for event in progress.losses)
         facts += [format_duration(took)] if took else []

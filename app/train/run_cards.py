@@ -120,7 +120,7 @@ def _busy(snapshot: Snapshot) -> str:
 def _summary(snapshot: Snapshot) -> str:
     if snapshot.active.live and snapshot.active.name != snapshot.shown.name:
         return f"Viewed while {snapshot.active.name} trains."
-    return ""
+    return snapshot.run_view.made if snapshot.run_view else ""
 
 
 def _body(snapshot: Snapshot, run_view: RunView) -> dict[str, Any]:
