@@ -365,8 +365,10 @@ def test_samples_run_from_the_base_to_the_newest(app_state: AppState) -> None:
     assert steps == ["step 0, the base", "step 10", "step 20", "step 30"]
     assert "<img src=x" not in html
     assert "data-large" in html
-    many = [events.PreviewDone(step=n, files=[], prompts=[]) for n in range(20)]
-    assert [r.step for r in select_rounds(many)] == [0, 4, 8, 11, 15, 19]
+    many = [events.PreviewDone(step=n, files=[], prompts=[]) for n in range(120)]
+    chosen = [one.step for one in select_rounds(many)]
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, 119, 60)
+    assert {after - before for before, after in itertools.pairwise(chosen)} == {2, 3}
 
 
 def test_samples_of_the_raw_adapter_have_a_row_of_their_own(app_state: AppState) -> None:
