@@ -138,6 +138,10 @@
   };
   document.addEventListener("pointerdown", () => { moved = ""; });
   document.addEventListener("keydown", (event) => {
+    const fold = event.key === "Escape" && event.target.closest?.("#sweep[open]");
+    if (fold) { fold.open = false; one("summary", fold).focus(); }
+  });
+  document.addEventListener("keydown", (event) => {
     const view = event.target.closest?.(".rail .view"), by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
     const moves = event.altKey && ["ArrowUp", "ArrowDown"].includes(event.key);
     if (!moves && event.key !== "Alt") moved = "";
