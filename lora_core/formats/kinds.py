@@ -1,12 +1,15 @@
-"""The kind of an adapter file and the family that it is for, from names, shapes and header alone."""
+"""The kind of an adapter file and the family that it is for, from names, shapes and header alone; and the
+tensors of the kinds beside LoRA."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from lora_core.errors import AdapterFileError
-from lora_core.formats.layers import is_kohya_key, ldm_family, split_key
+from lora_core.formats.layers import Tensors, is_finite, is_kohya_key, ldm_family, split_key
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import other_family, unsupported_kind
 
@@ -243,3 +246,69 @@ def file_format(keys: Iterable[str]) -> str:
         return "kohya"
     pairs = (key for key in keys if split_key(key)[1] in ("down", "up", "mid"))
     return "diffusers" if any(not key.startswith("lora_") for key in pairs) else "unknown"
+
+
+def check_lycoris_factors(name: str, roles: Tensors) -> None:
+    """Refuse a LoHa or a LoKr that lacks a tensor.
+
+    Args:
+        name: of the layer, for errors.
+        roles: its tensors by LyCORIS' names, such as "hada_w1_a" or "lokr_w2".
+
+    Raises:
+        AdapterFileError: a factor is missing, empty or of an integer dtype.
+    """
+    if any(role.startswith("hada") for role in roles):
+        needed = {f"hada_w{n}_{half}" for n in "12" for half in "ab"}
+        needed |= {"hada_t1", "hada_t2"} if roles.keys() & {"hada_t1", "hada_t2"} else set()
+    else:
+        needed = set()
+        for n in "12":
+            needed |= {f"lokr_w{n}"} if f"lokr_w{n}" in roles else {f"lokr_w{n}_a", f"lokr_w{n}_b"}
+    missing = sorted(needed - roles.keys())
+    if missing:
+        raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
+    if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
+        raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
+
+
+def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:
+    """A layer's DoRA magnitudes, (out, 1) where rows are normed, (1, in) where columns are.
+
+    In kohya's files the shape tells which; PEFT always has one for each row.
+
+    Args:
+        name: of the layer in the file.
+        stored: the tensor in the file.
+
+    Raises:
+        AdapterFileError: the shape is impossible, or a value is not finite.
+    """
+    if stored.numel() == 0 or stored.numel() != max(stored.shape, default=0):
+        raise AdapterFileError(f"{name!r} has DoRA magnitudes of the impossible shape {list(stored.shape)}.")
+    if not is_finite(stored):
+        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
+    columns = "." not in name and stored.dim() > 1 and stored.shape[0] == 1
+    return stored.reshape(1, -1) if columns else stored.reshape(-1, 1)
+
+
+def dora_update(
+    weight: torch.Tensor, product: torch.Tensor, magnitude: torch.Tensor, norm: str = ""
+) -> torch.Tensor:
+    """m (W0 + update) / |V| - W0 in fp32, Liu et al. 2024, equation 5.
+
+    Args:
+        weight: W0, (out, in) or (out, in, k, k).
+        product: the update before magnitudes, with as many elements.
+        magnitude: m, (out, 1) or (1, in).
+        norm: what |V| is: "rows" or "columns" of W0 + update, or "base rows", those of W0 alone; "" for
+            the axis of the magnitudes.
+    """
+    merged = weight + product.reshape(weight.shape)
+    norm = norm or ("rows" if magnitude.shape[1] == 1 else "columns")
+    normed = (weight if norm == "base rows" else merged).reshape(*weight.shape[:2], -1)
+    lengths = normed.norm(dim=(0, 2) if norm == "columns" else (1, 2)).reshape(
+        (1, -1) if norm == "columns" else (-1, 1)
+    )
+    factor = magnitude.float() / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    return merged * factor.reshape(*factor.shape, *(1,) * (weight.dim() - 2)) - weight

@@ -18,20 +18,18 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds, peft
 from lora_core.formats.io import check_family, file_hashes, read_tensors
+from lora_core.formats.kinds import check_lycoris_factors, dora_update, magnitude_from_tensor
 from lora_core.formats.layers import (
     PAIR_ROLES,
     Layout,
     Tensors,
     check_finite,
-    check_lycoris_factors,
-    dora_update,
     family_layout,
     first_few,
     is_finite,
     is_kohya_key,
     layer_from_tensors,
     layer_of_module,
-    magnitude_from_tensor,
     read_alpha,
     split_key,
 )

@@ -152,10 +152,10 @@ def sample_image(
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """The image (RGB) of a request's prompts, with whatever adapter is in the base."""
-    return sample_image(base, request, *encode_prompts(base, request), on_step)
+    return sample_image(base, request, *encode_conditions(base, request), on_step)
 
 
-def encode_prompts(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
+def encode_conditions(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
     """The conditions of a request's prompt and of its negative prompt."""
     options = request.clip_skip, request.tokens
     with torch.no_grad():
@@ -266,7 +266,7 @@ class Pipeline:
             if self.kept != RESIDENT:
                 # The largest text encoder takes more than the VAE.
                 self.base.put("vae", torch.device("cpu"))
-            self._conditions[asked] = encode_prompts(self.base, request)
+            self._conditions[asked] = encode_conditions(self.base, request)
             self.base.put("vae", self.base.device)
         self._conditions.move_to_end(asked)
         while len(self._conditions) > MOST_PROMPTS:

@@ -31,15 +31,13 @@ from lora_core.formats.io import (
     read_tensors,
     save_adapter,
 )
+from lora_core.formats.kinds import check_lycoris_factors, dora_update, magnitude_from_tensor
 from lora_core.formats.layers import (
     Tensors,
     check_finite,
-    check_lycoris_factors,
-    dora_update,
     is_finite,
     kernel_of,
     layer_from_tensors,
-    magnitude_from_tensor,
     read_alpha,
     reshape_adapter,
     tensors_by_layer,
