@@ -27,11 +27,8 @@ def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
     is dropped."""
     bodies = split_chunks(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
     bodies += [[]] * (chunks - len(bodies))
-    rows = []
-    for body in bodies:
-        padding = [tokenizer.pad_token_id] * (CHUNK - len(body))
-        rows.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id, *padding])
-    return torch.tensor(rows)
+    begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, [tokenizer.pad_token_id]
+    return torch.tensor([[begin, *body, end, *padding * (CHUNK - len(body))] for body in bodies])
 
 
 def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, tokens: int = 75) -> PromptEmbeds:

@@ -54,9 +54,8 @@ class PromptEmbeds:
         if device == self.context.device:
             return self
         parts = [self.context] if self.pooled is None else [self.context, self.pooled]
-        if self.context.device.type == "cpu":
-            return PromptEmbeds(*to_device(device, *parts))
-        return PromptEmbeds(*(part.to(device) for part in parts))
+        packed = self.context.device.type == "cpu"
+        return PromptEmbeds(*(to_device(device, *parts) if packed else (part.to(device) for part in parts)))
 
 
 class Denoiser(Protocol):

@@ -1,27 +1,31 @@
-"""Reading weights tensor by tensor, and locating each parameter of a component in its files.
+"""Reading weights tensor by tensor, locating each parameter of a component in its files, and a cache on disk.
 
 Nothing is mapped and no file is read in one piece: the peak is what is kept plus one tensor. Mapped pages
 would count as memory of this process until the file is closed, which nearly doubles it for a base in half
 precision. A `.ckpt` is the exception: torch maps the zip that it is.
 """
 
+import hashlib
 import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET, VAE, weight_paths
 from lora_core.model_files.families import Family, TextEncoder, is_text_encoder
 from lora_core.model_files.header import read_header
 from lora_core.model_files.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
+from lora_core.system.files import write_atomically
 
 DTYPES = {
     "F64": torch.float64,
@@ -274,3 +278,35 @@ def _vae_spellings(name: str) -> Iterable[str]:
     for new, old in _OLD_VAE_NAMES.items():
         if f".attentions.0.{new}." in name:
             yield name.replace(f".{new}.", f".{old}.")
+
+
+# Tensors that are computed once.
+
+
+def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a cache file; if it is missing or damaged, it is written first. `make` computes the
+    tensors, one of them named "value"."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            if "value" in found and (file.metadata() or {}).get("sha256") == _hash_tensors(found):
+                return found
+    except (OSError, SafetensorError):
+        pass
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(made, {"sha256": _hash_tensors(made)}))
+    return made
+
+
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def short_digest(*values: object) -> str:
+    """A file name for what depends on `values`."""
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]

@@ -6,16 +6,12 @@ hash of everything that they depend on, so nothing is ever stale; a damaged file
 that are drawn at random rarely come again: their embeddings are kept in memory only, up to a limit.
 """
 
-import hashlib
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from lora_core.data.buckets import Bucket, size_conditioning
 from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
@@ -26,7 +22,7 @@ from lora_core.models.encode import as_negative_prompt, encode_batches, encode_p
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
-from lora_core.system.files import write_atomically
+from lora_core.models.weight_files import load_or_compute, short_digest
 
 AHEAD = 64
 """Captions that are encoded together where text encoders have to be moved to the device for it."""
@@ -42,9 +38,8 @@ class TrainImage:
     @property
     def sizes(self) -> torch.Tensor:
         """(6,), see `size_conditioning`."""
-        return torch.tensor(
-            size_conditioning(self.record.width, self.record.height, self.bucket), dtype=torch.float32
-        )
+        sizes = size_conditioning(self.record.width, self.record.height, self.bucket)
+        return torch.tensor(sizes, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,11 @@ class Batches:
 
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from 0 over the whole run."""
-        items, flips, captions = zip(*self._rows(number), strict=True)
-        latents = [
-            self._cache.latents(item.record, item.bucket, flip)
-            for item, flip in zip(items, flips, strict=True)
-        ]
-        names, sizes = [item.record.path.name for item in items], [item.sizes for item in items]
-        return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
+        rows = self._rows(number)
+        latents = [self._cache.latents(item.record, item.bucket, flip) for item, flip, _ in rows]
+        names, sizes = zip(*((item.record.path.name, item.sizes) for item, _, _ in rows), strict=True)
+        captions = [caption for _, _, caption in rows]
+        return Batch(torch.stack(latents), captions, list(names), torch.stack(sizes))
 
     def captions(self, number: int) -> list[str]:
         """The captions of micro-batch `number`."""
@@ -213,12 +206,10 @@ class PromptCache:
     def _embed_random(self, caption: str) -> PromptEmbeds:
         if caption in self._fixed:
             return self._fixed[caption]
-        found = self._random.get(caption)
-        if found is None:
-            found = self._encode(caption)
-            self._keep_random(caption, found)
+        if caption not in self._random:
+            self._keep_random(caption, self._encode(caption))
         self._random.move_to_end(caption)
-        return found
+        return self._random[caption]
 
     def _keep_random(self, caption: str, embeds: PromptEmbeds) -> None:
         self._random[caption] = embeds
@@ -246,32 +237,3 @@ class PromptCache:
 
 def _tensors(embeds: PromptEmbeds) -> dict[str, torch.Tensor]:
     return {"value": embeds.context} | ({} if embeds.pooled is None else {"pooled": embeds.pooled})
-
-
-def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Read the tensors of a cache file; if it is missing or damaged, it is written first. `make` computes the
-    tensors, one of them named "value"."""
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            if "value" in found and (file.metadata() or {}).get("sha256") == _hash_tensors(found):
-                return found
-    except (OSError, SafetensorError):
-        pass
-    made = {name: tensor.contiguous() for name, tensor in make().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(made, {"sha256": _hash_tensors(made)}))
-    return made
-
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def short_digest(*values: object) -> str:
-    """A file name for what depends on `values`."""
-    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]

@@ -54,13 +54,13 @@ from lora_core.models.device import (
     use_device,
 )
 from lora_core.models.load import BaseModel, open_base
-from lora_core.models.weight_files import PRECISIONS, SAMPLE
+from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, AdapterSection, ModelSection, OptimizerSection
 from lora_core.system.files import expand_home, write_atomically
-from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage, short_digest
+from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import EMA, TrainState
 from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets
 

@@ -33,9 +33,10 @@ from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected
 from lora_core.models.load import BaseModel
+from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.train.data import LatentCache, PromptCache, TrainImage, load_or_compute, short_digest
+from lora_core.train.data import LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import TrainState
 
 OnStep = Callable[[int, int], None]
