@@ -20,7 +20,7 @@ from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
-from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
+from app.worker_client import CARDS, WorkerClient
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.costs import parameters_of
@@ -72,6 +72,21 @@ class OtherTools:
             if tool.loras is not None:
                 found.setdefault(tool.loras.resolve(), (tool.name, tool.loras))
         return list(found.values())
+
+
+class MemoryYieldPolicy:
+    """When the worker gives its memory to a run: as soon as a run begins, later after a minute of idling."""
+
+    def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:
+        """`live_run` returns the name of the live run, "" if none."""
+        self._live_run = live_run
+        self._rest = rest
+        self._known = ""
+
+    def __call__(self, idle: float) -> bool:
+        """Whether to free the memory after `idle` seconds."""
+        before, self._known = self._known, self._live_run()
+        return bool(self._known) and (self._known != before or idle >= self._rest)
 
 
 BESIDE_BASE = 1_500_000_000

@@ -321,18 +321,3 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
             # Unwritten data has no reader any more.
             with contextlib.suppress(OSError, ValueError):
                 pipe.close()
-
-
-class MemoryYieldPolicy:
-    """When the worker gives its memory to a run: as soon as a run begins, later after a minute of idling."""
-
-    def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:
-        """`live_run` returns the name of the live run, "" if none."""
-        self._live_run = live_run
-        self._rest = rest
-        self._known = ""
-
-    def __call__(self, idle: float) -> bool:
-        """Whether to free the memory after `idle` seconds."""
-        before, self._known = self._known, self._live_run()
-        return bool(self._known) and (self._known != before or idle >= self._rest)

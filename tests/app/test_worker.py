@@ -15,8 +15,8 @@ import pytest
 from app.preview.history import GridState
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.preview.sent_form import STRIP
-from app.state import AppState
-from app.worker_client import MemoryYieldPolicy, WorkerClient
+from app.state import AppState, MemoryYieldPolicy
+from app.worker_client import WorkerClient
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.runs.events import to_line
