@@ -26,7 +26,7 @@ HELPERS = {
     },
 }  # fmt: skip
 """Small functions of other files: whether a run needs the memory, where the image is noted, properties of the
-base, the strengths of the strip."""
+base, the strengths of the strip, and the small image in progress, which slow steps show."""
 
 WORKER = """
 import json, sys, threading
