@@ -12,8 +12,7 @@ from fastapi import FastAPI
 from app.bindings import Bindings
 from app.dataset.routes import add_dataset_routes
 from app.dataset.view import build_dataset
-from app.export.routes import add_export_routes
-from app.export.view import build_export
+from app.export.view import add_export_routes, build_export
 from app.preview.routes import add_preview_routes
 from app.preview.view import build_preview
 from app.state import AppState
