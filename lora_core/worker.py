@@ -259,10 +259,7 @@ def _rewrite(request: Request) -> Rewrite:
 
 def _loras(request: Request) -> list[WeightedLora]:
     """The `files` of a request: paths, or {file, strength, text_strength, rank}."""
-    rows = request["files"]
-    if isinstance(rows, list):
-        rows = [{"file": row} if isinstance(row, str) else row for row in rows]
-    return list(GenerationRequest.from_json({"loras": rows}).loras)
+    return list(GenerationRequest.from_json({"loras": request["files"]}).loras)
 
 
 def _model(request: Request) -> ModelSection:

@@ -218,6 +218,8 @@ def _templates() -> dict[str, str]:
 def _environment() -> Any:
     import jinja2
 
+    from lora_core.model_files.sizes import FALLBACKS
+
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(_templates()), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -229,7 +231,7 @@ def _environment() -> Any:
         "date": lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)),
     }
     has_runner = lambda place: Queue(workspace(place)).runner() is not None  # noqa: E731
-    environment.globals |= {"has_runner": has_runner, "summarize": _summarize}
+    environment.globals |= {"has_runner": has_runner, "summarize": _summarize, "fallbacks": FALLBACKS}
     return environment
 
 

@@ -119,13 +119,19 @@ class GenerationRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "GenerationRequest":
-        """The request in a JSON object; keys that it has no field for are ignored.
+        """The request in a JSON object; keys that it has no field for are ignored, and one of `loras` may be
+        a path.
 
         Raises:
             ConfigError: a value is of another type or out of range.
         """
+        values, rows = dict(data), data.get("loras")
+        if isinstance(rows, list):
+            values["loras"] = [{"file": row} if isinstance(row, str) else row for row in rows]
+        if "cfg_rescale" in data:
+            values["cfg_rescale"] = parse_cfg_rescale(data["cfg_rescale"])
         try:
-            request: GenerationRequest = _reader().validate_python(dict(data))
+            request: GenerationRequest = _reader().validate_python(values)
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             name, value = ".".join(map(str, wrong["loc"])), str(wrong["input"])[:80]

@@ -43,7 +43,7 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
     """
     shift, scale = _shift_and_scale(base)
     unscaled = latents.to(base.device, base.vae.dtype) / scale + shift
-    home = base.vae.device
+    home, tile = base.vae.device, base.decode_tile
     with torch.no_grad():
         try:
             with base.on_device("vae"):
@@ -53,6 +53,7 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
                 raise
             release_failed(error, base.device)
             base.put("vae", home)
+            base.decode_tile = tile
             pixels = _decode(base, unscaled.to(home))
     return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 

@@ -368,13 +368,13 @@ def _problem(error: sqlite3.Error) -> str:
     return f"cannot be written: {error}; make room or give the right to write there."
 
 
-def sweep_configs(config: RunConfig, setting: str, values: Sequence[str], runs: Path) -> list[RunConfig]:
+def sweep_configs(config: RunConfig, setting: str, values: Sequence[object], runs: Path) -> list[RunConfig]:
     """The settings of one run for each value of a setting, named after it: "rank-8", or "NAME-rank-8".
 
     Args:
         config: all other settings; its name, unless it is "", begins the others.
         setting: by its dotted name.
-        values: as the command line takes them.
+        values: as the command line takes them, or numbers.
         runs: the folder in which the names are to be free.
 
     Raises:
@@ -382,14 +382,21 @@ def sweep_configs(config: RunConfig, setting: str, values: Sequence[str], runs: 
     """
     problems: list[str] = []
     found: list[RunConfig] = []
+    seen: list[RunConfig] = []
     taken = {fold_name(path.name) for path in runs.glob("*")}
-    for text in dict.fromkeys(filter(None, values)):
+    for text in filter(None, (str(value).strip() for value in values)):
         try:
             name, value = parsed_assignment(f"{setting}={text}")
+            if name == "name":
+                raise ConfigError("Runs of a sweep are named after their values; choose another setting.")
             changed = config.changed({name: value})
         except ConfigError as error:
             problems.append(str(error))
             continue
+        # 1e-4 and 0.0001 are one run.
+        if changed in seen:
+            continue
+        seen.append(changed)
         key = name.rpartition(".")[2].replace("_", "-")
         stem = "-".join(filter(None, [config.name, key, re.sub(r"[^\w.-]+", "-", text)[:40].strip("-.")]))
         name = check_run_name(unused_stem(stem, taken))

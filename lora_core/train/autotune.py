@@ -318,7 +318,7 @@ def _time_steps(
     if not layout.encoders_trained:
         text.embed_batch([CAPTION])
         text.release()
-    base.load(base.family.denoiser)
+    base.load(base.family.denoiser, "vae")
     on_step(0, TIMED_STEPS)
     side = train.resolution or base.resolution
     batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from lora_core import api
 from lora_core.cli import main
 from lora_core.cli.parser import parse
+from lora_core.model_files.sizes import FALLBACKS
 from lora_core.runs.queue import Queue
+from lora_core.system.hardware import Card
 
 
 @pytest.fixture
@@ -39,6 +41,17 @@ def test_a_forecast(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Nothing was timed yet.
     assert (found["seconds"], found["source"]) == (None, "")
     assert not (home / "runs").exists()
+
+
+def test_a_forecast_says_what_is_done_to_fit_a_card(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [Card("Toy", 0, 1_200_000_000, device="cuda:0")]
+    monkeypatch.setattr("lora_core.system.hardware.find_cards", lambda: cards)
+    assert main(["forecast", "demo", "--set", "train.batch_size=64"]) == 0
+    said = capsys.readouterr().out
+    assert "of the card's memory. To fit:\n" in said
+    assert said.count(FALLBACKS["half"]) == 1
 
 
 def test_a_forecast_says_what_is_in_the_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from lora_core.runs import events
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.notifications import write_recipient
-from lora_core.runs.queue import Queue
+from lora_core.runs.queue import Queue, sweep_configs
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
 
@@ -181,7 +181,11 @@ def test_a_sweep_queues_copies_of_a_run(home: Path, capsys: pytest.CaptureFixtur
     config = Queue(home).run("a-rank-8").config()
     assert (config.name, config.adapter.rank, config.train.steps) == ("a-rank-8", 8, 3)
     assert main(["queue", "sweep", "a", "adapter.rank", "2", "0", *map(str, where)]) != 0
+    assert main(["queue", "sweep", "a", "name", "b", *map(str, where)]) != 0
     assert len(Queue(home).jobs()) == 2
+    # A library gives numbers; what is the same run twice is queued once.
+    found = sweep_configs(config, "optimizer.text_encoder_lr", [0, 1e-4, "0.0001"], runs_folder(home))
+    assert [one.optimizer.text_encoder_lr for one in found] == [0, 1e-4]
 
 
 def made_longer(home: Path, name: str) -> RunFolder:

@@ -101,3 +101,20 @@ def test_labels_and_settings_name_files_without_their_folders() -> None:
     assert said == {"Script": "Grid", "Rows": "checkpoint=x,owl step-000100", "Columns": "strength=0,0.5"}
     assert parse_axis("strength=0,0.5").labels() == ["strength 0", "strength 0.5"]
     assert parse_axis("seed=7").labels() == ["seed 7"]
+
+
+def test_a_request_is_read_from_json() -> None:
+    rows = ["a.safetensors", {"file": "b.safetensors", "strength": "0.5", "text_strength": None}]
+    found = GenerationRequest.from_json({"do": "generate", "seed": "3", "cfg_rescale": "0,7", "loras": rows})
+    assert (found.seed, found.cfg_rescale) == (3, 0.7)
+    assert found.loras == (WeightedLora("a.safetensors"), WeightedLora("b.safetensors", 0.5))
+    for wrong, words in (
+        ({"loras": "a.safetensors"}, "loras = 'a.safetensors'"),
+        ({"loras": [{"file": "a", "strength": "nan"}]}, "finite"),
+        ({"cfg_rescale": None}, "should be a number or auto"),
+        ({"steps": 0}, "steps = 0 is out of range"),
+        ({"seed": 1.5}, "seed = '1.5'"),
+    ):
+        with pytest.raises(ConfigError, match=r"\.$") as error:
+            GenerationRequest.from_json(wrong)
+        assert words in str(error.value)

@@ -186,6 +186,11 @@ def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor:
             assert torch.equal(decode_latents(base, latents.to("cuda")), tiled)
             assert (card.launches["convolution"] > 20) == at_work
             assert base.vae.device.type == "cpu"
+        # Where not even a tile fits on the card, the processor decodes as it would have.
+        base.decode_tile = 0
+        card.limit = card.live + sum(tensor.nbytes for tensor in base.vae.parameters()) + 2**20
+        assert torch.equal(decode_latents(base, latents.to("cuda")), whole)
+        assert base.decode_tile == 0
     assert tiled.shape == whole.shape
     assert (tiled - whole).abs().mean() < 0.03
 
