@@ -341,7 +341,7 @@ def _resume_run(
                 say(f"{group.world_size} processes share each batch of {size}.")
                 if idle := max(0, group.world_size - size):
                     say(f"Note: {idle} of them have nothing to do; train.batch_size is {size}.")
-            printer = EventPrinter(sys.stdout)
+            printer = EventPrinter(sys.stdout, run.config_or_none())
             with keep_awake():
                 outcome = train(run, steps, printer.show, accept_changes, stopping, group)
             printer.close()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lora_core.runs import events
 from lora_core.runs.progress import Progress, verdict
 from lora_core.runs.queue import Queue
+from lora_core.settings.config import RunConfig
 from lora_core.system.files import workspace
 
 if TYPE_CHECKING:
@@ -102,9 +103,10 @@ def duration(seconds: float) -> str:
 class EventPrinter:
     """Shows the events of a run as they come: a bar on a terminal, a line per event otherwise."""
 
-    def __init__(self, stream: TextIO) -> None:
-        """Write to `stream`."""
+    def __init__(self, stream: TextIO, config: RunConfig | None = None) -> None:
+        """Write to `stream`; `config` is that of the run, for the time left."""
         self._stream = stream
+        self._config = config
         self._terminal = stream.isatty()
         self._progress = Progress()
         self._last = -SECONDS_BETWEEN_STEPS
@@ -121,7 +123,7 @@ class EventPrinter:
         if often and soon and not new and not ended:
             return
         self._last = time.monotonic()
-        text = event_text(event, self._progress)
+        text = event_text(event, self._progress, self._config)
         if not text:
             return
         if self._terminal and often:
@@ -155,7 +157,7 @@ EVENT_TEXTS: dict[type[events.Event], str] = {
 }
 
 
-def event_text(event: events.Event, progress: Progress) -> str:
+def event_text(event: events.Event, progress: Progress, config: RunConfig | None) -> str:
     """One line of text about an event, or "" for none."""
     match event:
         case events.Started():
@@ -166,7 +168,7 @@ def event_text(event: events.Event, progress: Progress) -> str:
         case events.Working():
             return f"step {event.step}  {event.phase}: {100 * event.done // max(event.total, 1)}%"
         case events.StepDone():
-            left = progress.seconds_left() or 0.0
+            left = progress.seconds_left(config) or 0.0
             pace = progress.seconds_a_step() or 0.0
             loss = progress.smoothed_loss() or event.loss
             return (

@@ -1,12 +1,14 @@
 """What a person sees of a run's events, on a terminal and in a pipe."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
 from lora_core.cli import terminal
 from lora_core.cli.terminal import EventPrinter
 from lora_core.runs import events
+from lora_core.settings.config import RunConfig
 
 STARTED = events.Started(steps=100, pid=1, device="cpu", threads=2, versions={})
 
@@ -129,3 +131,15 @@ def test_a_loss_that_is_no_number_is_shown(clock: Clock) -> None:
     clock.now = 5.0
     printer.show(events.StepDone(step=1, loss=float("nan"), lr=0.0, seconds=0.0))
     assert "step 1 of 100" in out.getvalue()
+
+
+def test_the_time_left_counts_samples_that_are_still_to_come(clock: Clock) -> None:
+    out = io.StringIO()
+    printer = EventPrinter(out, RunConfig().changed({"sample.every": 50, "validation.every": 0}))
+    printer.show(replace(STARTED, time=80.0))
+    printer.show(events.PreviewDone(files=[], prompts=[], time=100.0))
+    for number in (1, 2):
+        clock.now += 1
+        printer.show(replace(step(number, 1.0), time=100.0 + number))
+    # 98 steps of a second, and two rounds of samples that take 20.
+    assert "2:18 left" in out.getvalue()
