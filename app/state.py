@@ -167,16 +167,16 @@ class AppState:
             return ""
         until = f"It is done when the run {live.run.name} has ended or is paused."
         if card is None or not live.progress.stepping:
-            return f"Waiting for the graphics card. {until}"
+            return f"Waiting for the GPU. {until}"
         free, base = card.total - card.used, str(request.get("base", ""))
         numbers = parameters_of(lookup_base(base)) if base else None
         if numbers is None:
-            return f"Waiting for the graphics card. {until}"
+            return f"Waiting for the GPU. {until}"
         needed = numbers * BYTES_A_NUMBER + BESIDE_BASE
         if needed <= free:
             return ""
         return (
-            f"It does not fit beside the run: about {needed / 1e9:.1f} GB are needed on the graphics card,"
+            f"It does not fit beside the run: about {needed / 1e9:.1f} GB are needed on the GPU,"
             f" {free / 1e9:.1f} GB are free. {until}"
         )
 

@@ -178,7 +178,7 @@ def memory_usage(snapshot: Snapshot) -> str:
     if card is not None:
         words = f"GPU {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB"
         on_card = card.by_process.get(process.pid) if process else None
-        more = f" and {format_bytes(on_card)} on the graphics card" if own and on_card else ""
+        more = f" and {format_bytes(on_card)} on the GPU" if own and on_card else ""
         tip = f"Memory of {card.name} in use. {own}{more}"
     elif own:
         used = psutil.virtual_memory()

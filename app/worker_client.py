@@ -31,7 +31,7 @@ CARDS = ("cuda", "xpu")
 LOOK_AROUND_EVERY = 1.0
 """Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
 than that before it takes any. A look at 200 runs takes a hundredth of it."""
-GAVE_WAY = "Waiting: a run begins on the graphics card."
+GAVE_WAY = "Waiting: a run begins on the GPU."
 STARTING_TAKES = "Starting the worker, which takes some seconds the first time."
 
 

@@ -306,7 +306,7 @@ def _memory_words(snapshot: Snapshot, measured: bool) -> str:
     hardware = snapshot.app_state.hardware
     card = hardware.card() if hardware.has_gpu else None
     words = "memory, measured" if measured else "memory"
-    return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
+    return f"{words}, of {card.total / 2**30:.0f} GB on the GPU" if card else "memory, roughly"
 
 
 def details(snapshot: Snapshot) -> str:
@@ -371,7 +371,7 @@ def _memory_sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
         return []
     beyond = expected.memory_bytes > free
     return [
-        f"As set, it would take about {expected.memory_as_set / 1e9:.1f} GB of the card's memory, of which"
+        f"As set, it would take about {expected.memory_as_set / 1e9:.1f} GB of GPU memory, of which"
         f" {free / 1e9:.1f} GB are free, so it takes less:",
         *dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks),
         *(["Even so it may not fit: close other programs, or lower the resolution."] if beyond else []),

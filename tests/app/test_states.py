@@ -299,13 +299,13 @@ def test_without_a_card_it_says_that_it_takes_hours(
     from tests.app.bases import checkpoint as base_file
 
     monkeypatch.setattr(app_state.hardware, "look", lambda: None)
-    assert not any("graphics card" in text for text in notes(without_card(app_state)))
+    assert not any("No GPU" in text for text in notes(without_card(app_state)))
     base = base_file(tmp_path / "base.safetensors", "sd15")
     app_state.project.update_draft(values={"model.base": str(base)})
     assert "No GPU found" in notes(without_card(app_state))[0]
     app_state.hardware._cards = [Card("RTX 3060", 2**30, 8 * 2**30)]
-    assert not any("graphics card" in text for text in notes(without_card(app_state)))
-    assert "of 8 GB on the card" in facts(take_snapshot(app_state))
+    assert not any("No GPU" in text for text in notes(without_card(app_state)))
+    assert "of 8 GB on the GPU" in facts(take_snapshot(app_state))
     assert "GPU 1.0 of 8 GB" in top_bar.memory_usage(take_snapshot(app_state))
     # PyTorch was installed for a processor, or the driver is too old.
     app_state.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
@@ -339,7 +339,7 @@ def test_what_a_run_does_to_fit_the_chosen_card_is_said(
             values={**FAMILIES["sdxl"].settings, "model.base": str(base), "train.device": device}
         )
         snapshot = take_snapshot(app_state)
-        assert f"of {total} GB on the card" in facts(snapshot)
+        assert f"of {total} GB on the GPU" in facts(snapshot)
         assert f"GPU 1.0 of {total} GB" in top_bar.memory_usage(snapshot)
         said = markup.unescape(details(snapshot))
         assert ("As set, it would take about" in said) == bool(words)

@@ -338,7 +338,7 @@ def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(app_state: AppSt
     assert app_state._in_the_way(picture) == ""
     come_alive(train)
     # Before its first step it has not taken all of its memory.
-    assert "Waiting for the graphics card" in app_state._in_the_way(picture)
+    assert "Waiting for the GPU" in app_state._in_the_way(picture)
     with open(train.events_file, "a") as events:
         events.write(to_line(step(1)))
     assert app_state._in_the_way(picture) == ""
