@@ -122,12 +122,14 @@ def _cost(browser: Any, window: Window) -> list[Row]:
     page.goto(window.address + "#train")
     page.wait_for_selector("html[data-ready]")
     page.wait_for_timeout(20_000)
-    rows = [_spent(page, window, "idle", 0.005)]
+    shift = page.evaluate("window.shifted")
+    rows = [Row("Layout shift of the load", f"{shift:.4f}", "under 0.02", shift < 0.02)]
+    rows.append(_spent(page, window, "idle", 0.005))
     run = RunFolder.create(runs_folder(window.workspace) / "played", RunConfig().changed({"name": "played"}))
     child = subprocess.Popen([sys.executable, "-c", RUN, str(run.path)])
-    page.evaluate("window.shifted = 0")
     page.wait_for_selector("#run-status[data-state=running]")
     page.wait_for_timeout(3000)
+    page.evaluate("window.shifted = 0")
     wire = context.new_cdp_session(page)
     before = _heap(wire)
     rows.append(_spent(page, window, "with a run going on", 0.03))
