@@ -5,6 +5,7 @@ as if a user had typed it, and what cannot be used is listed in a sentence each.
 """
 
 import contextlib
+import functools
 import math
 import re
 import tomllib
@@ -39,7 +40,8 @@ def preset_names() -> list[str]:
     return ["demo", *(f"{goal}-{level}" for goal in GOALS for level in LEVELS)]
 
 
-def preset(name: str) -> dict[str, Any]:
+@functools.cache
+def preset(name: str) -> Mapping[str, Any]:
     """The settings of a preset, dotted name to value. A level alone ("quick") means it for a character.
 
     Raises:
@@ -61,7 +63,7 @@ def starting_settings(name: str, family: Family | None) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such preset.
     """
-    return (preset(name) if name else {}) | dict(family.settings if family else {})
+    return {**(preset(name) if name else {}), **(family.settings if family else {})}
 
 
 CONFIG_KEY = "lora_easel.config"
