@@ -35,10 +35,11 @@ class Window:
         self.project = workspace / "projects" / "default"
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
+        self.port = 0
 
     def launch(self) -> None:
         code = "import sys, launch; sys.exit(launch.open_app(sys.argv[1:]))"
-        options = ["--no-browser", "--port", "0", "--workspace", str(self.workspace)]
+        options = ["--no-browser", "--port", str(self.port), "--workspace", str(self.workspace)]
         home = {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *options],

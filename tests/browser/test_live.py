@@ -1,0 +1,48 @@
+"""A page follows what moves from wherever it happens, catches up after it was hidden, and stays where it is
+when the server comes back."""
+
+from typing import Any
+
+import pytest
+
+from tests.browser.pages import open_tab, set_steps
+from tests.browser.windows import Window
+
+HIDE = """hide => {
+  Object.defineProperty(document, "hidden", { configurable: true, get: () => hide });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+RENAME = """title => {
+  const { project } = document.querySelector("#dataset-mark").dataset;
+  return window.easel.post("projects", { do: "rename", project, title });
+}"""
+TITLE = "title => document.querySelector('#project-picker').textContent.trim() === title"
+
+
+@pytest.mark.own_window
+def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, window: Window) -> None:
+    other = new_page()
+    other.goto(window.address)
+    other.wait_for_selector("html[data-ready]")
+    other.evaluate(RENAME, "First")
+    page.wait_for_function(TITLE, arg="First")
+
+    page.evaluate(HIDE, True)
+    other.evaluate(RENAME, "Second")
+    other.wait_for_function(TITLE, arg="Second")
+    assert page.evaluate(TITLE, "First"), "a hidden page follows the header alone"
+    page.evaluate(HIDE, False)
+    page.wait_for_function(TITLE, arg="Second")
+
+    open_tab(page, "Train")
+    page.evaluate("window.old = true")
+    watched.expected_away = True
+    window.stop()
+    page.wait_for_selector("#away:visible")
+    window.port = int(window.address.rpartition(":")[2])
+    window.start()
+    for each in (page, other):
+        each.wait_for_selector("#away", state="hidden")
+    watched.expected_away = False
+    set_steps(page, 77)
+    assert page.evaluate("window.old"), "the page was loaded anew"
