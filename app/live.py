@@ -23,8 +23,7 @@ from lora_core.system.files import clean_value
 
 WORK_EVERY, LIVE_EVERY, IDLE_EVERY, HIDDEN_EVERY = 0.25, 1.0, 5.0, 5.0
 """Seconds from look to look: at work under way, at all while something goes on, at all; of a hidden page."""
-BEAT = 20.0
-RECONNECT = 1.0
+BEAT, RECONNECT = 20.0, 1.0
 FOR_HIDDEN = ("run-bar",)
 """What a hidden page still follows, for its title and the notification at a run's end."""
 
@@ -94,8 +93,7 @@ class LiveStream:
         with self._lock:
             since = time.monotonic() - self._looked_at
             every = LIVE_EVERY if self._busy or self._working else IDLE_EVERY
-            # Timers may ring a little early.
-            all_due = self._stale or since > every - 0.05
+            all_due = self._stale or since > every - 0.05  # Timers may ring a little early.
             if not all_due and not self._working:
                 return
             self._stale = self._stale and not all_due
