@@ -8,9 +8,11 @@ predicted. A minute or two.
 """
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +51,25 @@ def base_file(path: Path, name: str) -> Path:
     return write_header(path, shapes)
 
 
+@contextlib.contextmanager
+def blank_on_processor(*names: str) -> Iterator[None]:
+    """Have a VAE on the processor, which takes minutes for an image of its true size, give blank ones."""
+
+    def wrapped(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def blank(vae: Any, latents: torch.Tensor) -> Any:
+            count, _, height, width = latents.shape
+            image = torch.zeros(count, 3, height * 8, width * 8)
+            return SimpleNamespace(sample=image) if latents.device.type == "cpu" else decode(vae, latents)
+
+        return blank
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            blank = wrapped(getattr(AutoencoderKL, name))
+            stack.enter_context(mock.patch.object(AutoencoderKL, name, blank))
+        yield
+
+
 def whole_run(folder: Path, name: str, gib: float, **changes: Any) -> dict[str, Any]:
     """Train a family with its default settings and `changes` on a card of `gib`."""
     pictures = folder / "pictures"
@@ -61,16 +82,8 @@ def whole_run(folder: Path, name: str, gib: float, **changes: Any) -> dict[str, 
     settings = {"name": name, "model.base": str(base), "dataset.path": str(pictures)}
     config = RunConfig().changed({**FAMILIES[name].settings, **SHORT, **settings, **changes})
     run = RunFolder.create(folder / "runs" / name, config)
-    began, decode = time.monotonic(), AutoencoderKL.decode
-
-    def no_work(vae: Any, latents: torch.Tensor) -> Any:
-        # A processor takes minutes for an image of a true VAE.
-        count, _, height, width = latents.shape
-        blank = torch.zeros(count, 3, height * 8, width * 8)
-        return SimpleNamespace(sample=blank) if latents.device.type == "cpu" else decode(vae, latents)
-
-    device = SimulatedDevice(gib=gib, numbers=False)
-    with device as card, mock.patch.object(AutoencoderKL, "decode", no_work):
+    began = time.monotonic()
+    with SimulatedDevice(gib=gib, numbers=False) as card, blank_on_processor("decode", "tiled_decode"):
         try:
             trained(run)
         finally:
