@@ -313,7 +313,9 @@ def queue_sweep(
     folder = find_run(run, workspace)
     place = workspace_folder(workspace) if workspace else folder.path.parent.parent
     config = folder.config().changed({"name": folder.name})
-    configs = sweep_configs(config, setting, values, runs_folder(place))
+    swept = sweep_configs(config, setting, values, runs_folder(place))
+    places = (*PLACES, "dataset.path")
+    configs = [one.changed({name: _in_full(one.get(name)) for name in places}) for one in swept]
     for one in configs:
         require_none_blocking(preflight(one, place))
     made = [RunFolder.create(runs_folder(place) / one.name, one) for one in configs]

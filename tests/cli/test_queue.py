@@ -173,7 +173,9 @@ def test_three_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFi
     assert left == []
 
 
-def test_a_sweep_queues_copies_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_queues_copies_of_a_run(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = ("--workspace", home)
     made(home, "a")
     assert "a-rank-4 waits in the queue" in said(capsys, "queue", "sweep", "a", "adapter.rank", 4, 8, *where)
@@ -186,6 +188,12 @@ def test_a_sweep_queues_copies_of_a_run(home: Path, capsys: pytest.CaptureFixtur
     # A library gives numbers; what is the same run twice is queued once.
     found = sweep_configs(config, "optimizer.text_encoder_lr", [0, 1e-4, "0.0001"], runs_folder(home))
     assert [one.optimizer.text_encoder_lr for one in found] == [0, 1e-4]
+    # The queue may be run from another folder.
+    (home / "other").mkdir()
+    Image.new("RGB", (64, 64)).save(home / "other" / "a.png")
+    monkeypatch.chdir(home)
+    assert main(["queue", "sweep", "a", "dataset.path", "other", *map(str, where)]) == 0
+    assert Queue(home).run("a-path-other").config().dataset.path == str(home / "other")
 
 
 def made_longer(home: Path, name: str) -> RunFolder:
