@@ -519,8 +519,9 @@ def prepare(
             text.embed(caption)
         if len(fixed) == len(train):
             text.release()
-    fallbacks = _load_denoiser(base, layout, [name for name, step in plan.rungs if step == 0])
+    waiting = _load_denoiser(base, layout)
     state, notes = build_train_state(base, layout, config, plan.layout)
+    fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
     batches = Batches(items, latents, rules, config.train.batch_size, config.dataset.flip, config.seed)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
@@ -610,14 +611,19 @@ def _encode_pictures(
     say("Encoding images", len(wanted), len(wanted))
 
 
-def _load_denoiser(base: BaseModel, layout: AdapterPlan, applied: list[str]) -> list[str]:
-    """Load the denoiser while VAE and frozen text encoders wait on the CPU, then move these to the device but
-    for what a fallback keeps off it. Returns the fallbacks for those that do not fit, which stay."""
-    cpu = torch.device("cpu")
+def _load_denoiser(base: BaseModel, layout: AdapterPlan) -> dict[str, list[str]]:
+    """Load the denoiser; returns the components that wait on the CPU, so that the adapter takes its memory
+    first, by the fallback that keeps them there."""
     waiting = {VAE_ON_CPU: ["vae"], TEXT_ON_CPU: [] if layout.encoders_trained else list(base.text_encoders)}
     for part in waiting[TEXT_ON_CPU]:
-        base.put(part, cpu)
+        base.put(part, torch.device("cpu"))
     base.load(base.family.denoiser)
+    return waiting
+
+
+def _put_back(base: BaseModel, waiting: dict[str, list[str]], applied: list[str]) -> list[str]:
+    """Move components to the device unless their fallback was applied; returns the fallbacks for those that
+    do not fit, which stay."""
     lacking = []
     for fallback, parts in waiting.items():
         try:
@@ -629,7 +635,7 @@ def _load_denoiser(base: BaseModel, layout: AdapterPlan, applied: list[str]) -> 
             release_failed(error, base.device)
             lacking.append(fallback)
             for part in parts:
-                base.put(part, cpu)
+                base.put(part, torch.device("cpu"))
     return lacking
 
 
