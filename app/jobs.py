@@ -198,7 +198,8 @@ class Jobs:
 
     def second(self) -> RunView | None:
         """The run that the one shown is compared with."""
-        return self._find(self._second) if self._second != self._chosen else None
+        both = self._find(self._chosen) and self._second != self._chosen
+        return self._find(self._second) if both else None
 
     def create(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config`, to be started now or later.

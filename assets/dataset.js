@@ -368,8 +368,7 @@
   };
 
   // One at a time, none lost: what the next key press acts on is known once the previous action is done.
-  let acting = Promise.resolve();
-  const inTurn = (action) => { acting = acting.then(action).catch((error) => say("error", error.message)); return acting; };
+  const turn = window.easel.inTurns(), inTurn = (action) => turn(action).catch((error) => say("error", error.message));
   const leaveOut = (names) => inTurn(() => leaveNow(names ?? acted()));
   const leaveNow = async (names) => {
     if (!names.length || shelf.fixed) return;

@@ -19,8 +19,8 @@
     if (unwritten !== null) worksIn().innerHTML = unwritten;
   };
   // One after the other: the last choice counts.
-  let stored = Promise.resolve();
-  const store = (body) => { stored = stored.then(() => post("export/choose", body)).catch(() => window.easel.toast(AWAY, "bad")); return stored; };
+  const inTurn = window.easel.inTurns();
+  const store = (body) => inTurn(() => post("export/choose", body)).catch(() => window.easel.toast(AWAY, "bad"));
   const choose = (body) => { clear(); return store(body); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });

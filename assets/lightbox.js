@@ -22,7 +22,7 @@
 
   const open = (node) => {
     const row = rowOf(node), image = make("img"), words = make("p", { className: "small" }), made = make("p", { className: "small num" });
-    let at = row.indexOf(node), flipped = false, zoom = 0, settings = "";
+    let at = row.indexOf(node), flipped = false, zoom = 0, settings;
     const box = make("dialog", { className: "easel-dialog lightbox", attributes: { "aria-label": "Image" } });
     const button = (text, act, more = {}) => { const made = make("button", { type: "button", className: "own", textContent: text, ...more }); made.addEventListener("click", act); return made; };
     const flipOf = () => row[at].dataset.flip || (kind(row[at]) === "large" && at ? addressOf(row[0]) : "");
@@ -36,12 +36,11 @@
       Object.assign(flip, { hidden: !base, title: "Space" });
       for (const step of [earlier, later]) step.hidden = row.length < 2;
       scale();
-      const address = image.src, found = await readSettings(address);
+      const reading = settings = readSettings(image.src), found = await reading;
       // Another image may be shown by now.
-      if (image.src !== address) return;
-      settings = found;
-      useIt.hidden = !settings || !window.easel.useSettings;
-      made.textContent = settings.split("\n").at(-1);
+      if (reading !== settings) return;
+      useIt.hidden = !found || !window.easel.useSettings;
+      made.textContent = found.split("\n").at(-1);
     };
     const scale = () => {
       frame.dataset.scale = zoom;
@@ -52,7 +51,13 @@
     const [back, on] = kind(node) === "large" ? ["Earlier", "Later"] : ["Previous", "Next"];
     const earlier = button(back, () => go(-1), { title: "Left arrow" }), later = button(on, () => go(1), { title: "Right arrow" });
     const flip = button("Show base", () => { flipped = !flipped; show(); });
-    const useIt = button("Use these settings", () => { box.close(); openTab("Preview"); window.easel.useSettings(settings); }, { hidden: true });
+    const useIt = button("Use these settings", async () => {
+      const text = await settings;
+      if (!text) return;
+      box.close();
+      openTab("Preview");
+      window.easel.useSettings(text);
+    }, { hidden: true });
     const zooms = ZOOMS.map(([text, value]) => button(text, () => { zoom = value; scale(); }, { className: "" }));
     zooms.forEach((each, index) => { each.dataset.scale = ZOOMS[index][1]; });
     const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": "Image, enlarged" } }, image);
@@ -60,6 +65,7 @@
     image.addEventListener("load", scale);
     image.addEventListener("click", () => { zoom = ZOOMS[(ZOOMS.findIndex(([, value]) => value === zoom) + 1) % ZOOMS.length][1]; scale(); });
     box.addEventListener("keydown", (event) => {
+      if (event.altKey || event.ctrlKey || event.metaKey) return;
       const by = { ArrowLeft: -1, ArrowRight: 1, Home: -row.length, End: row.length }[event.key];
       if (by && !(zoom && event.target === frame)) { event.preventDefault(); go(by); }
       else if (event.key === " " && !event.target.matches("button")) { event.preventDefault(); if (!flip.hidden) flip.click(); }

@@ -88,7 +88,7 @@
   });
   document.addEventListener("keydown", (event) => {
     const scrubber = one("#scrubber"), by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], index = Number(scrubber?.value) + by;
-    if (!by || !event.target.matches(".samples-scroll")) return;
+    if (!by || event.altKey || event.ctrlKey || event.metaKey || !event.target.matches(".samples-scroll")) return;
     event.preventDefault();
     show(stepsOf(scrubber)[index] ?? at);
   });

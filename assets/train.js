@@ -109,10 +109,11 @@
     box.showModal();
   };
 
+  // What waits for its answer and is not sent again meanwhile: whether a button is disabled is the server's to say.
+  const sent = new WeakSet();
+
   // ---- the rail: arrows go from run to run; Alt+arrows and dragging order the queue -------------------------------------
-  // Acts that follow each other fast are sent one after the other.
-  let last = Promise.resolve();
-  const inTurn = (work) => { last = last.then(work, work); return last; };
+  const inTurn = window.easel.inTurns();
   const order = (body) => inTurn(() => post("queue", body));
   const RUN = "application/x-easel-run";
   const waitingAt = (event) => event.dataTransfer?.types.includes(RUN) && event.target.closest?.(".rail [data-place]");
@@ -130,13 +131,6 @@
     event.preventDefault();
     order({ do: "move", run: event.dataTransfer.getData(RUN), place: Number(at.dataset.place) });
   });
-  // The run that keys move: a response may draw another one into the row that has the focus, which then goes after it.
-  let moved = "";
-  const followMoved = () => {
-    const view = moved && one(`.rail [data-job="${CSS.escape(moved)}"] .view`);
-    if (view && document.activeElement !== view) view.focus();
-  };
-  document.addEventListener("pointerdown", () => { moved = ""; });
   document.addEventListener("keydown", (event) => {
     const fold = event.key === "Escape" && event.target.closest?.("#sweep[open]");
     if (fold) { fold.open = false; one("summary", fold).focus(); }
@@ -144,49 +138,52 @@
   document.addEventListener("keydown", (event) => {
     const view = event.target.closest?.(".rail .view"), by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
     const moves = event.altKey && ["ArrowUp", "ArrowDown"].includes(event.key);
-    if (!moves && event.key !== "Alt") moved = "";
     if (!view || !by || event.ctrlKey || event.metaKey || (event.altKey && !moves)) return;
     event.preventDefault();
     const { job, place } = view.closest("li").dataset, views = all(".rail .view").filter((each) => each.offsetParent);
     if (!moves) return views[views.indexOf(view) + by]?.focus();
-    if (!place) return;
-    moved ||= job;
-    order({ do: by < 0 ? "up" : "down", run: moved });
+    if (place) order({ do: by < 0 ? "up" : "down", run: job });
   });
 
   // ---- the settings of a run come into the form, and go again -----------------------------------------------------------
   let former = null;
-  const giveBack = () => inTurn(async () => {
-    if (!former || !await post("settings/restore", former)) return;
-    former = null;
+  const giveBack = (to) => inTurn(async () => {
+    if (!to || to.done || to.project !== window.easel.project || !await post("settings/restore", to)) return;
+    to.done = true;
     refill();
     toast("Undone: the form is as it was.");
   });
   const clone = (run) => inTurn(async () => {
     const answer = await post("settings/take", { run });
     if (!answer) return;
-    former = answer.before;
+    const before = former = { ...answer.before, project: window.easel.project };
     refill();
-    toast(`The form has the settings of ${run}: ${window.easel.plural(answer.new, "setting")} changed.`, "", giveBack);
+    toast(`The form has the settings of ${run}: ${window.easel.plural(answer.new, "setting")} changed.`, "", () => giveBack(before));
   });
+  // What is changed by hand since then is not taken back by a key.
+  document.addEventListener("focusin", ({ target }) => { if (target.closest(".page-train .side")) former = null; });
   document.addEventListener("keydown", (event) => {
     if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z") return;
     if (!one(".page-train")?.offsetParent || event.target.closest?.("input, textarea, select")) return;
     event.preventDefault();
-    giveBack();
+    giveBack(former);
   });
   document.addEventListener("submit", (event) => {
     if (!["sweep-form", "like-form"].includes(event.target.id)) return;
     event.preventDefault();
     if (event.target.id === "like-form") return inTurn(() => post("settings/import", { path: one("#like-path input").value })).then(refill);
+    if (sent.has(event.target)) return;
+    sent.add(event.target);
     const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
     inTurn(async () => {
       const body = { setting: one("#sweep-setting").value, values: values.value, name };
       const answer = await window.easel.post("settings/sweep", body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
+      sent.delete(event.target);
       problem.textContent = answer.problem ?? "";
       values.setAttribute("aria-invalid", Boolean(answer.problem));
       if (answer.problem) return values.focus();
       one("#sweep").open = false;
+      one("#sweep summary").focus();
       toast(`In the queue: ${answer.names}.`);
     });
   });
@@ -194,13 +191,11 @@
   // ---- one listener per event type -------------------------------------------------------------------------------------------
   const act = async (target, path, body) => {
     if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
-    const focused = document.activeElement === target;
-    target.disabled = true;
+    if (sent.has(target)) return;
+    sent.add(target);
     started = ["resume", "accept"].includes(body.do);
     await post(path, body);
-    target.disabled = false;
-    // A disabled element loses the keyboard focus.
-    if (focused && document.activeElement === document.body) target.focus();
+    sent.delete(target);
     // What was changed in the draft comes into the form.
     if (body.do === "reset") refill();
   };
@@ -305,7 +300,6 @@
     markFields();
     lookAtRun();
     showInRail();
-    followMoved();
     // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;
     if (arrived !== undefined && now !== arrived) refill();

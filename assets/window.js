@@ -42,6 +42,12 @@
     };
   };
 
+  // Makes work run in turn: what comes while an answer is on its way waits for it, and nothing overtakes.
+  const inTurns = () => {
+    let last = Promise.resolve();
+    return (work) => { last = last.catch(() => {}).then(() => work()); return last; };
+  };
+
   // Keeps the keyboard focus while `draw` replaces the nodes in `place`: on the same control, or on its neighbour.
   const CONTROLS = "button, input, select, textarea, summary, a[href]";
   const nameOf = (node) => [node.tagName, node.id, node.getAttribute("aria-label"), ...Object.entries(node.dataset)].join();
@@ -75,7 +81,13 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { openTab, one, all, get, post, upload, ownProject, make, plural, later, inOrder, refocus, redraw, toast, settling: [] };
+  window.easel = { openTab, one, all, get, post, upload, ownProject, make, plural, later, inOrder, inTurns, refocus, redraw, toast, settling: [] };
+
+  // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
+  document.addEventListener("keydown", (event) => {
+    if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z" || event.target.closest?.("input, textarea, select")) return;
+    if (!one("#dataset-grid")?.offsetParent) one("#easel-toast.on kbd")?.parentElement.click();
+  });
 
   // Browsers have a clipboard only at localhost and over https.
   const copy = async (button, text) => {
@@ -102,6 +114,7 @@
   };
   const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
   const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
+  const inTurn = inTurns();
   let following = true, awaited = "";
   const follow = () => {
     const [name, run] = place();
@@ -110,7 +123,7 @@
     if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
     if (name === "run" && run && run !== shownRun()) {
       awaited = run;
-      post("run", { do: "show", run: awaited }).finally(() => setTimeout(() => { awaited = ""; }, 5000));
+      inTurn(() => post("run", { do: "show", run })).catch(() => {}).finally(() => setTimeout(() => { awaited = ""; }, 5000));
     }
   };
   addEventListener("hashchange", follow);

@@ -1,6 +1,6 @@
 """What the Preview tab generates: an image beside the base's own, a strip of strengths, and a grid.
 
-A page states what it wants to see and polls; generation continues without it. The image looked at comes
+A page states what it wants to see and follows it; generation continues without it. The image looked at comes
 first, then the base's, the strip, and the grid. All of them are `GenerationRequest`s, so an image is
 generated once and reused wherever it appears.
 """

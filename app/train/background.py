@@ -1,4 +1,4 @@
-"""What the Train tab's form learns in the background, since a page that polls must not wait: the problems of
+"""What the Train tab's form learns in the background, since a look at the state must not wait: the problems of
 the run to come, bases of the hub with their downloads, and the time of a step.
 
 All of it runs in threads of the window or in the warm worker; nothing here imports torch.
@@ -320,7 +320,7 @@ class Prober:
 
     def _on_timer(self, config: RunConfig) -> None:
         key = cost_key(config)
-        # Under the lock, so that a page that polls meanwhile sets no other timer.
+        # Under the lock, so that a look meanwhile sets no other timer.
         with self._lock:
             self._timer = None
             if self._wanted != key or key in self._problems or self.known(config):

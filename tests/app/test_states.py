@@ -463,3 +463,8 @@ def test_two_runs_are_compared(app_state: AppState) -> None:
     assert 'href="#run/a"' in earlier(snapshot)
     app_state.jobs.show("b+b")
     assert compare_card(take_snapshot(app_state)) == ""
+    # Where the run shown is deleted, another one takes its place, alone.
+    app_state.jobs.show("a+b")
+    app_state.jobs.delete("a")
+    assert take_snapshot(app_state).shown.name == "b"
+    assert compare_card(take_snapshot(app_state)) == ""
