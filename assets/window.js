@@ -115,8 +115,9 @@
   const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
   const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
   const inTurn = inTurns();
-  let following = true, awaited = "";
+  let following = true, awaited = "", followed = location.hash;
   const follow = () => {
+    followed = location.hash;
     const [name, run] = place();
     const tabs = all("[role=tab]"), wanted = name === "run" ? "train" : name;
     const tab = tabs.find((each) => each.textContent.trim().toLowerCase() === wanted) ?? tabs[0];
@@ -126,7 +127,7 @@
       inTurn(() => post("run", { do: "show", run })).catch(() => {}).finally(() => setTimeout(() => { awaited = ""; }, 5000));
     }
   };
-  addEventListener("hashchange", follow);
+  addEventListener("hashchange", () => { if (location.hash !== followed) follow(); });
   // A tab that the user opened before the page was ready counts more than the address.
   document.addEventListener("click", (event) => {
     if (event.isTrusted && event.target.closest("[role=tab], [data-tab]")) following = false;
@@ -135,11 +136,14 @@
     if (!document.documentElement.dataset.ready) return;
     // The address that the page was opened with is followed first.
     if (following) { following = false; if (location.hash) follow(); return; }
+    // A link is followed before its event comes, as what is shown now would take its place.
+    if (location.hash !== followed) { follow(); return; }
     const [name, run] = place(), now = openTabName(), shown = shownRun();
     const tab = name === "run" ? "train" : name || "dataset";
     if (now && now !== tab) history.pushState(null, "", `#${now}`);
     else if (awaited && awaited === shown) awaited = "";
     else if (name === "run" && !awaited && shown && run !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
+    followed = location.hash;
   };
 
   // ---- a list opens on a key or a click, not on the focus that Tab brings ----------------------------------------
