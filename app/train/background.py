@@ -1,5 +1,5 @@
-"""What the Train tab's form learns in the background, since a look at the state must not wait: the problems of
-the run to come, bases of the hub with their downloads, and the time of a step.
+"""What the Train tab's form learns in the background, since a look at the state must not wait: the problems
+of the run to come, bases of the hub with their downloads, and the time of a step.
 
 All of it runs in threads of the window or in the warm worker; nothing here imports torch.
 """
