@@ -60,7 +60,6 @@
     if (sending) return note("Another import is running; wait until it is done.", true);
     if (!files.length) return note("There is nothing in that folder.", true);
     sending = { stopped: false };
-    easel.joining = true;
     const own = easel.project, mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
     let next = 0, done = 0, batch = null;
     try {
@@ -78,7 +77,7 @@
       };
       await Promise.all(Array.from({ length: AT_ONCE }, worker));
       if (mine.stopped) throw new Error("The import was cancelled; nothing was added.");
-      const answer = await post(`upload/${batch}`, {});
+      const answer = await startImport(`upload/${batch}`, {});
       if (answer.problem) throw new Error(answer.problem);
       batch = null;
       await finished(answer, 0.5, own);
@@ -86,10 +85,20 @@
       mine.stopped = true;
       if (batch) post(`upload/${batch}`, { give_up: true }).catch(() => {});
       end(error.message, true);
-    } finally { sending = null; easel.joining = false; }
+    } finally { sending = null; }
   };
 
   const end = (text, bad) => { const place = one("#import-note"); if (place) place.className = ""; note(text, bad); };
+
+  // An import into the demo opens the project of the user's own images; this page goes along.
+  const startImport = async (path, body) => {
+    easel.joining = true;
+    try {
+      const answer = await post(path, body);
+      easel.project = answer.project ?? easel.project;
+      return answer;
+    } finally { easel.joining = false; }
+  };
 
   // The import that is shown: begun here, or by another page. `done` is called when it has ended.
   let followed = null;
@@ -103,11 +112,9 @@
     if (state.state !== "working") {
       const { own, done } = followed;
       followed = null;
-      // The demo's page is that of the user's own project now.
-      if (sending) easel.project = state.project;
       easel.load().then(() => {
         // Only if the import changed the form: text being typed must not be lost.
-        if (state.left_demo || state.project !== own) easel.refill();
+        if (state.left_demo || easel.project !== own) easel.refill();
         end(state.note ?? "", state.state === "failed");
         post("check", { by_itself: true }).then(watchCheck).catch(() => {});
         done();
@@ -125,13 +132,12 @@
     if (sending) return;
     const own = easel.project;
     sending = {};
-    easel.joining = true;
     try {
-      const answer = await post("import", { path, link: one("#dataset-link").checked });
+      const answer = await startImport("import", { path, link: one("#dataset-link").checked });
       if (answer.problem) return note(answer.problem, true);
       await finished(answer, 0, own);
       field.value = "";
-    } catch (error) { note(error.message, true); } finally { sending = null; easel.joining = false; }
+    } catch (error) { note(error.message, true); } finally { sending = null; }
   };
   Object.assign(easel, { takeFiles: take, openBulk: () => openBulk(), addTag: (...given) => addTag(...given) });
   addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });

@@ -304,8 +304,9 @@
     const now = one("#base-note")?.dataset.arrived ?? arrived;
     if (arrived !== undefined && now !== arrived) refill();
     arrived = now;
-    if (others.size && !shared) window.easel.toast("Also open in another tab. The last edit wins.");
-    shared = others.size > 0;
+    const both = others.size > 0 && one(".gradio-container") !== null;
+    if (both && !shared) window.easel.toast("Also open in another tab. The last edit wins.");
+    shared = both;
     for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {
       const place = document.getElementById(id), text = document.getElementById(why)?.textContent ?? "";
       const title = place?.disabled ? text : "";

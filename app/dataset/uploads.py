@@ -97,7 +97,7 @@ class Importer:
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, the
         `project` that it goes into, and `left_demo` if the form changed because of it."""
-        return {**self._state, "project": self.project.path.name}
+        return dict(self._state)
 
     @property
     def working(self) -> bool:
@@ -226,7 +226,8 @@ class Importer:
         with self._lock:
             self._refuse_two()
             number = self._state["number"] + 1
-            self._state = {"state": "working", "number": number, "phase": "Looking", "done": 0, "total": 0}
+            into = {"number": number, "project": self.project.path.name}
+            self._state = {"state": "working", **into, "phase": "Looking", "done": 0, "total": 0}
         thread = threading.Thread(target=self._run, args=(work, how), daemon=True, name="import")
         thread.start()
 
