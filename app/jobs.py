@@ -398,6 +398,16 @@ class QueueClient:
         if run.path.is_dir() and not run.events_file.exists():
             self._runs.delete(name)
 
+    def delete(self, name: str) -> None:
+        """Move a run to the trash, and take it out of the queue where it waits.
+
+        Raises:
+            RunError: there is none of that name, or it is going on.
+        """
+        self._runs.delete(name)
+        with contextlib.suppress(RunError):
+            self.queue.remove(name)
+
     def act(self, action: str, name: str, place: int = 0) -> None:
         """Do what the list of the queue asks for; `place` is where to move a run, 1 is the next to start.
 

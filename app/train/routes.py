@@ -130,7 +130,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         "retry": jobs.retry,
         "reset": lambda group: reset_settings(project, group),
         "show": jobs.show,
-        "delete": jobs.delete,
+        "delete": app_state.queue.delete,
     }
     if do not in acts:
         raise BadRequest("no such action")
