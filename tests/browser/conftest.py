@@ -1,6 +1,7 @@
 """A real window in a process of its own and a real Chromium on it; every test also asserts that the page
 stayed quiet."""
 
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,8 @@ def new_page(browser, watched: Watched, window: Window):
         context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
+        # The headless shell draws only one page, and the others have no frames to look in.
+        page.wait_for_function = functools.partial(page.wait_for_function, polling=100)
         watched.follow(page)
         return page
 
