@@ -66,13 +66,15 @@
     if (button?.dataset.reportRun) { button.disabled = state === "working"; button.title = state === "working" ? "A report is being made." : ""; }
   };
   window.easel.on("report", (now) => {
-    if (!one("#report-state")) return false;
-    if (now.state === "working") return tell("working", now.words);
     const first = revision === -1;
-    if (now.revision === revision) return;
-    revision = now.revision;
-    if (now.html && !(first && now.state === "done")) tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
-    else tell("idle", "");
+    if (now.state === "working") tell("working", now.words);
+    else if (now.revision !== revision) {
+      revision = now.revision;
+      if (now.html && !(first && now.state === "done")) tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
+      else tell("idle", "");
+    }
+    // The tab that was never open is not in the page; it is told of work under way when it opens.
+    return Boolean(one("#report-state"));
   });
   const makeReport = async ({ reportRun: run, reportQuick }) => {
     quick = reportQuick !== undefined;
