@@ -67,9 +67,10 @@
   };
   window.easel.on("report", (now) => {
     const first = revision === -1;
+    const news = now.revision !== revision;
+    revision = now.revision;
     if (now.state === "working") tell("working", now.words);
-    else if (now.revision !== revision) {
-      revision = now.revision;
+    else if (news) {
       if (now.html && !(first && now.state === "done")) tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
       else tell("idle", "");
     }
