@@ -9,6 +9,7 @@ looks, which are taken one after the other and only while a page is open.
 import asyncio
 import contextlib
 import json
+import logging
 import secrets
 import threading
 import time
@@ -72,7 +73,11 @@ class LiveStream:
         sent_at = 0.0
         while True:
             changed, before = self._changed, self._number
-            await asyncio.to_thread(self._look_if_due)
+            try:
+                await asyncio.to_thread(self._look_if_due)
+            except Exception:
+                # The pages keep what they show, and the next look may succeed.
+                logging.getLogger(__name__).exception("What the page shows cannot be made")
             if self._number != before:
                 self._signal()
             now, parts = self._number, self._parts

@@ -156,6 +156,25 @@ def test_looks_never_overtake_each_other(live: LiveStream, state: dict[str, str]
     run(steps)
 
 
+def test_a_look_that_fails_ends_no_page(live: LiveStream, state: dict[str, str], caplog: Any) -> None:
+    def fails() -> tuple[dict[str, str], bool]:
+        raise ValueError("a fault")
+
+    async def steps() -> None:
+        page = OpenPage(live.events(""))
+        assert await page.next() == state
+        look, live.look = live.look, fails
+        state["card"] = "<p>two</p>"
+        live.wake()
+        waiting = await page.stays_quiet()
+        live.look = look
+        live.wake()
+        assert await waiting == {"card": "<p>two</p>"}
+
+    run(steps)
+    assert "ValueError: a fault" in caplog.text
+
+
 def test_every_change_by_a_request_wakes_the_pages(app_state: AppState) -> None:
     client = TestClient(main.build_app(app_state, ["testserver"]))
     woken: list[bool] = []
