@@ -21,10 +21,11 @@
   // Names of trashed items are untrusted: inserted as text.
   const trashRow = (thing) => {
     const when = new Date(1000 * thing.time).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
+    const kind = thing.kind === "picture" ? "image" : thing.kind;
     const words = make("div", { className: "grow" }, make("b", { textContent: thing.name, dir: "auto" }),
-      make("p", { className: "small num", textContent: `${thing.kind}, ${thing.size}, deleted ${when}` }),
+      make("p", { className: "small num", textContent: `${kind}, ${thing.size}, deleted ${when}` }),
       make("p", { className: "small where" }, "From ", make("code", { textContent: thing.came_from })));
-    const back = button("restore", "Restore", { key: thing.id, title: `the ${thing.kind} ${thing.name}` }, "");
+    const back = button("restore", "Restore", { key: thing.id, title: `the ${kind} ${thing.name}` }, "");
     return make("div", { className: "row apart" }, words, back);
   };
   const showTrash = (things) => {

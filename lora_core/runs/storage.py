@@ -52,7 +52,7 @@ class TrashItem:
         return {
             "id": self.place.name,
             "name": self.name,
-            "kind": KINDS.get(self.came_from.parent.name, "image"),
+            "kind": KINDS.get(self.came_from.parent.name, "picture"),
             "came_from": str(self.came_from),
             "time": self.time,
         }
