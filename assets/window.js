@@ -221,13 +221,10 @@
   window.easel.formShown = () => { filled = true; updateFields(); ready(); };
   window.easel.refill = () => trigger?.("submit");
   window.easel.on("version", (version) => { if (window.easel.version !== undefined && window.easel.version !== version) location.reload(); window.easel.version = version; });
-  // Gradio 6.31 shows a timer while it starts and goes on asking for frames when that is gone, 4% of a core: what is asked
-  // for now is taken back, once. A browser that is driven by a program may wait by frames, which has to go on.
-  const endStrayFrames = () => { if (!navigator.webdriver) for (let last = requestAnimationFrame(() => {}), id = last; id > last - 20; id -= 1) cancelAnimationFrame(id); };
   // The fields are drawn some frames after they were filled; a hidden page gets no frames.
   const ready = () => {
     if (!filled || latest["run-bar"] === undefined || document.documentElement.dataset.ready) return;
-    setTimeout(() => { document.documentElement.dataset.ready = "1"; settle(); endStrayFrames(); }, 200);
+    setTimeout(() => { document.documentElement.dataset.ready = "1"; settle(); }, 200);
   };
 
   const SILENT = 45_000, RETRY = 2000;

@@ -40,7 +40,6 @@ with run.hold():
         time.sleep(0.5)
 """
 SHIFTS = """
-Object.defineProperty(navigator, "webdriver", { get: () => false });
 window.shifted = 0;
 new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifted += entry.value;
