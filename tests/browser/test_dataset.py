@@ -156,6 +156,8 @@ def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
     Image.fromarray(rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)).save(tmp_path / "tiny.png")
     take(page, [*files, tmp_path / "copy of p2.jpg", tmp_path / "tiny.png"])
     pictures_in(page, 7)
+    # What the check finds takes room above it.
+    page.wait_for_selector("#check > summary >> text=Issues")
     page.click("#check > summary")
     pair = ".pairs .found"
     page.wait_for_selector(pair)
