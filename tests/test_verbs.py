@@ -168,8 +168,9 @@ def needed() -> set[str]:
 
 def requests() -> set[str]:
     """All that the warm worker can be asked to do."""
-    tree = ast.parse((ROOT / "lora_core" / "worker.py").read_text(encoding="utf-8"))
-    functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    files = (ROOT / "lora_core" / "worker.py", ROOT / "lora_core" / "generate" / "server.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
     return {name[3:].replace("_", "-") for name in functions if name.startswith("do_")} | {"warm"}
 
 

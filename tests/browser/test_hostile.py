@@ -101,8 +101,8 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     take(page, [picture, picture.with_suffix(".txt")])
     pictures_in(page, 1)
     shown = page.get_attribute("[data-picture]", "data-picture")
-    # What no file system or not each takes is an underscore; the rest is as it was.
-    assert shown == "we_ird '_img src=x onerror=hit=1_' {{7_7}} \u202eabc 😀_line.png"
+    # What no file system or not each takes is its full-width twin or an underscore; the rest is as it was.
+    assert shown == "we\uff02ird '\uff1cimg src=x onerror=hit=1\uff1e' {{7\uff0a7}} \u202eabc 😀_line.png"
     page.click("[data-picture]")
     has_value(page, "#caption textarea", HOSTILE)
     assert shown in page.inner_text("#picture-name")

@@ -78,7 +78,7 @@ def test_too_little_room_is_known_before_the_write(own_toy: Toy, wanted: dict) -
 
     with (
         mock.patch.object(disk_space.shutil, "disk_usage", nearly_full),
-        pytest.raises(NoRoom, match="make room"),
+        pytest.raises(NoRoom, match="free some space"),
     ):
         trained(run)
     assert run.status() == "paused"

@@ -193,7 +193,7 @@ def test_one_that_waits_is_cancelled_too(worker: Worker, tmp_path: Path) -> None
         ({"steps": 0}, "steps = 0"),
         ({"steps": "many"}, "many"),
         ({"cfg": float("nan")}, "cfg"),
-        ({"cfg_rescale": 2}, "cfg_rescale = 2"),
+        ({"cfg_rescale": 2}, "CFG rescale 2"),
         ({"zero_terminal_snr": "on", "prediction": "epsilon"}, "predicts noise"),
         ({"seed": -1}, "seed"),
         ({"strengths": [float("inf")]}, "strengths"),
