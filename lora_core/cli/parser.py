@@ -356,10 +356,11 @@ def adapter_file(text: object, workspace: Path | None) -> Path:
         RunError: the run has no such checkpoint.
     """
     path = Path(str(text))
-    if path.exists():
+    is_run = (path / "config.toml").is_file()
+    if path.exists() and not is_run:
         return path
     name, at, step = str(text).rpartition("@")
-    name, step = (name, step) if at else (str(text), "best")
+    name, step = (name, step) if at and not is_run else (str(text), "best")
     try:
         run = find_run(name, workspace)
     except RunError as error:

@@ -65,8 +65,7 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     """
     path = Path(path)
     if not path.is_file():
-        there = "is a folder; give the .safetensors file in it" if path.is_dir() else "does not exist"
-        raise error(f"{path} {there}.")
+        raise error(f"{path} {what_is_there(path)}.")
     try:
         with open(path, "rb") as file:
             start = file.read(32)
@@ -91,6 +90,14 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
                 f"{path} holds the tensor {name[:200]!r} ({what}), which no tool writes into a model."
             )
     return Header(values, metadata, 8 + length)
+
+
+def what_is_there(path: str | Path) -> str:
+    """Why a path cannot be read as a safetensors file: nothing, a folder or no regular file is there."""
+    path = Path(path)
+    if path.is_dir():
+        return "is a folder; give the .safetensors file in it"
+    return "is not a regular file" if path.exists() else "does not exist"
 
 
 def _is_usable_shape(shape: list[int]) -> bool:

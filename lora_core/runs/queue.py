@@ -48,6 +48,7 @@ from lora_core.system.processes import (
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)
 ENDED_KEPT = 50
+MOST_SWEPT = 100
 """How many ended jobs stay listed; older ones are dropped when a job is added."""
 LOCK_TIMEOUT = 10.0
 """Seconds to wait for the transaction of another process, which takes milliseconds."""
@@ -383,6 +384,8 @@ def sweep_configs(config: RunConfig, setting: str, values: Sequence[object], run
     problems: list[str] = []
     found: list[RunConfig] = []
     seen: list[RunConfig] = []
+    if len(values) > MOST_SWEPT:
+        raise ConfigError(f"{len(values):,} values are too many; a sweep takes up to {MOST_SWEPT}.")
     taken = {fold_name(path.name) for path in runs.glob("*")}
     for text in filter(None, (str(value).strip() for value in values)):
         try:

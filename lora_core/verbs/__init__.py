@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.generate.request import WeightedLora
+from lora_core.model_files.header import what_is_there
 from lora_core.settings.choices import PRECISIONS
 from lora_core.settings.config import checked_value
 from lora_core.settings.schema import AUTO
@@ -145,7 +146,7 @@ def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
     found = [one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in loras]
     for lora in found:
         if not Path(lora.file).is_file():
-            raise AdapterFileError(f"The adapter {lora.file} does not exist.")
+            raise AdapterFileError(f"The adapter {lora.file} {what_is_there(lora.file)}.")
     return found
 
 

@@ -10,6 +10,7 @@ from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
+from lora_core.model_files.header import what_is_there
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS, PRECISIONS
 from lora_core.system.files import expand_home, unused_path
@@ -104,7 +105,7 @@ def grid(
     for axis in (rows, columns):
         for file in axis.values if axis and axis.kind == "checkpoint" else ():
             if not Path(str(file)).is_file():
-                raise AdapterFileError(f"The adapter {file} does not exist.")
+                raise AdapterFileError(f"The adapter {file} {what_is_there(str(file))}.")
     if not shot.prompt and not any(axis and axis.kind == "prompt" for axis in (rows, columns)):
         raise ConfigError(
             "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
@@ -392,13 +393,13 @@ def copy(
     from lora_core.system.other_tools import copy_export
 
     source, target = Path(file), expand_home(folder)
-    if not source.exists() and not source.suffix:
+    if (source / "config.toml").is_file() or (not source.exists() and not source.suffix):
         run = find_run(file, workspace)
         source = run.path / (run.progress().export or "export")
         if not source.is_file():
             raise RunError(f"The run {run.name} has no exported file; make one by `export {run.name}`.")
     if not source.is_file():
-        raise AdapterFileError(f"The adapter {source} does not exist.")
+        raise AdapterFileError(f"The adapter {source} {what_is_there(source)}.")
     if not target.is_dir():
         target = _tool_folder(folder, workspace_folder(workspace))
     done = copy_export(source, target)

@@ -184,6 +184,7 @@ def test_a_sweep_queues_copies_of_a_run(
     assert (config.name, config.adapter.rank, config.train.steps) == ("a-rank-8", 8, 3)
     assert main(["queue", "sweep", "a", "adapter.rank", "2", "0", *map(str, where)]) != 0
     assert main(["queue", "sweep", "a", "name", "b", *map(str, where)]) != 0
+    assert main(["queue", "sweep", "a", "adapter.rank", *map(str, range(1, 102)), *map(str, where)]) != 0
     assert len(Queue(home).jobs()) == 2
     # A library gives numbers; what is the same run twice is queued once.
     found = sweep_configs(config, "optimizer.text_encoder_lr", [0, 1e-4, "0.0001"], runs_folder(home))

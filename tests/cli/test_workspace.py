@@ -1,6 +1,7 @@
 """Verbs about what a workspace keeps: the trash, caches, checkpoints by a run's name."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def test_caches(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert api.caches_list() == {}
 
 
-def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_a_file_or_a_runs_checkpoint(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = made(home, "first")
     with pytest.raises(RunError, match="no checkpoint yet"):
         adapter_file("first", None)
@@ -82,12 +85,19 @@ def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -
     files = {step: run.checkpoint(step) / "adapter.safetensors" for step in (5, 10)}
     assert adapter_file("first", None) == adapter_file("first@last", None) == files[10]
     assert adapter_file("first@5", home) == adapter_file(f"{run.path}@5", None) == files[5]
+    assert adapter_file(str(run.path), None) == files[10]
+    monkeypatch.chdir(run.path.parent)
+    assert adapter_file("first", None) == files[10]
+    monkeypatch.chdir(tmp_path)
     assert weighted_lora("first@5:0.5:0.25") == WeightedLora(str(files[5]), 0.5, 0.25)
     assert weighted_lora("first:0.5") == WeightedLora(str(files[10]), 0.5)
     with pytest.raises(RunError, match="no checkpoint 7; take best, last or one of 5, 10"):
         adapter_file("first@7", None)
     with pytest.raises(AdapterFileError, match="did you mean first"):
         adapter_file("frist", None)
+    os.mkfifo("pipe")
+    assert main(["inspect", "pipe"]) == 1
+    assert "pipe is not a regular file." in capsys.readouterr().err
     # A file of that name comes first.
     (tmp_path / "first").write_bytes(b"")
     assert adapter_file("first", None) == Path("first")
