@@ -3,7 +3,12 @@
 Everything that is not a `LoraError` is a defect of the program and keeps its traceback.
 """
 
+import re
 from typing import ClassVar
+
+LONGEST_SENTENCE = 10_000
+"""Characters of a message; what others send can be of any length."""
+_LONG_WORD = re.compile(r"(\S{200})\S{250,}(\S{50})")
 
 
 class LoraError(Exception):
@@ -14,6 +19,11 @@ class LoraError(Exception):
     """
 
     cause: ClassVar[str] = "other"
+
+    def __init__(self, sentence: str = "") -> None:
+        """Say it in `sentence`, of which the middle of a very long word and a very long end are left out."""
+        short = _LONG_WORD.sub(r"\1…\2", sentence)
+        super().__init__(short if len(short) <= LONGEST_SENTENCE else f"{short[: LONGEST_SENTENCE - 1]}…")
 
 
 class ConfigError(LoraError):

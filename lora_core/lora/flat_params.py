@@ -70,6 +70,10 @@ class FlatParams:
                 sizes = len(layer.down), layer.down[0].numel(), layer.up.shape[0]
                 layer.param_view = ParamView(self, starts[number, "down"], starts[number, "up"], *sizes)
 
+    def checksum(self) -> int:
+        """The sum of the bits of all parameters, to tell whether anything was written to them."""
+        return int(self.data.detach().view(torch.int32).sum(dtype=torch.int64))
+
     def mark_changed(self) -> None:
         """Declare that the parameters were written to: the next use of a cast copy casts anew."""
         for copy in self._casts.values():

@@ -5,6 +5,7 @@ more memory than its own size. Format: https://github.com/huggingface/safetensor
 """
 
 import functools
+import json
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -74,7 +75,7 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
                 raise error(f"{path} {refusal}.")
             with safe_open(str(path), framework="np"):  # raises unless each claim holds
                 file.seek(8)
-                values = parse_json(file.read(length))
+                values = parse_json(file.read(length), _DECODER)
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}.") from problem
     except (SafetensorError, ValueError) as problem:
@@ -98,6 +99,21 @@ def what_is_there(path: str | Path) -> str:
     if path.is_dir():
         return "is a folder; give the .safetensors file in it"
     return "is not a regular file" if path.exists() else "does not exist"
+
+
+def _refuse_duplicate_tensors(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; the library takes the last of several tensors of one name."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        for name, value in pairs:
+            if name in seen and isinstance(value, dict):
+                raise ValueError(f"it holds more than one tensor named {name[:60]!r}")
+            seen.add(name)
+    return table
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=_refuse_duplicate_tensors)
 
 
 def _is_usable_shape(shape: list[int]) -> bool:

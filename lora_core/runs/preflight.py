@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_by_draw, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, first_problems, open_dataset, summarize_notes
 from lora_core.data.holdout import num_holdout, split_holdout
@@ -70,7 +71,7 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            dataset, picture, caption, validation, or the kind of a note on the dataset.
+            dataset, picture, caption, resolution, validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -115,6 +116,7 @@ def preflight(
         found = [RunProblem("dataset", str(error)), *found]
     family = facts.family if facts else None
     if facts is not None:
+        found += _resolution(config.train.resolution, facts.multiple)
         found += _captions(records, config, facts)
     if config.name:
         folder = runs_folder(workspace)
@@ -306,6 +308,18 @@ def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     except DatasetError as error:
         return [RunProblem("validation", str(error))] if records else []
     return []
+
+
+def _resolution(asked: int, multiple: int) -> list[RunProblem]:
+    """A resolution that no square image can have."""
+    if asked % multiple == 0:
+        return []
+    side = choose_bucket(asked, asked, asked, multiple).width
+    sentence = (
+        f"train.resolution = {asked} becomes {side}: this base takes images whose sides are multiples of"
+        f" {multiple} pixels."
+    )
+    return [RunProblem("resolution", sentence, False)]
 
 
 def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:

@@ -76,6 +76,7 @@ MAX_TOML_BYTES = 1_000_000
 MAX_TOML_DEPTH = 20
 MAX_INTEGER = 2**63
 _LONGEST_SHOWN = 80
+_MOST_UNKNOWN = 10
 
 
 class RunConfig(Section):
@@ -121,19 +122,23 @@ class RunConfig(Section):
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
         """
         problems: list[str] = []
+        unknown: list[str] = []
         tables = self.to_dict()
         for name, value in with_switches(current_names(changes)):
             section, _, key = name.rpartition(".")
             if name in RETIRED:
                 problems += retired([(name, value)])
             elif name not in FIELDS:
-                problems.append(_unknown(name))
+                unknown.append(name)
             else:
                 (tables[section] if section else tables)[key] = value
         try:
             config = RunConfig.model_validate(tables)
         except ValidationError as error:
             problems += _sentences(error, tables)
+        problems += map(_unknown, unknown[:_MOST_UNKNOWN])
+        if len(unknown) > _MOST_UNKNOWN:
+            problems.append(f"And {len(unknown) - _MOST_UNKNOWN:,} more are not settings.")
         if problems:
             raise ConfigError(" ".join(problems))
         return config

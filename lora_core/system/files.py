@@ -266,7 +266,7 @@ def unused_path(folder: Path, stem: str, ending: str) -> Path:
     return path
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
     """The value of a JSON text, its texts made valid; NaN and Infinity, which are no JSON, become null.
 
     Raises:
@@ -275,7 +275,7 @@ def parse_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value = _DECODER.decode(text)
+        value = decoder.decode(text)
         return clean_value(value) if _ESCAPED_SURROGATE.search(text) else value
     except RecursionError as error:
         raise ValueError("nested too deep") from error

@@ -105,7 +105,7 @@ def _flatten(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, 
 
 def _inline(text: str) -> dict[str, Any]:
     """Rows with commas between; a value is a number, or a list with commas of its own."""
-    rows = [row.partition("=") for row in re.split(r",(?![^\[]*\])", text.strip().removesuffix(","))]
+    rows = [row.rpartition("=") for row in re.split(r",(?![^\[]*\])", text.strip().removesuffix(","))]
     if not all(name.strip() and value.strip() for name, _, value in rows):
         raise ConfigError(
             f"--blocks {text!r} is neither a TOML file nor a table such as 'mid_block=0.5,up_blocks.1=0'."

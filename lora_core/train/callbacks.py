@@ -552,12 +552,13 @@ def draw_samples(
 @dataclass
 class Export:
     """Writes the adapter for other tools, when a process's part of the run ends; `header` makes the texts for
-    a file after so many steps."""
+    a file after so many steps, and `start` is the checksum of the parameters before the first."""
 
     context: RunContext
     state: TrainState
     validate: Validate
     header: Callable[[int], dict[str, str]]
+    start: int
 
     def __call__(self, step: int) -> Path:
         """Write the file, and return its path.
@@ -584,6 +585,14 @@ class Export:
             return Path(made["file"])
         path = run.exports / f"{run.name}.safetensors"
         weights, average = adapter_weights(state.injected), state.average
+        unchanged = ""
+        if not any(layer.up.count_nonzero() for layer in weights.layers.values()):
+            unchanged = "The adapter changes nothing: all its up factors are still 0"
+        elif state.flat_params.checksum() == self.start:
+            unchanged = "The adapter is unchanged since the start"
+        if unchanged:
+            name = run.config().optimizer.name
+            self.context.warn(step, f"{unchanged}. Look at optimizer.lr and optimizer.name ({name}).")
         parameters = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
         require_room(run.path, (2 if average else 1) * 2 * parameters, "The exported file")
         family, header = state.base.family, self.header(step)

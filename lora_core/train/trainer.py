@@ -179,7 +179,7 @@ class Trainer:
         )
         self._save = Save(context, self._checkpoints, validator, self._guard, header)
         self._sample = Sample(context, session, config)
-        self._export = Export(context, state, self._validate, header)
+        self._export = Export(context, state, self._validate, header, state.flat_params.checksum())
 
     def fit(self, accept_changes: bool) -> Outcome:
         """Resume from the newest valid checkpoint, train, and end as asked."""

@@ -340,3 +340,14 @@ def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConf
     (one,) = found(config, tmp_path, **wrong)
     assert (one.kind, one.blocking) == ("base", True)
     assert "predicts noise" in one.sentence
+
+
+@pytest.mark.parametrize(("asked", "becomes"), [(7, 32), (100, 96), (32, 0), (0, 0)])
+def test_a_resolution_that_is_rounded_is_said(
+    config: RunConfig, tmp_path: Path, asked: int, becomes: int
+) -> None:
+    notes = [p for p in found(config, tmp_path, train__resolution=asked) if p.kind == "resolution"]
+    assert bool(notes) == bool(becomes)
+    for note in notes:
+        assert note.sentence.startswith(f"train.resolution = {asked} becomes {becomes}: ")
+        assert not note.blocking

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lora_core.errors import ConfigError
+from lora_core.errors import LONGEST_SENTENCE, ConfigError
 from lora_core.settings.config import (
     FIELDS,
     RunConfig,
@@ -317,3 +317,17 @@ def test_an_assignment_needs_a_name(text: str) -> None:
 def test_bytes_that_are_no_text_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not UTF-8"):
         RunConfig().changed({name: "a\udcff"})
+
+
+def test_thousands_of_unknown_settings_are_not_all_listed() -> None:
+    with pytest.raises(ConfigError, match=r"And 19,990 more are not settings\.$") as refused:
+        RunConfig.from_dict({"train": {f"unknown{number}": 1 for number in range(20_000)}})
+    assert len(str(refused.value)) < 3000
+    assert "train.unknown0 is not a setting" in str(refused.value)
+
+
+def test_messages_clip_what_is_too_long() -> None:
+    assert str(ConfigError(f"The base {'a' * 100_000}z is not there.")) == (
+        f"The base {'a' * 200}…{'a' * 49}z is not there."
+    )
+    assert len(str(ConfigError("a b " * 100_000))) == LONGEST_SENTENCE

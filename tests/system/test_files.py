@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lora_core.errors import AdapterFileError, RunError
+from lora_core.errors import AdapterFileError, ModelFileError, RunError
 from lora_core.model_files.header import read_header
 from lora_core.system import files
 from lora_core.system.files import (
@@ -179,3 +179,13 @@ def test_a_header_with_text_that_cannot_be_shown_is_refused(tmp_path: Any) -> No
         with pytest.raises(AdapterFileError, match="no safetensors file") as refused:
             read_header(file)
         str(refused.value).encode()
+
+
+def test_a_header_that_holds_a_tensor_twice_is_refused(tmp_path: Any) -> None:
+    row = '{"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}'
+    header = f'{{"a": {row}, "b.up": {row}, "b.\\u0075p": {row}}}'.encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    for error in (AdapterFileError, ModelFileError):
+        with pytest.raises(error, match=r"more than one tensor named 'b\.up'"):
+            read_header(file, error)

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
+from lora_core.errors import ConfigError
 from lora_core.formats.io import file_hashes, load_adapter, save_adapter
 from lora_core.formats.layers import family_layout
 from lora_core.formats.verify import inspect_file
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
+from lora_core.tools.merge import parse_block_weights
 
 SD15, TINY = FAMILIES["sd15"], FAMILIES["tiny"]
 BLOCK = "mid_block.attentions.0"
@@ -338,3 +340,8 @@ def test_broken_files_get_one_sentence_and_nothing_is_written(files, tmp_path, c
     assert code == 1
     assert "\n" not in error
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_pattern_that_cannot_be_read_is_named():
+    with pytest.raises(ConfigError, match=r"The pattern '\(\?=x\)' of --blocks cannot be used"):
+        parse_block_weights("mid_block=1,(?=x)=0.5", 2)

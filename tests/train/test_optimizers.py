@@ -5,11 +5,13 @@ import sys
 import types
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
@@ -18,6 +20,7 @@ from lora_core.settings.schema import OptimizerSection
 from lora_core.train.loop import EMA, TrainState, optimizer_step
 from lora_core.train.oom import MemoryFallback
 from lora_core.train.setup import AdapterPlan, build_optimizer
+from tests.train.runs import Toy, notes, trained
 
 KEY = ("unet", "x")
 RATES = {"prodigy": 1.0}
@@ -173,3 +176,15 @@ def test_whatever_writes_the_factors_is_seen() -> None:
     with storage.mutate() as numbers:
         numbers.numpy()[:] = 1.0
     assert current()
+
+
+def test_a_run_that_changes_nothing_says_so(own_toy: Toy) -> None:
+    moved, still = (own_toy.run(name, train__steps=1) for name in ("moved", "still"))
+    start = trained(moved).export
+    with mock.patch.object(FlatParams, "step"):
+        trained(still)
+        continued = own_toy.run("continued", train__steps=1, adapter__init=str(start))
+        trained(continued)
+    assert not [note for note in notes(moved) if note.startswith("The adapter")]
+    assert [note for note in notes(still) if note.startswith("The adapter changes nothing: ")]
+    assert [note for note in notes(continued) if note.startswith("The adapter is unchanged since the start")]
