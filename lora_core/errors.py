@@ -11,6 +11,12 @@ LONGEST_SENTENCE = 10_000
 _LONG_WORD = re.compile(r"(\S{200})\S{250,}(\S{50})")
 
 
+def clip_message(text: str) -> str:
+    """A message without the middle of a very long word and without a very long end."""
+    short = _LONG_WORD.sub(r"\1…\2", text)
+    return short if len(short) <= LONGEST_SENTENCE else f"{short[: LONGEST_SENTENCE - 1]}…"
+
+
 class LoraError(Exception):
     """A problem that a person can fix: shown as one sentence, exit code 1.
 
@@ -21,9 +27,8 @@ class LoraError(Exception):
     cause: ClassVar[str] = "other"
 
     def __init__(self, sentence: str = "") -> None:
-        """Say it in `sentence`, of which the middle of a very long word and a very long end are left out."""
-        short = _LONG_WORD.sub(r"\1…\2", sentence)
-        super().__init__(short if len(short) <= LONGEST_SENTENCE else f"{short[: LONGEST_SENTENCE - 1]}…")
+        """Say it in `sentence`, clipped by `clip_message`."""
+        super().__init__(clip_message(sentence))
 
 
 class ConfigError(LoraError):

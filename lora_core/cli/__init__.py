@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core import api
 from lora_core.cli.parser import Call, command, function_of, parse
 from lora_core.cli.terminal import EventPrinter, say, say_json, show_result, slow_notes, write
-from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
+from lora_core.errors import (
+    AdapterFileError,
+    ConfigError,
+    LoraError,
+    ModelFileError,
+    RunError,
+    clip_message,
+)
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import read_header
@@ -82,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         name = error.filename or "A file"
-        write(sys.stderr, f"{name} cannot be read or written: {error.strerror or error}.\n")
+        write(sys.stderr, clip_message(f"{name} cannot be read or written: {error.strerror or error}.\n"))
         return 1
 
 
