@@ -1,5 +1,6 @@
 """The page: header and tabs, what fills their fields, and what of them follows the state."""
 
+import contextlib
 import logging
 import os
 import zlib
@@ -104,7 +105,13 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
 
 
 def _retry_without_draft(project: Project, work: Callable[[], Found]) -> Found:
-    """Run `work`; if the project's draft makes it fail, set the draft aside and run it again."""
+    """Run `work`; if the project's draft makes it fail, set the draft aside and run it again.
+
+    A draft that could not even be read is set aside before.
+    """
+    # Where the folder cannot be written, the page still says where the draft is.
+    with contextlib.suppress(OSError):
+        project.set_unreadable_draft_aside()
     try:
         return work()
     except Exception:

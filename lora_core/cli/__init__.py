@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core import api
 from lora_core.cli.parser import Call, command, function_of, parse
-from lora_core.cli.terminal import EventPrinter, say, say_json, show_result, slow_notes, write
+from lora_core.cli.terminal import EventPrinter, one_line, say, say_json, show_result, slow_notes, write
 from lora_core.errors import (
     AdapterFileError,
     ConfigError,
@@ -83,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(call)
     except LoraError as error:
-        write(sys.stderr, f"{error}\n")
+        write(sys.stderr, f"{one_line(error)}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
         name = error.filename or "A file"
-        write(sys.stderr, clip_message(f"{name} cannot be read or written: {error.strerror or error}.\n"))
+        sentence = clip_message(f"{name} cannot be read or written: {error.strerror or error}.")
+        write(sys.stderr, f"{one_line(sentence)}\n")
         return 1
 
 
@@ -123,7 +124,7 @@ def note_extras(files: Iterable[File]) -> None:
     for file in dict.fromkeys(map(Path, files)):
         sentence = extras_sentence(read_header(file).shapes)
         if sentence:
-            write(sys.stderr, f"Note: {file.name}: {sentence}\n")
+            write(sys.stderr, f"Note: {one_line(file.name)}: {one_line(sentence)}\n")
 
 
 def processor_use(verb: str) -> str:

@@ -309,7 +309,8 @@ def parse(words: Sequence[str]) -> Call:
         if near:
             message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
         usage = context.get_usage().replace("Usage:", "usage:") + "\n" if context else ""
-        write(sys.stderr, f"{usage}{context.command_path if context else 'lora-easel'}: error: {message}\n")
+        where = context.command_path if context else "lora-easel"
+        write(sys.stderr, f"{usage}{where}: error: {' '.join(message.split())}\n")
         raise SystemExit(2) from error
     if not isinstance(found, Call):
         raise SystemExit(int(found or 0))

@@ -26,11 +26,23 @@ SECONDS_BETWEEN_NOTES = 5.0
 _ERASE_LINE = "\r\x1b[2K"
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters but tab and newline, and the marks that change the direction of text."""
+_LINE_BREAK = re.compile("[\n\u2028\u2029]")
 
 
 def printable(text: str) -> str:
     """A text with control characters written out, such as `\\x1b`: names and files by others may hold any."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+def one_line(value: Any) -> Any:
+    """A value as it goes into a line: of a text, line breaks too are written out, so that it forges none."""
+    if isinstance(value, str | Path | Exception):
+        return printable(_LINE_BREAK.sub(_written_out, str(value)))
+    return value
 
 
 def write(stream: TextIO, text: str, over: bool = False) -> None:
@@ -41,7 +53,7 @@ def write(stream: TextIO, text: str, over: bool = False) -> None:
 
     Args:
         stream: where.
-        text: control characters in it are written out.
+        text: control characters in it are written out, but line breaks, see `one_line`.
         over: whether it replaces the line that the cursor is in.
     """
     try:
@@ -53,13 +65,13 @@ def write(stream: TextIO, text: str, over: bool = False) -> None:
 
 def say(text: object) -> None:
     """Print one line on stdout, seen at once also through a pipe."""
-    write(sys.stdout, f"{text}\n")
+    write(sys.stdout, f"{one_line(text)}\n")
 
 
 def say_json(document: Any) -> None:
     """Print one JSON document on stdout; control characters are escaped as JSON does it."""
     text = json.dumps(document, ensure_ascii=False, indent=1)
-    say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    write(sys.stdout, _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def slow_notes() -> Callable[..., None]:
@@ -74,7 +86,7 @@ def slow_notes() -> Callable[..., None]:
         nonlocal said
         words = [part for part in what if isinstance(part, str)]
         counts = [part for part in what if isinstance(part, int)]
-        text = ", ".join([*words, *([f"{counts[0]} of {counts[1]}"] if counts else [])])
+        text = ", ".join([*map(one_line, words), *([f"{counts[0]} of {counts[1]}"] if counts else [])])
         last = bool(counts) and counts[0] == counts[1]
         if terminal:
             write(sys.stderr, text + ("\n" if last else ""), over=True)
@@ -123,7 +135,7 @@ class EventPrinter:
         if often and soon and not new and not ended:
             return
         self._last = time.monotonic()
-        text = event_text(event, self._progress, self._config)
+        text = one_line(event_text(event, self._progress, self._config))
         if not text:
             return
         if self._terminal and often:
@@ -204,7 +216,7 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
         text = _environment().get_template(verb).render(result=result, given=given)
     else:
         lines = result if isinstance(result, list) else [] if result is None else [result]
-        text = "".join(f"{line}\n" for line in lines)
+        text = "".join(f"{one_line(line)}\n" for line in lines)
     write(sys.stdout, re.sub(r" +$", "", text, flags=re.M))
 
 
@@ -224,7 +236,7 @@ def _environment() -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(_templates()), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=one_line,
     )  # fmt: skip
     environment.filters |= {
         "size": file_size,

@@ -301,7 +301,7 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
         ) from error
 
 
-def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]]:
+def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str], list[str]]:
     """The captions in a `metadata.jsonl` or `metadata.csv`.
 
     Args:
@@ -309,16 +309,18 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
         shown: how to name it in a message.
 
     Returns:
-        File name, with forward slashes, to caption; and a sentence for each of the first 100 rows that cannot
-        be used, and one for the others.
+        File name, with forward slashes, to caption, of which the last row of a name has the word; a sentence
+        for each of the first 100 rows that cannot be used, and one for the others; and the names that have
+        several rows.
     """
     captions: dict[str, str] = {}
     sentences: list[str] = []
+    repeated: list[str] = []
     try:
         text = read_text(path, shown, TABLE_BYTES)
         rows = _csv_rows(text) if path.suffix.casefold() == ".csv" else _json_rows(text)
     except DatasetError as error:
-        return {}, [str(error)]
+        return {}, [str(error)], []
     faults = 0
     for line, row in rows:
         fault = _row_fault(row)
@@ -329,10 +331,12 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
             continue
         value = next((row[key] for key in _CAPTION_KEYS if key in row), "")
         name = clean_text(row["file_name"]).replace("\\", "/").removeprefix("./")
+        if name in captions:
+            repeated.append(name)
         captions[name] = clean_text(value or "").strip()
     if faults > _MOST_FAULTS:
         sentences.append(f"{shown} has {faults - _MOST_FAULTS} more lines that cannot be used.")
-    return captions, sentences
+    return captions, sentences, list(dict.fromkeys(repeated))
 
 
 def _row_fault(row: Any) -> str:

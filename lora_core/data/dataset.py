@@ -123,16 +123,17 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     """Every image below a folder with its caption, in an order that is the same on all systems.
 
     A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv`
-    of the same or a higher folder, the name of a `10_name` folder. Masks and what lies in a folder for masks
-    or regularisation images are not images. Nothing is raised for a file that is wrong; it becomes a
-    problem. Each file that is not used is a problem or a note; hidden files share one.
+    of the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest
+    folder counts, there `.jsonl` before `.csv`, and the last of one table. Masks and what lies in a folder
+    for masks or regularisation images are not images. Nothing is raised for a file that is wrong; it becomes
+    a problem. Each file or row that is not used is a problem or a note; hidden files share one.
 
     Args:
         folder: the dataset.
         sizes: what is known from before; without it every image is decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
-    tables = _read_tables(listing)
+    tables, rows_of = _read_tables(listing)
     # Decoders let other threads run, and the order of the results does not depend on timing.
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(lambda path: _read_record(path, listing, tables), listing.pictures))
@@ -145,6 +146,7 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
         if record.animated:
             listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
     _note_texts(records, listing)
+    _note_rows(records, rows_of, listing)
     return Dataset(records, [*listing.problems, *problems], listing.notes)
 
 
@@ -298,28 +300,57 @@ def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
             listing.note(text, "caption without picture", "belongs to no image; it is not used.")
 
 
-def _read_tables(listing: _Listing) -> dict[Path, str]:
-    """Image to caption, from all metadata files; errors are added to the problems."""
+def _note_rows(records: list[ImageRecord], rows_of: dict[Path, list[Path]], listing: _Listing) -> None:
+    """Note the rows of tables that no image has for a caption, in one note for each table and reason."""
+    trained_on = {record.path for record in records}
+    unused: dict[tuple[Path, str], list[str]] = {}
+    for picture, tables in rows_of.items():
+        winner = tables[-1]
+        for number, table in enumerate(tables):
+            if picture not in trained_on:
+                why = "as nothing of that name is trained on"
+            elif _find_sidecar(picture, listing):
+                why = "as the text file beside the image is its caption"
+            elif table != winner:
+                why = f"as the row in {listing.shown(winner)} is the caption"
+            elif number < len(tables) - 1:
+                why = "as a later row for the same image is its caption"
+            else:
+                continue
+            unused.setdefault((table, why), []).append(listing.shown(picture))
+    for (table, why), names in unused.items():
+        shown = abbreviate(list(dict.fromkeys(names)))
+        listing.note(table, "unused row", f"has rows that are not used, {why} ({shown}).")
+
+
+def _read_tables(listing: _Listing) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
+    """Image to caption, from all metadata files, and image to the table of each of its rows, of which the
+    last is the caption; errors are added to the problems."""
     captions: dict[Path, str] = {}
+    rows_of: dict[Path, list[Path]] = {}
     # A table nearer to the image has the last word.
     for table in sorted(listing.tables, key=lambda path: len(path.parts)):
         shown = listing.shown(table)
-        rows, sentences = read_metadata_captions(table, shown)
+        rows, sentences, repeated = read_metadata_captions(table, shown)
+        if not rows and not sentences:
+            listing.note(table, "other file", "has no row; it is not used.")
         listing.problems.extend(FileProblem(table, "metadata", sentence) for sentence in sentences)
         missing: list[str] = []
+        several = set(repeated)
         for name, caption in rows.items():
             picture = listing.find(posixpath.normpath(posixpath.join(posixpath.dirname(shown), name)))
             if picture is None:
                 missing.append(name)
             else:
                 captions[picture] = caption
+                rows_of.setdefault(picture, []).extend([table] * (2 if name in several else 1))
         for name in missing[:_SHOWN_ROWS]:
             sentence = f"{shown} names {name}, which is not there; add the image or remove the row."
             listing.problems.append(FileProblem(table, "metadata", sentence))
         if len(missing) > _SHOWN_ROWS:
             sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more images that are not there."
             listing.problems.append(FileProblem(table, "metadata", sentence))
-    return captions
+    return captions, rows_of
 
 
 def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | FileProblem:

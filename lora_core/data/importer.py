@@ -545,7 +545,11 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
 
 def _import_table(table: _Incoming, under_way: _Import) -> None:
     """Write the rows of a table as text files beside the images that have none."""
-    captions, sentences = read_metadata_captions(table.source, str(table.name))
+    captions, sentences, repeated = read_metadata_captions(table.source, str(table.name))
+    if repeated:
+        sentence = f"{table.name} has several rows for {abbreviate(repeated)}; the last of each was taken."
+        under_way.skip(table.source, "unused row", sentence)
+    captioned: list[str] = []
     for sentence in sentences:
         under_way.skip(table.source, "metadata", sentence)
     for name, caption in captions.items():
@@ -557,6 +561,14 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
                 f"{table.name} names {name}, which did not come along; add the image and the table together."
             )
             under_way.skip(table.source, "metadata", sentence)
-        elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+        elif any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+            captioned.append(name)
+        else:
             write_caption(picture, caption, wait=False)
             under_way.added.append(picture.with_suffix(".txt"))
+    if captioned:
+        sentence = (
+            f"{table.name} has rows that were not taken, as their images have a caption already"
+            f" ({abbreviate(captioned)})."
+        )
+        under_way.skip(table.source, "unused row", sentence)

@@ -39,6 +39,7 @@ from lora_core.system.files import (
     clean_value,
     clear_abandoned,
     parse_json,
+    unused_path,
     write_atomically,
 )
 
@@ -72,7 +73,7 @@ class Project:
             self.image_folder.mkdir(parents=True, exist_ok=True)
             self.title = read_title(path)
             self.sizes = SizeCache(path / "sizes.json")
-            self._draft: dict[str, Any] = read_json(path / "draft.json")
+            self._read_draft()
             self._scanned: tuple[object, Dataset] | None = None
             self.notes: list[FileProblem] = []
             self._file_lock = FileLock(path / _LOCK)
@@ -123,6 +124,17 @@ class Project:
         """A number that changes with images and captions."""
         return self._revision
 
+    def _read_draft(self) -> None:
+        """Read the unsent form; one that cannot be read counts as empty, and is set aside before the next."""
+        self._draft: dict[str, Any] = {}
+        self._draft_is_unreadable = False
+        try:
+            self._draft = _read_object(self.path / "draft.json")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError):
+            self._draft_is_unreadable = True
+
     def draft(self) -> dict[str, Any]:
         """A copy of the unsent form."""
         with self._lock:
@@ -131,6 +143,7 @@ class Project:
     def update_draft(self, **changes: Any) -> None:
         """Put values into the draft and write it, if anything changed."""
         with self._lock:
+            self.set_unreadable_draft_aside()
             changed = {**self._draft, **clean_value(changes)}
             if changed != self._draft:
                 self._draft = changed
@@ -149,14 +162,34 @@ class Project:
     def set_draft_aside(self) -> None:
         """Start with an empty form; the draft moves to a file beside it, which `draft_problem` names."""
         with self._lock:
-            aside = self.path / "draft-set-aside.json"
+            aside = unused_path(self.path, "draft-set-aside", ".json")
             write_atomically(aside, json.dumps(self._draft, indent=1).encode())
             write_atomically(self.path / "draft.json", b"{}")
             self._draft = {}
-            self.draft_problem = (
-                "The settings that were typed in this project could not be shown, so the form starts anew;"
-                f" they are kept in {aside}."
-            )
+            self._say_draft_is_kept("shown", aside)
+
+    def set_unreadable_draft_aside(self) -> None:
+        """Move a `draft.json` that could not be read to a file beside it, which `draft_problem` names.
+
+        Raises:
+            OSError: it cannot be moved; it stays, and `draft_problem` names it.
+        """
+        with self._lock:
+            if self._draft_is_unreadable:
+                # Another window may have set it aside and written a new one.
+                self._read_draft()
+            if self._draft_is_unreadable:
+                self._say_draft_is_kept("read", self.path / "draft.json")
+                aside = unused_path(self.path, "draft-set-aside", ".json")
+                os.rename(self.path / "draft.json", aside)
+                self._draft_is_unreadable = False
+                self._say_draft_is_kept("read", aside)
+
+    def _say_draft_is_kept(self, done: str, where: Path) -> None:
+        self.draft_problem = (
+            f"The settings that were typed in this project could not be {done}, so the form starts anew;"
+            f" they are kept in {where}."
+        )
 
     @property
     def uses_demo(self) -> bool:
@@ -284,12 +317,18 @@ def read_title(path: Path) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """A small file of ours; one that is missing or broken counts as empty."""
     try:
-        if file.stat().st_size > LARGEST_JSON:
-            return {}
-        found = parse_json(file.read_bytes())
+        return _read_object(file)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > LARGEST_JSON:
+        raise ValueError("too large")
+    found = parse_json(file.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
 
 
 def leave_out(project: Project, names: list[str]) -> int:

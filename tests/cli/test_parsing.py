@@ -1,17 +1,20 @@
 """What the command line makes of its words."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from lora_core.api import VERBS
 from lora_core.cli import main
 from lora_core.cli.parser import parse, weighted_lora
-from lora_core.cli.terminal import _templates, printable, say, say_json
+from lora_core.cli.terminal import EventPrinter, _templates, printable, say, say_json
 from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 
@@ -266,6 +269,27 @@ def test_no_name_reaches_the_terminal_as_a_command(name: str, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert not set("\x1b\x9b\u202e\x07") & set(said)
     assert json.loads(said) == {"name": name}
+
+
+def test_a_line_break_in_a_name_forges_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "Nothing is wrong with them."
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "set" / "a.png")
+    try:
+        (tmp_path / "set" / f"a\n{forged}.npz").write_text("x")
+    except OSError:
+        pytest.skip("this file system takes no line breaks in names")
+    assert main(["audit", str(tmp_path / "set"), "--workspace", str(tmp_path)]) == 0
+    assert main(["audit", f"a\n{forged}"]) == 1
+    say(f"a\u2028{forged}")
+    warned = EventPrinter(sys.stdout)
+    warned.show(events.Warned(time=0.0, message=f"a\n{forged}"))
+    shown = capsys.readouterr()
+    lines = (shown.out + shown.err).splitlines()
+    assert not [line for line in lines if line.startswith(forged)]
+    assert len([line for line in lines if f"\\n{forged}" in line]) == 3
+    say_json(["a", "b"])
+    assert capsys.readouterr().out == '[\n "a",\n "b"\n]\n'
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "1000001", "1" + "0" * 40])

@@ -112,7 +112,8 @@ def test_tables_become_text_files(tmp_path: Path, draw: Draw) -> None:
         r.path.relative_to(tmp_path / "into").as_posix(): r.caption for r in scan(tmp_path / "into").records
     }
     assert captions == {"a.png": "mine", "a-2.png": "A", "c.png": "beside", "sub/b.png": "B"}
-    assert [problem.kind for problem in imported.skipped] == ["metadata", "metadata"]
+    assert [problem.kind for problem in imported.skipped] == ["metadata", "metadata", "unused row"]
+    assert imported.skipped[-1].sentence.endswith("have a caption already (c.png).")
     assert scan(tmp_path / "into").problems == []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -60,19 +61,23 @@ def fill(path: Path, draw: random.Random, number: int) -> None:
         path.write_text(f"words {number}")
 
 
+def has_words(path: Path, words: set[str]) -> bool:
+    """Whether the text, or a row of the table, that `fill` wrote is among the words."""
+    text = path.read_bytes().decode("latin1")
+    return not words.isdisjoint([text, *re.findall(r"row \d+", text)])
+
+
 def used_files(folder: Path) -> set[Path]:
-    """Pictures that are trained on, and every text of which something arrives there."""
+    """Pictures that are trained on, and every text or table of which something arrives there."""
     records = scan(folder).records
     words = {record.caption for record in records}
     used = {record.path for record in records}
     for path in folder.rglob("*"):
-        if path.is_file() and path not in used and path.suffix in (".txt", ".caption"):
-            used |= {path} & ({path} if path.read_bytes().decode("latin1") in words else set())
+        if path.is_file() and path not in used and path.suffix in (".txt", ".caption", ".jsonl", ".csv"):
+            used |= {path} & ({path} if has_words(path, words) else set())
     if any(record.held_out for record in records):
         used.add(folder / "held_out.txt")
-    # A table is read whole; which of its rows matter is another question.
-    tables = {path for path in folder.rglob("metadata.*") if path.suffix in (".jsonl", ".csv")}
-    return used | {path for path in tables if not NOT_USED & set(path.relative_to(folder).parts)}
+    return used
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -130,6 +135,48 @@ def test_a_picture_called_mask_without_another_is_trained_on(tmp_path: Path, dra
     draw(tmp_path / "10_masks" / "venice.png", seed=1, caption="a mask")
     assert [record.path.name for record in scan(tmp_path).records] == ["venice.png", "gas_mask.png"]
     assert scan(tmp_path).notes == []
+
+
+def table_rows(*rows: tuple[str, str]) -> str:
+    return "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
+
+
+def test_rows_that_are_not_used_are_named_with_what_wins(
+    tmp_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "a.png", caption="beside")
+    draw(tmp_path / "sub" / "b.png", seed=1)
+    draw(tmp_path / "c.png", seed=2)
+    draw(tmp_path / "e.png", seed=3)
+    (tmp_path / "metadata.jsonl").write_text(
+        table_rows(("a.png", "x"), ("sub/b.png", "far"), ("c.png", "one"), ("c.png", "two"), ("e.png", "e"))
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,text\nc.png,three\n")
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\nb.png,near\n")
+    dataset = scan(tmp_path)
+    require_clean(dataset)
+    assert {r.path.name: r.caption for r in dataset.records} == {
+        "a.png": "beside",
+        "b.png": "near",
+        "c.png": "two",
+        "e.png": "e",
+    }
+    said = {note.sentence for note in dataset.notes}
+    assert {sentence.replace("has rows that are not used, as ", "") for sentence in said} == {
+        "metadata.jsonl the text file beside the image is its caption (a.png).",
+        "metadata.jsonl the row in sub/metadata.csv is the caption (sub/b.png).",
+        "metadata.jsonl a later row for the same image is its caption (c.png).",
+        "metadata.csv the row in metadata.jsonl is the caption (c.png).",
+    }
+    config = RunConfig().changed({"dataset.path": str(tmp_path), "model.base": "demo"})
+    before_start = [
+        problem for problem in preflight(config, tmp_path, card=lambda: None) if not problem.blocking
+    ]
+    assert said <= {problem.sentence for problem in before_start}
+    assert main(["audit", str(tmp_path), "--workspace", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  unused row: {sentence}\n" in printed for sentence in said)
+    assert "Nothing is wrong" not in printed
 
 
 @pytest.mark.parametrize("name", ["mask", "reg"])
