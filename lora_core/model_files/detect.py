@@ -139,7 +139,7 @@ def base_path(name: str) -> Path:
     if name in (EMBEDDED, ""):
         return DEMO_BASE
     path = expand_home(name)
-    if path.is_dir() or path.is_file():
+    if os.path.isdir(path) or os.path.isfile(path):  # pathlib raises where the name is too long
         return path
     if is_hub_id(name):
         cached = _cached_folder(name)
@@ -154,7 +154,7 @@ def base_path(name: str) -> Path:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name of a hub id."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SINGLE_FILES)
+    return re.fullmatch(r"(?=.{,96}$)[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SINGLE_FILES)
 
 
 def is_remote(name: str) -> bool:

@@ -16,7 +16,7 @@ from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_
 from lora_core.data.dataset import AUDIT_ONLY, first_problems, open_dataset, summarize_notes
 from lora_core.data.holdout import num_holdout, split_holdout
 from lora_core.data.scan import Dataset, ImageRecord
-from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError
+from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError, clip_message
 from lora_core.model_files.detect import (
     SINGLE_FILES,
     BaseFacts,
@@ -184,6 +184,8 @@ def _found_by(check: Callable[[], object], kind: str) -> list[RunProblem]:
         check()
     except LoraError as error:
         return [RunProblem(kind, str(error))]
+    except OSError as error:  # such as a name that is too long
+        return [RunProblem(kind, clip_message(f"{error.filename} cannot be read: {error.strerror}."))]
     return []
 
 

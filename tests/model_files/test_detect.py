@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import base_path, is_hub_id, read_base_facts
+from lora_core.model_files.detect import base_path, is_hub_id, lookup_base, read_base_facts
 from tests.app.bases import UNET, WIDTHS, checkpoint, write_header
 
 MARKER = [0]
@@ -217,3 +217,9 @@ def test_names_that_are_no_paths() -> None:
         base_path("nobody/nothing-here")
     with pytest.raises(ModelFileError, match="does not exist"):
         base_path("nothing here")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, f"a/{'b' * 300}", "a" * 100_000])
+def test_a_name_that_is_too_long_for_a_file(name: str) -> None:
+    assert len(lookup_base(name).problem) < 500
+    assert "does not exist" in lookup_base(name).problem

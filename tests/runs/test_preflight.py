@@ -351,3 +351,13 @@ def test_a_resolution_that_is_rounded_is_said(
     for note in notes:
         assert note.sentence.startswith(f"train.resolution = {asked} becomes {becomes}: ")
         assert not note.blocking
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("model__vae", "vae"), ("adapter__init", "adapter")])
+def test_a_path_that_is_too_long_is_a_problem(
+    config: RunConfig, tmp_path: Path, setting: str, kind: str
+) -> None:
+    (problem,) = found(config, tmp_path, **{setting: "a" * 100_000})
+    assert (problem.kind, problem.blocking) == (kind, True)
+    assert "File name too long" in problem.sentence
+    assert len(problem.sentence) < 500
