@@ -359,5 +359,4 @@ def test_a_path_that_is_too_long_is_a_problem(
 ) -> None:
     (problem,) = found(config, tmp_path, **{setting: "a" * 100_000})
     assert (problem.kind, problem.blocking) == (kind, True)
-    assert "File name too long" in problem.sentence
     assert len(problem.sentence) < 500
