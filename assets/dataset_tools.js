@@ -230,7 +230,8 @@
     return true;
   });
 
-  const apply = (...given) => easel.inTurn(() => change(...given));
+  // Pressed twice is done once, though its turn may come later.
+  const apply = (...given) => { allow(false, "The captions are being changed"); return easel.inTurn(() => change(...given)); };
   const addTrigger = () => apply({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
 
   // For the selected images, from the bar above the grid.
