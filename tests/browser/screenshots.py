@@ -41,7 +41,7 @@ def prepare(page) -> None:
         page.click("#start:enabled")
         page.wait_for_selector("#run-status[data-state=running]")
         # Three rounds of samples: the base, and two with something learned.
-        page.wait_for_selector("#samples .strip figure:nth-child(3)")
+        page.wait_for_selector("#samples .strip figure:nth-child(3):not(.ghost) img")
         shoot(page, ROOT / "docs" / "window.webp")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=done]")
