@@ -18,7 +18,7 @@ from lora_core.errors import OutOfMemory, RunError
 from lora_core.projects.project import read_title
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
 from lora_core.runs.events import read_events
-from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, is_run_folder, runs_folder
 from lora_core.runs.progress import Progress
 from lora_core.runs.queue import (
     PAUSED,
@@ -185,7 +185,7 @@ class Jobs:
         return shown, live or self._find(self._last_live) or shown
 
     def _find(self, path: Path | None) -> RunView | None:
-        return self.run_view(RunFolder(path)) if path and (path / "config.toml").is_file() else None
+        return self.run_view(RunFolder(path)) if path and is_run_folder(path) else None
 
     def choose_anew(self) -> None:
         """Forget which runs were chosen, as when another project is opened."""

@@ -273,12 +273,12 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.get("/easel/report/of/{run}")
     async def page(run: str, download: int = 0) -> Response:
-        whole = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
+        path = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
         name = f"{run}.html" if download else None
         # A report is made of what people and files say: its scripts, which draw the charts, are kept from the
         # window by an origin of their own, and no others run.
         headers = {"Content-Security-Policy": f"{content_policy()}; sandbox allow-scripts", **FRESH}
-        return FileResponse(whole, filename=name, media_type="text/html", headers=headers)
+        return FileResponse(path, filename=name, media_type="text/html", headers=headers)
 
 
 def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, Any]) -> None:
@@ -286,7 +286,7 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
 
     Raises:
         RunError: a report is being made, or it would measure while a run is going on.
-        BadRequest: there is no such run.
+        BadRequest: no run has this name.
     """
     name = str(sent.get("run", ""))
     run_view: RunView | None = next((w for w in app_state.jobs.all() if w.run.name == name), None)

@@ -193,7 +193,7 @@ def take_sent_axes(project: Project, sent: dict[str, Any]) -> list[Axis | None]:
     """Store rows and columns as a page sends them; returns them parsed.
 
     Raises:
-        ConfigError: there is no value, or one is not legal.
+        ConfigError: a value is missing or invalid.
     """
     grid = sent.get("grid")
     axes = {side: _sent_axis(grid.get(side) if isinstance(grid, dict) else None) for side in GRID_SIDES}
@@ -210,7 +210,7 @@ def parse_axis(kind: str, values: list[str]) -> Axis | None:
     """Parse the chosen values of an axis; numbers typed together are split.
 
     Raises:
-        ConfigError: there is no value, or one is not legal.
+        ConfigError: a value is missing or invalid.
     """
     if kind == NOTHING:
         return None

@@ -154,7 +154,7 @@ def strip_sheet(app_state: AppState) -> Path:
     """The strip as one PNG, assembled from its images.
 
     Raises:
-        RunError: it is not whole.
+        RunError: an image of the strip is missing, or the worker could not write the sheet.
     """
     render_queue = app_state.render_queue
     view = render_queue.view()

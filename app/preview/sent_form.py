@@ -36,7 +36,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     """Store the form as a page sends it; returns its LoRAs and the new revision.
 
     Raises:
-        ConfigError: it is not whole.
+        ConfigError: the list of LoRAs is missing.
     """
     if not isinstance(sent.get("rows"), list):
         raise ConfigError("The LoRAs of the form did not arrive; try again.")

@@ -93,8 +93,7 @@ def _row(
     steps = f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"
     facts = [run_view.made, steps]
     if state not in LIVE:
-        took = sum(event.seconds for event in progress.losses)
-        facts += [format_duration(took)] if took else []
+        facts += [format_duration(progress.train_seconds)] if progress.train_seconds else []
         facts.append(format_bytes(run_view.resume_info().size))
     return {
         "name": name,
@@ -157,7 +156,7 @@ def compare_card(snapshot: Snapshot) -> str:
 def _figures(run: ShownRun) -> list[tuple[str, str]]:
     """What a run came to, as (name, value)."""
     progress, best = run.progress, best_of(run.progress.validations)
-    took = sum(event.seconds for event in progress.losses)
+    took = progress.train_seconds
     size = max(map(file_bytes, run.view.run.exports.glob("*.safetensors")), default=0) if run.view else 0
     return [
         ("State", STATES[run.state][0]),

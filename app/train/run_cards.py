@@ -165,7 +165,7 @@ def _tiles(run: ShownRun) -> list[tuple[str, str]]:
         speed = format_speed(progress.seconds_a_step())
         first = (describe_left(run), f"left, {speed}" if speed else "left")
     else:
-        took = sum(event.seconds for event in progress.losses)
+        took = progress.train_seconds
         # Averaged over the whole run: the last steps may not match the elapsed time next to it.
         mean = format_speed(took / len(progress.losses)) if progress.losses else ""
         first = (format_clock(took), f"elapsed, {mean}" if mean else "elapsed")

@@ -24,7 +24,7 @@ from lora_core.cli.terminal import say, slow_notes, write
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.generate.grid import KINDS, Axis, parse_axis
 from lora_core.generate.request import WeightedLora, parse_cfg_rescale
-from lora_core.runs.folder import find_run
+from lora_core.runs.folder import find_run, is_run_folder
 from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.verbs import CHECKPOINT, GROUPS
 
@@ -357,7 +357,7 @@ def adapter_file(text: object, workspace: Path | None) -> Path:
         RunError: the run has no such checkpoint.
     """
     path = Path(str(text))
-    is_run = (path / "config.toml").is_file()
+    is_run = is_run_folder(path)
     if path.exists() and not is_run:
         return path
     name, at, step = str(text).rpartition("@")

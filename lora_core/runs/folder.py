@@ -298,8 +298,16 @@ def all_runs(workspace: Path) -> list[RunFolder]:
     if not folder.is_dir():
         return []
     paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    found = [RunFolder(path) for path in paths if (path / "config.toml").is_file()]
+    found = [RunFolder(path) for path in paths if is_run_folder(path)]
     return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a run is kept at `path`; False too for a name that is too long for the file system."""
+    try:
+        return (path / "config.toml").is_file()
+    except OSError:
+        return False
 
 
 def find_run(name: str | Path, place: str | Path | None = None) -> RunFolder:
@@ -313,11 +321,8 @@ def find_run(name: str | Path, place: str | Path | None = None) -> RunFolder:
         RunError: there is neither.
     """
     path = expand_home(name).absolute()
-    try:
-        if (path / "config.toml").is_file():
-            return RunFolder(path.resolve())
-    except OSError:  # a name too long for the file system
-        pass
+    if is_run_folder(path):
+        return RunFolder(path.resolve())
     where = runs_folder(workspace(place))
     there = [run.name for run in all_runs(where.parent)]
     words = Path(name).parts

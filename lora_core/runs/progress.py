@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         phases: the share done of each phase of the present work between two steps; it never falls.
         took: seconds of the last validation and of the last round of samples, by the name of their event.
+        train_seconds: time taken by the steps so far, those that were gone back from left out.
         idle_since: when the last step, or the last work between two steps, ended.
         handled: the requests acted on, ever.
         answered: those of them that the present process acted on.
@@ -44,6 +45,7 @@ class Progress:
     phase_total: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     took: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
     idle_since: float = 0.0
     ending: str = ""
     reason: str = ""
@@ -89,6 +91,7 @@ class Progress:
                 self.stepping, self.step, self.phase = True, event.step, ""
                 self.phases.clear()
                 self.losses.append(event)
+                self.train_seconds += event.seconds
             case events.Validated():
                 self.validations.append(event)
                 if event.best:
@@ -125,6 +128,7 @@ class Progress:
     def _forget_after(self, step: int) -> None:
         self.step = step
         self.losses = [e for e in self.losses if e.step <= step]
+        self.train_seconds = sum(e.seconds for e in self.losses)
         self.validations = [e for e in self.validations if e.step <= step]
         self.previews = [e for e in self.previews if e.step <= step]
         self.best_step = next((e.step for e in reversed(self.validations) if e.best), None)

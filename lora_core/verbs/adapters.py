@@ -11,7 +11,7 @@ from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_ima
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import what_is_there
-from lora_core.runs.folder import find_run
+from lora_core.runs.folder import find_run, is_run_folder
 from lora_core.settings.choices import FORMATS, PRECISIONS
 from lora_core.system.files import expand_home, unused_path
 from lora_core.system.files import workspace as workspace_folder
@@ -393,7 +393,7 @@ def copy(
     from lora_core.system.other_tools import copy_export
 
     source, target = Path(file), expand_home(folder)
-    if (source / "config.toml").is_file() or (not source.exists() and not source.suffix):
+    if is_run_folder(source) or (not source.exists() and not source.suffix):
         run = find_run(file, workspace)
         source = run.path / (run.progress().export or "export")
         if not source.is_file():
