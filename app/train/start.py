@@ -264,8 +264,8 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     app_state, base = snapshot.app_state, snapshot.plan.base
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
     records, costs = app_state.project.dataset().records, app_state.prober.costs()
-    has_gpu, free = app_state.hardware.has_gpu, app_state.free_on_card()
-    return forecast_run(config, base.facts, records, runs, costs, has_gpu, free)
+    gpu = app_state.hardware.gpu(app_state.free_on_card())
+    return forecast_run(config, base.facts, records, runs, costs, gpu)
 
 
 def _measuring(snapshot: Snapshot, expected: RunForecast) -> dict[str, Any]:

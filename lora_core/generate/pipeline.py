@@ -9,6 +9,7 @@ is not enough, the UNet is quantized to 8 bits. How an adapter is truncated to a
 the tools that do it import this folder.
 """
 
+import contextlib
 import functools
 import inspect
 import io
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.overrides import TorchFunctionMode
 
 from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
@@ -33,7 +35,7 @@ from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import out_of_memory, release_failed
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
-from lora_core.models.unet import PromptEmbeds, default_time_ids
+from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents
 from lora_core.settings.choices import SAMPLERS, chosen
 from lora_core.system.files import write_atomically
@@ -79,6 +81,22 @@ def _set_timesteps(scheduler: Any, request: GenerationRequest) -> None:
         ) from error
 
 
+_MOVE = torch.Tensor.to
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """Lets a scheduler copy coefficients and noise to a card asynchronously, and solve UniPC's systems of two
+    equations without reading back whether they are singular. The results are the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        tensor, device = args if func is _MOVE and not kwargs and len(args) == 2 else (None, None)
+        if isinstance(tensor, torch.Tensor) and isinstance(device, torch.device) and not tensor.is_cuda:
+            return to_device(device, tensor)[0]
+        return func(*args, **(kwargs or {}))
+
+
 def sample_latents(
     base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
     on_step: OnStep | None = None, on_latents: OnLatents | None = None,
@@ -98,14 +116,15 @@ def sample_latents(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-    latents = noise.to(base.device) * scheduler.init_noise_sigma
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
     both = PromptEmbeds.cat([negative, text]) if guided else text
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
-    on_device = scheduler.timesteps.to(base.device)
-    sizes = default_time_ids(len(both.context), height, width).to(base.device)
+    (on_device,) = to_device(base.device, scheduler.timesteps)
+    noise, sizes = to_device(base.device, noise, default_time_ids(len(both.context), height, width))
+    latents = noise * scheduler.init_noise_sigma
+    on_card = base.device.type == "cuda"
     with torch.no_grad():
         for done, timestep in enumerate(scheduler.timesteps, start=1):
             at = on_device[done - 1]
@@ -117,7 +136,8 @@ def sample_latents(
                     output = rescale_guidance(output, with_text, phi)
             else:
                 output = base.predict_noise(scaled, at, both, sizes)
-            latents = scheduler.step(output, timestep, latents, **options).prev_sample
+            with _WithoutWaiting() if on_card else contextlib.nullcontext():
+                latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
             if on_latents is not None:

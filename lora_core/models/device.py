@@ -5,7 +5,6 @@ import ctypes
 import gc
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -19,12 +18,11 @@ from lora_core.errors import ConfigError
 from lora_core.model_files.sizes import CARD_SPARE
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.settings.schema import AUTO
+from lora_core.system.hardware import has_tensor_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""
 LARGEST = 2**31 - 1
-VOLTA, TURING = (7, 0), (7, 5)
-"""Compute capabilities."""
 LIBRARY_ERRORS = ("STATUS_NOT_INITIALIZED", "CUDNN_STATUS_INTERNAL_ERROR", "unable to find an engine")
 """Words of cuBLAS and cuDNN that mean that memory ran out, where there is `ALMOST_NONE` left."""
 ALMOST_NONE = 0.05
@@ -215,23 +213,21 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
 
     "auto" follows from the hardware and measures nothing, so that two runs on one machine never differ.
+
+    Raises:
+        ConfigError: the system has no bf16 for its graphics card.
     """
+    if precision == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise ConfigError("On a Mac bf16 needs macOS 14 or later; choose fp32 or fp16 as train.precision.")
     if precision != "auto":
         return PRECISIONS[precision]
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
-        return torch.float16 if _has_tensor_cores(device) else torch.float32
+        major, minor = torch.cuda.get_device_capability(device)
+        half = has_tensor_cores(torch.cuda.get_device_name(device), major + minor / 10)
+        return torch.float16 if half else torch.float32
     return torch.float32
-
-
-def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, except GTX 16xx and its
-    siblings (MX450, T500 to T2000), which report Turing's 7.5 and whose fp16 convolutions may return NaN."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability == TURING:
-        return re.search(r"\bRTX\b|\bT4G?\b", torch.cuda.get_device_name(device)) is not None
-    return capability >= VOLTA
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:

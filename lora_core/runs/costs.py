@@ -30,7 +30,9 @@ from lora_core.model_files.sizes import (
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import AUTO
 from lora_core.system.files import check_fields, parse_json, write_atomically
+from lora_core.system.hardware import Gpu
 
 MOST_KEPT = 300
 USUAL_PROMPTS = 2
@@ -176,8 +178,7 @@ def forecast_run(
     records: Sequence[ImageRecord],
     runs: Iterable[tuple[Progress, RunConfig | None]],
     costs: Mapping[str, StepCost],
-    has_gpu: bool,
-    free: int | None = None,
+    gpu: Gpu | None,
 ) -> RunForecast:
     """What a run will take.
 
@@ -187,20 +188,20 @@ def forecast_run(
         records: its images.
         runs: of this machine, the newest first.
         costs: what was measured on this device, as `read_costs` returns it.
-        has_gpu: whether it trains on a card.
-        free: bytes of that card that no other process holds; None where that is not known.
+        gpu: that it trains on; None for the processor.
     """
     step, source = _forecast_step(config, runs, costs, len(records)) or (None, "")
     tried = costs.get(cost_key(config))
     as_set: float | None = tried.peak if tried and tried.peak else None
     memory, fallbacks = as_set, list[str]()
-    if memory is None and facts and has_gpu and facts.family:
-        varied = captions_vary(records, config)
-        as_set = (fit_on_card(config, facts, varied) or (None,))[0]
-        memory, fallbacks = fit_on_card(config, facts, varied, free) or (None, [])
+    if memory is None and facts and gpu and facts.family:
+        varied, full = captions_vary(records, config), gpu.auto_is_fp32 and config.train.precision == AUTO
+        own = config.changed({"train.precision": "fp32"}) if full else config
+        as_set = (fit_on_card(own, facts, varied) or (None,))[0]
+        memory, fallbacks = fit_on_card(own, facts, varied, gpu.free) or (None, [])
     elif memory is None and facts:
         memory = as_set = memory_needed(config, facts)
-        if memory and not has_gpu:
+        if memory and not gpu:
             memory += sum(caption_bytes(records, config, facts))
     shown = sum(record.repeats for record in records)
     draws = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps

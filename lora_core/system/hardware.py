@@ -6,6 +6,7 @@ Cards are asked in the background and rarely, because the program that answers t
 import contextlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ OLD_FIELDS = CARD_FIELDS.removesuffix(",compute_cap")
 """What drivers before 510 know."""
 DRIVERS = {13: 580, 12: 525, 11: 450}
 """The oldest driver of NVIDIA's for each CUDA (RELEASE.md of github.com/pytorch/pytorch)."""
-OLDEST_CAPABILITY = 5.0
+OLDEST_CAPABILITY, VOLTA, TURING = 5.0, 7.0, 7.5
 REINSTALL = "Delete the folder .venv and start launch.py again; it installs the build that fits."
 
 
@@ -59,6 +60,15 @@ class Card:
     def free(self, *mine: int | None) -> int:
         """Bytes that are free once the processes `mine` have ended."""
         return self.total - self.used + sum(self.by_process.get(pid or 0, 0) for pid in mine)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a forecast asks of a GPU: bytes that no other process holds, None where that is not known, and
+    whether `train.precision` = auto means fp32 on it, as `models.device.dtype_of` says."""
+
+    free: int | None = None
+    auto_is_fp32: bool = False
 
 
 class Hardware:
@@ -107,6 +117,22 @@ class Hardware:
         if self._device() == "cpu":
             return False
         return self.card() is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
+
+    def gpu(self, free: int | None) -> Gpu | None:
+        """What a run computes on, with `free` bytes free, where that is known; None for the processor."""
+        card = self.card()
+        if not self.has_gpu:
+            return None
+        old = card is not None and card.generation and not has_tensor_cores(card.name, card.generation)
+        return Gpu(free, card is None or bool(old))
+
+
+def has_tensor_cores(name: str, capability: float) -> bool:
+    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, except GTX 16xx and its
+    siblings (MX450, T500 to T2000), which report Turing's 7.5 and whose fp16 convolutions may return NaN."""
+    if capability == TURING:
+        return re.search(r"\bRTX\b|\bT4G?\b", name) is not None
+    return capability >= VOLTA
 
 
 def find_card(device: str = "auto") -> Card | None:

@@ -148,8 +148,8 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     costs = read_costs(place, hardware.device)
     runs = ((run.progress(), run.config_or_none()) for run in all_runs(place))
     records = dataset.records if dataset else []
-    free = card.free() if card else None
-    found = forecast_run(config, facts, records, runs, costs, hardware.has_gpu, free)
+    gpu = hardware.gpu(card.free() if card else None)
+    found = forecast_run(config, facts, records, runs, costs, gpu)
     return asdict(found) | {"problems": [asdict(problem) for problem in problems]}
 
 

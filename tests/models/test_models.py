@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import os
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core.errors import ModelFileError
+from lora_core.errors import ConfigError, ModelFileError
 from lora_core.models import device
 from lora_core.models.device import compute_deterministically, dtype_of
 from lora_core.models.encode import encode_prompt, token_chunks
@@ -191,6 +192,16 @@ def test_auto_takes_fp16_with_tensor_cores_alone(monkeypatch, capability, name, 
     card = torch.device("cuda")
     assert dtype_of("auto", card) == dtype
     assert dtype_of("fp16", card) == torch.float16
+
+
+def test_a_mac_computes_in_fp32_unless_told_otherwise_and_in_bf16_from_macos_14_on(monkeypatch):
+    mac = torch.device("mps")
+    for system, refused in (((13, 6), True), ((14, 0), False)):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *asked, own=system: own >= asked)
+        assert dtype_of("auto", mac) == torch.float32
+        assert dtype_of("fp16", mac) == torch.float16
+        with pytest.raises(ConfigError, match="macOS 14") if refused else contextlib.nullcontext():
+            assert dtype_of("bf16", mac) == torch.bfloat16
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from lora_core.runs.costs import (
     read_costs,
 )
 from lora_core.settings.config import RunConfig
+from lora_core.system.hardware import Gpu
 from lora_core.train import oom
 from tests.app.bases import checkpoint
 
@@ -172,12 +173,27 @@ def test_a_forecast_names_what_will_be_done_to_fit(
     settings = {**FAMILIES[family].settings, "adapter.targets": "kohya", "model.base": str(base), **changes}
     records = [ImageRecord(Path("a.png"), 64, 64, "a, b")]
     config, facts = RunConfig().changed(settings), read_base_facts(str(base))
-    found = forecast_run(config, facts, records, [], {}, True, int(free * 1e9))
+    found = forecast_run(config, facts, records, [], {}, Gpu(int(free * 1e9)))
     assert found.fallbacks == fallbacks
     assert found.memory_bytes is not None
     assert found.memory_as_set is not None
     assert found.memory_bytes <= free * 1e9
     assert (found.memory_as_set > free * 1e9) == bool(fallbacks)
+
+
+def test_a_forecast_counts_auto_as_what_it_means_on_the_card(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "sd15.safetensors", "sd15", 2_132_000_000)
+    config = RunConfig().changed({**FAMILIES["sd15"].settings, "model.base": str(base)})
+    facts = read_base_facts(str(base))
+
+    def gigabytes(precision: str, auto_is_fp32: bool) -> float:
+        own = config.changed({"train.precision": precision})
+        found = forecast_run(own, facts, [], [], {}, Gpu(auto_is_fp32=auto_is_fp32))
+        assert found.memory_bytes
+        return found.memory_bytes / 1e9
+
+    assert gigabytes("auto", True) == gigabytes("fp32", False) > 1.5 * gigabytes("auto", False)
+    assert gigabytes("bf16", True) == gigabytes("auto", False)
 
 
 def test_a_forecast_knows_all_fallbacks_in_the_order_of_the_trainer() -> None:

@@ -49,7 +49,10 @@ UNCOUNTED = {
     "record_stream", "_local_scalar_dense", "is_same_size", "_unsafe_view",
 }  # fmt: skip
 """Operations that are no views and launch nothing."""
-WAITING = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+WAITING = {
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
+    "_linalg_check_errors",
+}  # fmt: skip
 """Operations whose result, or its size, the host waits for."""
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 """Operations that accept indices in the processor's memory."""
@@ -380,7 +383,8 @@ class SimulatedDevice:
         if kind.name == "_to_copy":
             return self._converted(func, args[0], kwargs)
         if kind.name == "copy_":
-            return self._overwritten(func, args[0], args[1], kwargs)
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            return self._overwritten(func, args[0], args[1], waits)
         if kind.name == "_local_scalar_dense":
             self.syncs[f"item, {_line()}"] += 1
             return func(args[0].inner) if self.numbers else _one(args[0].dtype)
@@ -466,7 +470,7 @@ class SimulatedDevice:
             self.launches["_to_copy"] += 1
             return DeviceTensor(func(tensor.inner, **how), self)
         if arrives:
-            self._upload(tensor)
+            self._upload(tensor, waits=not kwargs.get("non_blocking"))
             return DeviceTensor(func(tensor, device=self._inside, **how), self)
         assert isinstance(tensor, DeviceTensor)
         self._download(tensor, waits=not kwargs.get("non_blocking"))
@@ -474,23 +478,26 @@ class SimulatedDevice:
             return func(tensor.inner, device=target, **how)
         return torch.ones(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
 
-    def _overwritten(self, func: Any, to: torch.Tensor, source: torch.Tensor, kwargs: Any) -> torch.Tensor:
+    def _overwritten(self, func: Any, to: torch.Tensor, source: torch.Tensor, waits: bool) -> torch.Tensor:
         """A tensor with the values of another one."""
         if isinstance(to, DeviceTensor):
             if isinstance(source, DeviceTensor):
                 self.launches["copy_"] += 1
             else:
-                self._upload(source)
+                self._upload(source, waits)
             func(to.inner, self._inner(source))
         else:
             assert isinstance(source, DeviceTensor)
-            self._download(source, waits=not (kwargs.get("non_blocking")))
+            self._download(source, waits)
             func(to, source.inner) if self.numbers else to.fill_(1)
         return to
 
-    def _upload(self, tensor: torch.Tensor) -> None:
-        self.uploads[_line()] += 1
+    def _upload(self, tensor: torch.Tensor, waits: bool) -> None:
+        line = _line()
+        self.uploads[line] += 1
         self.uploaded += tensor.nbytes
+        if waits:  # torch copies, then waits for the stream
+            self.syncs[f"copy to the device, {line}"] += 1
 
     def _download(self, tensor: torch.Tensor, waits: bool) -> None:
         line = _line()
@@ -537,6 +544,7 @@ class SimulatedDevice:
         if self.kind == "mps":
             yield torch.backends.mps, "is_available", lambda: True
             yield torch.backends.mps, "is_built", lambda: True
+            yield torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 0)
             for name in ("empty_cache", "manual_seed"):
                 yield torch.mps, name, lambda *args: None
             yield torch.mps, "synchronize", lambda: self.syncs.update([f"synchronize, {_line()}"])

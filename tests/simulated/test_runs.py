@@ -74,8 +74,6 @@ CASES = {
     "lion": case(1, 5, 639, train__precision="bf16", optimizer__name="lion"),
     "prodigy": case(3, 5, 636, optimizer__name="prodigy", optimizer__lr=1.0),
 }  # fmt: skip
-SAMPLER_WAITS = {"ddim": 6.0, "lcm": 3.0}
-"""Syncs of a step of a sampler, at most; of one that is not named, none."""
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +160,7 @@ def test_a_run_without_a_fused_optimizer_has_the_bits_of_a_processor(
     assert result(unbroken("sgd").run) == result(run)
 
 
-def test_a_sampler_step_waits_no_more_than_its_budget(place: Toy) -> None:
+def test_no_step_of_a_sampler_waits(place: Toy) -> None:
     with SimulatedDevice() as card:
         base = load_base(str(place.base), card.device, torch.float32)
 
@@ -173,7 +171,7 @@ def test_a_sampler_step_waits_no_more_than_its_budget(place: Toy) -> None:
             return card.syncs.total()
 
         waits = {name: (syncs(name, 6) - syncs(name, 2)) / 4 for name in SAMPLERS}
-    assert {name: wait for name, wait in waits.items() if wait > SAMPLER_WAITS.get(name, 0.0)} == {}
+    assert {name: wait for name, wait in waits.items() if wait} == {}
 
 
 @pytest.fixture(scope="module")

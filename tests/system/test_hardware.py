@@ -7,6 +7,7 @@ import pytest
 from lora_core.system import hardware
 from lora_core.system.hardware import (
     Card,
+    Gpu,
     Hardware,
     choose_card,
     find_cards,
@@ -66,6 +67,18 @@ def test_the_card_is_the_one_that_the_setting_names(cards: list[Card]) -> None:
     assert (window.device, window.has_gpu) == (hardware.PROCESSOR, False)
     # A run that goes on has its own.
     assert window.card("cuda:1") == choose_card(find_cards(), "auto")
+
+
+def test_auto_means_fp32_without_tensor_cores_and_on_a_mac(
+    cards: list[Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [""]
+    window = Hardware(lambda: chosen[0].partition(":")[0], lambda: chosen[0])
+    window.look()
+    monkeypatch.setattr(hardware.sys, "platform", "darwin")
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "arm64")
+    found = [window.gpu(7) for chosen[0] in ("cuda:0", "cuda:1", "mps", "cpu")]
+    assert found == [Gpu(7, True), Gpu(7, False), Gpu(7, True), None]
 
 
 @pytest.mark.parametrize(
