@@ -42,6 +42,8 @@ ENGINE = {
 }
 """The engine's functions behind the points that are none of the system's."""
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+"""On Windows any signal ends a process at once, and its number is the exit code."""
 NURSERY = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -94,7 +96,7 @@ class Fault:
 
 def _kill_soon(delay: float) -> None:
     time.sleep(delay)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), KILL)
 
 
 class _Watched:

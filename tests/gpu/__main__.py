@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.cli import quiet_libraries, set_up_cuda
+from lora_core.cli import quiet_libraries, replace_unprintable, set_up_cuda
 from lora_core.errors import LoraError
 from lora_core.system.hardware import card_problem, find_card
 
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: list[str] | None = None) -> int:
     """Measure and write the two files."""
     options = parser().parse_args(words)
+    replace_unprintable()
     quiet_libraries()
     set_up_cuda()  # before torch is imported, as the program does
     from lora_core.models.device import describe_torch, devices, use_device
@@ -62,7 +63,8 @@ def main(words: list[str] | None = None) -> int:
         why = card_problem(card, describe_torch()) if card else "There is no graphics card in this computer."
         sys.stderr.write(f"{why}\n")
         return 2
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    # Windows deletes no file that is still mapped.
+    with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
         found = measured(Bench(device, options.toy, Path(folder)), options.only)
     machine = {
         **describe_torch(),

@@ -1,6 +1,7 @@
 """The parts of `python -m tests.gpu`: each yields findings, on a card at the true size, else at toy size."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, LOCON, Targets
 from lora_core.models import load
+from lora_core.models.device import cap_memory, compute_deterministically
 from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.events import read_events
@@ -39,7 +41,7 @@ from lora_core.worker import Worker
 from tests.benchmarks.sides import ENDINGS, Given, Sides, easel_step, plain_step, start_of
 from tests.checkpoints import components, write_folder
 from tests.counting import launches
-from tests.faults import Fault, armed
+from tests.faults import KILL, Fault, armed
 from tests.tiny import tiny_folder, tiny_unet
 from tests.train.runs import Toy, broken_at, result, trained, trouble
 
@@ -193,8 +195,27 @@ def correctness(bench: Bench) -> Iterator[Finding]:
     )
 
 
+@contextlib.contextmanager
+def _kernels(bench: Bench, deterministic: bool) -> Iterator[None]:
+    """Deterministic kernels if asked for, or where what is inside chooses them; afterwards the usual ones."""
+    cudnn, sdp = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        if deterministic:
+            compute_deterministically(bench.device)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(sdp)
+        torch.backends.cudnn.benchmark = cudnn
+
+
 def resume(bench: Bench) -> Iterator[Finding]:
     """A run that was broken off, or killed, beside an unbroken one."""
+    with _kernels(bench, deterministic=False):
+        yield from _resumed(bench)
+
+
+def _resumed(bench: Bench) -> Iterator[Finding]:
     exact = {"train__deterministic": True} if "train.deterministic" in FIELDS else {}
     rows = {"fp32": {}, "int8, offload, EMA": {
         "train__quantize_base": "int8", "train__offload": True, "save__ema": 0.9,
@@ -218,8 +239,8 @@ def resume(bench: Bench) -> Iterator[Finding]:
     trained(whole)
     code = _child(killed, step=6).wait()
     trained(killed)
-    same = _same("killed (-9) and resumed", whole, killed, bar=bool(exact))
-    same.met &= code == -9
+    same = _same(f"killed (-{KILL.value}) and resumed", whole, killed, bar=bool(exact))
+    same.met &= abs(code) == KILL.value  # positive on Windows
     yield replace(same, found=f"{same.found}, exit code {code}")
 
 
@@ -235,6 +256,9 @@ def _same(what: str, one: RunFolder, other: RunFolder, bar: bool) -> Finding:
 
 def _child(run: RunFolder, gigabytes: float = 0, step: int = 0) -> subprocess.Popen[bytes]:
     """Train a run in a process of its own; what it prints goes nowhere, what it ends with is an event."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what other parts left in the cache of this process
     command = [sys.executable, "-m", "tests.gpu.child", str(run.path), str(gigabytes), str(step)]
     # The same bits need the same number of threads.
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -325,10 +349,11 @@ def _frozen(bench: Bench, family: str, rung: str) -> Callable[[], None]:
 
 
 def switches(bench: Bench) -> Iterator[Finding]:
-    """Seconds of a step of SD 1.5 with what might make it faster, of one without, taking turns; none of it is
-    in the program, so that nothing has a bar and what fails is a row."""
+    """Seconds of a step of SD 1.5 with what might make it faster or exact, of one without, taking turns. Only
+    the first is in the program: nothing has a bar, and what fails is a row."""
     pairs, plain = (3 if bench.toy else 20), _easel(bench, "sd15", "none")
     for name, build in {
+        "train.deterministic": _deterministic,
         "channels_last": _channels_last,
         "CUDA graph": _graph,
         "torch.compile": _compiled,
@@ -355,6 +380,16 @@ def _parts(bench: Bench) -> tuple[nn.Module, FlatParams, Step]:
     unet = bench.denoiser("sd15")
     storage = _adapted(unet, ATTENTION, "none", bench.device, bench.folder)
     return unet, storage, Step(unet, bench.device, bench.dtype, bench.side("sd15") // 8)
+
+
+def _deterministic(bench: Bench) -> Callable[[], None]:
+    plain = _easel(bench, "sd15", "none")
+
+    def step() -> None:
+        with _kernels(bench, deterministic=True):
+            plain()
+
+    return step
 
 
 def _channels_last(bench: Bench) -> Callable[[], None]:
@@ -402,6 +437,7 @@ def _graph(bench: Bench) -> Callable[[], None]:
 
 def memory(bench: Bench) -> Iterator[Finding]:
     """The peak of a step by family and rung, allocated and reserved."""
+    cap_memory(bench.device)  # else drivers of Windows move memory to RAM in place of an error
     for family in bench.families:
         for rung in RUNGS:
             if bench.device.type == "cuda":
