@@ -9,7 +9,7 @@ import torch
 from lora_core.data.captions import CHUNK, COMMA, split_chunks
 from lora_core.model_files.families import TextEncoder
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import PromptEmbeds
+from lora_core.models.unet import PromptEmbeds, to_device
 
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
@@ -59,7 +59,8 @@ def encode_batches(
         with base.on_device(encoder.part):
             for number, captions in enumerate(batches):
                 ids = torch.cat([token_chunks(tokenizer, caption, chunks) for caption in captions])
-                hidden, projected = _hidden_states(module, encoder, ids.to(base.device), clip_skip)
+                (ids,) = to_device(base.device, ids)
+                hidden, projected = _hidden_states(module, encoder, ids, clip_skip)
                 contexts[number].append(hidden)
                 if projected is not None:
                     pooled[number] = projected.reshape(len(captions), chunks, -1)[:, 0]
