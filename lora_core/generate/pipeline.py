@@ -81,9 +81,6 @@ def _set_timesteps(scheduler: Any, request: GenerationRequest) -> None:
         ) from error
 
 
-_MOVE = torch.Tensor.to
-
-
 class _WithoutWaiting(TorchFunctionMode):
     """Lets a scheduler copy coefficients and noise to a card asynchronously, and solve UniPC's systems of two
     equations without reading back whether they are singular. The results are the same."""
@@ -91,7 +88,7 @@ class _WithoutWaiting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.linalg.solve:
             return torch.linalg.solve_ex(*args, **(kwargs or {})).result
-        tensor, device = args if func is _MOVE and not kwargs and len(args) == 2 else (None, None)
+        tensor, device = args if func is torch.Tensor.to and not kwargs and len(args) == 2 else (None, None)
         if isinstance(tensor, torch.Tensor) and isinstance(device, torch.device) and not tensor.is_cuda:
             return to_device(device, tensor)[0]
         return func(*args, **(kwargs or {}))
