@@ -36,7 +36,7 @@ from app.train.form import (
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.detect import EMBEDDED
-from lora_core.model_files.sizes import FALLBACKS
+from lora_core.model_files.sizes import FALLBACKS, trains_text_encoder
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
@@ -370,11 +370,14 @@ def _memory_sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
     if not expected.fallbacks or not expected.memory_as_set or not expected.memory_bytes or not free:
         return []
     beyond = expected.memory_bytes > free
+    ways = "close other programs, or lower the resolution."
+    if trains_text_encoder(snapshot.plan.config):
+        ways = f"set the learning rates of the text encoders to 0, so that they can leave the card, {ways}"
     return [
         f"As set, it would take about {expected.memory_as_set / 1e9:.1f} GB of GPU memory, of which"
         f" {free / 1e9:.1f} GB are free, so it takes less:",
         *dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks),
-        *(["Even so it may not fit: close other programs, or lower the resolution."] if beyond else []),
+        *([f"Even so it may not fit: {ways}"] if beyond else []),
     ]
 
 

@@ -113,6 +113,8 @@ class MemoryFallback:
         tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = []
+        if any(map(is_text_encoder, self.state.injected.parts())):
+            others.append(" or train no text encoder, so that they can leave the device,")
         if not is_offloaded(unet):
             others.append(" or make room on the workspace's drive, where the base could wait,")
         if not importlib.util.find_spec(BITSANDBYTES):

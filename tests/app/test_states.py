@@ -345,6 +345,14 @@ def test_what_a_run_does_to_fit_the_chosen_card_is_said(
         assert ("As set, it would take about" in said) == bool(words)
         assert words in said
         assert not any("alone take about" in note for note in notes(snapshot))
+    app_state.hardware._cards[0] = Card("GTX 1050", 2**30, 3 * 2**30, 8.6, device="cuda:0")
+    ways = "close other programs", "set the learning rates of the text encoders to 0"
+    for rate, first in zip((0.0, 1e-4), ways, strict=True):
+        app_state.project.update_draft(
+            values={"model.base": str(base), "train.device": "cuda:0", "optimizer.text_encoder_lr": rate}
+        )
+        said = markup.unescape(details(take_snapshot(app_state)))
+        assert f"Even so it may not fit: {first}" in said
 
 
 def test_a_run_in_the_way_leaves_the_queue(app_state: AppState, pictures: list[Path]) -> None:

@@ -24,6 +24,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Gpu
 from lora_core.train import oom
 from tests.app.bases import checkpoint
+from tests.simulated.whole import base_file
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "simulated", "changes"),
+    # As `python -m tests.simulated.whole FAMILY --set ...` found them.
     [
         ("sd15", 4.04, {}),
         ("sd15", 4.29, {"adapter.targets": "locon", "train.resolution": 768,
@@ -142,14 +144,11 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
 def test_memory_is_within_a_quarter_of_the_simulated_card_s(
     family: str, simulated: float, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    """Peaks in GB of runs from launch to export at true shapes, with 0.8 GB added.
-
-    The base here is a stub, whose adapter has few layers.
-    """
-    size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
-    base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
-    settings = {**FAMILIES[family].settings, "model.base": str(base), **changes}
-    found = fit_on_card(RunConfig().changed(settings), read_base_facts(str(base)))
+    """Peaks in GB of runs from launch to export at true shapes, with 0.8 GB added."""
+    base = base_file(tmp_path / f"{family}.safetensors", family)
+    row = FAMILIES[family]
+    settings = {**row.settings, "model.base": str(base), "model.prediction": row.prediction, **changes}
+    found = fit_on_card(RunConfig().changed(settings), read_base_facts(str(base), row.prediction))
     assert found is not None
     assert found[0] / 1e9 == pytest.approx(simulated, rel=0.25)
 

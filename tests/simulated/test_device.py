@@ -45,9 +45,14 @@ def test_waiting_copying_and_launching_are_counted_with_their_lines() -> None:
         assert card.report()["syncs"] == 3
         assert card.report()["downloads"] == 2
         torch.zeros(3).to(x.device)
+        torch.zeros(3).pin_memory().to(x.device, non_blocking=True)
+        x.copy_(torch.zeros(4), non_blocking=True)
         x[torch.tensor([1, 2])]
-        assert card.uploads == {"elsewhere": 1}
-        waits = ("item", "copy to the host", "index by an index of the host")
+        assert card.uploads == {"elsewhere": 3}
+        torch.linalg.solve(x.view(2, 2) + torch.eye(2, device=x.device), x[:2])
+        waits = ("item", "copy to the host", "copy to the device", "index by an index of the host")
+        waits += ("_linalg_check_errors",)
+        assert card.syncs.total() == 3 + 3
         assert set(card.syncs) == {f"{wait}, elsewhere" for wait in waits}
         torch.randn(2, device="cuda")
         torch.randn(2, device="cuda", generator=torch.Generator("cuda"))
