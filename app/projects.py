@@ -3,15 +3,13 @@
 `assets/projects.js` fills the dialog's list when it opens.
 """
 
-import asyncio
 import dataclasses
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi import FastAPI
 
 from app.formatting import format_bytes
-from app.routes import Answer, BadRequest, read_sent_json
+from app.routes import BadRequest, add_actions, add_reads
 from app.state import AppState, Snapshot
 from app.templates import render
 from lora_core.errors import RunError
@@ -30,20 +28,13 @@ def project_button(snapshot: Snapshot) -> str:
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the picker's routes to `app`."""
-
-    @app.get("/easel/projects")
-    async def listed() -> Response:
-        return await _answer_in_thread(lambda: _shelves(app_state))
-
-    @app.post("/easel/projects")
-    async def change(request: Request) -> Response:
-        sent = await read_sent_json(request)
-        do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
-        return await _answer_in_thread(lambda: _changed(app_state, do, key, title))
+    add_reads(app, {"projects": lambda: _shelves(app_state)})
+    add_actions(app, {"projects": lambda sent: _change(app_state, sent)})
 
 
-def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, Any]:
+def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Apply an action of the picker; the page reloads if another project is open afterwards."""
+    do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
     if app_state.importer.working:
         raise RunError("Images are being imported; wait until that is done.")
     before, projects = app_state.project.path, app_state.projects
@@ -89,26 +80,12 @@ def _restored(app_state: AppState, place: str) -> str:
 
 
 def _shelves(app_state: AppState) -> dict[str, Any]:
-    shelved = [
-        dataclasses.asdict(one) | {"size": format_bytes(one.size)}
-        for one in app_state.projects.list_projects()
-    ]
-    caches, trash = (
-        folder_bytes(app_state.workspace / "cache"),
-        folder_bytes(trash_folder(app_state.workspace)),
-    )
-    runs = folder_bytes(app_state.workspace / "runs")
+    projects, workspace = app_state.projects.list_projects(), app_state.workspace
+    folders = {"caches": workspace / "cache", "trash": trash_folder(workspace), "runs": workspace / "runs"}
+    sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
+    trashed = [(one, format_bytes(folder_bytes(one.place))) for one in list_trash(workspace)]
     return {
-        "projects": shelved,
-        "caches": format_bytes(caches) if caches else "",
-        "trash": format_bytes(trash) if trash else "",
-        "trashed": [
-            one.row() | {"size": format_bytes(folder_bytes(one.place))}
-            for one in list_trash(app_state.workspace)
-        ],
-        "runs": format_bytes(runs) if runs else "",
+        "projects": [dataclasses.asdict(one) | {"size": format_bytes(one.size)} for one in projects],
+        "trashed": [one.row() | {"size": size} for one, size in trashed],
+        **{name: format_bytes(size) if size else "" for name, size in sizes.items()},
     }
-
-
-async def _answer_in_thread(work: Any) -> Response:
-    return Answer(await asyncio.to_thread(work), headers={"Cache-Control": "no-store"})

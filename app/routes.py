@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
 from fastapi import Depends, FastAPI, Request
@@ -39,7 +39,7 @@ IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-LARGEST_CAPTION = 1_000_000
+LARGEST_JSON = 1_000_000
 LARGEST_FILE = 2_000_000_000
 MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
@@ -107,9 +107,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
     # Applies to all routes added from here on.
     app.router.dependencies.append(Depends(same_project))
 
-    @app.get("/easel")
-    async def who() -> Response:
-        return Answer({"app": "lora-easel", "workspace": app_state.identity})
+    app.get("/easel")(lambda: Answer({"app": "lora-easel", "workspace": app_state.identity}))
 
     @app.get("/easel/picture/{kind}/{path:path}")
     async def image(kind: str, path: str) -> Response:
@@ -123,34 +121,29 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return await _small(app_state, _resolve_image(app_state, kind, path), 256)
 
     @app.get("/easel/download/{run}/{file}")
-    async def download(run: str, file: str) -> Response:
+    def download(run: str, file: str) -> Response:
         whole = below(runs_folder(app_state.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
     @app.post("/easel/show-file")
-    async def show_file(request: Request) -> Response:
-        sent = await read_sent_json(request)
+    def show_file(request: Request, sent: Sent) -> Response:
         asker, host = request.client, request.headers.get("host", "")
         # A local proxy may speak for a remote client.
         near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
         if not near or host_name(host) not in LOOPBACK:
             raise RunError(SHARED)
-        await asyncio.to_thread(app_state.files.show, str(sent.get("file", "")))
+        app_state.files.show(str(sent.get("file", "")))
         return Answer({"done": True})
 
-    @app.post("/easel/caption")
-    async def caption(request: Request) -> Response:
-        sent = await read_sent_json(request)
-        text = str(sent.get("text", ""))
-        before = app_state.project.revision
-        await asyncio.to_thread(app_state.project.save_caption, str(sent.get("picture", "")), text)
+    def save_caption(sent: dict[str, Any]) -> dict[str, Any]:
+        text, before = str(sent.get("text", "")), app_state.project.revision
+        app_state.project.save_caption(str(sent.get("picture", "")), text)
         revisions = {"before": before, "revision": app_state.project.revision}
-        return Answer({"saved": True, **revisions, **_tokens(app_state, text)})
+        return {"saved": True, **revisions, **_tokens(app_state, text)}
 
-    @app.post("/easel/tokens")
-    async def tokens(request: Request) -> Response:
-        sent = await read_sent_json(request)
-        return Answer(_tokens(app_state, str(sent.get("text", ""))))
+    add_actions(
+        app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, str(sent.get("text", "")))}
+    )
 
 
 def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
@@ -224,7 +217,11 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 
 class Answer(JSONResponse):
-    """A JSON response that tolerates invalid text and non-finite numbers."""
+    """A JSON response that no browser keeps, and that tolerates invalid text and non-finite numbers."""
+
+    def __init__(self, content: Any, status_code: int = 200) -> None:
+        """Answer with `content`."""
+        super().__init__(content, status_code, FRESH)
 
     def render(self, content: Any) -> bytes:
         """Encode the body, replacing what JSON cannot hold."""
@@ -254,19 +251,23 @@ def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
         raise
 
 
-async def read_sent_json(request: Request) -> dict[str, Any]:
-    """Read the request's body as a JSON object.
+async def read_body(request: Request, most: int) -> bytes:
+    """The request's body.
 
     Raises:
-        BadRequest: it is not a JSON object, or too long.
+        BadRequest: it has more than `most` bytes.
     """
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_CAPTION:
+        if len(body) > most:
             raise BadRequest("too long")
+    return body
+
+
+async def _read_sent(request: Request) -> dict[str, Any]:
     try:
-        sent = parse_json(body)
+        sent = parse_json(await read_body(request, LARGEST_JSON) or "{}")
     except ValueError as error:
         raise BadRequest("not JSON") from error
     if not isinstance(sent, dict):
@@ -274,18 +275,32 @@ async def read_sent_json(request: Request) -> dict[str, Any]:
     return sent
 
 
-def add_actions(app: FastAPI, prefix: str, actions: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
-    """Add a route for each action, which is called with the posted JSON and may return the answer."""
+Sent = Annotated[dict[str, Any], Depends(_read_sent)]
+"""What a page posted: a JSON object, {} without a body."""
+
+
+def add_reads(app: FastAPI, reads: Mapping[str, Callable[[], Any]]) -> None:
+    """Add a GET route below /easel for each function; it answers with what that returns."""
+
+    def route(read: Callable[[], Any]) -> Callable[[], Response]:
+        return lambda: Answer(read())
+
+    for path, read in reads.items():
+        app.get(f"/easel/{path}")(route(read))
+
+
+def add_actions(app: FastAPI, actions: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
+    """Add a POST route below /easel for each action, which is called with what a page sent; it answers with
+    what that returns, or that it is done."""
 
     def route(act: Callable[[dict[str, Any]], Any]) -> Any:
-        async def answer(request: Request) -> Response:
-            sent = await read_sent_json(request)
-            return Answer(await asyncio.to_thread(act, sent) or {"done": True}, headers=FRESH)
+        def answer(sent: Sent) -> Response:
+            return Answer(act(sent) or {"done": True})
 
         return answer
 
-    for name, act in actions.items():
-        app.post(f"/easel/{prefix}/{name}")(route(act))
+    for path, act in actions.items():
+        app.post(f"/easel/{path}")(route(act))
 
 
 async def receive_file(request: Request, folder: Path, name: str) -> Path:

@@ -16,8 +16,7 @@ from app.export.view import add_export_routes, build_export
 from app.preview.routes import add_preview_routes
 from app.preview.view import build_preview
 from app.state import AppState
-from app.toolbox.routes import add_toolbox_routes
-from app.toolbox.view import build_toolbox
+from app.toolbox.view import add_toolbox_routes, build_toolbox
 from app.train.routes import add_run_routes
 from app.train.view import build_train
 from lora_core.report.plots import SCRIPTS

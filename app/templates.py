@@ -1,8 +1,8 @@
 """Templates of the window: Python prepares plain values, a template decides the markup and escapes them.
 
 `render("train/run.html", ...)` reads `app/train/templates/run.html`; names without a folder are in
-`app/templates`. In every template `ui` holds the macros of `parts.html`, and the functions of `formatting`
-are filters named by what they return: `{{ size|bytes }}`.
+`app/templates`. In every template `ui` holds the macros of `parts.html`, `plots` the figures of reports, and
+the functions of `formatting` are filters named by what they return: `{{ size|bytes }}`.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from app import formatting
+from lora_core.report import plots
 
 FOLDER = Path(__file__).parent
 FILTERS = {
@@ -27,9 +28,9 @@ FILTERS = {
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    tabs = {
-        folder.parent.name: jinja2.FileSystemLoader(folder) for folder in sorted(FOLDER.glob("*/templates"))
-    }
+    folders = {folder.parent.name: folder for folder in sorted(FOLDER.glob("*/templates"))}
+    folders["report"] = plots.TEMPLATES
+    tabs = {name: jinja2.FileSystemLoader(folder) for name, folder in folders.items()}
     made = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [jinja2.FileSystemLoader(FOLDER / "templates"), jinja2.PrefixLoader(tabs)]
@@ -41,7 +42,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters |= FILTERS
-    made.globals |= {"STATES": formatting.STATES, "UNKNOWN": formatting.UNKNOWN}
+    made.globals |= {"STATES": formatting.STATES, "UNKNOWN": formatting.UNKNOWN, "plots": plots}
     made.globals["ui"] = made.get_template("parts.html").module
     return made
 

@@ -105,4 +105,4 @@ class BackgroundTask:
 def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) -> None:
     """Tell pages of a task by the live stream, and let them cancel it at `/easel/NAME/cancel`."""
     live.feeds[name] = task.now
-    add_actions(app, name, {"cancel": lambda sent: task.cancel()})
+    add_actions(app, {f"{name}/cancel": lambda sent: task.cancel()})

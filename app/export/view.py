@@ -267,12 +267,12 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     report = BackgroundTask(app_state.worker)
     add_task(app, app_state.live, "report", report)
 
-    actions = {"choose": choose, "write": export, "copy": copy}
-    add_actions(app, "export", {name: functools.partial(act, app_state) for name, act in actions.items()})
-    add_actions(app, "report", {"start": functools.partial(begin_report_task, app_state, report)})
+    actions = {"export/choose": choose, "export/write": export, "export/copy": copy}
+    add_actions(app, {path: functools.partial(act, app_state) for path, act in actions.items()})
+    add_actions(app, {"report/start": functools.partial(begin_report_task, app_state, report)})
 
     @app.get("/easel/report/of/{run}")
-    async def page(run: str, download: int = 0) -> Response:
+    def page(run: str, download: int = 0) -> Response:
         path = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
         name = f"{run}.html" if download else None
         # A report is made of what people and files say: its scripts, which draw the charts, are kept from the

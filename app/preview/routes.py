@@ -65,25 +65,23 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     @app.get("/easel/preview/look")
     async def look() -> Response:
         data = render_queue.look()
-        if not data:
-            return Response(status_code=204, headers=FRESH)
-        return Response(data, media_type="image/jpeg", headers=FRESH)
+        return Response(data, 200 if data else 204, FRESH, "image/jpeg" if data else None)
 
-    add_actions(app, "preview", {name: functools.partial(act, app_state) for name, act in ACTIONS.items()})
+    add_actions(app, {f"preview/{name}": functools.partial(act, app_state) for name, act in ACTIONS.items()})
 
     @app.get("/easel/preview/axes")
-    async def axes(kind: str = "") -> Response:
-        snapshot = await asyncio.to_thread(take_snapshot, app_state)
-        return Answer(axis_data(snapshot, kind) if kind else grid_axes(snapshot), headers=FRESH)
+    def axes(kind: str = "") -> Response:
+        snapshot = take_snapshot(app_state)
+        return Answer(axis_data(snapshot, kind) if kind else grid_axes(snapshot))
 
     @app.post("/easel/preview/file")
     async def file(request: Request, name: str) -> Response:
         path = await receive_file(request, app_state.workspace / "tmp" / "opened", name)
-        return Answer(await asyncio.to_thread(open_file, app_state, path), headers=FRESH)
+        return Answer(await asyncio.to_thread(open_file, app_state, path))
 
     @app.get("/easel/preview/strip.png")
-    async def strip() -> Response:
-        path = await asyncio.to_thread(strip_sheet, app_state)
+    def strip() -> Response:
+        path = strip_sheet(app_state)
         return FileResponse(path, filename=path.name, media_type="image/png", headers=FRESH)
 
 

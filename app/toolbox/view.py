@@ -1,42 +1,164 @@
-"""The Toolbox tab: its page, and the results of its tools."""
+"""The Toolbox tab: its page, its routes, and the results of its tools.
 
+Results are drawn by `templates/result.html`, with the figures of `lora_core/report/plots.py`.
+"""
+
+import functools
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response
 
 from app.bindings import Bindings, html_block
 from app.formatting import pluralize
-from app.templates import part, render
-from app.toolbox.tools import CHECKPOINT, TOOLS
+from app.preview.loras import ADDED
+from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
+from app.state import AppState
+from app.templates import render
+from app.toolbox.tools import CHECKPOINT, TOOLS, build_worker_request, free_path, list_choices
+from app.worker_task import BackgroundTask, add_task
+from lora_core.errors import AdapterFileError, RunError
 from lora_core.model_files.families import FAMILIES
-from lora_core.report.plots import (
-    Bar,
-    amplified_html,
-    bars_plot,
-    block_name,
-    figure,
-    figures,
-    folded,
-    intrinsic_html,
-    left_out_html,
-    paragraph,
-    spectrum_html,
-    square_plot,
-    strength_html,
-    table_html,
-)
+from lora_core.report.plots import Bar, bars_plot, figure
+from lora_core.runs.folder import runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.system.files import parse_json
 
 Row = Mapping[str, Any]
-MOST_PAIRS = 30
+MOST_BARS = 14
+MOST_TAGS = 12
+# Texts of a header that one program writes, and what it is called; the more telling first.
+WRITERS = (
+    ("lora_easel.config", "LoRA Easel"),
+    ("ot_branch", "OneTrainer"),
+    ("ot_revision", "OneTrainer"),
+    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
+    ("ss_network_module", "kohya sd-scripts"),
+    ("lora_adapter_metadata", "diffusers or PEFT"),
+)
 
 
 def build_toolbox(bindings: Bindings) -> None:
     """Lay out the tab."""
     formats = {key: row.title for key, row in FORMATS.items()}
     html_block(render("toolbox/page.html", tools=TOOLS, formats=formats), elem_classes="page page-toolbox")
+
+
+def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
+    """Add the tab's routes to `app`."""
+    toolbox = Toolbox(app_state)
+    add_task(app, app_state.live, "toolbox", toolbox.task)
+    add_reads(app, {"toolbox/choices": lambda: list_choices(app_state)})
+    actions = {"start": toolbox.start, "act": toolbox.act, "go-on": functools.partial(train_on, app_state)}
+    add_actions(app, {f"toolbox/{name}": act for name, act in actions.items()})
+
+    @app.post("/easel/toolbox/file")
+    async def file(request: Request, name: str) -> Response:
+        path = await receive_file(request, app_state.workspace / "tmp" / "dropped", name)
+        return Answer({"file": str(path)})
+
+    @app.get("/easel/toolbox/numbers.json")
+    def numbers(tool: str = "") -> Response:
+        found = {key: value for key, value in toolbox.found(tool).items() if key not in ("id", "event")}
+        headers = {"Content-Disposition": 'attachment; filename="numbers.json"', **FRESH}
+        return Response(json.dumps(found, indent=1), media_type="application/json", headers=headers)
+
+    @app.get("/easel/made/{file}")
+    def made(file: str) -> Response:
+        whole = below(app_state.project.path / ADDED, file, {".safetensors"})
+        return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
+
+
+class Toolbox:
+    """Runs the tools, one at a time, and keeps the last result of each for follow-up actions."""
+
+    def __init__(self, app_state: AppState) -> None:
+        """Start without a result."""
+        self.task = BackgroundTask(app_state.worker)
+        self._app_state = app_state
+        self._results: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+
+    def found(self, tool: str) -> dict[str, Any]:
+        """The last result of a tool; a page shows those of several."""
+        return self._results[tool][1] if tool in self._results else {}
+
+    def start(self, sent: dict[str, Any]) -> None:
+        """Start what a page asks for.
+
+        Raises:
+            LoraError: something is missing.
+        """
+        tool = str(sent.get("tool"))
+        request = build_worker_request(self._app_state, tool, sent)
+
+        def shows(result: dict[str, Any]) -> str:
+            if TOOLS[tool].makes == "base":
+                self._app_state.places.keep("bases", str(result["file"]))
+            if tool == "strength":
+                self._keep_best(str(request["file"]), result["strength"]["strengths"])
+            html = result_html(tool, request, self._linked(result))
+            self._results[tool] = request, result, html
+            return html
+
+        self.task.start(TOOLS[tool].title, request, shows, tool)
+
+    def act(self, sent: dict[str, Any]) -> None:
+        """Make the file that a measurement proposed.
+
+        Raises:
+            RunError: nothing was measured that it could be made of.
+        """
+        do = str(sent.get("do"))
+        tool = {"shrink": "intrinsic", "bake": "strength"}.get(do, "")
+        if tool not in self._results:
+            raise RunError("Measure first; there is no result to make a file from.")
+        asked, result, before = self._results[tool]
+        found = result[tool]
+        if do == "shrink":
+            more, suffix = {"ranks": found["ranks"]}, f"rank{found['rank']}"
+        else:
+            more, suffix = {"strengths": found["strengths"]}, "baked"
+        out = free_path(self._app_state, asked["file"], suffix)
+        request = {"do": do, "file": asked["file"], "out": str(out), **more}
+        self.task.start(
+            "Writing the file", request, lambda result: written_html(self._linked(result)) + before, tool
+        )
+
+    def _keep_best(self, file: str, strengths: list[float]) -> None:
+        """Keep a measured strength of the whole adapter, which the Preview tab marks at its slider."""
+        if len(strengths) == 1:
+            known = dict(self._app_state.project.draft().get("best_strengths") or {})
+            best = known | {file: round(float(strengths[0]), 2)}
+            self._app_state.project.update_draft(best_strengths=best)
+
+    def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Add the URL and the location of a file that was made."""
+        if "file" not in result:
+            return result
+        file, runs = Path(str(result["file"])), runs_folder(self._app_state.workspace)
+        link = f"/easel/made/{quote(file.name)}" if file.parent.name == ADDED else ""
+        if file.is_relative_to(runs):
+            link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
+        return {**result, "link": link, "place": self._app_state.files.place(file, "Saved to")}
+
+
+def train_on(app_state: AppState, sent: dict[str, Any]) -> None:
+    """Make the Train form start from a LoRA file.
+
+    Raises:
+        AdapterFileError: it is gone.
+    """
+    file = Path(str(sent.get("file", "")))
+    if not file.is_file():
+        raise AdapterFileError(f"There is no file at {file}; choose another.")
+    values = dict(app_state.project.draft().get("values") or {})
+    app_state.project.update_draft(values={**values, "adapter.init": str(file)})
 
 
 def result_html(tool: str, request: Row, result: Row) -> str:
@@ -53,8 +175,15 @@ def result_html(tool: str, request: Row, result: Row) -> str:
     names = [_name(file) for file in files]
     if tool == "check":
         return file_facts(names[0], result)
-    shown = _stack(result["stack"], names) if tool == "stack" else SHOWN[tool](result)
-    return render("toolbox/result.html", tool=tool, names=" and ".join(names), shown=shown)
+    values: dict[str, Any] = {}
+    if tool == "spectrum":
+        values["about"] = file_facts("The file", {"report": result.get("report"), "problem": " "})
+    elif tool == "compare":
+        values["bars"] = _similarity_bars(result["compare"]["layers"])
+    elif tool == "stack":
+        rows = result["stack"]["files"]
+        values["files"] = [{**row, "name": name} for row, name in zip(rows, names, strict=True)]
+    return render("toolbox/result.html", tool=tool, names=names, result=result, **values)
 
 
 def _name(file: str) -> str:
@@ -64,226 +193,31 @@ def _name(file: str) -> str:
     return f"{path.parents[2].name}, {path.parent.name}" if known else path.name
 
 
-def _spectrum(result: Row) -> str:
-    about = file_facts("The file", {"report": result.get("report") or {}, "problem": " "})
-    return spectrum_html(result["spectrum"]) + folded("Metadata", about)
-
-
-def _measured(result: Row, shown: str, act: str = "", words: str = "") -> str:
-    """A measurement, what it was made on, and a button that makes a file of it."""
-    count = int(result.get("pictures", 0))
-    on = f"Measured on {count} {'image' if count == 1 else 'images'}. {result.get('note', '')}".strip()
-    button = part("button", words, tone="primary", data={"toolbox_act": act}) if act else ""
-    return shown + paragraph(on, small=True) + button
-
-
-def _intrinsic(result: Row) -> str:
-    return _measured(result, intrinsic_html(result["intrinsic"]), "shrink", "Shrink to it")
-
-
-def _strength(result: Row) -> str:
-    found = result["strength"]
-    shown = "".join(paragraph(sentence) for sentence in found["sentences"])
-    shown += figures([strength_html(fit, fit["part"]) for fit in found["fits"]])
-    numbers = " and ".join(f"{value:g}" for value in found["strengths"])
-    bakes = all(value > 0 for value in found["strengths"])
-    return _measured(result, shown, "bake" if bakes else "", f"Bake {numbers} into the file")
-
-
-def _compare(result: Row) -> str:
-    found = result["compare"]
-    layers = found["layers"]
-    said = paragraph(
-        f"{_likeness(found)}: {found['similarity']:.1%} of input directions in common (chance:"
-        f" {found['baseline']:.1%}), {found['similarity_output']:.1%} of output directions (chance:"
-        f" {found['baseline_output']:.1%}), over {len(layers):,} layers."
-    )
-    label = f"Similarity by rank, from 0 to 1; the leading direction alone: {found['table'][0][0]:.2f}"
-    heat = square_plot(label, found["table"], ("rank of the first", "rank of the second"))
-    by_block = _similarity_bars(layers)
-    rows = [
-        (f"{row['part']}.{row['module']}", row["rank"], f"{row['phi']:.3f}", f"{row['baseline']:.3f}",
-         f"{row['phi_output']:.3f}", f"{row['baseline_output']:.3f}")
-        for row in layers
-    ]  # fmt: skip
-    heads = ("Layer", "Rank", "Read", "By chance", "Written", "By chance")
-    note = (
-        "The mean over layers of the share that the leading directions have in common; a stronger colour is"
-        " more."
-    )
-    shown = figures([figure("By rank", heat, note), by_block])
-    table = folded("Table of all layers", table_html(heads, rows, "By layer"))
-    return said + left_out_html(found["left_out"]) + shown + table
-
-
-def _likeness(found: Row) -> str:
-    similarity, chance = found["similarity"], found["baseline"]
-    if similarity > 0.95:
-        return "Almost identical"
-    return "Alike" if similarity > 2 * chance else "Little in common"
-
-
 def _similarity_bars(layers: list[Row]) -> str:
     """The most and least similar layers, against chance."""
     ordered = sorted(layers, key=lambda row: row["baseline"] - row["phi"])
-    half = MOST_PAIRS // 4
-    shown = ordered if len(ordered) <= 2 * half else [*ordered[:half], *ordered[-half:]]
+    half = MOST_BARS // 2
+    shown = ordered if len(ordered) <= MOST_BARS else [*ordered[:half], *ordered[-half:]]
     bars = [Bar(row["module"], row["phi"], 0.0, f"{row['phi']:.2f} ({row['baseline']:.2f})") for row in shown]
     title = "Most and least alike layers" if len(ordered) > len(shown) else "By layer"
-    return figure(
-        title,
-        bars_plot("Similarity of single layers", bars),
-        "Of the directions that they read; in brackets what chance alone would give.",
-    )
-
-
-def _stack(found: Row, names: list[str]) -> str:
-    files = found["files"]
-    rows = [
-        (
-            names[n],
-            f"{row['strength']:g}",
-            f"{row['norm']:.3g}",
-            _share(row["survives"]),
-            _share(row["untouched"]),
-        )
-        for n, row in enumerate(files)
-    ]
-    alone = table_html(("File", "Strength", "Norm", "Survives", "Untouched"), rows, "Each in the stack")
-    pairs = [
-        (f"{names[p['first']]} and {names[p['second']]}", f"{p['cosine']:+.3f}",
-         f"{p['column_overlap']:.3f}, chance {p['column_baseline']:.3f}",
-         f"{p['row_overlap']:.3f}, chance {p['row_baseline']:.3f}", p["layers"])
-        for p in found["pairs"][:MOST_PAIRS]
-        if p["layers"]
-    ]  # fmt: skip
-    apart = [p for p in found["pairs"] if not p["layers"]]
-    said = paragraph(_stack_sentence(files, names))
-    if apart:
-        said += paragraph(
-            f"{names[apart[0]['first']]} and {names[apart[0]['second']]} change no layer in common."
-        )
-    heads = ("Pair", "Cosine", "Written alike", "Read alike", "Layers")
-    together = table_html(heads, pairs, "How each pair overlaps") if pairs else ""
-    measured = found.get("validation")
-    if measured:
-        said += paragraph(measured["sentence"])
-    note = paragraph(
-        "Survives: 100% where the others leave it alone, less where they take from it, more where they add to"
-        " it. Untouched: its share outside all directions that the others read or write.",
-        small=True,
-    )
-    return f"{said}{alone}{note}{together}{left_out_html(found['left_out'])}{_blocks(found)}"
-
-
-def _stack_sentence(files: list[Row], names: list[str]) -> str:
-    known = [
-        (row["survives"], name) for row, name in zip(files, names, strict=True) if row["survives"] is not None
-    ]
-    if not known:
-        return "None of them has any effect."
-    (low, weakest), (high, strongest) = min(known), max(known)
-    if low < 0.98:
-        return f"{weakest} loses most when combined: {low:.0%} survives. Raise its strength a little."
-    if high > 1.02:
-        return (
-            f"They overlap: combined, {strongest} is {high:.0%} as strong as alone. Lower the strengths, or"
-            " use one of them."
-        )
-    return "They hardly interfere: nearly all of each survives."
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _blocks(found: Row) -> str:
-    rows = [
-        (block_name({"part": row["part"], "block": row["module"]}), *(_share(v) for v in row["survives"][:2]))
-        for row in found["layers"]
-        if len(row["files"]) > 1
-    ]
-    if not rows:
-        return ""
-    return folded("Table of shared layers", table_html(("Layer", "First", "Second"), rows, "What survives"))
+    note = "Of the directions that they read; in brackets what chance alone would give."
+    return figure(title, bars_plot("Similarity of single layers", bars), note)
 
 
 def written_html(result: Row) -> str:
-    """A file that was made: location, cost, next steps."""
-    # A file without a link is a base; training does not continue from one.
-    return render(
-        "toolbox/made.html",
-        file=Path(str(result["file"])),
-        size=float(result.get("bytes", 0)),
-        sentences=result.get("sentences", []),
-        link=result.get("link"),
-        place=result.get("place", ""),
-    )
+    """A file that was made: location, cost, next steps. A base has no link: training does not continue from
+    one."""
+    return render("toolbox/made.html", result=result, name=Path(str(result["file"])).name)
 
 
-SHOWN: dict[str, Callable[[Row], str]] = {
-    "spectrum": _spectrum,
-    "amplify": lambda result: amplified_html(result["amplify"]),
-    "intrinsic": _intrinsic,
-    "strength": _strength,
-    "compare": _compare,
-}
-
-
-# What other tools make of a LoRA file, and what a file says of itself.
-
-MOST_NAMES = 40
-SAME_STRENGTH = 0.05
-"""The largest relative error of an update that rounding of the file's numbers can explain."""
-
-
-def tool_rows(verified: Mapping[str, Any]) -> str:
-    """A row per tool: how many keys it reads, or what goes wrong."""
-    return render("toolbox/tools.html", rows=[_tool(row) for row in verified.get("tools", [])])
-
-
-def _tool(row: Mapping[str, Any]) -> dict[str, Any]:
-    keys, matched = int(row.get("keys") or 0), int(row.get("matched") or 0)
-    dropped = [str(name) for name in row.get("dropped_keys") or []]
-    error, note, names = row.get("max_delta_error"), str(row.get("note") or ""), []
-    if not matched:
-        verdict, tone = "loads nothing", "bad"
-    elif dropped or matched < keys:
-        verdict, tone, names = "drops keys", "bad", dropped[:MOST_NAMES]
-        if len(dropped) > MOST_NAMES:
-            names.append(f"and {len(dropped) - MOST_NAMES:,} more")
-    elif row.get("ok") and (error is None or row.get("unused_keys")):
-        verdict, tone = "loads all keys", "good"
-    elif error is None:
-        verdict, tone = "may differ", "warn"
-    elif float(error) > SAME_STRENGTH:
-        verdict, tone = "wrong strength", "bad"
-    else:
-        verdict, tone, note = "loads all keys", "good", f"{matched:,} of {keys:,} keys, same strength"
-    return {"tool": row.get("tool", ""), "note": note, "verdict": verdict, "tone": tone, "names": names}
-
-
-def compatibility_card(result: Mapping[str, Any] | None) -> str:
+def compatibility_card(result: Row | None) -> str:
     """What each tool makes of the written file, from the worker's answer."""
-    verified = (result or {}).get("works_in") or {}
-    return render("export/works_in.html", verified=verified if result else None, rows=tool_rows(verified))
+    return render("export/works_in.html", verified=(result.get("works_in") or {}) if result else None)
 
 
-MOST_TAGS = 12
-# Texts of a header that one program writes, and what it is called; the more telling first.
-WRITERS = (
-    ("lora_easel.config", "LoRA Easel"),
-    ("ot_branch", "OneTrainer"),
-    ("ot_revision", "OneTrainer"),
-    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
-    ("ss_network_module", "kohya sd-scripts"),
-    ("lora_adapter_metadata", "diffusers or PEFT"),
-)
-
-
-def file_facts(name: str, result: Mapping[str, Any]) -> str:
+def file_facts(name: str, result: Row) -> str:
     """What a file is, and a row per tool."""
-    report: dict[str, Any] = dict(result.get("report") or {})
+    report = dict(result.get("report") or {})
     metadata: dict[str, str] = dict(report.get("metadata") or {})
     family = str(report.get("family", "unknown"))
     rows = [
@@ -295,20 +229,14 @@ def file_facts(name: str, result: Mapping[str, Any]) -> str:
         ("Layers", f"{report.get('modules', 0):,}, {report.get('parameters', 0):,} parameters"),
         ("Trained", describe_training(metadata) or "unknown"),
     ]
-    problem = str(result.get("problem") or "")
-    verified: dict[str, Any] = dict(result.get("verify") or {})
-    notes = [str(report.get(key) or "") for key in ("problem", "extras")]
     return render(
         "toolbox/facts.html",
         name=name,
-        size=float(report.get("bytes", 0)),
         rows=rows,
+        report=report,
         triggers=find_trigger_words(metadata),
-        broken=report.get("hash_matches") is False,
-        problem=problem,
-        notes=[text for text in notes if text and text != problem],
-        verified=verified,
-        tools=tool_rows(verified),
+        problem=str(result.get("problem") or ""),
+        verified=result.get("verify") or {},
     )
 
 
@@ -332,12 +260,12 @@ def find_trigger_words(metadata: Mapping[str, str]) -> list[str]:
     if phrase:
         return [phrase]
     tables = _json(metadata.get("ss_tag_frequency", ""))
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for table in tables.values() if isinstance(tables, dict) else ():
         for tag, count in table.items() if isinstance(table, dict) else ():
             if isinstance(count, int):
-                counts[str(tag).strip()] = counts.get(str(tag).strip(), 0) + count
-    return sorted(counts, key=lambda tag: -counts[tag])[:MOST_TAGS]
+                counts[str(tag).strip()] += count
+    return [tag for tag, _ in counts.most_common(MOST_TAGS)]
 
 
 def describe_training(metadata: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.routes import FRESH, Answer, BadRequest, add_actions, read_sent_json
+from app.routes import Answer, BadRequest, add_actions, read_body
 from app.state import AppState
 from app.train.form import Plan
 from app.train.run_cards import charts_data
@@ -28,52 +28,12 @@ LARGEST_FILE = 2**40
 
 def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
-    _add_settings_routes(app, app_state)
 
-    @app.post("/easel/run")
-    async def run(request: Request) -> Response:
-        sent = await read_sent_json(request)
-        await asyncio.to_thread(do_run_action, app_state, str(sent.get("do")), str(sent.get("run", "")))
-        return Answer({"done": True})
-
-    @app.post("/easel/queue")
-    async def queue(request: Request) -> Response:
-        sent = await read_sent_json(request)
+    def order(sent: dict[str, Any]) -> None:
         place = sent.get("place")
-        place = place if isinstance(place, int) else 0
-        await asyncio.to_thread(app_state.queue.act, str(sent.get("do")), str(sent.get("run", "")), place)
-        return Answer({"done": True})
+        at = place if isinstance(place, int) else 0
+        app_state.queue.act(str(sent.get("do")), str(sent.get("run", "")), at)
 
-    @app.get("/easel/curves/{name}")
-    async def curves(name: str, compare: str = "") -> Response:
-        runs = [_existing_run(app_state, each) for each in (name, compare) if each]
-        return Answer(await asyncio.to_thread(_read_curves, app_state, runs), headers=FRESH)
-
-    @app.get("/easel/debug/{name}")
-    async def debug(name: str) -> Response:
-        found = _existing_run(app_state, name)
-        card = app_state.hardware.card()
-        data = await asyncio.to_thread(debug_zip, found, app_state.workspace, card.name if card else "")
-        headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
-        return Response(data, media_type="application/zip", headers=headers)
-
-    @app.post("/easel/like")
-    async def like(request: Request) -> Response:
-        header = await _body(request, MAX_HEADER + 8)
-        size = request.query_params.get("size", "")
-        name = request.query_params.get("name", "the file")[:200]
-        await asyncio.to_thread(_take_header, app_state, header, size, name)
-        return Answer({"taken": True})
-
-    @app.post("/easel/quit")
-    async def leave() -> Response:
-        live = app_state.jobs.live()
-        # Runs and queue are processes of their own and continue.
-        threading.Timer(QUIT_AFTER, app_state.on_quit).start()
-        return Answer({"run": live.run.name if live else "", "queue": app_state.queue.is_running})
-
-
-def _add_settings_routes(app: FastAPI, app_state: AppState) -> None:
     def sweep(sent: dict[str, Any]) -> dict[str, str]:
         setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
         return {"names": queue_sweep(app_state, setting, values, name)}
@@ -84,13 +44,40 @@ def _add_settings_routes(app: FastAPI, app_state: AppState) -> None:
             raise BadRequest("no draft")
         app_state.project.update_draft(values=values, trigger=trigger)
 
-    settings: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "sweep": sweep,
-        "take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
-        "import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
-        "restore": restore,
+    def leave(sent: dict[str, Any]) -> dict[str, Any]:
+        live = app_state.jobs.live()
+        # Runs and queue are processes of their own and continue.
+        threading.Timer(QUIT_AFTER, app_state.on_quit).start()
+        return {"run": live.run.name if live else "", "queue": app_state.queue.is_running}
+
+    actions: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "run": lambda sent: do_run_action(app_state, str(sent.get("do")), str(sent.get("run", ""))),
+        "queue": order,
+        "quit": leave,
+        "settings/sweep": sweep,
+        "settings/take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
+        "settings/import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
+        "settings/restore": restore,
     }
-    add_actions(app, "settings", settings)
+    add_actions(app, actions)
+
+    @app.get("/easel/curves/{name}")
+    def curves(name: str, compare: str = "") -> Response:
+        runs = [_existing_run(app_state, each) for each in (name, compare) if each]
+        return Answer(_read_curves(app_state, runs))
+
+    @app.get("/easel/debug/{name}")
+    def debug(name: str) -> Response:
+        found, card = _existing_run(app_state, name), app_state.hardware.card()
+        data = debug_zip(found, app_state.workspace, card.name if card else "")
+        headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
+        return Response(data, media_type="application/zip", headers=headers)
+
+    @app.post("/easel/like")
+    async def like(request: Request, size: str = "", name: str = "the file") -> Response:
+        header = await read_body(request, MAX_HEADER + 8)
+        await asyncio.to_thread(_take_header, app_state, header, size, name[:200])
+        return Answer({"taken": True})
 
 
 def _existing_run(app_state: AppState, name: str) -> RunFolder:
@@ -162,12 +149,3 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
     finally:
         file.unlink(missing_ok=True)
     app_state.like_said = take_settings(app_state.project, found, name)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise BadRequest("too long")
-    return body

@@ -25,7 +25,6 @@ from app.toolbox.view import (
     file_facts,
     find_trigger_words,
     find_writer,
-    tool_rows,
 )
 from lora_core.errors import RunError
 from lora_core.system import other_tools
@@ -68,7 +67,7 @@ def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_row_a_tool(changes: dict[str, Any], verdict: str, said: str) -> None:
-    shown = tool_rows({"tools": [row(**changes)]})
+    shown = compatibility_card({"works_in": {"ok": True, "tools": [row(**changes)]}})
     assert verdict in shown
     assert said in shown
     assert ("Which keys" in shown) == (verdict == "drops keys")

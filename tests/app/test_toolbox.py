@@ -321,7 +321,7 @@ def test_a_result_that_cannot_be_shown_says_so(
     def broken(*given: Any) -> str:
         raise KeyError("ranks")
 
-    monkeypatch.setattr("app.toolbox.routes.result_html", broken)
+    monkeypatch.setattr("app.toolbox.view.result_html", broken)
     assert say("toolbox/start", tool="strength", **body) == {"done": True}
     html = ended(app_state)["html"]
     assert "cannot be shown" in html
