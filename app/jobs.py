@@ -34,13 +34,12 @@ from lora_core.system.files import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
 from lora_core.system.processes import child_environment as environment
 
-__all__ = ["LIVE", "RESUMABLE", "Jobs", "RunView", "environment"]
+__all__ = ["LIVE", "Jobs", "RunView", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
 LOOK_SECONDS = 2.0
 LOWER_RATE = 0.1
 """What the learning rate of a run that diverged is multiplied with for the next one."""
-RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 
 
 @dataclass(frozen=True)

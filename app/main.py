@@ -21,9 +21,9 @@ from app import tabs
 from app.guard import Guard, Login, is_loopback
 from app.live import add_live_route
 from app.page import mount
-from app.projects import add_project_routes
 from app.routes import Traffic, add_assets, add_routes
 from app.state import AppState
+from app.top_bar import add_project_routes
 from lora_core.errors import LoraError, RunError
 from lora_core.system.files import workspace, write_atomically
 from lora_core.system.processes import FIRST_PORT, PORTS_TRIED

@@ -12,9 +12,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from app import projects as project_picker
 from app import tabs as registry
 from app import top_bar
+from app import top_bar as project_picker
 from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
 from app.templates import render
@@ -56,7 +56,7 @@ def _header(bindings: Bindings) -> Any:
     hub = html_block(render("header.html", part="notes"))
     hub.js_on_load = MOUNTED.format(name="hub")
     bindings.follow(html_block(), top_bar.draft_note)
-    html_block(render("projects.html"))
+    html_block(render("projects.html", part="dialog"))
     return hub
 
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 
 from app.bindings import Bindings
-from app.dataset.routes import add_dataset_routes
-from app.dataset.view import build_dataset
+from app.dataset.view import add_dataset_routes, build_dataset
 from app.export.view import add_export_routes, build_export
 from app.preview.routes import add_preview_routes
 from app.preview.view import build_preview
 from app.state import AppState
 from app.toolbox.view import add_toolbox_routes, build_toolbox
-from app.train.routes import add_run_routes
-from app.train.view import build_train
+from app.train.view import add_run_routes, build_train
 from lora_core.report.plots import SCRIPTS
 from lora_core.system.files import ASSETS
 

@@ -1,27 +1,132 @@
-"""Templates of the window: Python prepares plain values, a template decides the markup and escapes them.
+"""Templates of the window: Python hands over what it knows, a template says it in words and escapes them.
 
 `render("train/run.html", ...)` reads `app/train/templates/run.html`; names without a folder are in
 `app/templates`. In every template `ui` holds the macros of `parts.html`, `plots` the figures of reports, and
-the functions of `formatting` are filters named by what they return: `{{ size|bytes }}`.
+the functions that format are filters named by what they return: `{{ size|bytes }}`.
 """
 
 import functools
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from app import formatting
 from lora_core.report import plots
+from lora_core.runs.events import Validated
+from lora_core.runs.progress import best_of, known_error
+from lora_core.settings.config import FIELDS, OLD_NAMES, label_of
 
 FOLDER = Path(__file__).parent
+_NAMES = re.compile(
+    "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
+)
+RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
+UNKNOWN = "\N{EN DASH}"
+CHANGED_SHOWN = 5
+STATES = {
+    "none": ("No run yet", ""),
+    "queued": ("Not started", ""),
+    "preparing": ("Preparing", "accent"),
+    "running": ("Running", "accent"),
+    "pausing": ("Pausing", "warn"),
+    "stopping": ("Stopping", "warn"),
+    "paused": ("Paused", "warn"),
+    "stopped": ("Stopped", ""),
+    "interrupted": ("Interrupted", "warn"),
+    "done": ("Done", "good"),
+    "failed": ("Failed", "bad"),
+}
+
+
+def format_clock(seconds: float | None) -> str:
+    """Format seconds as 4:12 or 1:04:12; a dash if unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds roughly: 40 s, 14 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def format_bytes(size: float) -> str:
+    """Format bytes as kB, MB or GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def format_speed(seconds_a_step: float | None) -> str:
+    """Format as it/s, or s/it when slower than one step per second; never wrapped."""
+    if not seconds_a_step:
+        return ""
+    number, unit = (1 / seconds_a_step, "it/s") if seconds_a_step <= 1 else (seconds_a_step, "s/it")
+    return f"{number:.1f}\N{NO-BREAK SPACE}{unit}"
+
+
+def format_scientific(value: float) -> str:
+    """Format a learning rate as 1.0e-4."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def pluralize(count: int, one: str, more: str | None = None) -> str:
+    """ "1 image", "24 images"."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def format_share(value: float, of: Validated) -> str:
+    """Format a difference of losses as a share of the base's loss."""
+    share = f"{value / of.base_loss:.0%}" if of.base_loss > 0 else f"{value:+.4f}"
+    return share.replace("-", "\N{MINUS SIGN}")
+
+
+def format_gain(value: float, error: float) -> str:
+    """Format a difference of losses with its standard error."""
+    return f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def with_labels(sentence: str, title: Callable[[str], str] = label_of) -> str:
+    """A sentence with the settings called as the form calls them."""
+    return _NAMES.sub(lambda found: title(OLD_NAMES.get(found[0], found[0])), sentence)
+
+
+def describe_changes(names: list[str]) -> str:
+    """A sentence that lists the inputs that changed since the run began.
+
+    Args:
+        names: as the trainer calls them; an image stands for its caption too.
+    """
+    images = [
+        f"the image {name[12:]} or its caption" if name.startswith("the picture ") else name for name in names
+    ]
+    shown = [
+        "its settings (config.toml)" if name == "config.toml" else name for name in images[:CHANGED_SHOWN]
+    ]
+    more = f" and {len(names) - CHANGED_SHOWN:,} more" if len(names) > CHANGED_SHOWN else ""
+    return f"Since this run began, this has changed: {', '.join(shown)}{more}."
+
+
 FILTERS = {
-    "clock": formatting.format_clock,
-    "duration": formatting.format_duration,
-    "bytes": formatting.format_bytes,
-    "speed": formatting.format_speed,
-    "scientific": formatting.format_scientific,
-    "count": formatting.pluralize,
+    "clock": format_clock,
+    "duration": format_duration,
+    "bytes": format_bytes,
+    "speed": format_speed,
+    "scientific": format_scientific,
+    "share": format_share,
+    "gain": format_gain,
+    "count": pluralize,
+    "labels": with_labels,
+    "changes": describe_changes,
     "thousands": "{:,}".format,
 }
 
@@ -42,7 +147,13 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters |= FILTERS
-    made.globals |= {"STATES": formatting.STATES, "UNKNOWN": formatting.UNKNOWN, "plots": plots}
+    made.globals |= {
+        "STATES": STATES,
+        "UNKNOWN": UNKNOWN,
+        "RESUMABLE": RESUMABLE,
+        "plots": plots,
+        "best_of": best_of,
+    }
     made.globals["ui"] = made.get_template("parts.html").module
     return made
 

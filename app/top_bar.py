@@ -1,103 +1,30 @@
-"""The header above every tab: the run that is going on, whatever run is shown, and its buttons."""
+"""The header above every tab: the run that is going on, whatever run is shown, with its buttons, and the
+project picker, whose list `assets/projects.js` fills when it opens."""
 
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
 import psutil
+from fastapi import FastAPI
 
-from app.formatting import STATES, format_bytes, format_clock, format_duration
-from app.jobs import RESUMABLE, RunView
-from app.state import ShownRun, Snapshot
-from app.templates import problem_html, render
+from app.routes import BadRequest, add_actions, add_reads
+from app.state import AppState, ShownRun, Snapshot
+from app.templates import STATES, format_bytes, format_clock, format_duration, problem_html, render
+from lora_core.errors import RunError
+from lora_core.projects.project import DEMO_TITLE
 from lora_core.runs.progress import Progress
-from lora_core.system.files import ASSETS
+from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
+from lora_core.system.files import ASSETS, folder_bytes
 from lora_core.system.hardware import resident_bytes
 
 TITLE = "LoRA Easel"
-REASONS = {
-    "pause": "Saves the run and ends its process; resume it later.",
-    "stop": "Saves the run, exports what it has learned so far, and ends it.",
-    "preview": "Generates the sample prompts after the current step.",
-    "save": "Saves a checkpoint after the current step.",
-}
-NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
 FEW_STEPS = 10
 """So many steps say how long each of the rest takes."""
 
 
-@dataclass(frozen=True)
-class Act:
-    """What a button does.
-
-    Attributes:
-        text: on the button.
-        body: posted as JSON to `path` below /easel.
-        title: its tooltip.
-        why: why it cannot be pressed now.
-        confirm: a question asked first.
-        id: of the button.
-    """
-
-    text: str
-    body: dict[str, Any]
-    path: str = "run"
-    title: str = ""
-    why: str = ""
-    confirm: str = ""
-    id: str = ""
-
-
-def request_act(run: ShownRun, do: str, name: str = "") -> Act:
-    """Send the request `do` to the live run; `name` is the button's id."""
-    return Act(NAMES[do], {"do": do, "run": ""}, title=REASONS[do], why=why_disabled(run, do), id=name or do)
-
-
-def why_disabled(run: ShownRun, do: str) -> str:
-    """Why a run cannot take a request now, "" if it can."""
-    if not run.live:
-        return "No run is active."
-    if run.state in ("pausing", "stopping"):
-        return f"The run is {run.state}; this takes until the current step is finished and saved."
-    if do in ("preview", "save") and run.state == "preparing":
-        return "The run is still preparing; this is possible once it trains."
-    return ""
-
-
-def resume_act(run_view: RunView, asks: bool = False, why: str = "", name: str = "resume") -> Act:
-    """Resume a run from its last checkpoint.
-
-    Args:
-        run_view: the run.
-        asks: whether it ended to ask if it may continue with changed inputs.
-        why: why it cannot be resumed now.
-        name: the button's id.
-    """
-    step = run_view.resume_info().step
-    tip = (
-        f"Resumes at step {step:,}." if step else "Starts from the beginning: no checkpoint was written yet."
-    )
-    if asks:
-        tip = "Use this after restoring what changed; otherwise it asks again."
-    text = f"Resume from step {step:,}" if step else "Start over"
-    return Act(text, {"do": "resume", "run": run_view.run.name}, title=tip, why=why, id=name)
-
-
-def accept_act(run_view: RunView, why: str = "", name: str = "") -> Act:
-    """Resume a run although its inputs changed."""
-    tip = "The result will differ from an uninterrupted run."
-    body = {"do": "accept", "run": run_view.run.name}
-    return Act("Continue with the changes", body, title=tip, why=why, id=name)
-
-
 def run_actions(snapshot: Snapshot) -> str:
     """Pause and Stop for a live run, Resume for one that can be resumed."""
-    run = snapshot.active
-    acts: list[Act] = []
-    if run.live:
-        acts = [request_act(run, "pause"), request_act(run, "stop")]
-    elif run.view is not None and run.state in RESUMABLE and not run.progress.stopped_early:
-        acts = [resume_act(run.view, run.asks)]
-    return render("header.html", part="acts", acts=acts)
+    return render("header.html", part="acts", run=snapshot.active)
 
 
 def describe_left(run: ShownRun) -> str:
@@ -193,3 +120,78 @@ def brand() -> str:
     """The logo and the name."""
     icon = (ASSETS / "icon.svg").read_text(encoding="utf-8")
     return render("header.html", part="brand", icon=icon, name=TITLE)
+
+
+def project_button(snapshot: Snapshot) -> str:
+    """The open project's name; opens the dialog."""
+    project = snapshot.app_state.project
+    return render(
+        "project_button.html", title=project.title, demo=project.uses_demo and project.title != DEMO_TITLE
+    )
+
+
+def add_project_routes(app: FastAPI, app_state: AppState) -> None:
+    """Add the picker's routes to `app`."""
+    add_reads(app, {"projects": lambda: _shelves(app_state)})
+    add_actions(app, {"projects": lambda sent: _change(app_state, sent)})
+
+
+def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Apply an action of the picker; the page reloads if another project is open afterwards."""
+    do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
+    if app_state.importer.working:
+        raise RunError("Images are being imported; wait until that is done.")
+    before, projects = app_state.project.path, app_state.projects
+    said = ""
+    match do:
+        case "new":
+            projects.new(title)
+        case "open":
+            projects.open(key)
+        case "rename":
+            projects.rename(key, title)
+        case "delete":
+            projects.delete(key)
+        case "clean":
+            said = f"{format_bytes(clean_caches(app_state.workspace))} freed."
+        case "empty":
+            size = folder_bytes(trash_folder(app_state.workspace))
+            empty_trash(app_state.workspace)
+            said = f"{format_bytes(size)} freed."
+        case "restore":
+            said = _restored(app_state, key)
+        case _:
+            raise BadRequest("no such action")
+    switched = app_state.project.path != before
+    if switched:
+        app_state.reset_project_view()
+    return {**_shelves(app_state), "switched": switched, "said": said}
+
+
+def _restored(app_state: AppState, place: str) -> str:
+    """Restore an item from the trash and say under which name.
+
+    Raises:
+        RunError: it is not in the trash any more, or the disk refuses.
+    """
+    one = next((one for one in list_trash(app_state.workspace) if one.place.name == place), None)
+    if one is None:
+        raise RunError("It is no longer in the trash.")
+    path = restore(one, app_state.workspace)
+    if path.name == one.name:
+        return f"{one.name} is restored."
+    return f"{one.name} is restored as {path.name}, because its name is taken."
+
+
+def _shelves(app_state: AppState) -> dict[str, Any]:
+    projects, workspace = app_state.projects.list_projects(), app_state.workspace
+    folders = {"caches": workspace / "cache", "trash": trash_folder(workspace), "runs": workspace / "runs"}
+    sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
+    shown = {
+        "projects": [dataclasses.asdict(one) | {"size": format_bytes(one.size)} for one in projects],
+        "trashed": [
+            one.row() | {"size": format_bytes(folder_bytes(one.place))} for one in list_trash(workspace)
+        ],
+        **{name: format_bytes(size) if size else "" for name, size in sizes.items()},
+    }
+    return shown | {"html": render("projects.html", part="list", **shown)}

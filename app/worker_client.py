@@ -31,6 +31,8 @@ CARDS = ("cuda", "xpu")
 LOOK_AROUND_EVERY = 1.0
 """Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
 than that before it takes any. A look at 200 runs takes a hundredth of it."""
+LOOK_EVERY = 0.3
+"""Seconds between two looks at whether a request should give way."""
 GAVE_WAY = "Waiting: a run begins on the GPU."
 STARTING_TAKES = "Starting the worker, which takes some seconds the first time."
 
@@ -49,6 +51,7 @@ class Reply:
     look: bytes = b""
     looks: int = 0
     dropped: bool = False
+    gave_way: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -120,13 +123,26 @@ class WorkerClient:
         if reply.state == "working":
             self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
 
-    def ahead_of(self, reply: Reply) -> int:
-        """Number of requests before a waiting one, the current one included; 0 for the current request and
-        for one whose message says what it waits for."""
-        if reply.state != "waiting" or reply.message:
-            return 0
-        may_begin = [one for one in list(self.waiting) if not one.message]
-        return next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
+    def follow(self, reply: Reply, gives_way: Callable[[], str], ended: Callable[[], None]) -> None:
+        """Call `ended` in a thread once a request has ended; cancel it as soon as `gives_way` says why."""
+
+        def watch() -> None:
+            while not reply.finished.wait(LOOK_EVERY):
+                if not reply.dropped and (reason := gives_way()):
+                    reply.gave_way = reason
+                    self.cancel(reply)
+            ended()
+
+        threading.Thread(target=watch, daemon=True, name=reply.request["do"]).start()
+
+    def describe(self, reply: Reply) -> str:
+        """What a request waits for, else what the worker says of it."""
+        if reply.state == "waiting" and not reply.message:
+            may_begin = [one for one in list(self.waiting) if not one.message]
+            ahead = next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
+            if ahead:
+                return f"Waiting: {ahead} {'request' if ahead == 1 else 'requests'} before this one."
+        return reply.message
 
     def release(self) -> None:
         """Free the worker's memory, on a GPU by ending the process."""

@@ -136,7 +136,7 @@
 
   let counting = 0;
   const countTokens = async (name, text) => {
-    const number = ++counting, answer = await post("tokens", { text }).catch(() => undefined);
+    const number = ++counting, answer = await post("tokens", { text });
     if (name === chosen && number === counting) showTokens(answer);
   };
 
@@ -298,9 +298,8 @@
   // One request at a time: of two in flight, the older text might arrive last.
   let sent = Promise.resolve();
   const send = (body, options) => {
-    const answer = options.keepalive ? post("caption", body, options) : sent.then(() => post("caption", body, options));
-    sent = answer.catch(() => {});
-    return answer;
+    sent = options.keepalive ? post("caption", body, options) : sent.then(() => post("caption", body, options));
+    return sent;
   };
 
   const save = async (name, options = {}) => {
@@ -312,21 +311,19 @@
       if (!entry.goingBack) { history.past.push(history.base); history.past.splice(0, history.past.length - MOST_STEPS); history.future = []; }
       history.base = text;
     }
-    try {
-      const answer = await send({ picture: name, text }, options);
-      if (answer.problem) throw new Error(answer.problem);
+    const answer = await send({ picture: name, text }, options), { problem, away } = answer;
+    if (!problem) {
       saves += 1;
       if (waiting.get(name) === entry) waiting.delete(name);
       // Nothing else changed meanwhile, so the images need not be reloaded.
       const [revision, ...rest] = shelf.mark.split(" ");
       if (revision === String(answer.before)) shelf.mark = [answer.revision, ...rest].join(" ");
       if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
-    } catch (error) {
-      // Without an answer it is tried again; a refusal is told.
-      const away = error instanceof TypeError;
-      if (away) entry.timer = setTimeout(() => save(name), RETRY);
-      if (name === chosen) say("error", away ? "Not saved yet, retrying" : `Not saved: ${error.message || "the window does not answer"}`);
+      return;
     }
+    // Without an answer it is tried again; a refusal is told.
+    if (away) entry.timer = setTimeout(() => save(name), RETRY);
+    if (name === chosen) say("error", away ? "Not saved yet, retrying" : `Not saved: ${problem}`);
   };
 
   const write = (name, text, goingBack = false) => {
@@ -360,11 +357,9 @@
 
   // ---- actions on images ---------------------------------------------------------------------------------
   const act = async (path, body) => {
-    try {
-      const answer = await post(path, body);
-      if (answer.problem) { say("error", answer.problem); return null; }
-      return answer;
-    } catch (error) { say("error", error.message || "The window does not answer"); return null; }
+    const answer = await post(path, body);
+    if (answer.problem) say("error", answer.problem);
+    return answer.problem ? null : answer;
   };
 
   // One at a time, none lost: what the next key press acts on is known once the previous action is done.

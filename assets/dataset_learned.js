@@ -106,7 +106,7 @@
         await later(400);
         check = await get("check");
       }
-      seen = easel.shelf().mark;
+      if (!check.problem) seen = easel.shelf().mark;
     } catch { /* asked again at the next change */ } finally { looking = false; }
     if (again) { again = false; look(); }
   };
@@ -219,7 +219,7 @@
   let measuring = false;
   easel.on("insights", ({ state: now }) => { if (measuring || now === "working") watch(); measuring = now === "working"; });
   const begin = async (body) => {
-    const answer = await post("insights", body).catch((error) => ({ problem: error.message }));
+    const answer = await post("insights", body);
     if (answer.problem) {
       const line = one(LINES[body.what]);
       line.className = "problem";

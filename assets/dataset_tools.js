@@ -83,7 +83,7 @@
       await finished(answer, 0.5, own);
     } catch (error) {
       mine.stopped = true;
-      if (batch) post(`upload/${batch}`, { give_up: true }).catch(() => {});
+      if (batch) post(`upload/${batch}`, { give_up: true });
       end(error.message, true);
     } finally { sending = null; }
   };
@@ -116,7 +116,7 @@
         // Only if the import changed the form: text being typed must not be lost.
         if (state.left_demo || easel.project !== own) easel.refill();
         end(state.note ?? "", state.state === "failed");
-        post("check", { by_itself: true }).then(watchCheck).catch(() => {});
+        post("check", { by_itself: true }).then(watchCheck);
         done();
       });
       return;

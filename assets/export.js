@@ -7,7 +7,6 @@
     ...Object.fromEntries(["name", "format", "precision", "folder"].map((name) => [name, field(name).value])),
   });
   const problem = (words) => make("p", { className: "problem", textContent: words, attributes: { role: "alert" } });
-  const AWAY = "The window does not answer; is it still open?";
 
   const worksIn = () => one("#works-in .panel").parentElement;
   // Results of one file do not apply to the next.
@@ -20,7 +19,7 @@
   };
   // One after the other: the last choice counts.
   const inTurn = window.easel.inTurns();
-  const store = (body) => inTurn(() => post("export/choose", body)).catch(() => window.easel.toast(AWAY, "bad"));
+  const store = (body) => inTurn(() => post("export/choose", body)).then(({ problem }) => { if (problem) window.easel.toast(problem, "bad"); });
   const choose = (body) => { clear(); return store(body); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
@@ -32,7 +31,7 @@
   const write = async (button, path, note) => {
     const words = button.textContent, focused = document.activeElement === button, mine = turn;
     Object.assign(button, { disabled: true, textContent: "Writing…", title: "The file is being written." });
-    const said = await post(path, choice()).catch(() => ({ problem: AWAY }));
+    const said = await post(path, choice());
     Object.assign(button, { disabled: false, textContent: words, title: "" });
     // A disabled element loses the keyboard focus.
     if (focused && document.activeElement === document.body) button.focus();
@@ -82,7 +81,7 @@
     if (quick) window.easel.toast(`The report of ${run} is being made.`);
     tell("working", "");
     const box = one("#report-measure");
-    const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled }).catch(() => ({ problem: AWAY }));
+    const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled });
     if (said.problem) tell("error", said.problem);
   };
 

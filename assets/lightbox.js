@@ -23,7 +23,6 @@
   const open = (node) => {
     const row = rowOf(node), image = make("img"), words = make("p", { className: "small" }), made = make("p", { className: "small num" });
     let at = row.indexOf(node), flipped = false, zoom = 0, settings;
-    const box = make("dialog", { className: "easel-dialog lightbox", attributes: { "aria-label": "Image" } });
     const button = (text, act, more = {}) => { const made = make("button", { type: "button", className: "own", textContent: text, ...more }); made.addEventListener("click", act); return made; };
     const flipOf = () => row[at].dataset.flip || (kind(row[at]) === "large" && at ? addressOf(row[0]) : "");
     const show = async () => {
@@ -62,6 +61,8 @@
     zooms.forEach((each, index) => { each.dataset.scale = ZOOMS[index][1]; });
     const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": "Image, enlarged" } }, image);
     const bar = make("div", { className: "row" }, earlier, later, make("div", { className: "seg", attributes: { role: "group", "aria-label": "Size" } }, ...zooms), flip, useIt, button("Close", () => box.close(), { className: "own primary" }));
+    const box = window.easel.dialog("Image", frame, words, made, bar);
+    box.className = "easel-dialog lightbox";
     image.addEventListener("load", scale);
     image.addEventListener("click", () => { zoom = ZOOMS[(ZOOMS.findIndex(([, value]) => value === zoom) + 1) % ZOOMS.length][1]; scale(); });
     box.addEventListener("keydown", (event) => {
@@ -70,12 +71,7 @@
       if (by && !(zoom && event.target === frame)) { event.preventDefault(); go(by); }
       else if (event.key === " " && !event.target.matches("button")) { event.preventDefault(); if (!flip.hidden) flip.click(); }
     });
-    box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
-    box.addEventListener("close", () => box.remove());
-    box.append(frame, words, made, bar);
-    (one(".gradio-container") || document.body).append(box);
     show();
-    box.showModal();
     frame.focus();
   };
 

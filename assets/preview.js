@@ -90,13 +90,17 @@
     if (next) send(next.moved);
     return Boolean(next);
   };
+  const keep = (answer) => {
+    if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
+    sending = false;
+    changedAt = Date.now();
+    return answer;
+  };
   const send = async (moved) => {
     if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
     sending = true;
-    try {
-      const answer = await post("preview/rows", { ...sent(), moved });
-      if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
-    } catch { /* Generate sends the form again. */ } finally { sending = false; changedAt = Date.now(); }
+    // What does not arrive is sent again by Generate.
+    keep(await post("preview/rows", { ...sent(), moved }));
     if (!proceed()) read();
   };
   const hold = () => { clearTimeout(timer); timer = later = null; };
@@ -183,11 +187,8 @@
     // The server may finish two requests in the other order, and an older form would count as the newer one.
     while (sending) await window.easel.later(20);
     sending = true;
-    try {
-      const answer = await post("preview/generate", { ...sent(), what, grid: gridOf() });
-      if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
-      if (answer.problem) note.textContent = answer.problem;
-    } catch { note.textContent = what === "grid" ? "The window does not answer; is it still open?" : ""; } finally { sending = false; changedAt = Date.now(); }
+    const answer = keep(await post("preview/generate", { ...sent(), what, grid: gridOf() }));
+    if (answer.problem && (what === "grid" || !answer.away)) note.textContent = answer.problem;
     // What was changed meanwhile.
     proceed();
   };

@@ -112,8 +112,8 @@
   const begin = async (path, body) => {
     tell("working", "");
     picked = false;
-    const said = await post(path, body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
-    if (said.problem) tell("error", said.problem);
+    const { problem } = await post(path, body);
+    if (problem) tell("error", problem);
   };
   const tell = (state, words) => {
     const place = one("#toolbox-state");

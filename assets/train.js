@@ -2,51 +2,20 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, refill, toast } = window.easel;
+  const { one, all, make, dialog, refill, toast } = window.easel;
 
-  const send = async (path, { headers, body }) => {
-    try {
-      const answer = await fetch(`/easel/${path}`, { method: "POST", headers: { ...headers, ...window.easel.ownProject() }, body });
-      if (!answer.ok) throw new Error(await answer.text());
-      const said = await answer.json();
-      if (said.problem) throw new Error(said.problem);
-      return said;
-    } catch (error) {
-      toast(error instanceof TypeError ? "The window does not answer; is it still open?" : error.message, "bad");
-      return null;
-    }
+  // Problems are told; null then.
+  const told = (said) => {
+    if (said.problem) toast(said.problem, "bad");
+    return said.problem ? null : said;
   };
-  const post = (path, body) => send(path, { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const post = (path, body) => window.easel.post(path, body).then(told);
 
   // ---- confirmation ----------------------------------------------------
-  const dialog = (className, label) => {
-    const made = document.createElement("dialog");
-    made.className = `easel-dialog ${className}`;
-    made.setAttribute("aria-label", label);
-    (one(".gradio-container") || document.body).append(made);
-    made.addEventListener("close", () => made.remove());
-    made.addEventListener("click", (event) => { if (event.target === made) made.close(); });
-    return made;
-  };
-  const button = (text, className, onClick) => {
-    const made = document.createElement("button");
-    made.type = "button";
-    made.className = `own ${className}`;
-    made.textContent = text;
-    made.addEventListener("click", onClick);
-    return made;
-  };
   const ask = (text, yes) => new Promise((resolve) => {
-    const box = dialog("panel", text), words = document.createElement("p"), row = document.createElement("div");
-    words.textContent = text;
-    row.className = "row";
-    row.append(
-      button(yes, "primary", () => { box.returnValue = "yes"; box.close("yes"); }),
-      button("Cancel", "", () => box.close("")),
-    );
-    box.append(words, row);
-    box.addEventListener("close", () => resolve(box.returnValue === "yes"));
-    box.showModal();
+    const button = (textContent, tone, value) => make("button", { className: `own ${tone}`, textContent, value });
+    dialog(text, make("p", { textContent: text }), make("form", { className: "row", method: "dialog" }, button(yes, "primary", "yes"), button("Cancel", "", "")))
+      .addEventListener("close", ({ target }) => resolve(target.returnValue === "yes"));
   });
 
   // ---- notifications -----------------------------------------------------------------------------------
@@ -86,10 +55,7 @@
       return toast(`${file.name} is not a safetensors file.`, "bad");
     }
     const query = new URLSearchParams({ size: file.size, name: file.name });
-    const said = await send(`like?${query}`, {
-      headers: { "Content-Type": "application/octet-stream" }, body: await file.slice(0, 8 + length).arrayBuffer(),
-    });
-    if (said) refill();
+    if (told(await window.easel.send(`like?${query}`, await file.slice(0, 8 + length).arrayBuffer()))) refill();
   };
 
   // ---- quitting -------------------------------------------------------------------------------------------------------------
@@ -100,13 +66,9 @@
     const said = await post("quit", {});
     if (!said) return;
     const runs = said.run ? `The run ${said.run} continues${said.queue ? ", and so does the queue" : ""}. ` : "";
-    const words = document.createElement("p");
-    words.textContent = `LoRA Easel is closed. ${runs}Start it again to come back; this page can be closed.`;
-    const box = dialog("panel", "Closed");
+    const box = dialog("Closed", make("p", { textContent: `LoRA Easel is closed. ${runs}Start it again to come back; this page can be closed.` }));
     box.id = "closed";
-    box.append(words);
     box.addEventListener("cancel", (event) => event.preventDefault());
-    box.showModal();
   };
 
   // What waits for its answer and is not sent again meanwhile: whether a button is disabled is the server's to say.
@@ -177,7 +139,7 @@
     const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
     inTurn(async () => {
       const body = { setting: one("#sweep-setting").value, values: values.value, name };
-      const answer = await window.easel.post("settings/sweep", body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
+      const answer = await window.easel.post("settings/sweep", body);
       sent.delete(event.target);
       problem.textContent = answer.problem ?? "";
       values.setAttribute("aria-invalid", Boolean(answer.problem));

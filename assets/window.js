@@ -6,16 +6,18 @@
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   // Names, settings and files belong to a project: a stale page must not change another project.
   const ownProject = () => (window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) });
-  const post = async (path, body, options = {}) => {
-    const answer = await fetch(`/easel/${path}`, {
-      method: "POST", headers: { "Content-Type": "application/json", ...ownProject() }, body: JSON.stringify(body), ...options,
-    });
-    if (!answer.ok) throw new Error(await answer.text());
-    return answer.json();
+  // Sends a body below /easel: the answer, or a `problem` in a sentence; `away` where none came.
+  const send = async (path, body, options = {}) => {
+    try {
+      const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options, headers: { ...ownProject(), ...options.headers } });
+      return answer.ok ? await answer.json() : { problem: await answer.text() };
+    } catch { return { problem: "The window does not answer; is it still open?", away: true }; }
   };
-  // Sends a file; the answer of the server, or a problem if it did not arrive.
-  const upload = (path, file) => fetch(`/easel/${path}?name=${encodeURIComponent(file.name)}`, { method: "POST", headers: ownProject(), body: file })
-    .then((answer) => answer.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
+  const post = (path, body, options) => send(path, JSON.stringify(body), { headers: { "Content-Type": "application/json" }, ...options });
+  const upload = async (path, file) => {
+    const said = await send(`${path}?name=${encodeURIComponent(file.name)}`, file);
+    return said.away ? { problem: `${file.name} did not arrive; try again.` } : said;
+  };
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
   const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
   // An element with properties, `data-*` values and other attributes, and children.
@@ -80,8 +82,18 @@
     toast.timer = setTimeout(close, 10_000);
   };
 
+  // A dialog that is gone once it is closed, as by a click beside it.
+  const dialog = (label, ...inside) => {
+    const made = make("dialog", { className: "easel-dialog panel", attributes: { "aria-label": label } }, ...inside);
+    (one(".gradio-container") ?? document.body).append(made);
+    made.addEventListener("close", () => made.remove());
+    made.addEventListener("click", (event) => { if (event.target === made) made.close(); });
+    made.showModal();
+    return made;
+  };
+
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { openTab, one, all, get, post, upload, ownProject, make, plural, later, inOrder, inTurns, refocus, redraw, toast, settling: [] };
+  window.easel = { openTab, one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
@@ -124,7 +136,7 @@
     if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
     if (name === "run" && run && run !== shownRun()) {
       awaited = run;
-      inTurn(() => post("run", { do: "show", run })).catch(() => {}).finally(() => setTimeout(() => { awaited = ""; }, 5000));
+      inTurn(() => post("run", { do: "show", run })).then(() => setTimeout(() => { awaited = ""; }, 5000));
     }
   };
   addEventListener("hashchange", () => { if (location.hash !== followed) follow(); });

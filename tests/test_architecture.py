@@ -139,13 +139,14 @@ def names_defined(tree: ast.AST) -> Iterator[str]:
 
 
 def test_nothing_is_without_a_caller() -> None:
-    """Tests do not count as callers. Routes are called by the scripts of the page, verbs and the worker's
-    `do_...` by their names, and `lora_core.api` by others."""
+    """Tests do not count as callers. Routes are called by the scripts of the page, what is shown by its
+    templates, verbs and the worker's `do_...` by their names, and `lora_core.api` by others."""
     read = {name for tree in TREES.values() for name in names_read(tree)}
     for script in [
         *(ROOT / "assets").rglob("*.js"),
         *(ROOT / "assets").glob("*.toml"),
         *(ROOT / "lora_core").rglob("*.j2"),
+        *(ROOT / "app").rglob("*.html"),
     ]:
         read |= set(re.findall(r"\w+", script.read_text(encoding="utf-8")))
     unused = [

@@ -8,11 +8,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from app.projects import add_project_routes
 from app.routes import add_routes
 from app.state import AppState
 from app.tabs import TABS
 from app.toolbox.tools import TOOLS
+from app.top_bar import add_project_routes
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters
 from lora_core.verbs import GROUPS

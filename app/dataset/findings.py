@@ -7,6 +7,7 @@ and can be marked stale.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import threading
@@ -35,15 +36,6 @@ class _Outdated(Exception):
     """The images changed or another project was opened during the check."""
 
 
-@dataclass(frozen=True)
-class _CheckKey:
-    """The inputs of a check."""
-
-    folder: Path
-    revision: int
-    how: tuple[object, ...]
-
-
 class Checker:
     """The checks of the open project's images."""
 
@@ -53,14 +45,14 @@ class Checker:
         self._looks: Looks = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle"}
-        self._aim: _CheckKey | None = None
+        self._inputs: tuple[object, ...] = ()
+        """What was checked: folder, revision, and how the run would train."""
 
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), progress, findings, and `fresh`: whether they are of the
         current images."""
-        aim = self._aim
-        fresh = aim is not None and aim == self._now()
-        return {**self._state, "fresh": fresh}
+        inputs = self._inputs
+        return {**self._state, "fresh": bool(inputs) and inputs == self._now()}
 
     def progress(self) -> dict[str, Any]:
         """`state` and progress alone."""
@@ -68,46 +60,50 @@ class Checker:
 
     def start(self) -> None:
         """Start the check, unless it is running or done."""
-        aim = self._now()
+        inputs = self._now()
         with self._lock:
-            if self._aim == aim and self._state["state"] in ("working", "done"):
+            if self._inputs == inputs and self._state["state"] in ("working", "done"):
                 return
-            self._aim = aim
-            total = len(self.project.dataset().records)
-            self._state = {"state": "working", "done": 0, "total": total}
-        threading.Thread(target=self._run, args=(aim,), daemon=True, name="check").start()
+            self._inputs = inputs
+            self._state = {"state": "working", "done": 0, "total": len(self.project.dataset().records)}
+        threading.Thread(target=self._run, args=(inputs,), daemon=True, name="check").start()
 
-    def _now(self) -> _CheckKey:
+    def _now(self) -> tuple[object, ...]:
         plan = Plan(self.project)
         # First, because reading the folder may create a new revision.
         self.project.dataset()
         config, base = plan.config, plan.base
         resolution = config.train.resolution or base.resolution
-        batch = config.train.batch_size
-        how = (resolution, base.multiple, plan.trigger, batch, config.validation.pictures, config.seed)
-        return _CheckKey(self.project.dataset_folder, self.project.revision, how)
+        how = (resolution, base.multiple, plan.trigger, config.train.batch_size)
+        return (
+            self.project.dataset_folder,
+            self.project.revision,
+            *how,
+            config.validation.pictures,
+            config.seed,
+        )
 
-    def _run(self, aim: _CheckKey) -> None:
-        plan, dataset = Plan(self.project), self.project.dataset()
+    def _run(self, inputs: tuple[object, ...]) -> None:
+        plan, dataset, folder = Plan(self.project), self.project.dataset(), self.project.dataset_folder
 
         def said(done: int, total: int) -> None:
-            if self._aim is not aim or self.project.dataset_folder != aim.folder:
+            if self._inputs is not inputs or self.project.dataset_folder != inputs[0]:
                 raise _Outdated
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
             found = audit(dataset, plan_training(plan, dataset.records), said, self._looks)
-            rows = {key: [_relative_row(row, aim.folder) for row in found[key]] for key in LISTS}
+            rows = {key: [_relative(row, folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
         except _Outdated:
             with self._lock:
                 # Another project was opened; its page would follow this check forever.
-                if self._aim is aim:
-                    self._aim, self._state = None, {"state": "idle"}
+                if self._inputs is inputs:
+                    self._inputs, self._state = (), {"state": "idle"}
             return
         except (LoraError, OSError) as error:
             state = {"state": "failed", "problem": str(error)}
-        if self._aim is aim:
+        if self._inputs is inputs:
             self._state = state
 
 
@@ -128,18 +124,17 @@ def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
     )
 
 
-def _relative_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A finding with paths relative to the dataset folder."""
-    named: dict[str, Any] = {
-        key: relative_name(Path(row[key]), folder) for key in ("picture", "twin") if row.get(key)
-    }
-    if "pictures" in row:
-        named["pictures"] = [relative_name(Path(path), folder) for path in row["pictures"]]
-    return {**row, **named}
+def _relative(value: Any, folder: Path, key: str = "") -> Any:
+    """A finding with the paths of its images relative to the dataset folder."""
+    if isinstance(value, dict):
+        return {key: _relative(one, folder, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_relative(one, folder, key) for one in value]
+    is_path = isinstance(value, str) and key in ("picture", "twin", "pictures")
+    return relative_name(Path(value), folder) if is_path and value else value
 
 
 WHATS = ("captions", "triggers", "pictures")
-LOOK_EVERY = 0.3
 KEPT_IN = "insights.json"
 OF_A_RUN = "pictures.json"
 
@@ -203,7 +198,7 @@ class DatasetInsights:
             project = self.project
             work = _Work(self.worker.submit(request), mark, project.dataset_folder, project.path)
             self._work[what] = work
-        threading.Thread(target=self._attend, args=(what, work), daemon=True, name=what).start()
+        self.worker.follow(work.reply, self.occupied, functools.partial(self._ended, what, work))
 
     def cancel(self, what: str) -> None:
         """Stop a measurement; earlier results stay."""
@@ -262,11 +257,9 @@ class DatasetInsights:
         why, work = self._why(what), self._work.get(what)
         if work is not None and work.project == self.project.path:
             reply = work.reply
-            ahead = self.worker.ahead_of(reply)
-            waits = f"Waiting for {ahead} other {'request' if ahead == 1 else 'requests'}." if ahead else ""
             return {
                 "state": "working", "done": reply.done, "total": reply.total,
-                "message": waits or reply.message, "why": why,
+                "message": self.worker.describe(reply), "why": why,
             }  # fmt: skip
         problem = self._problems.get(what, "")
         if problem:
@@ -288,50 +281,30 @@ class DatasetInsights:
         found, steps = read_json(run_view.run.path / OF_A_RUN), run_view.run.checkpoint_steps()
         if not isinstance(found.get("rows"), list):
             return {"run": run_view.run.name}
-        shown = _named(found, self.project.dataset_folder)
+        shown = _relative(found, self.project.dataset_folder)
         # A run that was resumed has another best or last checkpoint.
         best = run_view.run.progress().best_step
         wanted = best if best in steps else steps[-1]
         return {"found": shown, "run": run_view.run.name, "fresh": found.get("step") == wanted}
 
-    def _attend(self, what: str, work: _Work) -> None:
-        """Wait for the result and store it; a run that begins meanwhile takes precedence."""
-        reply, gave_way = work.reply, ""
-        while not reply.finished.wait(LOOK_EVERY):
-            gave_way = "" if reply.dropped else self.occupied()
-            if gave_way:
-                self.worker.cancel(reply)
+    def _ended(self, what: str, work: _Work) -> None:
+        """Store what was found, or say why nothing was."""
+        reply = work.reply
         found = reply.result.get("found")
         with self._lock:
             if reply.state == "done":
                 # What a run learned is stored in its folder.
                 if isinstance(found, dict) and what != "pictures":
                     self._keep(what, work, found)
-            elif work.project == self.project.path and (reply.message != CANCELLED or gave_way):
-                self._problems[what] = gave_way or reply.message
+            elif work.project == self.project.path and (reply.message != CANCELLED or reply.gave_way):
+                self._problems[what] = reply.gave_way or reply.message
             if self._work.get(what) is work:
                 del self._work[what]
 
     def _keep(self, what: str, work: _Work, found: dict[str, Any]) -> None:
         file = work.project / KEPT_IN
-        kept = {**read_json(file), what: {"mark": work.mark, "found": _named(found, work.folder)}}
+        kept = {**read_json(file), what: {"mark": work.mark, "found": _relative(found, work.folder)}}
         try:
             write_atomically(file, json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         except OSError as error:
             self._problems[what] = f"The results cannot be saved ({error.strerror}); free some disk space."
-
-
-def _named(found: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths relative to the dataset folder."""
-    rows = []
-    for row in found.get("rows", []):
-        if not isinstance(row, dict):
-            continue
-        shown = dict(row)
-        if isinstance(row.get("picture"), str):
-            shown["picture"] = relative_name(Path(row["picture"]), folder)
-        better = row.get("better")
-        if isinstance(better, dict) and isinstance(better.get("picture"), str):
-            shown["better"] = {**better, "picture": relative_name(Path(better["picture"]), folder)}
-        rows.append(shown)
-    return {**found, "rows": rows}

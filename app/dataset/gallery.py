@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.formatting import pluralize
+from app.templates import pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box

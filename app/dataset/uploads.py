@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.formatting import pluralize
+from app.templates import pluralize
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError

@@ -17,9 +17,8 @@ from app.preview.loras import checkpoint_choices
 from app.routes import FRESH, BadRequest, add_actions, below, image_url
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, render
-from app.toolbox.tools import check_memory_is_free
+from app.toolbox.tools import BackgroundTask, add_task, check_memory_is_free
 from app.toolbox.view import compatibility_card
-from app.worker_task import BackgroundTask, add_task
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.report.plots import content_policy
@@ -74,37 +73,24 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
     runs = [(w.run.name, app_state.jobs.own(w)) for w in runs_with_checkpoints(snapshot)]
     if run_view is None:
         return render("export/cards.html", run=None, runs=runs)
-    chosen, steps, best = chosen_checkpoint(snapshot, run_view), run_view.run.checkpoint_steps(), None
-    cards = []
-    if run_view.progress.best_step in steps:
-        best = run_view.progress.best_step
-        cards.append(
-            _card(snapshot, run_view, "Best and last" if best == steps[-1] else "Best", "best", best)
-        )
-    if steps[-1] != best:
-        cards.append(_card(snapshot, run_view, "Last", "last", steps[-1]))
+    steps, chosen = run_view.run.checkpoint_steps(), chosen_checkpoint(snapshot, run_view)
+    best, last = run_view.progress.best_step, steps[-1]
+    cards = [("Best and last" if best == last else "Best", "best", best)] if best in steps else []
+    if last != best:
+        cards.append(("Last", "last", last))
     if chosen in map(str, steps):
-        cards.append(_card(snapshot, run_view, "Step", chosen, int(chosen)))
-    if chosen == "last" and steps[-1] == best:
-        chosen = "best"
+        cards.append(("Step", chosen, int(chosen)))
     return render(
         "export/cards.html",
-        run=run_view.run.name,
+        run=run_view.run,
+        progress=run_view.progress,
         runs=runs,
         cards=cards,
-        chosen=chosen,
+        chosen="best" if chosen == "last" and last == best else chosen,
         choices=checkpoint_choices(run_view),
         portable=_portable(run_view),
+        url=functools.partial(image_url, "run", runs_folder(app_state.workspace)),
     )
-
-
-def _card(snapshot: Snapshot, run_view: RunView, title: str, key: str, step: int) -> dict[str, Any]:
-    before = [p for p in run_view.progress.previews if p.step <= step and p.files]
-    root = runs_folder(snapshot.app_state.workspace)
-    image = image_url("run", root, run_view.run.path / before[-1].files[0]) if before else ""
-    gain = next((v for v in run_view.progress.validations if v.step == step), None)
-    share = f"{gain.gain / gain.base_loss:.0%} improvement" if gain and gain.base_loss else "not measured"
-    return {"title": title, "key": key, "step": step, "image": image, "note": share}
 
 
 def export_buttons(snapshot: Snapshot) -> str:
@@ -155,12 +141,8 @@ def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
 
 def written_line(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> str:
     """What was written, a download link, and its location."""
-    name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
-    size, layers = float(result.get("bytes", 0)), result.get("modules", "")
-    return render(
-        "export/written_file.html", name=name, file=result.get("file", ""), size=size, precision=precision,
-        layers=layers, link=link, places=places,
-    )  # fmt: skip
+    values = {"result": result, "precision": precision, "link": link, "places": places}
+    return render("export/written_file.html", name=Path(str(result["file"])).name, **values)
 
 
 def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
@@ -249,17 +231,6 @@ def report_card(snapshot: Snapshot) -> str:
     size = float(file.stat().st_size) if file is not None and file.is_file() else None
     live = snapshot.app_state.jobs.live() is not None
     return render("export/report.html", run=run_view.run.name if run_view else "", size=size, live=live)
-
-
-def report_entry(run_view: RunView, learned: bool) -> str:
-    """A run's report in the list of runs: a link, or a button that makes a quick one.
-
-    Args:
-        run_view: the run.
-        learned: whether it has a checkpoint, without which there is nothing to tell.
-    """
-    there = (run_view.run.path / REPORT).is_file()
-    return render("export/report_entry.html", run=run_view.run.name, there=there, learned=learned)
 
 
 def add_export_routes(app: FastAPI, app_state: AppState) -> None:

@@ -184,7 +184,7 @@ class RenderQueue:
             if self._error:
                 state = "idle" if self._error == CANCELLED else "error"
             reply = job.reply if job else Reply({})
-            message = self._error or self._words(reply)
+            message = self._error or self.worker.describe(reply)
             return PreviewState(
                 state, message, reply.done, reply.total, self._shot, self._strip, grid,
                 images, self._wanted_at, job.shot if job else None, reply.looks, self._note,
@@ -201,13 +201,6 @@ class RenderQueue:
             self._drawn.setdefault(self._key(one.shot), one.file)
         if pair:
             self._shot = pair[0].shot
-
-    def _words(self, reply: Reply) -> str:
-        """Why a request has not started, or ""."""
-        ahead = self.worker.ahead_of(reply)
-        if ahead:
-            return f"Waiting: {ahead} {'request' if ahead == 1 else 'requests'} before this one."
-        return reply.message
 
     def _begin(self) -> None:
         if self._thread is None:

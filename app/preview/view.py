@@ -1,6 +1,7 @@
 """The Preview tab: the values of its templates. The form belongs to `assets/preview.js`, so that no answer
 replaces a control that is in use; images, strip, grid and history follow the render queue."""
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import Bindings, html_block
-from app.preview.history import GridState, HistoryEntry
 from app.preview.render_queue import PreviewState
 from app.preview.request_form import GRID_KINDS, base_for, form_data, lora_rows
 from app.routes import image_url
@@ -50,15 +50,7 @@ def form_note(snapshot: Snapshot) -> str:
 
 def state_line(snapshot: Snapshot) -> str:
     """What the worker is doing; scripts read `#preview-state`."""
-    view = snapshot.view
-    words = {"error": view.message, "idle": _idle(view), "working": working_words(view)}[view.state]
-    return render("preview/state.html", view=view, words=words)
-
-
-def _idle(view: PreviewState) -> str:
-    if view.message or view.shot is None:
-        return view.message
-    return f"Seed {view.shot.seed}. {view.note}".strip()
+    return render("preview/state.html", view=snapshot.view, working=working_words(snapshot.view))
 
 
 def working_words(view: PreviewState) -> str:
@@ -68,30 +60,25 @@ def working_words(view: PreviewState) -> str:
     return f"Generating, step {view.done} of {view.total}" if view.total else "Generating"
 
 
+def _render(snapshot: Snapshot, template: str, **values: Any) -> str:
+    url = functools.partial(image_url, "generated", snapshot.app_state.generated)
+    shot = snapshot.view.shot
+    ratio = shot.width / shot.height if shot and shot.width and shot.height else 1.0
+    shown = {"view": snapshot.view, "shot": shot, "ratio": ratio, "strength": strength_label}
+    return render(f"preview/{template}.html", url=url, **shown, **values)
+
+
 def comparison(snapshot: Snapshot) -> str:
     """Base and LoRA under one slider or side by side, and their difference."""
-    view = snapshot.view
-    shot = view.shot
+    view, shot = snapshot.view, snapshot.view.shot
     if shot is None:
-        return render("preview/stage.html", shot=None)
+        return _render(snapshot, "stage")
     base, drawn = view.image(shot.alone()), view.image(shot) if shot.loras else None
     stale = shot.loras and drawn is None and (drawn := _nearest(view, shot)) is not None
     file = base if stale else drawn or base
-    return render(
-        "preview/stage.html",
-        shot=shot,
-        base=_url(snapshot, base),
-        drawn=_url(snapshot, drawn),
-        stale=stale,
-        strength=strength_label(shot),
-        ratio=_ratio(shot),
-        sampler=sampler_title(shot.sampler),
-        file=file and {"url": _url(snapshot, file), "name": file.name},
+    return _render(
+        snapshot, "stage", base=base, drawn=drawn, stale=stale, file=file, sampler=sampler_title(shot.sampler)
     )
-
-
-def _url(snapshot: Snapshot, path: Path | None, size: str = "picture") -> str:
-    return image_url("generated", snapshot.app_state.generated, path, size) if path is not None else ""
 
 
 def strength_label(shot: GenerationRequest) -> str:
@@ -101,10 +88,6 @@ def strength_label(shot: GenerationRequest) -> str:
     lora = shot.loras[0]
     text = "" if lora.text_strength in (None, lora.strength) else f" / {lora.text_strength:.2f}"
     return f"{lora.strength:.2f}{text}"
-
-
-def _ratio(shot: GenerationRequest) -> float:
-    return shot.width / shot.height if shot.width and shot.height else 1.0
 
 
 def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
@@ -119,60 +102,17 @@ def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
 
 def history(snapshot: Snapshot) -> str:
     """The images generated in this project, newest first."""
-    entries = [_entry(snapshot, one) for one in snapshot.app_state.render_queue.history.newest()]
-    return render("preview/history.html", entries=entries)
-
-
-def _entry(snapshot: Snapshot, one: HistoryEntry) -> dict[str, Any]:
-    shot = one.shot
-    words = (
-        f"Grid: {shot.prompt}" if one.is_sheet else f"{shot.prompt}, {strength_label(shot)}, seed {shot.seed}"
-    )
-    return {
-        "name": one.file.name,
-        "words": words[:300],
-        "sheet": one.is_sheet,
-        "url": _url(snapshot, one.file),
-        "thumb": _url(snapshot, one.file, "thumb"),
-    }
+    return _render(snapshot, "history", entries=snapshot.app_state.render_queue.history.newest())
 
 
 def strength_strip(snapshot: Snapshot) -> str:
     """The same seed at several strengths."""
     view = snapshot.view
-    shots = view.strip_shots()
-    cells = [
-        {
-            "strength": value,
-            "url": _url(snapshot, view.images.get(shot)),
-            "drawing": shot not in view.images and view.drawing == shot,
-        }
-        for value, shot in zip(view.strip, shots, strict=False)
-    ]
-    return render(
-        "preview/strip.html", shot=view.shot, cells=cells, ratio=_ratio(view.shot) if view.shot else 1
-    )
+    return _render(snapshot, "strip", cells=list(zip(view.strip, view.strip_shots(), strict=False)))
 
 
 def grid_result(snapshot: Snapshot) -> str:
     """The grid while it fills, then the finished sheet."""
-    view = snapshot.view
-    grid = view.grid
-    if grid is None:
-        return render("preview/grid.html", grid=None)
-    sheet = grid.sheet if grid.sheet is not None and grid.sheet.is_file() else None
-    return render(
-        "preview/grid.html",
-        grid=grid,
-        sheet=sheet and {"url": _url(snapshot, sheet), "name": sheet.name},
-        done=sum(shot in view.images for shot in grid.shots),
-        words=_grid_words(grid),
-        columns=[label[:120] for label in grid.columns.labels()] if grid.columns else [],
-        rows=[label[:120] for label in grid.rows.labels()] if grid.rows else [],
-        cells=[[_url(snapshot, view.images.get(shot)) for shot in row] for row in grid.cells],
-    )
-
-
-def _grid_words(grid: GridState) -> str:
-    axes = [("Rows", grid.rows), ("Columns", grid.columns)]
-    return ". ".join(f"{name}: {', '.join(axis.labels())}" for name, axis in axes if axis)[:1000]
+    grid = snapshot.view.grid
+    sheet = grid.sheet if grid and grid.sheet is not None and grid.sheet.is_file() else None
+    return _render(snapshot, "grid", grid=grid, sheet=sheet)

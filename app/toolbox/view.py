@@ -16,13 +16,19 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from app.bindings import Bindings, html_block
-from app.formatting import pluralize
 from app.preview.loras import ADDED
 from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
 from app.state import AppState
-from app.templates import render
-from app.toolbox.tools import CHECKPOINT, TOOLS, build_worker_request, free_path, list_choices
-from app.worker_task import BackgroundTask, add_task
+from app.templates import pluralize, render
+from app.toolbox.tools import (
+    CHECKPOINT,
+    TOOLS,
+    BackgroundTask,
+    add_task,
+    build_worker_request,
+    free_path,
+    list_choices,
+)
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.model_files.families import FAMILIES
 from lora_core.report.plots import Bar, bars_plot, figure
@@ -55,8 +61,8 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
     toolbox = Toolbox(app_state)
     add_task(app, app_state.live, "toolbox", toolbox.task)
     add_reads(app, {"toolbox/choices": lambda: list_choices(app_state)})
-    actions = {"start": toolbox.start, "act": toolbox.act, "go-on": functools.partial(train_on, app_state)}
-    add_actions(app, {f"toolbox/{name}": act for name, act in actions.items()})
+    go_on = functools.partial(train_on, app_state)
+    add_actions(app, {"toolbox/start": toolbox.start, "toolbox/act": toolbox.act, "toolbox/go-on": go_on})
 
     @app.post("/easel/toolbox/file")
     async def file(request: Request, name: str) -> Response:

@@ -4,7 +4,7 @@ of the run to come, bases of the hub with their downloads, and the time of a ste
 All of it runs in threads of the window or in the warm worker; nothing here imports torch.
 """
 
-import re
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.templates import with_labels
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.scan import Dataset
 from lora_core.errors import LoraError, RunError
@@ -27,7 +28,7 @@ from lora_core.runs.costs import (
     step_passes,
 )
 from lora_core.runs.preflight import RunProblem, preflight
-from lora_core.settings.config import FIELDS, OLD_NAMES, RunConfig, label_of
+from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
@@ -36,12 +37,8 @@ ELSEWHERE = ("busy", "dataset")
 """Kinds for which the window has sentences of its own, which name its tabs."""
 STILL_FOR = 1.5
 """Seconds without a change of the form before measuring starts by itself."""
-LOOK_EVERY = 0.4
 BYTES_A_NUMBER, ROOM = 2, 2.0
 """On a card: half precision, and as much again for the steps."""
-_NAMES = re.compile(
-    "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
-)
 
 
 class Checks:
@@ -88,11 +85,6 @@ class Checks:
                 self._found = [RunProblem("check", f"The check before Start failed: {error}", False)]
         finally:
             self._busy = False
-
-
-def with_labels(sentence: str, title: Callable[[str], str] = label_of) -> str:
-    """A sentence with the settings called as the form calls them."""
-    return _NAMES.sub(lambda found: title(OLD_NAMES.get(found[0], found[0])), sentence)
 
 
 @dataclass
@@ -332,21 +324,19 @@ class Prober:
         with self._lock:
             if self._current_key:
                 return
-            self._current_key = cost_key(config)
+            key = self._current_key = cost_key(config)
             request = {"do": "probe", "config": config.to_dict(), "aside": str(self._workspace / "cache")}
-            self._reply = self._worker.submit(request)
-        watch = threading.Thread(
-            target=self._wait_for_reply, args=(config, self._reply), daemon=True, name="probe"
-        )
-        watch.start()
+            reply = self._reply = self._worker.submit(request)
 
-    def _wait_for_reply(self, config: RunConfig, reply: Reply) -> None:
-        """Wait for the end; what it took is kept, and whoever needs the machine meanwhile gets it."""
+        def gives_way() -> str:
+            others = any(one is not reply for one in list(self._worker.waiting))
+            return "Something else is asked for." if self._wanted != key or others else self._occupied()
+
+        self._worker.follow(reply, gives_way, functools.partial(self._keep, config, reply))
+
+    def _keep(self, config: RunConfig, reply: Reply) -> None:
+        """Keep what a measurement took."""
         key = self._current_key
-        while not reply.finished.wait(LOOK_EVERY):
-            others = [one for one in self._worker.waiting if one is not reply]
-            if not reply.dropped and (self._wanted != key or others or self._occupied()):
-                self._worker.cancel(reply)
         try:
             if reply.state == "done":
                 keep_cost(self._workspace, config, self._cost(config, reply.result))

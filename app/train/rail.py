@@ -1,19 +1,16 @@
 """The rail of the Train tab: all runs in three groups, the queue in its order, and two runs side by side."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from app.formatting import STATES, UNKNOWN, describe_changes, format_bytes, format_duration, pluralize
-from app.jobs import LIVE, RunView
-from app.routes import image_url
-from app.state import ShownRun, Snapshot, asks_to_accept
+from app.jobs import LIVE
+from app.state import ShownRun, Snapshot
 from app.templates import render
-from app.train.background import with_labels
 from app.train.form import row_title
-from app.train.run_cards import MOST_ROWS, format_gain, format_share
+from app.train.run_cards import MOST_ROWS, run_url
 from lora_core.errors import RunError
-from lora_core.runs.folder import runs_folder
-from lora_core.runs.progress import Progress, best_of, with_gain
+from lora_core.runs.events import PreviewDone
+from lora_core.runs.progress import Progress, with_gain
 from lora_core.runs.queue import FAILED, WAITING, QueuedRun
 from lora_core.settings.config import FIELDS, label_of
 from lora_core.system.files import file_bytes
@@ -22,10 +19,31 @@ MOST_EARLIER = 20
 SPARK_WIDTH, SPARK_HEIGHT = 48, 20
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A run in the rail, with what the queue says of it and its place among those that wait."""
+
+    run: ShownRun
+    job: QueuedRun | None = None
+    place: int = 0
+
+
+def _render(snapshot: Snapshot, part: str, **values: Any) -> str:
+    return render(
+        "train/rail.html",
+        part=part,
+        shown=snapshot.shown.name,
+        second=snapshot.second.name,
+        url=run_url(snapshot),
+        spark=sparkline,
+        **values,
+    )
+
+
 def running(snapshot: Snapshot) -> str:
     """The heading, and the run that is going on."""
-    runs = [_row(snapshot, run_view, state) for run_view, state in snapshot.runs if state in LIVE]
-    return render("train/rail.html", part="running", runs=runs) if snapshot.runs else ""
+    rows = [_Row(ShownRun(view, state)) for view, state in snapshot.runs if state in LIVE]
+    return _render(snapshot, "running", rows=rows) if snapshot.runs else ""
 
 
 def queue_card(snapshot: Snapshot) -> str:
@@ -34,18 +52,20 @@ def queue_card(snapshot: Snapshot) -> str:
     try:
         present = app_state.queue.queue.jobs()
     except RunError as error:
-        return render("train/rail.html", part="queue", problem=str(error))
-    runs = {run_view.run.name: (run_view, state) for run_view, state in snapshot.runs}
-    # A run that is trained now is listed above, and one that has ended below, unless its folder is gone.
-    jobs = [
-        (job, *runs.get(job.run, (app_state.jobs.run_view(app_state.queue.queue.run(job.run)), "failed")))
-        for job in present
-        if not job.has_ended or (job.state == FAILED and job.run not in runs)
-    ]
-    waiting = [job.run for job, _, state in jobs if job.state == WAITING and state not in LIVE]
-    rows = [_row(snapshot, view, state, job, waiting) for job, view, state in jobs if state not in LIVE]
-    values = {"problem": "", "running": app_state.queue.is_running, "waiting": len(waiting), "runs": rows}
-    return render("train/rail.html", part="queue", **values) if rows else ""
+        return _render(snapshot, "queue", problem=str(error))
+    runs = {view.run.name: ShownRun(view, state) for view, state in snapshot.runs}
+    rows: list[_Row] = []
+    waiting = 0
+    for job in present:
+        # A run that is trained now is listed above, and one that has ended below, unless its folder is gone.
+        gone = ShownRun(app_state.jobs.run_view(app_state.queue.queue.run(job.run)), FAILED)
+        run = runs.get(job.run, gone)
+        if not run.live and (not job.has_ended or (job.state == FAILED and run is gone)):
+            waiting += job.state == WAITING
+            rows.append(_Row(run, job, waiting if job.state == WAITING else 0))
+    is_running = app_state.queue.is_running
+    values = {"problem": "", "running": is_running, "waiting": waiting, "rows": rows}
+    return _render(snapshot, "queue", **values) if rows else ""
 
 
 def earlier(snapshot: Snapshot) -> str:
@@ -55,74 +75,18 @@ def earlier(snapshot: Snapshot) -> str:
         jobs = {job.run: job for job in app_state.queue.queue.jobs()}
     except RunError:
         jobs = {}
-    listed: list[list[dict[str, Any]]] = [[], []]
+    listed: list[list[_Row]] = [[], []]
     more = [0, 0]
-    for run_view, state in snapshot.runs:
-        job, other = jobs.get(run_view.run.name), not app_state.jobs.own(run_view)
+    for view, state in snapshot.runs:
+        job, other = jobs.get(view.run.name), not app_state.jobs.own(view)
         if state in LIVE or (job and not job.has_ended):
             continue
         # The run shown is listed however old it is.
-        if len(listed[other]) < MOST_EARLIER or run_view is snapshot.run_view:
-            listed[other].append(_row(snapshot, run_view, state, job))
+        if len(listed[other]) < MOST_EARLIER or view is snapshot.run_view:
+            listed[other].append(_Row(ShownRun(view, state), job))
         else:
             more[other] += 1
-    return render("train/rail.html", part="earlier", listed=listed, more=more) if any(listed) else ""
-
-
-def _row(
-    snapshot: Snapshot,
-    run_view: RunView,
-    state: str,
-    job: QueuedRun | None = None,
-    waiting: Sequence[str] = (),
-) -> dict[str, Any]:
-    """A run as the rail lists it; `job` is what the queue says of it, `waiting` all that wait there."""
-    progress, name, why = run_view.progress, run_view.run.name, ""
-    place = waiting.index(name) + 1 if name in waiting else 0
-    if job and job.state == FAILED and state == "queued":
-        state = "failed"
-    if asks_to_accept(run_view, state):
-        why = describe_changes(run_view.changed)
-    elif state in ("failed", "interrupted"):
-        why = with_labels(job.reason if job and job.reason else run_view.reason())
-    word, tone = ("Stopped early", "good") if state == "stopped" and progress.stopped_early else STATES[state]
-    if job and not job.has_ended:
-        word, tone = ("Next" if place == 1 else "Then") if place else job.state.capitalize(), ""
-    samples = progress.previews[-1].files if progress.previews else []
-    root = runs_folder(snapshot.app_state.workspace)
-    steps = f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"
-    facts = [run_view.made, steps]
-    if state not in LIVE:
-        facts += [format_duration(progress.train_seconds)] if progress.train_seconds else []
-        facts.append(format_bytes(run_view.resume_info().size))
-    return {
-        "name": name,
-        "state": state,
-        "word": word,
-        "tone": tone,
-        "job": job if job and not job.has_ended else None,
-        "place": place,
-        "brief": _briefly(progress, state),
-        "facts": ", ".join(facts),
-        "shown": name == snapshot.shown.name,
-        "beside": snapshot.shown.name,
-        "second": name == snapshot.second.name,
-        "thumb": image_url("run", root, root / name / samples[0], "thumb") if samples else "",
-        "spark": sparkline(progress),
-        "why": why,
-    }
-
-
-def _briefly(progress: Progress, state: str) -> str:
-    """Step and improvement in a few letters."""
-    best = best_of(progress.validations)
-    gain = format_share(best.gain, best) if best else ""
-    if state in LIVE:
-        steps = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
-        return ", ".join(filter(None, (steps, gain)))
-    if best and state == "done":
-        return f"best {best.step:,}, {gain}"
-    return gain if gain and state == "stopped" else f"step {progress.step:,}" if progress.step else ""
+    return _render(snapshot, "earlier", listed=listed, more=more) if any(listed) else ""
 
 
 def sparkline(progress: Progress) -> str:
@@ -143,45 +107,31 @@ def compare_card(snapshot: Snapshot) -> str:
         return ""
     first, second = configs
     names = [n for n in FIELDS if n != "name" and first and second and first.get(n) != second.get(n)]
+    samples = _nearest_samples(pair)
+    shared = (
+        [text for text in dict.fromkeys(samples[0].prompts) if text in samples[1].prompts] if samples else []
+    )
     return render(
         "train/compare.html",
-        names=[run.name for run in pair],
-        figures=list(zip(*map(_figures, pair), strict=True)),
+        pair=pair,
         settings=[(n, label_of(n), *(row_title(n, config) for config in configs if config)) for n in names],
         readable=all(configs),
-        samples=_sample_pairs(snapshot, pair),
+        prompts=shared[:MOST_ROWS],
+        samples=list(zip(pair, samples, strict=False)),
+        exported=_exported_bytes,
+        url=run_url(snapshot),
     )
 
 
-def _figures(run: ShownRun) -> list[tuple[str, str]]:
-    """What a run came to, as (name, value)."""
-    progress, best = run.progress, best_of(run.progress.validations)
-    took = progress.train_seconds
-    size = max(map(file_bytes, run.view.run.exports.glob("*.safetensors")), default=0) if run.view else 0
-    return [
-        ("State", STATES[run.state][0]),
-        ("Steps", f"{progress.step:,} of {progress.steps:,}"),
-        ("Best step", f"{best.step:,}" if best else UNKNOWN),
-        ("Improvement", format_share(best.gain, best) if best else UNKNOWN),
-        ("Gain", format_gain(best.gain, best.standard_error) if best else UNKNOWN),
-        ("Training time", format_duration(took) if took else UNKNOWN),
-        ("File size", format_bytes(size) if size else UNKNOWN),
-    ]
+def _exported_bytes(run: ShownRun) -> int:
+    """The size of a run's largest export, 0 without one."""
+    return max(map(file_bytes, run.view.run.exports.glob("*.safetensors")), default=0) if run.view else 0
 
 
-def _sample_pairs(snapshot: Snapshot, pair: Sequence[ShownRun]) -> list[dict[str, Any]]:
-    """Samples of both runs for the prompts that they share, at the newest steps nearest to each other."""
+def _nearest_samples(pair: tuple[ShownRun, ShownRun]) -> list[PreviewDone]:
+    """The newest samples of both runs at the steps nearest to each other, [] where one has none."""
     first, second = (run.progress.previews for run in pair)
     if not first or not second:
         return []
     theirs = min(second, key=lambda one: abs(one.step - first[-1].step))
-    mine = min(first, key=lambda one: abs(one.step - theirs.step))
-    root, found = runs_folder(snapshot.app_state.workspace), []
-    for prompt in [text for text in dict.fromkeys(mine.prompts) if text in theirs.prompts][:MOST_ROWS]:
-        shots = [
-            (f"{run.name}, step {one.step:,}", image_url("run", root, root / run.name / file))
-            for run, one in zip(pair, (mine, theirs), strict=True)
-            for file in one.files[one.prompts.index(prompt) :][:1]
-        ]
-        found.append({"prompt": prompt, "shots": shots})
-    return found
+    return [min(first, key=lambda one: abs(one.step - theirs.step)), theirs]

@@ -1,27 +1,20 @@
 """The run that the Train tab shows, with its progress, verdicts, charts, samples and log."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from app.export.view import report_entry
-from app.formatting import (
-    UNKNOWN,
-    describe_changes,
-    format_clock,
-    format_speed,
-)
-from app.jobs import LOWER_RATE, RESUMABLE, RunView
+from app.export.view import REPORT
+from app.jobs import LOWER_RATE, RunView
 from app.routes import image_url
 from app.state import ShownRun, Snapshot
-from app.templates import render
-from app.top_bar import Act, accept_act, describe_left, describe_phase, request_act, resume_act
-from app.train.background import with_labels
-from lora_core.errors import Diverged
+from app.templates import format_gain, format_share, render
+from app.top_bar import describe_left, describe_phase
 from lora_core.report.plots import chart_tables, rate_html, run_charts
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import runs_folder
-from lora_core.runs.progress import (  # fmt: skip
+from lora_core.runs.progress import (
     A_LITTLE,
     MEMORIZED,
     SURE,
@@ -40,7 +33,6 @@ MOST_WARNINGS = 3
 MOST_ROWS, MOST_COLUMNS = 4, 60
 MOST_GHOSTS = 7
 """Columns up to which samples to come have their places."""
-RAW = ", raw adapter (above: its average)"
 ENCODE = ("Encoding images", "Encoding captions", "Finding the learning rate", "Trying the heaviest step")
 STAGES = (
     ("Load base", ("Reading the images", "Opening the base model")),
@@ -48,29 +40,36 @@ STAGES = (
     ("Base samples", ("Sampling", "Validating")),
 )
 """What comes before the first step: the trainer's phases, in their order."""
-REMARKS = {
-    "pausing": "Pausing: saving a checkpoint after the current step.",
-    "stopping": "Stopping: saving and exporting after the current step.",
-    "paused": "Resuming gives exactly the same result as training without the pause.",
-}
 
 
 def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
-    run, run_view = snapshot.shown, snapshot.run_view
-    values: dict[str, Any] = {"run": run, "second": snapshot.second.name, "kind": "steps"}
-    if run_view is not None:
-        values |= {
-            "acts": _acts(snapshot),
-            "report": report_entry(run_view, run_view.resume_info().step > 0) if not run.live else "",
-            "path": str(run_view.run.path),
-            "can_try": run.state in ("done", "stopped"),
-            "summary": _summary(snapshot),
-            "stages": stages(run),
-            "doing": describe_phase(run.progress),
-            **_body(snapshot, run_view),
-        }
-    return render("train/run.html", **values)
+    run, view, progress = snapshot.shown, snapshot.run_view, snapshot.progress
+    if view is None:
+        return render("train/run.html", run=run, second="")
+    found = with_gain(progress.validations)
+    last = found[-1] if found else None
+    return render(
+        "train/run.html",
+        run=run,
+        second=snapshot.second.name,
+        active=snapshot.active,
+        config=view.config(),
+        lower_rate=LOWER_RATE,
+        precisions=PRECISIONS,
+        stages=stages(run),
+        doing=describe_phase(progress),
+        left=describe_left(run),
+        gain=last if run.live else best_of(found) or last,
+        warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),
+        in_queue=snapshot.app_state.queue.holds,
+        reported=(view.run.path / REPORT).is_file(),
+        read_log=functools.partial(_read_log, view),
+    )
+
+
+def _read_log(view: RunView) -> str:
+    return "\n".join(log_tail(view.run.log_file, LOG_LINES))
 
 
 def stages(run: ShownRun) -> list[dict[str, Any]]:
@@ -92,116 +91,6 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
     note = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
     percent = int(100 * progress.step / max(progress.steps, 1))
     return [*found, {"name": "Train", "state": "now" if stepping else "", "percent": percent, "note": note}]
-
-
-def _acts(snapshot: Snapshot) -> list[Act]:
-    run, run_view = snapshot.shown, snapshot.run_view
-    if run.live:
-        return [request_act(run, do, name) for do, name in (("preview", "sample-now"), ("save", "save-now"))]
-    if run.state not in RESUMABLE or run_view is None:
-        return []
-    busy = _busy(snapshot)
-    again = resume_act(run_view, run.asks, busy, "train-resume")
-    config = run_view.config()
-    if run.asks:
-        return [accept_act(run_view, busy, "train-accept"), again]
-    if run.progress.cause == Diverged.cause and config is not None:
-        tip = "Starts a new run with the same settings and a lower learning rate."
-        text, body = f"Retry with {config.optimizer.lr * LOWER_RATE:g}", {"do": "retry", "run": run.name}
-        return [Act(text, body, title=tip, why=busy, id="retry"), again]
-    return [again]
-
-
-def _busy(snapshot: Snapshot) -> str:
-    """Why no run can be resumed now."""
-    return f"{snapshot.active.name} is training; pause or stop it first." if snapshot.active.live else ""
-
-
-def _summary(snapshot: Snapshot) -> str:
-    if snapshot.active.live and snapshot.active.name != snapshot.shown.name:
-        return f"Viewed while {snapshot.active.name} trains."
-    return snapshot.run_view.made if snapshot.run_view else ""
-
-
-def _body(snapshot: Snapshot, run_view: RunView) -> dict[str, Any]:
-    """Which template tells the rest, and its values."""
-    run, progress = snapshot.shown, snapshot.progress
-    reached = f"{run.percent}%, step {progress.step:,} of {progress.steps:,}"
-    if run.asks:
-        return {"kind": "asks", "changes": describe_changes(run_view.changed), "reached": reached}
-    if run.state in ("failed", "interrupted"):
-        return {
-            "kind": "broken",
-            "why": with_labels(run_view.reason() or "The run ended without saying why."),
-            "diverged": progress.cause == Diverged.cause,
-            "memory": _less_memory(run_view),
-            "reached": reached,
-            "step": run_view.resume_info().step,
-            "log": "\n".join(log_tail(run_view.run.log_file, LOG_LINES)),
-        }
-    if run.state == "queued":
-        return {"kind": "queued", "in_queue": snapshot.app_state.queue.holds(run.name)}
-    hint, remark = _remark(run)
-    warnings = list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:]))
-    return {"tiles": _tiles(run), "warnings": warnings, "hint": hint, "remark": remark}
-
-
-def _less_memory(run_view: RunView) -> dict[str, Any] | None:
-    """After running out of memory: the values of the settings to lower."""
-    config = run_view.config()
-    if config is None or not run_view.out_of_memory:
-        return None
-    side = config.train.resolution
-    return {
-        "batch": config.train.batch_size,
-        "side": f"{side} px" if side else "as the base",
-        "precision": PRECISIONS[config.train.precision].title,
-    }
-
-
-def _tiles(run: ShownRun) -> list[tuple[str, str]]:
-    progress = run.progress
-    if run.live:
-        speed = format_speed(progress.seconds_a_step())
-        first = (describe_left(run), f"left, {speed}" if speed else "left")
-    else:
-        took = progress.train_seconds
-        # Averaged over the whole run: the last steps may not match the elapsed time next to it.
-        mean = format_speed(took / len(progress.losses)) if progress.losses else ""
-        first = (format_clock(took), f"elapsed, {mean}" if mean else "elapsed")
-    loss = progress.smoothed_loss()
-    found = with_gain(progress.validations)
-    last = (best_of(found) or found[-1]) if found and not run.live else found[-1] if found else None
-    at = f" at step {last.step:,}" if last else ""
-    return [
-        first,
-        (format_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out images{at}"),
-        (f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"),
-        (f"{progress.step:,}", f"of {progress.steps:,} steps"),
-    ]
-
-
-def format_share(value: float, of: Validated) -> str:
-    """A difference of losses as a share of the base's loss."""
-    share = f"{value / of.base_loss:.0%}" if of.base_loss > 0 else f"{value:+.4f}"
-    return share.replace("-", "\N{MINUS SIGN}")
-
-
-def _remark(run: ShownRun) -> tuple[str, str]:
-    """What the state means, with the kind of hint that scripts and tests know it by."""
-    progress, reason = run.progress, with_labels(run.progress.reason)
-    best = best_of(progress.validations)
-    at = f"best at step {best.step:,}" if best else ""
-    if run.state == "paused" and reason:
-        # A pause that was not requested, e.g. because the drive is full.
-        return "paused", reason
-    if run.state == "stopped" and reason:
-        return "early", f"Stopped early{f': {at}' if at else ''}. {reason}"
-    if run.state == "stopped":
-        return "", f"Stopped at step {progress.step:,}{f', {at}' if at else ''}. Exported; you can resume."
-    if run.state == "done":
-        return "", f"Done{f': {at}' if at else ''}. Exported."
-    return "", REMARKS.get(run.state, "")
 
 
 def verdicts_card(snapshot: Snapshot) -> str:
@@ -293,19 +182,12 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     return _verdict("Improvement", grade, format_share(best.gain, best), why, figures)
 
 
-def format_gain(value: float, error: float) -> str:
-    """A difference of losses with its standard error."""
-    return f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
-
-
 def log_card(snapshot: Snapshot) -> str:
     """The end of the run's log, and a zip for bug reports."""
     run_view = snapshot.run_view
     if run_view is None:
         return ""
-    return render(
-        "train/log.html", log="\n".join(log_tail(run_view.run.log_file, LOG_LINES)), name=run_view.run.name
-    )
+    return render("train/log.html", log=_read_log(run_view), name=run_view.run.name)
 
 
 def samples_card(snapshot: Snapshot) -> str:
@@ -314,38 +196,20 @@ def samples_card(snapshot: Snapshot) -> str:
     if run_view is None:
         return ""
     rounds = select_rounds(snapshot.progress.previews)
-    kinds = (False, True) if any(one.raw_files for one in rounds) else (False,)
-    most = min(MOST_ROWS, max((len(one.files) for one in rounds), default=0))
     return render(
         "train/samples.html",
-        strips=[_strip(snapshot, run_view, rounds, row, raw) for row in range(most) for raw in kinds],
-        rounds=[one.step for one in rounds],
+        rounds=rounds,
+        most=min(MOST_ROWS, max((len(one.files) for one in rounds), default=0)),
+        path=run_view.run.path,
+        url=run_url(snapshot),
         ghosts=_steps_to_come(snapshot, run_view, rounds),
         best=snapshot.progress.best_step,
     )
 
 
-def _strip(
-    snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone], row: int, raw: bool
-) -> dict[str, Any]:
-    """Samples of one prompt over the rounds, of the raw adapter where `raw`."""
-    root = runs_folder(snapshot.app_state.workspace)
-    shots = []
-    for one in rounds:
-        files = one.raw_files if raw else one.files
-        if row < len(files):
-            file = run_view.run.path / files[row]
-            shots.append(
-                {
-                    "step": one.step,
-                    "url": image_url("run", root, file),
-                    "thumb": image_url("run", root, file, "thumb"),
-                    "prompt": one.prompts[row] if row < len(one.prompts) else "",
-                    "title": f"step {one.step:,}" + (", the base" if one.step == 0 else ""),
-                }
-            )
-    prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
-    return {"id": f"{row}-raw" if raw else str(row), "prompt": prompt + (RAW if raw else ""), "shots": shots}
+def run_url(snapshot: Snapshot) -> Callable[..., str]:
+    """Gives the URL of an image in a run's folder."""
+    return functools.partial(image_url, "run", runs_folder(snapshot.app_state.workspace))
 
 
 def _steps_to_come(snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone]) -> list[int]:

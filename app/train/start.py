@@ -9,18 +9,16 @@ from typing import Any, get_origin
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import (
-    UNKNOWN,
-    format_bytes,
-    format_duration,
-    format_scientific,
-    format_speed,
-    pluralize,
-)
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import note_html, part, problem_html, render
-from app.top_bar import Act, resume_act
-from app.train.background import with_labels
+from app.templates import (
+    format_speed,
+    note_html,
+    part,
+    pluralize,
+    problem_html,
+    render,
+    with_labels,
+)
 from app.train.form import (
     BASIC,
     FORM,
@@ -93,7 +91,7 @@ def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
 
 def start_button(snapshot: Snapshot) -> Any:
     """Start is the primary act, unless the run shown can be resumed."""
-    second = _resume(snapshot) is not None
+    second = _can_resume(snapshot)
     return gr.update(
         value="Start a new run" if second else "Start training",
         variant="secondary" if second else "primary",
@@ -101,12 +99,12 @@ def start_button(snapshot: Snapshot) -> Any:
     )
 
 
-def _resume(snapshot: Snapshot) -> Act | None:
-    """Resuming the run shown, where it was broken off or paused and nothing is asked about it."""
+def _can_resume(snapshot: Snapshot) -> bool:
+    """Whether the run shown was broken off or paused, and nothing is asked about it."""
     run = snapshot.shown
     if run.view is None or run.asks or snapshot.active.live or run.state not in RESUMED_FIRST:
-        return None
-    return resume_act(run.view) if run.view.resume_info().step else None
+        return False
+    return run.view.resume_info().step > 0
 
 
 def _pressed(
@@ -230,32 +228,24 @@ def notes(snapshot: Snapshot) -> list[str]:
 
 def facts(snapshot: Snapshot) -> str:
     """The bar: time, memory and size of the run to come, what is in the way, and Resume where it is due."""
-    plan = snapshot.plan
-    expected = forecast(snapshot, plan.config)
-    tried = snapshot.app_state.prober.known(plan.config)
-    is_measured = bool(tried and tried.peak)
-    memory, size, seconds = expected.memory_bytes, expected.file_bytes, expected.seconds
-    if plan.invalid:
-        # What hangs on a wrong value is not known.
-        memory = size = seconds = None
-    stops = start_problems(snapshot)
-    named = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
-    time_words = SOURCES.get(expected.source, "time, known after some steps")
-    room = f"{'' if is_measured else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN
-    tiles = [
-        (format_duration(seconds) if seconds else UNKNOWN, time_words),
-        (room, _memory_words(snapshot, is_measured)),
-        (format_bytes(size) if size else UNKNOWN, "file size"),
-    ]
+    plan, hardware = snapshot.plan, snapshot.app_state.hardware
+    expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
+    state, text = _measuring(snapshot, expected)
     return render(
         "train/action_bar.html",
+        plan=plan,
+        expected=expected,
+        sources=SOURCES,
+        tried=snapshot.app_state.prober.known(plan.config),
+        card=hardware.card() if hardware.has_gpu else None,
         active=snapshot.active,
-        tiles=tiles,
-        measuring=_measuring(snapshot, expected),
-        stops=[(named.get(text, ""), text) for text in stops],
+        shown=snapshot.shown if _can_resume(snapshot) else None,
+        measuring=state,
+        measured=text,
+        stops=stops,
+        fields={sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"},
         repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
-        tone="small" if stops == [NO_IMAGES] else "problem",
-        resume=_resume(snapshot),
+        empty=stops == [NO_IMAGES],
     )
 
 
@@ -268,122 +258,41 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     return forecast_run(config, base.facts, records, runs, costs, gpu)
 
 
-def _measuring(snapshot: Snapshot, expected: RunForecast) -> dict[str, Any]:
-    """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
+def _measuring(snapshot: Snapshot, expected: RunForecast) -> tuple[str, str]:
+    """Whether steps are tried to know the time, and a sentence on it in each case, so that nothing jumps."""
     config, prober = snapshot.plan.config, snapshot.app_state.prober
-
-    def line(state: str, text: str, act: Act | None = None) -> dict[str, Any]:
-        return {"state": state, "text": text, "act": act}
-
     if prober.working(config):
         done, total = prober.steps_done()
-        count = f", {done} of {total}" if total else ""
-        return line("working", f"Trying some steps{count}.", Act("Stop", {"do": "unmeasure"}))
+        return "working", f"Trying some steps{f', {done} of {total}' if total else ''}."
     tried = prober.known(config)
     if tried and expected.source == PROBED:
-        return line("known", f"Some steps were tried on this computer: {format_speed(tried.step)}.")
+        return "known", f"Some steps were tried on this computer: {format_speed(tried.step)}."
     if expected.source == MEASURED:
-        return line("known", f"A run like it took {format_speed(expected.seconds_a_step)}, samples included.")
+        return "known", f"A run like it took {format_speed(expected.seconds_a_step)}, samples included."
     if not snapshot.plan.base.facts or snapshot.plan.problems:
-        return line("off", "The time is measured once the settings can be used.")
+        return "off", "The time is measured once the settings can be used."
     if snapshot.app_state.project.dataset().records and not snapshot.active.live and prober.schedule(config):
-        return line("soon", "The time is measured in a moment.")
+        return "soon", "The time is measured in a moment."
     unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
-    measure = Act("Measure it", {"do": "measure"}, title=_what_it_takes(snapshot))
-    return line("offered", prober.problem(config) or unknown, measure)
-
-
-def _what_it_takes(snapshot: Snapshot) -> str:
-    """What measuring costs, for the button's tip."""
-    base, hardware = snapshot.plan.base, snapshot.app_state.hardware
-    takes = "Loads the base and tries a few steps on noise; only the time is kept."
-    if base.embedded or hardware.has_gpu:
-        return takes
-    return f"{takes} On the CPU this takes some minutes and as much memory as training."
-
-
-def _memory_words(snapshot: Snapshot, measured: bool) -> str:
-    hardware = snapshot.app_state.hardware
-    card = hardware.card() if hardware.has_gpu else None
-    words = "memory, measured" if measured else "memory"
-    return f"{words}, of {card.total / 2**30:.0f} GB on the GPU" if card else "memory, roughly"
+    return "offered", prober.problem(config) or unknown
 
 
 def details(snapshot: Snapshot) -> str:
     """What the run to come does, in sentences, and what a user should know of it."""
-    expected = forecast(snapshot, snapshot.plan.config)
-    return render("train/details.html", text=" ".join(_sentences(snapshot, expected)), notes=notes(snapshot))
-
-
-def _sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
-    config, records = snapshot.plan.config, snapshot.app_state.project.dataset().records
-    sentences = []
-    if records:
-        bare = expected.pictures - expected.captions
-        captions = "all with captions" if not bare else f"{bare} without a caption"
-        looks = pluralize(max(1, round(expected.looks)), "time")
-        sentences.append(
-            f"{pluralize(expected.pictures, 'image')}, {captions}; each is seen about {looks} in"
-            f" {pluralize(expected.steps, 'step')}."
-        )
-        sentences += _caption_sentences(snapshot)
-    sentences += _memory_sentences(snapshot, expected)
-    if config.optimizer.range_test:
-        sentences.append(
-            "A range test finds the learning rate before the first step, beginning around"
-            f" {_rate(config.optimizer.lr)}; it takes about as long as 65 steps."
-        )
-        return sentences
-    if config.adapter.scale != 1.0 and not snapshot.plan.invalid:
-        sentences.append(
-            f"Effective learning rate {_rate(config.optimizer.lr * config.adapter.scale)}"
-            f" ({_rate(config.optimizer.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
-        )
-    if config.dataset.trigger:
-        sentences.append(f"Trigger word: {config.dataset.trigger}.")
-    held = config.validation.pictures
-    by_hand = sum(record.held_out for record in records)
-    if by_hand:
-        sentences.append(f"{by_hand} chosen for validation.")
-    elif held and records and config.validation.every:
-        count = held if held >= 1 else held * len(records)
-        sentences.append(f"About {max(1, round(count))} held out for validation.")
-    return sentences
-
-
-def _caption_sentences(snapshot: Snapshot) -> list[str]:
-    """What captions that vary cost, where they do."""
-    known = snapshot.plan.base.facts
-    records = snapshot.app_state.project.dataset().records
-    drawn = caption_bytes(records, snapshot.plan.config, known)[1] if known else 0
-    if not drawn:
-        return []
-    return [
-        "Captions vary, so each is encoded as it comes; up to"
-        f" {format_bytes(drawn)} of them stay in memory, none on disk."
-    ]
-
-
-def _memory_sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
-    """What a run does to fit into the card's memory, where it has to."""
-    free = snapshot.app_state.free_on_card()
-    if not expected.fallbacks or not expected.memory_as_set or not expected.memory_bytes or not free:
-        return []
-    beyond = expected.memory_bytes > free
-    ways = "close other programs, or lower the resolution."
-    if trains_text_encoder(snapshot.plan.config):
-        ways = f"set the learning rates of the text encoders to 0, so that they can leave the card, {ways}"
-    return [
-        f"As set, it would take about {expected.memory_as_set / 1e9:.1f} GB of GPU memory, of which"
-        f" {free / 1e9:.1f} GB are free, so it takes less:",
-        *dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks),
-        *([f"Even so it may not fit: {ways}"] if beyond else []),
-    ]
-
-
-def _rate(value: float) -> str:
-    """A learning rate that is not broken over two lines."""
-    return format_scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
+    plan, records = snapshot.plan, snapshot.app_state.project.dataset().records
+    expected, base = forecast(snapshot, plan.config), plan.base.facts
+    return render(
+        "train/details.html",
+        plan=plan,
+        config=plan.config,
+        expected=expected,
+        records=records,
+        drawn=caption_bytes(records, plan.config, base)[1] if base else 0,
+        free=snapshot.app_state.free_on_card(),
+        trains_text=trains_text_encoder(plan.config),
+        fallbacks=list(dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks)),
+        notes=notes(snapshot),
+    )
 
 
 def command(snapshot: Snapshot) -> str:

@@ -9,10 +9,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import TYPING, Bindings, edit_events, html_block
-from app.formatting import format_bytes, pluralize
 from app.state import AppState, Snapshot
-from app.templates import note_html, render
-from app.top_bar import Act
+from app.templates import note_html, pluralize, render
 from app.train.form import (
     FORM,
     GROUPS,
@@ -32,7 +30,6 @@ from app.train.form import (
     widget_values,
 )
 from lora_core.model_files.detect import EMBEDDED, lookup_base
-from lora_core.model_files.hub import Download
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import help_of, label_of
@@ -404,44 +401,15 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
 def base_note(snapshot: Snapshot) -> str:
     """What the chosen base is, and the values it sets in the form."""
     plan = snapshot.plan
-    tone = "problem" if plan.base.problem and not plan.base.remote else "small"
-    sentences = [plan.base.sentence]
     own = family_differences(plan.goal, plan.level, plan.base.family)
-    if own:
-        sentences.append(f"For it the preset starts with {', '.join(own)}.")
-    trained_at = plan.config.train.resolution
-    if plan.base.facts and trained_at and trained_at != plan.base.resolution:
-        sentences.append(f"You train it at {trained_at} px.")
     arrived = snapshot.app_state.downloads.arrived
-    return render("train/base.html", part="note", tone=tone, text=" ".join(sentences), arrived=arrived)
+    return render(
+        "train/base.html", part="note", base=plan.base, config=plan.config, own=own, arrived=arrived
+    )
 
 
 def download_note(snapshot: Snapshot) -> str:
     """Size and progress of a hub base's download, with its buttons."""
     base = snapshot.plan.base
-    if not base.remote:
-        return ""
-    offer = snapshot.app_state.downloads.offer(base.name)
-    found, share, act, text = offer.found, None, None, ""
-    if offer.state == "asking":
-        text = "Asking the hub how large it is."
-    elif found is None:
-        act = Act("Try again", {"do": "download-ask"})
-    elif offer.state == "downloading":
-        share = 100 * offer.here // max(found.size, 1)
-        text = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
-        act = Act("Cancel", {"do": "download-cancel"})
-    else:
-        text, act = _describe_offer(found)
-    return render("train/base.html", part="download", offer=offer, share=share, text=text, act=act)
-
-
-def _describe_offer(found: Download) -> tuple[str, Act | None]:
-    """What is to be downloaded, and the act that begins it where there is room."""
-    here, free = found.here, format_bytes(found.free)
-    text = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
-    if here:
-        text = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {text}"
-    if not found.fits:
-        return f"{text} Make room first, or set HF_HOME to a folder on another drive.", None
-    return text, Act("Download the rest" if here else "Download", {"do": "download"})
+    offer = snapshot.app_state.downloads.offer(base.name) if base.remote else None
+    return render("train/base.html", part="download", offer=offer) if offer else ""

@@ -4,20 +4,45 @@ Notifications at the end of a run go to a command or a web address, kept in the 
 the header they need no open page.
 """
 
+import asyncio
 import os
+import re
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
 
 from app.bindings import QUIET, Bindings, html_block
 from app.guard import is_loopback
+from app.routes import Answer, BadRequest, add_actions, read_body
+from app.state import AppState
 from app.templates import note_html, problem_html, render
 from app.train import rail, run_cards
-from app.train.start import build_action_bar, build_like, build_start
-from app.train.train_form import TrainForm
-from lora_core.errors import ConfigError, LoraError
+from app.train.form import Plan
+from app.train.run_cards import charts_data
+from app.train.start import (
+    build_action_bar,
+    build_like,
+    build_start,
+    import_settings,
+    queue_sweep,
+    take_run_settings,
+    take_settings,
+)
+from app.train.train_form import TrainForm, reset_settings
+from lora_core.errors import ConfigError, LoraError, RunError
+from lora_core.model_files.header import MAX_HEADER
+from lora_core.model_files.starting_settings import settings_from_lora
+from lora_core.runs.diagnosis import debug_zip
+from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.notifications import VARIABLE, WEB, read_recipient, send_test, write_recipient
 
+QUIT_AFTER = 0.3
+"""Seconds: the answer is to be out before the server ends."""
+LARGEST_FILE = 2**40
 ONLY_HERE = (
     "A command can be set on the computer itself alone, as it runs there; from elsewhere give a web address."
 )
@@ -108,3 +133,128 @@ def build_train(bindings: Bindings) -> None:
             ):
                 bindings.follow(html_block(elem_id=place), shows)
     build_action_bar(bindings, form, name)
+
+
+def add_run_routes(app: FastAPI, app_state: AppState) -> None:
+    """Add the tab's routes to `app`."""
+
+    def order(sent: dict[str, Any]) -> None:
+        place = sent.get("place")
+        at = place if isinstance(place, int) else 0
+        app_state.queue.act(str(sent.get("do")), str(sent.get("run", "")), at)
+
+    def sweep(sent: dict[str, Any]) -> dict[str, str]:
+        setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
+        return {"names": queue_sweep(app_state, setting, values, name)}
+
+    def restore(sent: dict[str, Any]) -> None:
+        values, trigger = sent.get("values"), sent.get("trigger")
+        if not isinstance(values, dict | None) or not isinstance(trigger, str | None):
+            raise BadRequest("no draft")
+        app_state.project.update_draft(values=values, trigger=trigger)
+
+    def leave(sent: dict[str, Any]) -> dict[str, Any]:
+        live = app_state.jobs.live()
+        # Runs and queue are processes of their own and continue.
+        threading.Timer(QUIT_AFTER, app_state.on_quit).start()
+        return {"run": live.run.name if live else "", "queue": app_state.queue.is_running}
+
+    actions: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "run": lambda sent: do_run_action(app_state, str(sent.get("do")), str(sent.get("run", ""))),
+        "queue": order,
+        "quit": leave,
+        "settings/sweep": sweep,
+        "settings/take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
+        "settings/import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
+        "settings/restore": restore,
+    }
+    add_actions(app, actions)
+
+    @app.get("/easel/curves/{name}")
+    def curves(name: str, compare: str = "") -> Response:
+        runs = [_existing_run(app_state, each) for each in (name, compare) if each]
+        return Answer(_read_curves(app_state, runs))
+
+    @app.get("/easel/debug/{name}")
+    def debug(name: str) -> Response:
+        found, card = _existing_run(app_state, name), app_state.hardware.card()
+        data = debug_zip(found, app_state.workspace, card.name if card else "")
+        headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
+        return Response(data, media_type="application/zip", headers=headers)
+
+    @app.post("/easel/like")
+    async def like(request: Request, size: str = "", name: str = "the file") -> Response:
+        header = await read_body(request, MAX_HEADER + 8)
+        await asyncio.to_thread(_take_header, app_state, header, size, name[:200])
+        return Answer({"taken": True})
+
+
+def _existing_run(app_state: AppState, name: str) -> RunFolder:
+    found = RunFolder(runs_folder(app_state.workspace) / check_run_name(name))
+    if not found.config_file.is_file():
+        raise BadRequest(name)
+    return found
+
+
+def _read_curves(app_state: AppState, runs: list[RunFolder]) -> dict[str, Any]:
+    run_views = [app_state.jobs.run_view(run) for run in runs]
+    for run_view in run_views:
+        # Reads what its events say since.
+        app_state.jobs.state(run_view)
+    return charts_data(run_views)
+
+
+def do_run_action(app_state: AppState, do: str, name: str) -> None:
+    """Do what a run's button asks for.
+
+    Raises:
+        RunError: it cannot be done now.
+        BadRequest: there is no such action.
+    """
+    jobs, downloads, project = app_state.jobs, app_state.downloads, app_state.project
+    acts: dict[str, Callable[[str], Any]] = {
+        **{request: lambda run: jobs.request(do) for request in ("pause", "stop", "save", "preview")},
+        "measure": lambda run: app_state.prober.begin(Plan(project).config),
+        "unmeasure": lambda run: app_state.prober.cancel(),
+        "download": lambda run: downloads.start(Plan(project).base.name),
+        "download-cancel": lambda run: downloads.cancel(),
+        "download-ask": lambda run: downloads.ask_again(Plan(project).base.name),
+        # The Preview tab generates this run's strip when it opens.
+        "see": lambda run: project.update_draft(preview_strip=check_run_name(run)),
+        "resume": jobs.resume,
+        "accept": lambda run: jobs.resume(run, accept_changes=True),
+        "retry": jobs.retry,
+        "reset": lambda group: reset_settings(project, group),
+        "show": jobs.show,
+        "delete": app_state.queue.delete,
+    }
+    if do not in acts:
+        raise BadRequest("no such action")
+    current = jobs.current()
+    if do in ("resume", "accept", "retry"):
+        # A run has priority for memory.
+        app_state.worker.release()
+    acts[do](name or (current.run.name if current else ""))
+
+
+def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:
+    """Read settings from a LoRA file's header; its tensors stay in the browser.
+
+    A sparse file of the same length stands in for it, so that all checks of a file apply; on most drives it
+    takes no space.
+    """
+    if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:
+        raise RunError("The size of the dropped file does not fit its header.")
+    folder = app_state.workspace / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"like-{threading.get_ident()}.safetensors"
+    try:
+        with open(file, "wb") as made:
+            made.write(header)
+            made.truncate(int(size))
+        found = settings_from_lora(file)
+    except OSError as error:
+        raise RunError(f"The dropped file could not be read: {error.strerror or error}.") from error
+    finally:
+        file.unlink(missing_ok=True)
+    app_state.like_said = take_settings(app_state.project, found, name)

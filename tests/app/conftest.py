@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app.projects import add_project_routes
 from app.routes import add_routes
 from app.state import AppState
 from app.tabs import TABS
+from app.top_bar import add_project_routes
 
 Say = Callable[..., dict[str, Any]]
 

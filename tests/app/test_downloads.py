@@ -11,9 +11,9 @@ import pytest
 
 from app.state import AppState, take_snapshot
 from app.train.form import current_values
-from app.train.routes import do_run_action
 from app.train.start import blockers, notes
 from app.train.train_form import adopt_downloaded_base, base_note, choose_base, download_note
+from app.train.view import do_run_action
 from lora_core.errors import RunError
 from lora_core.model_files.detect import clear_base_cache
 from tests.hub import Hub, hub_of, small_repo, use_hub

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from app import main
-from app.dataset.routes import add_dataset_routes
+from app.dataset.view import add_dataset_routes
 from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
 from app.routes import add_assets, add_routes
 from app.state import AppState

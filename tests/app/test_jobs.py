@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from app import top_bar
-from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
 from app.preview.loras import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
+from app.templates import format_bytes
 from app.train import run_cards as cards
 from app.train.rail import earlier
 from app.train.start import blockers, details, facts

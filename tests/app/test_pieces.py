@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app import formatting
+from app import templates
 from app.dataset import gallery
 from app.jobs import RunView
 from app.state import ShownRun
@@ -85,11 +85,11 @@ def test_the_raw_adapter_stands_beside_its_average() -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert formatting.format_clock(252) == "4:12"
-    assert formatting.format_clock(3852) == "1:04:12"
-    assert formatting.format_clock(None) == formatting.UNKNOWN
-    assert formatting.format_duration(840) == "14 min"
-    assert formatting.format_bytes(6_400_000) == "6.4 MB"
-    assert formatting.format_speed(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
-    assert formatting.format_speed(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
-    assert formatting.format_scientific(1e-4) == "1.0e-4"
+    assert templates.format_clock(252) == "4:12"
+    assert templates.format_clock(3852) == "1:04:12"
+    assert templates.format_clock(None) == templates.UNKNOWN
+    assert templates.format_duration(840) == "14 min"
+    assert templates.format_bytes(6_400_000) == "6.4 MB"
+    assert templates.format_speed(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
+    assert templates.format_speed(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
+    assert templates.format_scientific(1e-4) == "1.0e-4"

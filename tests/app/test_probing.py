@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from app import worker_client
 from app.state import AppState, take_snapshot
 from app.train import background
-from app.train.routes import do_run_action
 from app.train.start import facts, forecast
+from app.train.view import do_run_action
 from lora_core.errors import RunError
 from lora_core.runs.costs import PROBED, SCALED, StepCost, costs_file, keep_cost
 from tests.app.bases import checkpoint
@@ -49,7 +50,7 @@ while True:
 @pytest.fixture
 def app_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppState]:
     monkeypatch.setattr(background, "STILL_FOR", 0.05)
-    monkeypatch.setattr(background, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(worker_client, "LOOK_EVERY", 0.02)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     workspace = tmp_path / "work space é"

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.state import AppState
-from app.train import routes as run_routes
+from app.train import view as run_routes
 from app.train.form import FORM, widget_values
 from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from app.state import AppState, take_snapshot
-from app.train.background import with_labels
+from app.templates import with_labels
 from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
-from app.train.routes import do_run_action
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
+from app.train.view import do_run_action
 from lora_core.projects.project import Project
 
 

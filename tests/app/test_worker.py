@@ -228,13 +228,14 @@ def test_who_waits_is_told_how_long(worker: WorkerClient, tmp_path: Path) -> Non
     second = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
     third = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
     wait_for(lambda: first.state == "working")
-    assert (worker.ahead_of(second), worker.ahead_of(third)) == (1, 2)
+    assert worker.describe(second) == "Waiting: 1 request before this one."
+    assert worker.describe(third) == "Waiting: 2 requests before this one."
     worker.cancel(third)
     worker.cancel(first)
     assert second.finished.wait(PATIENCE)
     assert third.finished.wait(PATIENCE)
     assert (first.message, second.state, third.message) == ("Cancelled.", "done", "Cancelled.")
-    assert worker.ahead_of(second) == 0
+    assert worker.describe(second) == ""
 
 
 def test_looks_are_kept_while_a_picture_is_made(worker: WorkerClient, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it
     run = "a run"
     wait_for(lambda: process.poll() is not None)
     wait_for(lambda: reply.message == "Waiting for a run.")
-    assert (reply.state, reply.done, on_card.ahead_of(reply)) == ("waiting", 0, 0)
+    assert (reply.state, reply.done, on_card.describe(reply)) == ("waiting", 0, reply.message)
     # What opens no base goes on, in a new process.
     assert on_card.ask({"do": "sheet", "out": str(tmp_path / "a.png")}, PATIENCE).state == "done"
     assert reply.state == "waiting"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.train.background import with_labels
+from app.templates import with_labels
 from app.train.form import FORM, Plan, widget_values
 from lora_core.errors import ConfigError
 from lora_core.model_files.starting_settings import settings_from_lora
