@@ -15,9 +15,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.layers import Layout, norm_layers
+from lora_core.formats.layers import norm_layers
 from lora_core.formats.peft import HEADER_KEY, read_lora_config
 from lora_core.lora.weights import LayerKey
+from lora_core.model_files.detect import Layout
 from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
 from lora_core.model_files.ldm_names import ldm_unet_path
 

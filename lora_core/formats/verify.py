@@ -21,10 +21,8 @@ from lora_core.formats.io import check_family, file_hashes, read_tensors
 from lora_core.formats.kinds import check_lycoris_factors, dora_update, magnitude_from_tensor
 from lora_core.formats.layers import (
     PAIR_ROLES,
-    Layout,
     Tensors,
     check_finite,
-    family_layout,
     first_few,
     is_finite,
     is_kohya_key,
@@ -35,6 +33,7 @@ from lora_core.formats.layers import (
 )
 from lora_core.formats.loaders import KRON, LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
+from lora_core.model_files.families import (
+    FAMILIES,
+    Family,
+    canonical_path,
+    family_of_context_width,
+    is_text_encoder,
+)
 from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
+from lora_core.model_files.ldm_names import ldm_unet_path
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS, expand_home, parse_json
 
@@ -256,6 +263,55 @@ def _shards(index: Path) -> list[Path]:
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ModelFileError(f"{index} is not an index of weight files.")
     return [index.parent / name for name in names]
+
+
+Layout = dict[tuple[str, str], tuple[int, ...]]
+"""Each linear layer and convolution, by part and path as adapters name it, to the shape of its weight."""
+
+
+def family_layout(family: Family) -> Layout:
+    """The layers of a family's UNet and text encoders, in the models' own order; read-only.
+
+    Stored beside the configs, so that no model has to be built; a test compares them with the real classes.
+    """
+    return _stored_layout(family.configs) if family.configs else base_layout(DEMO_BASE, family)
+
+
+@functools.cache
+def _stored_layout(configs: str) -> Layout:
+    parts = _json(FAMILY_CONFIGS / configs / "layers.json")
+    return {(part, path): tuple(shape) for part, layers in parts.items() for path, shape in layers.items()}
+
+
+def base_layout(path: Path, family: Family) -> Layout:
+    """The layers of a base, a folder or a single file, from the headers of its weights; read-only.
+
+    Raises:
+        ModelFileError: weights are missing or broken.
+    """
+    return _base_layout(path, family.name, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _base_layout(path: Path, family_name: str, changed_at: int) -> Layout:
+    family = FAMILIES[family_name]
+    if path.is_file():
+        layout, shapes = dict(family_layout(family)), read_header(path, ModelFileError).shapes
+        # The text encoders of single files never differ.
+        for part, layer in [key for key in layout if key[0] == family.denoiser]:
+            shape = shapes.get(f"{UNET}{ldm_unet_path(layer, family.attention_levels)}.weight")
+            if shape is None:
+                del layout[part, layer]
+            else:
+                layout[part, layer] = tuple(shape)
+        return layout
+    return {
+        (part, canonical_path(part, name.removesuffix(".weight"))): tuple(shape)
+        for part in family.parts
+        for file in weight_paths(path / part, part)
+        for name, shape in read_header(file, ModelFileError).shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4) and "embeddings." not in name
+    }
 
 
 def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:

@@ -4,23 +4,20 @@ where that is short."""
 
 import functools
 import importlib.util
-import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from lora_core.errors import LoraError, ModelFileError
-from lora_core.model_files.detect import UNET, BaseFacts, weight_paths
-from lora_core.model_files.families import FAMILIES, Family, canonical_path, named_targets
+from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
+from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
-from lora_core.model_files.ldm_names import diffusers_unet_path
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import last_matches
-from lora_core.system.files import FAMILY_CONFIGS, MARGIN
+from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory for encoded captions that vary from draw to draw: some 800 of SDXL."""
@@ -118,11 +115,6 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     )
 
 
-Layers = dict[tuple[str, str], tuple[int, int]]
-"""(part, path as diffusers names it) to the parameters that one rank costs below and above: inputs x kernel,
-outputs."""
-
-
 def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     """About how large the exported fp16 file is. None where the base does not say."""
     family = facts.family
@@ -131,12 +123,12 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     rates = (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr)
     trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
     try:
-        layers = _layers(facts.path, family.name, facts.path.stat().st_mtime_ns)
+        layout = base_layout(facts.path, family)
         targets = named_targets(config.adapter.targets, family)
         patterns = {part: pattern for part in trained if (pattern := targets.pattern(part))}
         adapted = {
-            f"{part}.{path}": sum(sides)
-            for (part, path), sides in layers.items()
+            f"{part}.{path}": shape[0] + math.prod(shape[1:])
+            for (part, path), shape in layout.items()
             if part in patterns and patterns[part].fullmatch(path)
         }
         ranks = last_matches(config.adapter.block_ranks, adapted)
@@ -165,52 +157,6 @@ def _count_parameters(path: Path, parts: tuple[str, ...], changed_at: int) -> in
     files = [file for part in parts for file in weight_paths(path / part, part)] if parts else [path]
     shapes = [item for file in files for item in read_header(file, ModelFileError).shapes.items()]
     return sum(math.prod(shape) for name, shape in shapes if not name.startswith("model_ema."))
-
-
-@functools.lru_cache(maxsize=8)
-def _layers(path: Path, family_name: str, changed_at: int) -> Layers:
-    """The layers of a base that have an input and an output side."""
-    family = FAMILIES[family_name]
-    if path.is_file():
-        shapes = read_header(path).shapes
-        return dict(_single_file_unet(shapes, family)) | dict(_known_text_layers(family))
-    found: Layers = {}
-    for part in family.parts:
-        for file in weight_paths(path / part, part):
-            for name, shape in read_header(file).shapes.items():
-                if sides := _sides(shape):
-                    found[part, canonical_path(part, name.removesuffix(".weight"))] = sides
-    return found
-
-
-def _sides(shape: list[int]) -> tuple[int, int] | None:
-    """(inputs x kernel, outputs) of a weight, None for what is no linear or convolutional layer."""
-    if len(shape) == 2:
-        return shape[1], shape[0]
-    return (shape[1] * shape[2] * shape[3], shape[0]) if len(shape) == 4 else None
-
-
-def _single_file_unet(shapes: Mapping[str, list[int]], family: Family) -> Iterator[Any]:
-    for name, shape in shapes.items():
-        if name.startswith(UNET) and name.endswith(".weight"):
-            own = name.removeprefix(UNET).removesuffix(".weight")
-            path, sides = diffusers_unet_path(own, family.attention_levels), _sides(shape)
-            if path is not None and sides:
-                yield (family.denoiser, path), sides
-
-
-def _known_text_layers(family: Family) -> Iterator[Any]:
-    """The layers of a family's text encoders, which never differ among single files."""
-    for encoder in family.text_encoders:
-        file = FAMILY_CONFIGS / family.configs / encoder.part / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        width, inner = config["hidden_size"], config["intermediate_size"]
-        for number in range(config["num_hidden_layers"]):
-            start = f"text_model.encoder.layers.{number}"
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                yield (encoder.part, f"{start}.self_attn.{name}"), (width, width)
-            yield (encoder.part, f"{start}.mlp.fc1"), (width, inner)
-            yield (encoder.part, f"{start}.mlp.fc2"), (inner, width)
 
 
 def fit_on_card(

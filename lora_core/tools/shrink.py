@@ -20,8 +20,9 @@ from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.io import save_adapter
 from lora_core.formats.kinds import extras_sentence
-from lora_core.formats.layers import check_plain, family_layout, folder_layout, reshape_adapter
+from lora_core.formats.layers import check_plain, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
+from lora_core.model_files.detect import base_layout, family_layout
 from lora_core.model_files.families import Family, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import (
@@ -558,7 +559,7 @@ def _differences(
     tuned: BaseWeights, base: BaseWeights, spectra: Spectra, on_layer: OnLayer | None
 ) -> Iterator[tuple[LayerKey, torch.Tensor]]:
     """The layers that differ by more than rounding, with their differences in fp32."""
-    layout = family_layout(base.family) if base.single else folder_layout(base.path, base.family)
+    layout = family_layout(base.family) if base.single else base_layout(base.path, base.family)
     targets = named_targets("locon")
     for key in counted(layout, on_layer):
         places = tuned.places(key), base.places(key)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
 from lora_core.generate.request import GenerationRequest
-from lora_core.model_files.detect import read_base_facts
+from lora_core.model_files.detect import base_layout, read_base_facts
 from lora_core.model_files.header import what_is_there
 from lora_core.runs.folder import find_run, is_run_folder
 from lora_core.settings.choices import FORMATS, PRECISIONS
@@ -193,13 +193,12 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     Args:
         base: the base that it is for, where the file does not say it.
     """
-    from lora_core.formats.layers import folder_layout
     from lora_core.formats.verify import verify_adapter
     from lora_core.tools.delta import BaseWeights
 
     facts = read_base_facts(base) if base else None
     family = facts.family if facts else None
-    layout = folder_layout(facts.configs, family) if facts and family else None
+    layout = base_layout(facts.path, family) if facts and family and not facts.single_file else None
     weight_of = BaseWeights(base).weight if facts and family else None
     return verify_adapter(Path(file), family, layout=layout, weight_of=weight_of)
 

@@ -8,7 +8,8 @@ import json
 
 import torch
 
-from lora_core.formats.layers import family_layout, norm_layers
+from lora_core.formats.layers import norm_layers
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.ldm_names import ldm_unet_path
 from tests.formats.odd_files import diffusers_stem, ldm_stem, own_stem, swapped_dimensions

@@ -7,8 +7,8 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import AS_IT_IS, convert_adapter, load_adapter, read_tensors, save_adapter
-from lora_core.formats.layers import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from tests.formats.odd_files import serialised
 

@@ -19,9 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.formats.kohya import to_tensors
-from lora_core.formats.layers import family_layout, with_text_model
+from lora_core.formats.layers import with_text_model
 from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from tests.formats.test_loading_in_diffusers import Heard, heard, merged, one_thread, trained_by_peft
 

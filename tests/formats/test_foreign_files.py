@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from lora_core.cli import main, note_extras
 from lora_core.formats.io import convert_adapter, load_adapter
-from lora_core.formats.layers import family_layout, layer_of_prefix
+from lora_core.formats.layers import layer_of_prefix
 from lora_core.formats.verify import verify_adapter
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from tests.formats.conftest import same_bits

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import layers
-from lora_core.formats.layers import family_layout
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, canonical_path
 from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS
 

@@ -7,7 +7,7 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.formats import kinds
-from lora_core.formats.layers import family_layout
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import other_family
 from tests.formats.odd_files import CASES, FAMILIES_HERE, serialised

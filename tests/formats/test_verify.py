@@ -14,9 +14,9 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds
 from lora_core.formats.io import load_adapter, save_adapter
-from lora_core.formats.layers import family_layout
 from lora_core.formats.verify import run_loaders, verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from tests.formats.odd_files import ALL, CASES, FAMILIES_HERE, odd_file, serialised

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_core.formats.io import save_adapter
-from lora_core.formats.layers import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.tools.svd import file_spectrum
 

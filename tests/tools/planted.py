@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from lora_core.formats.io import save_adapter
-from lora_core.formats.layers import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 
 TINY = FAMILIES["tiny"]

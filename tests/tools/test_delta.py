@@ -8,7 +8,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch import nn
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.formats.layers import family_layout
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.tools.delta import BaseWeights, file_updates, needs_base
 from lora_core.tools.shrink import to_lora

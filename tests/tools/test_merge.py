@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from lora_core.__main__ import main
 from lora_core.errors import ConfigError
 from lora_core.formats.io import file_hashes, load_adapter, save_adapter
-from lora_core.formats.layers import family_layout
 from lora_core.formats.verify import inspect_file
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from lora_core.tools.merge import parse_block_weights
