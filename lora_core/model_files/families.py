@@ -149,113 +149,14 @@ class Family:
         return _footprints().get(self.configs) or _footprints()["sd15"]
 
 
-# Coarse layers decide the content, fine ones the style: Voynov et al. 2023 (P+), figure 4, measured on
-# Stable Diffusion 1.x at 512 px; coarse is where the latents are 16 x 16 or less.
-_COARSE = r"(?:down_blocks\.2|mid_block|up_blocks\.1)\..*"
-_FINE = r"(?:down_blocks\.[01]|up_blocks\.[23])\..*"
-_CLIP_L = TextEncoder("text_encoder", "lora_te", width=768)
-_OPEN_CLIP_H = TextEncoder(
-    "text_encoder",
-    "lora_te",
-    width=1024,
-    pad_token="!",
-    single_file="cond_stage_model.model.",
-    open_clip=True,
-)
+def _family(name: str, text_encoders: list[dict[str, Any]], **row: Any) -> Family:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Family(name, text_encoders=tuple(TextEncoder(**encoder) for encoder in text_encoders), **fields)
 
-_SD2 = Family(
-    name="sd2",
-    title="Stable Diffusion 2.x",
-    text_encoders=(_OPEN_CLIP_H,),
-    context_width=1024,
-    base_version="sd_v2",
-    modelspec="stable-diffusion-v2-512/lora",
-    configs="sd2",
-    subject_blocks=_COARSE,
-    style_blocks=_FINE,
-    usual=False,
-)
 
-FAMILIES: dict[str, Family] = {
-    "tiny": Family(
-        name="tiny",
-        title="Embedded tiny base",
-        text_encoders=(TextEncoder("text_encoder", "lora_te", width=128),),
-        context_width=128,
-        resolution=128,
-        prediction="v_prediction",
-        base_version="easel_tiny",
-        modelspec="easel-tiny/lora",
-        attention_levels=(False, True, True),
-        subject_blocks=r"(?:down_blocks\.2|mid_block|up_blocks\.0)\..*",
-        style_blocks=r"(?:down_blocks\.[01]|up_blocks\.[12])\..*",
-        portable=False,
-        prior_prompts=(
-            "dog, noto style, on a white background",
-            "car, noto style, on a sky blue background",
-            "apple, noto style, on a white background",
-            "house, noto style, on a grey background",
-        ),
-    ),
-    "sd15": Family(
-        name="sd15",
-        title="Stable Diffusion 1.x",
-        text_encoders=(_CLIP_L,),
-        context_width=768,
-        base_version="sd_v1",
-        modelspec="stable-diffusion-v1/lora",
-        configs="sd15",
-        subject_blocks=_COARSE,
-        style_blocks=_FINE,
-    ),
-    "sd2": _SD2,
-    "sd2_v": replace(
-        _SD2,
-        name="sd2_v",
-        resolution=768,
-        prediction="v_prediction",
-        base_version="sd_v2_v",
-        modelspec="stable-diffusion-v2-768-v/lora",
-        usual=True,
-    ),
-    "sdxl": Family(
-        name="sdxl",
-        title="Stable Diffusion XL",
-        text_encoders=(
-            TextEncoder(
-                "text_encoder",
-                "lora_te1",
-                width=768,
-                hidden="penultimate",
-                single_file="conditioner.embedders.0.transformer.",
-            ),
-            TextEncoder(
-                "text_encoder_2",
-                "lora_te2",
-                width=1280,
-                hidden="penultimate",
-                pooled=True,
-                pad_token="!",
-                single_file="conditioner.embedders.1.model.",
-                open_clip=True,
-            ),
-        ),
-        context_width=2048,
-        resolution=1024,
-        latent_scale=0.13025,
-        size_conditioning=True,
-        kohya_block_names="ldm",
-        base_version="sdxl_base_v1-0",
-        modelspec="stable-diffusion-xl-v1-base/lora",
-        attention_levels=(False, True, True),
-        configs="sdxl",
-        # Frenkel et al. 2024 (B-LoRA), section 4: content and style each sit in one block of the decoder.
-        subject_blocks=r"up_blocks\.0\.attentions\.0\..*",
-        style_blocks=r"up_blocks\.0\.attentions\.1\..*",
-        zero_negative=True,
-        # Both text encoders take 1.6 GB in half precision; frozen, they are freed once captions are encoded.
-        settings={"optimizer.text_encoder_lr": 0.0, "optimizer.text_encoder_2_lr": 0.0},
-    ),
+FAMILIES = {
+    name: _family(name, **row)
+    for name, row in tomllib.loads((FAMILY_CONFIGS / "families.toml").read_text(encoding="utf-8")).items()
 }
 
 
