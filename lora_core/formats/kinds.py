@@ -11,7 +11,7 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats.layers import Tensors, is_finite, is_kohya_key, ldm_family, split_key
 from lora_core.model_files.families import FAMILIES, Family
-from lora_core.model_files.header import other_family, unsupported_kind
+from lora_core.model_files.header import first_match, other_family, unsupported_kind
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -19,33 +19,6 @@ LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
 _FACTOR = re.compile(
     r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada|lokr)_w"
 )
-_KINDS = (
-    (re.compile(r"^lllite_"), "ControlNet-LLLite"),
-    (re.compile(r"lora_controlnet|^control_model\.|^controlnet_|^input_hint_block\."), "ControlNet"),
-    (
-        re.compile(r"^image_proj|^ip_adapter\.|^(?:ip_adapter\.)?\d+\.to_[kqv]_ip|^\d+\.to_\w+_lora\."),
-        "IP-Adapter",
-    ),
-    (re.compile(r"^(?:adapter\.)?body\.\d+\.(?:resnets|block1|in_conv)"), "T2I-Adapter"),
-    (re.compile(r"\.hada_w1_|\.hada_w2_"), "LoHa"),
-    (re.compile(r"\.lokr_w"), "LoKr"),
-    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), DORA),
-    (re.compile(r"\.oft_|\.boft_"), "OFT"),
-    (re.compile(r"\.on_input$|\.ia3_l"), "IA3"),
-    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
-    (_FACTOR, LORA),
-    (re.compile(r"\.diff(?:_b)?$"), "full difference"),
-    (re.compile(r"\.[wb]_norm$"), "change of norm layers"),
-    (re.compile(r"^bundle_emb\."), "textual-inversion embedding"),
-    (re.compile(r"^lora_.*\."), LORA),
-    (re.compile(r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\."), "whole checkpoint"),
-    (re.compile(r"^(down_blocks|up_blocks)\.\d+\.resnets\."), "whole UNet"),
-    (re.compile(r"^text_model\.(encoder|embeddings)\."), "whole text encoder"),
-    (re.compile(r"^(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\."), "whole VAE"),
-    (re.compile(r"^(emb_params|string_to_param|clip_[lg])$"), "textual-inversion embedding"),
-)
-"""Patterns of tensor names to kinds, the more specific first."""
-
 _EXTRAS = (
     (re.compile(r"^bundle_emb\."), "bundled embeddings"),
     (re.compile(r"\.[wb]_norm$"), "changes of norm layers"),
@@ -83,10 +56,9 @@ def detect_kind(shapes: Shapes) -> str:
 
     A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
     """
-    for pattern, kind in _KINDS:
-        if any(pattern.search(key) for key in shapes):
-            convolutions = any(len(shape) == 4 and shape[2] > 1 for shape in shapes.values())
-            return LOCON if kind == LORA and convolutions else kind
+    if kind := first_match("adapters", shapes):
+        convolutions = any(len(shape) == 4 and shape[2] > 1 for shape in shapes.values())
+        return LOCON if kind == LORA and convolutions else kind
     only = next(iter(shapes.values()), ())
     if (
         len(shapes) == 1

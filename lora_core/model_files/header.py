@@ -142,17 +142,18 @@ def _tables() -> dict[str, Any]:
 
 def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
     """What a file is, for messages, if it is no Stable Diffusion text-to-image checkpoint; else ""."""
-    if kind := _first_match("kinds", shapes):
+    if kind := first_match("kinds", shapes):
         return kind
     entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if entry is not None and len(entry) == 4:
         return channels_kind(entry[1])
     whole = any(key.startswith("model.diffusion_model.") for key in shapes)
-    return "" if whole else _first_match("parts", shapes)
+    return "" if whole else first_match("parts", shapes)
 
 
-def _first_match(table: str, names: Collection[str]) -> str:
-    """The title of the first row whose pattern is found in a name, or ""."""
+def first_match(table: str, names: Collection[str]) -> str:
+    """The title of the first row of a table of `assets/unsupported.toml` whose pattern is found in a name, or
+    ""."""
     rows = _tables()[table]
     return next((str(title) for pattern, title in rows if any(map(re.compile(pattern).search, names))), "")
 
@@ -190,7 +191,7 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
         return stated
     names = {key: name for key in shapes if not _OWN.match(name := _START.sub("", key))}
     flat = {key: name.replace(".", "_") for key, name in names.items()}
-    if title := _first_match("families", (*flat.values(), *names.values())):
+    if title := first_match("families", (*flat.values(), *names.values())):
         return title
     for row in _tables()["widths"]:
         found = re.compile(row["pattern"])
