@@ -29,10 +29,9 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ModelSection
 from lora_core.system.files import folder_bytes
-from lora_core.tools.analysis import measure_stack
+from lora_core.tools.analysis import bake_strength, measure_stack, measure_strength
 from lora_core.tools.delta import Rewrite, check_out, file_precision
 from lora_core.tools.shrink import measure_rank, truncate_file
-from lora_core.tools.strength import bake_strength, measure_strength
 from lora_core.tools.svd import file_spectrum, truncate_adapter
 from lora_core.train.autotune import time_steps
 from lora_core.verbs import Measure, adapters, runs

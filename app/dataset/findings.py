@@ -20,7 +20,7 @@ from app.jobs import Jobs, RunView
 from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import Looks, TrainingView, audit
-from lora_core.data.holdout import split_holdout
+from lora_core.data.dataset import split_holdout
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.project import DEMO, Project, read_json, relative_name

@@ -21,10 +21,9 @@ from urllib.parse import quote
 from app.templates import pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
-from lora_core.data.buckets import choose_bucket, crop_box
 from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
-from lora_core.data.images import make_thumbnail
+from lora_core.data.images import choose_bucket, crop_box, make_thumbnail
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name

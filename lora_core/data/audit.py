@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_core.data.buckets import Bucket, choose_bucket, resize_and_crop
 from lora_core.data.captions import count_tags, count_tokens
-from lora_core.data.holdout import Fingerprint, compute_fingerprint, group_near_duplicates
-from lora_core.data.images import open_rgb
+from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
+from lora_core.data.images import Bucket, choose_bucket, open_rgb, resize_and_crop
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.system.files import clean_text

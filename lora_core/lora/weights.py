@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_core.backends.base import Adaptable, replace_submodule
-from lora_core.backends.int8 import CompactLayer, as_compact
+from lora_core.backends.compact import CompactLayer, as_compact
 from lora_core.errors import AdapterFileError
 from lora_core.model_files.families import TEXT_LEVEL, is_text_encoder
 

@@ -25,7 +25,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from lora_core.backends.int8 import WeightPolicy, quantize_int8
+from lora_core.backends.compact import WeightPolicy, quantize_int8
 from lora_core.errors import ModelFileError, OutOfMemory
 from lora_core.model_files.detect import (
     UNET,

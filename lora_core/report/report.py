@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_caption
-from lora_core.data.dataset import open_dataset, require_clean
-from lora_core.data.holdout import split_holdout
+from lora_core.data.dataset import open_dataset, require_clean, split_holdout
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
@@ -55,8 +54,8 @@ from lora_core.runs.progress import (
 )
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.files import ASSETS, write_atomically
+from lora_core.tools.analysis import measure_strength
 from lora_core.tools.shrink import measure_rank
-from lora_core.tools.strength import measure_strength
 from lora_core.tools.svd import file_spectrum
 from lora_core.train.setup import input_hashes
 

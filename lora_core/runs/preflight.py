@@ -11,10 +11,16 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_by_draw, with_trigger
-from lora_core.data.dataset import AUDIT_ONLY, first_problems, open_dataset, summarize_notes
-from lora_core.data.holdout import num_holdout, split_holdout
+from lora_core.data.dataset import (
+    AUDIT_ONLY,
+    first_problems,
+    num_holdout,
+    open_dataset,
+    split_holdout,
+    summarize_notes,
+)
+from lora_core.data.images import choose_bucket
 from lora_core.data.scan import Dataset, ImageRecord
 from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError, clip_message
 from lora_core.model_files.detect import (

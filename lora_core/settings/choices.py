@@ -179,7 +179,7 @@ QUANTIZED: dict[str, Choice] = {
     "int8": Implementation(
         "8 bits",
         "Rounded to 255 levels: half of bf16's memory, a quarter of fp32's.",
-        "lora_core.backends.int8:quantize_int8",
+        "lora_core.backends.compact:quantize_int8",
     ),
 }
 

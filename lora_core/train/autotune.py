@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lora_core.backends.onednn import PLAIN, layout_of
-from lora_core.data.buckets import Bucket, choose_bucket
+from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
 from lora_core.model_files.sizes import CONTEXT, ON_CPU

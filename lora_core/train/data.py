@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.data.buckets import Bucket, size_conditioning
 from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
-from lora_core.data.images import hash_file
+from lora_core.data.images import Bucket, hash_file, size_conditioning
 from lora_core.data.scan import ImageRecord
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks

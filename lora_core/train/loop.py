@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, adapter_weights, load_weights
+from lora_core.lora.layer import FlatParams
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
 from lora_core.settings.choices import SCHEDULES, chosen

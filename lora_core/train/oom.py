@@ -14,8 +14,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from lora_core.backends.int8 import WeightPolicy, is_offloaded, is_quantized, quantize_int8
-from lora_core.backends.offload import offload_store_for
+from lora_core.backends.compact import (
+    WeightPolicy,
+    is_offloaded,
+    is_quantized,
+    offload_store_for,
+    quantize_int8,
+)
 from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
 from lora_core.model_files.families import is_text_encoder

@@ -16,19 +16,15 @@ from typing import Any
 
 import torch
 
-from lora_core.backends.int8 import WeightPolicy
-from lora_core.backends.offload import offload_store_for
+from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
-from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import CaptionRules, plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import open_dataset, require_clean
-from lora_core.data.holdout import split_holdout
-from lora_core.data.images import hash_file
+from lora_core.data.dataset import open_dataset, require_clean, split_holdout
+from lora_core.data.images import choose_bucket, hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import (
     Injected,
     LayerPlan,
@@ -36,7 +32,7 @@ from lora_core.lora.inject import (
     inject_layers,
     plan_layers,
 )
-from lora_core.lora.layer import LoraLayer
+from lora_core.lora.layer import FlatParams, LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from lora_core.backends.int8 import is_quantized
-from lora_core.data.buckets import choose_bucket
+from lora_core.backends.compact import is_quantized
 from lora_core.data.captions import plain_caption
-from lora_core.data.images import hash_file
+from lora_core.data.images import choose_bucket, hash_file
 from lora_core.evaluate.validator import (
     EvalImage,
     clustered_error,

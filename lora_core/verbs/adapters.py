@@ -355,8 +355,8 @@ def strength(
         apart: one strength for the UNet and one for the text encoders.
         bake: a new file that has it at strength 1.
     """
+    from lora_core.tools.analysis import bake_strength, measure_strength
     from lora_core.tools.delta import Rewrite, check_out
-    from lora_core.tools.strength import bake_strength, measure_strength
 
     if bake:
         check_out(Path(bake))

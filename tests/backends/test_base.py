@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lora_core.backends.base import Adaptable, FrozenLayer, frozen_layer, replace_submodule
-from lora_core.backends.int8 import as_compact, quantize_int8
-from lora_core.backends.offload import FileStore
+from lora_core.backends.compact import FileStore, as_compact, quantize_int8
 from lora_core.backends.onednn import OneDnnConv2d, OneDnnLinear, is_available
 
 

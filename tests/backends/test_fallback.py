@@ -10,9 +10,8 @@ from torch import nn
 
 from lora_core.backends import onednn
 from lora_core.backends.onednn import DIRECT, PLAIN, WINOGRAD, choose_layout, layout_of, prepack
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import LOCON
 from tests.tiny import tiny_unet
 

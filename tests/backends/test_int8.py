@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.backends.int8 import (
+from lora_core.backends.compact import (
     CompactConv2d,
     CompactLinear,
+    FileStore,
+    OffloadStore,
     WeightPolicy,
     compact_layers,
     is_offloaded,
     is_quantized,
+    offload_store_for,
     quantize_int8,
 )
-from lora_core.backends.offload import FileStore, OffloadStore, offload_store_for
 from lora_core.lora.inject import adapter_weights, inject, remove
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import LoadedLora, Merger

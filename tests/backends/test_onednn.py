@@ -29,9 +29,8 @@ from lora_core.backends.onednn import (
     winograd_fits,
     winograd_pays,
 )
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import KOHYA
 from lora_core.model_files.sizes import PREPACKED_SPARE
 from tests.tiny import tiny_unet

@@ -19,9 +19,8 @@ from lora_core.data.dataset import open_dataset
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import LOCON
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base

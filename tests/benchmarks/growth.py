@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from lora_core.backends.onednn import DIRECT, prepack
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import ATTENTION
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel, load_base

@@ -20,9 +20,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from lora_core.backends.onednn import choose_layout, prepack
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import ATTENTION
 from lora_core.models.device import keep_freed_memory
 from lora_core.models.load import streamline

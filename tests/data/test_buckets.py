@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from lora_core.data.buckets import Bucket, choose_bucket, crop_box, resize_and_crop, size_conditioning
+from lora_core.data.images import Bucket, choose_bucket, crop_box, resize_and_crop, size_conditioning
 
 SIDES = (16, 40, 64, 100, 127, 128, 200, 333, 512, 640, 768, 1024, 1500, 4000)
 SIZES = [(w, h) for w in SIDES for h in SIDES]

@@ -7,13 +7,16 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from lora_core.data import images
-from lora_core.data.dataset import HOLDOUT_LIST, read_holdout_list, scan, write_holdout_list
-from lora_core.data.holdout import (
+from lora_core.data.dataset import (
+    HOLDOUT_LIST,
     are_near_duplicates,
     compute_fingerprint,
     compute_fingerprints,
     group_near_duplicates,
+    read_holdout_list,
+    scan,
     split_holdout,
+    write_holdout_list,
 )
 from lora_core.data.images import SizeCache
 from lora_core.data.scan import FileProblem, ImageRecord

@@ -21,13 +21,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_core.backends.int8 import WeightPolicy, quantize_int8
-from lora_core.backends.offload import offload_store_for
+from lora_core.backends.compact import WeightPolicy, offload_store_for, quantize_int8
 from lora_core.generate.pipeline import generate_image
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, LOCON, Targets
 from lora_core.models import load
 from lora_core.models.device import cap_memory, compute_deterministically

@@ -8,10 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from lora_core.backends.int8 import WeightPolicy, quantize_int8
-from lora_core.lora.flat_params import FlatParams
+from lora_core.backends.compact import WeightPolicy, quantize_int8
 from lora_core.lora.inject import Injected, inject
-from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
+from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
 from lora_core.model_files.families import ATTENTION, KOHYA, LOCON, Targets
 from tests.counting import kept_bytes, launches
 from tests.tiny import tiny_text_encoder, tiny_unet

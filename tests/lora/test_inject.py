@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_core.backends.int8 import CompactConv2d, CompactLinear, WeightPolicy
+from lora_core.backends.compact import CompactConv2d, CompactLinear, WeightPolicy
 from lora_core.errors import AdapterFileError
 from lora_core.lora.inject import adapter_weights, inject, remove
 from lora_core.lora.layer import LoraSpec

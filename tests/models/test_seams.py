@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import ADAPTERS, Injected, adapter_weights, inject, load_weights
-from lora_core.lora.layer import LoraLayer, LoraSpec
+from lora_core.lora.layer import FlatParams, LoraLayer, LoraSpec
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.families import FAMILIES, Targets
 from lora_core.models.load import BaseModel

@@ -16,10 +16,9 @@ from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.backends.int8 import BLOCKS
-from lora_core.lora.flat_params import FlatParams
+from lora_core.backends.compact import BLOCKS
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import FAMILIES, Family, named_targets
 from lora_core.settings.choices import TARGETS
 from lora_core.system.files import FAMILY_CONFIGS

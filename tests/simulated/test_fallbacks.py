@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_core.backends import offload
-from lora_core.backends.int8 import WeightPolicy, quantize_int8
+from lora_core.backends import compact
+from lora_core.backends.compact import WeightPolicy, quantize_int8
 from lora_core.errors import OutOfMemory
 from lora_core.model_files.sizes import CARD_SPARE, OFFLOAD_BUFFERS
 from lora_core.models.device import cap_memory, out_of_memory
@@ -35,23 +35,23 @@ def gradient(unet: torch.nn.Module, device: str) -> torch.Tensor:
 def test_offloading_takes_fixed_memory_and_has_the_same_bits(
     pinnable: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "SLAB", 2**20)
+    monkeypatch.setattr(compact, "SLAB", 2**20)
     unet = tiny_unet().requires_grad_(False)
     weights = sum(p.nbytes for p in unet.parameters())
     wanted = gradient(unet, "cpu")
     with SimulatedDevice() as card:
         card.pinnable = pinnable
         unet.to("cuda")
-        kept = offload.PinnedStore(CUDA)
+        kept = compact.PinnedStore(CUDA)
         WeightPolicy(None, kept).apply_to(unet)
         found = [gradient(unet, "cuda") for _ in range(2)]
-        assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + offload.SLAB)
+        assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + compact.SLAB)
         assert all(torch.equal(one, wanted) for one in found)
 
 
 def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
     with SimulatedDevice() as card:
-        kept = offload.PinnedStore(CUDA)
+        kept = compact.PinnedStore(CUDA)
         weights = [torch.full((64, size), float(size)) for size in (8, 32, 16, 24, 8)]
         fetch = [kept.put(weight) for weight in weights]
         for one in fetch:

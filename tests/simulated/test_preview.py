@@ -22,7 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from app.worker_client import WorkerClient
-from lora_core.backends.int8 import WeightPolicy, is_quantized
+from lora_core.backends.compact import WeightPolicy, is_quantized
 from lora_core.generate import pipeline as module
 from lora_core.generate.pipeline import Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora

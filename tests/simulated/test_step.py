@@ -8,9 +8,8 @@ from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraSpec
+from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import ATTENTION, FAMILIES
 from lora_core.models.load import streamline
 from lora_core.system.files import FAMILY_CONFIGS

@@ -60,8 +60,7 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
 
-    from lora_core.backends.int8 import WeightPolicy, quantize_int8
-    from lora_core.backends.offload import FileStore
+    from lora_core.backends.compact import FileStore, WeightPolicy, quantize_int8
     from lora_core.lora.inject import inject
     from lora_core.lora.layer import LoraSpec
     from lora_core.model_files.families import ATTENTION

@@ -10,7 +10,7 @@ from lora_core.__main__ import main
 from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights, LoadedLora
-from lora_core.tools.strength import fit_strength_curve, fit_strengths_apart, scale_alphas
+from lora_core.tools.analysis import fit_strength_curve, fit_strengths_apart, scale_alphas
 from tests.tools.planted import LAYERS, TEXT, TO_K, dense, random_layer, saved
 
 PICTURES, LOOKS = 8, 4

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core.data.buckets import Bucket
 from lora_core.data.dataset import scan
+from lora_core.data.images import Bucket
 from lora_core.models.load import load_base
 from lora_core.train import data
 from lora_core.train.data import LatentCache, PromptCache

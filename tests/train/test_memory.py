@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.backends import onednn
-from lora_core.backends.int8 import is_offloaded, is_quantized
+from lora_core.backends.compact import is_offloaded, is_quantized
 from lora_core.backends.onednn import PLAIN, WINOGRAD, is_prepacked
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import out_of_memory

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
-from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
+from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.settings.choices import OPTIMIZERS, OptimizerChoice
 from lora_core.settings.schema import OptimizerSection
