@@ -40,9 +40,9 @@ from lora_core.tools.delta import (
     Update,
     Updates,
     check_out,
-    load_plain_lora,
     shared_family,
 )
+from lora_core.tools.shrink import load_plain_lora
 from lora_core.tools.svd import (
     EXACT_UP_TO,
     NO_UPDATE,

@@ -197,44 +197,6 @@ def _paired(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 Updates = dict[LayerKey, Update]
 
 
-def needs_base(updates: Updates) -> bool:
-    """Whether the updates depend on the base's own weights, as those of a DoRA do."""
-    return any(update.magnitude is not None for update in updates.values())
-
-
-def plain_layers(updates: Updates) -> dict[LayerKey, LayerWeights] | None:
-    """The layers of a plain LoRA; None where a layer is of another kind."""
-    low = {key: u.low for key, u in updates.items() if u.low is not None and u.magnitude is None}
-    return low if len(low) == len(updates) else None
-
-
-def check_rank_given(path: Path, updates: Updates, rank: int | None) -> int:
-    """Refuse to take a LoHa, a LoKr or a DoRA for a plain LoRA without a rank.
-
-    Raises:
-        AdapterFileError: there is no rank.
-    """
-    if rank is None:
-        kind = "DoRA" if needs_base(updates) else "LoHa or LoKr"
-        raise AdapterFileError(
-            f"{path} is a {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
-        )
-    return rank
-
-
-def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
-    """A plain LoRA and the family that it is for.
-
-    Raises:
-        AdapterFileError: it is broken, of another kind, or does not name its family.
-    """
-    updates, metadata, family = file_updates(path, known)
-    layers = plain_layers(updates)
-    if layers is None:
-        check_rank_given(path, updates, None)
-    return AdapterWeights(layers or {}, metadata), family
-
-
 def shared_family(paths: Iterable[Path], why: str) -> Family | None:
     """The family that adapter files are for, None where none of them says it.
 

@@ -41,12 +41,11 @@ from lora_core.tools.delta import (
     check_out,
     file_record,
     file_updates,
-    plain_layers,
     save_with_side_file,
     shared_family,
     titles,
 )
-from lora_core.tools.shrink import file_to_lora, rank_words
+from lora_core.tools.shrink import plain_lora, rank_words
 from lora_core.tools.svd import OnLayer, Pair, TruncationLoss, adapter_from_pairs, check_rank, truncate_pair
 
 BlockWeights = dict[str, tuple[float, ...]]
@@ -261,12 +260,9 @@ def merge_files(
     sentences = extras_sentences(loras)
     adapters, reduced = [], False
     for file in files:
-        layers = plain_layers(file.updates)
-        if layers is not None:
-            weights = AdapterWeights(layers, dict(file.metadata))
-        else:
-            weights, loss = file_to_lora(file.path, file.updates, rank, base, on_layer)
-            sentences.append(f"{file.path.name} as a plain LoRA: {loss.sentence(rank)}")
+        weights, lost = plain_lora(file.path, file.updates, rank, base, on_layer)
+        if lost:
+            sentences.append(f"{file.path.name} as a plain LoRA: {lost.sentence(rank)}")
             reduced = True
         adapters.append(LoadedLora(weights, file.lora.strength, file.lora.text_strength))
     weights, loss = merge_adapters(adapters, rank, weights_of)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,11 +30,7 @@ from lora_core.tools.delta import (
     Rewrite,
     Updates,
     check_out,
-    check_rank_given,
     file_updates,
-    load_plain_lora,
-    needs_base,
-    plain_layers,
     titles,
 )
 from lora_core.tools.svd import (
@@ -70,7 +66,7 @@ def to_lora(
 
     Args:
         rank: of each layer; one that has a lower rank by construction keeps its own.
-        base: only needed for a DoRA, see `delta.needs_base`.
+        base: only needed for a DoRA.
 
     Raises:
         ConfigError: the rank is out of range.
@@ -94,21 +90,40 @@ def to_lora(
     return adapter_from_pairs(pairs), loss
 
 
-def file_to_lora(
-    path: Path, updates: Updates, rank: int | None, base: BaseWeights | None, on_layer: OnLayer | None
-) -> tuple[AdapterWeights, TruncationLoss]:
-    """`to_lora` for the updates of a file.
+def plain_lora(
+    path: Path, updates: Updates, rank: int | None = None, base: BaseWeights | None = None,
+    on_layer: OnLayer | None = None,
+) -> tuple[AdapterWeights, TruncationLoss | None]:  # fmt: skip
+    """The plain LoRA in a file, as it is, or `to_lora` of another kind, with its error.
 
     Raises:
-        AdapterFileError: there is no rank, or a DoRA is given without its base.
+        AdapterFileError: it is of another kind and there is no rank, or it is a DoRA without its base.
     """
-    rank = check_rank_given(path, updates, rank)
-    if needs_base(updates) and base is None:
+    dora = any(update.magnitude is not None for update in updates.values())
+    layers = {key: update.low for key, update in updates.items() if update.low is not None}
+    if len(layers) == len(updates) and not dora:
+        return AdapterWeights(layers), None
+    if rank is None:
+        kind = "DoRA" if dora else "LoHa or LoKr"
+        raise AdapterFileError(
+            f"{path} is a {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
+        )
+    if dora and base is None:
         raise AdapterFileError(
             f"{path} is a DoRA, whose update depends on the weights of its base: give --base, the model that"
             " it was made for."
         )
     return to_lora(updates, rank, base, on_layer)
+
+
+def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
+    """A plain LoRA and the family that it is for.
+
+    Raises:
+        AdapterFileError: it is broken, of another kind, or does not name its family.
+    """
+    updates, metadata, family = file_updates(path, known)
+    return replace(plain_lora(path, updates)[0], metadata=metadata), family
 
 
 # Truncation to a rank or an energy.
@@ -194,35 +209,32 @@ def pooled_ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[Layer
     return pooled_ranks(parts, rank_of_energy(values.sort(descending=True).values, share))
 
 
-@dataclass(frozen=True)
-class ShrinkTarget:
-    """How small: a rank for all layers, or a share of the energy; exactly one of the two."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-    def check(self) -> None:
-        """Raise a ConfigError for a rank or an energy that is out of range."""
-        if self.rank is not None:
-            check_rank(self.rank)
-        elif not 0 < (self.energy or 0.0) <= 1:
-            raise ConfigError(f"--energy {self.energy or 0.0:g} is out of range; it is a share such as 0.99.")
+def check_target(rank: int | None, energy: float | None) -> None:
+    """Raise a ConfigError for a rank or, without one, a share of the energy that is out of range."""
+    if rank is not None:
+        check_rank(rank)
+    elif not 0 < (energy or 0.0) <= 1:
+        raise ConfigError(f"--energy {energy or 0.0:g} is out of range; it is a share such as 0.99.")
 
 
 def shrink_adapter(
-    parts: DecomposedAdapter, target: ShrinkTarget
+    parts: DecomposedAdapter, rank: int | None = None, energy: float | None = None
 ) -> tuple[AdapterWeights, TruncationLoss, str]:
     """A smaller adapter, its error, and how its ranks were chosen, in a sentence.
+
+    Args:
+        rank: of all layers.
+        energy: without a rank, the share of it to keep.
 
     Raises:
         ConfigError: the rank or the energy is out of range.
         AdapterFileError: the adapter changes nothing.
     """
-    target.check()
-    if target.rank is not None:
-        ranks, how = uniform_ranks(parts, target.rank), f"Each layer keeps rank {target.rank}"
+    check_target(rank, energy)
+    if rank is not None:
+        ranks, how = uniform_ranks(parts, rank), f"Each layer keeps rank {rank}"
     else:
-        share = target.energy or 0.0
+        share = energy or 0.0
         each, pooled = ranks_of_energy(parts, share), pooled_ranks_of_energy(parts, share)
         if parts.parameters(pooled) < parts.parameters(each):
             ranks, how = pooled, f"All layers together keep {share:.4g} of the energy"
@@ -243,12 +255,14 @@ def rank_words(ranks: Iterable[int]) -> str:
 
 
 def shrink_file(
-    to: Rewrite, target: ShrinkTarget, base: BaseWeights | None = None, on_layer: OnLayer | None = None
-) -> list[str]:
+    to: Rewrite, rank: int | None = None, energy: float | None = None, base: BaseWeights | None = None,
+    on_layer: OnLayer | None = None,
+) -> list[str]:  # fmt: skip
     """Write a smaller adapter file.
 
     Args:
-        target: a rank or an energy; only a rank for a LoHa, a LoKr or a DoRA.
+        rank: of all layers.
+        energy: without a rank, the share of it to keep; not for a LoHa, a LoKr or a DoRA.
         base: that the file is for; a DoRA needs it, others only where the file does not name its family.
         on_layer: called for a file whose decomposition takes long.
 
@@ -260,14 +274,12 @@ def shrink_file(
     """
     check_out(to.out)
     updates, metadata, family = file_updates(to.source, base.family if base else None)
-    layers = plain_layers(updates)
-    if layers is None:
-        weights, loss = file_to_lora(to.source, updates, target.rank, base, on_layer)
-        weights, how = replace(weights, metadata=metadata), f"A plain LoRA of rank {target.rank}."
-    else:
-        weights, loss, how = shrink_adapter(decompose(AdapterWeights(layers, metadata)), target)
-    record = {"rank": target.rank, "energy": target.energy, "error": loss.overall}
-    to.save(weights, family, SHRUNK_KEY, record)
+    weights, loss = plain_lora(to.source, updates, rank, base, on_layer)
+    how = f"A plain LoRA of rank {rank}."
+    if loss is None:
+        weights, loss, how = shrink_adapter(decompose(weights), rank, energy)
+    record = {"rank": rank, "energy": energy, "error": loss.overall}
+    to.save(replace(weights, metadata=metadata), family, SHRUNK_KEY, record)
     extras = extras_sentence(read_header(to.source).shapes)
     smaller = f"The file is {to.times_smaller:.1f} times smaller."
     return [*([extras] if extras else []), how, loss.sentence(), smaller]
@@ -302,16 +314,9 @@ _CLOSE = 1.05
 """The pooled bisection ends when the numbers of columns that do and do not suffice are within this factor."""
 
 
-@dataclass(frozen=True)
-class MeasuredCut:
-    """A truncated adapter, measured.
-
-    Attributes:
-        ranks: by layer.
-        parameters: how many it has.
-        kept: the share of the full adapter's gain.
-        standard_error: of `kept`, from the paired differences, clustered by image.
-    """
+class MeasuredCut(NamedTuple):
+    """A truncated adapter, measured: ranks by layer, number of parameters, the share of the full adapter's
+    gain that is kept, and its standard error from the paired differences, clustered by image."""
 
     ranks: dict[LayerKey, int]
     parameters: int
@@ -345,8 +350,8 @@ class IntrinsicRank:
         """The smaller of the two."""
         return self.pooled or self.uniform
 
-    def sentence(self, times_smaller: float) -> str:
-        """The result in words; `times_smaller` is the factor by which the file shrank."""
+    def document(self, times_smaller: float) -> dict[str, Any]:
+        """The result for JSON; `times_smaller` is the factor by which the file shrank."""
         best, by_layer, unsure = self.best, "", ""
         if self.pooled:
             kept = [rank for rank in best.ranks.values() if rank]
@@ -356,28 +361,18 @@ class IntrinsicRank:
             by_layer = f"; with {words if min(kept) < max(kept) else f'rank {kept[0]}'}{left}"
         if self.gain < 2 * self.standard_error:
             unsure = " The gain itself is within two standard errors of nothing, so take this with care."
-        return (
+        sentence = (
             f"Trained at rank {self.trained}, needs {self.rank}{by_layer}, the file is"
             f" {times_smaller:.1f} times smaller and keeps {best.kept:.1%} of the gain (standard error"
             f" {best.standard_error:.1%}).{unsure}"
         )
-
-    def document(self, times_smaller: float) -> dict[str, Any]:
-        """The result for JSON; `times_smaller` is the factor by which the file shrank."""
-        ranks = self.best.ranks.items()
+        rows = [{"part": part, "module": module, "rank": r} for (part, module), r in best.ranks.items()]
         return {
-            "trained": self.trained,
-            "rank": self.rank,
-            "kept": self.best.kept,
-            "standard_error": self.best.standard_error,
-            "times_smaller": times_smaller,
-            "pooled": self.pooled is not None,
-            "gain": self.gain,
-            "gain_standard_error": self.standard_error,
-            "ranks": [{"part": part, "module": module, "rank": rank} for (part, module), rank in ranks],
-            "tried": self.tried,
-            "sentence": self.sentence(times_smaller),
-        }
+            "trained": self.trained, "rank": self.rank, "kept": best.kept,
+            "standard_error": best.standard_error, "times_smaller": times_smaller,
+            "pooled": self.pooled is not None, "gain": self.gain, "gain_standard_error": self.standard_error,
+            "ranks": rows, "tried": self.tried, "sentence": sentence,
+        }  # fmt: skip
 
 
 def intrinsic_rank(
@@ -463,7 +458,8 @@ def shrink_to_intrinsic(to: Rewrite, known: Family, measure: MeasureGains) -> di
     smaller, found = intrinsic_rank(weights, measure)
     record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
     to.save(smaller, family, SHRUNK_KEY, record)
-    return {**found.document(to.times_smaller), "sentences": [found.sentence(to.times_smaller)]}
+    document = found.document(to.times_smaller)
+    return {**document, "sentences": [document["sentence"]]}
 
 
 def measure_rank(file: Path, family: Family, measure: MeasureGains) -> dict[str, Any]:
@@ -522,20 +518,22 @@ class Spectra:
 
 
 def extract_lora(
-    tuned: BaseWeights, base: BaseWeights, target: ShrinkTarget, on_layer: OnLayer | None = None
-) -> tuple[AdapterWeights, TruncationLoss, Spectra]:
+    tuned: BaseWeights, base: BaseWeights, rank: int | None = None, energy: float | None = None,
+    on_layer: OnLayer | None = None,
+) -> tuple[AdapterWeights, TruncationLoss, Spectra]:  # fmt: skip
     """The LoRA between two models, in fp32 with one alpha; its error, and the spectra.
 
     Args:
         tuned: the fine-tuned model.
         base: what it was made from.
-        target: a rank for all layers, or a share of energy for each.
+        rank: of all layers.
+        energy: without a rank, the share of it to keep of each layer.
 
     Raises:
         ConfigError: the rank or the energy is out of range.
         ModelFileError: the two are of different kinds or widths, or do not differ.
     """
-    target.check()
+    check_target(rank, energy)
     if tuned.family.title != base.family.title:
         raise ModelFileError(
             f"{tuned.path} is of the kind {tuned.family.title} and {base.path} of {base.family.title}; give"
@@ -544,7 +542,7 @@ def extract_lora(
     loss, spectra = TruncationLoss(), Spectra()
     pairs: dict[LayerKey, Pair] = {}
     for key, delta in _differences(tuned, base, spectra, on_layer):
-        found = low_rank_pair(delta, target.rank, target.energy or 0.0)
+        found = low_rank_pair(delta, rank, energy or 0.0)
         pairs[key], spectra.energies[key], lost, spectra.squares[key] = found
         loss.layers[key] = (spectra.energies[key], lost)
     if not pairs:
@@ -605,18 +603,11 @@ def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra:
 
 
 def extract_file(
-    tuned: str,
-    base: str,
-    out: Path,
-    target: ShrinkTarget,
-    precision: str,
+    tuned: str, base: str, out: Path, rank: int | None, energy: float | None, precision: str,
     on_layer: OnLayer | None = None,
-) -> list[str]:
-    """Write the LoRA between two models as a file of the kohya format.
-
-    Args:
-        tuned, base: as `--base` names them.
-        target: a rank for all layers, or a share of energy for each.
+) -> list[str]:  # fmt: skip
+    """Write the LoRA between two models, named as `--base` names them, as a file of the kohya format; other
+    arguments as of `extract_lora`.
 
     Returns:
         What was extracted, what it cost and which rank the spectrum suggests, in sentences.
@@ -626,7 +617,7 @@ def extract_file(
     """
     check_out(out)
     models = BaseWeights(tuned), BaseWeights(base)
-    weights, loss, spectra = extract_lora(*models, target, on_layer)
+    weights, loss, spectra = extract_lora(*models, rank, energy, on_layer)
     family = models[1].family
     header = {
         **titles(out),
@@ -635,7 +626,7 @@ def extract_file(
         "modelspec.description": (
             f"LoRA between {models[1].path.stem} and {models[0].path.stem}, extracted with LoRA Easel"
         ),
-        EXTRACTED_KEY: json.dumps({"rank": target.rank, "energy": target.energy, "error": loss.overall}),
+        EXTRACTED_KEY: json.dumps({"rank": rank, "energy": energy, "error": loss.overall}),
     }
     save_adapter(reshape_adapter(weights, family), out, family, dtype=precision, metadata=header)
     return extraction_sentences(weights, loss, spectra)

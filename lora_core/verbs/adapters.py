@@ -293,11 +293,11 @@ def shrink(
         base: the base of a DoRA.
     """
     from lora_core.tools.delta import BaseWeights, Rewrite
-    from lora_core.tools.shrink import ShrinkTarget, shrink_file
+    from lora_core.tools.shrink import shrink_file
 
     to = Rewrite(Path(file), Path(out), precision)
     known = BaseWeights(base) if base else None
-    return {"file": str(out), "sentences": shrink_file(to, ShrinkTarget(rank, energy), known, note)}
+    return {"file": str(out), "sentences": shrink_file(to, rank, energy, known, note)}
 
 
 def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "") -> dict[str, Any]:
@@ -334,10 +334,10 @@ def extract(
         energy: what to keep of it, such as 0.99.
         precision: dtype of the file.
     """
-    from lora_core.tools.shrink import ShrinkTarget, extract_file
+    from lora_core.tools.shrink import extract_file
 
     check_precision(precision)
-    return extract_file(tuned, base, Path(out), ShrinkTarget(rank, energy), precision, note)
+    return extract_file(tuned, base, Path(out), rank, energy, precision, note)
 
 
 @verb

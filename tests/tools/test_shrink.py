@@ -19,7 +19,6 @@ from lora_core.model_files.header import read_header
 from lora_core.system.files import DEMO_BASE
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.shrink import (
-    ShrinkTarget,
     decompose,
     extract_lora,
     intrinsic_rank,
@@ -67,7 +66,7 @@ def error(one, two):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_the_error_is_the_tail_of_the_spectrum(rank):
     before = layers()
-    after, loss, _ = shrink_adapter(decompose(AdapterWeights(before)), ShrinkTarget(rank=rank))
+    after, loss, _ = shrink_adapter(decompose(AdapterWeights(before)), rank=rank)
     spectra = [values_of(layer) for layer in before.values()]
     tail = math.sqrt(sum((s[rank:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
     assert error(before, after.layers) == pytest.approx(tail, rel=1e-4)
@@ -92,7 +91,7 @@ def test_a_share_of_energy_is_kept_with_as_few_columns_as_can_be(share):
         assert rank == int(
             (values_of(parts.weights.layers[key]) ** 2 >= squares[columns - 1] * (1 - 1e-6)).sum()
         )
-    after, loss, said = shrink_adapter(parts, ShrinkTarget(energy=share))
+    after, loss, said = shrink_adapter(parts, energy=share)
     assert error(layers(), after.layers) <= math.sqrt(1 - share) * (1 + 1e-6)
     numbers = sum(layer.up.numel() + layer.down.numel() for layer in after.layers.values())
     assert numbers == min(parts.parameters(ranks_of_energy(parts, share)), parts.parameters(ranks))
@@ -108,7 +107,7 @@ def test_a_layer_that_keeps_nothing_is_left_out():
     assert list(after.layers) == [TO_K]
     zero = decompose(AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0, 0.0)}))
     with pytest.raises(AdapterFileError, match="changes nothing"):
-        shrink_adapter(zero, ShrinkTarget(energy=0.9))
+        shrink_adapter(zero, energy=0.9)
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
@@ -197,7 +196,7 @@ def test_the_intrinsic_rank_is_found():
     assert {layer.rank for layer in smaller.layers.values()} == {5}
     assert decompose(weights).own_parameters() / found.best.parameters == pytest.approx(16 / 5)
     assert found.best.standard_error == pytest.approx(0, abs=1e-6)
-    assert found.sentence(3.1).startswith(
+    assert found.document(3.1)["sentence"].startswith(
         "Trained at rank 16, needs 5, the file is 3.1 times smaller and keeps 100.0%"
     )
     assert len(found.tried) <= 10
@@ -216,7 +215,7 @@ def test_pooled_energies_win_where_layers_differ():
     assert (
         float(measured([type("At", (), {"weights": smaller, "strength": 1.0})]).mean()) >= 0.99 * found.gain
     )
-    assert f"ranks of {min(r for r in found.best.ranks.values() if r)} to" in found.sentence(2.0)
+    assert f"ranks of {min(r for r in found.best.ranks.values() if r)} to" in found.document(2.0)["sentence"]
     document = found.document(2.0)
     assert sum(row["rank"] for row in document["ranks"]) == sum(found.best.ranks.values())
 
@@ -345,7 +344,7 @@ def test_pooled_energies_leave_out_what_does_nothing() -> None:
     assert found.rank == 4
     assert found.pooled is not None
     assert found.pooled.ranks == {TO_K: 4, TO_Q: 0}
-    assert "rank 4 and 1 of 2 layers left out" in found.sentence(4.0)
+    assert "rank 4 and 1 of 2 layers left out" in found.document(4.0)["sentence"]
     assert found.best.kept >= 0.99
 
 
@@ -384,7 +383,7 @@ def test_what_was_hidden_comes_out(tuned, hidden, tmp_path, capsys):
 
 
 def test_a_rank_that_is_too_low_loses_the_tail(tuned, hidden):
-    weights, loss, spectra = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), ShrinkTarget(rank=1))
+    weights, loss, spectra = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), rank=1)
     tail = whole = 0.0
     for key, layer in hidden.items():
         values = torch.linalg.svdvals(dense(layer))
@@ -399,7 +398,7 @@ def test_a_rank_that_is_too_low_loses_the_tail(tuned, hidden):
 def test_an_energy_finds_the_rank_of_each_layer(tuned, hidden, monkeypatch, probes):
     if probes:
         monkeypatch.setattr("lora_core.tools.svd.EXACT_UP_TO", 32)
-    weights, loss, _ = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), ShrinkTarget(energy=0.8))
+    weights, loss, _ = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), energy=0.8)
     for key, layer in hidden.items():
         squares = torch.linalg.svdvals(dense(layer)).square()
         expected = int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1
@@ -441,7 +440,7 @@ def test_changes_out_of_reach_are_told(tuned, tmp_path):
     save_file(unet, other / UNET, {"format": "pt"})
     from lora_core.tools.shrink import extraction_sentences
 
-    found = extract_lora(BaseWeights(str(other)), BaseWeights("demo"), ShrinkTarget(rank=3))
+    found = extract_lora(BaseWeights(str(other)), BaseWeights("demo"), rank=3)
     assert ("unet", "conv_in") not in found[0].layers
     assert found[2].outside == pytest.approx(unet["conv_in.weight"].numel(), rel=1e-4)
     assert "layers that a LoRA does not reach" in extraction_sentences(*found)[-1]
@@ -458,7 +457,7 @@ def test_a_single_file_and_its_rounding(tmp_path):
     half[name] = (tensors[name] + change).half()
     save_file(half, tmp_path / "tuned.safetensors")
     models = BaseWeights(str(tmp_path / "tuned.safetensors")), BaseWeights(str(base))
-    weights, _, _ = extract_lora(*models, ShrinkTarget(rank=2))
+    weights, _, _ = extract_lora(*models, rank=2)
     (layer,) = weights.layers.values()
     assert float((dense(layer) - change).norm() / change.norm()) < 0.02
     for path in tmp_path.glob("*.safetensors"):
