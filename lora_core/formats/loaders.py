@@ -177,21 +177,68 @@ def match_keys(
     return list(modules.values())
 
 
-Matched = dict[LayerKey, Module]
+@dataclass(frozen=True)
+class AppliedLayer:
+    """What a tool does to one layer.
+
+    Attributes:
+        keys: that it takes for the layer; of a LoRA the down half first.
+        scale: of the product of the factors; None for kinds other than LoRA.
+        rank: of the factors; 0 for kinds other than LoRA.
+        kind: "LoRA", "DoRA", or a key of `LYCORIS`.
+        dora_norm: what it divides DoRA magnitudes by, as in `kinds.dora_update`, or "base rows where rows";
+            "" if it applies none.
+        failed: whether it fails at the layer and leaves it as it is.
+    """
+
+    keys: tuple[str, ...]
+    scale: float | None
+    rank: int = 0
+    kind: str = "LoRA"
+    dora_norm: str = ""
+    failed: bool = False
+
+
+Applied = dict[LayerKey, AppliedLayer]
 """The layers that a tool changes."""
 
 
-def match_layers(file: AdapterFile, modules: Iterable[Module], exact: bool = False) -> Matched:
-    """The layers whose weights the factors fit.
+@dataclass(frozen=True)
+class Loaded:
+    """What a tool takes from a file: the layers that it changes, keys that it takes without changing a layer,
+    such as embeddings, and those of all these keys that have no effect."""
+
+    layers: Applied
+    other_keys: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def apply_layers(
+    file: AdapterFile, modules: Iterable[Module], dora_norm: str = "", diff_b: bool = False,
+    zero_is_rank: bool = False, exact: bool = False,
+) -> Applied:  # fmt: skip
+    """The layers whose weights the factors fit, each at its own alpha / rank; at 1 without an alpha.
+
+    `diff_b`: whether the tool takes the change of a bias beside a LoRA. `zero_is_rank`: whether it takes
+    alpha 0 for "as the rank".
 
     Raises:
         LoadError: with `exact`, factors are not 2-D for a linear layer or not 4-D for a convolution.
     """
-    return {
-        module.layer: module
-        for module in modules
-        if isinstance(module.kind, str) or (module.kind and _fits(file, module, module.kind, exact))
-    }
+    applied: Applied = {}
+    for module in modules:
+        magnitude = ".lora_magnitude_vector" if dora_norm == "rows" else ".dora_scale"
+        norm = dora_norm if magnitude in module.keys else ""
+        if isinstance(module.kind, str):
+            applied[module.layer] = AppliedLayer(tuple(module.keys.values()), None, 0, module.kind, norm)
+        elif module.kind and _fits(file, module, module.kind, exact):
+            suffixes = (*module.kind, magnitude if norm else "", ".diff_b" if diff_b else "")
+            alpha = file.alphas.get(module.keys.get(module.kind.alpha, ""))
+            rank = file.shapes[module.keys[module.kind.down]][0]
+            scale = 1.0 if alpha is None or (alpha == 0 and zero_is_rank) else alpha / rank
+            keys = tuple(module.keys[suffix] for suffix in suffixes if suffix in module.keys)
+            applied[module.layer] = AppliedLayer(keys, scale, rank, "DoRA" if norm else "LoRA", norm)
+    return applied
 
 
 def _fits(file: AdapterFile, module: Module, pair: Pair, exact: bool) -> bool:
@@ -207,59 +254,6 @@ def _fits(file: AdapterFile, module: Module, pair: Pair, exact: bool) -> bool:
             f" layer's has {list(weight) if file.full_size else f'{len(weight)} dimensions'}"
         )
     return same_kernel and (not file.full_size or math.prod(found) == math.prod(weight))
-
-
-@dataclass(frozen=True)
-class AppliedLayer:
-    """What a tool does to one layer.
-
-    Attributes:
-        keys: that it takes for the layer.
-        scale: of the product of the factors; None for kinds other than LoRA.
-        kind: "LoRA", "DoRA", or a key of `LYCORIS`.
-        dora_norm: what it divides DoRA magnitudes by, as in `kinds.dora_update`, or "base rows where rows";
-            "" if it applies none.
-        failed: whether it fails at the layer and leaves it as it is.
-    """
-
-    keys: tuple[str, ...]
-    scale: float | None
-    kind: str = "LoRA"
-    dora_norm: str = ""
-    failed: bool = False
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a tool takes from a file: the layers that it changes, keys that it takes without changing a layer,
-    such as embeddings, and those of all these keys that have no effect."""
-
-    layers: dict[LayerKey, AppliedLayer]
-    other_keys: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-
-
-def apply_layers(
-    file: AdapterFile, matched: Matched, dora_norm: str = "", diff_b: bool = False, zero_is_rank: bool = False
-) -> dict[LayerKey, AppliedLayer]:
-    """Each layer at its own alpha / rank; at 1 without an alpha.
-
-    `diff_b`: whether the tool takes the change of a bias beside a LoRA. `zero_is_rank`: whether it takes
-    alpha 0 for "as the rank".
-    """
-    applied: dict[LayerKey, AppliedLayer] = {}
-    for layer, module in matched.items():
-        norm = dora_norm if ".dora_scale" in module.keys else ""
-        if not isinstance(module.kind, Pair):
-            applied[layer] = AppliedLayer(tuple(module.keys.values()), None, str(module.kind), norm)
-            continue
-        suffixes = (*module.kind, ".dora_scale" if norm else "", ".diff_b" if diff_b else "")
-        alpha = file.alphas.get(module.keys.get(module.kind.alpha, ""))
-        rank = file.shapes[module.keys[module.kind.down]][0]
-        scale = 1.0 if alpha is None or (alpha == 0 and zero_is_rank) else alpha / rank
-        keys = tuple(module.keys[suffix] for suffix in suffixes if suffix in module.keys)
-        applied[layer] = AppliedLayer(keys, scale, "DoRA" if norm else "LoRA", norm)
-    return applied
 
 
 IN_ENCODER = r"text_model\..+"
@@ -300,14 +294,13 @@ def a1111(file: AdapterFile) -> Loaded:
     for module in modules:
         if module.kind == "norm" and ".b_norm" not in module.keys:
             raise LoadError(f"it fails at {module.first_key!r}, a norm layer without b_norm")
-    matched = match_layers(file, modules)
-    for part, path in list(matched):
+    layers = apply_layers(file, modules, "columns", diff_b=True)
+    for part, path in list(layers):
         attention = path.rpartition(".")[0]
         whole = [(part, f"{attention}.{name}_proj") for name in ("q", "k", "v", "out")]
-        if open_clip.get(part) and attention.endswith(".self_attn") and not matched.keys() >= {*whole}:
+        if open_clip.get(part) and attention.endswith(".self_attn") and not layers.keys() >= {*whole}:
             for layer in whole:
-                matched.pop(layer, None)
-    layers = apply_layers(file, matched, "columns", diff_b=True)
+                layers.pop(layer, None)
     return Loaded(layers, bundled, _unused_biases(layers))
 
 
@@ -329,7 +322,7 @@ def forge(file: AdapterFile) -> Loaded:
     for module in modules:
         if module.kind == "LoKr" and ".lokr_t2" in module.keys:
             raise LoadError(f"it fails at {module.first_key!r}, a LoKr of Tucker form: {KRON}")
-    return Loaded(apply_layers(file, match_layers(file, modules), "base rows", diff_b=True))
+    return Loaded(apply_layers(file, modules, "base rows", diff_b=True))
 
 
 def comfyui(file: AdapterFile) -> Loaded:
@@ -344,11 +337,12 @@ def comfyui(file: AdapterFile) -> Loaded:
         *((part, f"text_encoders.{clip}.transformer.{{path}}", IN_ENCODER) for part, clip in clips)
     )
     pairs = (*COMFYUI_PAIRS, PEFT_DEFAULT)
-    matched = match_layers(file, match_keys(file.shapes, names, pairs, norms, LYCORIS))
-    layers = apply_layers(file, matched, "base rows", diff_b=True)
-    for layer, module in matched.items():
-        if isinstance(module.kind, str) and ".lokr_t2" in module.keys:
-            layers[layer] = replace(layers[layer], failed=True)
+    layers = apply_layers(
+        file, match_keys(file.shapes, names, pairs, norms, LYCORIS), "base rows", diff_b=True
+    )
+    for key, layer in layers.items():
+        if layer.scale is None and any(name.endswith(".lokr_t2") for name in layer.keys):
+            layers[key] = replace(layer, failed=True)
     return Loaded(layers)
 
 
@@ -417,7 +411,7 @@ def invokeai(file: AdapterFile) -> Loaded:
         if module.kind in ("LoHa", "LoKr") and ".dora_scale" in module.keys:
             dora = module.keys[".dora_scale"]
             raise LoadError(f"it fails at {dora!r}, since it knows DoRA of a plain LoRA only")
-    layers = apply_layers(file, match_layers(file, modules), "columns", diff_b=True)
+    layers = apply_layers(file, modules, "columns", diff_b=True)
     return Loaded(layers, bundled, (*bundled, *_unused_biases(layers)))
 
 
@@ -500,7 +494,7 @@ def kohya(file: AdapterFile) -> Loaded:
                 f"it fails at {prefixes[0]!r}, for it cannot translate it to the original block names"
             )
     modules = match_keys(file.shapes, names, (KOHYA_NO_MID,))
-    return Loaded(apply_layers(file, match_layers(file, modules, exact=True), zero_is_rank=True))
+    return Loaded(apply_layers(file, modules, zero_is_rank=True, exact=True))
 
 
 def diffusers(file: AdapterFile) -> Loaded:
@@ -518,7 +512,7 @@ def diffusers(file: AdapterFile) -> Loaded:
     return Loaded(_diffusers_kohya(file, keys))
 
 
-def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
+def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> Applied:
     """`_convert_non_diffusers_lora_to_diffusers`: each key must be of a known pair; most layers get the most
     frequent alpha of their component."""
     names = file.names(
@@ -532,7 +526,7 @@ def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, A
         extra = suffixes - {*pair} if suffixes >= {pair.down, pair.up} else suffixes
         if extra:
             raise LoadError(f"it refuses files with a key such as {prefix + min(extra)!r}")
-    matched = match_layers(file, match_keys(keys, names, (pair,)), exact=True)
+    layers = apply_layers(file, match_keys(keys, names, (pair,)), exact=True)
     keys_of = {part: [key for key in keys if key.startswith(_STARTS[part])] for part in file.family.parts}
     for part in file.family.parts[1:]:
         out = any("_out_proj." in key for key in keys_of[part])
@@ -540,21 +534,20 @@ def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, A
             raise LoadError(
                 f"it fails at {part}, for which it needs out_proj, fc1 or fc2 among the adapted layers"
             )
-        for layer in [layer for layer in matched if layer[0] == part and ".self_attn." in layer[1]]:
-            if not out:
-                del matched[layer]
-    _check_parts(keys_of, matched)
+        if not out:
+            lost = {(p, path) for p, path in layers if p == part and ".self_attn." in path}
+            layers = {key: layer for key, layer in layers.items() if key not in lost}
+    _check_parts(keys_of, layers)
     if file.metadata.get(HEADER_KEY):
         if file.alphas:
             raise LoadError("it refuses files that have alphas both among the tensors and in the header")
-        return _apply_header(file, matched, keys_of)
-    _check_projection_rank(file, matched)
-    layers = apply_layers(file, matched)
+        return _apply_header(file, layers, keys_of)
+    _check_projection_rank(file, layers)
     common = {part: _common_alpha(file, part, keys_of[part]) for part in file.family.parts}
-    for (part, path), module in matched.items():
-        alpha, down = common[part], module.keys[pair.down]
-        if alpha is not None and not (".alpha" in module.keys and _keeps_alpha(file, part, path, down)):
-            layers[part, path] = replace(layers[part, path], scale=alpha / file.shapes[down][0])
+    for (part, path), layer in layers.items():
+        alpha, own = common[part], any(key.endswith(".alpha") for key in layer.keys)
+        if alpha is not None and not (own and _keeps_alpha(file, part, path, layer.keys[0])):
+            layers[part, path] = replace(layer, scale=alpha / layer.rank)
     return layers
 
 
@@ -603,7 +596,7 @@ def _by_block(prefixes: Sequence[str]) -> list[str]:
     return [prefix for _, prefix in sorted(zip(ranks, prefixes, strict=True), key=lambda pair: pair[0])]
 
 
-def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
+def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> Applied:
     """Alpha is in the header, without which it is the rank.
 
     A UNet whose first key is PEFT's is not translated, so its older spellings are lost.
@@ -615,22 +608,23 @@ def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, Ap
         *((part, f"{part}.{{{name}}}") for part, names in _DIFFUSERS_TEMPLATES.items() for name in names)
     )
     pairs = [pair._replace(alpha="") for pair in _DIFFUSERS_PAIRS]
-    matched = match_layers(file, match_keys(keys, names, pairs), exact=True)
+    modules = match_keys(keys, names, pairs)
+    layers = apply_layers(file, modules, "rows", exact=True)
     keys_of = {part: [key for key in keys if key.startswith(f"{part}.")] for part in file.family.parts}
+    lost = {part: set[Pair | str | None]() for part in file.family.parts}
     if "lora_A" in next(iter(keys_of["unet"]), ""):
-        for layer in [layer for layer in matched if layer[0] == "unet" and matched[layer].kind != pairs[0]]:
-            del matched[layer]
+        lost["unet"] = set(pairs[1:])
     for part in file.family.parts[1:]:
         _check_spelling(part, keys_of[part])
         old = any("to_out_lora" in key for key in keys_of[part])
-        lost = {pairs[3]} if old else {pairs[1], pairs[3]}
-        for layer in [layer for layer in matched if layer[0] == part and matched[layer].kind in lost]:
-            del matched[layer]
-    _check_parts(keys_of, matched)
+        lost[part] = {pairs[3]} if old else {pairs[1], pairs[3]}
+    kept = {module.layer for module in modules if module.kind not in lost[module.layer[0]]}
+    layers = {key: layer for key, layer in layers.items() if key in kept}
+    _check_parts(keys_of, layers)
     if file.metadata.get(HEADER_KEY):
-        return _apply_header(file, matched, keys_of)
-    _check_projection_rank(file, matched)
-    return {layer: _peft_layer(module, 1.0) for layer, module in matched.items()}
+        return _apply_header(file, layers, keys_of)
+    _check_projection_rank(file, layers)
+    return layers
 
 
 _DIFFUSERS_TEMPLATES = {
@@ -652,20 +646,16 @@ def _check_spelling(part: str, keys: Sequence[str]) -> None:
         raise LoadError(f"it fails at {part}, for which it needs {needed} among the adapted layers")
 
 
-def _check_parts(keys_of: Mapping[str, Sequence[str]], matched: Matched) -> None:
+def _check_parts(keys_of: Mapping[str, Sequence[str]], layers: Applied) -> None:
     for part, keys in keys_of.items():
-        if keys and not any(layer[0] == part for layer in matched):
+        if keys and not any(layer[0] == part for layer in layers):
             raise LoadError(f"it fails, for it knows no layer of {part} by a name such as {keys[0]!r}")
 
 
-def _check_projection_rank(file: AdapterFile, matched: Matched) -> None:
+def _check_projection_rank(file: AdapterFile, layers: Applied) -> None:
     """diffusers overlooks the rank of a text projection and takes the most frequent one of its encoder."""
     for part in file.family.parts[1:]:
-        ranks = {
-            layer: _rank(file, matched[layer])
-            for layer in file.layout
-            if layer[0] == part and layer in matched
-        }
+        ranks = {key: layers[key].rank for key in file.layout if key[0] == part and key in layers}
         own = ranks.pop((part, "text_projection"), None)
         if own is not None and ranks and own != Counter(ranks.values()).most_common(1)[0][0]:
             raise LoadError(
@@ -673,23 +663,7 @@ def _check_projection_rank(file: AdapterFile, matched: Matched) -> None:
             )
 
 
-def _rank(file: AdapterFile, module: Module) -> int:
-    assert isinstance(module.kind, Pair)
-    return file.shapes[module.keys[module.kind.down]][0]
-
-
-def _peft_layer(module: Module, scale: float) -> AppliedLayer:
-    """A layer of a file with PEFT's names; magnitudes are by rows."""
-    assert isinstance(module.kind, Pair)
-    suffixes = (*module.kind, ".lora_magnitude_vector")
-    keys = tuple(module.keys[suffix] for suffix in suffixes if suffix in module.keys)
-    dora = ".lora_magnitude_vector" in module.keys
-    return AppliedLayer(keys, scale, *(("DoRA", "rows") if dora else ()))
-
-
-def _apply_header(
-    file: AdapterFile, matched: Matched, keys_of: Mapping[str, Sequence[str]]
-) -> dict[LayerKey, AppliedLayer]:
+def _apply_header(file: AdapterFile, found: Applied, keys_of: Mapping[str, Sequence[str]]) -> Applied:
     """Each layer as a PEFT LoraConfig in the header has it: r, lora_alpha, their patterns, use_rslora."""
     try:
         values = read_lora_config(file.metadata)
@@ -698,19 +672,20 @@ def _apply_header(
     for part, keys in keys_of.items():
         if keys and not values.get(f"{part}.target_modules"):
             raise LoadError(f"it fails at {part}, about which the header says nothing")
-    layers: dict[LayerKey, AppliedLayer] = {}
-    for (part, path), module in matched.items():
+    layers: Applied = {}
+    for (part, path), layer in found.items():
         name = path if _has_text_level(file, part) else path.removeprefix("text_model.")
         targets = values.get(f"{part}.target_modules")
-        found = not isinstance(targets, list) or any(_ends(name, str(target)) for target in targets)
-        if is_text_encoder(part) and not found:
+        meant = not isinstance(targets, list) or any(_ends(name, str(target)) for target in targets)
+        if is_text_encoder(part) and not meant:
             continue
-        rank = _rank(file, module)
-        if _header_number(values, part, name, "r", "rank_pattern") != rank:
-            raise LoadError(f"it fails at {part}.{path}, whose rank {rank} is not the one in the header")
+        if _header_number(values, part, name, "r", "rank_pattern") != layer.rank:
+            raise LoadError(
+                f"it fails at {part}.{path}, whose rank {layer.rank} is not the one in the header"
+            )
         alpha = _header_number(values, part, name, "lora_alpha", "alpha_pattern")
-        root = rank**0.5 if values.get(f"{part}.use_rslora") is True else rank
-        layers[part, path] = _peft_layer(module, alpha / root)
+        root = layer.rank**0.5 if values.get(f"{part}.use_rslora") is True else layer.rank
+        layers[part, path] = replace(layer, scale=alpha / root)
     for part, keys in keys_of.items():
         if keys and not any(layer[0] == part for layer in layers):
             raise LoadError(f"it fails at {part}, of which it finds none of the header's target_modules")
