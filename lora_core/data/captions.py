@@ -11,7 +11,6 @@ import io
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,25 +48,6 @@ WRAP = 20
 """How many tokens back a full chunk looks for a comma to end at."""
 
 
-@dataclass(frozen=True)
-class CaptionRules:
-    """How a caption varies from look to look.
-
-    The dropouts are shares from 0 to 1; `keep_tags` is how many tags at the front stay as they are.
-    """
-
-    trigger: str
-    caption_dropout: float
-    tag_dropout: float
-    shuffle_tags: bool
-    keep_tags: int
-
-    @classmethod
-    def of(cls, section: DatasetSection) -> "CaptionRules":
-        """As the settings of a run say."""
-        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
-
-
 def with_trigger(caption: str, trigger: str) -> str:
     """The caption with the trigger word in front, unless it already contains it, in any case.
 
@@ -81,7 +61,7 @@ def with_trigger(caption: str, trigger: str) -> str:
     return "\n".join(line if word.search(line) else _join_tags([trigger, line]) for line in lines)
 
 
-def sample_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str:
+def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> str:
     """The caption of one look; it depends on the arguments only.
 
     With the chance `caption_dropout` it is empty. Else one of the caption's lines is drawn, then one of each
@@ -100,10 +80,10 @@ def sample_caption(caption: str, rules: CaptionRules, draw: random.Random) -> st
 
 def plain_caption(caption: str, trigger: str) -> str:
     """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
-    return sample_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
+    return sample_caption(caption, DatasetSection(trigger=trigger, caption_dropout=0.0), random.Random(0))
 
 
-def varies_by_draw(caption: str, rules: CaptionRules) -> bool:
+def varies_by_draw(caption: str, rules: DatasetSection) -> bool:
     """Whether a caption reads differently from look to look, other than by being left out."""
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
@@ -235,7 +215,7 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _vary_tags(tags: list[str], rules: CaptionRules, draw: random.Random) -> list[str]:
+def _vary_tags(tags: list[str], rules: DatasetSection, draw: random.Random) -> list[str]:
     kept, rest = tags[: rules.keep_tags], tags[rules.keep_tags :]
     if rules.tag_dropout > 0:
         rest = [tag for tag in rest if draw.random() >= rules.tag_dropout]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_by_draw, with_trigger
+from lora_core.data.captions import CHUNK, truncated_part, varies_by_draw, with_trigger
 from lora_core.data.dataset import (
     AUDIT_ONLY,
     first_problems,
@@ -422,8 +422,7 @@ def _busy(workspace: Path) -> list[RunProblem]:
 
 def captions_vary(records: Sequence[ImageRecord], config: RunConfig) -> bool:
     """Whether a caption of the images reads differently from draw to draw."""
-    rules = CaptionRules.of(config.dataset)
-    return any(varies_by_draw(record.caption, rules) for record in records)
+    return any(varies_by_draw(record.caption, config.dataset) for record in records)
 
 
 def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
@@ -437,7 +436,7 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
         return 0, 0
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
     one = config.train.max_token_length // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
-    rules, validation = CaptionRules.of(config.dataset), config.validation
+    rules, validation = config.dataset, config.validation
     fixed = sum(not varies_by_draw(record.caption, rules) for record in records)
     # Those that vary are measured without chance: the held-out ones, and about as many of the others.
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
+from lora_core.data.captions import CHUNK, sample_caption
 from lora_core.data.images import Bucket, hash_file, size_conditioning
 from lora_core.data.scan import ImageRecord
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
@@ -22,6 +22,7 @@ from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
+from lora_core.settings.schema import DatasetSection
 
 AHEAD = 64
 """Captions that are encoded together where text encoders have to be moved to the device for it."""
@@ -56,11 +57,11 @@ class Batches:
     """All micro-batches of a run, by number."""
 
     def __init__(
-        self, images: list[TrainImage], cache: "LatentCache", captions: CaptionRules, batch_size: int,
+        self, images: list[TrainImage], cache: "LatentCache", captions: DatasetSection, batch_size: int,
         flip: bool, seed: int,
     ) -> None:  # fmt: skip
         """Draw `batch_size` images of one bucket, half of them mirrored if `flip`, and a caption for each by
-        the rules `captions`; all draws follow from `seed`."""
+        the settings `captions`; all draws follow from `seed`."""
         self._images = images
         self._cache = cache
         self._captions = captions

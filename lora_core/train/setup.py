@@ -18,7 +18,7 @@ import torch
 
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
-from lora_core.data.captions import CaptionRules, plain_caption, varies_by_draw, with_trigger
+from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
 from lora_core.data.dataset import open_dataset, require_clean, split_holdout
 from lora_core.data.images import choose_bucket, hash_file
 from lora_core.data.scan import ImageRecord
@@ -499,7 +499,7 @@ def prepare(
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
     text = PromptCache(base, cache / "text", layout.encoders_trained, clip_skip, max_token_length)
-    rules = CaptionRules.of(config.dataset)
+    rules = config.dataset
     prompts = sample_prompts(config, held or train)
     if section.forgetting and section.every and section.pictures:
         identity = short_digest(sorted(more.items()))

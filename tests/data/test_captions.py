@@ -8,11 +8,11 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_core.data.captions import (
-    CaptionRules,
     count_tags,
     count_tokens,
     sample_caption,
@@ -22,17 +22,20 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.errors import ModelFileError
+from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE
 
 TAGS = "one, two, three, four, five"
-PLAIN = CaptionRules(trigger="", caption_dropout=0.0, tag_dropout=0.0, shuffle_tags=False, keep_tags=0)
 
 
-def rules(**changes: object) -> CaptionRules:
-    return CaptionRules(**{**vars(PLAIN), **changes})
+def rules(**changes: Any) -> DatasetSection:
+    return DatasetSection(**{"caption_dropout": 0.0, **changes})
 
 
-def draws(caption: str, chosen: CaptionRules, count: int = 400) -> Counter[str]:
+PLAIN = rules()
+
+
+def draws(caption: str, chosen: DatasetSection, count: int = 400) -> Counter[str]:
     return Counter(sample_caption(caption, chosen, random.Random(seed)) for seed in range(count))
 
 

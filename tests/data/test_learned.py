@@ -18,9 +18,9 @@ from lora_core.data.audit import (
     report_bias,
     step_shares,
 )
-from lora_core.data.captions import CaptionRules
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
+from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
 from lora_core.train.setup import assign_buckets
 
@@ -176,7 +176,7 @@ class NoLatents:
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 def test_shares_are_those_of_a_run(batch: int) -> None:
     items = assign_buckets(RECORDS, 64, 8)
-    rules = CaptionRules("", 0.0, 0.0, False, 0)
+    rules = DatasetSection(caption_dropout=0.0)
     batches = Batches(items, NoLatents(), rules, batch, False, 0)  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()

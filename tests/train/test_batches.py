@@ -3,13 +3,13 @@ from collections import Counter
 import pytest
 import torch
 
-from lora_core.data.captions import CaptionRules
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
+from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
 from lora_core.train.setup import all_views, assign_buckets
 
-PLAIN = CaptionRules("", 0.0, 0.0, False, 0)
+PLAIN = DatasetSection(caption_dropout=0.0)
 
 
 class Numbers:
@@ -31,7 +31,7 @@ def _batches(records, size=2, seed=0, flip=False, rules=PLAIN):
 
 
 def test_a_batch_follows_from_seed_and_number_alone(tmp_path):
-    rules = CaptionRules("", 0.2, 0.2, True, 1)
+    rules = DatasetSection(caption_dropout=0.2, tag_dropout=0.2, shuffle_tags=True, keep_tags=1)
     records = _records(tmp_path, [(128 + n, 128) for n in range(7)])
     first, second = (_batches(records, flip=True, rules=rules) for _ in range(2))
     forwards = [first.batch(n) for n in range(30)]
