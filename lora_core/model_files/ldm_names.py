@@ -7,39 +7,24 @@ of OpenCLIP (src/open_clip/transformer.py).
 
 import functools
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
+
+from lora_core.system.files import FAMILY_CONFIGS
 
 RESNETS = 2
 """A level's resnets on the way down; there is one more on the way up."""
 _STRIDE = RESNETS + 1
 
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
+_NAMES: dict[str, dict[str, str]] = tomllib.loads(
+    (FAMILY_CONFIGS / "ldm_names.toml").read_text(encoding="utf-8")
+)
 
 
 @functools.cache
 def _unet_names(attention_levels: tuple[bool, ...]) -> dict[str, str]:
     """diffusers' path of each of the UNet's modules, or of the block that it is in, to the original one."""
-    blocks = {own: ldm for own, ldm in _UNET_ENDS.items() if "resnets" not in own}
-    resnets = {own: ldm for own, ldm in _UNET_ENDS.items() if "resnets" in own}
+    blocks, resnets = dict(_NAMES["unet"]), dict(_NAMES["unet_resnets"])
     last = len(attention_levels) - 1
     for block in range(len(attention_levels)):
         ways = (("down", "input", RESNETS, 1, block), ("up", "output", RESNETS + 1, 0, -1 - block))
@@ -57,7 +42,7 @@ def _unet_names(attention_levels: tuple[bool, ...]) -> dict[str, str]:
     return blocks | {
         f"{own}.{inner}": f"{ldm}.{inner_ldm}"
         for own, ldm in resnets.items()
-        for inner, inner_ldm in _RESNET.items()
+        for inner, inner_ldm in _NAMES["resnet"].items()
     }
 
 
@@ -91,18 +76,6 @@ def _renamed(path: str, names: Mapping[str, str]) -> str | None:
     return names[head] + path[len(head) :]
 
 
-_VAE = (
-    (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.mid.block_1."),
-    (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.mid.block_2."),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.group_norm\.", r"\1.mid.attn_1.norm."),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\.", r"\1.mid.attn_1.\2."),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.0\.", r"\1.mid.attn_1.proj_out."),
-    (r"encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
-    (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
-)
-
-
 def ldm_vae_path(path: str, levels: int) -> str:
     """The original name of a VAE parameter; the weights of its attention are 1 x 1 convolutions there.
 
@@ -114,23 +87,9 @@ def ldm_vae_path(path: str, levels: int) -> str:
     if up:
         kind = "block" if up[2] == "resnets" else "upsample"
         path = f"decoder.up.{levels - 1 - int(up[1])}.{kind}.{path[up.end() :]}"
-    for pattern, other in _VAE:
+    for pattern, other in _NAMES["vae"].items():
         path = re.sub(rf"^{pattern}", other, path)
     return path.replace("conv_shortcut", "nin_shortcut")
-
-
-_OPEN_CLIP = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm": "ln_final",
-}
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
 
 
 def open_clip_path(path: str) -> tuple[str, int | None]:
@@ -144,7 +103,7 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     path = path.removeprefix("text_model.")
     if path == "text_projection.weight":
         return "text_projection", None
-    if named := _renamed(path, _OPEN_CLIP):
+    if named := _renamed(path, _NAMES["open_clip"]):
         return named, None
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", path)
     assert match is not None, path
@@ -152,4 +111,4 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     third = re.fullmatch(r"self_attn\.([qkv])_proj", match[2])
     if third:
         return f"{block}.attn.in_proj_{match[3]}", "qkv".index(third[1])
-    return f"{block}.{_OPEN_CLIP_LAYER[match[2]]}.{match[3]}", None
+    return f"{block}.{_NAMES['open_clip_layer'][match[2]]}.{match[3]}", None
