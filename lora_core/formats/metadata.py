@@ -23,6 +23,7 @@ from lora_core.data.captions import count_tags
 from lora_core.formats.kinds import detect_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.families import Family
+from lora_core.model_files.starting_settings import CONFIG_KEY, kohya_header
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.system.files import parse_json, write_atomically
 
@@ -30,23 +31,6 @@ if TYPE_CHECKING:
     import jinja2
 
     from lora_core.models.load import BaseModel
-
-CONFIG_KEY = "lora_easel.config"
-"""Our own key: the run's settings as TOML, from which the training can be repeated."""
-
-
-_FROM_SETTINGS = {
-    "ss_optimizer": "optimizer.name",
-    "ss_lr_scheduler": "optimizer.schedule",
-    "ss_learning_rate": "optimizer.lr",
-    "ss_unet_lr": "optimizer.lr",
-    "ss_text_encoder_lr": "optimizer.text_encoder_lr",
-    "ss_batch_size_per_device": "train.batch_size",
-    "ss_gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "ss_noise_offset": "loss.noise_offset",
-    "ss_network_dropout": "adapter.dropout",
-}
-"""kohya's key to our setting, for the table that A1111 shows."""
 
 
 def export_metadata(
@@ -119,7 +103,7 @@ def _settings_texts(config: RunConfig) -> dict[str, str]:
     network_args |= {name: value for name in unusual if (value := getattr(section, name))}
     settings = _shareable(tomllib.loads(to_toml(config)))
     texts = {"ss_network_args": json.dumps(network_args), CONFIG_KEY: tomli_w.dumps(settings)}
-    for key, dotted in _FROM_SETTINGS.items():
+    for key, dotted in kohya_header()["write"].items():
         table, _, name = dotted.partition(".")
         if (value := settings.get(table, {}).get(name)) is not None:
             texts[key] = str(value)

@@ -29,7 +29,7 @@ from lora_core.settings.config import (
     load_toml,
     retired,
 )
-from lora_core.system.files import PRESETS, parse_json
+from lora_core.system.files import ASSETS, PRESETS, parse_json
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -185,7 +185,7 @@ def _take_from_layers(header: Header, found: LoraSettings) -> None:
         found.take("adapter.alpha", float(rank))
 
 
-# The header that kohya's trainer writes. Names: kohya-ss/sd-scripts, train_network.py.
+# The header that kohya's trainer writes.
 
 
 def _number(text: str) -> float:
@@ -213,55 +213,22 @@ def _side(text: str) -> int:
     return max(64, round(math.sqrt(sides[0] * sides[-1]) / 64) * 64)
 
 
-def _row_of(table: Mapping[str, str]) -> Callable[[str], str]:
-    return lambda text: table[text.lower()]
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "number": _number, "first number": _first_number, "true": _is_true, "side": _side, "text": str,
+}  # fmt: skip
 
 
-_SCHEDULES = {
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "linear": "linear",
-    "cosine": "cosine",
-    "cosine_with_restarts": "cosine_restarts",
-}
-_LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber", "smooth_l1": "huber"}
-_HUBER_SCHEDULES = {name: name for name in ("constant", "snr", "exponential")}
-KOHYA: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
-    ("adapter.rank", "ss_network_dim", _number),
-    ("adapter.alpha", "ss_network_alpha", _number),
-    ("adapter.dropout", "ss_network_dropout", _number),
-    ("optimizer.lr", "ss_unet_lr ss_learning_rate", _first_number),
-    ("optimizer.text_encoder_lr", "ss_text_encoder_lr ss_learning_rate", _first_number),
-    ("optimizer.max_grad_norm", "ss_max_grad_norm", _number),
-    ("optimizer.schedule", "ss_lr_scheduler", _row_of(_SCHEDULES)),
-    ("train.steps", "ss_max_train_steps ss_steps", _number),
-    ("train.batch_size", "ss_batch_size_per_device ss_total_batch_size", _number),
-    ("train.gradient_accumulation_steps", "ss_gradient_accumulation_steps", _number),
-    ("train.gradient_checkpointing", "ss_gradient_checkpointing", _is_true),
-    ("train.resolution", "ss_resolution", _side),
-    ("train.clip_skip", "ss_clip_skip", _number),
-    ("train.max_token_length", "ss_max_token_length", _number),
-    ("loss.type", "ss_loss_type", _row_of(_LOSSES)),
-    ("loss.huber_schedule", "ss_huber_schedule", _row_of(_HUBER_SCHEDULES)),
-    ("loss.min_snr", "ss_min_snr_gamma", _number),
-    ("loss.noise_offset", "ss_noise_offset", _number),
-    ("dataset.caption_dropout", "ss_caption_dropout_rate", _number),
-    ("dataset.tag_dropout", "ss_caption_tag_dropout_rate", _number),
-    ("dataset.shuffle_tags", "ss_shuffle_caption", _is_true),
-    ("dataset.keep_tags", "ss_keep_tokens", _number),
-    ("dataset.flip", "ss_flip_aug", _is_true),
-    ("dataset.trigger", "modelspec.trigger_phrase", str),
-    ("seed", "ss_seed", _number),
-)
-"""Our name, kohya's names of which the first with a text counts, and how that text is read."""
-_UNUSED = {
-    "ss_multires_noise_iterations": "Multi-resolution noise",
-    "ss_ip_noise_gamma": "Input perturbation",
-    "ss_adaptive_noise_scale": "Adaptive noise scale",
-    "ss_scale_weight_norms": "Limit of the weight norms",
-    "ss_debiased_estimation": "Debiased estimation",
-    "ss_face_crop_aug_range": "Face crop",
-}
+@functools.cache
+def kohya_header() -> dict[str, Any]:
+    """The tables of `assets/kohya_header.toml`."""
+    return tomllib.loads((ASSETS / "kohya_header.toml").read_text(encoding="utf-8"))
+
+
+def _read(kind: str, text: str) -> Any:
+    words = kohya_header()["words"].get(kind)
+    return words[text.lower()] if words else _READERS[kind](text)
+
+
 _NOTHING = ("", "none", "0", "0.0", "false", "{}")
 _CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 """What kohya gives `conv_dim` to: convolutions wider than one pixel."""
@@ -270,9 +237,10 @@ _CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 def _from_kohya(texts: Texts) -> LoraSettings:
     found = LoraSettings("the header that kohya's trainer wrote into it")
     texts = {key: text.strip() for key, text in {**_first_dataset(texts), **texts}.items()}
-    for name, keys, read in KOHYA:
+    for name, keys, kind in kohya_header()["read"]:
         given = (texts.get(key, "") for key in keys.split())
-        found.take_text(name, next((text for text in given if text.lower() not in ("", "none")), ""), read)
+        text = next((text for text in given if text.lower() not in ("", "none")), "")
+        found.take_text(name, text, functools.partial(_read, kind))
     rates = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
     if len(rates) > 1:
         found.take_text("optimizer.text_encoder_2_lr", rates[1], _number)
@@ -287,7 +255,7 @@ def _from_kohya(texts: Texts) -> LoraSettings:
     _take_network(texts.get("ss_network_args", ""), found)
     if _is_true(texts.get("ss_zero_terminal_snr", "")):
         found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
-    for key, title in _UNUSED.items():
+    for key, title in kohya_header()["unused"].items():
         if texts.get(key, "").lower() not in _NOTHING:
             found.left.append(f"{title} ({_short(texts[key])}) is not known here.")
     found.base = texts.get("ss_sd_model_name", "")[:LONGEST]

@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 
 from lora_core.formats.metadata import (
-    CONFIG_KEY,
     card_file,
     export_metadata,
     model_card,
@@ -23,6 +22,7 @@ from lora_core.formats.metadata import (
     write_beside,
 )
 from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.starting_settings import CONFIG_KEY
 from lora_core.settings.config import RunConfig
 
 CONFIG = RunConfig().changed(
