@@ -12,6 +12,7 @@ composition. Thresholds are strict: a missed attribute costs nothing, a reported
 import functools
 import itertools
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_
 from lora_core.data.images import Bucket, choose_bucket, open_rgb, resize_and_crop
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text
+from lora_core.system.files import ASSETS, clean_text
 
 SIDE = 24
 """Side of the thumbnail, in pixels: a pixel is 4% of the side."""
@@ -39,17 +40,9 @@ _LOW_CHROMA, _PLAIN_CHROMA, _VIVID = 8.0, 25.0, 110.0
 _DARK, _BRIGHT = 60.0, 205.0
 _ALIKE = 0.7
 _WEIGHTS = np.array([0.299, 0.587, 0.114])
-# Up to which hue, in degrees, a colour has which name.
-_HUES = (
-    (15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (195, "turquoise"), (255, "blue"),
-    (290, "purple"), (345, "pink"), (361, "red"),
-)  # fmt: skip
-_ALSO = {
-    "turquoise": "cyan teal aqua", "blue": "navy azure sky indigo", "purple": "violet lilac magenta",
-    "pink": "magenta rose", "grey": "gray silver", "beige": "cream tan peach sand ivory", "brown": "sepia",
-    "orange": "amber sepia", "yellow": "golden gold", "red": "crimson scarlet", "green": "lime emerald",
-}  # fmt: skip
-
+_TABLES = tomllib.loads((ASSETS / "attributes.toml").read_text(encoding="utf-8"))
+_ALSO: dict[str, str] = _TABLES["colours"]
+"""Other words for a colour."""
 _BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
 _FEWEST, _FEWEST_ODD = 3, 4
 _MOSTLY = 0.75
@@ -63,8 +56,7 @@ _FEW, _NEARLY_ALL = 0.25, 0.75
 _ALL_CAPTIONS = 0.8
 _MOST_WORDS = 8
 _WORD = re.compile(r"[^\W\d_][\w&'-]+")
-_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
-STOP_WORDS = frozenset(_SMALL.split())
+STOP_WORDS = frozenset(_TABLES["stop_words"].split())
 """Words that say nothing of an image."""
 TOKENS_READ = 75
 # The steepest edges of an image rise by this share of its contrast from one pixel to the next, or it is
@@ -75,15 +67,6 @@ _COMMON_SHARE = 0.8
 _FEWEST_CAPTIONS = 5
 _LONGEST_PHRASE = 6
 _THREADS = 4
-# Any of these in a caption says that an image has the attribute.
-_GREY_WORDS = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
-_VIVID_WORDS = "vivid saturated colorful colourful bright vibrant neon"
-_DARK_WORDS = "dark night dim shadow shadows low-key black evening"
-_BRIGHT_WORDS = "bright light high-key sunny white pale overexposed"
-_COMPOSITION_WORDS = (
-    "centered centred centre center close-up closeup portrait headshot profile front side above full-body"
-    " middle symmetrical"
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +97,7 @@ def find_attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
             found.setdefault(attribute, []).append(index)
     same = _same_composition(thumbs)
     if same:
-        found[_attribute("composition", "share one composition", _COMPOSITION_WORDS)] = same
+        found[_attribute("composition")] = same
     return found
 
 
@@ -122,19 +105,23 @@ def _image_attributes(image: np.ndarray) -> list[Attribute]:
     chroma = image.max(-1) - image.min(-1)
     mean, luma = float(chroma.mean()), float((image @ _WEIGHTS).mean())
     hue = _dominant_hue(image, chroma) if mean >= _PLAIN_CHROMA else ""
-    plain = (
-        (mean < _LOW_CHROMA, "black and white", "are black and white", _GREY_WORDS),
-        (mean > _VIVID, "vivid colours", "have vivid colours", _VIVID_WORDS),
-        (luma < _DARK, "dark", "are dark", _DARK_WORDS),
-        (luma > _BRIGHT, "bright", "are bright", _BRIGHT_WORDS),
-        (bool(hue), f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"),
-    )
+    plain = {
+        "black and white": mean < _LOW_CHROMA,
+        "vivid colours": mean > _VIVID,
+        "dark": luma < _DARK,
+        "bright": luma > _BRIGHT,
+    }
     edge = _edge_attribute(image)
-    found = [_attribute(name, has, words) for holds, name, has, words in plain if holds]
-    return [edge, *found] if edge else found
+    found = [edge] if edge else []
+    found += [_attribute(name) for name, holds in plain.items() if holds]
+    if hue:
+        found.append(_attribute(f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"))
+    return found
 
 
-def _attribute(name: str, has: str, words: str) -> Attribute:
+def _attribute(name: str, has: str = "", words: str = "") -> Attribute:
+    if not has:
+        has, words = _TABLES["attributes"][name]
     return Attribute(name, has, frozenset(words.split()))
 
 
@@ -149,7 +136,7 @@ def _edge_attribute(image: np.ndarray) -> Attribute | None:
         return None
     for depth in range(1, 4):
         if near(depth, _APART) < 0.15:
-            return _attribute("frame", "have a frame", "frame framed border bordered polaroid vignette")
+            return _attribute("frame")
     if near(1, _NEAR) < 0.8:
         return None
     colour = name_colour(middle)
@@ -181,7 +168,7 @@ def name_colour(colour: np.ndarray) -> str:
 
 
 def _name_hue(hue: float) -> str:
-    return next(name for most, name in _HUES if hue < most)
+    return next(str(name) for most, name in _TABLES["hues"] if hue < most)
 
 
 def _hue(colours: np.ndarray) -> np.ndarray:
@@ -229,7 +216,7 @@ def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
 
 def colour_of_word(word: str) -> str:
     """The colour that a word is a name of, "" where it is none."""
-    names = {name for _, name in _HUES} | {"black", "white", "grey", "beige", "brown"}
+    names = {name for _, name in _TABLES["hues"]} | {"black", "white", "grey", "beige", "brown"}
     return word if word in names else next((n for n, also in _ALSO.items() if word in also.split()), "")
 
 
@@ -387,8 +374,7 @@ def _common_attributes(
     most = MAJORITY * len(records)
     named = any(len(m) >= most and a.name.endswith(BACKGROUND) for a, m in found.items())
     if len(plain) >= most and not named:
-        words = frozenset(["background", "backdrop", "plain", "simple", "blank"])
-        found = {**found, Attribute("plain background", "have a plain background", words): plain}
+        found = {**found, _attribute("plain background"): plain}
     common = sorted(((a, m) for a, m in found.items() if len(m) >= most), key=lambda pair: -len(pair[1]))
     return [
         _attribute_row(attribute, [records[i] for i in m], len(records), trigger) for attribute, m in common
@@ -549,7 +535,11 @@ def audit(
         "pictures": len(records),
         "captions": len(captions),
         "problems": [
-            *(_problem_row(problem, twins) for problem in problems),
+            *(
+                {"picture": clean_text(str(one.path)), "kind": one.kind, "sentence": one.sentence}
+                | ({"twin": clean_text(str(twins[one]))} if one in twins else {})
+                for one in problems
+            ),
             *(
                 {"picture": "", "kind": "common phrase", "sentence": s}
                 for s in phrase_sentences(captions, training.trigger)
@@ -578,11 +568,6 @@ def _looks(
     finally:
         threads.shutdown(cancel_futures=True)
     return looks
-
-
-def _problem_row(problem: FileProblem, twins: Mapping[FileProblem, Path]) -> dict[str, str]:
-    row = {"picture": clean_text(str(problem.path)), "kind": problem.kind, "sentence": problem.sentence}
-    return row | {"twin": clean_text(str(twins[problem]))} if problem in twins else row
 
 
 def sharpness(image: Image.Image) -> float:

@@ -150,7 +150,9 @@ class Family:
 
 
 def _family(name: str, text_encoders: list[dict[str, Any]], **row: Any) -> Family:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
+    }
     return Family(name, text_encoders=tuple(TextEncoder(**encoder) for encoder in text_encoders), **fields)
 
 
