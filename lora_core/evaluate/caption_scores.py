@@ -485,29 +485,29 @@ def image_rows(
 
 def mark_outliers(rows: list[dict[str, Any]]) -> None:
     """Mark images whose caption does not help, or of which far less was learned than of the others."""
-    captioned = [row for row in rows if row["helps"] is not None]
-    helps = [row["helps"] for row in captioned]
-    for row, low in zip(captioned, _below(helps, [row["helps_error"] for row in captioned]), strict=True):
-        usual = statistics.median(helps)
-        if low > OUTLIER and row["helps"] < _LITTLE * usual:
-            row["suspect"] = True
-            row["sentence"] = (
-                f"The caption of {Path(row['picture']).name} does not help the trained model to predict it"
-                f" ({row['helps']:+.3f} ± {row['helps_error']:.3f}, for most {usual:+.3f}): it is likely"
-                " wrong."
-            )
-    trained = [row for row in rows if not row["held_out"]]
-    gains = [row["learned"] for row in trained]
-    errors = [row["standard_error"] / max(row["base_loss"], 1e-12) for row in trained]
-    for row, low in zip(trained, _below(gains, errors), strict=True):
-        usual = statistics.median(gains)
-        if low > OUTLIER and not row["suspect"] and row["learned"] < usual / 2:
-            row["suspect"] = True
-            row["sentence"] = (
-                f"{Path(row['picture']).name} was learned far less than the others ({row['learned']:.0%} of"
-                f" the base's loss, for most {usual:.0%}): its caption is wrong, or it is of another"
-                " style."
-            )
+    captioned = [(row, row["helps"], row["helps_error"]) for row in rows if row["helps"] is not None]
+    trained = [
+        (row, row["learned"], row["standard_error"] / max(row["base_loss"], 1e-12))
+        for row in rows
+        if not row["held_out"]
+    ]
+    no_help = (
+        "The caption of {name} does not help the trained model to predict it ({value:+.3f} ± {error:.3f}, for"
+        " most {usual:+.3f}): it is likely wrong."
+    )
+    not_learned = (
+        "{name} was learned far less than the others ({value:.0%} of the base's loss, for most {usual:.0%}):"
+        " its caption is wrong, or it is of another style."
+    )
+    for found, little, sentence in ((captioned, _LITTLE, no_help), (trained, 0.5, not_learned)):
+        values = [value for _, value, _ in found]
+        apart = _below(values, [error for _, _, error in found])
+        for (row, value, error), low in zip(found, apart, strict=True):
+            usual = statistics.median(values)
+            if low > OUTLIER and value < little * usual and not row["suspect"]:
+                name = Path(row["picture"]).name
+                row["suspect"] = True
+                row["sentence"] = sentence.format(name=name, value=value, error=error, usual=usual)
 
 
 def _below(values: list[float], errors: list[float]) -> list[float]:

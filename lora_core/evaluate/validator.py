@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -131,8 +131,7 @@ def eval_losses(
 # Gains.
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """The mean over draws of base loss minus adapted loss, and its standard error clustered by image."""
 
     gain: float
@@ -268,10 +267,7 @@ def validation_report(
     gain = paired_gain(base_losses, adapted_losses)
     timesteps = torch.stack([image.draws.timesteps for image in images])
     report: dict[str, Any] = {
-        "gain": gain.gain,
-        "standard_error": gain.standard_error,
-        "base_loss": gain.base_loss,
-        "adapted_loss": gain.adapted_loss,
+        **gain._asdict(),
         "triples": base_losses.numel(),
         "bands": gain_by_timestep(base_losses, adapted_losses, timesteps, base.noise.num_timesteps),
         "strength": adapters[0].strength if adapters else 0.0,

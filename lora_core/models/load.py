@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -50,7 +50,6 @@ from lora_core.models.device import (
 )
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, as_denoiser
 from lora_core.models.weight_files import (
-    TensorSource,
     WeightFile,
     WeightLocator,
     component_in_folder,
@@ -426,8 +425,7 @@ def _tokenizer(facts: BaseFacts, encoder: TextEncoder) -> Any:
     return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, pad_token=encoder.pad_token, local_files_only=True)
 
 
-@dataclass(frozen=True)
-class LoadContext:
+class LoadContext(NamedTuple):
     """What errors mention: the base's path, the component's title, what to do where weights are missing."""
 
     path: Path
@@ -449,7 +447,18 @@ def fill(
         ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
     """
     wanted = dict(module.named_parameters())
-    sources = _locate(wanted, find, where)
+    found = {name: find(name) for name in wanted}
+    sources = {name: source for name, source in found.items() if source is not None}
+    if missing := [name for name in wanted if name not in sources]:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        lacks = f"{missing[0]}{more} of the {where.title}" if sources else where.title
+        raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
+    for name, source in sources.items():
+        if source.numel != wanted[name].numel():
+            raise ModelFileError(
+                f"{source.file.path} holds {source.key} in the shape {source.file.shapes[source.key]}, not"
+                f" {list(wanted[name].shape)}; its {where.title} is of another kind."
+            )
     for name, source in sources.items():
         tensor = source.read()
         if not tensor.is_floating_point():
@@ -459,32 +468,12 @@ def fill(
         if not _finite(loaded):
             broken = not _finite(tensor.float())
             reason = "holds NaN or infinity" if broken else f"holds more than {str(dtype)[6:]} can"
-            advice = "choose another file" if broken else "set train.precision to fp32 or bf16"
-            raise ModelFileError(f"{source.file.path}: the tensor {source.key} {reason}; {advice}.")
+            remedy = "choose another file" if broken else "set train.precision to fp32 or bf16"
+            raise ModelFileError(f"{source.file.path}: the tensor {source.key} {reason}; {remedy}.")
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(loaded, requires_grad=False))
         if policy and leaf == "weight":
             policy.apply_to_layer(module, parent)
-
-
-def _locate(
-    wanted: dict[str, nn.Parameter], find: WeightLocator, where: LoadContext
-) -> dict[str, TensorSource]:
-    """The source of each parameter."""
-    found = {name: find(name) for name in wanted}
-    missing = [name for name, source in found.items() if source is None]
-    if missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        lacks = where.title if len(missing) == len(found) else f"{missing[0]}{more} of the {where.title}"
-        raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
-    sources = {name: source for name, source in found.items() if source is not None}
-    for name, source in sources.items():
-        if source.numel != wanted[name].numel():
-            raise ModelFileError(
-                f"{source.file.path} holds {source.key} in the shape {source.file.shapes[source.key]}, not"
-                f" {list(wanted[name].shape)}; its {where.title} is of another kind."
-            )
-    return sources
 
 
 def _finite(tensor: torch.Tensor) -> bool:
