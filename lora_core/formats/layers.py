@@ -20,7 +20,7 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
 from lora_core.model_files.header import other_family
-from lora_core.model_files.ldm_names import diffusers_unet_path, ldm_unet_path
+from lora_core.model_files.ldm_names import NAMES, diffusers_unet_path, ldm_unet_path
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,24 +47,11 @@ def reshape_adapter(weights: AdapterWeights, family: Family) -> AdapterWeights:
     return AdapterWeights(layers, weights.metadata)
 
 
-_NORMS = {
-    ".conv1": ".norm1",
-    ".conv2": ".norm2",
-    ".proj_in": ".norm",
-    ".attn1.to_q": ".norm1",
-    ".attn2.to_q": ".norm2",
-    ".ff.net.0.proj": ".norm3",
-    ".self_attn.q_proj": ".layer_norm1",
-    ".mlp.fc1": ".layer_norm2",
-}
-"""The end of a layer's path, to that of the norm layer before it."""
-
-
 def norm_layers(layout: Layout) -> list[LayerKey]:
     """The norm layers of the models with these layers."""
     found = [(part, "conv_norm_out") for part, path in layout if path == "conv_out"]
     for part, path in layout:
-        for end, norm in _NORMS.items():
+        for end, norm in NAMES["norms"].items():
             if path.endswith(end):
                 found.append((part, path.removesuffix(end) + norm))
     encoders = dict.fromkeys(part for part, _ in layout if is_text_encoder(part))
@@ -72,16 +59,6 @@ def norm_layers(layout: Layout) -> list[LayerKey]:
 
 
 # Names.
-
-PREFIX_PARTS = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-    # SimpleTuner's LyCORIS files.
-    "lycoris": "unet",
-}
-"""The beginning of a kohya key, to the part that it adapts."""
 
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
 _PREFIX = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te|lycoris)_(.+)")
@@ -135,7 +112,7 @@ def layer_of_prefix(prefix: str, family: Family | None = None) -> LayerKey:
     match = _PREFIX.fullmatch(prefix)
     if match is None:
         raise _unknown_layer(prefix)
-    part, name = PREFIX_PARTS[match[1]], match[2]
+    part, name = NAMES["kohya_parts"][match[1]], match[2]
     if is_text_encoder(part) and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
     path = _dotted(name, _kind(part))
@@ -191,18 +168,6 @@ _DOTTED = re.compile(
     r"(?:(unet|text_encoder_2|text_encoder|diffusion_model|text_encoders\.clip_[lgh]\.transformer)\.)?"
     r"(?:base_model\.model\.)?"
 )
-_COMFY_PARTS = {
-    "diffusion_model": "unet",
-    "text_encoders.clip_l.transformer": "text_encoder",
-    "text_encoders.clip_h.transformer": "text_encoder",
-    "text_encoders.clip_g.transformer": "text_encoder_2",
-}
-"""ComfyUI's names of the parts."""
-_OLD_LEAVES = {
-    "unet": {"to_out": "to_out.0"},
-    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
-}
-"""Of diffusers' attention processors of 2023."""
 
 
 def layer_of_module(module: str, family: Family | None = None) -> LayerKey:
@@ -214,9 +179,9 @@ def layer_of_module(module: str, family: Family | None = None) -> LayerKey:
     path = module[prefix.end() :].replace(".processor.", ".")
     # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
     part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
-    part = _COMFY_PARTS.get(part, part)
+    part = NAMES["comfyui_parts"].get(part, part)
     parent, _, leaf = path.rpartition(".")
-    path = f"{parent}.{_OLD_LEAVES[_kind(part)].get(leaf, leaf)}" if parent else path
+    path = f"{parent}.{NAMES[f'older_{_kind(part)}'].get(leaf, leaf)}" if parent else path
     path = with_text_model(path) if is_text_encoder(part) else _from_ldm(path, family) or path
     if not is_layer(part, path):
         raise _unknown_layer(module)
@@ -225,7 +190,7 @@ def layer_of_module(module: str, family: Family | None = None) -> LayerKey:
 
 def is_kohya_key(key: str) -> bool:
     """Whether a tensor's name is of the kohya format."""
-    return key.startswith(tuple(f"{prefix}_" for prefix in PREFIX_PARTS)) and "." in key
+    return key.startswith(tuple(f"{prefix}_" for prefix in NAMES["kohya_parts"])) and "." in key
 
 
 _LEAF = re.compile(

@@ -16,15 +16,15 @@ RESNETS = 2
 """A level's resnets on the way down; there is one more on the way up."""
 _STRIDE = RESNETS + 1
 
-_NAMES: dict[str, dict[str, str]] = tomllib.loads(
-    (FAMILY_CONFIGS / "ldm_names.toml").read_text(encoding="utf-8")
+NAMES: dict[str, dict[str, str]] = tomllib.loads(
+    (FAMILY_CONFIGS / "layer_names.toml").read_text(encoding="utf-8")
 )
 
 
 @functools.cache
 def _unet_names(attention_levels: tuple[bool, ...]) -> dict[str, str]:
     """diffusers' path of each of the UNet's modules, or of the block that it is in, to the original one."""
-    blocks, resnets = dict(_NAMES["unet"]), dict(_NAMES["unet_resnets"])
+    blocks, resnets = dict(NAMES["unet"]), dict(NAMES["unet_resnets"])
     last = len(attention_levels) - 1
     for block in range(len(attention_levels)):
         ways = (("down", "input", RESNETS, 1, block), ("up", "output", RESNETS + 1, 0, -1 - block))
@@ -42,7 +42,7 @@ def _unet_names(attention_levels: tuple[bool, ...]) -> dict[str, str]:
     return blocks | {
         f"{own}.{inner}": f"{ldm}.{inner_ldm}"
         for own, ldm in resnets.items()
-        for inner, inner_ldm in _NAMES["resnet"].items()
+        for inner, inner_ldm in NAMES["resnet"].items()
     }
 
 
@@ -87,7 +87,7 @@ def ldm_vae_path(path: str, levels: int) -> str:
     if up:
         kind = "block" if up[2] == "resnets" else "upsample"
         path = f"decoder.up.{levels - 1 - int(up[1])}.{kind}.{path[up.end() :]}"
-    for pattern, other in _NAMES["vae"].items():
+    for pattern, other in NAMES["vae"].items():
         path = re.sub(rf"^{pattern}", other, path)
     return path.replace("conv_shortcut", "nin_shortcut")
 
@@ -103,7 +103,7 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     path = path.removeprefix("text_model.")
     if path == "text_projection.weight":
         return "text_projection", None
-    if named := _renamed(path, _NAMES["open_clip"]):
+    if named := _renamed(path, NAMES["open_clip"]):
         return named, None
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", path)
     assert match is not None, path
@@ -111,4 +111,4 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     third = re.fullmatch(r"self_attn\.([qkv])_proj", match[2])
     if third:
         return f"{block}.attn.in_proj_{match[3]}", "qkv".index(third[1])
-    return f"{block}.{_NAMES['open_clip_layer'][match[2]]}.{match[3]}", None
+    return f"{block}.{NAMES['open_clip_layer'][match[2]]}.{match[3]}", None

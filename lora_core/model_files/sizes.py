@@ -14,7 +14,7 @@ from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
-from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
+from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, rows
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import last_matches
 from lora_core.system.files import MARGIN
@@ -44,22 +44,7 @@ VAE_ON_CPU, TEXT_ON_CPU, PLAIN_LAYOUT = "vae aside", "text encoders aside", "pla
 ON_CPU = VAE_ON_CPU, TEXT_ON_CPU
 CHECKPOINTING, HALVES, OPTIMIZER_8BIT = "checkpointing", "half", "8-bit optimizer"
 INT8, OFFLOAD = "int8", "offload"
-FALLBACKS = {
-    VAE_ON_CPU: "The VAE waits in the computer's own memory and comes to the device for samples, if it fits;"
-    " else these take some seconds longer.",
-    TEXT_ON_CPU: "The text encoders wait in the computer's own memory and come to the device for some dozens"
-    " of captions at a time: the numbers stay the same, at about the same speed.",
-    PLAIN_LAYOUT: "The base's weights are kept once, as they are, instead of laid out for the processor too:"
-    " steps take up to a quarter longer.",
-    CHECKPOINTING: "Gradient checkpointing is on: steps take about a third longer.",
-    HALVES: "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
-    " twice as long on a graphics card, and no longer on a processor.",
-    OPTIMIZER_8BIT: "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
-    INT8: "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
-    " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
-    OFFLOAD: "The base's weights wait outside of the device's memory and are fetched as they are used: the"
-    " numbers stay the same, and steps may take twice as long or more.",
-}
+FALLBACKS: dict[str, str] = rows()["fallbacks"]
 """What is done where memory is short, in the order in which it is tried before the first step: name in
 `plan.json` to what it does and costs. `train/oom.py` applies them."""
 HEADER_A_LAYER = 450

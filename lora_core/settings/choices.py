@@ -112,12 +112,13 @@ Table = Mapping[str, Choice]
 
 
 @functools.cache
-def _rows() -> dict[str, Any]:
+def rows() -> dict[str, Any]:
+    """The tables of `assets/choices.toml`."""
     return tomllib.loads((ASSETS / "choices.toml").read_text(encoding="utf-8"))
 
 
 def _table(name: str, kind: type[Row]) -> dict[str, Row]:
-    return {key: kind(**row) for key, row in _rows()[name].items()}
+    return {key: kind(**row) for key, row in rows()[name].items()}
 
 
 OPTIMIZERS = _table("optimizers", OptimizerChoice)
