@@ -20,6 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
 from tests.benchmarks.rows import Row
+from tests.browser.pages import unfold
 from tests.browser.windows import Window, close
 
 SECONDS = float(os.environ.get("LORA_EASEL_PAGE_SECONDS", "60"))
@@ -228,7 +229,7 @@ def _thousand(browser: Any, window: Window, folder: Path) -> list[Row]:
         SELECT_ALL,
         f"document.querySelectorAll('[data-picture][aria-selected=true]').length == {PICTURES}",
     )
-    page.click("#bulk > summary")
+    unfold(page, "#bulk")
     page.select_option("#bulk-do", "append")
     page.fill("#bulk-put", ", more")
     page.wait_for_selector("#bulk-apply:enabled")

@@ -39,6 +39,12 @@ def find_setting(page, words: str, field: str) -> None:
     frames(page)
 
 
+def unfold(page, details: str) -> None:
+    """Open a fold by keyboard: a click would be lost if something above it grew under the pointer."""
+    page.press(f"{details} > summary", "Enter")
+    page.wait_for_selector(f"{details}[open]")
+
+
 def state_is(page, *states: str) -> None:
     page.wait_for_selector(", ".join(f"#run-status[data-state={state}]" for state in states))
 

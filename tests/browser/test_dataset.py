@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.browser.pages import has_value, until
+from tests.browser.pages import has_value, unfold, until
 from tests.browser.test_states import assert_idle
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202eabc 😀"
@@ -20,7 +20,11 @@ GRID = "#dataset-grid [data-picture]"
 
 
 def pictures_in(page, count: int) -> None:
-    page.wait_for_function(f"document.querySelectorAll({json.dumps(GRID)}).length == {count}")
+    """Wait until the grid has that many and no import is under way: its end moves what lies below its bar."""
+    page.wait_for_function(
+        f"document.querySelectorAll({json.dumps(GRID)}).length == {count}"
+        " && !document.querySelector('#import-note.importing')"
+    )
 
 
 def names(page) -> list[str]:
@@ -99,7 +103,7 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     has_value(other, area, HOSTILE)
     assert "broken in" not in (page.title(), other.title())
 
-    page.click("#bulk > summary")
+    unfold(page, "#bulk")
     page.fill("#bulk-find", "<img src=x")
     page.wait_for_selector("#bulk-apply:enabled")
     # What has not been looked at yet cannot be applied, not even for a moment.
@@ -158,7 +162,7 @@ def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
     pictures_in(page, 7)
     # What the check finds takes room above it.
     page.wait_for_selector("#check > summary >> text=Issues")
-    page.click("#check > summary")
+    unfold(page, "#check")
     pair = ".pairs .found"
     page.wait_for_selector(pair)
     assert page.locator(f"{pair} img").count() == 2

@@ -13,6 +13,7 @@ from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import DEMO_BASE
+from tests.browser.pages import unfold
 from tests.browser.test_axe import violations
 from tests.browser.windows import Window
 
@@ -47,7 +48,7 @@ def chosen(page) -> str:
 
 def test_what_will_be_learned(page, window: Window) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
-    page.click("#learned > summary")
+    unfold(page, "#learned")
     page.wait_for_selector("#learned-found >> text=of the steps")
     assert "Prompts can ask for" in page.inner_text("#learned-found")
     # A word shows the pictures that have it, in the caption or in the name.
@@ -69,7 +70,7 @@ def test_what_will_be_learned(page, window: Window) -> None:
     page.wait_for_selector("#caption-state[data-state=saved]")
     page.reload()
     page.wait_for_selector("#dataset-grid [data-picture]")
-    page.click("#learned > summary")
+    unfold(page, "#learned")
     page.wait_for_selector("#captions-state >> text=have changed since")
     assert page.locator("[data-filter=doubt]").is_hidden()
 

@@ -11,7 +11,7 @@ import pytest
 from app.state import AppState
 from lora_core.runs import events
 from tests.app.runs import make_run, started, step
-from tests.browser.pages import frames, has_value, loaded_anew, open_tab
+from tests.browser.pages import frames, has_value, loaded_anew, open_tab, unfold
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_toolbox import type_path
 from tests.browser.windows import Window
@@ -114,7 +114,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.fill("#trigger :is(input, textarea)", HOSTILE)
     page.press("#trigger :is(input, textarea)", "Tab")
     page.wait_for_selector("#dataset-mark[data-trigger*='onerror']", state="attached")
-    page.click("#bulk > summary")
+    unfold(page, "#bulk")
     page.wait_for_selector("#bulk-tags >> text=onerror")
     page.fill("#bulk-find", "once more")
     page.fill("#bulk-put", HOSTILE)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import DEMO
-from tests.browser.pages import open_tab, state_is, until
+from tests.browser.pages import open_tab, state_is, unfold, until
 from tests.browser.test_dataset import names, pictures_in, stored, take
 from tests.browser.windows import Window
 
@@ -76,7 +76,7 @@ def test_the_newest_of_two_captions_stays_and_a_change_waits_for_the_one_before(
     assert sent == ["older", "newer"]
     assert (stored(window) / "ball 1 é.txt").read_text() == "newer"
 
-    page.click("#bulk > summary")
+    unfold(page, "#bulk")
     page.click("#bulk-tags [aria-label='Delete the tag newer']")
     page.wait_for_selector("#bulk-said >> text=1 caption changed")
     with held_back(page, "**/easel/tags") as held:
@@ -93,7 +93,7 @@ def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
 ) -> None:
     take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
     pictures_in(page, 6)
-    page.click("#bulk > summary")
+    unfold(page, "#bulk")
     page.select_option("#bulk-do", "prepend")
     page.fill("#bulk-put", "zwx, ")
     page.wait_for_selector("#bulk-apply:enabled")
@@ -115,7 +115,7 @@ def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
 def test_a_start_counts_although_an_older_answer_comes_after_it(page: Any, window: Window) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
     with held_back(page, "**/easel/insights") as held:
-        page.click("#learned > summary")
+        unfold(page, "#learned")
         until(page, lambda: held)
         page.click("#captions-start")
         page.wait_for_selector("[data-insight-cancel=captions]:visible")
