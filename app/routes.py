@@ -45,7 +45,15 @@ MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free."""
-COMPRESSED = ("/", "/theme.css", "/easel/assets/page.js", "/easel/assets/page.css", "/easel/dataset")
+COMPRESSED = (
+    "/",
+    "/theme.css",
+    "/easel/assets/page.js",
+    "/easel/assets/page.css",
+    "/easel/dataset",
+    "/easel/insights",
+    "/easel/check",
+)
 # URLs contain the file's time, so they can be cached indefinitely.
 FRESH = {"Cache-Control": "no-store"}
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}

@@ -284,44 +284,6 @@
   };
 
   // ---- the check --------------------------------------------------------------------------------------------------
-  const GROUPS = [
-    ["unreadable", "Cannot be read"], ["twins", "Near duplicates"], ["tiny", "Tiny"], ["blurred", "Blurred"],
-    ["caption", "Captions that cannot be read"], ["no caption", "Uncaptioned"], ["long caption", "Too long captions"],
-    ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation images"],
-    ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"], ["animated", "Animated, first frame used"],
-    ["caption without picture", "Captions without an image"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
-    ["unread caption", "Captions of images that cannot be used"], ["other file", "Other files"], ["hidden", "Hidden files"],
-    ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],
-  ];
-  const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
-  const ISSUES = { unreadable: ["unreadable", "Exclude"], twins: ["near duplicates", "Keep the first of each"], tiny: ["tiny", "Exclude"], blurred: ["blurred", "Exclude"] };
-  const MOST_ROWS = 40;
-
-  const small = (name) => {
-    const picture = easel.shelf().pictures.find((other) => other.name === name);
-    return picture ? make("img", { loading: "lazy", alt: name, src: `/easel/thumb/dataset/${picture.url}` }) : "";
-  };
-  const leave = (name) => make("button", { type: "button", className: "own", textContent: "Exclude", data: { leave: name }, attributes: { "aria-label": `Exclude ${name}` } });
-
-  const leaveAll = (words, members) => make("button", { type: "button", className: "own quiet", textContent: words, data: { leaveAll: JSON.stringify([...new Set(members.map((row) => row.picture))]) } });
-  const issue = ([kind, , members]) => make("span", { className: "chip warn" }, `${members.length} ${ISSUES[kind][0]}`, leaveAll(ISSUES[kind][1], members));
-
-  const found = (row) => {
-    const node = make("div", { className: "row found" });
-    if (row.kind === "twins") {
-      for (const name of [row.twin, row.picture]) node.append(make("figure", {}, small(name), make("figcaption", { className: "small", textContent: name }), leave(name)));
-      return node;
-    }
-    node.append(small(row.picture), make("span", { className: "grow small", textContent: row.sentence }));
-    if (LEAVABLE.has(row.kind)) node.append(leave(row.picture));
-    else if (easel.shelf().pictures.some((picture) => picture.name === row.picture)) {
-      const button = make("button", { type: "button", className: "own quiet", textContent: "Open" });
-      button.dataset.openPicture = row.picture;
-      node.append(button);
-    }
-    return node;
-  };
-
   const showCheck = (state) => {
     const line = one("#check-state"), button = one("#check-start");
     if (!line) return;
@@ -332,21 +294,11 @@
     if (state.state === "working") line.textContent = `Checking ${state.done} of ${plural(state.total, "image")}`;
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
-    const names = new Set(easel.shelf().pictures.map((picture) => picture.name));
-    // Images removed since are no longer a problem.
-    const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
-    line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the images.";
-    one("#check > summary").textContent = rows.length ? `Issues (${rows.length.toLocaleString("en")})` : "Check the images";
-    easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
-    const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
-    redraw(one("#issues"), ...(easel.shelf().fixed ? [] : groups).filter(([kind]) => ISSUES[kind]).map(issue));
-    redraw(one("#check-found"), ...groups.map(([kind, title, members]) => {
-      const head = make("div", { className: "row apart" }, make("h3", { textContent: `${title}, ${members.length}` }));
-      if (LEAVABLE.has(kind) && members.length > 1) head.append(leaveAll(kind === "twins" ? "Keep the first of each" : `Exclude all ${members.length}`, members));
-      const more = members.length - MOST_ROWS;
-      const note = more > 0 ? [make("p", { className: "small", textContent: `And ${more} more.` })] : [];
-      return make("section", { className: `findings ${kind === "twins" ? "pairs" : ""}` }, head, make("div", { className: "list" }, ...members.slice(0, MOST_ROWS).map(found)), ...note);
-    }));
+    line.textContent = state.things ? `${plural(state.things, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the images.";
+    one("#check > summary").textContent = state.things ? `Issues (${state.things.toLocaleString("en")})` : "Check the images";
+    easel.setTwins(state.twins);
+    easel.fill(one("#issues"), state.html.issues);
+    easel.fill(one("#check-found"), state.html.check);
   };
 
   const watchCheck = easel.inOrder(async () => {

@@ -199,15 +199,16 @@
     }
     while (at) { const next = at.nextSibling; at.remove(); at = next; }
   };
-  const draw = (name) => {
-    const place = places.get(name);
-    if (!place || latest[name] === undefined) return;
+  // Makes the content of `place` like `html`, and keeps what is the same.
+  const fill = (place, html) => {
     const fresh = place.cloneNode(), held = document.activeElement;
-    fresh.innerHTML = latest[name];
+    fresh.innerHTML = html;
     morph(place, fresh);
     // A node that moves loses the keyboard focus.
     if (place.contains(held) && document.activeElement !== held) held.focus({ preventScroll: true });
   };
+  window.easel.fill = fill;
+  const draw = (name) => { if (places.has(name) && latest[name] !== undefined) fill(places.get(name), latest[name]); };
   // A function that answers false is told again once there is more of the page.
   const tell = (name) => { if (tellers[name]?.(latest[name]) === false) untold.add(name); else untold.delete(name); };
   window.easel.tell = tell;

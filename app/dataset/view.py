@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import gradio as gr
+import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
@@ -15,9 +16,9 @@ from app.bindings import TYPING, Bindings, edit_events, html_block
 from app.dataset.findings import BY_ITSELF
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
-from app.routes import Answer, BadRequest, Sent, add_actions, add_reads
+from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url
 from app.state import AppState, Snapshot
-from app.templates import render
+from app.templates import note_html, render
 from app.train.form import Plan
 from lora_core.data.captions import count_tags
 from lora_core.errors import DatasetError
@@ -26,6 +27,8 @@ from lora_core.projects.project import Project, leave_out, take_back
 from lora_core.system.files import DEMO_TRAIN
 
 MOST_NAMES = 50_000
+INTENDED = ("named", "wording")
+"""Kinds of what will be learned that are as they should be."""
 FIRST_SEEN = 48
 """Images of which the thumbnails are made while an import still shows its bar."""
 FILTERS = (
@@ -119,12 +122,12 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     def check(sent: dict[str, Any]) -> dict[str, Any]:
         if not sent.get("by_itself") or len(project.dataset().records) <= BY_ITSELF:
             checker.start()
-        return checker.state()
+        return checked(app_state)
 
     def measure(sent: dict[str, Any]) -> dict[str, Any]:
         act = insights.cancel if sent.get("do") == "cancel" else insights.begin
         act(str(sent.get("what", "")))
-        return insights.state()
+        return measured(app_state)
 
     def count_all_tags() -> dict[str, Any]:
         found = count_tags(record.caption for record in project.dataset().records)
@@ -135,8 +138,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         {
             "dataset": lambda: gallery_data(project, Plan(project)),
             "tags": count_all_tags,
-            "check": checker.state,
-            "insights": insights.state,
+            "check": lambda: checked(app_state),
         },
     )
     add_actions(
@@ -154,7 +156,65 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         },
     )
 
+    @app.get("/easel/insights")
+    def found(most: bool = False) -> Response:
+        return Answer(measured(app_state, most))
+
     _add_uploads(app, importer)
+
+
+def _findings(app_state: AppState, part: str, **values: Any) -> str:
+    project = app_state.project
+    url = functools.partial(image_url, "dataset", project.dataset_folder)
+    shown = {"images": project.images(), "url": url, "fixed": project.uses_demo, **values}
+    return render("dataset/findings.html", part=part, **shown)
+
+
+def checked(app_state: AppState) -> dict[str, Any]:
+    """The state of the check; once it is done also its findings as `html`, how many `things` are to be looked
+    at, which images are `twins`, and how much of what will be learned is to be `told`."""
+    state, images = app_state.checker.state(), app_state.project.images()
+    if state["state"] != "done":
+        return state
+
+    def is_there(row: dict[str, Any]) -> bool:
+        # Images removed since are no longer a problem.
+        if row["kind"] == "twins":
+            return row["picture"] in images and row["twin"] in images
+        return state["fresh"] or not row["picture"] or row["picture"] in images
+
+    found = list(filter(is_there, state["problems"]))
+    phrases = [row | {"kind": "phrase"} for row in found if row["kind"] == "common phrase"]
+    learned = [*state["learned"], *phrases]
+    return state | {
+        "things": len(found),
+        "twins": [name for row in found if row["kind"] == "twins" for name in (row["picture"], row["twin"])],
+        "told": sum(row["kind"] not in INTENDED for row in learned),
+        "html": {
+            "issues": _findings(app_state, "issues", found=found),
+            "check": _findings(app_state, "check", found=found),
+            "learned": _findings(app_state, "learned", found=learned, shares=state["shares"]),
+        },
+    }
+
+
+def measured(app_state: AppState, most: bool = False) -> dict[str, Any]:
+    """What the base and the last run say of the images, each with a line and its findings as HTML.
+
+    Args:
+        app_state: of the window.
+        most: list the images of which most was learned first.
+    """
+    states, html = app_state.insights.state(), {}
+    for what, now in states.items():
+        html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": ""}
+        if "found" in now:
+            # What an older version kept may lack what is shown now.
+            try:
+                html[what]["found"] = _findings(app_state, what, now=now, most=most)
+            except (jinja2.UndefinedError, TypeError):
+                html[what]["found"] = note_html("This was found by another version; measure again.")
+    return {**states, "html": html}
 
 
 def _add_uploads(app: FastAPI, importer: Importer) -> None:

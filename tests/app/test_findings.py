@@ -35,7 +35,9 @@ while (asked := asks.get()) is not None:
         say(id=name, event="error", message="It is broken.")
     else:
         rows = [{"picture": asked["dataset"] + "/picture-0.png", "asked": asked,
-                 "better": {"picture": asked["dataset"] + "/picture-1.png"}}]
+                 "better": {"picture": asked["dataset"] + "/picture-1.png"}, "suspect": True,
+                 "sentence": "<img src=x> fits better.", "caption": "", "fits": 0.1, "fits_error": 0.01,
+                 "helped": 0.1, "helped_error": 0.01}]
         say(id=name, event="done", found={"rows": rows})
 """
 
@@ -81,6 +83,10 @@ def test_what_was_found_is_named_kept_and_goes_stale(
     ask(client, "captions")
     state = settled(client, "captions")
     assert (state["state"], state["fresh"]) == ("done", True)
+    shown = client.get("/easel/insights").json()["html"]["captions"]["found"]
+    assert "likely wrong" in shown
+    assert "<img src=x" not in shown
+    assert 'data-open-picture="picture-1.png"' in shown
     (row,) = state["found"]["rows"]
     assert (row["picture"], row["better"]["picture"]) == ("picture-0.png", "picture-1.png")
     assert row["asked"]["base"] == "demo"
@@ -158,6 +164,11 @@ def test_the_check_says_what_will_be_learned(
     assert {row["picture"] for row in state["shares"]} == {path.name for path in pictures}
     assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
     assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])
+    assert "of the steps" in state["html"]["learned"]
+    shown = state["html"]["check"]
+    assert "Uncaptioned, 1" in shown
+    assert 'data-open-picture="picture-2.png"' in shown
+    assert state["things"] == len(state["problems"])
     # Another batch size fills batches up in another way.
     app_state.project.update_draft(values={"train.batch_size": 4})
     assert client.get("/easel/check").json()["fresh"] is False
