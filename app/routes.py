@@ -191,37 +191,24 @@ class Traffic:
 
 def _answer_problems(app: FastAPI) -> None:
     """Answer each kind of exception with a sentence, never a traceback."""
-    app.exception_handler(BadRequest)(_refused)
-    app.exception_handler(NotFound)(_gone)
-    app.exception_handler(LoraError)(_problem)
-    app.exception_handler(OSError)(_disk_problem)
-    app.exception_handler(Exception)(_fault)
+    fault = "This failed because of a bug in LoRA Easel; its log has the details."
+    answers: dict[type[Exception], Callable[[Request, Any], Response]] = {
+        BadRequest: lambda request, error: PlainTextResponse("There is no such file here.", status_code=404),
+        # The page is about to update by itself.
+        NotFound: lambda request, error: Response(status_code=204),
+        # The page shows the sentence; an error status would only log to the console.
+        LoraError: lambda request, error: Answer({"problem": str(error)}),
+        OSError: _disk_problem,
+        # The traceback goes to the server's log.
+        Exception: lambda request, error: Answer({"problem": fault}, status_code=500),
+    }
+    for kind, answer in answers.items():
+        app.add_exception_handler(kind, answer)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    return PlainTextResponse("There is no such file here.", status_code=404)
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    # The page is about to update by itself.
-    return Response(status_code=204)
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    # The page shows the sentence; an error status would only log to the console.
-    return Answer({"problem": str(error)})
-
-
-async def _disk_problem(request: Request, error: Exception) -> Response:
+def _disk_problem(request: Request, error: OSError) -> Response:
     logging.getLogger(__name__).warning("%s %s: %r", request.method, request.url.path, error)
-    reason = getattr(error, "strerror", "") or str(error)
-    return Answer({"problem": f"A file or folder cannot be used: {reason}."})
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    # The traceback goes to the server's log.
-    sentence = "This failed because of a bug in LoRA Easel; its log has the details."
-    return Answer({"problem": sentence}, status_code=500)
+    return Answer({"problem": f"A file or folder cannot be used: {error.strerror or error}."})
 
 
 class Answer(JSONResponse):

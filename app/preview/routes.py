@@ -278,20 +278,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
 
 def infotext_table(name: str, info: Infotext) -> str:
     """The infotext of an image as a table, with a button that puts it into the form."""
-    rows = {
-        "Prompt": info.prompt[:LONGEST_SHOWN],
-        "Negative": info.negative[:LONGEST_SHOWN],
-        "LoRAs": ", ".join(f"{tag.name} {tag.strength:g}" for tag in info.loras),
-        "Model": info.model,
-        "Sampler": info.sampler,
-        "Steps": info.steps,
-        "Guidance": info.cfg,
-        "CFG rescale": info.cfg_rescale,
-        "Seed": info.seed,
-        "Size": f"{info.width} \N{MULTIPLICATION SIGN} {info.height}" if info.width and info.height else "",
-    }
-    shown = [(title, value) for title, value in rows.items() if value not in (None, "")]
-    return render("preview/infotext.html", name=name, rows=shown)
+    return render("preview/infotext.html", name=name, info=info, most=LONGEST_SHOWN)
 
 
 def parse_infotext(text: str) -> Infotext:

@@ -20,7 +20,8 @@ from app.guard import is_loopback
 from app.routes import Answer, BadRequest, add_actions, read_body
 from app.state import AppState
 from app.templates import note_html, problem_html, render
-from app.train import rail, run_cards
+from app.train import run_cards
+from app.train import run_cards as rail
 from app.train.form import Plan
 from app.train.run_cards import charts_data
 from app.train.start import (

@@ -13,7 +13,7 @@ from app.preview.loras import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
 from app.templates import format_bytes
 from app.train import run_cards as cards
-from app.train.rail import earlier
+from app.train.run_cards import earlier
 from app.train.start import blockers, details, facts
 from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES

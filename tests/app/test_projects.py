@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from app.page import build_page
 from app.state import AppState, take_snapshot
-from app.train.rail import earlier
+from app.train.run_cards import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
 from lora_core.projects.project import Project

@@ -102,7 +102,7 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
     assert snapshot.run_view is not None
     # The one that did something last is shown, although the other has been made later or earlier.
     assert (snapshot.run_view.run.name, snapshot.state) == ("good", "done")
-    from app.train.rail import earlier
+    from app.train.run_cards import earlier
 
     assert "No image can be read." in earlier(snapshot)
 

@@ -14,8 +14,7 @@ from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import UNKNOWN
 from app.train import run_cards
-from app.train.rail import compare_card, earlier, queue_card, running
-from app.train.run_cards import samples_card, select_rounds
+from app.train.run_cards import compare_card, earlier, queue_card, running, samples_card, select_rounds
 from app.train.start import blockers, details, facts, notes, start_problems
 from app.train.view import do_run_action
 from lora_core.model_files.families import FAMILIES
