@@ -50,7 +50,7 @@
   let wordsOpen = false;
   const show = () => {
     if (!one("#learned") || !state.html) return;
-    for (const [what, { line: text, found }] of Object.entries(state.html)) {
+    for (const [what, { line: text, found, most }] of Object.entries(state.html)) {
       const now = state[what], button = one(BUTTONS[what]), line = one(LINES[what]), place = one(PLACES[what]), working = now.state === "working";
       button.disabled = working || Boolean(now.why);
       button.title = working ? "It is being measured" : now.why || button.dataset.tip;
@@ -58,7 +58,7 @@
       line.className = now.state === "failed" ? "problem" : "small";
       if (line.textContent !== text) line.textContent = text;
       place.hidden = !found;
-      easel.fill(place, found);
+      easel.fill(place, sortMost && what === "pictures" ? most : found);
     }
     // Words are shown next to the trigger field, and only on request.
     one("#trigger-words").hidden = !wordsOpen;
@@ -77,7 +77,7 @@
   };
 
   const following = easel.inOrder(async () => {
-    state = await get(`insights${sortMost ? "?most=1" : ""}`);
+    state = await get("insights");
     show();
   });
   const watch = () => following().catch(() => { /* the window is away; asked again when something changes */ });
@@ -123,7 +123,7 @@
       field.scrollIntoView({ block: "center" });
     }
     else if (data.addTag) { easel.addTag(data.addTag, JSON.parse(data.pictures)); }
-    else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; watch(); }
+    else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; show(); }
   });
   document.addEventListener("toggle", (event) => {
     if (event.target.id === "learned" && event.target.open) { look(); watch(); }

@@ -139,6 +139,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "dataset": lambda: gallery_data(project, Plan(project)),
             "tags": count_all_tags,
             "check": lambda: checked(app_state),
+            "insights": lambda: measured(app_state),
         },
     )
     add_actions(
@@ -155,10 +156,6 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "insights": measure,
         },
     )
-
-    @app.get("/easel/insights")
-    def found(most: bool = False) -> Response:
-        return Answer(measured(app_state, most))
 
     _add_uploads(app, importer)
 
@@ -198,20 +195,17 @@ def checked(app_state: AppState) -> dict[str, Any]:
     }
 
 
-def measured(app_state: AppState, most: bool = False) -> dict[str, Any]:
-    """What the base and the last run say of the images, each with a line and its findings as HTML.
-
-    Args:
-        app_state: of the window.
-        most: list the images of which most was learned first.
-    """
+def measured(app_state: AppState) -> dict[str, Any]:
+    """What the base and the last run say of the images, each with a `line` and what was `found` as HTML; by what
+    was learned `most` too."""
     states, html = app_state.insights.state(), {}
     for what, now in states.items():
-        html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": ""}
+        html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": "", "most": ""}
         if "found" in now:
             # What an older version kept may lack what is shown now.
             try:
-                html[what]["found"] = _findings(app_state, what, now=now, most=most)
+                for order in ("found", "most"):
+                    html[what][order] = _findings(app_state, what, now=now, most=order == "most")
             except (jinja2.UndefinedError, TypeError):
                 html[what]["found"] = note_html("This was found by another version; measure again.")
     return {**states, "html": html}
