@@ -196,15 +196,15 @@ def checked(app_state: AppState) -> dict[str, Any]:
 
 
 def measured(app_state: AppState) -> dict[str, Any]:
-    """What the base and the last run say of the images, each with a `line` and what was `found` as HTML; by what
-    was learned `most` too."""
+    """What the base and the last run say of the images: each with a `line` and what was `found` as HTML; of
+    images also sorted by what was learned `most`."""
     states, html = app_state.insights.state(), {}
     for what, now in states.items():
         html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": "", "most": ""}
         if "found" in now:
             # What an older version kept may lack what is shown now.
             try:
-                for order in ("found", "most"):
+                for order in ("found", "most") if what == "pictures" else ("found",):
                     html[what][order] = _findings(app_state, what, now=now, most=order == "most")
             except (jinja2.UndefinedError, TypeError):
                 html[what]["found"] = note_html("This was found by another version; measure again.")

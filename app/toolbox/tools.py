@@ -317,17 +317,9 @@ class BackgroundTask:
         self._lock = threading.Lock()
         self._reply: Reply | None = None
         self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
-        self._name = ""
-        self._html = ""
+        self._name = self._title = self._html = ""
         self._revision = 0
         self._told = True
-        self.title = ""
-
-    @property
-    def working(self) -> bool:
-        """Whether a task is running."""
-        reply = self._reply
-        return reply is not None and not reply.finished.is_set()
 
     def start(
         self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str], name: str = ""
@@ -344,29 +336,31 @@ class BackgroundTask:
             RunError: something is under way.
         """
         with self._lock:
-            if self.working:
+            if self._reply is not None and not self._reply.finished.is_set():
                 raise RunError(BUSY)
-            self.title, self._shows, self._told, self._name = title, shows, False, name
+            self._title, self._shows, self._told, self._name = title, shows, False, name
             self._reply = self._worker.submit(request)
 
     def cancel(self) -> None:
         """Cancel the running task."""
-        reply = self._reply
-        if reply is not None and self.working:
-            self._worker.cancel(reply)
+        if self._reply is not None and not self._reply.finished.is_set():
+            self._worker.cancel(self._reply)
 
     def now(self) -> dict[str, Any]:
         """The state, and what the last task came to while none is running."""
         with self._lock:
-            reply = self._reply
-            if reply is not None and reply.finished.is_set() and not self._told:
+            reply, shown = self._reply, {"words": "", "name": self._name}
+            if reply is not None and not reply.finished.is_set():
+                said = reply.phase or self._worker.describe(reply)
+                count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
+                words = f"{self._title}: {said[:1].lower() + said[1:]}{count}" if said else self._title
+                progress = {"done": reply.done, "total": reply.total, "words": words}
+                return {**shown, "state": "working", "revision": self._revision, **progress}
+            if reply is not None and not self._told:
                 self._told, self._revision = True, self._revision + 1
                 self._html = self._outcome(reply)
-            state = "idle" if reply is None else "working" if self.working else reply.state
-            said = {"state": state, "words": self._words(), "revision": self._revision, "name": self._name}
-            if reply is not None and state == "working":
-                said |= {"done": reply.done, "total": reply.total}
-            return said | ({} if state == "working" else {"html": self._html})
+            state = reply.state if reply else "idle"
+            return {**shown, "state": state, "revision": self._revision, "html": self._html}
 
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
@@ -376,16 +370,8 @@ class BackgroundTask:
         except LoraError as error:
             return problem_html(error)
         except Exception:
-            logging.getLogger(__name__).exception("The result of %s cannot be shown", self.title)
+            logging.getLogger(__name__).exception("The result of %s cannot be shown", self._title)
             return problem_html(UNSHOWN)
-
-    def _words(self) -> str:
-        reply = self._reply
-        if reply is None or not self.working:
-            return ""
-        said = reply.phase or self._worker.describe(reply)
-        count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
-        return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
 
 
 def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) -> None:
