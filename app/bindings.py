@@ -65,6 +65,11 @@ def html_block(value: str = "", **options: Any) -> Any:
     return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
 
 
+def text_field(label: str, name: str, placeholder: str, **options: Any) -> Any:
+    """A text box of one line."""
+    return gr.Textbox(label=label, elem_id=name, placeholder=placeholder, lines=1, max_lines=1, **options)
+
+
 def edit_events(component: Any) -> list[Any]:
     """The events that mean the user edited a field.
 

@@ -88,7 +88,7 @@ class Login:
 
     async def _guessed(self, request: Request) -> Response:
         async with asyncio.timeout(SLOWEST_FORM):
-            body = (await _small_body(request)).decode("ascii", errors="replace")
+            body = (await read_body(request, LARGEST_FORM) or b"").decode("ascii", errors="replace")
         given = parse_qs(body).get("password", [""])[0]
         async with self._turn:
             # Right and wrong guesses take equally long, so that timing reveals nothing.
@@ -114,12 +114,13 @@ def _network(address: str) -> str:
     return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address
 
 
-async def _small_body(request: Request) -> bytes:
+async def read_body(request: Request, most: int) -> bytes | None:
+    """The request's body, None where it has more than `most` bytes."""
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_FORM:
-            return b""
+        if len(body) > most:
+            return None
     return body
 
 

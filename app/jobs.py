@@ -32,9 +32,6 @@ from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
-from lora_core.system.processes import child_environment as environment
-
-__all__ = ["LIVE", "Jobs", "RunView", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
 LOOK_SECONDS = 2.0

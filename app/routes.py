@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.dataset.gallery import count_caption_tokens
 from app.export.file_manager import SHARED
-from app.guard import LOOPBACK, host_name, is_loopback
+from app.guard import LOOPBACK, host_name, is_loopback, read_body
 from app.live import LiveStream
 from app.state import AppState
 from app.train.form import Plan
@@ -246,27 +246,14 @@ def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
         raise
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The request's body.
-
-    Raises:
-        BadRequest: it has more than `most` bytes.
-    """
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise BadRequest("too long")
-    return body
-
-
 async def _read_sent(request: Request) -> dict[str, Any]:
     try:
-        sent = parse_json(await read_body(request, LARGEST_JSON) or "{}")
+        body = await read_body(request, LARGEST_JSON)
+        sent = None if body is None else parse_json(body or "{}")
     except ValueError as error:
         raise BadRequest("not JSON") from error
     if not isinstance(sent, dict):
-        raise BadRequest("not an object")
+        raise BadRequest("too long, or not an object")
     return sent
 
 

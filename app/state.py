@@ -15,7 +15,7 @@ from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.file_manager import FileManager
-from app.jobs import LIVE, Jobs, QueueClient, RunView, environment
+from app.jobs import LIVE, Jobs, QueueClient, RunView
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
@@ -28,6 +28,7 @@ from lora_core.runs.progress import Progress
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files
+from lora_core.system.processes import child_environment
 
 Shelf = tuple[InstalledTool, list[Path]]
 """A tool and the bases in its folders."""
@@ -121,7 +122,7 @@ class AppState:
         self.downloads = Downloads()
         self.files = FileManager()
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
-        self.worker = WorkerClient(command, environment(workspace), workspace / "logs" / "worker.txt")
+        self.worker = WorkerClient(command, child_environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.wanted_device = self._device
         self.worker.is_needed_elsewhere = MemoryYieldPolicy(self._live_run)
         self.worker.in_the_way = self._in_the_way

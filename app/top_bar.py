@@ -96,24 +96,12 @@ def run_bar(snapshot: Snapshot) -> str:
 
 def memory_usage(snapshot: Snapshot) -> str:
     """Memory in use, of the GPU if there is one, else by the run; rounded so that it does not flicker."""
-    run, process = snapshot.active, None
-    config = run.view.config() if run.view else None
-    process = run.view.run.live_process() if run.view else None
+    view = snapshot.active.view
+    config, process = (view.config(), view.run.live_process()) if view else (None, None)
     card = snapshot.app_state.hardware.card(config.train.device if process and config else None)
-    held = round((resident_bytes(process) or 0) / 1e8) / 10
-    own = f"This run uses {held:.1f} GB of memory" if held else ""
-    if card is not None:
-        words = f"GPU {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB"
-        on_card = card.by_process.get(process.pid) if process else None
-        more = f" and {format_bytes(on_card)} on the GPU" if own and on_card else ""
-        tip = f"Memory of {card.name} in use. {own}{more}"
-    elif own:
-        used = psutil.virtual_memory()
-        words = f"{held:.1f} GB"
-        tip = f"{own}; {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB are in use."
-    else:
-        return ""
-    return render("header.html", part="memory", words=words, tip=tip)
+    held, used = round((resident_bytes(process) or 0) / 1e8) / 10, psutil.virtual_memory()
+    on_card = card.by_process.get(process.pid) if card and process else None
+    return render("header.html", part="memory", card=card, held=held, used=used, on_card=on_card)
 
 
 def brand() -> str:

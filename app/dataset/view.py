@@ -12,7 +12,7 @@ import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.bindings import TYPING, Bindings, edit_events, html_block
+from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
 from app.dataset.findings import BY_ITSELF
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
@@ -82,17 +82,8 @@ def _welcome(bindings: Bindings) -> None:
 
 def _trigger(bindings: Bindings) -> None:
     project = bindings.app_state.project
-    trigger = gr.Textbox(
-        label="Trigger word",
-        elem_id="trigger",
-        elem_classes="inline",
-        placeholder="none",
-        lines=1,
-        max_lines=1,
-        scale=0,
-        min_width=230,
-        interactive=False,
-    )
+    options: dict[str, Any] = {"elem_classes": "inline", "scale": 0, "min_width": 230}
+    trigger = text_field("Trigger word", "trigger", "none", interactive=False, **options)
     # Text typed before the draft is loaded would be overwritten by it.
     bindings.fill_on_load(
         trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True)

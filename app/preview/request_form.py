@@ -102,12 +102,12 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
     """
     config = settings_for(snapshot, loras)
     base = base_for(snapshot, loras)
-    seed = int(_number(given, "seed", SEED, -1, 2**63 - 1))
+    seed = int(_number(given, "seed"))
     return GenerationRequest(
         **vars(config.model), cfg_rescale=_rescale(given),
         prompt=str(given.get("prompt") or ""), negative=str(given.get("negative") or ""),
         seed=random.randrange(LARGEST_RANDOM) if seed < 0 else seed,
-        steps=int(_number(given, "steps", 20, 1, 200)), cfg=_number(given, "cfg", 5.0, 1, 30),
+        steps=int(_number(given, "steps")), cfg=_number(given, "cfg"),
         sampler=str(given.get("sampler") or "ddim"),
         width=_side(given, "width", base), height=_side(given, "height", base),
         clip_skip=config.train.clip_skip, tokens=config.train.max_token_length, loras=tuple(loras),
@@ -119,32 +119,32 @@ def _rescale(given: dict[str, Any]) -> NumberOrAuto:
     return parse_cfg_rescale(AUTO if value in (None, "") else value)
 
 
-def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highest: float) -> float:
-    value = given.get(name)
+_NUMBERS: dict[str, tuple[str, float, float, float]] = {
+    "seed": ("The seed", SEED, -1, 2**63 - 1), "steps": ("Steps", 20, 1, 200),
+    "cfg": ("Guidance", 5.0, 1, 30), "width": ("The width", 0, 0, 4096), "height": ("The height", 0, 0, 4096),
+}  # fmt: skip
+"""What each number is called, its usual value, and its range."""
+
+
+def _number(given: dict[str, Any], name: str) -> float:
+    value, (title, usual, lowest, highest) = given.get(name), _NUMBERS[name]
     try:
         number = usual if value is None or value == "" else float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{_TITLES[name]} should be a number, not {str(value)[:40]!r}.") from error
+        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.") from error
     if not lowest <= number <= highest:
-        raise ConfigError(
-            f"{_TITLES[name]} {number:g} is out of range; it must be between {lowest} and {highest}."
-        )
+        raise ConfigError(f"{title} {number:g} is out of range; it must be between {lowest} and {highest}.")
     return number
-
-
-_TITLES = {
-    "seed": "The seed", "steps": "Steps", "cfg": "Guidance", "width": "The width", "height": "The height",
-}  # fmt: skip
 
 
 def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:
     """A side in pixels, 0 for the base's default."""
-    value = int(_number(given, name, 0, 0, 4096))
+    value = int(_number(given, name))
     multiple = base.multiple
     if value % multiple:
         below, above = value // multiple * multiple, (value // multiple + 1) * multiple
         near = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"{_TITLES[name]} {value} is no multiple of {multiple}; take {near}.")
+        raise ConfigError(f"{_NUMBERS[name][0]} {value} is no multiple of {multiple}; take {near}.")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_origin
 
 import gradio as gr
 
-from app.bindings import QUIET, Bindings, html_block
+from app.bindings import QUIET, Bindings, html_block, text_field
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import (
     format_speed,
@@ -54,9 +54,7 @@ NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the d
 
 def build_start(bindings: Bindings) -> Any:
     """Lay out what will happen and the command that does the same; returns the field of the run's name."""
-    name = gr.Textbox(
-        label="Name of the run", placeholder="project and number", elem_id="run-name", lines=1, max_lines=1
-    )
+    name = text_field("Name of the run", "run-name", "project and number")
     bindings.follow(html_block(elem_id="start-facts"), details)
     bindings.follow(html_block(elem_id="command"), command)
     return name

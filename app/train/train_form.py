@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import TYPING, Bindings, edit_events, html_block
+from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
 from app.state import AppState, Snapshot
 from app.templates import note_html, pluralize, render
 from app.train.form import (
@@ -94,13 +94,8 @@ class TrainForm:
     def _build_advanced(self, made: dict[str, Any]) -> Any:
         with gr.Column(elem_classes="group advanced"):
             self.bindings.follow(html_block(elem_id="changed"), _changed)
-            search = gr.Textbox(
-                label="Find a setting",
-                placeholder="Find a setting: rank, clip skip, warm-up ...",
-                elem_id="find-setting",
-                lines=1,
-                max_lines=1,
-            )
+            words = "Find a setting: rank, clip skip, warm-up ..."
+            search = text_field("Find a setting", "find-setting", words)
             self.none = html_block(elem_id="find-none")
         for group in FOLDED:
             with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):

@@ -15,9 +15,9 @@ import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.bindings import QUIET, Bindings, html_block
-from app.guard import is_loopback
-from app.routes import Answer, BadRequest, add_actions, read_body
+from app.bindings import QUIET, Bindings, html_block, text_field
+from app.guard import is_loopback, read_body
+from app.routes import Answer, BadRequest, add_actions
 from app.state import AppState
 from app.templates import note_html, problem_html, render
 from app.train import run_cards
@@ -55,39 +55,34 @@ def build_notifications(bindings: Bindings) -> None:
     workspace = bindings.app_state.workspace
     with gr.Column(elem_classes="group"), gr.Accordion("Notifications", open=False, elem_id="telling"):
         html_block(render("train/form.html", part="notifications"))
-        whom = gr.Textbox(
-            label="Command or web address",
-            placeholder="https://ntfy.sh/my-own-topic, or a command",
-            elem_id="tell-whom",
-            lines=1,
-            max_lines=1,
-            interactive=VARIABLE not in os.environ,
-        )
+        words, is_free = "https://ntfy.sh/my-own-topic, or a command", VARIABLE not in os.environ
+        whom = text_field("Command or web address", "tell-whom", words, interactive=is_free)
         with gr.Row(elem_classes="tell-row"):
             keep = gr.Button("Save", elem_id="tell-save", min_width=0, scale=0)
-            attempt = gr.Button("Try it", elem_id="tell-try", min_width=0, scale=0)
+            test = gr.Button("Try it", elem_id="tell-try", min_width=0, scale=0)
         note = html_block(elem_id="tell-note")
     bindings.fill_on_load(whom, lambda: chosen(bindings)[0])
     bindings.fill_on_load(note, lambda: chosen(bindings)[1])
 
-    def saved(text: str, request: gr.Request) -> str:
+    def act(tries: bool, text: str, request: gr.Request) -> str:
         try:
             checked(text, request)
-            write_recipient(workspace, text or "")
+            if not tries:
+                write_recipient(workspace, text or "")
+                return note_html("Saved." if (text or "").strip() else "Saved: no notifications.")
         except (LoraError, OSError) as error:
-            return problem_html(error)
-        return note_html("Saved." if (text or "").strip() else "Saved: no notifications.")
-
-    def tried(text: str, request: gr.Request) -> str:
-        try:
-            checked(text, request)
-        except LoraError as error:
             return problem_html(error)
         said = send_test(text or "")
         return problem_html(said) if said else note_html("A message was sent: look whether it arrived.")
 
-    for event, act in ((keep.click, saved), (whom.submit, saved), (attempt.click, tried)):
-        event(act, whom, note, **QUIET)
+    def save(text: str, request: gr.Request) -> str:
+        return act(False, text, request)
+
+    def attempt(text: str, request: gr.Request) -> str:
+        return act(True, text, request)
+
+    for event, does in ((keep.click, save), (whom.submit, save), (test.click, attempt)):
+        event(does, whom, note, **QUIET)
 
 
 def chosen(bindings: Bindings) -> tuple[str, str]:
@@ -186,6 +181,8 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/easel/like")
     async def like(request: Request, size: str = "", name: str = "the file") -> Response:
         header = await read_body(request, MAX_HEADER + 8)
+        if header is None:
+            raise BadRequest("too long")
         await asyncio.to_thread(_take_header, app_state, header, size, name[:200])
         return Answer({"taken": True})
 
