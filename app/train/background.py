@@ -212,8 +212,9 @@ class Prober:
         self._hardware = hardware
         self._occupied = occupied
         self._lock = threading.RLock()
-        self._timer: threading.Timer | None = None
         self._wanted = ""
+        self._since: float | None = None
+        """When these settings were first asked for, while they are to be measured."""
         self._current_key = ""
         self._reply: Reply | None = None
         self._problems: dict[str, str] = {}
@@ -242,7 +243,8 @@ class Prober:
     @property
     def active(self) -> bool:
         """Whether something is being measured or will be in a moment."""
-        return bool(self._current_key) or self._timer is not None
+        waits = self._since is not None and time.monotonic() - self._since < 3 * STILL_FOR
+        return bool(self._current_key) or waits
 
     def working(self, config: RunConfig | None = None) -> bool:
         """Whether something is being measured: of these settings, or at all."""
@@ -254,23 +256,20 @@ class Prober:
         return (reply.done, reply.total) if reply else (0, 0)
 
     def schedule(self, config: RunConfig) -> bool:
-        """Schedule a measurement of the settings, where that is no burden.
+        """Measure the settings once they were asked for a while, where that is no burden.
 
         Returns:
             Whether they will be.
         """
-        key = cost_key(config)
+        key, now = cost_key(config), time.monotonic()
         with self._lock:
-            changed, self._wanted = key != self._wanted, key
             if self.known(config) or key in self._problems or not self.is_no_burden(config):
-                self._stop_timer()
+                self._wanted, self._since = key, None
                 return False
-            if changed:
-                self._stop_timer()
-            if self._timer is None and not self._current_key:
-                self._timer = threading.Timer(STILL_FOR, self._on_timer, (config,))
-                self._timer.daemon = True
-                self._timer.start()
+            if key != self._wanted or self._since is None:
+                self._wanted, self._since = key, now
+            if now - self._since >= STILL_FOR:
+                self._measure(config)
             return True
 
     def is_no_burden(self, config: RunConfig) -> bool:
@@ -296,7 +295,6 @@ class Prober:
         if base.facts is None or busy:
             raise RunError(busy or base.problem)
         with self._lock:
-            self._stop_timer()
             self._problems.pop(cost_key(config), None)
             self._wanted = cost_key(config)
         self._measure(config)
@@ -304,21 +302,10 @@ class Prober:
     def cancel(self) -> None:
         """Stop measuring at the next step."""
         with self._lock:
-            self._stop_timer()
             if self._reply is not None:
                 # Not again until the form changes or a user asks.
                 self._problems.setdefault(self._current_key, "")
                 self._worker.cancel(self._reply)
-
-    def _on_timer(self, config: RunConfig) -> None:
-        key = cost_key(config)
-        # Under the lock, so that a look meanwhile sets no other timer.
-        with self._lock:
-            self._timer = None
-            if self._wanted != key or key in self._problems or self.known(config):
-                return
-            if self.is_no_burden(config):
-                self._measure(config)
 
     def _measure(self, config: RunConfig) -> None:
         with self._lock:
@@ -357,8 +344,3 @@ class Prober:
         if card is None or not parameters:
             return False
         return card.total - card.used > parameters * BYTES_A_NUMBER * ROOM
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
