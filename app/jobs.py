@@ -16,10 +16,10 @@ from pathlib import Path
 from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.projects.project import read_title
+from lora_core.projects.workspace import move_to_trash
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
-from lora_core.runs.events import read_events
+from lora_core.runs.events import Progress, read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, is_run_folder, runs_folder
-from lora_core.runs.progress import Progress
 from lora_core.runs.queue import (
     PAUSED,
     RUNNING,
@@ -28,7 +28,6 @@ from lora_core.runs.queue import (
     QueuedRun,
     ensure_runner,
 )
-from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached

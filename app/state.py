@@ -24,7 +24,7 @@ from app.worker_client import CARDS, WorkerClient
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.costs import parameters_of
-from lora_core.runs.progress import Progress
+from lora_core.runs.events import Progress
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files

@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 
 from lora_core.report import plots
-from lora_core.runs.events import Validated
-from lora_core.runs.progress import best_of, known_error
+from lora_core.runs.events import Validated, best_of, known_error
 from lora_core.settings.config import FIELDS, OLD_NAMES, label_of
 
 FOLDER = Path(__file__).parent

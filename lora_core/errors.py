@@ -3,7 +3,9 @@
 Everything that is not a `LoraError` is a defect of the program and keeps its traceback.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import ClassVar
 
 LONGEST_SENTENCE = 10_000
@@ -94,3 +96,13 @@ class OutOfMemory(LoraError):
     """The device has too little memory for the settings; names the two settings to lower."""
 
     cause = "out_of_memory"
+
+
+@contextlib.contextmanager
+def wrap_os_errors(kind: type[LoraError], failed: str, advice: str = ".") -> Iterator[None]:
+    """Raise an OSError of the body as a `kind`: `failed` ("X cannot be written"), the reason that the system
+    gives, and `advice`, which ends the sentence ("; free some space.")."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failed}: {error.strerror or error}{advice}") from error

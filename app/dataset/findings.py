@@ -23,8 +23,8 @@ from lora_core.data.audit import Looks, TrainingView, audit
 from lora_core.data.dataset import split_holdout
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.projects.project import DEMO, Project, read_json, relative_name
-from lora_core.system.files import write_atomically
+from lora_core.projects.project import DEMO, Project, relative_name
+from lora_core.system.files import read_json, write_atomically
 
 BY_ITSELF = 150
 """Up to so many images are looked over without being asked; a thousand would take a minute of both

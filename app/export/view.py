@@ -23,7 +23,7 @@ from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.report.plots import content_policy
 from lora_core.runs.folder import check_run_name, runs_folder
-from lora_core.settings.choices import FORMATS
+from lora_core.settings.schema import FORMATS
 from lora_core.system.files import expand_home
 from lora_core.system.other_tools import CopiedFile, copy_export
 

@@ -18,7 +18,7 @@ from lora_core.errors import LoraError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import lookup_base
-from lora_core.runs.storage import list_trash, move_to_trash, restore
+from lora_core.projects.workspace import list_trash, move_to_trash, restore
 from lora_core.system.files import parse_json
 
 MOST_SHOWN = 60

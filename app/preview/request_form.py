@@ -15,7 +15,7 @@ from lora_core.generate.grid import Axis, make_axis, split_values
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.projects.project import Project
-from lora_core.runs.progress import Progress
+from lora_core.runs.events import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, NumberOrAuto
 

@@ -43,7 +43,7 @@ from app.templates import note_html, render
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import NEGATIVE, WeightedLora
-from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.schema import SAMPLERS
 
 
 def add_preview_routes(app: FastAPI, app_state: AppState) -> None:

@@ -17,7 +17,7 @@ from app.state import Snapshot
 from app.templates import render
 from app.train.train_form import base_choices
 from lora_core.generate.request import GenerationRequest, sampler_title
-from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.schema import SAMPLERS
 
 
 def build_preview(bindings: Bindings) -> None:

@@ -21,7 +21,7 @@ from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
-from lora_core.settings.choices import FORMATS
+from lora_core.settings.schema import FORMATS
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, unused_path
 
 MOST_FILES = 12

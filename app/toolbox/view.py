@@ -33,7 +33,7 @@ from lora_core.errors import AdapterFileError, RunError
 from lora_core.model_files.families import FAMILIES
 from lora_core.report.plots import Bar, bars_plot, figure
 from lora_core.runs.folder import runs_folder
-from lora_core.settings.choices import FORMATS
+from lora_core.settings.schema import FORMATS
 from lora_core.system.files import parse_json
 
 Row = Mapping[str, Any]

@@ -16,13 +16,13 @@ from app.top_bar import describe_left, describe_phase
 from app.train.form import row_title
 from lora_core.errors import RunError
 from lora_core.report.plots import chart_tables, rate_html, run_charts
-from lora_core.runs.events import PreviewDone, Validated
-from lora_core.runs.folder import runs_folder
-from lora_core.runs.progress import (
+from lora_core.runs.events import (
     A_LITTLE,
     MEMORIZED,
     SURE,
+    PreviewDone,
     Progress,
+    Validated,
     best_of,
     describe_average,
     describe_forgetting,
@@ -30,9 +30,10 @@ from lora_core.runs.progress import (
     known_error,
     with_gain,
 )
+from lora_core.runs.folder import runs_folder
 from lora_core.runs.queue import FAILED, WAITING, QueuedRun
-from lora_core.settings.choices import PRECISIONS
 from lora_core.settings.config import FIELDS, label_of
+from lora_core.settings.schema import PRECISIONS
 from lora_core.system.files import file_bytes
 from lora_core.system.processes import log_tail
 

@@ -37,9 +37,8 @@ from app.train.train_form import TrainForm, reset_settings
 from lora_core.errors import ConfigError, LoraError, RunError
 from lora_core.model_files.header import MAX_HEADER
 from lora_core.model_files.starting_settings import settings_from_lora
-from lora_core.runs.diagnosis import debug_zip
+from lora_core.runs.diagnosis import VARIABLE, WEB, debug_zip, read_recipient, send_test, write_recipient
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
-from lora_core.runs.notifications import VARIABLE, WEB, read_recipient, send_test, write_recipient
 
 QUIT_AFTER = 0.3
 """Seconds: the answer is to be out before the server ends."""

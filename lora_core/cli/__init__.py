@@ -31,9 +31,10 @@ from lora_core.errors import (
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import read_header
+from lora_core.runs.diagnosis import notify_end
 from lora_core.runs.events import EventWriter, Stopped
 from lora_core.runs.folder import RunFolder, find_run, runs_folder
-from lora_core.runs.queue import FAILED, Queue
+from lora_core.runs.queue import FAILED, Queue, run_queue
 from lora_core.settings.config import (
     RunConfig,
     checked_value,
@@ -326,8 +327,6 @@ def _resume_run(
 
     Signals are taken as a stop from here on, long before torch is imported.
     """
-    from lora_core.runs.notifications import notify_end
-
     if steps is not None:
         steps = checked_value("train.steps", steps, "--steps")
     before = file_bytes(run.events_file)
@@ -364,8 +363,6 @@ def _resume_run(
 
 @command("queue run")
 def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
-    from lora_core.runs.queue import run_queue
-
     place = workspace_folder(workspace)
     ended, interrupted = run_queue(place, (lambda line: None) if as_json else say)
     if as_json:

@@ -25,7 +25,7 @@ from lora_core.errors import AdapterFileError, RunError
 from lora_core.generate.grid import KINDS, Axis, parse_axis
 from lora_core.generate.request import WeightedLora, parse_cfg_rescale
 from lora_core.runs.folder import find_run, is_run_folder
-from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
+from lora_core.settings.schema import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.verbs import CHECKPOINT, GROUPS
 
 NEEDED = inspect.Parameter.empty

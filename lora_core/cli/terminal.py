@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_core.runs import events
-from lora_core.runs.progress import Progress, verdict
+from lora_core.runs.events import Progress, verdict
 from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import workspace

@@ -31,7 +31,7 @@ from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
-from lora_core.settings.choices import FORMATS, chosen
+from lora_core.settings.schema import FORMATS, chosen
 from lora_core.system.files import sync_folder
 
 AS_IT_IS = "as it is"

@@ -37,7 +37,7 @@ from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents
-from lora_core.settings.choices import SAMPLERS, chosen
+from lora_core.settings.schema import SAMPLERS, chosen
 from lora_core.system.files import write_atomically
 
 OnStep = Callable[[int, int], None]

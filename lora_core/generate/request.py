@@ -17,8 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lora_core.errors import ConfigError
 from lora_core.model_files.families import is_text_encoder
-from lora_core.settings.choices import SAMPLERS, find_key
-from lora_core.settings.schema import AUTO, NumberOrAuto
+from lora_core.settings.schema import AUTO, SAMPLERS, NumberOrAuto, find_key
 
 Value = str | int | float
 LARGEST_SEED = 2**63 - 1

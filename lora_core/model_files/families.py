@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.errors import ConfigError, ModelFileError
-from lora_core.settings.choices import TARGETS, chosen
+from lora_core.settings.schema import TARGETS, chosen
 from lora_core.system.files import FAMILY_CONFIGS
 
 

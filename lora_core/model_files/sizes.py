@@ -14,9 +14,8 @@ from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
-from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, rows
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import last_matches
+from lora_core.settings.schema import OPTIMIZERS, TARGETS, chosen, last_matches, rows
 from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
@@ -46,7 +45,7 @@ CHECKPOINTING, HALVES, OPTIMIZER_8BIT = "checkpointing", "half", "8-bit optimize
 INT8, OFFLOAD = "int8", "offload"
 FALLBACKS: dict[str, str] = rows()["fallbacks"]
 """What is done where memory is short, in the order in which it is tried before the first step: name in
-`plan.json` to what it does and costs. `train/oom.py` applies them."""
+`plan.json` to what it does and costs. `train/autotune.py` applies them."""
 HEADER_A_LAYER = 450
 """Bytes of the exported file's header for each layer: three tensors with long names."""
 _HEADERS = 64 * 1024

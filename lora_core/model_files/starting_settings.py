@@ -18,7 +18,6 @@ from typing import Any
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
-from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import (
     FIELDS,
     RETIRED,
@@ -29,6 +28,7 @@ from lora_core.settings.config import (
     load_toml,
     retired,
 )
+from lora_core.settings.schema import OPTIMIZERS
 from lora_core.system.files import ASSETS, PRESETS, parse_json
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}

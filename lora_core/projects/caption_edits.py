@@ -16,11 +16,19 @@ from typing import Any
 
 from lora_core.data.captions import split_tags, with_trigger, write_caption
 from lora_core.data.scan import ImageRecord
-from lora_core.errors import DatasetError
-from lora_core.projects.project import Project, read_json
-from lora_core.system.files import sync_folder, write_atomically
+from lora_core.errors import DatasetError, wrap_os_errors
+from lora_core.projects.project import Project
+from lora_core.system.files import read_json, sync_folder, write_atomically
 
-EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
+EDITS = {
+    "replace": ("find", "“{0.find}” replaced by “{0.put}”"),
+    "prepend": ("put", "“{0.put}” put in front"),
+    "append": ("put", "“{0.put}” put at the end"),
+    "rename tag": ("find", "tag “{0.find}” renamed to “{0.put}”"),
+    "delete tag": ("find", "tag “{0.find}” deleted"),
+    "trigger": ("put", "trigger word “{0.put}” added"),
+}
+"""What may be done, the field that it needs, and the change in words."""
 PATIENCE = 5.0
 """Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
 # A pattern runs in a process of its own: `re` can neither be stopped nor shares the interpreter, and the
@@ -62,10 +70,9 @@ def apply_edit(captions: list[str], edit: Edit) -> list[str]:
     Raises:
         DatasetError: something that the change needs is empty, or the pattern is wrong or takes too long.
     """
-    needed = {"replace": edit.find, "rename tag": edit.find, "delete tag": edit.find}.get(edit.do, edit.put)
     if edit.do not in EDITS:
         raise DatasetError(f"{edit.do!r} is no change of captions; choose one of {', '.join(EDITS)}.")
-    if not needed.strip() and not (edit.do == "replace" and edit.find):
+    if not getattr(edit, EDITS[edit.do][0]).strip() and not (edit.do == "replace" and edit.find):
         raise DatasetError("Type first what is to be found or added.")
     if edit.do == "replace":
         return _replace(captions, edit)
@@ -248,14 +255,7 @@ def undo(project: Project) -> tuple[int, int]:
 
 def describe_edit(edit: Edit) -> str:
     """An edit in words."""
-    return {
-        "replace": f"“{edit.find}” replaced by “{edit.put}”",
-        "prepend": f"“{edit.put}” put in front",
-        "append": f"“{edit.put}” put at the end",
-        "rename tag": f"tag “{edit.find}” renamed to “{edit.put}”",
-        "delete tag": f"tag “{edit.find}” deleted",
-        "trigger": f"trigger word “{edit.put}” added",
-    }[edit.do]
+    return EDITS[edit.do][1].format(edit)
 
 
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
@@ -272,14 +272,10 @@ def _steps(project: Project) -> list[dict[str, Any]]:
 
 
 def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
-    try:
+    advice = ". Nothing was changed; free some disk space."
+    with wrap_os_errors(DatasetError, "What the captions were before cannot be kept", advice):
         project.path.mkdir(exist_ok=True)
         write_atomically(project.path / _FILE, json.dumps({"steps": steps[-MOST_KEPT:]}).encode())
-    except OSError as error:
-        raise DatasetError(
-            f"What the captions were before cannot be kept ({error.strerror}), so nothing was changed; free"
-            " some disk space."
-        ) from error
 
 
 def _bytes(file: Path) -> str | None:
@@ -288,10 +284,8 @@ def _bytes(file: Path) -> str | None:
 
 
 def _put(file: Path, old: str | None) -> None:
-    try:
+    with wrap_os_errors(DatasetError, f"The caption {file.name} cannot be written"):
         if old is None:
             file.unlink(missing_ok=True)
         else:
             write_atomically(file, old.encode("utf-8", "surrogateescape"), sync=False)
-    except OSError as error:
-        raise DatasetError(f"The caption {file.name} cannot be written ({error.strerror}).") from error

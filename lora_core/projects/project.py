@@ -32,13 +32,14 @@ from lora_core.data.scan import (
     unused_stem,
     walk_files,
 )
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import (
     DEMO_TRAIN,
     clean_text,
     clean_value,
     clear_abandoned,
-    parse_json,
+    read_json,
+    read_object,
     unused_path,
     write_atomically,
 )
@@ -51,8 +52,6 @@ _LOCK = ".lock"
 _PATIENCE = 30.0
 """Seconds to wait for another process that changes the project."""
 LONGEST_TITLE = 80
-LARGEST_JSON = 16 * 2**20
-"""Bytes; what is larger was not written here."""
 
 
 class Project:
@@ -88,15 +87,14 @@ class Project:
         Raises:
             DatasetError: another process holds it for too long, or the folder cannot be written.
         """
-        try:
-            self._file_lock.acquire(timeout=_PATIENCE)
-        except Timeout as error:
-            raise DatasetError(
-                f"The project {self.title} is being changed by another window or command; wait until that is"
-                " done."
-            ) from error
-        except OSError as error:
-            raise DatasetError(f"The project {self.path} cannot be written ({error.strerror}).") from error
+        with wrap_os_errors(DatasetError, f"The project {self.path} cannot be written"):
+            try:
+                self._file_lock.acquire(timeout=_PATIENCE)
+            except Timeout as error:
+                raise DatasetError(
+                    f"The project {self.title} is being changed by another window or command; wait until that"
+                    " is done."
+                ) from error
         try:
             with self._lock:
                 yield
@@ -126,14 +124,13 @@ class Project:
 
     def _read_draft(self) -> None:
         """Read the unsent form; one that cannot be read counts as empty, and is set aside before the next."""
+        file = self.path / "draft.json"
         self._draft: dict[str, Any] = {}
         self._draft_is_unreadable = False
         try:
-            self._draft = _read_object(self.path / "draft.json")
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError):
-            self._draft_is_unreadable = True
+            self._draft = read_object(file)
+        except (OSError, ValueError) as error:
+            self._draft_is_unreadable = not isinstance(error, FileNotFoundError)
 
     def draft(self) -> dict[str, Any]:
         """A copy of the unsent form."""
@@ -314,23 +311,6 @@ def read_title(path: Path) -> str:
     return title[:LONGEST_TITLE] or (DEFAULT_TITLE if path.name == "default" else path.name)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A small file of ours; one that is missing or broken counts as empty."""
-    try:
-        return _read_object(file)
-    except (OSError, ValueError):
-        return {}
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > LARGEST_JSON:
-        raise ValueError("too large")
-    found = parse_json(file.read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError("no object")
-    return found
-
-
 def leave_out(project: Project, names: list[str]) -> int:
     """Move images aside; also damaged ones. Returns how many.
 
@@ -410,13 +390,9 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
 
 def _set_of(image: Path) -> list[Path]:
     """An image, its captions and its masks."""
-    captions = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    masks = [
-        image.with_name(f"{image.stem}{ending}{suffix}")
-        for ending in MASK_ENDINGS
-        for suffix in sorted(IMAGE_SUFFIXES)
-    ]
-    return [file for file in (image, *captions, *masks) if file.is_file()]
+    ends = [f"{ending}{suffix}" for ending in MASK_ENDINGS for suffix in sorted(IMAGE_SUFFIXES)]
+    names = [image.name, *(f"{image.stem}{end}" for end in (*CAPTION_SUFFIXES, *ends))]
+    return [file for file in map(image.with_name, names) if file.is_file()]
 
 
 @dataclass(frozen=True)
@@ -437,10 +413,8 @@ def move_files(moves: list[Move], root: Path) -> None:
     if not moves:
         return
     finish_moves(root)
-    rows = [
-        [move.source.relative_to(root).as_posix(), move.target.relative_to(root).as_posix(), move.copy]
-        for move in moves
-    ]
+    pairs = (((move.source, move.target), move.copy) for move in moves)
+    rows = [[*(path.relative_to(root).as_posix() for path in paths), copy] for paths, copy in pairs]
     write_atomically(root / JOURNAL, json.dumps(rows).encode())
     done: list[Move] = []
     try:
@@ -449,7 +423,9 @@ def move_files(moves: list[Move], root: Path) -> None:
             done.append(move)
     except OSError:
         for move in reversed(done):
-            _revert(move)
+            # The first error is the one to report.
+            with contextlib.suppress(OSError):
+                move.target.unlink() if move.copy else os.replace(move.target, move.source)
         (root / JOURNAL).unlink()
         raise
     (root / JOURNAL).unlink()
@@ -463,10 +439,7 @@ def finish_moves(root: Path) -> bool:
     """
     try:
         rows = json.loads((root / JOURNAL).read_bytes())
-        moves = [
-            Move(_journal_path(root, source), _journal_path(root, target), bool(copy))
-            for source, target, copy in rows
-        ]
+        moves = [Move(_journal_path(root, a), _journal_path(root, b), bool(copy)) for a, b, copy in rows]
     except FileNotFoundError:
         return False
     except (ValueError, TypeError, RecursionError):  # not ours
@@ -552,15 +525,6 @@ def _apply(move: Move) -> None:
         os.replace(temporary, move.target)
     else:
         os.replace(move.source, move.target)
-
-
-def _revert(move: Move) -> None:
-    # The first error is the one to report.
-    with contextlib.suppress(OSError):
-        if move.copy:
-            move.target.unlink()
-        else:
-            os.replace(move.target, move.source)
 
 
 def _journal_path(root: Path, name: str) -> Path:

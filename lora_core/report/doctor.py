@@ -30,6 +30,7 @@ LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
 LONGEST_BELOW = 130
 """Characters that the path of a file inside a workspace adds to that of the workspace."""
 LONGEST_PATH = 260
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ACCELERATE_USE_CPU", "HSA_OVERRIDE_GFX_VERSION")
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,17 @@ def _packages() -> Iterator[Check]:
     versions: list[str] = []
     absent: list[str] = []
     for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker and (marker.evaluate({"extra": "test"}) or marker.evaluate({"extra": "base"})):
+            continue  # for those who work on the project
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = ""
-        if requirement.marker is None:
-            fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
-            if not fits:
-                asked = f"it has to be {requirement.specifier}"
-                yield Check(requirement.name, f"{version or 'not installed'}; {asked}", REINSTALL)
-            versions.append(f"{requirement.name} {version}")
-        elif requirement.marker.evaluate({"extra": "test"}) or requirement.marker.evaluate({"extra": "base"}):
-            continue  # for those who work on the project
-        else:
-            (versions if version else absent).append(f"{requirement.name} {version}".strip())
+        if marker is None and not (version and requirement.specifier.contains(version, prereleases=True)):
+            asked = f"it has to be {requirement.specifier}"
+            yield Check(requirement.name, f"{version or 'not installed'}; {asked}", REINSTALL)
+        (versions if version or marker is None else absent).append(f"{requirement.name} {version}".strip())
     yield Check("Packages", ", ".join(versions))
     yield Check("Optional packages that are absent", ", ".join(absent) or "none")
 
@@ -116,29 +114,19 @@ def _torch() -> Iterator[Check]:
         yield Check("PyTorch", f"cannot be imported: {error}", REINSTALL)
         return
     found = describe_torch()
-    fix = ""
-    if card is not None and found["device"] == "cpu":
-        fix = card_problem(card, found)
+    fix = card_problem(card, found) if card is not None and found["device"] == "cpu" else ""
     yield Check("PyTorch", f"{found['torch']}, built for {found['build']}", fix)
     for one in devices():
         title = " ".join(part for part in (one["device"], one["name"]) if part)
-        capability = f", compute capability {one['capability']}" if one["capability"] else ""
-        memory = free_memory(one["device"]) if one["usable"] else None
-        if memory is None:
-            words = capability if one["usable"] else f"{capability}, which this PyTorch has no code for"
-            yield Check("PyTorch sees", title + words)
-            continue
-        free, total = memory
-        room = f", {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-        short = "" if free >= LITTLE_MEMORY else f"Close other programs that use {title}."
-        yield Check("PyTorch sees", title + capability + room, short)
+        words = title + (f", compute capability {one['capability']}" if one["capability"] else "")
+        words += "" if one["usable"] else ", which this PyTorch has no code for"
+        short, memory = "", free_memory(one["device"]) if one["usable"] else None
+        if memory is not None:
+            words += f", {memory[0] / 1e9:.1f} of {memory[1] / 1e9:.1f} GB free"
+            short = "" if memory[0] >= LITTLE_MEMORY else f"Close other programs that use {title}."
+        yield Check("PyTorch sees", words, short)
     yield Check("Computes on", found["device"])
-    for name in (
-        "CUDA_VISIBLE_DEVICES",
-        "CUDA_DEVICE_ORDER",
-        "ACCELERATE_USE_CPU",
-        "HSA_OVERRIDE_GFX_VERSION",
-    ):
+    for name in VARIABLES:
         if name in os.environ:
             yield Check("Environment variable", f"{name} = {os.environ[name]}")
 
@@ -210,17 +198,15 @@ def _long_paths() -> bool:
 
 
 def _port(is_free: Callable[[int], bool] | None = None) -> Iterator[Check]:
-    free = is_free or _is_free
-    first = next((port for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED) if free(port)), None)
+    ports = range(FIRST_PORT, FIRST_PORT + PORTS_TRIED)
+    first = next(filter(is_free or _is_free, ports), None)
+    found, fix = f"{FIRST_PORT} is taken, by this program or another; {first} is free", ""
     if first is None:
-        found = f"{FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken"
-        yield Check("Port of the window", found, "Start with --port and a number that is free.")
+        found = f"{FIRST_PORT} to {ports[-1]} are all taken"
+        fix = "Start with --port and a number that is free."
     elif first == FIRST_PORT:
-        yield Check("Port of the window", f"{FIRST_PORT} is free")
-    else:
-        yield Check(
-            "Port of the window", f"{FIRST_PORT} is taken, by this program or another; {first} is free"
-        )
+        found = f"{FIRST_PORT} is free"
+    yield Check("Port of the window", found, fix)
 
 
 def _is_free(port: int) -> bool:

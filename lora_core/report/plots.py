@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ from typing import Any
 import jinja2
 
 from lora_core.model_files.families import is_text_encoder
-from lora_core.runs.events import RateFound, Validated
-from lora_core.runs.progress import SURE, Progress, best_of, known_error, smooth, with_gain
+from lora_core.runs.events import (
+    SURE,
+    Progress,
+    RateFound,
+    Validated,
+    best_of,
+    known_error,
+    smooth,
+    with_gain,
+)
 from lora_core.system.files import ASSETS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,7 +39,7 @@ MOST_POINTS = 5000
 MOST_ROWS = 40
 MOST_LETTERS = 28
 
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 @functools.cache
@@ -129,18 +137,16 @@ class Curve:
             "error": [_short(error) for error in self.errors],
         }  # fmt: skip
 
+    def cells(self, unit: str) -> dict[float, str]:
+        """Its values in words by x, smoothed if it is noisy."""
+        xs, ys = zip(*self.points, strict=True)
+        errors = [f" \N{PLUS-MINUS SIGN} {error:.2g}" for error in self.errors] or [""] * len(xs)
+        values = zip(xs, smooth(list(ys)) if self.noisy else ys, errors, strict=True)
+        return {x: f"{y:.4g}{unit}{error}" for x, y, error in values}
+
 
 def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point that is marked, and its label."""
-
-    x: float
-    y: float
-    words: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Chart:
         title: of its button, where it shares its place with other charts.
         label: what it shows, in a sentence.
         curves: at least one, each of a point or more; the table has the points of the first.
-        mark: a point to mark.
+        mark: a point to mark: x, y and its label.
         x: what its x axis counts.
         unit: of y.
         between: two values of x; the range between them is shaded.
@@ -161,7 +167,7 @@ class Chart:
     title: str
     label: str
     curves: Sequence[Curve]
-    mark: Mark | None = None
+    mark: tuple[float, float, str] | None = None
     x: str = "Step"
     unit: str = ""
     between: tuple[float, float] | None = None
@@ -172,24 +178,18 @@ class Chart:
         return {
             "title": self.title, "label": self.label, "x": self.x, "unit": self.unit, "logX": self.log_x,
             "curves": [curve.document() for curve in self.curves], "between": self.between,
-            "mark": self.mark and {"x": self.mark.x, "y": _short(self.mark.y), "text": self.mark.words},
+            "mark": self.mark and {"x": self.mark[0], "y": _short(self.mark[1]), "text": self.mark[2]},
         }  # fmt: skip
 
     def table(self) -> str:
         """Its values at the points of the first curve, or at some of many."""
-        points = self.curves[0].points
-        shown = [points[i * (len(points) - 1) // max(1, MOST_ROWS - 1)] for i in range(MOST_ROWS)]
-        known = [self._cells(curve) for curve in self.curves]
-        xs = [x for x, _ in (points if len(points) <= MOST_ROWS else shown)]
+        xs = [x for x, _ in self.curves[0].points]
+        if len(xs) > MOST_ROWS:
+            xs = [xs[i * (len(xs) - 1) // (MOST_ROWS - 1)] for i in range(MOST_ROWS)]
+        known = [curve.cells(self.unit) for curve in self.curves]
         rows = [(f"{x:,.6g}", *(cells.get(x, "") for cells in known)) for x in xs]
         names = [f"{curve.name}, smoothed" if curve.noisy else curve.name for curve in self.curves]
         return table_html((self.x, *names), rows, self.title)
-
-    def _cells(self, curve: Curve) -> dict[float, str]:
-        errors = [f" \N{PLUS-MINUS SIGN} {error:.2g}" for error in curve.errors] or [""] * len(curve.points)
-        ys = [y for _, y in curve.points]
-        values = zip(curve.points, smooth(ys) if curve.noisy else ys, errors, strict=True)
-        return {x: f"{y:.4g}{self.unit}{error}" for (x, _), y, error in values}
 
 
 def charts_html(charts: Sequence[Chart]) -> str:
@@ -218,7 +218,7 @@ def run_charts(runs: Mapping[str, Progress]) -> list[Chart]:
     if gains:
         best = best_of(first.validations)
         share = _percent(first.validations)
-        mark = Mark(float(best.step), share * best.gain, f"best, step {best.step:,}") if best else None
+        mark = (float(best.step), share * best.gain, f"best, step {best.step:,}") if best else None
         words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
         charts.append(Chart("Improvement", f"Gain over the base{words}", gains, mark, unit="%"))
     if losses:
@@ -239,30 +239,28 @@ def gain_curves(validations: Sequence[Validated], name: str = "", style: str = "
     best step (of the gain itself at the first); with no name also on other images, and of the raw adapter.
     """
     found, scale = with_gain(validations), _percent(validations)
-    if not found:
-        return []
 
-    def curve(name: str, style: str, values: list[tuple[float, float]], hidden: bool = False) -> list[Curve]:
-        rows = zip(found, values, strict=True)
-        known = [
-            (float(one.step), scale * value, error) for one, (value, error) in rows if math.isfinite(value)
-        ]
+    def curve(
+        name: str, style: str, key: str, error: Callable[[Validated], float] = lambda one: 0.0,
+        hidden: bool = False,
+    ) -> list[Curve]:  # fmt: skip
+        known = [one for one in found if math.isfinite(getattr(one, key))]
         # Step 0 is the base, with a gain of 0 by definition.
-        points = [(0.0, 0.0), *((x, y) for x, y, _ in known)]
-        errors = [0.0, *(SURE * scale * known_error(error) for _, _, error in known)]
+        points = [(0.0, 0.0), *((float(one.step), scale * getattr(one, key)) for one in known)]
+        errors = [0.0, *(SURE * scale * known_error(error(one)) for one in known)]
         return [Curve(name, points, errors if any(errors) else (), style, hidden=hidden)] if known else []
 
-    paired = [
-        e.against_best_error if math.isfinite(e.against_best_error) else e.standard_error for e in found
-    ]
-    held = list(zip((e.gain for e in found), paired, strict=True))
+    def paired(one: Validated) -> float:
+        return one.against_best_error if math.isfinite(one.against_best_error) else one.standard_error
+
+    held = curve(name or "Held out", style, "gain", paired)
     if name:
-        return curve(name, style, held)
+        return held
     return [
-        *curve("Held out", style, held),
-        *curve("Training", "second", [(e.train_gain, math.nan) for e in found]),
-        *curve("Held out, raw", "raw", [(e.raw_gain, math.nan) for e in found]),
-        *curve("Base's own", "third", [(e.prior, e.prior_error) for e in found], hidden=True),
+        *held,
+        *curve("Training", "second", "train_gain"),
+        *curve("Held out, raw", "raw", "raw_gain"),
+        *curve("Base's own", "third", "prior", lambda one: one.prior_error, hidden=True),
     ]
 
 
@@ -302,19 +300,13 @@ def shorten(text: str, most: int = MOST_LETTERS) -> str:
 
 
 def heat_plot(
-    label: str,
-    names: Sequence[str],
-    columns: Sequence[str],
-    shares: Sequence[Sequence[float]],
-    words: Sequence[Sequence[str]],
+    label: str, names: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[tuple[float, str]]]
 ) -> str:
-    """A heat map, each column on a scale of its own.
-
-    Args:
-        shares: for each row, from 0 to 1, how strongly each cell is coloured.
-        words: for each row, the text of each cell.
-    """
-    return str(_macros().heat(label, [shorten(name) for name in names], columns, shares, words))
+    """A heat map of (value, text), a row for each name; each column has a colour scale of its own."""
+    most = [max(value for value, _ in column) or 1 for column in zip(*values, strict=True)]
+    shares = [[value / top for (value, _), top in zip(row, most, strict=True)] for row in values]
+    words = [[text for _, text in row] for row in values]
+    return str(_macros().heat(label, list(map(shorten, names)), columns, shares, words))
 
 
 def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str, str]) -> str:
@@ -326,11 +318,8 @@ def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str,
     return str(_macros().square(label, titles, table))
 
 
-# The analyses of an adapter as HTML: the spectrum, the intrinsic rank, the best strength, amplification.
-#
-# They are drawn from plain data, the documents of the command line's `--json`, so that the window draws
-# them without torch and the report of a run has the same figures.
-
+# The analyses of an adapter, from the documents of the command line's `--json`: the window draws them without
+# torch, and the report of a run has the same figures.
 
 MOST_BLOCKS = 40
 Row = Mapping[str, Any]
@@ -345,27 +334,6 @@ def left_out_html(rows: Sequence[Row]) -> str:
     return paragraph(f"Left out: {'; '.join(words)}.", small=True)
 
 
-def span_of(values: Sequence[float]) -> str:
-    """One number, or the two ends."""
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def spectrum_sentence(spectrum: Row) -> str:
-    """The spectrum in words."""
-    layers: list[Row] = spectrum["layers"]
-    if not layers:
-        return "No layer of this file can be decomposed."
-    needs = statistics.median(row["rank99"] for row in layers)
-    effective = statistics.fmean(row["effective_rank"] for row in layers)
-    plural = "layer" if len(layers) == 1 else "layers"
-    return (
-        f"{len(layers):,} {plural} of rank {span_of([row['rank'] for row in layers])}: half of them hold 99%"
-        f" of their energy in {needs:g} or fewer directions; the effective rank is {effective:.1f} on"
-        " average."
-    )
-
-
 def spectrum_html(spectrum: Row) -> str:
     """Energy by rank, the ranks of the layers, energy by block, and the tables.
 
@@ -373,22 +341,39 @@ def spectrum_html(spectrum: Row) -> str:
         spectrum: of `tools.svd.file_spectrum`.
     """
     layers: list[Row] = spectrum["layers"]
-    text = paragraph(spectrum_sentence(spectrum)) + left_out_html(spectrum["left_out"])
+    left_out = left_out_html(spectrum["left_out"])
     if not layers:
-        return text
+        return paragraph("No layer of this file can be decomposed.") + left_out
+    blocks: list[Row] = spectrum["blocks"]
+    ranks = sorted({row["rank"] for row in layers})
+    text = (
+        f"{len(layers):,} {'layer' if len(layers) == 1 else 'layers'} of rank"
+        f" {' to '.join(f'{rank:g}' for rank in dict.fromkeys((ranks[0], ranks[-1])))}: half of them hold 99%"
+        f" of their energy in {statistics.median(row['rank99'] for row in layers):g} or fewer directions; the"
+        f" effective rank is {statistics.fmean(row['effective_rank'] for row in layers):.1f} on average."
+    )
     held = "Of the median layer, by its leading directions; four of five layers lie between the thin lines."
     plots = [
         figure("Energy held, in percent", _held(layers), held),
-        figure(
-            "Ranks of all layers", _sorted_ranks(layers), "Each curve is sorted on its own, largest first."
-        ),
-        figure("Where the change is", _energy_by_block(spectrum["blocks"]), "Share of the squared norm."),
+        figure("Ranks of all layers", _sorted_ranks(layers), "Each curve is sorted, largest first."),
+        figure("Where the change is", _energy_by_block(blocks), "Share of the squared norm."),
     ]
+    by_block = [
+        (block_name(row), row["layers"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
+         f"{row['rank99']:.1f}")
+        for row in blocks
+    ]  # fmt: skip
+    by_layer = [
+        (f"{row['part']}.{row['module']}", row["rank"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
+         f"{row['stable_rank']:.1f}", row["rank90"], row["rank99"])
+        for row in layers
+    ]  # fmt: skip
+    heads = ("Layer", "Rank", "Norm", "Effective rank", "Stable rank", "Rank of 90%", "Rank of 99%")
     tables = [
-        folded("Table by block", _block_table(spectrum["blocks"])),
-        folded("Table of all layers", _layer_table(layers)),
+        ("Table by block", table_html(("Block", "Layers", *heads[2:4], heads[6]), by_block, "By block")),
+        ("Table of all layers", table_html(heads, by_layer, "By layer")),
     ]
-    return text + figures(plots) + "".join(tables)
+    return paragraph(text) + left_out + figures(plots) + "".join(folded(*table) for table in tables)
 
 
 def _held(layers: Sequence[Row]) -> str:
@@ -402,31 +387,28 @@ def _held(layers: Sequence[Row]) -> str:
     if not shares:
         return paragraph("All layers are zero.")
     columns = [sorted(column) for column in zip(*shares, strict=True)]
-
-    def curve(name: str, tenths: int, style: str) -> Curve:
-        values = [100 * column[len(column) * tenths // 10] for column in columns]
-        return Curve(name, [(0.0, 0.0), *((float(k), value) for k, value in enumerate(values, 1))], (), style)
-
-    median = curve("median layer", 5, "smooth")
-    at, energy = next((k, y) for k, y in median.points if y >= 99 * (1 - 1e-9))
-    label = f"Share of energy held by the leading directions; the median layer holds 99% with {at:.0f} of"
-    curves = [median, curve("lowest tenth", 1, "raw"), curve("highest tenth", 9, "raw")]
-    mark = Mark(at, energy, f"99% by {at:.0f}")
+    curves = []
+    lines = (("median layer", 5, "smooth"), ("lowest tenth", 1, "raw"), ("highest tenth", 9, "raw"))
+    for name, tenths, style in lines:
+        energies = [100 * column[len(column) * tenths // 10] for column in columns]
+        curves.append(Curve(name, list(enumerate([0.0, *energies])), (), style))
+    at, energy = next((k, y) for k, y in curves[0].points if y >= 99 * (1 - 1e-9))
+    label = f"Share of energy held by the leading directions; the median layer holds 99% with {at} of"
+    mark = (at, energy, f"99% by {at}")
     return charts_html([Chart("Energy held", f"{label} {longest}", curves, mark, "Directions", "%")])
 
 
 def _sorted_ranks(layers: Sequence[Row]) -> str:
-    curves = []
-    for name, key, style in (
-        ("rank", "rank", "raw"),
-        ("99% of energy", "rank99", "smooth"),
-        ("90% of energy", "rank90", "third"),
-        ("effective rank", "effective_rank", "second"),
-    ):
-        values = sorted((float(row[key]) for row in layers), reverse=True)
-        curves.append(Curve(name, [(float(i), value) for i, value in enumerate(values, 1)], (), style))
     if len(layers) == 1:
         return paragraph(f"rank99 {layers[0]['rank99']}, rank90 {layers[0]['rank90']}")
+    kinds = (
+        ("rank", "rank", "raw"), ("99% of energy", "rank99", "smooth"), ("90% of energy", "rank90", "third"),
+        ("effective rank", "effective_rank", "second"),
+    )  # fmt: skip
+    curves = [
+        Curve(name, list(enumerate(sorted((float(row[key]) for row in layers), reverse=True), 1)), (), style)
+        for name, key, style in kinds
+    ]
     label = "Rank, rank that holds 99% and 90% of the energy, and effective rank of the layers"
     return charts_html([Chart("Ranks", label, curves, x="Layer")])
 
@@ -438,40 +420,14 @@ def block_name(row: Row) -> str:
 
 def _energy_by_block(blocks: Sequence[Row]) -> str:
     total = sum(row["norm"] ** 2 for row in blocks) or 1.0
-    shown = blocks
-    rest = 0.0
-    if len(blocks) > MOST_BLOCKS:
-        kept = sorted(blocks, key=lambda row: -row["norm"])[: MOST_BLOCKS - 1]
-        shown = [row for row in blocks if row in kept]
-        rest = sum(row["norm"] ** 2 for row in blocks if row not in kept) / total
-    bars = [_share_bar(block_name(row), row["norm"] ** 2 / total) for row in shown]
-    if rest:
-        bars.append(_share_bar("all others", rest))
-    best = max(blocks, key=lambda row: row["norm"])
-    return bars_plot(f"Share of the change by block; the largest is {block_name(best)}", bars)
-
-
-def _share_bar(name: str, share: float) -> Bar:
-    return Bar(name, 100 * share, 0.0, f"{share:.1%}")
-
-
-def _block_table(blocks: Sequence[Row]) -> str:
-    rows = [
-        (block_name(row), row["layers"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
-         f"{row['rank99']:.1f}")
-        for row in blocks
-    ]  # fmt: skip
-    return table_html(("Block", "Layers", "Norm", "Effective rank", "Rank of 99%"), rows, "By block")
-
-
-def _layer_table(layers: Sequence[Row]) -> str:
-    rows = [
-        (f"{row['part']}.{row['module']}", row["rank"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
-         f"{row['stable_rank']:.1f}", row["rank90"], row["rank99"])
-        for row in layers
-    ]  # fmt: skip
-    heads = ("Layer", "Rank", "Norm", "Effective rank", "Stable rank", "Rank of 90%", "Rank of 99%")
-    return table_html(heads, rows, "By layer")
+    shares = [(block_name(row), row["norm"] ** 2 / total) for row in blocks]
+    largest = sorted(shares, key=lambda one: -one[1])
+    if len(shares) > MOST_BLOCKS:
+        kept = largest[: MOST_BLOCKS - 1]
+        shares = [one for one in shares if one in kept]
+        shares.append(("all others", 1.0 - sum(share for _, share in kept)))
+    bars = [Bar(name, 100 * share, 0.0, f"{share:.1%}") for name, share in shares]
+    return bars_plot(f"Share of the change by block; the largest is {largest[0][0]}", bars)
 
 
 def intrinsic_html(found: Row) -> str:
@@ -500,14 +456,12 @@ def strength_html(found: Row, what: str = "") -> str:
         found: the document of `strength --json`.
         what: the part that it is of, "" for the whole adapter.
     """
-    curve: Sequence[Row] = found["curve"]
-    points = [(float(row["strength"]), float(row["gain"])) for row in curve]
-    errors = [2 * float(row["standard_error"]) for row in curve]
+    points = [(float(row["strength"]), float(row["gain"])) for row in found["curve"]]
+    errors = [2 * float(row["standard_error"]) for row in found["curve"]]
     best, low, high = (float(found[key]) for key in ("strength", "low", "high"))
     label = f"Gain over strength; highest at {best:.2f}, as good within noise from {low:.2f} to {high:.2f}"
-    mark = Mark(best, float(found["gain"]), f"best, {best:.2f}")
-    curves = [Curve("gain", points, errors)]
-    plot = charts_html([Chart("Measured strengths", label, curves, mark, "Strength", between=(low, high))])
+    mark, curve = (best, float(found["gain"]), f"best, {best:.2f}"), Curve("gain", points, errors)
+    plot = charts_html([Chart("Measured strengths", label, [curve], mark, "Strength", between=(low, high))])
     note = "Two standard errors around the gain; the shaded strengths are as good as the best within noise."
     title = f"Gain over strength{f', {what}' if what else ''}"
     return figure(title, plot, note)
@@ -529,21 +483,16 @@ def amplified_html(report: Row) -> str:
         f" {'dimension' if count == 1 else 'dimensions'}: new leading directions that the base does not"
         " have; many of them are a sign of forgetting."
     )
-    factors = [row["amplification"] or 0.0 for row in blocks]
-    norms = [row["norm"] for row in blocks]
-    counts = [row["intruders"] / max(1, row["layers"]) for row in blocks]
-    shares = [
-        [f / (max(factors) or 1), n / (max(norms) or 1), c / (max(counts) or 1)]
-        for f, n, c in zip(factors, norms, counts, strict=True)
-    ]
-    words = [
-        ["-" if row["amplification"] is None else f"{row['amplification']:.2f}", f"{row['norm']:.3g}",
-         f"{row['intruders']} in {row['layers']}"]
+    values = [
+        [(row["amplification"] or 0.0,
+          "-" if row["amplification"] is None else f"{row['amplification']:.2f}"),
+         (row["norm"], f"{row['norm']:.3g}"),
+         (row["intruders"] / max(1, row["layers"]), f"{row['intruders']} in {row['layers']}")]
         for row in blocks
     ]  # fmt: skip
-    names = [block_name(row) for row in blocks]
     columns = ("Amplification", "Norm", "Intruders")
-    plot = heat_plot("Amplification, norm and intruders by block", names, columns, shares, words)
+    names = [block_name(row) for row in blocks]
+    plot = heat_plot("Amplification, norm and intruders by block", names, columns, values)
     return text + left_out_html(report["left_out"]) + figure("By block", plot)
 
 
@@ -553,7 +502,7 @@ def rate_html(found: RateFound) -> str:
     share = min(points, key=lambda point: abs(math.log(point[0] / found.rate)))[1]
     label = f"Share of the base's loss taken away by learning rate; {found.rate:.2g} was taken"
     curve = Curve("share of the base's loss taken away", points)
-    mark = Mark(found.rate, share, f"taken: {found.rate:.2g}")
+    mark = (found.rate, share, f"taken: {found.rate:.2g}")
     plot = charts_html([Chart("Range test", label, [curve], mark, "Learning rate", log_x=True)])
     note = (
         "A short test before the first step, at rising rates. The chosen rate is twice the one that reaches"

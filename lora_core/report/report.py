@@ -5,9 +5,9 @@ names of images do not appear in it, since the page may be passed on.
 """
 
 import base64
+import functools
 import importlib.metadata
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_caption
 from lora_core.data.dataset import open_dataset, require_clean, split_holdout
-from lora_core.errors import DatasetError, LoraError, RunError
+from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
 from lora_core.models.device import best_device
@@ -42,18 +42,19 @@ from lora_core.report.plots import (
     strength_html,
     templates,
 )
-from lora_core.runs.events import Finished, PreviewDone, Stopped, Validated, read_events
-from lora_core.runs.folder import RunFolder
-from lora_core.runs.progress import (
+from lora_core.runs.events import (
     SURE,
+    PreviewDone,
     Progress,
+    Validated,
     best_of,
     describe_costs,
     known_error,
     with_gain,
 )
+from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import FIELDS, RunConfig, label_of
-from lora_core.system.files import ASSETS, write_atomically
+from lora_core.system.files import ASSETS, file_bytes, read_json, write_atomically
 from lora_core.tools.analysis import measure_strength
 from lora_core.tools.shrink import measure_rank
 from lora_core.tools.svd import file_spectrum
@@ -97,8 +98,7 @@ def run_evaluator(
     _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     if not held:
         raise DatasetError(f"{run.name} held no image out, so there is nothing to measure it on.")
-    known, now = _load_json(run.inputs_file), input_hashes(run, dataset.records)
-    known = known if isinstance(known, dict) else {}
+    known, now = read_json(run.inputs_file), input_hashes(run, dataset.records)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
     trigger, model = config.dataset.trigger, config.model
@@ -116,14 +116,6 @@ def run_evaluator(
     draws = max(FEWEST_DRAWS, config.validation.draws_per_image)
     evaluator = Evaluator(base, records, draws, config.seed, on_phase, on_image, encode)
     return RunEvaluator(evaluator, base, len(records), CHANGED if changed else "")
-
-
-def _load_json(file: Path) -> Any:
-    """What a JSON file holds; None where it is missing or broken."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 # The data of a report.
@@ -182,7 +174,7 @@ def collect_data(run: RunFolder, measure: bool, on_phase: OnPhase) -> ReportData
         ConfigError: its settings were edited into something illegal.
     """
     config, progress = run.config(), run.progress()
-    data = ReportData(run, config, progress, run.status(progress), _ending(run, progress))
+    data = ReportData(run, config, progress, run.status(progress), without_paths(progress.reason, run))
     data.images = saved_image_rows(run.path / IMAGES_FILE)
     steps = run.checkpoint_steps()
     if not steps:
@@ -191,52 +183,32 @@ def collect_data(run: RunFolder, measure: bool, on_phase: OnPhase) -> ReportData
         return data
     data.best = progress.best_step in steps
     data.step = progress.best_step if data.best and progress.best_step is not None else steps[-1]
-    data.size = _size(run, progress, data.adapter)
-    try:
-        data.spectrum = file_spectrum(data.adapter, lambda done, total: on_phase("spectrum", done, total))
-    except LoraError as error:
-        data.problems["spectrum"] = without_paths(str(error), run)
-    if measure:
-        _measure(data, on_phase)
-    else:
+    data.size = file_bytes(run.path / progress.export) if progress.export else 0
+    data.size = data.size or file_bytes(data.adapter)
+    _analyse(data, "spectrum", lambda: file_spectrum(data.adapter, functools.partial(on_phase, "spectrum")))
+    if not measure:
         data.problems |= dict.fromkeys(("rank", "strength"), NOT_ASKED)
+        return data
+    phase = ["the base"]
+    try:
+        found = run_evaluator(run, config, phase.append, lambda *done: on_phase(phase[-1], *done))
+    except LoraError as error:
+        words = f"It can no longer be measured. {without_paths(str(error), run)}"
+        data.problems |= dict.fromkeys(("rank", "strength"), words)
+        return data
+    data.measured_on, data.note = found.pictures, found.note
+    on = (data.adapter, found.base.family, found.evaluator.gains)
+    _analyse(data, "strength", lambda: measure_strength(*on))
+    _analyse(data, "rank", lambda: measure_rank(*on))
     return data
 
 
-def _measure(data: ReportData, on_phase: OnPhase) -> None:
-    """Add rank and strength, or why there is none."""
-    phase = ["the base"]
-
-    def on_image(done: int, total: int) -> None:
-        on_phase(phase[-1], done, total)
-
+def _analyse(data: ReportData, name: str, work: Callable[[], dict[str, Any]]) -> None:
+    """Put in the document of an analysis, or why there is none."""
     try:
-        found = run_evaluator(data.run, data.config, phase.append, on_image)
+        setattr(data, name, work())
     except LoraError as error:
-        words = without_paths(str(error), data.run)
-        data.problems |= dict.fromkeys(("rank", "strength"), f"It can no longer be measured. {words}")
-        return
-    data.measured_on, data.note = found.pictures, found.note
-    for name, work in (("strength", measure_strength), ("rank", measure_rank)):
-        try:
-            setattr(data, name, work(data.adapter, found.base.family, found.evaluator.gains))
-        except LoraError as error:
-            data.problems[name] = without_paths(str(error), data.run)
-
-
-def _ending(run: RunFolder, progress: Progress) -> str:
-    """Why a run ended before its last step."""
-    if progress.ending in ("failed", "paused"):
-        return without_paths(progress.reason, run)
-    last = [e for e in read_events(run.events_file)[0] if isinstance(e, Stopped | Finished)]
-    return without_paths(last[-1].reason, run) if last and isinstance(last[-1], Stopped) else ""
-
-
-def _size(run: RunFolder, progress: Progress, adapter: Path) -> int:
-    for file in (run.path / progress.export if progress.export else adapter, adapter):
-        if file.is_file():
-            return file.stat().st_size
-    return 0
+        data.problems[name] = without_paths(str(error), data.run)
 
 
 def without_paths(text: str, run: RunFolder) -> str:
@@ -244,9 +216,8 @@ def without_paths(text: str, run: RunFolder) -> str:
 
     A page that is passed on must not reveal where it was made, and for whom.
     """
-    places = [str(run.path), str(run.path.parent.parent), str(Path.home())]
-    for place in places:
-        text = text.replace(place, Path(place).name if place != str(Path.home()) else "~")
+    for place in (run.path, run.path.parent.parent, Path.home()):
+        text = text.replace(str(place), "~" if place == Path.home() else place.name)
     words = []
     for word in text.split(" "):
         parts = word.replace("\\", "/").rstrip("/").split("/")
@@ -256,8 +227,7 @@ def without_paths(text: str, run: RunFolder) -> str:
 
 def saved_image_rows(file: Path) -> list[dict[str, Any]]:
     """Gains by image, the highest first; a file that is missing or broken counts as empty."""
-    found = _load_json(file)
-    rows = found.get("rows", []) if isinstance(found, dict) else found
+    rows = read_json(file).get("rows", [])
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     good = [row for row in rows if all(_is_number(row.get(key)) for key in ("gain", "standard_error"))]
     return sorted(good, key=lambda row: -row["gain"])
@@ -292,63 +262,43 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
     if not out.absolute().parent.is_dir():
         raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
     page = report_html(collect_data(run, measure, on_phase), now).encode()
-    try:
+    with wrap_os_errors(RunError, f"The report {out} cannot be written"):
         write_atomically(out, page)
-    except OSError as error:
-        raise RunError(f"The report {out} cannot be written: {error.strerror or error}.") from error
     return len(page)
 
 
 def report_html(data: ReportData, now: float) -> str:
     """The page."""
+    samples, rate = sample_rows(data), data.progress.rate
     changed, unchanged = _settings(data.config)
-    rate = data.progress.rate
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            data=data,
-            name=data.run.name,
-            style="".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES),
-            scripts=load_scripts(),
-            policy=content_policy(),
-            summary=summary(data),
-            tiles=_tiles(data),
-            samples=_samples(data),
-            learned=[
-                curves_html(data),
-                rate_html(rate) if rate else "",
-                bands_html(data),
-                images_html(data),
-            ],
-            rank=intrinsic_html(data.rank) if data.rank else "",
-            spectrum=spectrum_html(data.spectrum) if data.spectrum else "",
-            strengths=[strength_html(fit, fit["part"]) for fit in (data.strength or {}).get("fits", [])],
-            changed=changed,
-            unchanged=unchanged,
-            version=importlib.metadata.version("lora-easel"),
-            made=datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d"),
-        )
-    )
+    page = templates().get_template("report.html.j2")
+    return page.render(
+        data=data, style="".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES),
+        scripts=load_scripts(), policy=content_policy(), summary=summary(data), tiles=_tiles(data),
+        samples=samples, images=encode_samples([one.file for _, row in samples for one in row]),
+        learned=[curves_html(data), rate_html(rate) if rate else "", bands_html(data), images_html(data)],
+        rank=intrinsic_html(data.rank) if data.rank else "",
+        spectrum=spectrum_html(data.spectrum) if data.spectrum else "",
+        strengths=[strength_html(fit, fit["part"]) for fit in (data.strength or {}).get("fits", [])],
+        changed=changed, unchanged=unchanged, version=importlib.metadata.version("lora-easel"),
+        made=datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d"),
+    )  # fmt: skip
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str]]:
     """(value, what it is) of the most important figures."""
     best = best_of(data.progress.validations)
-    done, planned = data.progress.step, data.progress.steps
-    adapter, trigger = data.config.adapter, data.config.dataset.trigger
+    done, planned, adapter = data.progress.step, data.progress.steps, data.config.adapter
+    gain, error = (f"{best.gain:+.4f}", f"{2 * best.standard_error:.4f}") if best else ("", "")
     tiles = [
         (f"{done:,}" + (f" of {planned:,}" if planned > done else ""), "steps"),
         (base_name(data.config.model.base), "base model"),
         (f"{adapter.rank}, alpha {adapter.alpha:g}", "rank"),
+        (data.config.dataset.trigger, "trigger word"),
+        (gain, f"best gain, \N{PLUS-MINUS SIGN} {error}"),
+        (f"{data.size / 1e6:.1f} MB" if data.size else "", "file"),
     ]
-    if trigger:
-        tiles.append((trigger, "trigger word"))
-    if best is not None:
-        tiles.append((f"{best.gain:+.4f}", f"best gain, \N{PLUS-MINUS SIGN} {2 * best.standard_error:.4f}"))
-    if data.size:
-        tiles.append((f"{data.size / 1e6:.1f} MB", "file"))
-    return tiles
+    return [(value, words) for value, words in tiles if value]
 
 
 # Settings.
@@ -363,13 +313,11 @@ def _settings(config: RunConfig) -> tuple[list[tuple[str, ...]], list[tuple[str,
     unchanged: list[tuple[str, ...]] = []
     defaults = RunConfig()
     for name in FIELDS:
-        if name in HIDDEN:
-            continue
         value, default = config.get(name), defaults.get(name)
-        if value != default:
-            changed.append((label_of(name), shown(name, value), shown(name, default), name))
-        else:
-            unchanged.append((label_of(name), shown(name, value), name))
+        first = (label_of(name), shown(name, value))
+        if name not in HIDDEN:
+            same = value == default
+            (unchanged if same else changed).append((*first, *([] if same else [shown(name, default)]), name))
     return changed, unchanged
 
 
@@ -473,42 +421,16 @@ class SampleFile(NamedTuple):
     file: Path
 
 
-def _samples(data: ReportData) -> list[dict[str, Any]]:
-    """The samples for the template: rows of `prompt` and `samples` with `title` and `data` (webp, base64)."""
-    rows = sample_rows(data)
-    images = _encode_all([sample.file for _, samples in rows for sample in samples])
-
-    def title(step: int) -> str:
-        best = ", best" if step and step == data.progress.best_step else ""
-        return f"step {step:,}{best}" if step else "base"
-
-    return [
-        {
-            "prompt": prompt,
-            "samples": [
-                {"step": one.step, "title": title(one.step), "data": images.get(one.file, "")}
-                for one in samples
-            ],
-        }
-        for prompt, samples in rows
-    ]
-
-
 def sample_rows(data: ReportData) -> list[tuple[str, list[SampleFile]]]:
     """(prompt, its samples over the steps), of a few prompts and a few steps."""
     done = _chosen(data.progress.previews, data.progress.best_step)
-    if not done:
-        return []
     rows = []
-    for number, prompt in enumerate(done[-1].prompts[:MOST_PROMPTS]):
-        same = [one for one in done if number < len(one.prompts) and one.prompts[number] == prompt]
-        for words, drawn in (("", [one.files for one in same]), (RAW, [one.raw_files for one in same])):
-            samples = [
-                SampleFile(one.step, data.run.path / files[number])
-                for one, files in zip(same, drawn, strict=True)
-                if number < len(files)
-            ]
-            if samples:
+    for number, prompt in enumerate(done[-1].prompts[:MOST_PROMPTS] if done else ()):
+        same = [one for one in done if one.prompts[number : number + 1] == [prompt]]
+        for words, kind in (("", "files"), (RAW, "raw_files")):
+            drawn = [(one.step, file) for one in same for file in getattr(one, kind)[number : number + 1]]
+            if drawn:
+                samples = [SampleFile(step, data.run.path / file) for step, file in drawn]
                 rows.append((f"{prompt}{words}", samples))
     return rows
 
@@ -518,29 +440,21 @@ def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDo
     by_step = {one.step: one for one in previews if one.files}
     steps = sorted(by_step)
     if len(steps) > MOST_STEPS:
-        places = {round(i * (len(steps) - 1) / (MOST_STEPS - 1)) for i in range(MOST_STEPS)}
-        kept = [steps[place] for place in sorted(places)]
+        kept = [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
         if best in by_step and best not in kept:
-            nearest = min(range(1, len(kept) - 1), key=lambda i: abs(kept[i] - best))
-            kept[nearest] = best
-        steps = sorted(set(kept))
+            kept[min(range(1, len(kept) - 1), key=lambda i: abs(kept[i] - best))] = best
+        steps = sorted(kept)
     return [by_step[step] for step in steps]
 
 
-def _encode_all(files: Sequence[Path]) -> dict[Path, str]:
-    """The images as base64, at the largest size at which all of them fit into `ROOM`."""
+def encode_samples(files: Sequence[Path]) -> dict[Path, str]:
+    """The images as base64, at the largest size at which all of them fit into `ROOM`; "" for broken ones."""
     found: dict[Path, str] = {}
     for side in SIDES:
-        found = {file: data for file in files if (data := encode_thumbnail(file, side))}
+        found = {file: encode_thumbnail(file, side) for file in files}
         if sum(map(len, found.values())) <= ROOM:
-            return found
-    # Even the smallest thumbnails take too much: the first ones are kept.
-    total, kept = 0, {}
-    for file, data in found.items():
-        total += len(data)
-        if total <= ROOM:
-            kept[file] = data
-    return kept
+            break
+    return found
 
 
 def encode_thumbnail(file: Path, side: int) -> str:

@@ -27,11 +27,11 @@ from lora_core.model_files.sizes import (
     fit_on_card,
     num_adapters,
 )
+from lora_core.runs.events import Progress
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
-from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO
-from lora_core.system.files import check_fields, parse_json, write_atomically
+from lora_core.system.files import check_fields, read_json, write_atomically
 from lora_core.system.hardware import Gpu
 
 MOST_KEPT = 300
@@ -118,11 +118,8 @@ def cost_key(config: RunConfig) -> str:
     """All settings that decide the time and memory of a step."""
     optim, adapter, base = config.optimizer, config.adapter, config.model.base
     # All of the section, so that a setting that is added to it later counts by itself.
-    train = {
-        **config.train.model_dump(),
-        "resolution": config.train.resolution or lookup_base(base).resolution,
-    }
-    del train["steps"]
+    train = config.train.model_dump(exclude={"steps"})
+    train["resolution"] = train["resolution"] or lookup_base(base).resolution
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
     return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0])
@@ -130,11 +127,8 @@ def cost_key(config: RunConfig) -> str:
 
 def read_costs(workspace: Path, device: str) -> dict[str, StepCost]:
     """What was measured on a device, by `cost_key`; a file that is missing or broken counts as empty."""
-    return {
-        key.removeprefix(f"{device} "): cost
-        for key, cost in _read_all(workspace).items()
-        if cost.device == device
-    }
+    rows = _read_all(workspace).items()
+    return {key.removeprefix(f"{device} "): cost for key, cost in rows if cost.device == device}
 
 
 def keep_cost(workspace: Path, config: RunConfig, cost: StepCost) -> None:
@@ -152,12 +146,9 @@ def keep_cost(workspace: Path, config: RunConfig, cost: StepCost) -> None:
 
 def _read_all(workspace: Path) -> dict[str, StepCost]:
     found: dict[str, StepCost] = {}
-    try:
-        rows = parse_json(costs_file(workspace).read_bytes())["measured"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return found
+    rows = read_json(costs_file(workspace)).get("measured")
     known = {field.name for field in dataclasses.fields(StepCost)}
-    for key, row in rows:
+    for key, row in rows.items() if isinstance(rows, dict) else ():
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             cost = check_fields(StepCost, {k: v for k, v in row.items() if k in known})
             if math.isfinite(cost.step) and cost.step > 0 and math.isfinite(cost.draw) and cost.draw >= 0:

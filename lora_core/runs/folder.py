@@ -5,6 +5,7 @@ follows from the last events and from whether the trainer's process lives; it is
 wrong.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -18,9 +19,8 @@ from typing import Any
 
 import psutil
 
-from lora_core.errors import ConfigError, RunError
-from lora_core.runs.events import open_for_append, read_events, write_line
-from lora_core.runs.progress import Progress
+from lora_core.errors import ConfigError, RunError, wrap_os_errors
+from lora_core.runs.events import Progress, open_for_append, read_events, write_line
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
 from lora_core.system.files import (
     clear_abandoned,
@@ -56,28 +56,17 @@ class RunFolder:
         """The run's name, which is its folder's."""
         return self.path.name
 
-    config_file = _Below("config.toml")
-    """The frozen settings, complete."""
-    events_file = _Below("events.jsonl")
-    """Events, appended by the trainer."""
-    requests_file = _Below("requests.jsonl")
-    """Requests to the trainer, appended by anyone."""
-    lock_file = _Below("run.lock")
-    """Held by the live trainer; freed by the system on a crash."""
-    process_file = _Below("process.json")
-    """Pid and start time of the lock's holder, for readers, which never try the lock."""
-    plan_file = _Below("plan.json")
-    """What was chosen by measuring before the first step."""
-    inputs_file = _Below("inputs.json")
-    """Hashes of all inputs of the run, written at its first start."""
-    log_file = _Below("log.txt")
-    """The trainer's own output."""
-    checkpoints = _Below("checkpoints")
-    """Resumable states, one folder a step."""
-    previews = _Below("previews")
-    """Samples taken while training."""
-    exports = _Below("export")
-    """Files for other tools."""
+    config_file = _Below("config.toml")  # the frozen settings, complete
+    events_file = _Below("events.jsonl")  # appended by the trainer
+    requests_file = _Below("requests.jsonl")  # to the trainer, appended by anyone
+    lock_file = _Below("run.lock")  # held by the live trainer; freed by the system on a crash
+    process_file = _Below("process.json")  # the lock's holder, for readers, which never try the lock
+    plan_file = _Below("plan.json")  # what was chosen by measuring before the first step
+    inputs_file = _Below("inputs.json")  # hashes of all inputs of the run, written at its first start
+    log_file = _Below("log.txt")  # the trainer's own output
+    checkpoints = _Below("checkpoints")  # resumable states, one folder a step
+    previews = _Below("previews")  # samples taken while training
+    exports = _Below("export")  # files for other tools
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
@@ -90,20 +79,19 @@ class RunFolder:
             RunError: the name is taken, or the folder cannot be made.
         """
         making = cls(path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}.making"))
-        try:
-            clear_abandoned(path.parent)
-            for below in (making.checkpoints, making.previews, making.exports):
-                below.mkdir(parents=True)
-            write_atomically(making.config_file, to_toml(config).encode())
-            if cls(path)._failed_at_once():
-                os.rename(path, making.path / "replaced")
-            cls(path).require_free()
-            os.rename(making.path, path)
-            shutil.rmtree(path / "replaced", ignore_errors=True)
-        except OSError as error:
-            raise RunError(f"The run folder {path} cannot be made: {error.strerror or error}.") from error
-        finally:
-            shutil.rmtree(making.path, ignore_errors=True)
+        with wrap_os_errors(RunError, f"The run folder {path} cannot be made"):
+            try:
+                clear_abandoned(path.parent)
+                for below in (making.checkpoints, making.previews, making.exports):
+                    below.mkdir(parents=True)
+                write_atomically(making.config_file, to_toml(config).encode())
+                if cls(path)._failed_at_once():
+                    os.rename(path, making.path / "replaced")
+                cls(path).require_free()
+                os.rename(making.path, path)
+                shutil.rmtree(path / "replaced", ignore_errors=True)
+            finally:
+                shutil.rmtree(making.path, ignore_errors=True)
         return cls(path)
 
     def require_free(self) -> None:
@@ -170,16 +158,12 @@ class RunFolder:
         if action not in REQUESTS:
             raise RunError(f"{action!r} is no request; choose one of {', '.join(REQUESTS)}.")
         line = {"id": uuid.uuid4().hex, "action": action}
-        try:
+        with wrap_os_errors(RunError, f"The request cannot be written to {self.requests_file}"):
             handle = open_for_append(self.requests_file)
             try:
                 write_line(handle, (json.dumps(line) + "\n").encode())
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise RunError(
-                f"The request cannot be written to {self.requests_file}: {error.strerror or error}."
-            ) from error
         return line["id"]
 
     def request_live(self, action: str) -> None:
@@ -202,7 +186,7 @@ class RunFolder:
             return []
         found: list[dict[str, str]] = []
         for line in text.split("\n")[:-1]:
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 request = parse_json(line)
                 # Earlier versions wrote "do".
                 action = request.get("action") or request["do"]
@@ -210,8 +194,6 @@ class RunFolder:
                     found.clear()
                 elif action in REQUESTS:
                     found.append({"id": str(request["id"]), "action": action})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
         return found
 
     def hold(self) -> AbstractContextManager[None]:
@@ -242,12 +224,9 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints on disk, ascending."""
-        steps = []
-        for path in self.checkpoints.glob("step-*"):
-            match = re.fullmatch(r"step-(\d+)", path.name)
-            if match and (path / "adapter.safetensors").is_file():
-                steps.append(int(match[1]))
-        return sorted(steps)
+        found = ((path, path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+        there = (step for path, step in found if (path / "adapter.safetensors").is_file())
+        return sorted(int(step) for step in there if re.fullmatch(r"\d+", step))
 
     def step_of(self, which: str) -> int:
         """The step of a checkpoint: `best` (the last one where none was the best), `last`, or a step.
@@ -275,16 +254,9 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The row of `runs --json`."""
         progress = self.progress()
-        return {
-            "name": self.name,
-            "path": str(self.path),
-            "status": self.status(progress),
-            "step": progress.step,
-            "steps": progress.steps,
-            "loss": progress.smoothed_loss(),
-            "best_step": progress.best_step,
-            "reason": progress.reason,
-        }
+        row: dict[str, Any] = {"name": self.name, "path": str(self.path), "status": self.status(progress)}
+        row |= {"step": progress.step, "steps": progress.steps, "loss": progress.smoothed_loss()}
+        return row | {"best_step": progress.best_step, "reason": progress.reason}
 
 
 def runs_folder(workspace: Path) -> Path:

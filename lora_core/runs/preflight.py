@@ -42,9 +42,8 @@ from lora_core.model_files.sizes import (
     needed_bytes,
 )
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import LossSection
+from lora_core.settings.schema import OPTIMIZERS, TARGETS, LossSection, chosen, require_package
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 

@@ -31,7 +31,7 @@ import psutil
 
 from lora_core.data.scan import fold_name, unused_stem
 from lora_core.errors import ConfigError, RunError
-from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence
+from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence, notify_end
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig, parsed_assignment
@@ -163,17 +163,9 @@ class Queue:
             run = self.run(job.run)
             progress = run.progress()
             position += job.state == WAITING
-            rows.append(
-                {
-                    "position": position if job.state == WAITING else None,
-                    "name": job.run,
-                    "path": str(run.path),
-                    "state": job.state,
-                    "step": progress.step,
-                    "steps": progress.steps or None,
-                    "reason": job.reason,
-                }
-            )
+            row = {"position": position if job.state == WAITING else None, "name": job.run}
+            row |= {"path": str(run.path), "state": job.state, "step": progress.step}
+            rows.append(row | {"steps": progress.steps or None, "reason": job.reason})
         return rows
 
     def add(self, run: RunFolder) -> QueuedRun:
@@ -242,10 +234,8 @@ class Queue:
         """The next job as it was, now marked as running: one that a killed runner left, else the first that
         waits."""
         with self._transaction() as db:
-            jobs = _jobs(db)
-            job = next((j for j in jobs if j.state == RUNNING), None) or next(
-                (j for j in jobs if j.state == WAITING), None
-            )
+            found = [job for state in (RUNNING, WAITING) for job in _jobs(db) if job.state == state]
+            job = found[0] if found else None
             if job is not None:
                 db.execute("UPDATE jobs SET state = ? WHERE run = ?", [RUNNING, job.run])
             else:
@@ -477,7 +467,10 @@ class _Runner:
     def work(self) -> None:
         """Train job after job."""
         self._queue.set_enabled(True)
-        while self._wait_for_others():
+        while True:
+            self._check_paused()
+            if self.must_end or not self._wait_while(self._other_run):
+                return
             job = self._queue.take_next()
             if job is None:
                 self._queue.set_enabled(False)
@@ -489,29 +482,33 @@ class _Runner:
         with contextlib.suppress(RunError):
             self.must_end = self.must_end or not self._queue.is_enabled()
 
-    def _wait_for_others(self) -> bool:
-        """Leave the machine to a run that was started by hand; false where this runner must end."""
+    def _wait_while(self, busy: Callable[[], str]) -> bool:
+        """Wait while `busy` names a run that another process trains; false where this runner must end."""
         said = False
-        while not self.must_end:
+        while name := busy():
             self._check_paused()
-            jobs = self._queue.stored_jobs()
-            own = {job.run for job in jobs if job.state == RUNNING}
-            live = [run for run in all_runs(self._queue.workspace) if run.live_process() is not None]
-            others = [run.name for run in live if run.name not in own]
-            if own or not others or not any(job.state == WAITING for job in jobs):
-                break
+            if self.must_end:
+                return False
             if not said:
-                self._say(f"Waiting for the run {others[0]}, which is still running.")
+                self._say(f"Waiting for the run {name}, which is still running.")
             said = True
             time.sleep(TICK * 2)
-        return not self.must_end
+        return True
+
+    def _other_run(self) -> str:
+        """A run that was started by hand, which the machine is left to."""
+        jobs = self._queue.stored_jobs()
+        if any(job.state == RUNNING for job in jobs) or not any(job.state == WAITING for job in jobs):
+            return ""
+        live = (run for run in all_runs(self._queue.workspace) if run.live_process() is not None)
+        return next((run.name for run in live), "")
 
     def _run_job(self, job: QueuedRun) -> None:
         run = self._queue.run(job.run)
         if not run.config_file.is_file():
             self._end(job, FAILED, "Its folder is gone.")
             return
-        if not self._wait_for_run(run):
+        if not self._wait_while(lambda: run.name if run.live_process() else ""):
             return
         outcome = self._outcome_elsewhere(run, job.events_bytes)
         if outcome is not None:
@@ -529,21 +526,10 @@ class _Runner:
             self._queue.update(job)
             self._say(f"{job.run}: {reason} It is started again.")
         if state == DIED:
-            from lora_core.runs.notifications import notify_end
-
             note = notify_end(run, self._queue.workspace, reason)
             if note:
                 self._say(note)
         self._end(job, FAILED if state == DIED else state, reason)
-
-    def _wait_for_run(self, run: RunFolder) -> bool:
-        """Wait while another process trains the run; false where this runner must end before that."""
-        while run.live_process() is not None:
-            self._check_paused()
-            if self.must_end:
-                return False
-            time.sleep(TICK * 2)
-        return True
 
     def _outcome_elsewhere(self, run: RunFolder, events_bytes: int) -> tuple[str, str] | None:
         """How a run ended that went on outside the queue, or None where there is more to do."""
@@ -587,7 +573,7 @@ class _Runner:
     def _outcome(self, run: RunFolder, code: int, events_before: int) -> tuple[str, str]:
         if run.live_process() is not None:
             # Another process was quicker by a moment, and the child refused.
-            if not self._wait_for_run(run):
+            if not self._wait_while(lambda: run.name if run.live_process() else ""):
                 return DIED, ""
             return self._outcome_elsewhere(run, 0) or (DIED, find_crash(run).reason)
         progress = run.progress()

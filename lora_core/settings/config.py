@@ -23,8 +23,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lora_core.errors import ConfigError
-from lora_core.settings.choices import Table
+from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.settings.schema import (
     AUTO,
     AdapterSection,
@@ -37,6 +36,7 @@ from lora_core.settings.schema import (
     SampleSection,
     SaveSection,
     Section,
+    Table,
     TrainSection,
     ValidationSection,
 )
@@ -434,14 +434,12 @@ def load_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not TOML.
     """
-    try:
+    with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
         # Opening a pipe would wait for its writer, and a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigError(f"The config {path} is not a regular file.")
         with open(path, "rb") as file:
             data = file.read(MAX_TOML_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"The config {path} cannot be read: {error.strerror or error}.") from error
     if len(data) > MAX_TOML_BYTES:
         raise ConfigError(f"The config {path} is larger than {MAX_TOML_BYTES / 1e6:.0f} MB.")
     try:

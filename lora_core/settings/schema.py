@@ -1,24 +1,31 @@
-"""The settings of a run: one pydantic model for each section, every setting declared once.
+"""The settings of a run: one pydantic model for each section, every setting declared once; and the tables of
+named choices (`assets/choices.toml`).
 
 A field holds all there is to know about its setting: default, type, range, choices, label (`title`) and, in
 the docstring below it, help. The window, the command line, the reading of TOML and the report take them from
 here. Types are strict: `"8"` and `true` are not numbers. pydantic costs 0.08 s of start-up time.
+
+A row of a table names its code as "module:attribute", imported only when it is used, so that a window without
+torch can list them all. The price: editors cannot follow the reference, so `tests/settings/test_choices.py`
+resolves every row.
 """
 
 import functools
+import importlib
+import importlib.util
 import math
 import re
+import sys
+import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lora_core.errors import ConfigError
-from lora_core.settings import choices
-from lora_core.settings.choices import Table
-from lora_core.system.files import clean_text
+from lora_core.system.files import ASSETS, clean_text
 
 AUTO: Literal["auto"] = "auto"
 NumberOrAuto = float | Literal["auto"]
@@ -33,6 +40,147 @@ MOST_PATTERNS = 100
 _TO_RE2 = re.compile(r"\\Z|\{,(?=\d*\})|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
 """What RE2 spells otherwise than `re`, and the escapes and character classes to skip."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row: a name to choose.
+
+    Attributes:
+        title: what the user reads.
+        help: one sentence on when to take it.
+    """
+
+    title: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Implementation(Choice):
+    """A row that stands for code.
+
+    Attributes:
+        load: "module:attribute" of the code.
+        defaults: keyword arguments that it is called with.
+        package: the optional package that it needs, as the package index names it, or "".
+    """
+
+    load: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    package: str = ""
+
+    def resolve(self) -> Any:
+        """Import what `load` names.
+
+        Raises:
+            ConfigError: the optional package is not installed.
+        """
+        module, _, attribute = self.load.partition(":")
+        if self.package:
+            require_package(self.title, module, self.package)
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class OptimizerChoice(Implementation):
+    """An optimizer.
+
+    Attributes:
+        one_rate: it works with one learning rate for everything that it trains.
+        state: values that it keeps for each parameter.
+        by_matrix: it looks at rows and columns, so that each factor has to be a tensor of its own.
+        fused: one of torch whose step is one kernel on a card (`fused=True`).
+    """
+
+    one_rate: bool = False
+    state: float = 2.0
+    by_matrix: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSet(Choice):
+    """A set of layers to adapt.
+
+    Attributes:
+        unet, text: full-match patterns for paths as diffusers names them; "" for none.
+        blocks: the field of a family that narrows the UNet's further, or "".
+    """
+
+    unet: str
+    text: str
+    blocks: str = ""
+
+
+def require_package(feature: str, module: str, package: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Args:
+        feature: what needs it, for the message.
+        module: its import name.
+        package: its name on the package index.
+
+    Raises:
+        ConfigError: it is not installed; the message has the command that installs it into this environment.
+    """
+    if importlib.util.find_spec(module) is None:
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+        raise ConfigError(
+            f"{feature} needs the package {package}, which is not installed. Install it with"
+            f" `{python} -m pip install {package}`."
+        )
+
+
+PARTS = ("unet", "text")
+Row = TypeVar("Row", bound=Choice)
+Table = Mapping[str, Choice]
+
+
+@functools.cache
+def rows() -> dict[str, Any]:
+    """The tables of `assets/choices.toml`."""
+    return tomllib.loads((ASSETS / "choices.toml").read_text(encoding="utf-8"))
+
+
+def _table(name: str, kind: type[Row]) -> dict[str, Row]:
+    return {key: kind(**row) for key, row in rows()[name].items()}
+
+
+OPTIMIZERS = _table("optimizers", OptimizerChoice)
+SCHEDULES = _table("schedules", Implementation)
+LOSSES = _table("losses", Implementation)
+HUBER_SCHEDULES = _table("huber_schedules", Implementation)
+FORMATS = _table("formats", Implementation)
+SAMPLERS = _table("samplers", Implementation)
+PREDICTIONS = _table("predictions", Choice)
+ZERO_TERMINAL_SNR = _table("zero_terminal_snr", Choice)
+PRECISIONS = _table("precisions", Choice)
+
+TARGETS = {
+    key: LayerSet(**row | {part: "|".join(rows()["patterns"][one] for one in row[part]) for part in PARTS})
+    for key, row in rows()["targets"].items()
+}
+QUANTIZED = {
+    key: (Implementation if "load" in row else Choice)(**row) for key, row in rows()["quantized"].items()
+}
+
+
+def find_key(table: Table, name: str) -> str | None:
+    """The key of the row `name`, found by key or by title, in any case."""
+    wanted = name.strip().lower()
+    return next((key for key, row in table.items() if wanted in (key, row.title.lower())), None)
+
+
+def chosen(table: Mapping[str, Row], name: str, setting: str) -> Row:
+    """The row `name`, found by key or by title, in any case.
+
+    Raises:
+        ConfigError: there is no such row; the sentence lists those that there are.
+    """
+    key = find_key(table, name)
+    if key is None:
+        raise ConfigError(f"{setting} = {name!r} is not known; choose one of {', '.join(table)}.")
+    return table[key]
 
 
 class PatternError(ConfigError):
@@ -120,7 +268,7 @@ class RowOf:
         return core_schema.no_info_after_validator_function(self._key, handler(source))
 
     def _key(self, name: str) -> str:
-        key = choices.find_key(self.table, name)
+        key = find_key(self.table, name)
         if key is None:
             raise ValueError(f"is not known; choose one of {', '.join(self.table)}")
         return key
@@ -166,11 +314,9 @@ class ModelSection(Section):
     """`demo` for the bundled one, a diffusers folder, a .safetensors file, or a hub id."""
     vae: str = Field("", title="VAE")
     """A separate VAE, a folder or a file, in place of the base's own. Empty: the base's own."""
-    prediction: Annotated[str, RowOf(choices.PREDICTIONS)] = Field("auto", title="Prediction")
+    prediction: Annotated[str, RowOf(PREDICTIONS)] = Field("auto", title="Prediction")
     """What the base predicts: noise (epsilon) or velocity (v). Change it only if images come out as noise."""
-    zero_terminal_snr: Annotated[str, RowOf(choices.ZERO_TERMINAL_SNR)] = Field(
-        "auto", title="Zero terminal SNR"
-    )
+    zero_terminal_snr: Annotated[str, RowOf(ZERO_TERMINAL_SNR)] = Field("auto", title="Zero terminal SNR")
     """Whether the base's last timestep is pure noise, as in NoobAI's velocity version. Set it where the
     base's page says so and its file does not."""
 
@@ -185,7 +331,7 @@ class AdapterSection(Section):
     rslora: bool = Field(False, title="rsLoRA scaling")
     """Scales by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as strongly as small
     ones (rsLoRA)."""
-    targets: Annotated[str, RowOf(choices.TARGETS)] = Field("attention", title="Layers")
+    targets: Annotated[str, RowOf(TARGETS)] = Field("attention", title="Layers")
     """Which layers of the base are adapted."""
     init: str = Field("default", title="Continue from LoRA")
     """The file of a LoRA, of any rank, to continue training; `default` starts from scratch."""
@@ -240,12 +386,12 @@ class TrainSection(Section):
     device: Annotated[str, AfterValidator(_check_device)] = Field(AUTO, title="Device")
     """`auto` for the newest card, `cpu` for the processor, `cuda:0`, `cuda:1`, ... for a card by its number
     in nvidia-smi (ROCm's too), `mps` on a Mac, `xpu` for Intel's."""
-    precision: Annotated[str, RowOf(choices.PRECISIONS)] = Field("auto", title="Precision")
+    precision: Annotated[str, RowOf(PRECISIONS)] = Field("auto", title="Precision")
     """dtype of the frozen base; the adapter is always fp32."""
     gradient_checkpointing: bool = Field(False, title="Gradient checkpointing")
     """Recomputes activations in the backward pass instead of keeping them: less memory, about a third
     slower."""
-    quantize_base: Annotated[str, RowOf(choices.QUANTIZED)] = Field("none", title="Quantize base model")
+    quantize_base: Annotated[str, RowOf(QUANTIZED)] = Field("none", title="Quantize base model")
     """Rounds the frozen weights of the UNet's blocks: much less memory, slightly longer steps, and the LoRA
     is trained beside a base that is very slightly off."""
     offload: bool = Field(False, title="Offload base to RAM")
@@ -264,7 +410,7 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
-    name: Annotated[str, RowOf(choices.OPTIMIZERS)] = Field("adamw", title="Optimizer")
+    name: Annotated[str, RowOf(OPTIMIZERS)] = Field("adamw", title="Optimizer")
     """AdamW is the safe default; Prodigy finds its own learning rate."""
     lr: Rate = Field(1e-4, title="Learning rate")
     """Of the UNet's adapter. What counts is this times alpha / rank."""
@@ -283,7 +429,7 @@ class OptimizerSection(Section):
     lora_plus: float = Field(1.0, title="LoRA+ ratio", ge=1.0, le=64.0)
     """Learning rate of each layer's second matrix, which starts from zero, as a multiple of the first's. 1:
     the same."""
-    schedule: Annotated[str, RowOf(choices.SCHEDULES)] = Field("cosine", title="Schedule")
+    schedule: Annotated[str, RowOf(SCHEDULES)] = Field("cosine", title="Schedule")
     """How the learning rate changes over the run."""
     warmup: float = Field(0.05, title="Warm-up", ge=0.0, le=1.0)
     """Share of the steps over which the learning rate rises from zero."""
@@ -294,11 +440,11 @@ class OptimizerSection(Section):
 class LossSection(Section):
     """What is minimised."""
 
-    type: Annotated[str, RowOf(choices.LOSSES)] = Field("mse", title="Loss")
+    type: Annotated[str, RowOf(LOSSES)] = Field("mse", title="Loss")
     """How an error is weighted."""
     huber_delta: float = Field(0.1, title="Huber delta", ge=0.001, le=10.0)
     """Errors well below it count squared, errors well above it linearly. Only for Huber."""
-    huber_schedule: Annotated[str, RowOf(choices.HUBER_SCHEDULES)] = Field("snr", title="Huber schedule")
+    huber_schedule: Annotated[str, RowOf(HUBER_SCHEDULES)] = Field("snr", title="Huber schedule")
     """How Huber's delta follows the noise level; it is larger at little noise. Only for Huber."""
     min_snr: Annotated[float, Field(ge=0.0, le=100.0)] | Auto = Field(AUTO, title="Min-SNR")
     """Evens out the weight of the noise levels (gamma of Hang et al. 2023). `auto`: 5 for a base that
@@ -353,7 +499,7 @@ class SampleSection(Section):
     cfg_rescale: Annotated[float, Field(ge=0.0, le=1.0)] | Auto = Field(AUTO, title="CFG rescale")
     """Removes the contrast that guidance adds: 0 none of it, 1 all (phi of Lin et al. 2023). `auto`: 0.7 for
     a base with zero terminal SNR that predicts velocity, off for others and for the bundled base."""
-    sampler: Annotated[str, RowOf(choices.SAMPLERS)] = Field("ddim", title="Sampler")
+    sampler: Annotated[str, RowOf(SAMPLERS)] = Field("ddim", title="Sampler")
     """DDIM is plain and deterministic; DPM++ 2M is sharp in 20 steps."""
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import platformdirs
 import psutil
 
-from lora_core.errors import NoRoom, RunError
+from lora_core.errors import NoRoom, RunError, wrap_os_errors
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 DEMO_BASE = ASSETS / "base"
@@ -48,15 +48,12 @@ def workspace(chosen: str | Path | None = None) -> Path:
         or platformdirs.user_data_dir("lora-easel", appauthor=False)
     )
     path = expand_home(path).absolute()
-    try:
+    with wrap_os_errors(
+        RunError, f"The workspace {path} cannot be written", "; choose another with --workspace."
+    ):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise RunError(
-            f"The workspace {path} cannot be written ({error.strerror or error}); choose another with"
-            " --workspace."
-        ) from error
     return path
 
 
@@ -236,6 +233,8 @@ def is_network_drive(path: Path) -> bool:
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 _LARGEST = 2**63 - 1
+LARGEST_JSON = 16 * 2**20
+"""Bytes; what is larger was not written here."""
 
 T = TypeVar("T")
 
@@ -279,6 +278,24 @@ def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
         return clean_value(value) if _ESCAPED_SURROGATE.search(text) else value
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a small file of ours holds; one that is missing or broken counts as empty."""
+    try:
+        return read_object(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """As `read_json`; OSError or ValueError where the file is missing or broken."""
+    if file.stat().st_size > LARGEST_JSON:
+        raise ValueError("too large")
+    found = parse_json(file.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
 
 
 def check_fields(kind: type[T], values: Any) -> T:

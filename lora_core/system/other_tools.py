@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from lora_core.errors import RunError
-from lora_core.system.files import parse_json, replacing, write_atomically
+from lora_core.errors import RunError, wrap_os_errors
+from lora_core.system.files import read_json, replacing, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -30,21 +30,16 @@ Folders = tuple[list[Path], list[Path]]
 """Folders with bases, and those with LoRAs, the one that files go into first."""
 
 
-def json_path(file: Path, key: str) -> Path | None:
-    """The path that a JSON file holds under `key`, or None."""
-    try:
-        found = parse_json(_text(file)).get(key)
-    except (ValueError, AttributeError):
-        return None
+def _json_path(file: Path, key: str) -> Path | None:
+    found = read_json(file).get(key)
     return Path(found) if isinstance(found, str) and found else None
 
 
 def _text(file: Path) -> str:
     """A small settings file, or "" where there is none."""
     try:
-        if file.stat().st_size > LARGEST_SETTINGS:
-            return ""
-        return file.read_text(encoding="utf-8", errors="replace")
+        small = file.stat().st_size <= LARGEST_SETTINGS
+        return file.read_text(encoding="utf-8", errors="replace") if small else ""
     except OSError:
         return ""
 
@@ -70,17 +65,12 @@ def _extra_sections(file: Path) -> list[dict[str, Any]]:
     import yaml
 
     try:
-        document = yaml.safe_load(_text(file))
+        values = yaml.safe_load(_text(file)).values()
     # A value that is not of the type its tag says (`!!int ""`) ends in one of the other errors.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
         return []
-    values = document.values() if isinstance(document, dict) else ()
     sections = [one for one in values if isinstance(one, dict)]
-    return sorted(sections, key=_is_not_default)
-
-
-def _is_not_default(section: dict[str, Any]) -> bool:
-    return section.get("is_default") is not True
+    return sorted(sections, key=lambda section: section.get("is_default") is not True)
 
 
 def _expanded(text: str) -> str:
@@ -112,7 +102,7 @@ def _webui(root: Path) -> Folders:
 
 def _sdnext(root: Path) -> Folders:
     models, diffusers, loras = (
-        json_path(root / "config.json", key) for key in ("ckpt_dir", "diffusers_dir", "lora_dir")
+        _json_path(root / "config.json", key) for key in ("ckpt_dir", "diffusers_dir", "lora_dir")
     )
     return (
         [root / path for path in (models, diffusers, "models/Stable-diffusion", "models/Diffusers") if path],
@@ -124,9 +114,10 @@ def _comfy(root: Path) -> Folders:
     file = root / "extra_model_paths.yaml"
     models, loras = extra_model_paths(file)
     own = root / "models" / "loras"
+    default = any(section.get("is_default") is True for section in _extra_sections(file)[:1])
     return (
         [root / "models" / "checkpoints", root / "models" / "diffusers", *models],
-        [own, *loras] if all(map(_is_not_default, _extra_sections(file))) else [*loras, own],
+        [*loras, own] if default else [own, *loras],
     )
 
 
@@ -293,7 +284,12 @@ class _Search:
 
     def children(self, folder: Path) -> list[Path]:
         """The folders in `folder` that are not hidden, sorted."""
-        return sorted(Path(entry.path) for entry in self.entries(folder) if _is_shown_folder(entry))
+        found = []
+        for entry in self.entries(folder):
+            with contextlib.suppress(OSError):
+                if not entry.name.startswith(".") and entry.is_dir():
+                    found.append(Path(entry.path))
+        return sorted(found)
 
     def within(self, folder: Path) -> Iterator[Path]:
         """`folder`, and where downloads and managers keep the tool itself."""
@@ -313,19 +309,12 @@ class _Search:
                 ("ComfyUI", "config.json", "basePath"),
                 ("StabilityMatrix", "library.json", "LibraryPath"),
             ):
-                named = json_path(settings / program / file, key)
+                named = _json_path(settings / program / file, key)
                 yield from self.within(named) if named else ()
         for place in dict.fromkeys((*machine.places, *machine.settings)):
             for child in self.children(place):
                 if any(word in child.name.lower() for word in WORDS):
                     yield from self.within(child)
-
-
-def _is_shown_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return not entry.name.startswith(".") and entry.is_dir()
-    except OSError:
-        return False
 
 
 def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float = MOST_SECONDS) -> list[Path]:
@@ -351,23 +340,16 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
             if (folder / "model_index.json").is_file():
                 found[folder] = status.st_mtime
                 continue
-            found |= _large_files(folder, search)
+            for entry in search.entries(folder):
+                if entry.name.lower().endswith((".safetensors", ".ckpt")) and entry.is_file():
+                    status = entry.stat()
+                    if status.st_size >= SMALLEST_BASE:
+                        found[Path(entry.path)] = status.st_mtime
         except OSError:
             continue
         if depth < MOST_DEPTH:
             waiting += [(c, depth + 1) for c in search.children(folder) if c.name.lower() not in NO_BASES]
     return sorted(found, key=lambda path: (-found[path], str(path)))[:most]
-
-
-def _large_files(folder: Path, search: _Search) -> dict[Path, float]:
-    """Files of `folder` that are as large as bases are, with their times."""
-    found = {}
-    for entry in search.entries(folder):
-        if entry.name.lower().endswith((".safetensors", ".ckpt")) and entry.is_file():
-            status = entry.stat()
-            if status.st_size >= SMALLEST_BASE:
-                found[Path(entry.path)] = status.st_mtime
-    return found
 
 
 SIDE_FILES = (".json", ".preview.png")
@@ -400,37 +382,28 @@ def copy_export(file: Path, folder: Path) -> CopiedFile:
     """
     if not folder.is_dir():
         raise RunError(f"There is no folder at {folder}; make it first, or choose another.")
-    stem = _free_stem(file, folder)
+    stems = (file.stem, *(f"{file.stem}-{number}" for number in range(2, MOST_NUMBERS)))
+    targets = ((stem, folder / f"{stem}{file.suffix}") for stem in stems)
+    stem, target = next(
+        ((stem, path) for stem, path in targets if not os.path.lexists(path) or _same(file, path)), ("", file)
+    )
+    if not stem:
+        raise RunError(f"{folder} holds {MOST_NUMBERS} files called like {file.stem}; choose another name.")
     beside, kept = [], []
-    try:
-        for suffix in SIDE_FILES:
-            source, target = file.with_name(f"{file.stem}{suffix}"), folder / f"{stem}{suffix}"
-            if not source.is_file() or _same(source, target):
+    # The adapter comes last: a tool that sees it finds what belongs to it.
+    pairs = [(file.with_name(f"{file.stem}{end}"), folder / f"{stem}{end}") for end in SIDE_FILES]
+    with wrap_os_errors(RunError, f"{folder} cannot be written", "; nothing was replaced."):
+        for source, copy in [(one, other) for one, other in pairs if one.is_file()] + [(file, target)]:
+            if _same(source, copy):
                 continue
-            if target.exists():
+            if copy.exists():
                 # The tool or its user wrote this one.
-                kept.append(target)
+                kept.append(copy)
                 continue
-            _copy(source, target)
-            beside.append(target)
-        # The adapter comes last: a tool that sees it finds what belongs to it.
-        target = folder / f"{stem}{file.suffix}"
-        if not _same(file, target):
-            _copy(file, target)
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written ({error.strerror or error}); nothing was replaced."
-        ) from error
-    return CopiedFile(target, tuple(beside), tuple(kept), stem != file.stem)
-
-
-def _free_stem(file: Path, folder: Path) -> str:
-    for number in range(1, MOST_NUMBERS):
-        stem = file.stem if number == 1 else f"{file.stem}-{number}"
-        target = folder / f"{stem}{file.suffix}"
-        if not os.path.lexists(target) or _same(file, target):
-            return stem
-    raise RunError(f"{folder} holds {MOST_NUMBERS} files called like {file.stem}; choose another name.")
+            with replacing(copy) as temporary:
+                shutil.copyfile(source, temporary)
+            beside.append(copy)
+    return CopiedFile(target, tuple(one for one in beside if one != target), tuple(kept), stem != file.stem)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -438,11 +411,6 @@ def _same(one: Path, other: Path) -> bool:
         return other.is_file() and filecmp.cmp(one, other, shallow=False)
     except OSError:
         return False
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 MOST_KEPT = 24
@@ -459,11 +427,11 @@ class RecentPaths:
         """Remember in `file`, which need not be there yet."""
         self._file = file
         self._lock = threading.Lock()
-        self._lists: dict[str, list[str]] = {}
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            for kind, paths in parse_json(file.read_bytes()).items():
-                if isinstance(paths, list):
-                    self._lists[kind] = [path for path in paths if isinstance(path, str)]
+        self._lists: dict[str, list[str]] = {
+            kind: [path for path in paths if isinstance(path, str)]
+            for kind, paths in read_json(file).items()
+            if isinstance(paths, list)
+        }
 
     def read(self, kind: str) -> list[str]:
         """The paths of a kind."""

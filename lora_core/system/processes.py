@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from lora_core.errors import RunError
+from lora_core.errors import RunError, wrap_os_errors
 from lora_core.system.files import ASSETS, parse_json, write_atomically
 
 FIRST_PORT, PORTS_TRIED = 7860, 40
@@ -105,13 +105,9 @@ def pid_file(file: Path) -> Iterator[None]:
     """
     me = psutil.Process()
     note = {"pid": me.pid, "started": me.create_time(), "ticks": _ticks(me.pid)}
-    try:
+    advice = "; make room or give the right to write there."
+    with wrap_os_errors(RunError, f"{file} cannot be written", advice):
         write_atomically(file, json.dumps(note).encode())
-    except OSError as error:
-        raise RunError(
-            f"{file} cannot be written: {error.strerror or error}; make room or give the right to write"
-            " there."
-        ) from error
     try:
         yield
     finally:
@@ -127,12 +123,11 @@ def hold_lock(lock_file: Path, process_file: Path, busy: str, timeout: float = 0
         RunError: another process holds it, which `busy` says, or the folder cannot be written.
     """
     lock = FileLock(lock_file)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout as error:
-        raise RunError(busy) from error
-    except OSError as error:
-        raise RunError(f"{lock_file} cannot be written: {error.strerror or error}.") from error
+    with wrap_os_errors(RunError, f"{lock_file} cannot be written"):
+        try:
+            lock.acquire(timeout=timeout)
+        except Timeout as error:
+            raise RunError(busy) from error
     try:
         with pid_file(process_file):
             yield
@@ -330,25 +325,24 @@ def keep_awake(system: str = sys.platform) -> Iterator[None]:
     Best effort: where a system has no means or refuses, nothing changes. The process that holds it awake ends
     with this one, however this one ends.
     """
-    command = _awake_command(system)
+    library: Any = getattr(ctypes, "windll", None) if system == "win32" else None
     holder: subprocess.Popen[bytes] | None = None
-    if system == "win32":
-        _set_execution_state(_CONTINUOUS | _SYSTEM_REQUIRED)
-    elif command:
+    if library is not None:
+        library.kernel32.SetThreadExecutionState(ctypes.c_uint(_CONTINUOUS | _SYSTEM_REQUIRED))
+    elif command := _awake_command(system):
+        # Ctrl-C is for the trainer, which still has work to save.
+        quiet: dict[str, Any] = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+            "start_new_session": True,
+        }
         with contextlib.suppress(OSError):
-            holder = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # Ctrl-C is for the trainer, which still has work to save.
-                start_new_session=True,
-            )
+            holder = subprocess.Popen(command, stdin=subprocess.PIPE, **quiet)
     try:
         yield
     finally:
-        if system == "win32":
-            _set_execution_state(_CONTINUOUS)
+        if library is not None:
+            library.kernel32.SetThreadExecutionState(ctypes.c_uint(_CONTINUOUS))
         if holder:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 if holder.stdin is not None:
@@ -365,10 +359,3 @@ def _awake_command(system: str) -> list[str]:
         # `cat` ends when its input does, and that ends with this process, even if it is killed.
         return ["systemd-inhibit", "--what=idle:sleep", "--who=LoRA Easel", f"--why={WHY}", "cat"]
     return []
-
-
-def _set_execution_state(state: int) -> None:
-    """SetThreadExecutionState of kernel32."""
-    library: Any = getattr(ctypes, "windll", None)
-    if library is not None:
-        library.kernel32.SetThreadExecutionState(ctypes.c_uint(state))

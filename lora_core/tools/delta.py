@@ -56,7 +56,7 @@ from lora_core.models.weight_files import (
     text_encoder_in_file,
     unet_in_file,
 )
-from lora_core.settings.choices import FORMATS
+from lora_core.settings.schema import FORMATS
 from lora_core.system.files import write_atomically
 
 _LARGEST = 2**25

@@ -1,4 +1,8 @@
-"""What is found by taking steps before the first one of a run: memory fallbacks, the learning rate, times.
+"""Fits a run to its machine: memory fallbacks, and what steps before the first one find out.
+
+Each fallback costs time, or nothing, and all but one change a gradient by rounding alone: a base in 8 bits is
+another base, by a little. What was applied, and after which step, is kept in `plan.json`, so that a resumed
+run does the same at the same steps.
 
 The learning rate is found by a range test: short training at rates that rise from far too low to far too
 high. The loss of a single diffusion batch says nothing, since noise and timesteps are random, so the bare
@@ -7,6 +11,8 @@ L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks", sectio
 """
 
 import copy
+import importlib
+import importlib.util
 import math
 import statistics
 import time
@@ -16,20 +22,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from lora_core.backends.onednn import PLAIN, layout_of
+from lora_core.backends.compact import (
+    WeightPolicy,
+    is_offloaded,
+    is_quantized,
+    offload_store_for,
+    quantize_int8,
+)
+from lora_core.backends.onednn import PLAIN, is_prepacked, layout_of, undo_prepack
 from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
-from lora_core.model_files.sizes import CONTEXT, ON_CPU
-from lora_core.models.device import cap_memory, limited, out_of_memory, use_device
+from lora_core.model_files.families import is_text_encoder
+from lora_core.model_files.sizes import (
+    BITSANDBYTES,
+    CHECKPOINTING,
+    CONTEXT,
+    HALVES,
+    INT8,
+    OFFLOAD,
+    OFFLOAD_SPARE,
+    ON_CPU,
+    OPTIMIZER_8BIT,
+    PLAIN_LAYOUT,
+    TEXT_ON_CPU,
+    VAE_ON_CPU,
+)
+from lora_core.model_files.sizes import FALLBACKS as DESCRIPTIONS
+from lora_core.models.device import cap_memory, limited, out_of_memory, release_failed, use_device
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import decode_latents
 from lora_core.runs import events
-from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import OPTIMIZERS, TrainSection
+from lora_core.system.files import free_bytes
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import (
     StepSettings,
@@ -41,12 +71,13 @@ from lora_core.train.loop import (
     training_steps,
 )
 from lora_core.train.loss import diffusion_loss
-from lora_core.train.oom import MemoryFallback, free_memory
 from lora_core.train.setup import (
     OnProgress,
     RuntimePlan,
     TrainSession,
     build_train_state,
+    enable_checkpointing,
+    is_on_cpu,
     open_base_for,
     plan_adapter,
     training_dtype,
@@ -76,18 +107,195 @@ choices of layers that gained 94% to 100% of what the best fixed rate did (docs/
 
 
 @dataclass(frozen=True)
-class RangeTestResult:
-    """Rising rates of the first group; for each, the share of the base's loss that the adapter took away
-    after training at the rates up to it; and the octave: all rates are to be multiplied by 2 to this, a power
-    of two, so that nothing is rounded."""
+class Fallback:
+    """One way to take less memory: its name in `plan.json`, whether it can be applied now, what applies it,
+    and whether gradients stay the same but for rounding."""
 
-    rates: list[float]
-    shares: list[float]
-    octave: int
+    name: str
+    possible: "Callable[[MemoryFallback], bool]"
+    apply: "Callable[[MemoryFallback], None]"
+    exact: bool = True
 
 
-def run_range_test(session: TrainSession, settings: StepSettings, on_progress: OnProgress) -> RangeTestResult:
+@dataclass
+class MemoryFallback:
+    """Applies fallbacks to the training of one run.
+
+    Attributes:
+        state: what trains.
+        batch_size: images per micro-batch.
+        applied: names of fallbacks with the steps that they were applied after; the list is added to.
+        offload_folder: on whose drive the base may be offloaded to.
+    """
+
+    state: TrainState
+    batch_size: int
+    applied: list[tuple[str, int]]
+    offload_folder: Path | None = None
+    _count: int = 0
+    _step: int = 0
+
+    def apply_until(self, step: int) -> None:
+        """Apply what an earlier process applied after `step` steps or fewer."""
+        self._step = step
+        while self._count < len(self.applied) and self.applied[self._count][1] <= step:
+            name = self.applied[self._count][0]
+            self._count += 1
+            fallback = next((each for each in FALLBACKS if each.name == name), None)
+            if fallback is not None and fallback.possible(self):
+                fallback.apply(self)
+
+    @property
+    def next(self) -> Fallback | None:
+        """The fallback that `apply_next` would apply."""
+        order = FALLBACKS_WITHIN_A_RUN if self._step else FALLBACKS
+        return next((each for each in order if each.possible(self)), None)
+
+    def apply_next(self, step: int) -> str:
+        """Apply the next fallback, from the step after `step` on; returns its description.
+
+        Raises:
+            OutOfMemory: there is none left.
+        """
+        self.apply_until(step)
+        fallback = self.next
+        if fallback is None:
+            raise OutOfMemory(self._nothing_left())
+        # What was planned for later steps no longer applies.
+        del self.applied[self._count :]
+        self.applied.append((fallback.name, step))
+        self.apply_until(step)
+        return DESCRIPTIONS[fallback.name]
+
+    def _nothing_left(self) -> str:
+        unet = self.state.base.denoiser
+        tried = ["checkpointing is on"]
+        tried += ["images go through one at a time"] if self.state.chunks > 1 else []
+        tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
+        tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
+        listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
+        others = ""
+        if any(map(is_text_encoder, self.state.injected.parts())):
+            others = " or train no text encoder, so that they can leave the device,"
+        if not is_offloaded(unet):
+            others += " or make room on the workspace's drive, where the base could wait,"
+        if not importlib.util.find_spec(BITSANDBYTES):
+            others += f" or install {BITSANDBYTES} for an 8-bit optimizer,"
+        return (
+            f"The device ran out of memory although {listed}; lower train.resolution or adapter.rank,"
+            f"{others} or close other programs that use the device. Everything saved is complete."
+        )
+
+
+def _can_move_text_encoders(memory: MemoryFallback) -> bool:
+    encoders = memory.state.base.text_encoders.values()
+    trained = any(is_text_encoder(part) for part in memory.state.injected.parts())
+    return not trained and any(not is_on_cpu(encoder) for encoder in encoders)
+
+
+def _move_text_encoders(memory: MemoryFallback) -> None:
+    for part in memory.state.base.text_encoders:
+        memory.state.base.put(part, torch.device("cpu"))
+
+
+def _undo_prepacking(memory: MemoryFallback) -> None:
+    for module in memory.state.base.modules.values():
+        undo_prepack(module)
+
+
+def _halve_chunks(memory: MemoryFallback) -> None:
+    memory.state.chunks *= 2
+
+
+def _can_use_8bit_adamw(memory: MemoryFallback) -> bool:
+    optimizer = memory.state.optimizer
+    fresh = type(optimizer) is torch.optim.AdamW and not optimizer.state
+    return fresh and importlib.util.find_spec(BITSANDBYTES) is not None
+
+
+def _use_8bit_adamw(memory: MemoryFallback) -> None:
+    known = ("params", "lr", "initial_lr", "until", "betas", "eps", "weight_decay")
+    groups = [{key: group[key] for key in known} for group in memory.state.optimizer.param_groups]
+    memory.state.optimizer = importlib.import_module(f"{BITSANDBYTES}.optim").AdamW8bit(groups)
+
+
+def _can_quantize(memory: MemoryFallback) -> bool:
+    # An offloaded base leaves nothing to save.
+    unet = memory.state.base.denoiser
+    return not is_quantized(unet) and not is_offloaded(unet)
+
+
+def _can_offload(memory: MemoryFallback) -> bool:
+    unet, device, folder = memory.state.base.denoiser, memory.state.base.device, memory.offload_folder
+    if is_offloaded(unet) or folder is None:
+        return False
+    need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(folder)
+    return room > need + OFFLOAD_SPARE
+
+
+def _offload(memory: MemoryFallback) -> None:
+    assert memory.offload_folder is not None
+    store = offload_store_for(memory.state.base.device, memory.offload_folder)
+    WeightPolicy(None, store).apply_to(memory.state.base.denoiser)
+
+
+FALLBACKS = (
+    Fallback(
+        VAE_ON_CPU,
+        lambda memory: not is_on_cpu(memory.state.base.vae),
+        lambda memory: memory.state.base.put("vae", torch.device("cpu")),
+    ),
+    Fallback(TEXT_ON_CPU, _can_move_text_encoders, _move_text_encoders),
+    Fallback(
+        PLAIN_LAYOUT,
+        lambda memory: any(map(is_prepacked, memory.state.base.modules.values())),
+        _undo_prepacking,
+    ),
+    Fallback(
+        CHECKPOINTING,
+        lambda memory: not memory.state.base.denoiser.is_gradient_checkpointing,
+        lambda memory: enable_checkpointing(memory.state.base),
+    ),
+    Fallback(HALVES, lambda memory: memory.state.chunks < memory.batch_size, _halve_chunks),
+    Fallback(OPTIMIZER_8BIT, _can_use_8bit_adamw, _use_8bit_adamw),
+    Fallback(
+        INT8,
+        _can_quantize,
+        lambda memory: WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser),
+        exact=False,
+    ),
+    Fallback(OFFLOAD, _can_offload, _offload),
+)
+"""In the order in which they are applied before the first step."""
+FALLBACKS_WITHIN_A_RUN = tuple(sorted(FALLBACKS, key=lambda each: not each.exact))
+"""The order after the first step. The adapter fits its base by then, so the base changes last; before the
+first step 8 bits come before offloading, because they cost far less time."""
+
+
+def free_memory(state: TrainState, error: BaseException | None = None) -> None:
+    """Release all that a failed step holds."""
+    state.flat_params.zero_grad()
+    release_failed(error, state.base.device)
+
+
+def next_base_fallback(train: TrainSection, applied: list[tuple[str, int]]) -> str:
+    """The next fallback that makes the base itself smaller, for one that does not fit when loaded, or ""."""
+    done = {name for name, _ in applied}
+    done |= {INT8} if train.quantize_base != "none" else set()
+    done |= {OFFLOAD} if train.offload else set()
+    return next((name for name in (INT8, OFFLOAD) if name not in done), "")
+
+
+def run_range_test(
+    session: TrainSession, settings: StepSettings, on_progress: OnProgress
+) -> tuple[list[float], list[float], int]:
     """Find the factor for all learning rates before the first step; the state is as before afterwards.
+
+    Returns:
+        Rising rates of the first group; for each, the share of the base's loss that the adapter took away
+        after training at the rates up to it; and the octave: all rates are to be multiplied by 2 to this, a
+        power of two, so that nothing is rounded.
 
     Raises:
         RunError: nothing was learned at any rate.
@@ -122,7 +330,7 @@ def run_range_test(session: TrainSession, settings: StepSettings, on_progress: O
         state.scaler.load_state_dict(scaler)
         state.flat_params.zero_grad()
         state.average = average
-    return RangeTestResult(rates, shares, choose_octave(shares))
+    return rates, shares, choose_octave(shares)
 
 
 def choose_octave(shares: list[float]) -> int:
@@ -186,14 +394,13 @@ def autotune(
         found += [events.Warned(message=warning) for warning in warnings]
         plan = replace(plan, rungs=memory.applied, tried=True, peak=peak)
     if optim.range_test and plan.octave is None:
-        test = run_range_test(session, settings, on_progress)
+        rates, shares, octave = run_range_test(session, settings, on_progress)
         for group in state.optimizer.param_groups:
             # To the very bits that a config with these rates gives.
-            group["initial_lr"] *= 2.0**test.octave
-            group["lr"] = group["initial_lr"]
-        plan = replace(plan, octave=test.octave)
+            group["lr"] = group["initial_lr"] = group["initial_lr"] * 2.0**octave
+        plan = replace(plan, octave=octave)
         rate = plan.with_lr(settings.config).optimizer.lr
-        found.append(events.RateFound(rate=rate, rates=test.rates, shares=test.shares))
+        found.append(events.RateFound(rate=rate, rates=rates, shares=shares))
     return plan, found
 
 

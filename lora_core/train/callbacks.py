@@ -28,17 +28,17 @@ from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
+from lora_core.runs.events import Progress, describe_average
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.progress import Progress, describe_average
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SampleSection, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.system.processes import StopRequest
+from lora_core.train.autotune import free_memory
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
 from lora_core.train.distributed import ProcessGroup
 from lora_core.train.export import RAW_SUFFIX, export_checkpoint, latest_sample, write_export, write_raw
 from lora_core.train.loop import Step, StepSettings, TrainState, sample_batch
-from lora_core.train.oom import free_memory
 from lora_core.train.setup import TrainSession, is_on_cpu
 from lora_core.train.validation import BestStep, OnStep, Validator, at_strength, evaluating
 
@@ -85,6 +85,7 @@ class RunContext:
         run: the run.
         goal: the step to train to.
         before: what earlier processes did.
+        stopping: whether a signal asked for the end.
         group: the processes that train together, None for this one alone.
     """
 
@@ -98,7 +99,7 @@ class RunContext:
         self._on_event = on_event
         self._tensorboard: TensorBoardWriter | None = None
         self._last_report = 0.0
-        self._stopping = stopping
+        self.stopping = stopping
         self._last_stat: tuple[int, int] | None = None
         self._pending: list[dict[str, str]] = []
 
@@ -164,14 +165,9 @@ class RunContext:
         self._pending = [each for each in self._pending if each["id"] != request["id"]]
         self.emit(events.Handled(step=step, request=request["id"]))
 
-    @property
-    def signalled(self) -> bool:
-        """Whether a signal asked for the end."""
-        return self._stopping.came
-
     def check(self) -> None:
         """Leave long work, by raising Interrupted, if the run is asked to end."""
-        if self.signalled or self.pending("stop", "pause"):
+        if self.stopping.came or self.pending("stop", "pause"):
             raise Interrupted
 
     def relative(self, path: Path) -> str:
@@ -232,9 +228,8 @@ class DivergenceGuard:
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
-        return {
-            "rate": self.lr_scale, "returns": self.rollbacks, "bad": self.nonfinite, "losses": self.losses,
-        }  # fmt: skip
+        counts = {"rate": self.lr_scale, "returns": self.rollbacks, "bad": self.nonfinite}
+        return {**counts, "losses": self.losses}
 
     def restore(self, record: dict[str, Any]) -> None:
         """Take over the `record` of a checkpoint; an empty one is that of a new run."""
@@ -248,11 +243,8 @@ class DivergenceGuard:
 
     def _level(self) -> float:
         before = self.losses[:-RECENT]
-        return (
-            min(PREDICT_NOTHING, math.fsum(before) / len(before))
-            if len(before) >= RECENT
-            else PREDICT_NOTHING
-        )
+        known = len(before) >= RECENT
+        return min(PREDICT_NOTHING, math.fsum(before) / len(before)) if known else PREDICT_NOTHING
 
 
 def describe_nonfinite(session: TrainSession, settings: StepSettings, step: Step) -> str:
@@ -404,15 +396,12 @@ class Validate(Callback):
         """Whether there is something to measure after `step`."""
         return step > 0 and self.validator.enabled and self.scheduled(step)
 
-    def __call__(self, step: int) -> None:
-        """Validate, and after the first time limit how often that is done."""
-        self.run_if_it_fits(self.validator.state, step, lambda: self._validate(step))
-        self._limit_frequency(step)
-
-    def catch_up(self, step: int) -> None:
-        """Validate a step whose checkpoint is written already; this learns of it first, so that a kill in
-        between is made up for again."""
-        self.run_if_it_fits(self.validator.state, step, lambda: self._validate(step, amend=True))
+    def __call__(self, step: int, amend: bool = False) -> None:
+        """Validate, and after the first time limit how often that is done; or `amend` a step whose checkpoint
+        is written already: this learns of it first, so that a kill in between is made up for again."""
+        self.run_if_it_fits(self.validator.state, step, lambda: self._validate(step, amend))
+        if not amend:
+            self._limit_frequency(step)
 
     def restore(self, state: CheckpointState, before: Sequence[events.Validated]) -> None:
         """Go on from a checkpoint; of the validations `before`, those after it no longer count."""
@@ -441,7 +430,7 @@ class Validate(Callback):
             )
         self.limited = self.every
 
-    def _validate(self, step: int, amend: bool = False) -> None:
+    def _validate(self, step: int, amend: bool) -> None:
         report = self.context.working(step, "Validating", self.validator.passes)
         event = self.validator.validate(step, report)
         if amend:
@@ -569,11 +558,8 @@ class Export:
         run, state, history = self.context.run, self.state, self.validate.history
         last = history[-1] if history and history[-1].step == step else None
         best = self.validate.validator.best.step
-        if (
-            last is not None
-            and is_worse(last.against_best, last.against_best_error)
-            and is_valid(run.checkpoint(best))
-        ):
+        worse = last is not None and is_worse(last.against_best, last.against_best_error)
+        if last is not None and worse and is_valid(run.checkpoint(best)):
             self.context.warn(
                 step,
                 f"The file is that of step {best:,}, the best one: on held-out images the last step is"

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from lora_core.errors import AdapterFileError, RunError
+from lora_core.errors import AdapterFileError, RunError, wrap_os_errors
 from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.lora.inject import adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
@@ -30,7 +30,7 @@ from lora_core.model_files.families import Family
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import SaveSection
-from lora_core.system.files import clear_abandoned, require_room, sync_folder, write_atomically
+from lora_core.system.files import clear_abandoned, folder_bytes, require_room, sync_folder, write_atomically
 from lora_core.train.loop import TrainState
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -79,30 +79,27 @@ def save_checkpoint(
     """
     final = run.checkpoint(state.step)
     making = final.with_name(f".{final.name}.making")
-    try:
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        average, one_alpha = state.average, len({layer.alpha for layer in weights.layers.values()}) == 1
-        save_adapter(average or weights, making / ADAPTER, family, metadata=header)
-        if not one_alpha or average is not None:
-            save_adapter(weights, making / FACTORS, family, metadata=header, keep_alphas=True)
-        if not one_alpha and average is not None:
-            save_adapter(average, making / AVERAGE, family, metadata=header, keep_alphas=True)
-        tensors, plain = _split(state.optimizer)
-        _write_checked(making / OPTIMIZER, save(tensors))
-        digests = {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))}
-        record = vars(state) | {"optimizer": plain, "average": average is not None, "sha256": digests}
-        _write_checked(making / STATE, json.dumps(record).encode())
-        remove_checkpoint(final)
-        os.rename(making, final)
-        sync_folder(final.parent)
-    except OSError as error:
-        raise RunError(
-            f"The checkpoint of step {state.step} cannot be written to {final.parent}:"
-            f" {error.strerror or error}. The one before it is intact; free some space and resume."
-        ) from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+    failed = f"The checkpoint of step {state.step} cannot be written to {final.parent}"
+    with wrap_os_errors(RunError, failed, ". The one before it is intact; free some space and resume."):
+        try:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir(parents=True)
+            average, one_alpha = state.average, len({layer.alpha for layer in weights.layers.values()}) == 1
+            save_adapter(average or weights, making / ADAPTER, family, metadata=header)
+            if not one_alpha or average is not None:
+                save_adapter(weights, making / FACTORS, family, metadata=header, keep_alphas=True)
+            if not one_alpha and average is not None:
+                save_adapter(average, making / AVERAGE, family, metadata=header, keep_alphas=True)
+            tensors, plain = _split(state.optimizer)
+            _write_checked(making / OPTIMIZER, save(tensors))
+            digests = {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))}
+            record = vars(state) | {"optimizer": plain, "average": average is not None, "sha256": digests}
+            _write_checked(making / STATE, json.dumps(record).encode())
+            remove_checkpoint(final)
+            os.rename(making, final)
+            sync_folder(final.parent)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
     return final
 
 
@@ -255,13 +252,9 @@ class CheckpointManager:
     """Saves, resumes from and rolls back to checkpoints of one run."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        section: SaveSection,
-        train_state: TrainState,
-        emit: Callable[[events.Event], None],
-        size: int,
-    ) -> None:
+        self, run: RunFolder, section: SaveSection, train_state: TrainState,
+        emit: Callable[[events.Event], None], size: int,
+    ) -> None:  # fmt: skip
         """Keep the untrained state to roll back to until there is a checkpoint.
 
         `train_state` is as before the first step; `emit` is called with warnings; `size` is the estimated
@@ -349,20 +342,16 @@ class CheckpointManager:
     def _load_first_valid(self, steps: list[int]) -> CheckpointState | None:
         anew = "There is no other one to go on from, so training begins anew."
         found = load_first_valid(self._run, steps, self._emit, anew)
-        if found is None:
-            return None
-        self._restore(*found)
-        return found[1]
+        return self._restore(*found) if found else None
 
     def _load_start(self) -> CheckpointState:
         if self._start is None:
             raise RunError(
                 f"No checkpoint of the run {self._run.name} is intact; start a new run with its settings."
             )
-        self._restore(*self._start)
-        return self._start[1]
+        return self._restore(*self._start)
 
-    def _restore(self, weights: AdapterWeights, state: CheckpointState) -> None:
+    def _restore(self, weights: AdapterWeights, state: CheckpointState) -> CheckpointState:
         current = self._train_state
         load_weights(current.injected, weights)
         current.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
@@ -370,12 +359,12 @@ class CheckpointManager:
             current.scaler.load_state_dict(state.scaler)
         if current.average is not None:
             current.average.load(state.average or weights)
+        return state
 
     def _next_size(self) -> int:
         """Bytes of the next checkpoint: those of the last one, else the estimate."""
-        for step in reversed(self._run.checkpoint_steps()):
-            return sum(file.stat().st_size for file in self._run.checkpoint(step).iterdir())
-        return self._size
+        steps = self._run.checkpoint_steps()
+        return folder_bytes(self._run.checkpoint(steps[-1])) if steps else self._size
 
 
 def load_first_valid(

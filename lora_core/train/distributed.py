@@ -27,6 +27,7 @@ from accelerate.utils import (
 from lora_core.errors import LoraError, ProcessLost, RunError
 from lora_core.models.device import keep_freed_memory, out_of_memory
 from lora_core.runs.folder import RunFolder
+from lora_core.train.autotune import MemoryFallback
 from lora_core.train.loop import (
     PartialUpdate,
     SingleProcess,
@@ -35,7 +36,6 @@ from lora_core.train.loop import (
     TrainState,
     training_steps,
 )
-from lora_core.train.oom import MemoryFallback
 from lora_core.train.setup import RuntimePlan, prepare
 
 TIMEOUT = timedelta(days=1)

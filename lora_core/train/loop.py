@@ -18,8 +18,8 @@ from lora_core.lora.inject import Injected, adapter_weights, load_weights
 from lora_core.lora.layer import FlatParams
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
-from lora_core.settings.choices import SCHEDULES, chosen
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import SCHEDULES, chosen
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loss import NoiseSample, diffusion_loss, sample_noise
 

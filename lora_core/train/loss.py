@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
-from lora_core.settings.choices import HUBER_SCHEDULES, LOSSES, chosen
-from lora_core.settings.schema import LossSection
+from lora_core.settings.schema import HUBER_SCHEDULES, LOSSES, LossSection, chosen
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
-from lora_core.lora.inject import (
-    Injected,
-    LayerPlan,
-    init_from_lora,
-    inject_layers,
-    plan_layers,
-)
+from lora_core.lora.inject import Injected, LayerPlan, init_from_lora, inject_layers, plan_layers
 from lora_core.lora.layer import FlatParams, LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
@@ -52,9 +46,17 @@ from lora_core.models.device import (
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import AUTO, AdapterSection, ModelSection, OptimizerSection
+from lora_core.settings.schema import (
+    AUTO,
+    OPTIMIZERS,
+    QUANTIZED,
+    AdapterSection,
+    Implementation,
+    ModelSection,
+    OptimizerSection,
+    chosen,
+)
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import EMA, TrainState
@@ -90,7 +92,7 @@ class RuntimePlan:
     Attributes:
         precision: of the base.
         device, threads: what computes.
-        rungs: memory fallbacks and the steps that they were applied after, see `oom.FALLBACKS`.
+        rungs: memory fallbacks and the steps that they were applied after, see `autotune.FALLBACKS`.
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
         layout: how the base's weights are laid out for the CPU; "" before that is decided.
@@ -208,9 +210,8 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     asked, name = config.train.precision, config.model.base
     if asked == "auto" and device.type == "cpu":
         fetch_base(name)
-        if (
-            count_base_parameters(read_base_facts(name, config.model.prediction)) or 0
-        ) >= LARGE and bf16_is_faster():
+        parameters = count_base_parameters(read_base_facts(name, config.model.prediction)) or 0
+        if parameters >= LARGE and bf16_is_faster():
             return torch.bfloat16
     return dtype_of(asked, device)
 
@@ -525,11 +526,7 @@ def prepare(
 
 
 def open_base_for(
-    config: RunConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    rungs: Sequence[tuple[str, int]],
-    folder: Path,
+    config: RunConfig, device: torch.device, dtype: torch.dtype, rungs: list[tuple[str, int]], folder: Path
 ) -> BaseModel:
     """Open the base, its weights kept as the settings say and as fallbacks before step 1 need (`rungs`:
     names and steps); `folder` is on the drive that weights may be offloaded to."""

@@ -24,7 +24,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import require_packages
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import StopRequest
-from lora_core.train.autotune import autotune
+from lora_core.train.autotune import MemoryFallback, autotune, free_memory, next_base_fallback
 from lora_core.train.callbacks import (
     EXPORT_FORMAT,
     MAX_ROLLBACKS,
@@ -45,7 +45,6 @@ from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear
 from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
 from lora_core.train.export import export_checkpoint, export_header
 from lora_core.train.loop import PartialUpdate, Step, StepSettings, training_steps
-from lora_core.train.oom import MemoryFallback, free_memory, next_base_fallback
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare, versions
 from lora_core.train.validation import Validator
 
@@ -113,19 +112,20 @@ def set_up(
         except Exception as error:
             fallback = next_base_fallback(config.train, plan.rungs)
             lacking = isinstance(error, OutOfMemory) or out_of_memory(error)
-            if not lacking or fallback is None or context.group:
+            if not lacking or not fallback or context.group:
                 raise
             release_failed(error, torch.device(plan.device))
-        plan = plan.with_fallbacks([*plan.rungs, (fallback.name, 0)])
+        plan = plan.with_fallbacks([*plan.rungs, (fallback, 0)])
         plan.write(run)
-        context.warn(0, f"The base does not fit into memory as it is. {fallback.description}")
-    for note in session.notes:
-        context.warn(0, note)
+        context.warn(0, f"The base does not fit into memory as it is. {DESCRIPTIONS[fallback]}")
     if session.fallbacks:
         plan = plan.with_fallbacks([*((name, 0) for name in session.fallbacks), *plan.rungs])
         plan.write(run)
-    for name in session.fallbacks:
-        context.warn(0, f"The base does not fit into memory as it is. {DESCRIPTIONS[name]}")
+    apart = [
+        f"The base does not fit into memory as it is. {DESCRIPTIONS[name]}" for name in session.fallbacks
+    ]
+    for note in (*session.notes, *apart):
+        context.warn(0, note)
     memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
     memory.apply_until(0)
     plan, found = autotune(
@@ -220,7 +220,7 @@ class Trainer:
         if before.started:
             self._report_resumed()
         if self._validate.due(self.step) and self.step not in {e.step for e in self._validate.history}:
-            self._validate.catch_up(self.step)
+            self._validate(self.step, amend=True)
         if self._sample.due(self.step) and self.step not in {e.step for e in before.previews}:
             self._sample(self.step)
         self._update_stop_reason()
@@ -371,7 +371,7 @@ class Trainer:
 def finish_early(context: RunContext, step: int, export: Callable[[], Path] | None) -> Outcome:
     """End as asked: paused, or stopped with an export if there is something to export."""
     request = next(iter(context.pending("stop", "pause")), None)
-    pausing = request is not None and request["action"] == "pause" and not context.signalled
+    pausing = request is not None and request["action"] == "pause" and not context.stopping.came
     if request is not None:
         context.mark_handled(step, request)
     if pausing:
@@ -379,7 +379,7 @@ def finish_early(context: RunContext, step: int, export: Callable[[], Path] | No
         return Outcome("paused")
     path = export() if export is not None else None
     context.emit(events.Stopped(step=step, export=context.relative(path) if path else ""))
-    return Outcome("stopped", path, context.signalled)
+    return Outcome("stopped", path, context.stopping.came)
 
 
 def finish_unprepared(context: RunContext) -> Outcome:

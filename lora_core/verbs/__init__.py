@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.generate.request import WeightedLora
 from lora_core.model_files.header import what_is_there
-from lora_core.settings.choices import PRECISIONS
 from lora_core.settings.config import checked_value
-from lora_core.settings.schema import AUTO
+from lora_core.settings.schema import AUTO, PRECISIONS
 from lora_core.system.files import workspace as workspace_folder
 
 if TYPE_CHECKING:
@@ -33,6 +32,10 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 File = str | Path
 Lora = WeightedLora | str | Path
+Place = File | None
+"""A workspace; None for LORA_EASEL_HOME, else the platform's user data folder."""
+Found = dict[str, Any]
+"""A document, as `--json` prints it."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 CHECKPOINT = object()
@@ -85,7 +88,7 @@ class Measure:
     prediction: str = "auto"
     triples: int = 8
     seed: int = 0
-    workspace: File | None = None
+    workspace: Place = None
     said: Callable[[str], None] | None = None
     zero_terminal_snr: str = "auto"
     device: str = "auto"
@@ -130,7 +133,7 @@ def choose_device(name: str) -> Any:
     return best_device() if name == "auto" else use_device(checked_value("train.device", name, "--device"))
 
 
-def load_images(dataset: File, workspace: File | None) -> Any:
+def load_images(dataset: File, workspace: Place) -> Any:
     """The dataset at a path; zips are unpacked in the workspace."""
     from lora_core.data.dataset import open_dataset
 

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
@@ -12,15 +12,17 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import base_layout, read_base_facts
 from lora_core.model_files.header import what_is_there
 from lora_core.runs.folder import find_run, is_run_folder
-from lora_core.settings.choices import FORMATS, PRECISIONS
+from lora_core.settings.schema import FORMATS, PRECISIONS
 from lora_core.system.files import expand_home, unused_path
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import (
     FILE_PRECISIONS,
     AdapterFile,
     File,
+    Found,
     Lora,
     Measure,
+    Place,
     Progress,
     check_precision,
     checked_loras,
@@ -41,7 +43,7 @@ def generate(
     out: File | None = None,
     count: int = 1,
     precision: Annotated[str, PRECISIONS] = "auto",
-    workspace: File | None = None,
+    workspace: Place = None,
     drawn: Callable[[Path], None] | None = None,
     device: str = "auto",
 ) -> list[Path]:
@@ -145,7 +147,7 @@ def _check_png(path: Path) -> None:
 @verb
 def validate(
     measure: Measure, loras: Annotated[Loras, "--lora"] = (), shuffle_captions: bool = False
-) -> dict[str, Any]:
+) -> Found:
     """Measure an adapter on images that it was not trained on.
 
     Args:
@@ -166,7 +168,7 @@ def validate(
 
 
 @verb
-def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
+def inspect(file: AdapterFile, spectrum: bool = False) -> Found:
     """Show what an adapter file is, whichever tool wrote it.
 
     Args:
@@ -187,7 +189,7 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
 
 
 @verb
-def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
+def verify(file: AdapterFile, base: str = "") -> Found:
     """Check what six tools would load from an adapter file.
 
     Args:
@@ -282,7 +284,7 @@ def shrink(
     precision: Annotated[str, FILE_PRECISIONS] = "",
     base: str = "",
     note: Progress | None = None,
-) -> dict[str, Any]:
+) -> Found:
     """Write a smaller adapter file, to a rank or an energy; returns {file, sentences}.
 
     Args:
@@ -300,7 +302,7 @@ def shrink(
     return {"file": str(out), "sentences": shrink_file(to, rank, energy, known, note)}
 
 
-def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "") -> dict[str, Any]:
+def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "") -> Found:
     """Write an adapter file cut to the lowest rank that keeps 99% of the gain measured on `measure`.
 
     Returns:
@@ -346,7 +348,7 @@ def strength(
     measure: Measure,
     apart: bool = False,
     bake: Annotated[File | None, "--bake OUT"] = None,
-) -> dict[str, Any]:
+) -> Found:
     """Find the strength at which an adapter gains most.
 
     Args:
@@ -373,9 +375,7 @@ def strength(
 
 
 @verb
-def copy(
-    file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: File | None = None
-) -> dict[str, Any]:
+def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Place = None) -> Found:
     """Copy an adapter and its side files to where another tool looks for it; nothing is replaced.
 
     Args:
@@ -427,7 +427,7 @@ def _tool_folder(name: str, workspace: Path) -> Path:
 @verb
 def compare(
     first: Annotated[AdapterFile, "A"], second: Annotated[AdapterFile, "B"], note: Progress | None = None
-) -> dict[str, Any]:
+) -> Found:
     """Measure how similar the directions of two adapters are."""
     from lora_core.tools.analysis import file_similarity
 
@@ -435,7 +435,7 @@ def compare(
 
 
 @verb
-def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = None) -> dict[str, Any]:
+def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = None) -> Found:
     """Measure how adapters interfere when all are active.
 
     Args:
@@ -453,9 +453,7 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
 
 
 @verb
-def amplify(
-    file: AdapterFile, base: Annotated[str, "--base"], note: Progress | None = None
-) -> dict[str, Any]:
+def amplify(file: AdapterFile, base: Annotated[str, "--base"], note: Progress | None = None) -> Found:
     """Measure how much an adapter amplifies the directions of its base.
 
     Args:

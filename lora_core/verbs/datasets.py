@@ -11,7 +11,7 @@ from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
 from lora_core.system.files import expand_home
 from lora_core.system.files import workspace as workspace_folder
-from lora_core.verbs import File, Measure, Progress, load_images, verb
+from lora_core.verbs import File, Found, Measure, Place, Progress, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.projects.project import Project
@@ -25,8 +25,8 @@ def audit(
     resolution: Annotated[int, "--resolution PX"] = 0,
     trigger: str = "",
     batch: int = 1,
-    workspace: File | None = None,
-) -> dict[str, Any]:
+    workspace: Place = None,
+) -> Found:
     """Check a dataset: what is wrong with it, and what will be learned from it.
 
     Args:
@@ -52,9 +52,9 @@ def probe(
     triples: int = 4,
     seed: int = 0,
     trigger: str = "",
-    workspace: File | None = None,
+    workspace: Place = None,
     note: Progress | None = None,
-) -> dict[str, Any]:
+) -> Found:
     """Score captions with a base: which fit badly, and words for a trigger.
 
     Args:
@@ -75,9 +75,9 @@ def pictures(
     run: File,
     checkpoint: Annotated[str, "--checkpoint STEP"] = "best",
     triples: int = 8,
-    workspace: File | None = None,
+    workspace: Place = None,
     note: Progress | None = None,
-) -> dict[str, Any]:
+) -> Found:
     """Measure what a run has learned of each of its images; kept in the run's folder too.
 
     Args:
@@ -91,35 +91,35 @@ def pictures(
 
 
 @verb
-def caches_list(workspace: File | None = None) -> dict[str, int]:
+def caches_list(workspace: Place = None) -> dict[str, int]:
     """Show the size of each cache, in bytes, the largest first."""
-    from lora_core.runs.storage import cache_sizes
+    from lora_core.projects.workspace import cache_sizes
 
     return cache_sizes(workspace_folder(workspace))
 
 
 @verb
-def caches_clean(workspace: File | None = None) -> int:
+def caches_clean(workspace: Place = None) -> int:
     """Delete all caches, which runs can rebuild; returns the bytes freed.
 
     Raises:
         RunError: a run is live, or the disk refuses.
     """
-    from lora_core.runs.storage import clean_caches
+    from lora_core.projects.workspace import clean_caches
 
     return clean_caches(workspace_folder(workspace))
 
 
 @verb
-def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
+def trash_list(workspace: Place = None) -> list[Found]:
     """List what is in the trash, newest first: id, name, kind, came_from, time."""
-    from lora_core.runs.storage import list_trash
+    from lora_core.projects.workspace import list_trash
 
     return [one.row() for one in list_trash(workspace_folder(workspace))]
 
 
 @verb
-def trash_restore(name: str, workspace: File | None = None) -> Path:
+def trash_restore(name: str, workspace: Place = None) -> Path:
     """Restore something from the trash, under another name if its own is taken; returns its path.
 
     Args:
@@ -128,7 +128,7 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
     Raises:
         RunError: nothing, or more than one thing, has that name.
     """
-    from lora_core.runs.storage import list_trash, restore
+    from lora_core.projects.workspace import list_trash, restore
 
     place = workspace_folder(workspace)
     there = list_trash(place)
@@ -143,9 +143,9 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 
 
 @verb
-def trash_empty(workspace: File | None = None) -> int:
+def trash_empty(workspace: Place = None) -> int:
     """Delete everything in the trash for good; returns the bytes freed."""
-    from lora_core.runs.storage import empty_trash, trash_folder
+    from lora_core.projects.workspace import empty_trash, trash_folder
     from lora_core.system.files import folder_bytes
 
     place = workspace_folder(workspace)
@@ -155,14 +155,14 @@ def trash_empty(workspace: File | None = None) -> int:
 
 
 @verb
-def projects_list(workspace: File | None = None) -> list[dict[str, Any]]:
+def projects_list(workspace: Place = None) -> list[Found]:
     """List the projects, the open one first: key (its folder), title, path, is_open, pictures, runs, size."""
     projects = _projects(workspace)
     return [{**asdict(one), "path": str(projects.folder / one.key)} for one in projects.list_projects()]
 
 
 @verb
-def projects_new(title: str, workspace: File | None = None) -> Path:
+def projects_new(title: str, workspace: Place = None) -> Path:
     """Make a project and open it in the window; returns its folder.
 
     Raises:
@@ -173,14 +173,14 @@ def projects_new(title: str, workspace: File | None = None) -> Path:
 
 
 @verb
-def projects_open(project: str, workspace: File | None = None) -> None:
+def projects_open(project: str, workspace: Place = None) -> None:
     """Choose the project that the window opens with."""
     projects = _projects(workspace)
     projects.open(projects.find_key(project))
 
 
 @verb
-def projects_rename(project: str, title: str, workspace: File | None = None) -> None:
+def projects_rename(project: str, title: str, workspace: Place = None) -> None:
     """Give a project another title; its folder keeps its name.
 
     Raises:
@@ -191,7 +191,7 @@ def projects_rename(project: str, title: str, workspace: File | None = None) -> 
 
 
 @verb
-def projects_delete(project: str, workspace: File | None = None) -> Path:
+def projects_delete(project: str, workspace: Place = None) -> Path:
     """Move a project to the trash; returns where it is now.
 
     Raises:
@@ -202,9 +202,7 @@ def projects_delete(project: str, workspace: File | None = None) -> Path:
 
 
 @verb
-def projects_import(
-    project: str, source: File, link: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+def projects_import(project: str, source: File, link: bool = False, workspace: Place = None) -> Found:
     """Bring images, captions and masks into a project: a folder, a zip or a file.
 
     Args:
@@ -235,14 +233,14 @@ def projects_import(
     return {"added": len(found.added), "skipped": [one.sentence for one in found.skipped]}
 
 
-def _projects(workspace: File | None) -> "Projects":
+def _projects(workspace: Place) -> "Projects":
     from lora_core.projects.workspace import Projects
 
     return Projects(workspace_folder(workspace))
 
 
 @verb
-def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+def leave_out(dataset: File, pictures: Sequence[str], workspace: Place = None) -> int:
     """Move images of a project aside, with their captions; returns how many.
 
     Args:
@@ -255,14 +253,14 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = N
 
 
 @verb
-def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+def take_back(dataset: File, pictures: Sequence[str], workspace: Place = None) -> int:
     """Put images that were left out back; returns how many."""
     from lora_core.projects.project import take_back as moved
 
     return moved(_pictures_of(dataset, workspace), list(pictures))
 
 
-def left_out(dataset: File, workspace: File | None = None) -> list[str]:
+def left_out(dataset: File, workspace: Place = None) -> list[str]:
     """The images that were left out, as `take_back` takes them."""
     from lora_core.projects.project import list_left_out as aside
     from lora_core.projects.project import relative_name
@@ -276,7 +274,7 @@ def hold_out(
     dataset: File,
     pictures: Sequence[str],
     on: Annotated[bool, "--undo"] = True,
-    workspace: File | None = None,
+    workspace: Place = None,
 ) -> None:
     """Hold images of a project out for validation; `on=False` (`--undo`) has them trained on again."""
     project = _pictures_of(dataset, workspace)
@@ -286,7 +284,7 @@ def hold_out(
 
 
 @verb
-def captions_set(dataset: File, picture: str, text: str, workspace: File | None = None) -> None:
+def captions_set(dataset: File, picture: str, text: str, workspace: Place = None) -> None:
     """Write the caption of one image."""
     _pictures_of(dataset, workspace).save_caption(picture, text)
 
@@ -299,8 +297,8 @@ def captions_replace(
     regex: bool = False,
     any_case: bool = False,
     dry_run: bool = False,
-    workspace: File | None = None,
-) -> dict[str, Any]:
+    workspace: Place = None,
+) -> Found:
     """Find and replace in all captions.
 
     Args:
@@ -319,47 +317,39 @@ def captions_replace(
 
 
 @verb
-def captions_prefix(
-    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+def captions_prefix(dataset: File, text: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Put a text in front of all captions; as `captions_replace`."""
     return _edit(dataset, dry_run, workspace, "prepend", "", text)
 
 
 @verb
-def captions_suffix(
-    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+def captions_suffix(dataset: File, text: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Put a text at the end of all captions; as `captions_replace`."""
     return _edit(dataset, dry_run, workspace, "append", "", text)
 
 
 @verb
 def captions_rename_tag(
-    dataset: File, tag: str, new: str, dry_run: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+    dataset: File, tag: str, new: str, dry_run: bool = False, workspace: Place = None
+) -> Found:
     """Give a tag another name; as `captions_replace`."""
     return _edit(dataset, dry_run, workspace, "rename tag", tag, new)
 
 
 @verb
-def captions_delete_tag(
-    dataset: File, tag: str, dry_run: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+def captions_delete_tag(dataset: File, tag: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Delete a tag; as `captions_replace`."""
     return _edit(dataset, dry_run, workspace, "delete tag", tag)
 
 
 @verb
-def captions_trigger(
-    dataset: File, word: str, dry_run: bool = False, workspace: File | None = None
-) -> dict[str, Any]:
+def captions_trigger(dataset: File, word: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Add a trigger word to all captions that lack it; as `captions_replace`."""
     return _edit(dataset, dry_run, workspace, "trigger", "", word)
 
 
 @verb
-def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int]:
+def captions_undo(dataset: File, workspace: Place = None) -> dict[str, int]:
     """Undo the last change of many captions; returns how many are undone, and kept as changed since."""
     from lora_core.projects.caption_edits import undo
 
@@ -367,7 +357,7 @@ def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int
     return {"undone": undone, "kept": kept}
 
 
-def _edit(dataset: File, dry_run: bool, workspace: File | None, *how: Any) -> dict[str, Any]:
+def _edit(dataset: File, dry_run: bool, workspace: Place, *how: Any) -> Found:
     """Change all captions, or show what would change; `how` are the fields of an `Edit`."""
     from lora_core.projects import caption_edits
     from lora_core.projects.caption_edits import Edit
@@ -379,14 +369,14 @@ def _edit(dataset: File, dry_run: bool, workspace: File | None, *how: Any) -> di
     return found
 
 
-def _pictures_of(dataset: File, workspace: File | None) -> "Project":
+def _pictures_of(dataset: File, workspace: Place) -> "Project":
     from lora_core.projects.workspace import open_images
 
     return open_images(str(dataset), workspace_folder(workspace))
 
 
 @verb
-def doctor(workspace: File | None = None) -> dict[str, Any]:
+def doctor(workspace: Place = None) -> Found:
     """Check this computer, with the fix for each thing that is wrong.
 
     Returns:

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core.errors import ConfigError, DatasetError, ModelFileError
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
 from lora_core.model_files.starting_settings import settings_from_lora, starting_settings
-from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
-from lora_core.settings.choices import FORMATS
+from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
+from lora_core.runs.events import Event
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, find_run, runs_folder
+from lora_core.runs.queue import Queue, ensure_runner, run_queue, sweep_configs
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
-from lora_core.system.files import expand_home
+from lora_core.settings.schema import FORMATS, chosen
+from lora_core.system.files import expand_home, write_atomically
 from lora_core.system.files import workspace as workspace_folder
-from lora_core.verbs import FILE_PRECISIONS, File, check_precision, load_images, verb
+from lora_core.system.hardware import Hardware
+from lora_core.verbs import FILE_PRECISIONS, File, Found, Place, check_precision, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.model_files.families import Family
-    from lora_core.runs.events import Event
-    from lora_core.runs.queue import Queue
     from lora_core.train.trainer import Outcome
 
 PLACES = ("model.base", "model.vae", "adapter.init")
@@ -35,8 +37,8 @@ def train(
     name: str = "",
     settings: Mapping[str, Any] | None = None,
     preset: str = "",
-    workspace: File | None = None,
-    on_event: "Callable[[Event], None] | None" = None,
+    workspace: Place = None,
+    on_event: Callable[[Event], None] | None = None,
     like: File | None = None,
 ) -> "Outcome":
     """Train an adapter on a dataset: make a run and train it to its end.
@@ -117,7 +119,7 @@ def _in_full(place: str) -> str:
 
 
 @verb
-def forecast(config: RunConfig, workspace: File | None = None, measure: bool = False) -> dict[str, Any]:
+def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) -> Found:
     """Predict what a run will take (time, memory, file size), and what is in its way.
 
     Args:
@@ -131,9 +133,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         [{kind, sentence, blocking}].
     """
     from lora_core.runs.costs import forecast_run, read_costs
-    from lora_core.runs.folder import all_runs
     from lora_core.runs.preflight import preflight
-    from lora_core.system.hardware import Hardware
 
     place, facts = workspace_folder(workspace), lookup_base(config.model.base).facts
     hardware = Hardware(wanted=lambda: config.train.device)
@@ -168,8 +168,8 @@ def resume(
     run: File,
     steps: int | None = None,
     accept_changes: bool = False,
-    workspace: File | None = None,
-    on_event: "Callable[[Event], None] | None" = None,
+    workspace: Place = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> "Outcome":
     """Start or resume a run and train it to its end; returns how it ended and its exported file.
 
@@ -192,43 +192,40 @@ def resume(
 
 
 @verb
-def stop(run: File, workspace: File | None = None) -> None:
+def stop(run: File, workspace: Place = None) -> None:
     """End a run, keep its work and export it."""
     _request(run, "stop", workspace)
 
 
 @verb
-def pause(run: File, workspace: File | None = None) -> None:
+def pause(run: File, workspace: Place = None) -> None:
     """End a run's process, to resume later."""
     _request(run, "pause", workspace)
 
 
 @verb
-def save(run: File, workspace: File | None = None) -> None:
+def save(run: File, workspace: Place = None) -> None:
     """Write a checkpoint now."""
     _request(run, "save", workspace)
 
 
 @verb
-def preview(run: File, workspace: File | None = None) -> None:
+def preview(run: File, workspace: Place = None) -> None:
     """Draw samples now."""
     _request(run, "preview", workspace)
 
 
-def _request(run: File, do: str, workspace: File | None) -> None:
+def _request(run: File, do: str, workspace: Place) -> None:
     find_run(run, workspace).request_live(do)
 
 
 @verb
-def runs(workspace: File | None = None) -> list[dict[str, Any]]:
+def runs(workspace: Place = None) -> list[Found]:
     """List the runs of a workspace, newest first.
 
     Returns:
         name, path, status, step, steps, loss, best_step and reason of each.
     """
-    from lora_core.runs.diagnosis import find_crash
-    from lora_core.runs.folder import all_runs
-
     found = []
     for run in all_runs(workspace_folder(workspace)):
         row = run.summary()
@@ -238,7 +235,7 @@ def runs(workspace: File | None = None) -> list[dict[str, Any]]:
 
 @verb
 def notify(
-    whom: Annotated[str | None, "COMMAND|URL"] = None, test: bool = False, workspace: File | None = None
+    whom: Annotated[str | None, "COMMAND|URL"] = None, test: bool = False, workspace: Place = None
 ) -> str:
     """Set or show who is notified when a run ends: a command or a web address.
 
@@ -249,8 +246,6 @@ def notify(
     Raises:
         ConfigError: the command has an open quote, or with `test`, they could not be notified.
     """
-    from lora_core.runs.notifications import read_recipient, send_test, write_recipient
-
     place = workspace_folder(workspace)
     if whom is not None:
         write_recipient(place, whom)
@@ -261,20 +256,20 @@ def notify(
 
 
 @verb
-def delete(run: File, workspace: File | None = None) -> Path:
+def delete(run: File, workspace: Place = None) -> Path:
     """Move a run to the trash; returns where it is now.
 
     Raises:
         RunError: it is live, or not in a workspace.
     """
-    from lora_core.runs.storage import move_to_trash
+    from lora_core.projects.workspace import move_to_trash
 
     folder = find_run(run, workspace)
     return move_to_trash(folder.path, folder.path.parent.parent)
 
 
 @verb
-def queue_add(run: File, workspace: File | None = None, start: bool = False) -> RunFolder:
+def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFolder:
     """Put a run at the end of the queue of its workspace; returns its folder.
 
     Args:
@@ -283,8 +278,6 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     Raises:
         RunError: it is done, live, or in the queue already.
     """
-    from lora_core.runs.queue import Queue, ensure_runner
-
     folder = find_run(run, workspace)
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
     queue.add(folder)
@@ -295,7 +288,7 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
 
 @verb
 def queue_sweep(
-    run: File, setting: str, values: Sequence[str], workspace: File | None = None, start: bool = False
+    run: File, setting: str, values: Sequence[str], workspace: Place = None, start: bool = False
 ) -> list[RunFolder]:
     """Queue copies of a run with one setting at several values; returns their folders.
 
@@ -308,7 +301,6 @@ def queue_sweep(
         LoraError: a value is not legal or something else is in the way; nothing is queued then.
     """
     from lora_core.runs.preflight import preflight, require_none_blocking
-    from lora_core.runs.queue import sweep_configs
 
     folder = find_run(run, workspace)
     place = workspace_folder(workspace) if workspace else folder.path.parent.parent
@@ -323,15 +315,13 @@ def queue_sweep(
 
 
 @verb
-def queue_list(workspace: File | None = None) -> list[dict[str, Any]]:
+def queue_list(workspace: Place = None) -> list[Found]:
     """List the jobs of the queue, in order: position, name, path, state, step, steps and reason."""
-    from lora_core.runs.queue import Queue
-
     return Queue(workspace_folder(workspace)).rows()
 
 
 @verb
-def queue_move(run: File, position: int, workspace: File | None = None) -> None:
+def queue_move(run: File, position: int, workspace: Place = None) -> None:
     """Move a waiting run to another place in the queue.
 
     Args:
@@ -345,7 +335,7 @@ def queue_move(run: File, position: int, workspace: File | None = None) -> None:
 
 
 @verb
-def queue_remove(run: File, workspace: File | None = None) -> None:
+def queue_remove(run: File, workspace: Place = None) -> None:
     """Take a run out of the queue; the run stays.
 
     Raises:
@@ -355,10 +345,8 @@ def queue_remove(run: File, workspace: File | None = None) -> None:
     queue.remove(name)
 
 
-def _queue_of(run: File, workspace: File | None) -> "tuple[Queue, str]":
+def _queue_of(run: File, workspace: Place) -> tuple[Queue, str]:
     """The queue that a run is in, and the name of its job; the run's folder may be gone."""
-    from lora_core.runs.queue import Queue
-
     queue = Queue(workspace_folder(workspace))
     if any(job.run == str(run) for job in queue.stored_jobs()):
         return queue, str(run)
@@ -367,33 +355,24 @@ def _queue_of(run: File, workspace: File | None) -> "tuple[Queue, str]":
 
 
 @verb
-def queue_run(workspace: File | None = None, said: Callable[[str], None] | None = None) -> list[Any]:
+def queue_run(workspace: Place = None, said: Callable[[str], None] | None = None) -> list[Any]:
     """Work through the queue, then end; returns the jobs that ended. `said` gets a line for each."""
-    from lora_core.runs.queue import run_queue
-
     return run_queue(workspace_folder(workspace), said or (lambda line: None))[0]
 
 
 @verb
-def queue_pause(workspace: File | None = None) -> None:
+def queue_pause(workspace: Place = None) -> None:
     """Stop working through the queue; the run in hand is paused and waits again."""
-    from lora_core.runs.queue import Queue
-
     Queue(workspace_folder(workspace)).set_enabled(False)
 
 
 @verb
-def debug(
-    run: File, out: Annotated[File | None, "--out F.zip"] = None, workspace: File | None = None
-) -> Path:
+def debug(run: File, out: Annotated[File | None, "--out F.zip"] = None, workspace: Place = None) -> Path:
     """Write a zip for a bug report on a run, without images, paths and names.
 
     Args:
         out: the zip, else debug.zip in the run's folder.
     """
-    from lora_core.runs.diagnosis import debug_zip
-    from lora_core.system.files import write_atomically
-
     folder = find_run(run, workspace)
     target = Path(out) if out else folder.path / "debug.zip"
     write_atomically(target, debug_zip(folder, folder.path.parent.parent))
@@ -405,7 +384,7 @@ def report(
     run: File,
     out: Annotated[File | None, "--out F.html"] = None,
     measure: Annotated[bool, "--no-measure"] = True,
-    workspace: File | None = None,
+    workspace: Place = None,
     said: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a run as one self-contained HTML page.
@@ -430,8 +409,8 @@ def export(
     format: Annotated[str, FORMATS] = "kohya",
     precision: Annotated[str, FILE_PRECISIONS] = "fp16",
     name: str = "",
-    workspace: File | None = None,
-) -> dict[str, Any]:
+    workspace: Place = None,
+) -> Found:
     """Write a checkpoint of a run as a file for other tools, in the run's `export/`.
 
     Args:
@@ -444,7 +423,6 @@ def export(
         file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and
         works_in, as `verify`.
     """
-    from lora_core.settings.choices import chosen
     from lora_core.train.export import export_checkpoint
 
     folder = find_run(run, workspace)

@@ -9,7 +9,7 @@ from app.train.form import preset_config
 from app.train.start import facts, forecast
 from lora_core.runs import events
 from lora_core.runs.costs import MEASURED, SCALED
-from lora_core.runs.progress import Progress
+from lora_core.runs.events import Progress
 from lora_core.settings.config import RunConfig
 from tests.app.runs import make_run, started, step
 

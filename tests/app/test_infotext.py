@@ -4,7 +4,7 @@ import pytest
 
 from app.preview.routes import parse_infotext
 from lora_core.generate.request import GenerationRequest, WeightedLora
-from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.schema import SAMPLERS
 
 HOSTILE = '<img src=x onerror="alert(1)"> {{7*7}} 😀 "quoted", Steps: 3'
 

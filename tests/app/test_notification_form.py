@@ -9,7 +9,7 @@ from app.bindings import Bindings
 from app.state import AppState
 from app.train.view import checked, chosen
 from lora_core.errors import ConfigError
-from lora_core.runs.notifications import VARIABLE, notify_file, write_recipient
+from lora_core.runs.diagnosis import VARIABLE, notify_file, write_recipient
 
 
 @pytest.fixture(autouse=True)

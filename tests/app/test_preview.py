@@ -21,8 +21,8 @@ from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.projects.workspace import list_trash, restore
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.storage import list_trash, restore
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import unused_path
 

@@ -14,9 +14,8 @@ from app.train.run_cards import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
 from lora_core.projects.project import Project
-from lora_core.projects.workspace import Projects, belongs_to, mark_project
+from lora_core.projects.workspace import Projects, belongs_to, list_trash, mark_project
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
-from lora_core.runs.storage import list_trash
 from lora_core.settings.config import RunConfig
 from tests.app.conftest import Say
 

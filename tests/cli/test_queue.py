@@ -15,9 +15,9 @@ from lora_core.__main__ import main
 from lora_core.model_files.header import read_header
 from lora_core.model_files.starting_settings import preset
 from lora_core.runs import events
+from lora_core.runs.diagnosis import write_recipient
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.notifications import write_recipient
 from lora_core.runs.queue import Queue, sweep_configs
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for

@@ -12,7 +12,7 @@ from lora_core.formats import io as adapter_file
 from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, TextEncoder
-from lora_core.settings import choices
+from lora_core.settings import schema
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear, same_bits
 from tests.formats.odd_files import serialised
 
@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / "löra file.safetensors"
 
 
-@pytest.mark.parametrize("format", choices.FORMATS)
+@pytest.mark.parametrize("format", schema.FORMATS)
 def test_write_and_read_is_bit_for_bit(path, family, format):
     weights = adapter(alphas=(3.0,) * 5, ranks=(1, 2, 4, 8, 16))
     save_adapter(weights, path, family, format=format, metadata={"ss_tag_frequency": "{}"})
@@ -32,9 +32,9 @@ def test_write_and_read_is_bit_for_bit(path, family, format):
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("first", choices.FORMATS)
+@pytest.mark.parametrize("first", schema.FORMATS)
 def test_from_file_to_file_and_back(path, tmp_path, family, first):
-    second = next(name for name in choices.FORMATS if name != first)
+    second = next(name for name in schema.FORMATS if name != first)
     save_adapter(adapter(alphas=(3.0,) * 5), path, family, format=first, metadata={"ss_seed": "7"})
     other, again = tmp_path / "other.safetensors", tmp_path / "again.safetensors"
     for source, target, format in ((path, other, second), (other, again, first)):
@@ -71,7 +71,7 @@ def test_the_headers_hash_is_that_of_the_tensor_bytes(path, family):
 
 def test_diffusers_own_key_is_in_its_files_only(path, family):
     weights = adapter()
-    for format in choices.FORMATS:
+    for format in schema.FORMATS:
         save_adapter(
             weights,
             path,
@@ -103,7 +103,7 @@ def changed(weights, **changes):
 def test_numbers_that_are_not_finite_are_never_written(path, family, number, what):
     value = number if what == "alpha" else torch.full((4, 32) if what == "down" else (24, 4), number)
     path.write_bytes(b"the old file")
-    for format in choices.FORMATS:
+    for format in schema.FORMATS:
         with pytest.raises(AdapterFileError, match=r"attn2\.to_k"):
             save_adapter(changed(adapter(), **{what: value}), path, family, format=format)
     assert path.read_bytes() == b"the old file"
@@ -197,7 +197,7 @@ def text(width):
     return AdapterWeights({("text_encoder", f"{CLIP}.self_attn.q_proj"): linear(2, 1.0, inside=width)})
 
 
-@pytest.mark.parametrize("format", choices.FORMATS)
+@pytest.mark.parametrize("format", schema.FORMATS)
 @pytest.mark.parametrize(
     ("weights", "family", "words"),
     [

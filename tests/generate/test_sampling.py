@@ -11,7 +11,7 @@ from lora_core.errors import ConfigError
 from lora_core.generate.pipeline import generate_image, infotext, make_scheduler, rescale_guidance, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
-from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.schema import SAMPLERS
 from lora_core.system.files import DEMO_BASE
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lora_core.errors import ConfigError
 from lora_core.lora.inject import target_modules
 from lora_core.model_files.families import FAMILIES, Family, Targets, named_targets
-from lora_core.settings.choices import TARGETS
+from lora_core.settings.schema import TARGETS
 from lora_core.system.files import FAMILY_CONFIGS
 
 

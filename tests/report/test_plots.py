@@ -18,8 +18,7 @@ from lora_core.report.plots import (
     table_html,
 )
 from lora_core.runs import events
-from lora_core.runs.events import RateFound
-from lora_core.runs.progress import Progress
+from lora_core.runs.events import Progress, RateFound
 
 HOSTILE = '"><script>alert(1)</script>&'
 
@@ -78,8 +77,8 @@ def test_improvement_marks_the_newest_that_was_called_best_and_not_the_highest()
     found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
     (chart,) = run_charts({"a": progress_of(*found)})
     assert chart.mark is not None
-    assert (chart.mark.x, chart.mark.words) == (20.0, "best, step 20")
-    assert math.isclose(chart.mark.y, 15.0)
+    assert (chart.mark[0], chart.mark[2]) == (20.0, "best, step 20")
+    assert math.isclose(chart.mark[1], 15.0)
     (held,) = chart.curves
     # The base itself is the first point; gains are in percent of its loss.
     assert [x for x, _ in held.points] == [0.0, 10.0, 20.0, 30.0]
@@ -110,7 +109,7 @@ def test_every_text_is_escaped() -> None:
     bars = [Bar(HOSTILE, 1.0, 0.5, HOSTILE), Bar("b", -1.0)]
     pieces = [
         bars_plot(HOSTILE, bars),
-        heat_plot(HOSTILE, [HOSTILE], ["b"], [[0.5]], [[HOSTILE]]),
+        heat_plot(HOSTILE, [HOSTILE], ["b"], [[(0.5, HOSTILE)]]),
         charts_html([Chart(HOSTILE, HOSTILE, [Curve(HOSTILE, [(0.0, 1.0), (1.0, math.inf)])])]),
         square_plot(HOSTILE, [[1.0, 0.5], [0.0, 1.0]], (HOSTILE, "b")),
         table_html((HOSTILE, "b"), [(HOSTILE, 1)], HOSTILE),

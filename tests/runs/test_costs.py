@@ -22,7 +22,7 @@ from lora_core.runs.costs import (
 )
 from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Gpu
-from lora_core.train import oom
+from lora_core.train import autotune
 from tests.app.bases import checkpoint
 from tests.simulated.whole import base_file
 
@@ -196,7 +196,7 @@ def test_a_forecast_counts_auto_as_what_it_means_on_the_card(tmp_path: Path) -> 
 
 
 def test_a_forecast_knows_all_fallbacks_in_the_order_of_the_trainer() -> None:
-    assert list(FALLBACKS) == [each.name for each in oom.FALLBACKS]
+    assert list(FALLBACKS) == [each.name for each in autotune.FALLBACKS]
 
 
 def test_a_processor_s_run_takes_more_memory_where_there_is_more(

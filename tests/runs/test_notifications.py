@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import ConfigError
-from lora_core.runs import events, notifications
+from lora_core.runs import diagnosis, events
+from lora_core.runs.diagnosis import notify_end, notify_file, read_recipient, send_test, write_recipient
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.notifications import notify_end, notify_file, read_recipient, send_test, write_recipient
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(notifications.VARIABLE, raising=False)
+    monkeypatch.delenv(diagnosis.VARIABLE, raising=False)
 
 
 def ended(home: Path, *more: events.Event, name: str = "one") -> RunFolder:
@@ -134,13 +134,13 @@ def test_what_goes_wrong_is_one_sentence(
         (str(tmp_path / "no-such-program"), "could not be told"),
         (failing, "ended with code 1: no bell"),
     ):
-        monkeypatch.setenv(notifications.VARIABLE, whom)
+        monkeypatch.setenv(diagnosis.VARIABLE, whom)
         said = notify_end(run, tmp_path)
         assert words in said
         assert said.endswith(".")
         assert "\n" not in said
-    monkeypatch.setattr(notifications, "COMMAND_TAKES", 0.3)
-    monkeypatch.setenv(notifications.VARIABLE, f'"{sys.executable}" -c "import time; time.sleep(600)"')
+    monkeypatch.setattr(diagnosis, "COMMAND_TAKES", 0.3)
+    monkeypatch.setenv(diagnosis.VARIABLE, f'"{sys.executable}" -c "import time; time.sleep(600)"')
     began = time.monotonic()
     assert "took more than 0 seconds" in notify_end(run, tmp_path)
     assert time.monotonic() - began < PATIENCE

@@ -28,8 +28,8 @@ from lora_core.runs.preflight import (
     rate_problems,
     require_none_blocking,
 )
-from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import OPTIMIZERS
 from lora_core.system import files as disk_space
 from lora_core.system.files import DEMO_BASE
 

@@ -17,13 +17,13 @@ from app.train.form import widget
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters
 from lora_core.errors import ConfigError
-from lora_core.settings import choices, schema
-from lora_core.settings.choices import Implementation, OptimizerChoice, Table, chosen
+from lora_core.settings import schema
 from lora_core.settings.config import FIELDS, RunConfig, choices_of, limits_of
+from lora_core.settings.schema import Implementation, OptimizerChoice, Table, chosen
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, Table] = {
-    name: value for name, value in vars(choices).items() if name.isupper() and isinstance(value, dict)
+    name: value for name, value in vars(schema).items() if name.isupper() and isinstance(value, dict)
 }
 ROWS = [(name, key) for name, table in TABLES.items() for key in table]
 
@@ -68,7 +68,7 @@ def test_every_option_of_the_command_line_leaves_a_choice() -> None:
 
 def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"loss\.type = .cubic. is not known; choose one of mse, l1, huber"):
-        chosen(choices.LOSSES, "cubic", "loss.type")
+        chosen(schema.LOSSES, "cubic", "loss.type")
 
 
 def test_a_missing_optional_package_comes_with_the_command_that_installs_it() -> None:
@@ -102,7 +102,7 @@ class Toy(torch.optim.SGD):
 
 def test_a_row_is_all_that_an_optimizer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     row = OptimizerChoice("Toy", "For tests.", f"{__name__}:Toy", {"momentum": 0.5}, state=1.0)
-    monkeypatch.setitem(choices.OPTIMIZERS, "toy", row)
+    monkeypatch.setitem(schema.OPTIMIZERS, "toy", row)
     config = RunConfig().changed({"optimizer.name": "Toy"})
     assert config.optimizer.name == "toy"
     assert ("Toy", "toy") in widget("optimizer.name").choices

@@ -20,7 +20,7 @@ from lora_core.backends.compact import BLOCKS
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import FAMILIES, Family, named_targets
-from lora_core.settings.choices import TARGETS
+from lora_core.settings.schema import TARGETS
 from lora_core.system.files import FAMILY_CONFIGS
 from tests.simulated.device import SimulatedDevice
 

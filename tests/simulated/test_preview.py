@@ -33,7 +33,7 @@ from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
 from lora_core.models.vae import decode_latents
-from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.schema import SAMPLERS
 from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.waiting import PATIENCE

@@ -14,7 +14,7 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.choices import OPTIMIZERS, SAMPLERS
+from lora_core.settings.schema import OPTIMIZERS, SAMPLERS
 from tests.simulated.device import SimulatedDevice
 from tests.train.runs import (
     RANDOM,

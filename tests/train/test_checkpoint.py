@@ -8,8 +8,8 @@ from lora_core.errors import LoraError, RunError
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import OPTIMIZERS
 from lora_core.train.checkpoint import (
     CheckpointState,
     clear_unfinished,

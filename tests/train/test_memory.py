@@ -21,9 +21,10 @@ from lora_core.errors import OutOfMemory
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.train import autotune, loop, oom, setup
+from lora_core.train import autotune, loop, setup
+from lora_core.train import autotune as oom
+from lora_core.train.autotune import MemoryFallback
 from lora_core.train.loop import StepSettings, backward_micro_batch
-from lora_core.train.oom import MemoryFallback
 from lora_core.train.setup import RuntimePlan, enable_checkpointing, prepare
 from tests.faults import Fault, Nursery, armed
 from tests.train.runs import (

@@ -14,10 +14,9 @@ from torch import nn
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
 from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
-from lora_core.settings.choices import OPTIMIZERS, OptimizerChoice
-from lora_core.settings.schema import OptimizerSection
+from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
+from lora_core.train.autotune import MemoryFallback
 from lora_core.train.loop import EMA, TrainState, optimizer_step
-from lora_core.train.oom import MemoryFallback
 from lora_core.train.setup import AdapterPlan, build_optimizer
 from tests.train.runs import Toy, notes, trained
 

@@ -11,9 +11,7 @@ import pytest
 from filelock import FileLock
 
 from lora_core.errors import RunError
-from lora_core.runs.folder import RunFolder, all_runs, runs_folder
-from lora_core.runs.queue import Queue
-from lora_core.runs.storage import (
+from lora_core.projects.workspace import (
     cache_sizes,
     clean_caches,
     empty_trash,
@@ -22,6 +20,8 @@ from lora_core.runs.storage import (
     restore,
     trash_folder,
 )
+from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import folder_bytes
 from tests.waiting import PATIENCE
@@ -207,7 +207,7 @@ def test_a_refused_rename_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(source: object, target: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lora_core.runs.storage.os.rename", refuse)
+    monkeypatch.setattr("lora_core.projects.workspace.os.rename", refuse)
     with pytest.raises(RunError, match="one cannot be moved to the trash: Permission denied"):
         move_to_trash(run.path, tmp_path)
     assert run.config_file.is_file()
