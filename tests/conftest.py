@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.system.processes import AWHILE, VARIABLE, without_collecting
+from tests import warm
 from tests.faults import Nursery
 
 TESTS = Path(__file__).parent
@@ -23,6 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, each with a core for 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# The processes that divide the tests inherit it, and share the servers.
+warm.set_up()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keeps the person's own workspace out of reach, of child processes too."""
@@ -33,11 +38,9 @@ def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """One for all tests, as it takes some seconds to come up."""
-    made = Nursery()
-    yield made
-    made.close()
+def nursery() -> Nursery:
+    """Children with the engine imported."""
+    return Nursery()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,8 +2,8 @@
 file is corrupted. Nothing in the product knows of this module.
 
 Inside a test's process, `armed` replaces the functions of the system and of the engine while a context is
-open. For a process that may be killed there is a `Nursery`: it imports the engine once and forks a child for
-each run, which takes a fifth of a second in place of five; the child arms itself and trains.
+open. For a process that may be killed there is a `Nursery`: its children have the engine imported, arm
+themselves and train.
 
 Points, by name:
     open       a file is opened for writing        write     bytes are written
@@ -22,7 +22,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
@@ -209,18 +210,12 @@ def corrupt(path: Path, how: str = "flip") -> None:
 
 
 class Nursery:
-    """A process with the engine imported, that forks a child for each run."""
+    """Runs the command line in children of a process that has the engine imported (`tests/warm.py`)."""
 
     def __init__(self, **environment: str) -> None:
-        """Start it, with something in its environment."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.faults import _serve; _serve()"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **NURSERY, **environment},
-        )
+        """`environment` is set while the engine is imported too, in a process of this nursery alone."""
+        warm.set_up()
+        self._environment = environment
 
     def command(self, words: Iterable[object], *faults: Fault, **limits: Any) -> tuple[int, str, int]:
         """Run the command line in a child; returns its exit code, negative for a signal, what it said on
@@ -232,54 +227,37 @@ class Nursery:
             limits: `file_size`, the largest file in bytes; `memory`, bytes that may be taken beyond what is
                 held at the first micro-batch.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         order = {
             "words": [str(word) for word in words],
             "faults": [dataclasses.asdict(fault) for fault in faults],
             "limits": limits,
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["code"], answer["said"], answer["peak"]
+        code = "import sys, tests.faults; tests.faults.obey(sys.argv[1])"
+        own = self._environment
+        environment = {**os.environ, **NURSERY, **own}
+        words = ["-c", code, json.dumps(order)]
+        child, said = warm.captured(
+            2, "engine", words, environment=environment, imported_with=own, folder=str(ROOT)
+        )
+        with said:
+            errors = said.read()
+        return child.wait(), errors, child.peak
 
     def train(self, run: Path, *faults: Fault, **limits: Any) -> tuple[int, str]:
         """Train a run in a child; exit code and stderr as from `command`."""
         return self.command(["resume", run], *faults, **limits)[:2]
 
     def close(self) -> None:
-        """End it."""
-        self._process.communicate()
+        """End the process of this nursery alone."""
+        if self._environment:
+            warm.end_server("engine", self._environment)
 
 
-def _serve() -> None:
-    """The nursery's own process."""
-    import lora_core.train.trainer  # noqa: F401 - what takes long, once
-
-    for line in sys.stdin:
-        order = json.loads(line)
-        errors_from, errors_to = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(errors_from)
-            os.dup2(errors_to, 2)
-            _obey(order)
-        os.close(errors_to)
-        with open(errors_from, encoding="utf-8", errors="replace") as said:
-            words = said.read()
-        _, status, used = os.wait4(child, 0)
-        code, peak = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
-        sys.stdout.write(json.dumps({"code": code, "said": words, "peak": peak}) + "\n")
-        sys.stdout.flush()
-
-
-def _obey(order: dict[str, Any]) -> None:
-    """The child: do as the command line does, and leave."""
-    code = 1
+def obey(text: str) -> None:
+    """A child: do as the command line does, and leave."""
+    code, order = 1, json.loads(text)
     try:
-        sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115 - for its whole life
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for its whole life
         _limit(order["limits"])
         from lora_core.__main__ import main
 

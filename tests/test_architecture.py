@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.warm import program
+
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "system", "settings", "model_files", "data", "runs", "projects", "backends", "models", "lora",
@@ -77,7 +79,8 @@ def test_the_light_side_imports_no_tensors() -> None:
 
 def test_the_window_starts_without_torch() -> None:
     code = "import sys, app.main; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [program("window"), "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -31,6 +31,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.files import DEMO_BASE
 from tests.faults import Nursery
 from tests.waiting import PATIENCE
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -587,7 +588,7 @@ def test_what_does_not_block_is_a_note(place: Place, capsys: pytest.CaptureFixtu
 def test_output_that_nobody_reads_is_no_reason_to_fail(place: Place) -> None:
     """`train ... | head -1` must not end a run."""
     few = ["--set", "train.steps=2", "--set", "sample.every=0", "--set", "validation.pictures=0"]
-    command = [sys.executable, "-m", "lora_core", *map(str, place.train(*few))]
+    command = [program("engine"), "-m", "lora_core", *map(str, place.train(*few))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None

@@ -7,7 +7,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.system.files import DEMO_BASE
 from lora_core.train.trainer import Outcome, train
 from tests.waiting import PATIENCE, wait_for
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
@@ -251,7 +251,7 @@ def test_diffusers_loads_the_export_whole_and_draws_the_same(trained: Trained) -
 
 
 def started(words: list[object]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lora_core", *map(str, words)]
+    command = [program("engine"), "-m", "lora_core", *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

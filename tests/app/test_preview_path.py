@@ -4,10 +4,11 @@ that is executed between the request of a moved slider and its PNG."""
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import program
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = ("settings/", "backends/", "projects/", "runs/", "model_files/", "system/")
@@ -104,7 +105,7 @@ def reading_path() -> list[str]:
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The functions that a moved slider calls in window and worker, by file."""
     home = tmp_path_factory.mktemp("path")
-    command = [sys.executable, "-c", WINDOW, str(home), WORKER, str(lora(home))]
+    command = [program("window"), "-c", WINDOW, str(home), WORKER, str(lora(home))]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     window, worker = json.loads(said.splitlines()[-1])
     return {file: {*window.get(file, []), *worker.get(file, [])} for file in (*window, *worker)}

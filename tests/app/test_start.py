@@ -12,6 +12,7 @@ from app.main import _already_open, _listener, _password, main
 from app.state import AppState
 from lora_core.errors import RunError
 from tests.waiting import PATIENCE
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,15 +64,22 @@ def test_a_window_that_is_gone_is_not_pointed_to(app_state: AppState) -> None:
 
 def test_a_second_start_points_to_the_first_and_the_real_server_guards_itself(tmp_path: Path) -> None:
     code = "import sys, app.main; sys.exit(app.main.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--no-browser", "--workspace", str(tmp_path)]
-    with subprocess.Popen([*command, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+    words = ["-c", code, "--no-browser", "--workspace", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *words, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as first:
         try:
             assert first.stdout is not None
             ready = first.stdout.readline().strip()
             assert ready.startswith("Ready at http://127.0.0.1:")
             port = int(ready.rpartition(":")[2])
             second = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+                [program("window"), *words],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
             )
             assert (second.returncode, ready in second.stdout) == (0, True)
             assert status(port, "GET / HTTP/1.1\r\nHost: evil.example\r\n") == 403

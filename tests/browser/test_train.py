@@ -182,7 +182,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     assert window.process.wait(PATIENCE) == 0
     assert trainer(run).is_running()
     page.close()
-    window.process.stdout.close()
+    window.close_output()
     trainer(run).kill()
 
 

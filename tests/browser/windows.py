@@ -8,11 +8,12 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from tests.waiting import PATIENCE
+from tests.warm import FORKS, Child, captured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,8 @@ class Window:
         self.home = home
         self.environment = environment or {}
         self.project = workspace / "projects" / "default"
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | Child | None = None
+        self.output: IO[str] | None = None
         self.address = ""
         self.port = 0
 
@@ -41,19 +43,24 @@ class Window:
         code = "import sys, launch; sys.exit(launch.open_app(sys.argv[1:]))"
         options = ["--no-browser", "--port", str(self.port), "--workspace", str(self.workspace)]
         home = {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
+        words = ["-c", code, *options]
+        environment = {**os.environ, **home, **self.environment, "PYTHONUNBUFFERED": "1"}
+        if FORKS and not self.environment:
+            self.process, self.output = captured(
+                1, "window", words, environment=environment, folder=str(ROOT)
+            )
+            return
+        # What else is set may be for libraries, which read it while they are imported.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **home, **self.environment, "PYTHONUNBUFFERED": "1"},
+            [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
         )
+        self.output = self.process.stdout
 
     def wait_ready(self) -> str:
         """Its address, once it answers."""
         assert self.process is not None
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        assert self.output is not None
+        for line in self.output:
             if line.startswith("Ready at "):
                 self.address = line.removeprefix("Ready at ").strip()
                 return self.address
@@ -67,9 +74,13 @@ class Window:
         assert self.process is not None
         self.process.send_signal(how)
         code = self.process.wait(PATIENCE)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.close_output()
         return code
+
+    def close_output(self) -> None:
+        """Read no more of what it says."""
+        if self.output is not None:
+            self.output.close()
 
     def open_project(self, key: str, draft: dict[str, Any]) -> None:
         """Open a project of its own, as the picker does; nothing of another shows in it."""

@@ -14,6 +14,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from tests.train.runs import SETTINGS
 from tests.waiting import PATIENCE
+from tests.warm import program
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to a single child")
 
@@ -38,8 +39,8 @@ sys.exit(main())
 """
 
 
-def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", code, *arguments]
+def child(code: str, *arguments: str, python: str = sys.executable) -> "subprocess.Popen[str]":
+    command = [python, "-c", code, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,7 +69,7 @@ def test_an_early_signal_is_a_stop(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_that_a_library_passes_over_counts_all_the_same(tmp_path: Path, name: str) -> None:
     run = RunFolder.create(tmp_path / "runs" / "deaf", RunConfig().changed({**SETTINGS, "name": "deaf"}))
-    process = child(DEAF_IMPORT, "resume", str(run.path))
+    process = child(DEAF_IMPORT, "resume", str(run.path), python=program("engine"))
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(getattr(signal, name))
@@ -81,7 +82,8 @@ def test_a_signal_before_there_is_a_run_leaves_none(tmp_path: Path) -> None:
         "; import os, lora_core.runs.preflight as checks;"
         " checks.preflight = lambda *some: os.kill(os.getpid(), signal.SIGTERM); sys.exit",
     )
-    process = child(code, "train", "demo", "--name", "none", "--workspace", str(tmp_path))
+    words = ["train", "demo", "--name", "none", "--workspace", str(tmp_path)]
+    process = child(code, *words, python=program("engine"))
     said, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said, errors) == (130, "", "")
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []

@@ -21,6 +21,7 @@ from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.queue import Queue, sweep_configs
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = {
@@ -122,7 +123,7 @@ def test_three_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFi
     killed = made_longer(home, "killed")
     for name in names:
         said(capsys, "queue", "add", name, "--workspace", home)
-    command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(home)]
+    command = [program("engine"), "-m", "lora_core", "queue", "run", "--workspace", str(home)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lora_core.runs.diagnosis import ExitRecorder, exit_file, find_crash, read_e
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGINNING = """
@@ -43,7 +43,7 @@ def ended(run: RunFolder, code: str) -> None:
     """A child that does `code`, watched as the owner of the queue does it."""
     recorder = ExitRecorder(run)
     with open(run.log_file, "ab") as log:
-        command = [sys.executable, "-c", BEGINNING + code, str(run.path)]
+        command = [program("engine"), "-c", BEGINNING + code, str(run.path)]
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
     while child.poll() is None:

@@ -30,6 +30,7 @@ from lora_core.runs.queue import (
 )
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,16 +84,14 @@ RUNNER = """
 import sys
 from pathlib import Path
 from lora_core.runs.queue import run_queue
-ended, interrupted = run_queue(Path(sys.argv[1]), print, (sys.executable, sys.argv[2]))
+ended, interrupted = run_queue(Path(sys.argv[1]), print, tuple(sys.argv[2:]))
 sys.exit(130 if interrupted else 0)
 """
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> tuple[str, ...]:
-    script = tmp_path / "trainer.py"
-    script.write_text(TRAINER, encoding="utf-8")
-    return (sys.executable, str(script))
+def trainer() -> tuple[str, ...]:
+    return (program("engine"), "-c", TRAINER)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def states(queue: Queue) -> dict[str, str]:
 
 @contextlib.contextmanager
 def runner(home: Path, trainer: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", RUNNER, str(home), trainer[1]]
+    command = [program("engine"), "-c", RUNNER, str(home), *trainer]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -125,6 +124,12 @@ def runner(home: Path, trainer: tuple[str, ...]) -> Iterator[subprocess.Popen[st
     finally:
         process.kill()
         process.communicate()
+
+
+def kill_runner(queue: Queue) -> None:
+    process = queue.runner()
+    assert process is not None
+    process.kill()
 
 
 def left_behind(home: Path) -> list[list[str]]:
@@ -340,7 +345,7 @@ def test_a_killed_runner_is_followed_by_another(home: Path, trainer: tuple[str, 
     queue = queued(home, "waits-1", "ok-2")
     with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
-        process.kill()
+        kill_runner(queue)
         process.wait()
     child = queue.run("waits-1").live_process()
     assert child is not None
@@ -366,7 +371,7 @@ def test_after_the_machine_was_off(home: Path, trainer: tuple[str, ...]) -> None
         wait_for(lambda: queue.run("waits-2").progress().step == 1)
         child = queue.run("waits-2").live_process()
         assert child is not None
-        process.kill()
+        kill_runner(queue)
         child.kill()
         process.wait()
         wait_for(lambda: queue.run("waits-2").live_process() is None)
