@@ -308,5 +308,5 @@ class Validator:
         bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,
-            **vars(gain), **found,
+            **gain._asdict(), **found,
         )  # fmt: skip
