@@ -403,6 +403,9 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str]:
 # Near-duplicates, and the images to measure on.
 
 _SIDE, _KEPT = 32, 8
+_FREQUENCIES = np.arange(_KEPT)[:, None]
+# The lowest rows of the cosine transform (DCT-II), (8, 32).
+_WAVES = np.cos(np.pi * _FREQUENCIES * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
 # Measured: copies at half the size, at JPEG quality 30 or 10% darker are at 0.999 or more; drawings of
 # different things in one style and colour rarely reach 0.98.
 _SAME_SHAPE = 0.98
@@ -425,9 +428,9 @@ class Fingerprint:
 def compute_fingerprint(image: Image.Image) -> Fingerprint:
     """What is compared of an RGB image."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    waves, k = _cosines(), np.arange(_KEPT)
     # Low frequencies are the largest in nearly all images; the weight lets the others count as much.
-    shape = (waves @ np.asarray(grey, dtype=np.float64) @ waves.T) * np.hypot(k[:, None], k)
+    weight = np.hypot(_FREQUENCIES, _FREQUENCIES.T)
+    shape = (_WAVES @ np.asarray(grey, dtype=np.float64) @ _WAVES.T) * weight
     shape[0, 0] = _FLAT
     colours = np.asarray(image.resize((4, 4), Image.Resampling.BOX), dtype=np.float64)
     return Fingerprint(shape.ravel() / np.linalg.norm(shape), colours.ravel())
@@ -460,21 +463,15 @@ def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
 
 def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
     """The fingerprint of each image; None for one that cannot be read."""
+
+    def compute(path: Path) -> Fingerprint | None:
+        try:
+            return compute_fingerprint(open_rgb(path, 2 * _SIDE))
+        except DatasetError:
+            return None
+
     with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(_fingerprint_or_none, paths))
-
-
-def _fingerprint_or_none(path: Path) -> Fingerprint | None:
-    try:
-        return compute_fingerprint(open_rgb(path, 2 * _SIDE))
-    except DatasetError:
-        return None
-
-
-def _cosines() -> np.ndarray:
-    """The lowest rows of the cosine transform (DCT-II), (8, 32)."""
-    k, x = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
-    return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE))
+        return list(threads.map(compute, paths))
 
 
 def split_holdout(
@@ -495,16 +492,19 @@ def split_holdout(
     wished = 0 if by_hand else num_holdout(len(records), pictures)
     if not by_hand and not wished:
         return list(records), []
-    groups = _groups(records)
+    by_look = group_near_duplicates(compute_fingerprints(record.path for record in records))
+    # Of a file that is there twice, the first counts.
+    first: dict[str, int] = {}
+    groups = [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
     if by_hand:
         # Near-duplicates of the user's choice would otherwise be trained on.
         chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
     else:
         chosen, sizes = set(), Counter(groups)
-        for first in sorted(sizes, key=lambda first: (_rank_by_hash(records[first], seed), first)):
-            if sizes[first] <= wished:
-                chosen.add(first)
-                wished -= sizes[first]
+        for group in sorted(sizes, key=lambda group: (_rank_by_hash(records[group], seed), group)):
+            if sizes[group] <= wished:
+                chosen.add(group)
+                wished -= sizes[group]
     train = [record for group, record in zip(groups, records, strict=True) if group not in chosen]
     held = [record for group, record in zip(groups, records, strict=True) if group in chosen]
     if by_hand and len(train) < _FEWEST_TO_TRAIN_ON:
@@ -535,13 +535,6 @@ def num_holdout(count: int, pictures: float) -> int:
             f" set validation.pictures to at most {max(0, most)}."
         )
     return wished
-
-
-def _groups(records: list[ImageRecord]) -> list[int]:
-    """For each record the index of the first one of its group: the same file, or one that looks the same."""
-    by_look = group_near_duplicates(compute_fingerprints(record.path for record in records))
-    first: dict[str, int] = {}
-    return [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
 
 
 def _rank_by_hash(record: ImageRecord, seed: int) -> str:

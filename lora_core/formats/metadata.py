@@ -110,21 +110,13 @@ def _settings_texts(config: RunConfig) -> dict[str, str]:
     return texts
 
 
-def side_file(trigger: str, strength: float = 0.0, description: str = "") -> bytes:
-    """The file `<stem>.json` beside an adapter, from which A1111, Forge and InvokeAI read the trigger words.
-
-    Args:
-        trigger: what to put into a prompt, or "".
-        strength: the default one; 0 leaves it to the tool.
-        description: for users.
-    """
+def side_file(trigger: str) -> bytes:
+    """The file `<stem>.json` beside an adapter, from which A1111, Forge and InvokeAI read the trigger words;
+    a strength of 0 leaves it to the tool."""
     values = {
-        "description": description,
-        "activation text": trigger,
-        "preferred weight": strength,
-        "negative text": "",
+        "description": "", "activation text": trigger, "preferred weight": 0.0, "negative text": "",
         "notes": "",
-    }
+    }  # fmt: skip
     return (json.dumps(values, ensure_ascii=False, indent=4) + "\n").encode("utf-8", "replace")
 
 

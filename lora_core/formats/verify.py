@@ -177,21 +177,20 @@ def verify_adapter(
         "format": format,
         "kind": kind,
         "extras": kinds.extras_sentence(header.shapes),
-        "tools": [_tool_row(tool, outcome, format, family) for tool, outcome in outcomes.items()],
-    }
-
-
-def _tool_row(tool: str, outcome: "Outcome", format: str, family: Family) -> dict[str, Any]:
-    return {
-        "tool": tool,
-        "ok": outcome.fine,
-        "keys": outcome.keys,
-        "matched": outcome.keys - len(outcome.dropped),
-        "dropped": len(outcome.dropped),
-        "dropped_keys": outcome.dropped,
-        "unused_keys": list(outcome.loaded.unused),
-        "max_delta_error": outcome.max_error,
-        "note": _note(outcome, tool in MEANT_FOR[format], format, family),
+        "tools": [
+            {
+                "tool": tool,
+                "ok": one.fine,
+                "keys": one.keys,
+                "matched": one.keys - len(one.dropped),
+                "dropped": len(one.dropped),
+                "dropped_keys": one.dropped,
+                "unused_keys": list(one.loaded.unused),
+                "max_delta_error": one.max_error,
+                "note": _note(one, tool in MEANT_FOR[format], format, family),
+            }
+            for tool, one in outcomes.items()
+        ],
     }
 
 

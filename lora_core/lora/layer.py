@@ -34,20 +34,6 @@ class Factors:
     up: torch.Tensor
 
 
-class AdapterLayer(nn.Module):
-    """A layer with trained parameters, named by `factor_names`, which all layers of an adapter share;
-    `param_view` is set once a `FlatParams` holds them."""
-
-    factor_names: ClassVar[tuple[str, ...]] = ("down", "up")
-    down: nn.Parameter
-    up: nn.Parameter
-    param_view: "ParamView | None" = None
-
-    def trained(self) -> list[nn.Parameter]:
-        """The trained parameters, in the order of their names."""
-        return [getattr(self, name) for name in self.factor_names]
-
-
 class FlatParams:
     """The parameters of an adapter and their gradients, group after group.
 
@@ -58,7 +44,7 @@ class FlatParams:
         factor_names: names of the parameters that each of a group's tensors holds.
     """
 
-    def __init__(self, groups: Sequence[Sequence[AdapterLayer]], split_a_b: bool = False) -> None:
+    def __init__(self, groups: Sequence[Sequence["LoraLayer"]], split_a_b: bool = False) -> None:
         """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
         factors = [factor for group in groups for layer in group for factor in layer.trained()]
         self.data = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
@@ -133,7 +119,7 @@ class FlatParams:
             copy.stale = False
         return copy
 
-    def _move(self, layer: AdapterLayer, name: str, start: int) -> int:
+    def _move(self, layer: "LoraLayer", name: str, start: int) -> int:
         factor: nn.Parameter = getattr(layer, name)
         end = start + factor.numel()
         moved = self._part(start, end, factor.shape)
@@ -222,7 +208,7 @@ class DropoutState:
     rows: int = 0
 
 
-class LoraLayer(AdapterLayer):
+class LoraLayer(nn.Module):
     """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
 
     down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
@@ -230,10 +216,15 @@ class LoraLayer(AdapterLayer):
     factors are in a `FlatParams` is fused, unless a dropout is on.
 
     Other kinds of adapters subclass it and have a row in `inject.ADAPTERS`. They name their parameters in
-    `factor_names`, change `forward`, and translate themselves to and from a plain LoRA.
+    `factor_names`, which all layers of an adapter share, change `forward`, and translate themselves to and
+    from a plain LoRA.
 
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
+
+    factor_names: ClassVar[tuple[str, ...]] = ("down", "up")
+    param_view: ParamView | None = None
+    """Set once a `FlatParams` holds the parameters."""
 
     def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
         """Wrap `base`; `name` and `seed` decide the random start and the dropout masks."""
@@ -312,6 +303,10 @@ class LoraLayer(AdapterLayer):
         each = len(x) // (state.last - state.first)
         full = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
         return full[each * state.first : each * state.last]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of their names."""
+        return [getattr(self, name) for name in self.factor_names]
 
     def layer_weights(self) -> LayerWeights:
         """A detached copy of the factors, on the CPU."""

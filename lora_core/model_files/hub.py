@@ -178,19 +178,16 @@ def _weights(part: str, names: Sequence[str]) -> list[str]:
     return []
 
 
-def fetch_base(name: str, progress: Progress | None = None) -> None:
-    """Download a base that is named by a hub id into the local cache; other names are ignored.
-
-    Args:
-        name: what names the base.
-        progress: told of the bytes; by default lines on stderr.
+def fetch_base(name: str) -> None:
+    """Download a base that is named by a hub id into the local cache, with lines on stderr; other names are
+    ignored.
 
     Raises:
         ModelFileError: it cannot be downloaded.
     """
     if is_remote(name):
         found = find_download(name.strip())
-        download(found, progress or _lines_on_stderr(found))
+        download(found, _lines_on_stderr(found))
 
 
 def download(found: Download, progress: Progress, cancelled: Callable[[], bool] = lambda: False) -> None:

@@ -454,7 +454,7 @@ def fill(
         lacks = f"{missing[0]}{more} of the {where.title}" if sources else where.title
         raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
     for name, source in sources.items():
-        if source.numel != wanted[name].numel():
+        if source.shape.numel() != wanted[name].numel():
             raise ModelFileError(
                 f"{source.file.path} holds {source.key} in the shape {source.file.shapes[source.key]}, not"
                 f" {list(wanted[name].shape)}; its {where.title} is of another kind."

@@ -7,7 +7,6 @@ precision. A `.ckpt` is the exception: torch maps the zip that it is.
 
 import hashlib
 import io
-import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,10 +193,11 @@ class TensorSource:
     transposed: bool = False
 
     @property
-    def numel(self) -> int:
-        """Number of elements."""
-        total = math.prod(self.file.shapes[self.key])
-        return total if self.third is None else total // THIRDS
+    def shape(self) -> torch.Size:
+        """The shape of the parameter."""
+        first, *others = self.file.shapes[self.key] or [1]
+        shape = [first if self.third is None else first // THIRDS, *others]
+        return torch.Size(shape[::-1] if self.transposed else shape)
 
     def read(self) -> torch.Tensor:
         """The parameter, in the dtype and shape of the file."""

@@ -458,19 +458,11 @@ def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdi
     edits: TensorEdits = {}
     for key, changes in terms.items():
         for source in base.places(key):
-            shape = _shape(source)
             for _, update in changes:
-                update.check_base(shape)
+                update.check_base(source.shape)
             tensors = edits.setdefault(source.file.path, {})
             tensors.setdefault(source.key, []).append((source, changes))
     return edits
-
-
-def _shape(source: TensorSource) -> torch.Size:
-    shape = list(source.file.shapes[source.key])
-    if source.third is not None:
-        shape[0] //= THIRDS
-    return torch.Size(shape[::-1] if source.transposed else shape)
 
 
 def _write_file(

@@ -144,10 +144,9 @@ def test_little_known_is_enough():
 
 
 def test_side_file():
-    values = json.loads(side_file("ohwx chät", strength=0.8))
+    values = json.loads(side_file("ohwx chät"))
     assert values["activation text"] == "ohwx chät"
-    assert values["preferred weight"] == 0.8
-    assert json.loads(side_file(""))["preferred weight"] == 0
+    assert values["preferred weight"] == 0
 
 
 HEADER = {

@@ -154,7 +154,7 @@ def test_a_cache_that_another_program_left_half_is_completed(hub: Hub) -> None:
     for name in (UNET, "tokenizer/vocab.json"):
         (folder / name).unlink()
         assert is_remote("owner/base")
-        fetch_base("owner/base", lambda here, size: None)
+        fetch_base("owner/base")
         assert (folder / name).is_file()
 
 
