@@ -14,7 +14,6 @@ import functools
 import inspect
 import io
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -235,7 +234,7 @@ class Pipeline:
         self._truncated = keep(lambda rank, *version: truncate(read(*version), rank))
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
-        self._conditions: OrderedDict[object, tuple[PromptEmbeds, PromptEmbeds]] = OrderedDict()
+        self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)
         self.ready_in = 0.0
         """Seconds from the last request to the first step of its sampler: merging and encoding the prompt."""
 
@@ -272,23 +271,22 @@ class Pipeline:
     ) -> Image.Image:
         began = time.monotonic()
         self.set_adapters(request.loras)
-        text, negative = self._encode_prompts(request)
+        # As long as no adapter changes the text encoders, the conditions stay.
+        asked = self._merged_text, request.prompt, request.negative, request.clip_skip, request.tokens
+        text, negative = self._conditions(*asked)
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents)
 
-    def _encode_prompts(self, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
-        """The conditions of both prompts, kept for as long as no adapter changes the text encoders."""
-        asked = (request.prompt, request.negative, request.clip_skip, request.tokens, self._merged_text)
-        if asked not in self._conditions:
-            if self.kept != RESIDENT:
-                # The largest text encoder takes more than the VAE.
-                self.base.put("vae", torch.device("cpu"))
-            self._conditions[asked] = encode_conditions(self.base, request)
-            self.base.put("vae", self.base.device)
-        self._conditions.move_to_end(asked)
-        while len(self._conditions) > MOST_PROMPTS:
-            self._conditions.popitem(last=False)
-        return self._conditions[asked]
+    def _encode_prompts(
+        self, merged: tuple[object, ...], prompt: str, negative: str, clip_skip: int, tokens: int
+    ) -> tuple[PromptEmbeds, PromptEmbeds]:
+        if self.kept != RESIDENT:
+            # The largest text encoder takes more than the VAE.
+            self.base.put("vae", torch.device("cpu"))
+        request = GenerationRequest(prompt=prompt, negative=negative, clip_skip=clip_skip, tokens=tokens)
+        found = encode_conditions(self.base, request)
+        self.base.put("vae", self.base.device)
+        return found
 
     def infotext(self, request: GenerationRequest, extra: Mapping[str, str] | None = None) -> str:
         """The text for the PNG of a request."""

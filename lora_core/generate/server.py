@@ -9,7 +9,6 @@ Each method `do_...` is a request; `lora_core.worker` adds those about datasets 
 """
 
 import functools
-import gc
 import json
 import math
 import queue
@@ -27,7 +26,7 @@ from lora_core.errors import ConfigError, LoraError
 from lora_core.generate.latent_preview import previewer
 from lora_core.generate.pipeline import Pipeline, Truncate, open_pipeline, save_png
 from lora_core.generate.request import GenerationRequest
-from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
+from lora_core.models.device import best_device, describe_torch, out_of_memory, release_failed, use_device
 from lora_core.settings.config import checked_value
 from lora_core.system.files import unused_path
 from lora_core.system.processes import others_spin
@@ -153,11 +152,7 @@ class ImageWorker:
     def release(self) -> None:
         """Free the memory of base and adapters; never two bases at once, as there may be memory for one."""
         self._pipeline, self._opened_as = None, ()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        elif torch.backends.mps.is_available():
-            torch.mps.empty_cache()
+        release_failed(None, best_device())
 
     def pipeline_for(self, shot: GenerationRequest) -> Pipeline:
         """The pipeline of a request's base, prediction type, noise schedule and VAE."""
