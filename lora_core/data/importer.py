@@ -10,6 +10,7 @@ window edits text files.
 import contextlib
 import errno
 import filecmp
+import functools
 import os
 import re
 import shutil
@@ -325,44 +326,188 @@ class _Incoming:
         return self.suffix in IMAGE_SUFFIXES and not self.is_mask
 
 
-@dataclass
 class _Import:
-    """One import under way."""
+    """One import into a dataset folder."""
 
-    into: Path
-    way: TransferMode
-    added: list[Path] = field(default_factory=list)
-    skipped: list[FileProblem] = field(default_factory=list)
-    placed: dict[str, Path] = field(default_factory=dict)
-    _taken: dict[Path, tuple[set[str], set[str]]] = field(default_factory=dict)
-    _by_size: dict[int, list[Path]] | None = None
+    def __init__(self, into: Path, files: list[Path], way: TransferMode) -> None:
+        """Check the folder and its free space."""
+        try:
+            into.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(into).free
+        except OSError as error:
+            raise DatasetError(
+                f"The folder {into} cannot be written ({error.strerror}); choose another."
+            ) from error
+        needed = sum(map(_bytes_to_copy, files)) if way.how == "copy" else 0
+        if needed > free:
+            raise DatasetError(
+                f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free"
+                " some disk space."
+            )
+        self.into, self.way = into, way
+        self.done = Imported([], [])
+        self._placed: dict[str, Path] = {}
+        self._taken: dict[Path, tuple[set[str], set[str]]] = {}
 
-    def same_picture(self, file: Path) -> Path | None:
+    def skip(self, one: _Incoming, kind: str, rest: str) -> None:
+        """Note why a file is not added: its name, then `rest`."""
+        self.done.skipped.append(FileProblem(one.source, kind, f"{one.name} {rest}"))
+
+    def add(self, incoming: list[_Incoming]) -> Imported:
+        """Add images with their masks and captions, and then what tables say of them."""
+        sets: dict[str, list[_Incoming]] = {}
+        tables: list[_Incoming] = []
+        for one in incoming:
+            if fold_name(one.name.name) in METADATA_NAMES:
+                tables.append(one)
+            elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
+                sets.setdefault(one.set_name, []).append(one)
+            else:
+                self.skip(one, "other file", "is neither an image nor a caption nor a zip; it was left out.")
+        listed = [one for members in sets.values() for one in members]
+        faults: dict[_Incoming, FileProblem | None] = {}
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for done, (one, fault) in enumerate(zip(listed, threads.map(self._fault, listed), strict=True)):
+                self.way.progress("Checking", done, len(listed))
+                faults[one] = fault
+        self.done.skipped.extend(fault for fault in faults.values() if fault)
+        for done, members in enumerate(sets.values()):
+            self.way.progress("Importing", done, len(sets))
+            self._add_set([one for one in members if not faults[one]])
+        for table in tables:
+            self._add_table(table)
+        return self.done
+
+    def add_zip(self, source: Path, name: str) -> None:
+        """Unpack into a hidden folder and add its content."""
+        self.way.progress("Unpacking", 0, 1)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=self.into) as temporary:
+                inside = unpack(source, Path(temporary) / "files")
+                inner = import_folder(Path(temporary) / "files", self.into, replace(self.way, how="move"))
+        except DatasetError as error:
+            # The sender's name, so that messages do not speak of a temporary upload.
+            sentence = str(error).replace(source.name, PurePosixPath(name).name)
+            self.done.skipped.append(FileProblem(source, "zip", sentence))
+            return
+        self.done.added.extend(inner.added)
+        self.done.skipped.extend([*inside.skipped, *inner.skipped])
+
+    def _fault(self, one: _Incoming) -> FileProblem | None:
+        """What is wrong with an image or a caption."""
+        if one.suffix in IMAGE_SUFFIXES:
+            info = self.way.sizes.info(one.source, str(one.name))
+            return info if isinstance(info, FileProblem) else None
+        try:
+            read_text(one.source, str(one.name))
+        except DatasetError as error:
+            return FileProblem(one.source, "caption", str(error))
+        return None
+
+    @functools.cached_property
+    def _by_size(self) -> dict[int, list[Path]]:
+        """The images that were in the dataset before this import, by their bytes."""
+        found: dict[int, list[Path]] = {}
+        for path in walk_files(self.into, IMAGE_SUFFIXES):
+            if isinstance(path, Path) and _Incoming(path, self._name_of(path)).is_picture:
+                found.setdefault(file_bytes(path), []).append(path)
+        return found
+
+    def _same_picture(self, file: Path) -> Path | None:
         """The image with the bytes of `file` that was in the dataset before this import, if any."""
-        if self._by_size is None:
-            self._by_size = {}
-            for path in walk_files(self.into, IMAGE_SUFFIXES):
-                if isinstance(path, Path) and _Incoming(path, self.name_of(path)).is_picture:
-                    self._by_size.setdefault(file_bytes(path), []).append(path)
         for path in self._by_size.get(file_bytes(file), []):
             with contextlib.suppress(OSError):
                 if filecmp.cmp(path, file, shallow=False):
                     return path
         return None
 
-    def name_of(self, path: Path) -> PurePosixPath:
+    def _name_of(self, path: Path) -> PurePosixPath:
         """The name of a file of the dataset, with its folders."""
         return PurePosixPath(path.relative_to(self.into).as_posix())
 
-    def taken(self, folder: Path) -> tuple[set[str], set[str]]:
+    def _names_in(self, folder: Path) -> tuple[set[str], set[str]]:
         """The folded names and stems in a folder of the dataset, read once."""
         if folder not in self._taken:
             there = [p.name for p in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(p.name)]
             self._taken[folder] = ({fold_name(n) for n in there}, {fold_name(Path(n).stem) for n in there})
         return self._taken[folder]
 
-    def skip(self, source: Path, kind: str, sentence: str) -> None:
-        self.skipped.append(FileProblem(source, kind, sentence))
+    def _add_set(self, members: list[_Incoming]) -> None:
+        """Add an image with its mask and caption under one free name."""
+        if not members:
+            return
+        # Two of a kind arrive only where a sender's names differ in case or in letters that had to be
+        # replaced.
+        kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
+        firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
+        same = {one: found for one in firsts if one.is_picture and (found := self._same_picture(one.source))}
+        has_picture = any(one.is_picture and one not in same for one in firsts)
+        folder, stem = self.into / members[0].name.parent, firsts[0].stem
+        if same and not has_picture:
+            # Its caption and mask go beside the image that is there.
+            there = next(iter(same.values()))
+            folder, stem = there.parent, there.stem
+        names, stems = self._names_in(folder)
+        if has_picture:
+            stem = unused_stem(stem, stems)
+            # One may have been taken back since the folder was read.
+            while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
+                stems.add(fold_name(stem))
+                stem = unused_stem(firsts[0].stem, stems)
+        for one in firsts:
+            target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
+            if one in same:
+                self.skip(one, "same picture", f"is already here, as {self._name_of(same[one])}.")
+                self._placed[fold_name(one.name.as_posix())] = same[one]
+                continue
+            if not has_picture and fold_name(target.name) in names:
+                self.skip(
+                    one, "already there", "is there already and was left as it is; change it in its place."
+                )
+                continue
+            try:
+                transfer_file(one.source, target, self.way)
+            except OSError as error:
+                self.skip(one, "unreadable", f"cannot be copied ({error.strerror}); try it again.")
+                continue
+            self.done.added.append(target)
+            names.add(fold_name(target.name))
+            stems.add(fold_name(target.stem))
+            self._placed[fold_name(one.name.as_posix())] = target
+        for one in members:
+            if one not in firsts:
+                self._add_set([one])
+
+    def _add_table(self, table: _Incoming) -> None:
+        """Write the rows of a table as text files beside the images that have none."""
+        captions, sentences, repeated = read_metadata_captions(table.source, str(table.name))
+        if repeated:
+            names = abbreviate(repeated)
+            self.skip(table, "unused row", f"has several rows for {names}; the last of each was taken.")
+        self.done.skipped.extend(FileProblem(table.source, "metadata", sentence) for sentence in sentences)
+        captioned: list[str] = []
+        for name, caption in captions.items():
+            shown = safe_name((table.name.parent / name).as_posix())
+            picture = self._placed.get(fold_name(shown.as_posix()), self.into / shown)
+            # `Path.is_file` raises where a name is too long for the file system.
+            if not os.path.isfile(picture):
+                missing = f"names {name}, which did not come along; add the image and the table together."
+                self.skip(table, "metadata", missing)
+            elif any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+                captioned.append(name)
+            else:
+                write_caption(picture, caption, wait=False)
+                self.done.added.append(picture.with_suffix(".txt"))
+        if captioned:
+            why = f"as their images have a caption already ({abbreviate(captioned)})."
+            self.skip(table, "unused row", f"has rows that were not taken, {why}")
+
+
+def _bytes_to_copy(file: Path) -> int:
+    """The size of a file that may be imported; others are refused one by one."""
+    is_zip = file.suffix.casefold() == ".zip"
+    size = file.stat().st_size if (is_zip or is_dataset_file(file.name)) and os.path.isfile(file) else 0
+    return size if is_zip or size <= MAX_FILE_BYTES else 0
 
 
 def import_files(
@@ -382,17 +527,16 @@ def import_files(
     Raises:
         DatasetError: the folder cannot be written, or the disk is too full.
     """
-    under_way = _begin_import(into, files, way or TransferMode())
+    under_way = _Import(into, files, way or TransferMode())
     loose: list[_Incoming] = []
     for source, name in zip(files, map(clean_text, names or [file.name for file in files]), strict=True):
         if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
             continue
         if PurePosixPath(name).suffix.casefold() == ".zip":
-            _import_zip(source, name, under_way)
+            under_way.add_zip(source, name)
         else:
             loose.append(_Incoming(source, safe_name(name)))
-    _import_all(loose, under_way)
-    return Imported(under_way.added, under_way.skipped)
+    return under_way.add(loose)
 
 
 def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> Imported:
@@ -408,167 +552,8 @@ def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> 
     # A dataset folder inside the folder that is imported would be copied into itself.
     inner = into if into.is_relative_to(folder) else None
     files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
-    under_way = _begin_import(into, files, way or TransferMode())
-    under_way.skipped.extend(one for one in found if isinstance(one, FileProblem) and one.kind != "hidden")
-    _import_all(
-        [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
+    under_way = _Import(into, files, way or TransferMode())
+    under_way.done.skipped.extend(
+        one for one in found if isinstance(one, FileProblem) and one.kind != "hidden"
     )
-    return Imported(under_way.added, under_way.skipped)
-
-
-def _begin_import(into: Path, files: list[Path], way: TransferMode) -> _Import:
-    """An import, after checking free space."""
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(into).free
-    except OSError as error:
-        raise DatasetError(
-            f"The folder {into} cannot be written ({error.strerror}); choose another."
-        ) from error
-    needed = sum(map(_bytes_to_copy, files)) if way.how == "copy" else 0
-    if needed > free:
-        raise DatasetError(
-            f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free some"
-            " disk space."
-        )
-    return _Import(into, way)
-
-
-def _bytes_to_copy(file: Path) -> int:
-    """The size of a file that may be imported; others are refused one by one."""
-    is_zip = file.suffix.casefold() == ".zip"
-    size = file.stat().st_size if (is_zip or is_dataset_file(file.name)) and os.path.isfile(file) else 0
-    return size if is_zip or size <= MAX_FILE_BYTES else 0
-
-
-def _import_zip(source: Path, name: str, under_way: _Import) -> None:
-    """Unpacks into a hidden folder and imports its content."""
-    way = under_way.way
-    way.progress("Unpacking", 0, 1)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=under_way.into) as temporary:
-            # The sender's name, so that messages do not speak of a temporary upload.
-            inside = unpack(source, Path(temporary) / "files")
-            inner = import_folder(Path(temporary) / "files", under_way.into, replace(way, how="move"))
-    except DatasetError as error:
-        under_way.skip(source, "zip", str(error).replace(source.name, PurePosixPath(name).name))
-        return
-    under_way.added.extend(inner.added)
-    under_way.skipped.extend([*inside.skipped, *inner.skipped])
-
-
-def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
-    sets: dict[str, list[_Incoming]] = {}
-    tables: list[_Incoming] = []
-    for one in incoming:
-        if fold_name(one.name.name) in METADATA_NAMES:
-            tables.append(one)
-        elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
-            sets.setdefault(one.set_name, []).append(one)
-        else:
-            sentence = f"{one.name} is neither an image nor a caption nor a zip; it was left out."
-            under_way.skip(one.source, "other file", sentence)
-    listed = [one for members in sets.values() for one in members]
-    faults: dict[_Incoming, FileProblem | None] = {}
-    progress = under_way.way.progress
-    with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda one: _import_fault(one, under_way.way.sizes), listed)
-        for done, (one, fault) in enumerate(zip(listed, found, strict=True)):
-            progress("Checking", done, len(listed))
-            faults[one] = fault
-    under_way.skipped.extend(fault for fault in faults.values() if fault)
-    for done, members in enumerate(sets.values()):
-        progress("Importing", done, len(sets))
-        _import_set([one for one in members if not faults[one]], under_way)
-    for table in tables:
-        _import_table(table, under_way)
-
-
-def _import_fault(one: _Incoming, sizes: SizeCache) -> FileProblem | None:
-    """What is wrong with an image or a caption."""
-    if one.suffix in IMAGE_SUFFIXES:
-        info = sizes.info(one.source, str(one.name))
-        return info if isinstance(info, FileProblem) else None
-    try:
-        read_text(one.source, str(one.name))
-    except DatasetError as error:
-        return FileProblem(one.source, "caption", str(error))
-    return None
-
-
-def _import_set(members: list[_Incoming], under_way: _Import) -> None:
-    """Copy an image with its mask and caption under one free name."""
-    if not members:
-        return
-    # Two of a kind arrive only where a sender's names differ in case or in letters that had to be replaced.
-    kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
-    firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
-    same = {one: found for one in firsts if one.is_picture and (found := under_way.same_picture(one.source))}
-    has_picture = any(one.is_picture and one not in same for one in firsts)
-    folder, stem = under_way.into / members[0].name.parent, firsts[0].stem
-    if same and not has_picture:
-        # Its caption and mask go beside the image that is there.
-        there = next(iter(same.values()))
-        folder, stem = there.parent, there.stem
-    names, stems = under_way.taken(folder)
-    if has_picture:
-        stem = unused_stem(stem, stems)
-        # One may have been taken back since the folder was read.
-        while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
-            stems.add(fold_name(stem))
-            stem = unused_stem(firsts[0].stem, stems)
-    for one in firsts:
-        target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
-        if one in same:
-            sentence = f"{one.name} is already here, as {under_way.name_of(same[one])}."
-            under_way.skip(one.source, "same picture", sentence)
-            under_way.placed[fold_name(one.name.as_posix())] = same[one]
-            continue
-        if not has_picture and fold_name(target.name) in names:
-            sentence = f"{one.name} is there already and was left as it is; change it in its place."
-            under_way.skip(one.source, "already there", sentence)
-            continue
-        try:
-            transfer_file(one.source, target, under_way.way)
-        except OSError as error:
-            sentence = f"{one.name} cannot be copied ({error.strerror}); try it again."
-            under_way.skip(one.source, "unreadable", sentence)
-            continue
-        under_way.added.append(target)
-        names.add(fold_name(target.name))
-        stems.add(fold_name(target.stem))
-        under_way.placed[fold_name(one.name.as_posix())] = target
-    for one in members:
-        if one not in firsts:
-            _import_set([one], under_way)
-
-
-def _import_table(table: _Incoming, under_way: _Import) -> None:
-    """Write the rows of a table as text files beside the images that have none."""
-    captions, sentences, repeated = read_metadata_captions(table.source, str(table.name))
-    if repeated:
-        sentence = f"{table.name} has several rows for {abbreviate(repeated)}; the last of each was taken."
-        under_way.skip(table.source, "unused row", sentence)
-    captioned: list[str] = []
-    for sentence in sentences:
-        under_way.skip(table.source, "metadata", sentence)
-    for name, caption in captions.items():
-        shown = safe_name((table.name.parent / name).as_posix())
-        picture = under_way.placed.get(fold_name(shown.as_posix()), under_way.into / shown)
-        # `Path.is_file` raises where a name is too long for the file system.
-        if not os.path.isfile(picture):
-            sentence = (
-                f"{table.name} names {name}, which did not come along; add the image and the table together."
-            )
-            under_way.skip(table.source, "metadata", sentence)
-        elif any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
-            captioned.append(name)
-        else:
-            write_caption(picture, caption, wait=False)
-            under_way.added.append(picture.with_suffix(".txt"))
-    if captioned:
-        sentence = (
-            f"{table.name} has rows that were not taken, as their images have a caption already"
-            f" ({abbreviate(captioned)})."
-        )
-        under_way.skip(table.source, "unused row", sentence)
+    return under_way.add([_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files])
