@@ -22,7 +22,6 @@ from PIL import Image
 from lora_core.data.captions import count_tags
 from lora_core.formats.kinds import detect_family
 from lora_core.formats.peft import HEADER_KEY
-from lora_core.model_files.families import Family
 from lora_core.model_files.starting_settings import CONFIG_KEY, kohya_header
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.system.files import parse_json, write_atomically
@@ -208,17 +207,19 @@ def model_card(metadata: Mapping[str, str], file_name: str, images: Sequence[str
         file_name: of the adapter file.
         images: names of files beside it.
     """
-    family, stem = detect_family({}, metadata), Path(file_name).stem
-    trigger = _one_line(metadata.get("modelspec.trigger_phrase", ""))
+    try:
+        datasets = parse_json(metadata.get("ss_dataset_dirs") or "{}")
+    except ValueError:
+        datasets = {}
+    entries = datasets.values() if isinstance(datasets, dict) else ()
+    counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
     return _template().render(
-        title=metadata.get("modelspec.title") or metadata.get("ss_output_name") or stem,
-        trigger=trigger,
-        prompt=trigger or "your prompt",
-        stem=stem,
+        header=metadata,
+        family=detect_family({}, metadata),
+        stem=Path(file_name).stem,
         file_name=file_name,
         images=images,
-        facts=[(name, value) for name, value in _facts(metadata, family, trigger) if value],
-        only_for=family.title.lower() if family and not family.portable else "",
+        images_trained=sum(count for count in counts if isinstance(count, int)),
         diffusers_only=HEADER_KEY in metadata,
     )
 
@@ -234,38 +235,6 @@ def _template() -> "jinja2.Template":
     )
     environment.filters |= {"one_line": _one_line, "quoted": lambda t: json.dumps(t, ensure_ascii=False)}
     return environment.get_template("model_card.md.j2")
-
-
-def _facts(metadata: Mapping[str, str], family: Family | None, trigger: str) -> list[tuple[str, str]]:
-    title = family.title if family else metadata.get("modelspec.architecture", "")
-    name, clip_skip = metadata.get("ss_sd_model_name", ""), metadata.get("ss_clip_skip", "")
-    rank, alpha = metadata.get("ss_network_dim", ""), metadata.get("ss_network_alpha", "")
-    return [
-        ("Base", f"{title} ({name})" if name and name != title else title),
-        ("Trigger", trigger),
-        ("Rank, alpha", f"{rank}, {alpha}" if rank and alpha else rank),
-        ("Trained", _training(metadata)),
-        ("Prediction", metadata.get("modelspec.prediction_type", "")),
-        ("Clip skip", "" if clip_skip in ("1", "None") else clip_skip),
-        ("Merged from", metadata.get("modelspec.merged_from", "")),
-        ("Date", metadata.get("modelspec.date", "")[:10]),
-        ("About", metadata.get("modelspec.description", "")),
-    ]
-
-
-def _training(metadata: Mapping[str, str]) -> str:
-    """Steps, images and size in words, as far as the header has them."""
-    steps = metadata.get("ss_steps") or metadata.get("ss_max_train_steps", "")
-    try:
-        datasets = parse_json(metadata.get("ss_dataset_dirs") or "{}")
-    except ValueError:
-        datasets = {}
-    entries = datasets.values() if isinstance(datasets, dict) else ()
-    counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
-    images = sum(count for count in counts if isinstance(count, int))
-    size = metadata.get("modelspec.resolution") or metadata.get("ss_resolution", "")
-    words = [f"{steps} steps" if steps else "", f"on {images} images" if images else ""]
-    return " ".join(word for word in (*words, f"at {size} px" if size else "") if word)
 
 
 def _one_line(text: str) -> str:
