@@ -178,17 +178,7 @@ def verify_adapter(
         "kind": kind,
         "extras": kinds.extras_sentence(header.shapes),
         "tools": [
-            {
-                "tool": tool,
-                "ok": one.fine,
-                "keys": one.keys,
-                "matched": one.keys - len(one.dropped),
-                "dropped": len(one.dropped),
-                "dropped_keys": one.dropped,
-                "unused_keys": list(one.loaded.unused),
-                "max_delta_error": one.max_error,
-                "note": _note(one, tool in MEANT_FOR[format], format, family),
-            }
+            {"tool": tool, **one.row(), "note": _note(one, tool in MEANT_FOR[format], format, family)}
             for tool, one in outcomes.items()
         ],
     }
@@ -240,6 +230,14 @@ class Outcome:
         """Whether the tool takes every key at the right strength."""
         missing = any(error is not None and error > self.tolerance for error in self.errors.values())
         return not (self.refused or self.dropped or missing or self.unknown)
+
+    def row(self) -> dict[str, Any]:
+        """The numbers for JSON, see `verify_adapter`."""
+        return {
+            "ok": self.fine, "keys": self.keys, "matched": self.keys - len(self.dropped),
+            "dropped": len(self.dropped), "dropped_keys": self.dropped,
+            "unused_keys": list(self.loaded.unused), "max_delta_error": self.max_error,
+        }  # fmt: skip
 
 
 def run_loaders(
