@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.projects.project import read_title
 from lora_core.projects.workspace import move_to_trash
@@ -29,7 +28,7 @@ from lora_core.runs.queue import (
     ensure_runner,
 )
 from lora_core.settings.config import RunConfig
-from lora_core.system.files import folder_bytes
+from lora_core.system.files import fold_name, folder_bytes, safe_name, unused_stem
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
 
 LIVE = ("preparing", "running", "pausing", "stopping")

@@ -29,11 +29,10 @@ from app.live import LiveStream
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.data.scan import safe_name
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
-from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json
+from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json, safe_name
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.

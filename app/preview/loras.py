@@ -10,11 +10,10 @@ from pathlib import Path
 from app.jobs import RunView
 from app.preview.history import file_time
 from app.state import Snapshot
-from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError
 from lora_core.model_files.header import read_header
 from lora_core.projects.project import Project
-from lora_core.system.files import unused_path
+from lora_core.system.files import safe_name, unused_path
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
 LOOK_AGAIN = 20

@@ -34,13 +34,12 @@ from lora_core.data.scan import (
     FileProblem,
     ImageRecord,
     abbreviate,
-    fold_name,
     is_mask,
     unused_folder_kind,
     walk_files,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, write_atomically
+from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, fold_name, write_atomically
 
 HOLDOUT_LIST = "held_out.txt"
 

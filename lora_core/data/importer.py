@@ -30,19 +30,9 @@ from lora_core.data.captions import (
     write_caption,
 )
 from lora_core.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, SizeCache
-from lora_core.data.scan import (
-    MOST_DEPTH,
-    FileProblem,
-    abbreviate,
-    fold_name,
-    is_junk,
-    is_mask,
-    safe_name,
-    unused_stem,
-    walk_files,
-)
+from lora_core.data.scan import MOST_DEPTH, FileProblem, abbreviate, is_junk, is_mask, walk_files
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text, file_bytes, replacing
+from lora_core.system.files import clean_text, file_bytes, fold_name, replacing, safe_name, unused_stem
 
 _CHUNK = 1 << 20
 

@@ -8,13 +8,12 @@ without case and in one Unicode form, as Windows and macOS do.
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text, is_device
+from lora_core.system.files import clean_text, fold_name
 
 
 @dataclass(frozen=True)
@@ -57,59 +56,6 @@ class Dataset:
     records: list[ImageRecord]
     problems: list[FileProblem]
     notes: list[FileProblem] = field(default_factory=list)
-
-
-_ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
-# File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
-_MOST_BYTES = 180
-
-
-FULL_WIDTH = 0xFEE0
-"""From a printable ASCII character to its full-width form."""
-
-
-def fold_name(name: str) -> str:
-    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def safe_name(name: str) -> PurePosixPath:
-    """A relative path that can be made on Windows, macOS and Linux and leads nowhere else.
-
-    Args:
-        name: parts between slashes or backslashes; `..` and drive letters are dropped, illegal letters
-        become their full-width forms.
-    """
-    parts = [_safe_part(part) for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/")]
-    return PurePosixPath(*[part for part in parts if part] or ["file"])
-
-
-def _lookalike(found: re.Match[str]) -> str:
-    """The full-width form of a character that file names cannot hold, so that the name still reads alike."""
-    return chr(ord(found[0]) + FULL_WIDTH) if found[0] in '<>:"|?*' else "_"
-
-
-def _safe_part(part: str) -> str:
-    # Windows drops dots and spaces at the end of a name without a word.
-    part = _ILLEGAL.sub(_lookalike, part.encode("utf-8", "replace").decode()).rstrip(". ")
-    if not part.strip(". "):
-        return ""
-    if is_device(part):
-        part = f"_{part}"
-    stem, dot, ending = part.rpartition(".")
-    if not stem or len(ending) > 16:
-        stem, dot, ending = part, "", ""
-    room = _MOST_BYTES - len(f"{dot}{ending}".encode())
-    return stem.encode()[:room].decode(errors="ignore") + dot + ending
-
-
-def unused_stem(stem: str, used: Container[str]) -> str:
-    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
-    candidate, number = stem, 1
-    while fold_name(candidate) in used:
-        number += 1
-        candidate = f"{stem}-{number}"
-    return candidate
 
 
 MOST_DEPTH = 20

@@ -23,7 +23,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import DatasetError, RunError, wrap_os_errors
 from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_title
 from lora_core.runs.folder import RunFolder, all_runs
@@ -32,10 +31,13 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.files import (
     clean_text,
     expand_home,
+    fold_name,
     folder_bytes,
     parse_json,
     read_json,
+    safe_name,
     unused_path,
+    unused_stem,
     write_atomically,
 )
 

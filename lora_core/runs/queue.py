@@ -29,13 +29,19 @@ from typing import Any
 
 import psutil
 
-from lora_core.data.scan import fold_name, unused_stem
 from lora_core.errors import ConfigError, RunError
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence, notify_end
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig, parsed_assignment
-from lora_core.system.files import check_fields, file_bytes, is_network_drive, parse_json
+from lora_core.system.files import (
+    check_fields,
+    file_bytes,
+    fold_name,
+    is_network_drive,
+    parse_json,
+    unused_stem,
+)
 from lora_core.system.processes import (
     INTERRUPTED,
     TRAINER,

@@ -13,8 +13,9 @@ import tempfile
 import threading
 import types
 import typing
-from collections.abc import Iterator
-from pathlib import Path
+import unicodedata
+from collections.abc import Container, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import platformdirs
@@ -28,6 +29,11 @@ DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"
 FAMILY_CONFIGS = ASSETS / "families"
 CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
+_ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
+# File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
+_NAME_BYTES = 180
+_FULL_WIDTH = 0xFEE0
+"""From a printable ASCII character to its full-width form."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE
@@ -255,6 +261,50 @@ def clean_value(value: Any) -> Any:
 def expand_home(path: str | Path) -> Path:
     """Expand `~`; unlike `Path.expanduser`, a user that does not exist is no error."""
     return Path(os.path.expanduser(path))
+
+
+def fold_name(name: str) -> str:
+    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def safe_name(name: str) -> PurePosixPath:
+    """A relative path that can be made on Windows, macOS and Linux and leads nowhere else.
+
+    Args:
+        name: parts between slashes or backslashes; `..` and drive letters are dropped, illegal letters
+        become their full-width forms.
+    """
+    parts = [_safe_part(part) for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/")]
+    return PurePosixPath(*[part for part in parts if part] or ["file"])
+
+
+def _lookalike(found: re.Match[str]) -> str:
+    """The full-width form of a character that file names cannot hold, so that the name still reads alike."""
+    return chr(ord(found[0]) + _FULL_WIDTH) if found[0] in '<>:"|?*' else "_"
+
+
+def _safe_part(part: str) -> str:
+    # Windows drops dots and spaces at the end of a name without a word.
+    part = _ILLEGAL.sub(_lookalike, part.encode("utf-8", "replace").decode()).rstrip(". ")
+    if not part.strip(". "):
+        return ""
+    if is_device(part):
+        part = f"_{part}"
+    stem, dot, ending = part.rpartition(".")
+    if not stem or len(ending) > 16:
+        stem, dot, ending = part, "", ""
+    room = _NAME_BYTES - len(f"{dot}{ending}".encode())
+    return stem.encode()[:room].decode(errors="ignore") + dot + ending
+
+
+def unused_stem(stem: str, used: Container[str]) -> str:
+    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
+    candidate, number = stem, 1
+    while fold_name(candidate) in used:
+        number += 1
+        candidate = f"{stem}-{number}"
+    return candidate
 
 
 def unused_path(folder: Path, stem: str, ending: str) -> Path:
