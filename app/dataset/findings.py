@@ -21,7 +21,7 @@ from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import Looks, TrainingView, audit
 from lora_core.data.dataset import split_holdout
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import read_json, write_atomically

@@ -23,8 +23,7 @@ from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
-from lora_core.data.images import choose_bucket, crop_box, make_thumbnail
-from lora_core.data.scan import Dataset, FileProblem, ImageRecord
+from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_bucket, crop_box, make_thumbnail
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.templates import with_labels
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.data.scan import Dataset
+from lora_core.data.images import Dataset
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import BaseFacts, clear_base_cache, lookup_base
 from lora_core.model_files.hub import Download, DownloadCancelled, download, find_download

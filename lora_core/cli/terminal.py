@@ -18,7 +18,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.files import workspace
 
 if TYPE_CHECKING:
-    from lora_core.data.scan import FileProblem
+    from lora_core.data.images import FileProblem
 
 SECONDS_BETWEEN_STEPS = 0.5
 """Lines about steps come no closer than this, so that a pipe that nobody reads is not filled."""
@@ -251,6 +251,6 @@ def _environment() -> Any:
 
 def _summarize(rows: list[dict[str, str]]) -> "list[FileProblem]":
     from lora_core.data.dataset import summarize_notes
-    from lora_core.data.scan import FileProblem
+    from lora_core.data.images import FileProblem
 
     return summarize_notes([FileProblem(Path(row["picture"]), row["kind"], row["sentence"]) for row in rows])

@@ -25,8 +25,15 @@ from PIL import Image
 
 from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
-from lora_core.data.images import Bucket, choose_bucket, open_rgb, resize_and_crop
-from lora_core.data.scan import Dataset, FileProblem, ImageRecord
+from lora_core.data.images import (
+    Bucket,
+    Dataset,
+    FileProblem,
+    ImageRecord,
+    choose_bucket,
+    open_rgb,
+    resize_and_crop,
+)
 from lora_core.errors import DatasetError
 from lora_core.system.files import ASSETS, clean_text
 

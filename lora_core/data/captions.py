@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lora_core.data.scan import check_regular_file
+from lora_core.data.images import check_regular_file
 from lora_core.errors import DatasetError, ModelFileError
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically

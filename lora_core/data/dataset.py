@@ -27,17 +27,20 @@ import numpy as np
 from PIL import Image
 
 from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
-from lora_core.data.images import IMAGE_SUFFIXES, SizeCache, hash_file, open_rgb
-from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
-from lora_core.data.scan import (
+from lora_core.data.images import (
+    IMAGE_SUFFIXES,
     Dataset,
     FileProblem,
     ImageRecord,
+    SizeCache,
     abbreviate,
+    hash_file,
     is_mask,
+    open_rgb,
     unused_folder_kind,
     walk_files,
 )
+from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.errors import DatasetError
 from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, fold_name, write_atomically
 

@@ -29,8 +29,17 @@ from lora_core.data.captions import (
     read_text,
     write_caption,
 )
-from lora_core.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, SizeCache
-from lora_core.data.scan import MOST_DEPTH, FileProblem, abbreviate, is_junk, is_mask, walk_files
+from lora_core.data.images import (
+    IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
+    MOST_DEPTH,
+    FileProblem,
+    SizeCache,
+    abbreviate,
+    is_junk,
+    is_mask,
+    walk_files,
+)
 from lora_core.errors import DatasetError
 from lora_core.system.files import clean_text, file_bytes, fold_name, replacing, safe_name, unused_stem
 

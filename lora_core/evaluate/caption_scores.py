@@ -19,8 +19,7 @@ import torch
 from lora_core.data.audit import TrainingView, step_shares, words_of
 from lora_core.data.captions import plain_caption, split_tags
 from lora_core.data.dataset import open_dataset, require_clean, split_holdout
-from lora_core.data.images import hash_file
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import (
     Encode,

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_core.data.images import choose_bucket, hash_file, size_conditioning
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord, choose_bucket, hash_file, size_conditioning
 from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel

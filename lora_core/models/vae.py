@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_core.data.images import Bucket, open_rgb, resize_and_crop
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import Bucket, ImageRecord, open_rgb, resize_and_crop
 from lora_core.model_files.sizes import DECODE_TILES
 from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel

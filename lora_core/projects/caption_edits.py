@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.captions import split_tags, with_trigger, write_caption
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
 from lora_core.system.files import read_json, sync_folder, write_atomically

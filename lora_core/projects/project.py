@@ -21,8 +21,16 @@ from filelock import FileLock, Timeout
 
 from lora_core.data.captions import CAPTION_SUFFIXES, write_caption
 from lora_core.data.dataset import HOLDOUT_LIST, scan, write_holdout_list
-from lora_core.data.images import IMAGE_SUFFIXES, SizeCache
-from lora_core.data.scan import MASK_ENDINGS, Dataset, FileProblem, ImageRecord, is_mask, walk_files
+from lora_core.data.images import (
+    IMAGE_SUFFIXES,
+    MASK_ENDINGS,
+    Dataset,
+    FileProblem,
+    ImageRecord,
+    SizeCache,
+    is_mask,
+    walk_files,
+)
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import (
     DEMO_TRAIN,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.model_files.sizes import (

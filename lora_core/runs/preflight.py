@@ -20,8 +20,7 @@ from lora_core.data.dataset import (
     split_holdout,
     summarize_notes,
 )
-from lora_core.data.images import choose_bucket
-from lora_core.data.scan import Dataset, ImageRecord
+from lora_core.data.images import Dataset, ImageRecord, choose_bucket
 from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError, clip_message
 from lora_core.model_files.detect import (
     SINGLE_FILES,

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_core.data.captions import CHUNK, sample_caption
-from lora_core.data.images import Bucket, hash_file, size_conditioning
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks
 from lora_core.models.load import BaseModel

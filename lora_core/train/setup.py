@@ -20,8 +20,7 @@ from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
 from lora_core.data.dataset import open_dataset, require_clean, split_holdout
-from lora_core.data.images import choose_bucket, hash_file
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence

@@ -11,7 +11,7 @@ from app.jobs import RunView
 from app.state import ShownRun
 from app.templates import render
 from app.train import run_cards as cards
-from lora_core.data.scan import Dataset, FileProblem, ImageRecord
+from lora_core.data.images import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 

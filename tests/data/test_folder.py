@@ -11,7 +11,7 @@ from PIL import Image
 from lora_core.data import dataset as folder
 from lora_core.data.captions import write_caption
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.data.scan import Dataset, FileProblem
+from lora_core.data.images import Dataset, FileProblem
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw
 

@@ -18,8 +18,7 @@ from lora_core.data.dataset import (
     split_holdout,
     write_holdout_list,
 )
-from lora_core.data.images import SizeCache
-from lora_core.data.scan import FileProblem, ImageRecord
+from lora_core.data.images import FileProblem, ImageRecord, SizeCache
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, noise
 

@@ -19,7 +19,7 @@ from lora_core.data.audit import (
     step_shares,
 )
 from lora_core.data.dataset import scan
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
 from lora_core.train.setup import assign_buckets

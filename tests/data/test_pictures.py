@@ -14,6 +14,7 @@ from PIL import Image
 
 from lora_core.data.dataset import scan
 from lora_core.data.images import (
+    FileProblem,
     ImageInfo,
     SizeCache,
     check_image,
@@ -22,7 +23,6 @@ from lora_core.data.images import (
     open_rgb,
     to_rgb,
 )
-from lora_core.data.scan import FileProblem
 from lora_core.errors import DatasetError
 
 ORIENTATION = 0x0112

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core.data.dataset import scan
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.models.load import BaseModel, load_base
 from lora_core.system.files import DEMO_BASE
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, RunError
 from lora_core.evaluate.caption_scores import (
     image_rows,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.model_files.detect import lookup_base, read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.sizes import FALLBACKS, count_base_parameters, fit_on_card

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_core.data.dataset import open_dataset
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.evaluate.validator import EvalImage, EvalNoise, encode_eval_images, eval_losses, paired_gain
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lora_core.data.scan import ImageRecord
+from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
