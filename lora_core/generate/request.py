@@ -210,13 +210,14 @@ class GenerationRequest:
             **extra,
         }
         known = {key: str(value) for key, value in settings.items() if value is not None}
-        lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in known.items()))
+        for key, value in known.items():
+            if re.search(r'[,:\n"]', value):
+                known[key] = json.dumps(value, ensure_ascii=False)
+        lines.append(", ".join(f"{key}: {value}" for key, value in known.items()))
         return "\n".join(lines)
 
 
-@functools.cache
-def _reader() -> TypeAdapter[GenerationRequest]:
-    return TypeAdapter(GenerationRequest)
+_reader = functools.cache(lambda: TypeAdapter(GenerationRequest))
 
 
 def sampler_title(name: str) -> str:
@@ -240,7 +241,3 @@ def parse_cfg_rescale(value: Any) -> NumberOrAuto:
     if not 0.0 <= number <= 1.0:
         raise ConfigError(f"CFG rescale {number:g} is out of range; it must be between 0 and 1.")
     return number
-
-
-def _quote(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value

@@ -77,6 +77,5 @@ def _decode(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
 
 def _shift_and_scale(base: BaseModel) -> tuple[float, float]:
     config = base.vae.config
-    return float(config.get("shift_factor") or 0.0), float(
-        config.get("scaling_factor", base.family.latent_scale)
-    )
+    scale = config.get("scaling_factor", base.family.latent_scale)
+    return float(config.get("shift_factor") or 0.0), float(scale)
