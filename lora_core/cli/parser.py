@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,39 +49,10 @@ PANELS = {
 }
 """Headings of the list of verbs, by the module of their functions."""
 _AXIS = f"what they vary, {', '.join(KINDS)}; a value with a comma needs double quotes"
-HELP = {
-    "workspace": "where runs and caches live; else LORA_EASEL_HOME",
-    "run": "a run's folder, or its name in the workspace",
+HELP: dict[str, str] = {
+    **tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8")),
     "rows": _AXIS,
     "columns": _AXIS,
-    "base": "`demo`, a diffusers folder, a .safetensors file, or a hub id",
-    "cfg": "guidance scale",
-    "cfg_rescale": "0 to 1, off at 0; auto: 0.7 for a velocity base with zero terminal SNR, 0 for others and"
-    " demo",
-    "dataset": "a folder of images, a zip of one, or `demo`",
-    "device": "auto, cpu, cuda, cuda:1, mps or xpu",
-    "dry_run": "show what would change, change nothing",
-    "file": "an adapter",
-    "first": "an adapter",
-    "height": "in pixels; 0 for the base's own",
-    "loras": "an adapter",
-    "negative": "what it should not show",
-    "on": "have them trained on again",
-    "out": "the file to make",
-    "pictures": "paths below the folder",
-    "precision": "dtype of the base",
-    "prediction": "what the base predicts, if it is known",
-    "project": "its title, or its folder's name",
-    "prompt": "what the image shows",
-    "queue": "put the run into the queue instead of training it",
-    "sampler": "such as ddim or euler_a",
-    "second": "another",
-    "seed": "of the noise",
-    "steps": "of the sampler",
-    "triples": "noise draws per image",
-    "vae": "a VAE in place of the base's own: a folder or a file",
-    "width": "in pixels; 0 for the base's own",
-    "zero_terminal_snr": "whether the base's last timestep is pure noise, if it is known",
 }
 """Help of parameters that many verbs have; but for `_OWN_HELP`, the docstring of a verb comes first."""
 _OWN_HELP = ("workspace", "run", "rows", "columns", "cfg_rescale", "sampler")

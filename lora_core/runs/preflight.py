@@ -46,18 +46,6 @@ from lora_core.settings.schema import OPTIMIZERS, TARGETS, LossSection, chosen, 
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
-RATES: dict[str, tuple[float, float]] = {
-    "adamw": (1e-6, 3e-3),
-    "adam": (1e-6, 3e-3),
-    "nadam": (1e-6, 3e-3),
-    "radam": (1e-6, 5e-3),
-    "adafactor": (1e-6, 5e-3),
-    "sgd": (1e-4, 10.0),
-    "lion": (3e-7, 6e-4),
-    "prodigy": (0.1, 3.0),
-}
-"""Learning rate x alpha / rank outside of which a run hardly learns, or burns; for an optimizer that finds
-its own rate, the setting alone. Wide: ten times what guides and peers use, either way."""
 ADAPTER_COPIES = 4
 """Copies of each trained parameter in memory: itself, its gradient, and usually two of the optimizer's."""
 GIGABYTE = 1e9
@@ -270,7 +258,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
         )
     if wrong or optim.range_test:
         return [RunProblem("rate", wrong)] if wrong else []
-    low, high = RATES.get(optim.name, (0.0, math.inf))
+    low, high = row.rates
     scale, product = (1.0, "") if row.one_rate else (config.adapter.scale, " x alpha / rank")
     found = []
     for name, rate in rates.items():

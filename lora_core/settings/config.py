@@ -40,34 +40,17 @@ from lora_core.settings.schema import (
     TrainSection,
     ValidationSection,
 )
+from lora_core.system.files import ASSETS
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
+_FORMER = tomllib.loads((ASSETS / "old_settings.toml").read_text(encoding="utf-8"))
 RETIRED: dict[str, tuple[Any, str]] = {
-    "adapter.kind": (
-        "lora",
-        "lora is the one kind that can be trained today. LoHa, LoKr and DoRA files can be read, merged and"
-        " turned into a LoRA.",
-    ),
-    "dataset.repeats": (
-        1,
-        "it changes nothing that is learned, as a run's length is counted in steps. Set train.steps, or put"
-        " images that should come more often into a folder named like 10_name.",
-    ),
+    name: (row["accepted"], row["why"]) for name, row in _FORMER["retired"].items()
 }
 """Removed settings: the one value that is still accepted, and why no other is."""
-OLD_NAMES = {
-    "loss.kind": "loss.type",
-    "optim.clip": "optimizer.max_grad_norm",
-    "optim.text_encoder_until": "optimizer.stop_text_encoder_at",
-    "train.accumulate": "train.gradient_accumulation_steps",
-    "train.checkpointing": "train.gradient_checkpointing",
-    "train.quantise": "train.quantize_base",
-    "train.tokens": "train.max_token_length",
-    "validation.budget": "validation.max_time_share",
-    "validation.gauge": "validation.memorization",
-    "validation.prior": "validation.forgetting",
-    "validation.triples": "validation.draws_per_image",
+OLD_NAMES: dict[str, str] = {
+    **_FORMER["names"],
     **{f"optim.{key}": f"optimizer.{key}" for key in OptimizerSection.model_fields},
     **{f"preview.{key}": f"sample.{key}" for key in SampleSection.model_fields},
 }

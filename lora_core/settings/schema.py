@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -90,12 +90,15 @@ class OptimizerChoice(Implementation):
         state: values that it keeps for each parameter.
         by_matrix: it looks at rows and columns, so that each factor has to be a tensor of its own.
         fused: one of torch whose step is one kernel on a card (`fused=True`).
+        rates: learning rate x alpha / rank outside of which a run hardly learns, or burns; for an optimizer
+            that finds its own rate, the setting alone. Wide: ten times what guides and peers use, either way.
     """
 
     one_rate: bool = False
     state: float = 2.0
     by_matrix: bool = False
     fused: bool = False
+    rates: Sequence[float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ can be added by hand.
 
 import contextlib
 import filecmp
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError, wrap_os_errors
-from lora_core.system.files import read_json, replacing, write_atomically
+from lora_core.system.files import ASSETS, read_json, replacing, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -129,50 +131,20 @@ def _invoke(root: Path) -> Folders:
     return [root / _expanded(folder)], [root / "autoimport" / "lora"]
 
 
-def _fixed(models: str, loras: str) -> Callable[[Path], Folders]:
-    return lambda root: ([root / models], [root / loras])
-
-
-KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...], Callable[[Path], Folders]], ...] = (
-    ("Forge", (("webui.py", "modules_forge"),), _webui),
-    ("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
-    ("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
-    ("Fooocus", (("fooocus_version.py", "models"),), _fixed("models/checkpoints", "models/loras")),
-    # The desktop version keeps the user's models and nodes here, and its code elsewhere.
-    ("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
-    ("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
-    (
-        "Stability Matrix",
-        (("Models/StableDiffusion", "Packages"),),
-        _fixed("Models/StableDiffusion", "Models/Lora"),
-    ),
-)
-"""Name, sets of paths below its root of which one set is all there, and from the root to its folders, whether
-they are there or not. The more special tools come before those that they were made from."""
-
-WORDS = (
-    "comfy", "webui", "forge", "automatic", "stable-diffusion", "stable diffusion", "stablediffusion",
-    "sdnext", "sd.next", "invoke", "fooocus", "stabilitymatrix", "stability matrix", "pinokio",
-)  # fmt: skip
-"""A folder whose name holds one of these is looked into."""
-NESTED = ("webui", "ComfyUI", "app", "Data")
-"""Where a download's folder keeps the tool itself."""
-MANAGED = ("Packages", "api", "Data/Packages")
-"""Where managers of tools keep one folder a tool."""
-USUAL_PLACES = ("", "AI", "ai", "apps", "git", "src", "Projects", "projects", "Programs")
-# macOS asks the user for permission before a program reads these.
-PERSONAL_PLACES = ("Documents", "Desktop", "Downloads")
+FOLDERS: dict[str, Callable[[Path], Folders]] = {
+    "webui": _webui, "sdnext": _sdnext, "comfy": _comfy, "invoke": _invoke,
+}  # fmt: skip
+"""From the root of a tool to its folders, whether they are there or not."""
 MOST_ENTRIES, MOST_SECONDS = 4_000, 2.0
 
 SMALLEST_BASE = 100_000_000
 """Bytes. Smaller files beside bases are adapters, embeddings and VAEs."""
 MOST_FILES, MOST_DEPTH = 200, 4
-NO_BASES = {
-    "lora", "loras", "lycoris", "vae", "controlnet", "control_net", "embedding", "embeddings", "clip",
-    "clip_vision", "clip_embed", "text_encoders", "t5_encoder", "ip_adapter", "t2i_adapter", "upscale_models",
-    "esrgan", "spandrel_image_to_image", "hypernetworks", "vae-approx", ".cache",
-}  # fmt: skip
-"""Folders among models that hold other things."""
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads((ASSETS / "other_tools.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -210,11 +182,11 @@ class Machine:
 def detect_machine() -> Machine:
     """The home folder, the drives and the settings folders of this computer."""
     home = Path.home()
-    usual = [home / place for place in USUAL_PLACES]
+    usual = [home / place for place in _table()["usual_places"]]
     if sys.platform == "darwin":
         settings = [home / "Library" / "Application Support"]
     else:
-        usual += [home / place for place in PERSONAL_PLACES]
+        usual += [home / place for place in _table()["personal_places"]]
         settings = [home / ".config", home / "AppData" / "Roaming", home / "AppData" / "Local"]
     if sys.platform != "win32":
         usual += [Path("/opt"), Path("/workspace")]
@@ -252,13 +224,15 @@ def find_tools(
 def recognise_tool(folder: Path) -> InstalledTool | None:
     """The tool that is installed in `folder` itself, if one is."""
     try:
-        for name, markers, folders in KINDS:
-            if any(all((folder / path).exists() for path in paths) for paths in markers):
-                models, loras = folders(folder)
+        for row in _table()["tools"]:
+            if any(all((folder / path).exists() for path in paths) for paths in row["markers"]):
+                if "folders" in row:
+                    models, loras = FOLDERS[row["folders"]](folder)
+                else:
+                    models, loras = [folder / row["models"]], [folder / row["loras"]]
                 there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
-                return InstalledTool(
-                    name, folder, there, next((path for path in loras if path.is_dir()), None)
-                )
+                target = next((path for path in loras if path.is_dir()), None)
+                return InstalledTool(row["name"], folder, there, target)
     except OSError:  # A folder that may not be read is nobody's; the next one may.
         pass
     return None
@@ -294,8 +268,8 @@ class _Search:
     def within(self, folder: Path) -> Iterator[Path]:
         """`folder`, and where downloads and managers keep the tool itself."""
         yield folder
-        yield from (folder / name for name in NESTED)
-        for name in MANAGED:
+        yield from (folder / name for name in _table()["nested"])
+        for name in _table()["managed"]:
             for child in self.children(folder / name):
                 yield child
                 yield child / "app"
@@ -313,7 +287,7 @@ class _Search:
                 yield from self.within(named) if named else ()
         for place in dict.fromkeys((*machine.places, *machine.settings)):
             for child in self.children(place):
-                if any(word in child.name.lower() for word in WORDS):
+                if any(word in child.name.lower() for word in _table()["words"]):
                     yield from self.within(child)
 
 
@@ -348,7 +322,8 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
         except OSError:
             continue
         if depth < MOST_DEPTH:
-            waiting += [(c, depth + 1) for c in search.children(folder) if c.name.lower() not in NO_BASES]
+            inside = (one for one in search.children(folder) if one.name.lower() not in _table()["no_bases"])
+            waiting += [(one, depth + 1) for one in inside]
     return sorted(found, key=lambda path: (-found[path], str(path)))[:most]
 
 
