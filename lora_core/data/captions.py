@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from lora_core.data.images import check_regular_file
-from lora_core.errors import DatasetError, ModelFileError
+from lora_core.errors import DatasetError, ModelFileError, wrap_os_errors
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically
 
@@ -247,15 +247,14 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     """
     size = check_regular_file(path, shown, most)
     try:
-        with open(path, "rb") as file:
+        with (
+            wrap_os_errors(DatasetError, f"{shown} cannot be read", "; check that it may be read."),
+            open(path, "rb") as file,
+        ):
             text = file.read(size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{shown} is not UTF-8 text (byte {error.start}); save it again with the encoding UTF-8."
-        ) from error
-    except OSError as error:
-        raise DatasetError(
-            f"{shown} cannot be read ({error.strerror}); check that it may be read."
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -272,13 +271,9 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
         DatasetError: the folder cannot be written.
     """
     target = picture.with_suffix(".txt")
-    try:
+    advice = "; check that the folder may be written."
+    with wrap_os_errors(DatasetError, f"The caption {target} cannot be written", advice):
         write_atomically(target, text.encode("utf-8", "replace"), wait)
-    except OSError as error:
-        raise DatasetError(
-            f"The caption {target} cannot be written ({error.strerror}); check that the folder may be"
-            " written."
-        ) from error
 
 
 def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str], list[str]]:

@@ -41,7 +41,7 @@ from lora_core.data.images import (
     walk_files,
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, fold_name, write_atomically
 
 HOLDOUT_LIST = "held_out.txt"
@@ -69,15 +69,12 @@ def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
     if broken := next((name for name in wanted if "\n" in name or "\r" in name), None):
         raise DatasetError(f"{broken!r} has a line break in its name and cannot be listed; rename the file.")
     file = folder / HOLDOUT_LIST
-    try:
+    advice = "; check that the folder may be written."
+    with wrap_os_errors(DatasetError, f"The list {file} cannot be written", advice):
         if wanted:
             write_atomically(file, ("\n".join(wanted) + "\n").encode("utf-8", "replace"))
         else:
             file.unlink(missing_ok=True)
-    except OSError as error:
-        raise DatasetError(
-            f"The list {file} cannot be written ({error.strerror}); check that the folder may be written."
-        ) from error
 
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")

@@ -35,7 +35,7 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, write_atomically
 
 
@@ -89,6 +89,7 @@ _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
 _SHOWN_NAMES = 5
+_LOOK = "; check that it is there and may be read."
 
 
 def is_junk(name: str) -> bool:
@@ -126,12 +127,10 @@ def check_regular_file(path: Path, shown: str, most: int) -> int:
     Raises:
         DatasetError: it is missing, a pipe, a device, a socket or a folder, or larger than `most`.
     """
-    try:
+    with wrap_os_errors(
+        DatasetError, f"{shown} cannot be opened", "; check that it is there and may be read."
+    ):
         found = path.stat()
-    except OSError as error:
-        raise DatasetError(
-            f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
-        ) from error
     if not stat.S_ISREG(found.st_mode):
         raise DatasetError(f"{shown} is not a regular file (a pipe, device, socket or folder); remove it.")
     if found.st_size > most:
@@ -197,7 +196,7 @@ def _check_file(path: Path, shown: str, real: Path, may_lead_out: Container[str]
     try:
         found = path.stat()
     except OSError as error:
-        sentence = f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
+        sentence = f"{shown} cannot be opened: {error.strerror}{_LOOK}"
         return FileProblem(path, "unreadable", sentence)
     if not stat.S_ISREG(found.st_mode):
         return FileProblem(path, "no file", f"{shown} is a pipe, a device or a socket; remove it.")
@@ -305,11 +304,8 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
         DatasetError: the file cannot be read, is not a regular file, or is too large.
     """
     check_regular_file(path, str(path), most)
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DatasetError(_describe_error(path, str(path), error)) from error
+    with wrap_os_errors(DatasetError, f"{path} cannot be opened", _LOOK), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
@@ -402,10 +398,10 @@ def _load_image(
             image.load()
             yield image, stated
     except Exception as error:  # a damaged file can raise anything inside a decoder
-        raise DatasetError(_describe_error(path, shown, error)) from error
+        raise DatasetError(_describe_error(shown, error)) from error
 
 
-def _describe_error(path: Path, shown: str, error: Exception) -> str:
+def _describe_error(shown: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return (
             f"{shown} has more than {MAX_PIXELS // 1_000_000} million pixels, too many to open safely; save a"
@@ -414,7 +410,7 @@ def _describe_error(path: Path, shown: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"{shown} is not an image, whatever its name says; remove it, or save it as PNG or JPEG."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
+        return f"{shown} cannot be opened: {error.strerror}{_LOOK}"
     return f"{shown} is damaged or cut short ({error}); copy it again from its source or remove it."
 
 

@@ -40,7 +40,7 @@ from lora_core.data.images import (
     is_mask,
     walk_files,
 )
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, file_bytes, fold_name, replacing, safe_name, unused_stem
 
 _CHUNK = 1 << 20
@@ -330,13 +330,9 @@ class _Import:
 
     def __init__(self, into: Path, files: list[Path], way: TransferMode) -> None:
         """Check the folder and its free space."""
-        try:
+        with wrap_os_errors(DatasetError, f"The folder {into} cannot be written", "; choose another."):
             into.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(into).free
-        except OSError as error:
-            raise DatasetError(
-                f"The folder {into} cannot be written ({error.strerror}); choose another."
-            ) from error
         needed = sum(map(_bytes_to_copy, files)) if way.how == "copy" else 0
         if needed > free:
             raise DatasetError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, wrap_os_errors
 from lora_core.formats import kinds
 from lora_core.formats.layers import (
     Tensors,
@@ -237,12 +237,11 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        write_pieces(draft, serialize(tensors, metadata))
-        _check_written(draft, tensors)
-        os.replace(draft, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be written: {error.strerror or error}.") from error
+        with wrap_os_errors(AdapterFileError, f"{path} cannot be written"):
+            write_pieces(draft, serialize(tensors, metadata))
+            _check_written(draft, tensors)
+            os.replace(draft, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -335,14 +334,11 @@ def file_hashes(path: Path) -> dict[str, Any]:
     """
     header = read_header(path)
     whole, data = hashlib.sha256(), hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            whole.update(file.read(header.start))
-            while chunk := file.read(2**20):
-                whole.update(chunk)
-                data.update(chunk)
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with wrap_os_errors(AdapterFileError, f"{path} cannot be read"), open(path, "rb") as file:
+        whole.update(file.read(header.start))
+        while chunk := file.read(2**20):
+            whole.update(chunk)
+            data.update(chunk)
     claimed = header.metadata.get("sshs_model_hash")
     return {
         "sha256": whole.hexdigest(),

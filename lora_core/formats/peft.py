@@ -20,7 +20,7 @@ from lora_core.formats.kohya import pairs_from_tensors
 from lora_core.formats.layers import Tensors, check_plain
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
-from lora_core.system.files import parse_json
+from lora_core.system.files import parse_json, read_object
 
 HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
@@ -166,11 +166,9 @@ def add_peft_config(path: Path, keys: Iterable[str], metadata: Mapping[str, str]
     if path.name != PEFT_FILE or HEADER_KEY in metadata or not config.is_file():
         return dict(metadata)
     try:
-        values = parse_json(config.read_bytes())
+        values = read_object(config)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{config} cannot be read, so alpha is unknown: {error}.") from error
-    if not isinstance(values, dict):
-        raise AdapterFileError(f"{config} is no table, so alpha is unknown.")
     part = "text_encoder" if any("encoder.layers." in key for key in keys) else "unet"
     stated = {f"{part}.{key}": values[key] for key in _TAKEN if key in values}
     return {**metadata, HEADER_KEY: json.dumps(stated)}

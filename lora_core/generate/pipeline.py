@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.overrides import TorchFunctionMode
 
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.formats.io import load_adapter
 from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
 from lora_core.generate.request import GenerationRequest, WeightedLora
@@ -197,11 +197,9 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     info.add_text("parameters", parameters)
     data = io.BytesIO()
     image.save(data, format="PNG", pnginfo=info)
-    try:
+    with wrap_os_errors(ConfigError, f"The image cannot be written to {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
-    except OSError as error:
-        raise ConfigError(f"The image cannot be written to {path}: {error.strerror or error}.") from error
 
 
 # A base that stays open.

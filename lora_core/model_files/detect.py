@@ -23,7 +23,14 @@ from lora_core.model_files.families import (
 from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
 from lora_core.model_files.ldm_names import ldm_unet_path
 from lora_core.settings.schema import NumberOrAuto
-from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS, expand_home, parse_json
+from lora_core.system.files import (
+    CLIP_TOKENIZER,
+    DEMO_BASE,
+    FAMILY_CONFIGS,
+    expand_home,
+    parse_json,
+    read_object,
+)
 
 EMBEDDED = "demo"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -459,16 +466,13 @@ def _count(path: Path, config: dict[str, Any], part: str) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = parse_json(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError as error:
         raise ModelFileError(
             f"{path.parent.parent} is not a diffusers model: it lacks {path.parent.name}/{path.name}."
         ) from error
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ModelFileError(f"{path} holds no JSON object.")
-    return found
 
 
 FRESH_SECONDS = 20

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_core.errors import ModelFileError
+from lora_core.errors import ModelFileError, wrap_os_errors
 from lora_core.model_files.detect import UNET, VAE, weight_paths
 from lora_core.model_files.families import Family, TextEncoder, is_text_encoder
 from lora_core.model_files.header import read_header
@@ -102,11 +102,11 @@ class SafetensorsFile:
 
     @contextmanager
     def _open(self) -> Iterator[io.FileIO]:
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                yield file
-        except OSError as error:
-            raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        with (
+            wrap_os_errors(ModelFileError, f"{self.path} cannot be read"),
+            open(self.path, "rb", buffering=0) as file,
+        ):
+            yield file
 
 
 class PickledFile:

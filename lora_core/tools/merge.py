@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, wrap_os_errors
 from lora_core.formats import kinds
 from lora_core.formats.io import as_bytes, encode_header
 from lora_core.formats.layers import check_plain
@@ -33,7 +33,7 @@ from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
 from lora_core.settings.config import load_toml, parse_toml
 from lora_core.settings.schema import PatternError, compile_pattern, last_matches
-from lora_core.system.files import expand_home, parse_json, sync_folder
+from lora_core.system.files import expand_home, parse_json, read_object, sync_folder
 from lora_core.tools.delta import (
     BaseWeights,
     Update,
@@ -418,14 +418,13 @@ def _write(
 
     draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
     try:
-        if base.single:
-            _write_file(base.path, draft, edits.get(base.path, {}), texts, written)
-        else:
-            _write_folder(base.path, draft, edits, texts, written)
-        os.rename(draft, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ModelFileError(f"{out} cannot be written: {error.strerror or error}.") from error
+        with wrap_os_errors(ModelFileError, f"{out} cannot be written"):
+            if base.single:
+                _write_file(base.path, draft, edits.get(base.path, {}), texts, written)
+            else:
+                _write_folder(base.path, draft, edits, texts, written)
+            os.rename(draft, out)
+            sync_folder(out.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -568,7 +567,7 @@ def _copy_tree(source: Path, target: Path, wanted: Callable[[Path], bool]) -> No
 def _parts(folder: Path) -> set[str]:
     """The components that a diffusers folder lists."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_object(folder / "model_index.json")
     except (OSError, ValueError) as error:
         raise ModelFileError(
             f"{folder} has no readable model_index.json, so what to copy is unknown."
