@@ -1,29 +1,27 @@
 // The Dataset tab's tools: import, bulk edit of captions, checks.
 (() => {
   const easel = window.easel;
-  const { one, all, get, post, make, plural, later, redraw } = easel;
+  const { one, all, get, post, make, plural } = easel;
 
   // ---- import: file by file, so that errors name the file and folders stay folders -----
   const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
   let sending = null;
 
   const note = (text, bad = false) => {
-    one("#import-note")?.replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
+    const place = one("#import-note > p");
+    if (!place) return;
+    Object.assign(place, { className: bad ? "problem" : "small", textContent: text });
+    place.nextElementSibling.hidden = true;
   };
 
   const progress = (words, share, stop) => {
-    const place = one("#import-note");
+    const place = one("#import-note > .importing");
     if (!place) return;
-    let bar = one(".track", place);
-    if (!bar) {
-      bar = make("div", { className: "track" }, make("i"));
-      for (const [name, value] of Object.entries({ role: "progressbar", "aria-label": "Import", "aria-valuemin": 0, "aria-valuemax": 100 })) bar.setAttribute(name, value);
-      place.replaceChildren(bar, make("p", { className: "small num" }), make("button", { type: "button", className: "own quiet", id: "import-stop", textContent: "Cancel" }));
-      place.className = "importing";
-    }
-    bar.setAttribute("aria-valuenow", Math.round(100 * share));
-    bar.firstChild.style.width = `${100 * share}%`;
-    one("p", place).textContent = words;
+    note("");
+    place.hidden = false;
+    one(".track", place).setAttribute("aria-valuenow", Math.round(100 * share));
+    one("i", place).style.width = `${100 * share}%`;
+    one("span", place).textContent = words;
     one("#import-stop").hidden = !stop;
   };
 
@@ -84,11 +82,9 @@
     } catch (error) {
       mine.stopped = true;
       if (batch) post(`upload/${batch}`, { give_up: true });
-      end(error.message, true);
+      note(error.message, true);
     } finally { sending = null; }
   };
-
-  const end = (text, bad) => { const place = one("#import-note"); if (place) place.className = ""; note(text, bad); };
 
   // An import into the demo opens the project of the user's own images; this page goes along.
   const startImport = async (path, body) => {
@@ -115,7 +111,7 @@
       easel.load().then(() => {
         // Only if the import changed the form: text being typed must not be lost.
         if (state.left_demo || easel.project !== own) easel.refill();
-        end(state.note ?? "", state.state === "failed");
+        note(state.note ?? "", state.state === "failed");
         post("check", { by_itself: true }).then(watchCheck);
         done();
       });
@@ -245,28 +241,12 @@
   // Writes a tag at the end of some captions, as a finding proposes.
   const addTag = (tag, pictures) => apply({ do: "append", put: tag, pictures });
 
-  const MOST_TAGS = 60;
   const tags = async () => {
-    const place = one("#bulk-tags");
-    if (!place || !one("#bulk").open) return;
-    const found = await get("tags");
-    const button = one("#bulk-undo");
-    button.hidden = !found.undo;
-    button.title = found.undo ? `Takes back: ${found.undo}` : "";
-    const rows = found.tags.slice(0, MOST_TAGS).map(([tag, count]) => {
-      const row = make("div", { className: "row tag" }, make("span", { className: "grow", textContent: tag }), make("span", { className: "small num", textContent: String(count) }));
-      for (const [does, word] of [["rename", "Rename"], ["delete", "Delete"]]) {
-        const act = make("button", { type: "button", className: "own quiet", textContent: word });
-        act.dataset.tagDo = does;
-        act.dataset.tag = tag;
-        act.setAttribute("aria-label", `${word} the tag ${tag}`);
-        row.append(act);
-      }
-      return row;
-    });
-    const more = found.tags.length - rows.length;
-    const rest = more > 0 ? [make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} rarer ones.` })] : [];
-    redraw(place, make("h3", { textContent: `Tags, ${found.tags.length.toLocaleString("en")}` }), make("div", { className: "list tags" }, ...rows), ...rest);
+    if (!one("#bulk")?.open) return;
+    const { html, undo } = await get("tags"), button = one("#bulk-undo");
+    button.hidden = !undo;
+    button.title = undo ? `Takes back: ${undo}` : "";
+    easel.fill(one("#bulk-tags"), html);
   };
 
   const renameTag = (button) => {

@@ -14,44 +14,37 @@
   const sent = () => ({ rows: rowsOf(), apart, fields: fieldsOf(), strip: stripOf() });
 
   // ---- the LoRAs ------------------------------------------------------------------------------------------------
-  const files = (row) => {
-    const select = make("select", { className: "field", data: { part: "file" }, attributes: { "aria-label": "LoRA file" } });
-    const known = groups.flatMap(([, found]) => found.map(([, file]) => file));
-    for (const [heading, found] of groups) {
-      const group = make("optgroup", { label: heading });
-      for (const [title, file] of found) group.append(make("option", { value: file, textContent: title }));
-      select.append(group);
-    }
-    select.append(make("option", { value: "", textContent: "Another file: type its path" }));
-    select.value = known.includes(row.file) ? row.file : "";
-    select.title = row.file;
-    return select;
-  };
-
-  // A strength with marks at 0, at 1 and at the measured best.
-  const dial = (row, index, part, words) => {
-    const value = part === "text" ? row.text ?? row.strength : row.strength, found = part === "text" ? undefined : best[row.file];
-    const label = rows.length > 1 ? `${words} of LoRA ${index + 1}` : words;
-    const range = make("input", { type: "range", min: 0, max: MOST, step: 0.05, value, data: { part }, attributes: { "aria-label": label } });
-    const number = make("input", { type: "number", step: 0.05, value, className: "field", data: { part, typed: "1" }, attributes: { "aria-label": `${label}, typed` } });
-    const at = (place, text, more) => { const tick = make("span", { textContent: text, ...more }); tick.style.left = `${(100 * place) / MOST}%`; return tick; };
-    const ticks = make("div", { className: "ticks small num", ariaHidden: "true" }, at(0, "0"), at(1, "1"), at(MOST, MOST));
-    const made = make("div", { className: "dial", id: index || part === "text" ? "" : "strength" }, make("span", { className: "small", textContent: words }), make("div", { className: "range" }, range, ticks), number);
-    if (found > 0 && found <= MOST) {
-      ticks.append(at(found, "★", { className: "best" }));
-      made.append(make("button", { type: "button", className: "own quiet", textContent: `Set to best, ${found}`, data: { setBest: index } }));
-    }
-    return made;
-  };
-
+  // A row of the form, filled in: the file, and a strength with marks at 0, at 1 and at the measured best.
   const rowOf = (row, index) => {
-    const select = files(row);
-    const away = make("button", { type: "button", className: "own icon", title: "Remove this LoRA", data: { removeLora: index }, attributes: { "aria-label": `Remove LoRA ${index + 1}` } }, "×");
-    const path = make("input", { type: "text", className: "field", value: row.file, hidden: select.value !== "", placeholder: "Path of a .safetensors file", spellcheck: false, data: { part: "path" }, attributes: { "aria-label": `Path of LoRA ${index + 1}` } });
-    const head = make("div", { className: "lora-head", id: index ? "" : "preview-lora" }, select, away, path);
-    const dials = [dial(row, index, "strength", apart ? "UNet" : "Strength")];
-    if (apart) dials.push(dial(row, index, "text", "Text encoder"));
-    return make("div", { className: "lora-row", data: { row: index }, attributes: { role: "group", "aria-label": `LoRA ${index + 1}` } }, head, ...dials);
+    const made = one("#lora-row").content.firstElementChild.cloneNode(true), own = (selector) => one(selector, made), number = index + 1;
+    const label = (node, text) => node.setAttribute("aria-label", text);
+    made.dataset.row = index;
+    label(made, `LoRA ${number}`);
+    const select = own("select"), path = own("[data-part=path]"), away = own("[data-remove-lora]");
+    select.prepend(...groups.map(([heading, found]) => make("optgroup", { label: heading }, ...found.map(([title, file]) => make("option", { value: file, textContent: title })))));
+    select.value = row.file;
+    if (select.selectedIndex < 0) select.value = "";
+    select.title = path.value = row.file;
+    path.hidden = select.value !== "";
+    label(path, `Path of LoRA ${number}`);
+    away.dataset.removeLora = index;
+    label(away, `Remove LoRA ${number}`);
+    const most = best[row.file], star = own(".best"), set = own("[data-set-best]");
+    star.hidden = set.hidden = !(most > 0 && most <= MOST);
+    star.style.left = `${(100 * most) / MOST}%`;
+    set.textContent = `Set to best, ${most}`;
+    set.dataset.setBest = index;
+    for (const dial of all(".dial", made)) {
+      const { part } = dial.dataset, words = part === "text" ? "Text encoder" : apart ? "UNet" : "Strength", name = rows.length > 1 ? `${words} of LoRA ${number}` : words;
+      one("span", dial).textContent = words;
+      for (const input of all("input", dial)) {
+        input.value = row[part] ?? row.strength;
+        label(input, input.type === "number" ? `${name}, typed` : name);
+      }
+    }
+    if (!apart) own("[data-part=text]").remove();
+    if (!index) [own(".lora-head").id, own(".dial").id] = ["preview-lora", "strength"];
+    return made;
   };
 
   const show = () => {

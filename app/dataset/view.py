@@ -122,7 +122,8 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
 
     def count_all_tags() -> dict[str, Any]:
         found = count_tags(record.caption for record in project.dataset().records)
-        return {"tags": list(found.items()), "undo": bulk.last_change(project)}
+        html = render("dataset/tags.html", tags=list(found.items()))
+        return {"tags": list(found.items()), "undo": bulk.last_change(project), "html": html}
 
     add_reads(
         app,
