@@ -52,23 +52,51 @@ class TrainForm:
 
     def __init__(self, bindings: Bindings) -> None:
         """Lay out the form and wire its events."""
-        self.bindings = bindings
+        self.bindings, self.project = bindings, bindings.app_state.project
         self.folds: dict[str, Any] = {}
-        made, added = build_picker(bindings)
+        made: dict[str, Any] = {}
+        self._build_picker(made)
         self._build_basic(made)
         search = self._build_advanced(made)
-        self.widgets: dict[str, Any] = {name: made[name] for name in FORM}
+        self.widgets = {name: made[name] for name in FORM}
         self.fields = list(self.widgets.values())
         # What this page was filled with: only what differs from it was typed here. Without it, a second page
         # would overwrite newer values of the first with its old ones.
         self.seen = gr.State(None)
-        for index, name in enumerate(FORM):
-            bindings.fill_on_load(self.widgets[name], functools.partial(_widget_value, bindings, index))
-        bindings.fill_on_load(self.goal, lambda: chosen_preset(bindings.app_state.project.draft())[0])
-        bindings.fill_on_load(self.level, lambda: chosen_preset(bindings.app_state.project.draft())[1])
-        bindings.fill_on_load(self.seen, lambda: widget_values(bindings.app_state.project))
+        for name, field in self.widgets.items():
+            bindings.fill_on_load(field, functools.partial(self._value, name))
+        bindings.fill_on_load(self.goal, lambda: chosen_preset(self.project.draft())[0])
+        bindings.fill_on_load(self.level, lambda: chosen_preset(self.project.draft())[1])
+        bindings.fill_on_load(self.seen, lambda: widget_values(self.project))
         self._wire(search)
-        wire_picker(bindings, self.widgets, self.level, added, self.seen)
+
+    def _value(self, name: str) -> Any:
+        return current_values(self.project)[name]
+
+    def _build_picker(self, made: dict[str, Any]) -> None:
+        follow, app_state = self.bindings.follow, self.bindings.app_state
+        base = made["model.base"] = gr.Dropdown(
+            base_choices(app_state),
+            label="Base model",
+            allow_custom_value=True,
+            filterable=True,
+            elem_id="base-model",
+            info=INFO,
+            elem_classes=HIDDEN_INFO,
+        )
+        follow(base, lambda snap: gr.update(choices=base_choices(snap.app_state)))
+        follow(html_block(), base_note)
+        follow(html_block(), download_note)
+        app_state.downloads.finished = functools.partial(adopt_downloaded_base, app_state)
+        self.added = html_block(elem_id="base-added")
+        with gr.Column(elem_classes="group", elem_id="base-details") as details:
+            follow(html_block(elem_classes="group-note"), _details_note)
+            with gr.Accordion("Prediction and VAE", open=False) as fold:
+                made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
+                made["model.zero_terminal_snr"] = widget("model.zero_terminal_snr", elem_id="model-zero-snr")
+                made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
+        follow(details, lambda snap: gr.update(visible=not snap.plan.base.embedded))
+        follow(fold, lambda snap: gr.update(open=_asks(snap)))
 
     def _build_basic(self, made: dict[str, Any]) -> None:
         with gr.Row(elem_classes="pair"):
@@ -107,37 +135,45 @@ class TrainForm:
         return search
 
     def _wire(self, search: Any) -> None:
-        project = self.bindings.app_state.project
-
-        def keep(seen: list[Any] | None, *values: Any) -> list[Any]:
-            keep_changed_values(project, seen, list(values))
-            return list(values)
-
-        def apply_preset(base: str, goal: str, level: str) -> list[Any]:
-            family = lookup_base(str(base or EMBEDDED)).family
-            values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
-            values["model.base"] = base
-            project.update_draft(goal=goal, level=level, values=values, fitted=None)
-            return [list(values.values()), *values.values()]
-
-        def apply_if_changed(base: str, goal: str, level: str) -> list[Any]:
-            """A dropdown's event also fires on blur, which must not undo what was typed."""
-            if (goal, level) == chosen_preset(project.draft()):
-                return [gr.skip()] * len(filled)
-            return apply_preset(base, goal, level)
-
-        kept = [field for name, field in self.widgets.items() if name != "model.base"]
+        filled, base = [self.seen, *self.fields], self.widgets["model.base"]
         # Unfolding a group renders its fields anew, so only events of the user count.
-        events = [event for field in kept for event in edit_events(field)]
-        gr.on(events, keep, [self.seen, *self.fields], self.seen, **TYPING)
-        choices = [self.widgets["model.base"], self.goal, self.level]
-        filled = [self.seen, *self.fields]
+        events = [event for field in self.fields if field is not base for event in edit_events(field)]
+        gr.on(events, self._keep, filled, self.seen, **TYPING)
         for chosen in (self.goal, self.level):
-            chosen.input(apply_if_changed, choices, filled, **TYPING)
+            chosen.input(self._choose_preset, [base, self.goal, self.level], filled, **TYPING)
+        base.input(self._choose_base, filled, [self.added, self.level, *filled], **TYPING)
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
         search.change(search_settings, search, outputs, **TYPING)
+
+    def _keep(self, seen: list[Any] | None, *values: Any) -> list[Any]:
+        keep_changed_values(self.project, seen, list(values))
+        return list(values)
+
+    def _choose_preset(self, base: str, goal: str, level: str) -> list[Any]:
+        """Fill the form; a dropdown's event also fires on blur, which must not undo what was typed."""
+        if (goal, level) == chosen_preset(self.project.draft()):
+            return [gr.skip()] * (1 + len(FORM))
+        family = lookup_base(str(base or EMBEDDED)).family
+        values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
+        values["model.base"] = base
+        self.project.update_draft(goal=goal, level=level, values=values, fitted=None)
+        return [list(values.values()), *values.values()]
+
+    def _choose_base(self, seen: list[Any] | None, *values: Any) -> list[Any]:
+        """Fill in only what the choice changes: the event fires also where the field is merely left, and what
+        is typed elsewhere meanwhile must stay."""
+        given = dict(zip(FORM, values, strict=True))
+        if seen is not None and seen[FORM.index("model.base")] == given["model.base"]:
+            return [gr.skip()] * (3 + len(FORM))
+        old_level = chosen_preset(self.project.draft())[1]
+        said, level, changed = choose_base(self.bindings.app_state, given)
+        fresh = {name: value for name, value in changed.items() if value != given[name]}
+        keep_changed_values(self.project, seen, list(values))
+        self.project.update_draft(values=current_values(self.project) | fresh, level=level)
+        shown = [note_html(said) if said else "", gr.skip() if level == old_level else level]
+        return [*shown, list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
 
 
 def reset_settings(project: Project, group: str) -> None:
@@ -193,10 +229,6 @@ def _resolutions(own: int) -> list[tuple[str, int]]:
     return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 
 
-def _widget_value(bindings: Bindings, index: int) -> Any:
-    return widget_values(bindings.app_state.project)[index]
-
-
 def _group_note(group: str, snapshot: Snapshot) -> str:
     """The summary of a folded group, with a reset button if something was changed."""
     config, preset = snapshot.plan.config, snapshot.plan.preset
@@ -241,38 +273,6 @@ def _there(name: str) -> bool:
     return expand_home(name).exists() or not Path(name).is_absolute()
 
 
-def build_picker(bindings: Bindings) -> tuple[dict[str, Any], Any]:
-    """Lay out the dropdown, its notes, and the settings beside it.
-
-    Returns:
-        The widgets by setting, and the place for what choosing a folder said.
-    """
-    made: dict[str, Any] = {}
-    made["model.base"] = gr.Dropdown(
-        base_choices(bindings.app_state),
-        label="Base model",
-        allow_custom_value=True,
-        filterable=True,
-        elem_id="base-model",
-        info=INFO,
-        elem_classes=HIDDEN_INFO,
-    )
-    bindings.follow(made["model.base"], lambda snap: gr.update(choices=base_choices(snap.app_state)))
-    bindings.follow(html_block(), base_note)
-    bindings.follow(html_block(), download_note)
-    bindings.app_state.downloads.finished = functools.partial(adopt_downloaded_base, bindings.app_state)
-    added = html_block(elem_id="base-added")
-    with gr.Column(elem_classes="group", elem_id="base-details") as details:
-        bindings.follow(html_block(elem_classes="group-note"), _details_note)
-        with gr.Accordion("Prediction and VAE", open=False) as fold:
-            made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
-            made["model.zero_terminal_snr"] = widget("model.zero_terminal_snr", elem_id="model-zero-snr")
-            made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
-    bindings.follow(details, lambda snap: gr.update(visible=not snap.plan.base.embedded))
-    bindings.follow(fold, lambda snap: gr.update(open=_asks(snap)))
-    return made, added
-
-
 def _details_note(snapshot: Snapshot) -> str:
     """Summary of the folded settings."""
     facts, vae = snapshot.plan.base.facts, snapshot.plan.config.model.vae
@@ -290,38 +290,6 @@ def _asks(snapshot: Snapshot) -> bool:
     model = snapshot.plan.config.model
     by_hand = model.prediction != "auto" or model.zero_terminal_snr != "auto" or bool(model.vae)
     return snapshot.plan.base.guessed or by_hand
-
-
-def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
-    """Fill the form with a base's starting values when it is chosen.
-
-    Args:
-        bindings: of the page.
-        widgets: the form's, by setting.
-        level: the dropdown of presets.
-        note: the place for what choosing a folder said.
-        seen: what the page was filled with.
-    """
-    fields, project = list(widgets.values()), bindings.app_state.project
-
-    def chosen(before: list[Any] | None, *values: Any) -> list[Any]:
-        """Fills in only what the choice changes: the event fires also where the field is merely left, and
-        what is typed elsewhere meanwhile must stay."""
-        given = dict(zip(FORM, values, strict=True))
-        if before is not None and before[FORM.index("model.base")] == given["model.base"]:
-            return [gr.skip()] * len(outputs)
-        old_level = chosen_preset(project.draft())[1]
-        said, new_level, changed = choose_base(bindings.app_state, given)
-        fresh = {name: value for name, value in changed.items() if value != given[name]}
-        keep_changed_values(project, before, list(values))
-        project.update_draft(values=current_values(project) | fresh, level=new_level)
-        shown_note = note_html(said) if said else ""
-        shown_level = gr.skip() if new_level == old_level else new_level
-        page = list((given | fresh).values())
-        return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
-
-    inputs, outputs = [seen, *fields], [note, level, seen, *fields]
-    widgets["model.base"].input(chosen, inputs, outputs, **TYPING)
 
 
 def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
