@@ -268,11 +268,11 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
             missing.append(tag.name)
         else:
             rows.append(WeightedLora(found, parse_strength(tag.strength), tag.text_strength))
+    apart = any(row.text_strength is not None for row in rows)
     if not (info.prompt or info.loras):
         rows, kept = lora_rows(snapshot)
-        save_form(project, rows, bool(kept.get("apart")), fields)
-    else:
-        save_form(project, rows, any(row.text_strength is not None for row in rows), fields)
+        apart = bool(kept.get("apart"))
+    save_form(project, rows, apart, fields)
     return missing
 
 

@@ -57,15 +57,12 @@ def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
     run, view, progress = snapshot.shown, snapshot.run_view, snapshot.progress
     if view is None:
-        return render("train/run.html", run=run, second="")
+        return render("train/run.html", snap=snapshot)
     found = with_gain(progress.validations)
     last = found[-1] if found else None
     return render(
         "train/run.html",
-        run=run,
-        second=snapshot.second.name,
-        active=snapshot.active,
-        config=view.config(),
+        snap=snapshot,
         lower_rate=LOWER_RATE,
         precisions=PRECISIONS,
         stages=stages(run),
@@ -73,7 +70,6 @@ def run_card(snapshot: Snapshot) -> str:
         left=describe_left(run),
         gain=last if run.live else best_of(found) or last,
         warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),
-        in_queue=snapshot.app_state.queue.holds,
         reported=(view.run.path / REPORT).is_file(),
         read_log=functools.partial(_read_log, view),
     )

@@ -226,20 +226,15 @@ def notes(snapshot: Snapshot) -> list[str]:
 
 def facts(snapshot: Snapshot) -> str:
     """The bar: time, memory and size of the run to come, what is in the way, and Resume where it is due."""
-    plan, hardware = snapshot.plan, snapshot.app_state.hardware
+    plan = snapshot.plan
     expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
-    state, text = _measuring(snapshot, expected)
     return render(
         "train/action_bar.html",
-        plan=plan,
+        snap=snapshot,
         expected=expected,
         sources=SOURCES,
-        tried=snapshot.app_state.prober.known(plan.config),
-        card=hardware.card() if hardware.has_gpu else None,
-        active=snapshot.active,
-        shown=snapshot.shown if _can_resume(snapshot) else None,
-        measuring=state,
-        measured=text,
+        can_resume=_can_resume(snapshot),
+        measuring=_measuring(snapshot, expected),
         stops=stops,
         fields={sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"},
         repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
@@ -281,12 +276,10 @@ def details(snapshot: Snapshot) -> str:
     expected, base = forecast(snapshot, plan.config), plan.base.facts
     return render(
         "train/details.html",
-        plan=plan,
-        config=plan.config,
+        snap=snapshot,
         expected=expected,
         records=records,
         drawn=caption_bytes(records, plan.config, base)[1] if base else 0,
-        free=snapshot.app_state.free_on_card(),
         trains_text=trains_text_encoder(plan.config),
         fallbacks=list(dict.fromkeys(FALLBACKS[name] for name in expected.fallbacks)),
         notes=notes(snapshot),
