@@ -200,17 +200,9 @@
     return text.value.split(text.tagName === "TEXTAREA" ? "\n" : "\u0000").map((value) => value.trim()).filter(Boolean);
   };
   const gridOf = () => (form("grid-form")?.dataset.ready ? Object.fromEntries(axes().map((axis) => [axis.dataset.axis, { kind: one("select", axis).value, values: valuesOf(axis) }])) : null);
-  const showAxis = (axis, { kind, values, choices }) => {
-    const label = `Values of the ${axis.dataset.axis}`, place = one("[id$=-values]", axis);
+  const showAxis = (axis, { kind, html }) => {
     one("select", axis).value = kind;
-    if (kind === "none") place.replaceChildren();
-    else if (kind === "checkpoint") {
-      const boxes = choices.map(([title, file]) => make("label", { className: "tick" }, make("input", { type: "checkbox", value: file, checked: values.includes(file) }), title));
-      place.replaceChildren(make("div", { className: "ticked", attributes: { role: "group", "aria-label": label } }, ...boxes));
-    } else {
-      const prompt = kind === "prompt";
-      place.replaceChildren(make("label", { className: "entry" }, prompt ? "One prompt a line" : "Values", make(prompt ? "textarea" : "input", { ...(prompt ? { rows: 3 } : { type: "text" }), value: values.join(prompt ? "\n" : ", "), attributes: { "aria-label": label } })));
-    }
+    one("[id$=-values]", axis).innerHTML = html;
   };
   // The seeds of a grid begin with the form's, until other ones are typed.
   let firstSeed = null;
@@ -231,7 +223,7 @@
   };
   document.addEventListener("change", async ({ target }) => {
     const axis = target.closest?.("#grid-form [data-axis]");
-    if (axis && target.name === "kind") showAxis(axis, await get(`preview/axes?kind=${target.value}`));
+    if (axis && target.name === "kind") showAxis(axis, await get(`preview/axes?side=${axis.dataset.axis}&kind=${target.value}`));
     else if (target.id === "preview-file" && target.files.length) { await openFile(target.files[0]); target.value = ""; }
   });
 

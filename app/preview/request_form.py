@@ -10,6 +10,7 @@ from app.jobs import RunView
 from app.preview.loras import find_loras, find_owner, list_run_loras, lora_groups
 from app.preview.sent_form import FIELDS, parse_rows, row_data, save_form, strip_values
 from app.state import Snapshot
+from app.templates import render
 from lora_core.errors import ConfigError
 from lora_core.generate.grid import Axis, make_axis, split_values
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
@@ -220,19 +221,20 @@ def parse_axis(kind: str, values: list[str]) -> Axis | None:
 
 
 def grid_axes(snapshot: Snapshot) -> dict[str, Any]:
-    """Rows and columns in the draft, each with its values and choices."""
+    """Rows and columns in the draft, as `axis_data` gives them."""
     kept = snapshot.app_state.project.draft().get("preview_grid") or {}
     return {
-        side: axis_data(snapshot, str(kept.get(side) or usual), kept.get(_values_key(side)))
+        side: axis_data(snapshot, side, str(kept.get(side) or usual), kept.get(_values_key(side)))
         for side, usual in GRID_SIDES.items()
     }
 
 
-def axis_data(snapshot: Snapshot, kind: str, values: Any = None) -> dict[str, Any]:
-    """An axis as the page's script needs it; without values those that are usual."""
+def axis_data(snapshot: Snapshot, side: str, kind: str, values: Any = None) -> dict[str, Any]:
+    """An axis with its values, without any those that are usual, and the fields for them as HTML."""
     choices, usual = list_axis_values(snapshot, kind)
     listed = [str(value) for value in values] if isinstance(values, list) and values else usual
-    return {"kind": kind, "values": listed, "choices": choices}
+    html = render("preview/axis.html", side=side, kind=kind, values=listed, choices=choices)
+    return {"kind": kind, "values": listed, "html": html}
 
 
 def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[list[tuple[str, str]], list[str]]:

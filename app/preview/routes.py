@@ -70,9 +70,9 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     add_actions(app, {f"preview/{name}": functools.partial(act, app_state) for name, act in ACTIONS.items()})
 
     @app.get("/easel/preview/axes")
-    def axes(kind: str = "") -> Response:
+    def axes(side: str = "", kind: str = "") -> Response:
         snapshot = take_snapshot(app_state)
-        return Answer(axis_data(snapshot, kind) if kind else grid_axes(snapshot))
+        return Answer(axis_data(snapshot, side, kind) if kind else grid_axes(snapshot))
 
     @app.post("/easel/preview/file")
     async def file(request: Request, name: str) -> Response:
