@@ -8,7 +8,6 @@ import shutil
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ LARGEST_ZIP = 20_000_000_000
 LONGEST_LIST = 4_000_000
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free, so that captions and the trainer's lines can still be written."""
-
-
-@dataclass
-class UploadBatch:
-    """Files being sent: where they are, and their names on the page."""
-
-    folder: Path
-    files: dict[int, tuple[Path, str]] = field(default_factory=dict)
 
 
 class _BodyReader:
@@ -87,7 +78,8 @@ class Importer:
         self.staging = staging
         # Uploads of a killed window are useless.
         shutil.rmtree(staging, ignore_errors=True)
-        self._batches: dict[str, UploadBatch] = {}
+        self._batches: dict[str, dict[int, str]] = {}
+        """Names on the page of the files being sent, by their number, which is their name in `staging`."""
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle", "number": 0}
         # Called once another project is open, and before an import counts as done.
@@ -113,14 +105,13 @@ class Importer:
         while len(self._batches) >= MOST_BATCHES:
             # Batches of pages that were closed while sending.
             self.give_up(next(iter(self._batches)))
-        name = uuid.uuid4().hex
-        folder = self.staging / name
+        folder = self.staging / uuid.uuid4().hex
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise DatasetError(f"The folder {folder} cannot be made ({error.strerror}).") from error
-        self._batches[name] = UploadBatch(folder)
-        return name
+        self._batches[folder.name] = {}
+        return folder.name
 
     async def receive(self, batch: str, chunks: AsyncIterator[bytes]) -> int:
         """Write the files of one parcel, counting their bytes as they come; returns how many.
@@ -132,12 +123,10 @@ class Importer:
             DatasetError: the batch is not known, the parcel is not whole, or a file is too large for its kind
                 or for the disk.
         """
-        found = self._batches.get(batch)
-        if found is None:
-            raise DatasetError("This import is over; drop the files again.")
+        names, folder = self._names(batch), self.staging / batch
         parcel = _BodyReader(chunks)
         listed = await parcel.listed()
-        room = shutil.disk_usage(found.folder).free - ROOM_LEFT
+        room = shutil.disk_usage(folder).free - ROOM_LEFT
         for index, name, size in listed:
             most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
             if size > most:
@@ -145,17 +134,21 @@ class Importer:
             room -= size
             if room < 0:
                 raise DatasetError(f"The disk is too full for {name}; free some space.")
-            path = found.folder / f"{index:05}"
             try:
-                with open(path, "wb") as file:
+                with open(folder / f"{index:05}", "wb") as file:
                     async for part in parcel.bytes(size, name):
                         file.write(part)
             except OSError as error:
                 raise DatasetError(
                     f"{name} cannot be written ({error.strerror}); free some space."
                 ) from error
-            found.files[index] = (path, name)
+            names[index] = name
         return len(listed)
+
+    def _names(self, batch: str) -> dict[int, str]:
+        if batch not in self._batches:
+            raise DatasetError("This import is over; drop the files again.")
+        return self._batches[batch]
 
     def finish(self, batch: str) -> None:
         """Import a batch.
@@ -163,28 +156,25 @@ class Importer:
         Raises:
             DatasetError: the batch is not known, or another import is under way.
         """
-        found = self._batches.get(batch)
-        if found is None:
-            raise DatasetError("This import is over; drop the files again.")
+        names, folder = self._names(batch), self.staging / batch
         self._refuse_two()
         self._leave_demo()
         del self._batches[batch]
-        files = [found.files[index] for index in sorted(found.files)]
+        order = sorted(names)
 
         def work(way: TransferMode) -> Imported:
             try:
-                paths, names = [path for path, _ in files], [name for _, name in files]
-                return import_files(paths, self.project.image_folder, names, way)
+                paths = [folder / f"{index:05}" for index in order]
+                return import_files(paths, self.project.image_folder, [names[n] for n in order], way)
             finally:
-                shutil.rmtree(found.folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
         self._start(work, "move")
 
     def give_up(self, batch: str) -> None:
         """Discard a batch."""
-        found = self._batches.pop(batch, None)
-        if found is not None:
-            shutil.rmtree(found.folder, ignore_errors=True)
+        if self._batches.pop(batch, None) is not None:
+            shutil.rmtree(self.staging / batch, ignore_errors=True)
 
     def from_path(self, text: str, link: bool) -> None:
         """Import a folder, zip or image of this computer, copied or linked.
