@@ -1,5 +1,6 @@
 """Access control in front of every route, Gradio's included: `Guard` checks where a request comes from,
-`Login` asks for the password when the window listens beyond this computer.
+`Login` asks for the password when the window listens beyond this computer, and a `Connection` that brings no
+request is closed.
 
 Any page open in the user's browser can reach a server on localhost. Plain Gradio answers a rebound page
 (`Host: evil.example`) and accepts uploads and events from other origins, and a host allow-list alone stops
@@ -9,17 +10,20 @@ on another server and ends with a restart or logout.
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import re
 import secrets
 from collections.abc import Iterable
+from typing import ClassVar
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.templates import render
 from lora_core.model_files.header import MAX_HEADER
@@ -128,8 +132,56 @@ def _page(note: str, status: int) -> HTMLResponse:
     return HTMLResponse(render("login.html", note=note), status_code=status)
 
 
+HALF_OPEN, SLOWEST_REQUEST = 100, 10.0
+"""How many connections may wait for the rest of a request at once, and for how many seconds."""
+
+
+class Connection(H11Protocol):
+    """An HTTP connection that is closed where a request does not arrive in time.
+
+    uvicorn waits for the first request without a limit, so that clients that send none could take all file
+    handles of the process. Of too many that wait, the oldest is closed: an honest one waits milliseconds.
+    """
+
+    _waiting: ClassVar[dict["Connection", asyncio.TimerHandle]] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request has come; what trickles in does not give it more time."""
+        super().data_received(data)
+        own = self.transport.get_protocol() is self  # else a websocket's
+        if own and (self.cycle is None or self.cycle.response_complete):
+            self._wait()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self in self._waiting or self.transport.is_closing():
+            return
+        if len(self._waiting) >= HALF_OPEN:
+            oldest = next(iter(self._waiting))
+            oldest._stop_waiting()
+            oldest.transport.abort()
+        self._waiting[self] = self.loop.call_later(SLOWEST_REQUEST, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if timer := self._waiting.pop(self, None):
+            timer.cancel()
+
+
 LARGEST_BODY = 4_000_000
 LARGEST_HEADER = MAX_HEADER + 8
+SLOWEST_BODY = 30.0
+"""Seconds for a body of unknown length, which no page of the window sends."""
 UPLOADS = ("/easel/upload/", "/gradio_api/upload")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # A Host is a name or an address and a port, nothing else: `127.0.0.1:80/easel?` is a path that somebody
@@ -171,10 +223,15 @@ class Guard:
             too_large = not re.fullmatch("[0-9]{0,18}", length) or int(length or 0) > most
         else:
             body, more = b"", True
-            while more and len(body) <= most:
-                message = await receive()
-                body += message.get("body", b"")
-                more = message["type"] == "http.request" and message.get("more_body", False)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SLOWEST_BODY):
+                    while more and len(body) <= most:
+                        message = await receive()
+                        body += message.get("body", b"")
+                        more = message["type"] == "http.request" and message.get("more_body", False)
+            if more and len(body) <= most:
+                await PlainTextResponse("The request came too slowly.", 408)(scope, receive, send)
+                return
             too_large, receive = len(body) > most, _once(body, receive)
         if too_large:
             answer = PlainTextResponse(

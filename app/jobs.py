@@ -6,6 +6,7 @@ The run folder is the only channel: a window that is killed loses nothing.
 import contextlib
 import dataclasses
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -206,7 +207,11 @@ class Jobs:
         with self._lock:
             # The name may have been that of a run that failed at once, whose events are gone now.
             self._views.pop(run.path, None)
-        self.created(run)
+        try:
+            self.created(run)
+        except OSError as error:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise RunError(f"The run folder {run.path} cannot be made: {error.strerror or error}.") from error
         return run
 
     def start(self, config: RunConfig) -> RunFolder:
@@ -343,17 +348,17 @@ class QueueClient:
         """Whether a process runs the queue."""
         return self.queue.runner() is not None
 
-    def add(self, config: RunConfig) -> RunFolder:
-        """Make a run and put it at the end. While a run is going on the queue is started behind it.
+    def add(self, *configs: RunConfig) -> list[RunFolder]:
+        """Make runs and put them at the end, all or none. While a run is going on the queue is started behind
+        it.
 
         Raises:
             RunError: the name is taken, or the queue cannot be written.
         """
-        run = self._runs.create(config)
-        self.queue.add(run)
+        made = self.queue.add_new(configs, self._runs.create)
         if self._runs.live() is not None:
             self.start()
-        return run
+        return made
 
     def start(self) -> None:
         """Start the queue, which goes on when the window is closed.

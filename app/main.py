@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import tabs
-from app.guard import Guard, Login, is_loopback
+from app.guard import Connection, Guard, Login, is_loopback
 from app.live import add_live_route
 from app.page import mount
 from app.routes import Traffic, add_assets, add_routes
@@ -108,6 +108,7 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
         log_level="warning",
         timeout_graceful_shutdown=1,
         lifespan="on",
+        http=Connection,
     )
     server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser)
     app_state.on_quit = server.quit

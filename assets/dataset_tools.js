@@ -103,6 +103,17 @@
     if (!one("#import-note")) return false;
     const { number } = state;
     if (state.state === "working" && (followed?.number ?? 0) < number && !sending) followed = { number, from: 0, own: easel.project, done: () => {} };
+    // Numbers only grow: the server was started anew since, or another page began the next import.
+    if (followed && number > followed.number) {
+      const { done } = followed, lost = state.state === "idle";
+      followed = null;
+      easel.load().then(() => {
+        end(lost ? "LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped." : "", lost);
+        done();
+        easel.tell("import");
+      });
+      return;
+    }
     // What is told of an earlier import is older than the one that was begun here.
     if (followed?.number !== number) return;
     if (state.state !== "working") {

@@ -2,6 +2,7 @@
 for CI to insist on the browser tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ TOGETHER = ("tests/browser/",)
 
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# What a run does on a full device hangs on this package; tests of it take it back.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 # Before torch is imported: on a machine that has other work too, these threads wait like the trainer's.
 os.environ.setdefault(VARIABLE, AWHILE)
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, each with a core for itself and its child processes

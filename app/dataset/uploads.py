@@ -6,6 +6,7 @@ page. One import at a time.
 
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -81,7 +82,8 @@ class Importer:
         self._batches: dict[str, dict[int, str]] = {}
         """Names on the page of the files being sent, by their number, which is their name in `staging`."""
         self._lock = threading.Lock()
-        self._state: dict[str, Any] = {"state": "idle", "number": 0}
+        # Larger than those of a window before, whose pages would else wait for an import that went with it.
+        self._state: dict[str, Any] = {"state": "idle", "number": time.time_ns() // 1_000_000}
         # Called once another project is open, and before an import counts as done.
         self.switched: Callable[[], object] = lambda: None
         self.after: Callable[[], object] = lambda: None

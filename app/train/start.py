@@ -50,6 +50,7 @@ RESUMED_FIRST = ("paused", "interrupted", "failed")
 """States from which Resume is the primary act, rather than a new run."""
 SOURCES = {MEASURED: "measured", PROBED: "from trial steps", SCALED: "estimated"}
 NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
+IGNORE_UNUSED = "dataset.ignore_unused"
 
 
 def build_start(bindings: Bindings) -> Any:
@@ -115,7 +116,8 @@ def _pressed(
     try:
         config = ready_config(app_state, (run_name or "").strip(), do)
         if do == "queue":
-            return "", note_html(f"{app_state.queue.add(config).name} waits in the queue.")
+            (run,) = app_state.queue.add(config)
+            return "", note_html(f"{run.name} waits in the queue.")
         # A run needs the memory more than an image does; the worker loads again when it is asked.
         app_state.worker.release()
         app_state.jobs.start(config)
@@ -163,7 +165,7 @@ def queue_sweep(app_state: AppState, setting: str, values: str, name: str) -> st
     except ConfigError as error:
         raise ConfigError(with_labels(str(error))) from error
     ready = [ready_config(app_state, "", "queue", config) for config in configs]
-    return ", ".join(app_state.queue.add(config).name for config in ready)
+    return ", ".join(run.name for run in app_state.queue.add(*ready))
 
 
 def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def notes(snapshot: Snapshot) -> list[str]:
     found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
     found += plan.notes
     hardware = snapshot.app_state.hardware
-    card, worker = hardware.card(), snapshot.app_state.worker
+    card, worker = hardware.card(hidden=True), snapshot.app_state.worker
     if card is not None and worker.device == "cpu" and plan.config.train.device == AUTO:
         found.insert(0, card_problem(card, worker.found) + " Until then training runs on the CPU.")
     elif hardware.known and not hardware.has_gpu and not plan.base.embedded and plan.base.facts:
@@ -228,6 +230,9 @@ def facts(snapshot: Snapshot) -> str:
     """The bar: time, memory and size of the run to come, what is in the way, and Resume where it is due."""
     plan = snapshot.plan
     expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
+    fields = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
+    known = snapshot.app_state.checks.known(plan.config, snapshot.app_state.project.dataset())
+    fields |= {one.sentence: IGNORE_UNUSED for one in known if one.kind == "unused"}
     return render(
         "train/action_bar.html",
         snap=snapshot,
@@ -236,7 +241,7 @@ def facts(snapshot: Snapshot) -> str:
         can_resume=_can_resume(snapshot),
         measuring=_measuring(snapshot, expected),
         stops=stops,
-        fields={sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"},
+        fields=fields,
         repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
         empty=stops == [NO_IMAGES],
     )

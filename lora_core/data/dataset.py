@@ -84,7 +84,9 @@ _SHOWN_ROWS = 100
 _THREADS = 4
 AUDIT_ONLY = ("hidden", "link", "unread caption")
 """Notes that only the audit needs: a problem says it too, or nothing is lost."""
-UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
+NOT_USED_YET = {"mask": "masks", "regularisation": "regularisation images"}
+"""Kinds of notes on images that would change what is learned, were they used, and their names."""
+UNUSED = (*NOT_USED_YET, "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
     "mask": "{} masks are not used yet: images are trained on in full, masked or not ({}).",
@@ -234,6 +236,22 @@ def require_clean(dataset: Dataset) -> None:
     """
     if dataset.problems:
         raise DatasetError(" ".join(first_problems(dataset)))
+
+
+def describe_unused(dataset: Dataset) -> str:
+    """The masks and regularisation images of a dataset and the way out, in a sentence; "" for none."""
+    found = []
+    for kind, title in NOT_USED_YET.items():
+        paths = [note.path for note in dataset.notes if note.kind == kind]
+        names = [clean_text(path.name) for path in paths if path.suffix.casefold() in IMAGE_SUFFIXES]
+        if names:
+            found.append(f"{len(names)} {title if len(names) > 1 else title[:-1]} ({abbreviate(names)})")
+    if not found:
+        return ""
+    return (
+        f"The dataset holds {' and '.join(found)}, not used yet; take them out, or turn on"
+        " dataset.ignore_unused to train without them."
+    )
 
 
 def _list_files(root: Path, sizes: SizeCache) -> _Listing:

@@ -36,7 +36,7 @@ import pillow_heif
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lora_core.errors import DatasetError, wrap_os_errors
-from lora_core.system.files import clean_text, fold_name, parse_json, write_atomically
+from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,7 @@ class SizeCache:
         self._changed = False
         if file is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                for path, known in parse_json(file.read_bytes()).items():
+                for path, known in parse_json(read_small_file(file)).items():
                     time, length, width, height, *seen = map(int, known)
                     # Entries of an earlier version do not tell whether there are more frames.
                     if len(seen) == 2:

@@ -41,7 +41,15 @@ from lora_core.data.images import (
     walk_files,
 )
 from lora_core.errors import DatasetError, wrap_os_errors
-from lora_core.system.files import clean_text, file_bytes, fold_name, replacing, safe_name, unused_stem
+from lora_core.system.files import (
+    clean_text,
+    file_bytes,
+    fold_name,
+    plain_name,
+    replacing,
+    safe_name,
+    unused_stem,
+)
 
 _CHUNK = 1 << 20
 
@@ -82,8 +90,15 @@ def is_dataset_file(name: str) -> bool:
     )
 
 
-def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
+def unpack(
+    zip_path: Path,
+    into: Path,
+    limits: Limits = Limits(),
+    name_of: Callable[[str], PurePosixPath] = plain_name,
+) -> Imported:
     """Unpack a zip's images, captions and tables of captions into a folder that is made for it.
+
+    Runs know images by their names, so a zip that is unpacked again gives each the same name: `name_of`.
 
     Raises:
         DatasetError: the zip is damaged, encrypted, too large, or holds an entry that leads out of the
@@ -99,7 +114,8 @@ def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
         with zipfile.ZipFile(zip_path) as archive:
             _check(archive, zip_path.name, limits, shutil.disk_usage(temporary).free)
-            added, skipped = _extract(archive, zip_path, temporary, limits)
+            useful, skipped = _sort_entries(archive, zip_path, name_of)
+            added, twice = _extract(archive, zip_path, temporary, limits, useful)
         os.replace(temporary, into)
     except DatasetError:
         raise
@@ -111,6 +127,7 @@ def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+    skipped = [one for one in skipped if one.kind != "hidden"] + twice
     return Imported([into / path for path in added], skipped)
 
 
@@ -170,7 +187,7 @@ def list_skipped_entries(zip_path: Path) -> list[FileProblem]:
 
 
 def _sort_entries(
-    archive: zipfile.ZipFile, zip_path: Path
+    archive: zipfile.ZipFile, zip_path: Path, name_of: Callable[[str], PurePosixPath] = plain_name
 ) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[FileProblem]]:
     """The useful entries by the relative path that they get, and a note on each of the others."""
     useful: dict[PurePosixPath, zipfile.ZipInfo] = {}
@@ -184,10 +201,10 @@ def _sort_entries(
             hidden.append(name)
         elif not is_dataset_file(name):
             notes.append(_unused_entry(zip_path, name, "is neither an image nor a caption; it is not used."))
-        elif safe_name(name) in useful:
+        elif name_of(name) in useful:
             notes.append(_unused_entry(zip_path, name, _TWICE))
         else:
-            useful[safe_name(name)] = entry
+            useful[name_of(name)] = entry
     if hidden:
         sentence = f"{len(hidden)} hidden in {zip_path.name}, not looked at ({abbreviate(hidden)})."
         notes.append(FileProblem(zip_path, "hidden", sentence, False))
@@ -199,11 +216,15 @@ def _unused_entry(zip_path: Path, name: str, why: str) -> FileProblem:
 
 
 def _extract(
-    archive: zipfile.ZipFile, zip_path: Path, into: Path, limits: Limits
+    archive: zipfile.ZipFile,
+    zip_path: Path,
+    into: Path,
+    limits: Limits,
+    useful: dict[PurePosixPath, zipfile.ZipInfo],
 ) -> tuple[list[Path], list[FileProblem]]:
-    """Write the useful entries; the paths are relative to `into`."""
+    """Write the useful entries; returns their paths relative to `into`, and a note on each left out."""
     added: list[Path] = []
-    useful, skipped = _sort_entries(archive, zip_path)
+    skipped: list[FileProblem] = []
     room = limits.total_bytes
     for name, entry in useful.items():
         target = into / name
@@ -213,7 +234,7 @@ def _extract(
         target.parent.mkdir(parents=True, exist_ok=True)
         room -= _write(archive, entry, target, min(room, limits.file_bytes))
         added.append(target.relative_to(into))
-    return added, [one for one in skipped if one.kind != "hidden"]
+    return added, skipped
 
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:
@@ -378,7 +399,7 @@ class _Import:
         self.way.progress("Unpacking", 0, 1)
         try:
             with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=self.into) as temporary:
-                inside = unpack(source, Path(temporary) / "files")
+                inside = unpack(source, Path(temporary) / "files", name_of=safe_name)
                 inner = import_folder(Path(temporary) / "files", self.into, replace(self.way, how="move"))
         except DatasetError as error:
             # The sender's name, so that messages do not speak of a temporary upload.

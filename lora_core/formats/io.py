@@ -211,16 +211,17 @@ def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return cast
 
 
-def read_tensors(path: Path, only: str = "") -> tuple[Tensors, dict[str, str]]:
+def read_tensors(path: Path, only: str = "", header: Header | None = None) -> tuple[Tensors, dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Nothing in a file is ever executed.
 
     Args:
         only: the end of the names of tensors to read.
+        header: of the file, where it was read already.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file.
     """
-    header = read_header(path)
+    header = header or read_header(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             wanted = [name for name in header.tensors if name.endswith(only)]
@@ -322,8 +323,8 @@ def header_hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, st
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
 
 
-def file_hashes(path: Path) -> dict[str, Any]:
-    """The hashes by which users and sites know a file.
+def file_hashes(path: Path, header: Header | None = None) -> dict[str, Any]:
+    """The hashes by which users and sites know a file; `header` is its own, where it was read already.
 
     Returns:
         `sha256` of the whole file, `autov2` (its first 10 digits), `autov3` (the first 12 of the tensor
@@ -332,7 +333,7 @@ def file_hashes(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: one sentence on what is wrong with the file.
     """
-    header = read_header(path)
+    header = header or read_header(path)
     whole, data = hashlib.sha256(), hashlib.sha256()
     with wrap_os_errors(AdapterFileError, f"{path} cannot be read"), open(path, "rb") as file:
         whole.update(file.read(header.start))

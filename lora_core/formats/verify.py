@@ -55,21 +55,21 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     header = read_header(path)
-    shapes = header.shapes
+    shapes, kind = header.shapes, kinds.detect_kind(header.shapes)
     inner = [s for key, s in shapes.items() if split_key(key)[1] in ("down", "hada_w1_b", "lokr_w2_b")]
     ranks = sorted({shape[0] for shape in inner if len(shape) > 1 and shape[0]})
     weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
     return {
         "family": kinds.detect_family_name(shapes, header.metadata),
         "format": kinds.file_format(shapes),
-        "kind": kinds.detect_kind(shapes),
+        "kind": kind,
         "ranks": ranks,
         "alphas": _alphas(path, header) or [float(rank) for rank in ranks],
         "modules": len(kinds.keys_by_module(shapes)),
         "parameters": sum(math.prod(shape) for shape in weights),
         "bytes": path.stat().st_size,
-        **file_hashes(path),
-        "problem": _problem(path, shapes),
+        **file_hashes(path, header),
+        "problem": _problem(path, header, kind),
         "extras": kinds.extras_sentence(shapes),
         "metadata": header.metadata,
     }
@@ -77,7 +77,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 def _alphas(path: Path, header: Header) -> list[float]:
     """The distinct alphas: among the tensors, else in a diffusers header."""
-    stored = read_tensors(path, ".alpha")[0].values()
+    stored = read_tensors(path, ".alpha", header)[0].values()
     alphas = [read_alpha(tensor) for tensor in stored if tensor.numel() == 1]
     if not alphas:
         texts = peft.add_peft_config(path, header.tensors, header.metadata)
@@ -91,13 +91,13 @@ def _alphas(path: Path, header: Header) -> list[float]:
     return sorted({float(n) for n in numbers if math.isfinite(n)})
 
 
-def _problem(path: Path, shapes: kinds.Shapes) -> str:
+def _problem(path: Path, header: Header, kind: str) -> str:
     """What is wrong with the tensors of a file whose header is fine, whatever its layers are called."""
-    if not shapes:
+    if not header.tensors:
         return f"{path} holds no tensors; it is no adapter."
-    if kinds.detect_kind(shapes) not in kinds.ADAPTERS:
+    if kind not in kinds.ADAPTERS:
         return ""
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_tensors(path, header=header)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             return f"{path} is broken: {name!r} holds numbers that are not finite (NaN or infinity)."
@@ -112,8 +112,9 @@ def _problem(path: Path, shapes: kinds.Shapes) -> str:
                 check_lycoris_factors(module, factors)
             if pair.keys() - {"alpha"}:
                 layer_from_tensors(module, pair)
-            elif pair and len(keys) == 1:
-                return f"{path} is broken. {module!r} has an alpha, but no weights."
+            elif not factors and len(keys) == len(roles) and roles.keys() <= {"alpha", "magnitude"}:
+                what = "DoRA magnitudes" if "magnitude" in roles else "an alpha"
+                return f"{path} is broken. {module!r} has {what}, but no weights."
         except AdapterFileError as error:
             return f"{path} is broken. {error}"
     return ""

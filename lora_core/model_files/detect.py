@@ -20,7 +20,13 @@ from lora_core.model_files.families import (
     family_of_context_width,
     is_text_encoder,
 )
-from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
+from lora_core.model_files.header import (
+    Header,
+    channels_kind,
+    read_header,
+    unsupported_kind,
+    what_is_there,
+)
 from lora_core.model_files.ldm_names import ldm_unet_path
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.files import (
@@ -155,6 +161,10 @@ def base_path(name: str) -> Path:
     path = expand_home(name)
     if os.path.isdir(path) or os.path.isfile(path):  # pathlib raises where the name is too long
         return path
+    if os.path.exists(path):
+        raise ModelFileError(
+            f"The base {name!r} {what_is_there(path)}; give a folder or a .safetensors file."
+        )
     if is_hub_id(name):
         cached = _cached_folder(name)
         if cached is not None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora_core.errors import AdapterFileError, LoraError
+from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.system.files import ASSETS, parse_json
+from lora_core.system.processes import without_collecting
 
 MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""
@@ -73,7 +74,8 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
             length = int.from_bytes(start[:8], "little")
             if refusal := _refusal(start, length, path.stat().st_size):
                 raise error(f"{path} {refusal}.")
-            with safe_open(str(path), framework="np"):  # raises unless each claim holds
+            # The collector would take most of the time, where there are hundreds of thousands of tensors.
+            with without_collecting(False), safe_open(str(path), framework="np"):  # checks each claim
                 file.seek(8)
                 values = parse_json(file.read(length), _DECODER)
     except OSError as problem:
@@ -99,6 +101,16 @@ def what_is_there(path: str | Path) -> str:
     if path.is_dir():
         return "is a folder; give the .safetensors file in it"
     return "is not a regular file" if path.exists() else "does not exist"
+
+
+def check_vae_path(path: Path) -> None:
+    """Refuse a VAE that is neither a folder nor a regular file.
+
+    Raises:
+        ModelFileError: says what is there.
+    """
+    if not path.is_dir() and not path.is_file():
+        raise ModelFileError(f"The VAE {path} {what_is_there(path)}; give a folder or a .safetensors file.")
 
 
 def _refuse_duplicate_tensors(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

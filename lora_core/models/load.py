@@ -36,7 +36,7 @@ from lora_core.model_files.detect import (
     read_single_file_facts,
 )
 from lora_core.model_files.families import Family, TextEncoder
-from lora_core.model_files.header import Header
+from lora_core.model_files.header import Header, check_vae_path
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.ldm_names import RESNETS, open_clip_path
 from lora_core.models.device import (
@@ -361,8 +361,8 @@ class _ComponentBuilder:
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
         place = expand_home(other) if other else self.facts.path / "vae"
-        if other and not place.exists():
-            raise ModelFileError(f"The VAE {other} does not exist; give a folder or a .safetensors file.")
+        if other:
+            check_vae_path(place)
         if place.is_dir():
             config = AutoencoderKL.load_config(place)
             find = component_in_folder(place, "vae")

@@ -18,6 +18,7 @@ from lora_core.data.captions import split_tags, with_trigger, write_caption
 from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
+from lora_core.settings.config import in_short
 from lora_core.system.files import read_json, sync_folder, write_atomically
 
 EDITS = {
@@ -152,12 +153,13 @@ def _replace(captions: list[str], edit: Edit) -> list[str]:
     find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
     try:
         pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise DatasetError(f"The pattern {in_short(edit.find)} cannot be used: {error}.") from error
+    try:
         # The replacement is parsed when something matches first; an error should show before.
         re.compile(f"{find}|").sub(put, "")
-    except re.error as error:
-        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
-    except (IndexError, RecursionError, OverflowError) as error:
-        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    except (re.error, IndexError) as error:
+        raise DatasetError(f"The replacement {in_short(edit.put)} cannot be used: {error}.") from error
     if not edit.regex:
         return [pattern.sub(put, caption) for caption in captions]
     sent = {"find": find, "put": put, "any_case": edit.any_case, "texts": captions}
@@ -168,12 +170,12 @@ def _replace(captions: list[str], edit: Edit) -> list[str]:
         )
     except subprocess.TimeoutExpired as error:
         raise DatasetError(
-            f"The pattern {edit.find!r} takes longer than {PATIENCE:.0f} s; make it simpler, without repeats"
-            " inside of repeats."
+            f"The pattern {in_short(edit.find)} takes longer than {PATIENCE:.0f} s; make it simpler,"
+            " without repeats inside of repeats."
         ) from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["it ended at once"])[-1]
-        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {last}.") from error
+        raise DatasetError(f"The pattern {in_short(edit.find)} cannot be used: {last}.") from error
     return [str(text) for text in json.loads(done.stdout)]
 
 

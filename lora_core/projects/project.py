@@ -40,6 +40,7 @@ from lora_core.system.files import (
     fold_name,
     read_json,
     read_object,
+    read_small_file,
     unused_path,
     unused_stem,
     write_atomically,
@@ -439,7 +440,7 @@ def finish_moves(root: Path) -> bool:
         OSError: a file cannot be moved.
     """
     try:
-        rows = json.loads((root / JOURNAL).read_bytes())
+        rows = json.loads(read_small_file(root / JOURNAL))
         moves = [Move(_journal_path(root, a), _journal_path(root, b), bool(copy)) for a, b, copy in rows]
     except FileNotFoundError:
         return False

@@ -106,7 +106,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _torch() -> Iterator[Check]:
-    card = find_card()
+    card = find_card(hidden=True)
     yield Check("Graphics card, as its driver says", _card_words(card))
     try:
         from lora_core.models.device import describe_torch, devices, free_memory

@@ -14,6 +14,8 @@ import psutil
 from lora_core.data.captions import CHUNK, truncated_part, varies_by_draw, with_trigger
 from lora_core.data.dataset import (
     AUDIT_ONLY,
+    NOT_USED_YET,
+    describe_unused,
     first_problems,
     num_holdout,
     open_dataset,
@@ -30,7 +32,7 @@ from lora_core.model_files.detect import (
     read_base_facts,
 )
 from lora_core.model_files.families import Family, family_of_version, named_targets
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import check_vae_path, read_header, what_is_there
 from lora_core.model_files.sizes import (
     CARD_SPARE,
     DRAWN_CAPTIONS_BYTES,
@@ -63,7 +65,7 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            dataset, picture, caption, resolution, validation, or the kind of a note on the dataset.
+            dataset, picture, unused, caption, resolution, validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -103,7 +105,7 @@ def preflight(
         if dataset is None:
             dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
         records = dataset.records
-        found = [*_images(dataset), *_holdout(records, config), *found]
+        found = [*_images(dataset, config.dataset.ignore_unused), *_holdout(records, config), *found]
     except DatasetError as error:
         found = [RunProblem("dataset", str(error)), *found]
     family = facts.family if facts else None
@@ -183,12 +185,12 @@ def _found_by(check: Callable[[], object], kind: str) -> list[RunProblem]:
 
 def _check_vae(name: str) -> None:
     place = expand_home(name)
-    if not name or place.suffix.lower() == ".ckpt":
+    if not name:
         return
-    if not place.exists():
-        raise ModelFileError(f"The VAE {name} does not exist; give a folder or a .safetensors file.")
-    if not place.is_dir():
-        read_header(place, ModelFileError)
+    check_vae_path(place)
+    if place.is_file():
+        if place.suffix.lower() != ".ckpt":
+            read_header(place, ModelFileError)
     elif not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ModelFileError(f"The VAE {name} lacks its config.json or its weights.")
 
@@ -200,7 +202,7 @@ def _check_adapter(name: str, family: Family | None) -> None:
         return
     if not file.is_file():
         raise AdapterFileError(
-            f"The LoRA {file} that adapter.init names does not exist; choose another file."
+            f"The LoRA {file} that adapter.init names {what_is_there(file)}; choose another file."
         )
     if file.suffix.lower() in SINGLE_FILES[1:]:
         return
@@ -285,11 +287,14 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 
 
-def _images(dataset: Dataset) -> list[RunProblem]:
+def _images(dataset: Dataset, ignore_unused: bool) -> list[RunProblem]:
     found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
     if not dataset.records and not found:
         found.append(RunProblem("dataset", "There are no images yet; put some in."))
-    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
+    unused = "" if ignore_unused else describe_unused(dataset)
+    if unused:
+        found.append(RunProblem("unused", unused))
+    notes = summarize_notes(dataset.notes, (*AUDIT_ONLY, *(NOT_USED_YET if unused else ())))
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -53,8 +54,8 @@ from lora_core.system.processes import (
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)
-ENDED_KEPT = 50
 MOST_SWEPT = 100
+ENDED_KEPT = 50
 """How many ended jobs stay listed; older ones are dropped when a job is added."""
 LOCK_TIMEOUT = 10.0
 """Seconds to wait for the transaction of another process, which takes milliseconds."""
@@ -174,12 +175,43 @@ class Queue:
             rows.append(row | {"steps": progress.steps or None, "reason": job.reason})
         return rows
 
-    def add(self, run: RunFolder) -> QueuedRun:
-        """Put a run at the end; one that is paused or ended in the queue waits again.
+    def add_new(
+        self, configs: Sequence[RunConfig], create: Callable[[RunConfig], RunFolder] | None = None
+    ) -> list[RunFolder]:
+        """Make a run of each config and put them at the end; none of them is left where one fails.
+
+        Args:
+            configs: of the runs, in order.
+            create: makes the folder, by default the one of the config's name.
 
         Raises:
-            RunError: it is no run of this workspace, waits or is trained already, or is done.
+            RunError: a name is taken, or a folder or the queue cannot be written.
         """
+        folder = runs_folder(self.workspace)
+        create = create or (lambda config: RunFolder.create(folder / config.name, config))
+        made: list[RunFolder] = []
+        try:
+            for config in configs:
+                made.append(create(config))
+            self.add(*made)
+        except BaseException:
+            for run in made:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return made
+
+    def add(self, *runs: RunFolder) -> None:
+        """Put runs at the end, all or none; one that is paused or ended in the queue waits again.
+
+        Raises:
+            RunError: one is no run of this workspace, waits or is trained already, or is done.
+        """
+        jobs = [self._new_job(run) for run in runs]
+        with self._transaction() as db:
+            for job in jobs:
+                _add(db, job)
+
+    def _new_job(self, run: RunFolder) -> QueuedRun:
         if run.path.resolve() != self.run(run.name).path.resolve():
             raise RunError(f"The run {run.path} is not one of the workspace {self.workspace}.")
         if run.live_process() is not None:
@@ -188,17 +220,7 @@ class Queue:
             raise RunError(
                 f"The run {run.name} is done; train it further with `resume {run.path} --steps N`."
             )
-        job = QueuedRun(run.name, events_bytes=file_bytes(run.events_file))
-        with self._transaction() as db:
-            jobs = _jobs(db)
-            if any(other.run == run.name and other.state in (WAITING, RUNNING) for other in jobs):
-                raise RunError(f"The run {run.name} is in the queue already.")
-            ended = [other.run for other in jobs if other.has_ended and other.run != run.name]
-            db.executemany(
-                "DELETE FROM jobs WHERE run = ?", [(name,) for name in (run.name, *ended[:-ENDED_KEPT])]
-            )
-            _append(db, job)
-        return job
+        return QueuedRun(run.name, events_bytes=file_bytes(run.events_file))
 
     def move(self, name: str, position: int) -> None:
         """Give a waiting run another place among those that wait; 1 is the next to start.
@@ -329,6 +351,15 @@ def _job(db: sqlite3.Connection, name: str) -> QueuedRun:
     if job is None:
         raise RunError(f"The run {name} is not in the queue.")
     return job
+
+
+def _add(db: sqlite3.Connection, job: QueuedRun) -> None:
+    jobs = _jobs(db)
+    if any(other.run == job.run and other.state in (WAITING, RUNNING) for other in jobs):
+        raise RunError(f"The run {job.run} is in the queue already.")
+    ended = [other.run for other in jobs if other.has_ended and other.run != job.run]
+    db.executemany("DELETE FROM jobs WHERE run = ?", [(name,) for name in (job.run, *ended[:-ENDED_KEPT])])
+    _append(db, job)
 
 
 def _append(db: sqlite3.Connection, job: QueuedRun) -> None:

@@ -373,6 +373,8 @@ class DatasetSection(Section):
     """Shuffle the comma-separated tags anew for each training sample."""
     keep_tags: int = Field(0, title="Keep tags", ge=0, le=100)
     """This many tags at the start are neither shuffled nor dropped."""
+    ignore_unused: bool = Field(False, title="Ignore masks and regularisation images")
+    """Train without them. They are not used yet, so that a dataset with some is refused unless this is on."""
 
 
 class TrainSection(Section):

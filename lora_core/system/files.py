@@ -3,11 +3,13 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -29,6 +31,7 @@ DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"
 FAMILY_CONFIGS = ASSETS / "families"
 CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
+LARGEST_SMALL_FILE = 50_000_000
 _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 # File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
 _NAME_BYTES = 180
@@ -92,6 +95,20 @@ def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:
     """Write a file whole or not at all; `sync` waits until the disk has it."""
     with replacing(path, sync) as temporary:
         temporary.write_bytes(data)
+
+
+def read_small_file(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
+    """The bytes of a regular file; a pipe would block and a device never end.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more than `most` bytes.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 1e6:.0f} MB", str(path))
+    return path.read_bytes()
 
 
 def clean_text(text: str) -> str:
@@ -279,6 +296,11 @@ def safe_name(name: str) -> PurePosixPath:
     return PurePosixPath(*[part for part in parts if part] or ["file"])
 
 
+def plain_name(name: str) -> PurePosixPath:
+    """As `safe_name`, with `_` for each illegal letter: how the images of a zip were always called."""
+    return safe_name(_ILLEGAL.sub("_", re.sub(r"^[A-Za-z]:", "", name)))
+
+
 def _lookalike(found: re.Match[str]) -> str:
     """The full-width form of a character that file names cannot hold, so that the name still reads alike."""
     return chr(ord(found[0]) + _FULL_WIDTH) if found[0] in '<>:"|?*' else "_"
@@ -340,9 +362,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_object(file: Path) -> dict[str, Any]:
     """As `read_json`; OSError or ValueError where the file is missing or broken."""
-    if file.stat().st_size > LARGEST_JSON:
-        raise ValueError("too large")
-    found = parse_json(file.read_bytes())
+    found = parse_json(read_small_file(file, LARGEST_JSON))
     if not isinstance(found, dict):
         raise ValueError("no object")
     return found

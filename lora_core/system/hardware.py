@@ -4,6 +4,7 @@ Cards are asked in the background and rarely, because the program that answers t
 """
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -45,6 +46,7 @@ class Card:
         maker: "NVIDIA" or "AMD".
         driver: driver version, "" if unknown.
         device: as `train.device` names it, such as "cuda:0".
+        hidden: whether CUDA_VISIBLE_DEVICES keeps PyTorch from seeing it.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Card:
     maker: str = "NVIDIA"
     driver: str = ""
     device: str = ""
+    hidden: bool = False
 
     def free(self, *mine: int | None) -> int:
         """Bytes that are free once the processes `mine` have ended."""
@@ -89,16 +92,16 @@ class Hardware:
         """Whether an answer has come, so that no card means that there is none."""
         self._lock = threading.Lock()
 
-    def card(self, device: str | None = None) -> Card | None:
+    def card(self, device: str | None = None, hidden: bool = False) -> Card | None:
         """The card that a run takes, by default with the wanted `train.device`, as it was a moment ago; None
-        where there is none or no answer has come yet."""
+        where there is none or no answer has come yet. `hidden`: also one that is."""
         with self._lock:
             due = time.monotonic() - self._asked > FRESH_SECONDS or not self._asked
             # A machine without a card grows none while the window is open.
             if due and not (self.known and not self._cards):
                 self._asked = time.monotonic()
                 threading.Thread(target=self.look, daemon=True, name="hardware").start()
-        return choose_card(self._cards, self._wanted() if device is None else device)
+        return choose_card(self._cards, self._wanted() if device is None else device, hidden)
 
     def look(self) -> None:
         """Ask now."""
@@ -135,31 +138,36 @@ def has_tensor_cores(name: str, capability: float) -> bool:
     return capability >= VOLTA
 
 
-def find_card(device: str = "auto") -> Card | None:
-    """The card that a run with this `train.device` takes, asked of its driver now."""
-    return choose_card(find_cards(), device)
+def find_card(device: str = "auto", hidden: bool = False) -> Card | None:
+    """The card that a run with this `train.device` takes, asked of its driver now; `hidden`: also one that
+    is."""
+    return choose_card(find_cards(), device, hidden)
 
 
-def choose_card(cards: Sequence[Card], device: str) -> Card | None:
+def choose_card(cards: Sequence[Card], device: str, hidden: bool = False) -> Card | None:
     """The card that a run with this `train.device` takes: the named one, else the newest; of equal ones, the
-    largest. None where it takes none of them."""
+    largest. None where it takes none of them, or they are hidden and `hidden` is not set."""
+    cards = [card for card in cards if hidden or not card.hidden]
     if device in ("auto", "cuda"):
         return max(cards, key=lambda card: (card.generation, card.total), default=None)
     return next((card for card in cards if card.device == device), None)
 
 
 def find_cards() -> list[Card]:
-    """The cards of one maker in the order of their numbers, those alone that CUDA_VISIBLE_DEVICES names by
-    number; all, where that leaves none."""
+    """The cards of one maker in the order of their numbers: those that CUDA_VISIBLE_DEVICES names by number,
+    up to the first without a card; all, hidden, where that leaves none; all, where it names them by id."""
     cards: list[Card] = []
     if tool := shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             apps = parse_apps(_run_command(tool, "--query-compute-apps=pid,used_memory"))
             cards = [replace(card, by_process=apps) for card in list_nvidia_cards(tool)]
     cards = cards or list_amd_cards()
-    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    named = [cards[int(one)] for one in numbers if one.strip().isdigit() and int(one) < len(cards)]
-    return [replace(card, device=f"cuda:{number}") for number, card in enumerate(named or cards)]
+    names = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "GPU-").split(",")]
+    known = itertools.takewhile(lambda one: one.isdecimal() and int(one) < len(cards), names)
+    named = [cards[int(one)] for one in known]
+    hidden = not named and not names[0].startswith(("GPU-", "MIG-"))
+    shown = enumerate(named or cards)
+    return [replace(card, device=f"cuda:{number}", hidden=hidden) for number, card in shown]
 
 
 def list_nvidia_cards(tool: str) -> list[Card]:
@@ -254,7 +262,7 @@ def _why_unused(card: Card, kind: str, version: str, lacks_code: str, system: st
         return "PyTorch's index has no build for AMD cards on Windows", "Train on Linux to use the card."
     if kind != {"NVIDIA": "CUDA", "AMD": "ROCm"}[card.maker]:
         return "it is the build for other devices", REINSTALL
-    if kind == "CUDA" and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    if card.hidden:
         return "the environment variable CUDA_VISIBLE_DEVICES hides it", "Unset it and start again."
     if 0 < driver < needed:
         return (

@@ -58,7 +58,7 @@ from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import decode_latents
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import OPTIMIZERS, TrainSection
+from lora_core.settings.schema import OPTIMIZERS, TrainSection, require_package
 from lora_core.system.files import free_bytes
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import (
@@ -84,6 +84,8 @@ from lora_core.train.setup import (
 )
 from lora_core.train.validation import at_strength
 
+_LEAST_IN_8_BITS = 4096
+"""Parameters of a tensor from which on bitsandbytes keeps its state in 8 bits."""
 TIMED_STEPS = 4
 """The first one warms up and does not count."""
 MAX_SECONDS = 20.0
@@ -136,7 +138,11 @@ class MemoryFallback:
     _step: int = 0
 
     def apply_until(self, step: int) -> None:
-        """Apply what an earlier process applied after `step` steps or fewer."""
+        """Apply what an earlier process applied after `step` steps or fewer.
+
+        Raises:
+            ConfigError: the package of the 8-bit optimizer is no longer installed.
+        """
         self._step = step
         while self._count < len(self.applied) and self.applied[self._count][1] <= step:
             name = self.applied[self._count][0]
@@ -144,6 +150,9 @@ class MemoryFallback:
             fallback = next((each for each in FALLBACKS if each.name == name), None)
             if fallback is not None and fallback.possible(self):
                 fallback.apply(self)
+            elif name == OPTIMIZER_8BIT:
+                # The checkpoints hold a state that no other optimizer can read.
+                require_package("AdamW in 8 bits, which this run has begun with,", BITSANDBYTES, BITSANDBYTES)
 
     @property
     def next(self) -> Fallback | None:
@@ -210,13 +219,32 @@ def _halve_chunks(memory: MemoryFallback) -> None:
 def _can_use_8bit_adamw(memory: MemoryFallback) -> bool:
     optimizer = memory.state.optimizer
     fresh = type(optimizer) is torch.optim.AdamW and not optimizer.state
-    return fresh and importlib.util.find_spec(BITSANDBYTES) is not None
+    return fresh and _has_8bit_adamw(memory.state.flat_params.data.device)
+
+
+def _has_8bit_adamw(device: torch.device) -> bool:
+    """Whether bitsandbytes is installed and can take a step on a device, which its build may have no code
+    for."""
+    if importlib.util.find_spec(BITSANDBYTES) is None:
+        return False
+    values = torch.nn.Parameter(torch.zeros(_LEAST_IN_8_BITS, device=device))
+    values.grad = torch.ones_like(values)
+    try:
+        _class_8bit_adamw()([values]).step()
+    except (ImportError, OSError, RuntimeError, AttributeError, NameError):
+        return False
+    return bool(values.isfinite().all() and values.all())
+
+
+def _class_8bit_adamw() -> Callable[[Any], torch.optim.Optimizer]:
+    found: Callable[[Any], torch.optim.Optimizer] = importlib.import_module(f"{BITSANDBYTES}.optim").AdamW8bit
+    return found
 
 
 def _use_8bit_adamw(memory: MemoryFallback) -> None:
     known = ("params", "lr", "initial_lr", "until", "betas", "eps", "weight_decay")
     groups = [{key: group[key] for key in known} for group in memory.state.optimizer.param_groups]
-    memory.state.optimizer = importlib.import_module(f"{BITSANDBYTES}.optim").AdamW8bit(groups)
+    memory.state.optimizer = _class_8bit_adamw()(groups)
 
 
 def _can_quantize(memory: MemoryFallback) -> bool:

@@ -19,8 +19,8 @@ import torch
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import open_dataset, require_clean, split_holdout
-from lora_core.data.images import ImageRecord, choose_bucket, hash_file
+from lora_core.data.dataset import describe_unused, open_dataset, require_clean, split_holdout
+from lora_core.data.images import Dataset, ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
@@ -29,7 +29,7 @@ from lora_core.lora.layer import FlatParams, LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import read_header, what_is_there
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.sizes import INT8, OFFLOAD, TEXT_ON_CPU, VAE_ON_CPU, count_base_parameters
 from lora_core.models.device import (
@@ -350,7 +350,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
     file = start_file(section)
     if file is not None and not file.is_file():
         raise AdapterFileError(
-            f"The LoRA {file} that adapter.init names does not exist; choose another file."
+            f"The LoRA {file} that adapter.init names {what_is_there(file)}; choose another file."
         )
     start = load_adapter(file, base.family) if file is not None else None
     kept = start.layers if start else ()
@@ -464,6 +464,17 @@ class TrainSession:
     fallbacks: list[str]
 
 
+def _require_used(run: RunFolder, config: RunConfig, dataset: Dataset) -> None:
+    """Refuse to begin with masks or regularisation images; runs of versions that left them out go on.
+
+    Raises:
+        DatasetError: there are some, and the settings do not say to train without them.
+    """
+    unused = "" if config.dataset.ignore_unused else describe_unused(dataset)
+    if unused and not run.inputs_file.exists() and run.has_setting("dataset.ignore_unused"):
+        raise DatasetError(unused)
+
+
 def prepare(
     run: RunFolder, config: RunConfig, plan: RuntimePlan, say: OnProgress, accept_changes: bool = False
 ) -> TrainSession:
@@ -480,6 +491,7 @@ def prepare(
         more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
     dataset = open_dataset(config.dataset.path, cache / "datasets")
     require_clean(dataset)
+    _require_used(run, config, dataset)
     check_inputs(run, dataset.records, accept_changes, more)
     train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)

@@ -310,8 +310,10 @@ def queue_sweep(
     configs = [one.changed({name: _in_full(one.get(name)) for name in places}) for one in swept]
     for one in configs:
         require_none_blocking(preflight(one, place))
-    made = [RunFolder.create(runs_folder(place) / one.name, one) for one in configs]
-    return [queue_add(one.path, place, start) for one in made]
+    made = Queue(place).add_new(configs)
+    if start:
+        ensure_runner(place)
+    return made
 
 
 @verb

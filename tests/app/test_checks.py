@@ -11,7 +11,8 @@ from PIL import Image
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
 from app.train import background
-from app.train.start import facts, ready_config, start_problems
+from app.train.start import facts, queue_sweep, ready_config, start_problems
+from app.train.view import do_run_action
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem
 from tests.app.runs import come_alive, make_run, started, step
@@ -70,6 +71,22 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
     Image.new("RGBA", (160, 160), (0, 90, 160, 90)).save(folder / "clear.png")
     app_state.project.invalidate()
     assert len(app_state.project.dataset().records) == 4
+    (stop,) = wait_for(lambda: start_problems(take_snapshot(app_state)))
+    assert stop == (
+        "The dataset holds 2 masks (picture-0.png, picture-1-masklabel.png) and 2 regularisation images"
+        " (a.png, b.png), not used yet; take them out, or turn on Ignore masks and regularisation images to"
+        " train without them."
+    )
+    bar = facts(take_snapshot(app_state))
+    assert "Train without them</button>" in bar
+    for do in ("start", "queue"):
+        with pytest.raises(LoraError, match="2 masks"):
+            ready_config(app_state, "one", do)
+    with pytest.raises(LoraError, match="2 masks"):
+        queue_sweep(app_state, "seed", "1, 2", "")
+    do_run_action(app_state, "ignore-unused", "")
+    assert ready_config(app_state, "one").dataset.ignore_unused
+    assert "Train without them" not in facts(take_snapshot(app_state))
     said = wait_for(lambda: [text for text in _notes(app_state) if "masks are not used yet" in text])
     assert said == [
         "2 masks are not used yet: images are trained on in full, masked or not"

@@ -2,11 +2,15 @@
 files that somebody made to do harm."""
 
 import asyncio
+import contextlib
 import functools
 import io
 import json
 import re
+import socket
 import struct
+import threading
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,6 +21,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
@@ -24,12 +29,12 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from app import main
+from app import guard, main
 from app.dataset.view import add_dataset_routes
 from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
 from app.routes import add_assets, add_routes
 from app.state import AppState
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 HERE = "127.0.0.1:7860"
 ORIGIN = f"http://{HERE}"
@@ -664,6 +669,80 @@ def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
     assert client.post("/anything", content=iter([b"a", b"b"])).text == "hello"
     for route in ("/easel/upload/abc", "/gradio_api/upload"):
         assert client.post(route, content=b"x" * 5_000_000).text == "hello"
+
+
+async def slow_hello(request: Any) -> PlainTextResponse:
+    await asyncio.sleep(0.8)
+    return PlainTextResponse("hello")
+
+
+def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+    """What the server answers to a request that comes in parts."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+            while more := connection.recv(9999):
+                answer += more
+        return answer
+
+
+def test_half_open_connections_are_few_and_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SLOWEST_REQUEST", 0.4)
+    monkeypatch.setattr(guard, "HALF_OPEN", 5)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Starlette(routes=[Route("/slow", slow_hello), Route("/", hello)]),
+            http=guard.Connection, log_level="error", lifespan="off",
+        )
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        get = b"GET / HTTP/1.1\r\nHost: x\r\n"
+        held = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(40)]
+        for connection in held:
+            connection.sendall(get)
+        # Who sends a whole request is answered meanwhile, and a slow answer is waited for.
+        assert exchange(port, get + b"Connection: close\r\n\r\n").endswith(b"hello")
+        wait_for(lambda: 1 <= len(server.server_state.connections) <= 5)
+        slow = get.replace(b"/ ", b"/slow ", 1) + b"Connection: close\r\n\r\n"
+        assert exchange(port, slow).endswith(b"hello")
+        wait_for(lambda: not server.server_state.connections)
+        # A second request on the same connection; and letters that trickle in give it no more time.
+        assert (
+            exchange(port, get + b"\r\n", get + b"Connection: close\r\n\r\n", pause=0.1).count(b"hello") == 2
+        )
+        assert exchange(port, *(get[n : n + 1] for n in range(len(get))), pause=0.05) == b""
+        for connection in held:
+            connection.close()
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+
+
+def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SLOWEST_BODY", 0.1)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/easel/run", "query_string": b"",
+        "headers": [(b"host", HERE.encode()), (b"transfer-encoding", b"chunked")],
+    }  # fmt: skip
+    asyncio.run(Guard(site())(scope, receive, send))
+    assert sent[0]["status"] == 408
 
 
 def test_a_fault_of_the_program_is_one_sentence(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:

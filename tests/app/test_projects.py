@@ -1,6 +1,7 @@
 """Projects: new, open, rename, delete; which runs belong to one; what they hold."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,20 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(app_state: AppState, draft: d
     else:
         assert (project.draft(), json.loads(aside.read_text())) == ({}, draft)
         assert str(aside) in project.draft_problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes there")
+def test_pipes_in_a_project_hold_up_nothing(app_state: AppState) -> None:
+    project = app_state.project
+    for name in ("draft.json", "project.json", "sizes.json", "moving.json", "insights.json"):
+        (project.path / name).unlink(missing_ok=True)
+        os.mkfifo(project.path / name)
+    project.open(project.path)
+    project.set_unreadable_draft_aside()
+    assert "draft-set-aside.json" in project.draft_problem
+    project.update_draft(trigger="new")
+    assert Project(project.path).draft() == {"trigger": "new"}
+    assert (project.dataset().records, project.title) == ([], "My images")
 
 
 @pytest.mark.parametrize(

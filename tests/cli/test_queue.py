@@ -1,5 +1,6 @@
 """The queue through the real command line, with the real trainer on the embedded base."""
 
+import errno
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from lora_core.__main__ import main
+from lora_core.errors import RunError
 from lora_core.model_files.header import read_header
 from lora_core.model_files.starting_settings import preset
-from lora_core.runs import events
+from lora_core.runs import events, folder
 from lora_core.runs.diagnosis import write_recipient
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
@@ -196,6 +198,35 @@ def test_a_sweep_queues_copies_of_a_run(
     monkeypatch.chdir(home)
     assert main(["queue", "sweep", "a", "dataset.path", "other", *map(str, where)]) == 0
     assert Queue(home).run("a-path-other").config().dataset.path == str(home / "other")
+
+
+def test_a_disk_that_fills_midway_leaves_no_run_of_a_sweep(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(home, "a")
+    sweep = ["queue", "sweep", "a", "seed", "1", "2", "3", "--workspace", str(home)]
+    whole, count = folder.write_atomically, 0
+
+    def full(path: Path, data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(path, data)
+
+    monkeypatch.setattr(folder, "write_atomically", full)
+    assert main(sweep) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(folder, "write_atomically", whole)
+
+    def refuse(self: Queue, *runs: RunFolder) -> None:
+        raise RunError("The queue cannot be written: disk is full.")
+
+    monkeypatch.setattr(Queue, "add", refuse)
+    assert main(sweep) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert [path.name for path in runs_folder(home).iterdir()] == ["a"]
+    assert Queue(home).jobs() == []
 
 
 def made_longer(home: Path, name: str) -> RunFolder:

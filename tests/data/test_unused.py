@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_core import api
 from lora_core.__main__ import main
 from lora_core.data.audit import TrainingView, audit
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, RunError
+from lora_core.runs.folder import all_runs
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from tests.data.conftest import Draw, noise, packed
@@ -213,6 +215,13 @@ def test_what_is_not_used_is_said_before_the_start(
         draw(folder / f"{number}-masklabel.png")
         Image.new("RGBA", (64, 64), (0, 0, 90 * number, 9)).save(folder / f"clear {number}.png")
     config = RunConfig().changed({"dataset.path": str(folder), "model.base": "demo"})
+    (unused,) = [problem for problem in preflight(config, tmp_path, card=lambda: None) if problem.blocking]
+    assert unused.sentence == (
+        "The dataset holds 3 masks (0-masklabel.png, 1-masklabel.png, 2-masklabel.png) and 3 regularisation"
+        " images (0.png, 1.png, 2.png), not used yet; take them out, or turn on dataset.ignore_unused to"
+        " train without them."
+    )
+    config = config.changed({"dataset.ignore_unused": True})
     found = {problem.kind: problem for problem in preflight(config, tmp_path, card=lambda: None)}
     assert not any(problem.blocking for problem in found.values())
     assert found["mask"].sentence.startswith("3 masks are not used yet")
@@ -224,6 +233,67 @@ def test_what_is_not_used_is_said_before_the_start(
     for kind in ("mask", "regularisation", "transparent"):
         assert f"  {kind}: {found[kind].sentence}\n" in printed
     assert "Nothing is wrong" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("a-masklabel.png", "1 mask (a-masklabel.png)"),
+        ("a_mask.png", "1 mask (a_mask.png)"),
+        ("mask/a.png", "1 mask (a.png)"),
+        ("Masks/10_cat/b.JPG", "1 mask (b.JPG)"),
+        ("reg/1_cat/a.png", "1 regularisation image (a.png)"),
+        ("class_images/x.webp", "1 regularisation image (x.webp)"),
+        ("reg/1_cat/a.txt", ""),
+        ("mask/readme.txt", ""),
+        ("mask/Thumbs.db", ""),
+        ("gone.txt", ""),
+        ("a.json", ""),
+        ("a.npz", ""),
+        (".mask/a.png", ""),
+        ("10_masks/b.png", ""),
+        ("b_mask.png", ""),
+    ],
+)
+def test_a_run_is_refused_for_masks_and_regularisation_images_alone(
+    tmp_path: Path, draw: Draw, name: str, refused: str
+) -> None:
+    for stem in ("a", "c", "d"):
+        draw(tmp_path / f"{stem}.png", seed=ord(stem), caption="a cat")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise(64, 64, 7).save(path, "PNG")
+    if path.suffix == ".txt":
+        path.write_text("words")
+    config = RunConfig().changed({"dataset.path": str(tmp_path), "model.base": "demo"})
+    stops = [one.sentence for one in preflight(config, tmp_path, card=lambda: None) if one.blocking]
+    assert [sentence.startswith(f"The dataset holds {refused}, not used") for sentence in stops] == (
+        [True] if refused else []
+    )
+    config = config.changed({"dataset.ignore_unused": True})
+    assert not any(one.blocking for one in preflight(config, tmp_path, card=lambda: None))
+
+
+def test_every_way_to_start_is_refused_with_masks(
+    tmp_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    for number in range(3):
+        draw(folder / f"{number}.png", seed=number, caption=f"number {number}")
+    train = ["train", str(folder), "--name", "one", "--preset", "demo", "--workspace", str(tmp_path)]
+    assert main([*train, "--queue"]) == 0
+    sweep = ["queue", "sweep", "one", "seed", "1", "2", "--workspace", str(tmp_path)]
+    for mask in ("0-masklabel.png", "reg/0.png"):
+        draw(folder / mask)
+    train[3] = "two"
+    for command in (train, [*train, "--queue"], sweep):
+        assert main(command) == 1
+        assert "1 mask (0-masklabel.png) and 1 regularisation image (0.png)" in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"turn on dataset\.ignore_unused"):
+        api.train(folder, "two", preset="demo", workspace=tmp_path)
+    assert [run.name for run in all_runs(tmp_path)] == ["one"]
+    assert main([*train, "--queue", "--set", "dataset.ignore_unused=true"]) == 0
+    assert "not used yet" in capsys.readouterr().out
 
 
 def test_what_a_zip_holds_beside_pictures(tmp_path: Path, draw: Draw) -> None:

@@ -1,6 +1,7 @@
 """Hostile zips are refused and leave nothing; of the others comes out what is of use."""
 
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable
@@ -111,6 +112,24 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unpack(packed(tmp_path / "a.zip", ("a.txt", b"x" * 11)), tmp_path / "into")
     with pytest.raises(DatasetError, match="free some disk space"):
         import_files([tmp_path / "a.zip"], tmp_path / "other")
+
+
+def test_a_zip_that_is_unpacked_again_has_the_same_names(tmp_path: Path, draw: Draw) -> None:
+    """A run knows its images by name, so that other names would be other images."""
+    data = draw(tmp_path / "a.png").read_bytes()
+    path = packed(tmp_path / "set.zip", ('10_what?/a:b<c>|"d"*.png', data), ("C D/e\x7f.png", data + b" "))
+    known = ["10_what_/a_b_c___d__.png", "C D/e_.png"]
+    for _ in range(2):
+        open_dataset(path, tmp_path / "cache")
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert listed(folder) == known
+        shutil.rmtree(tmp_path / "cache")
+    # What is imported is the user's own from then on, and keeps its letters.
+    import_files([path], tmp_path / "own")
+    assert sorted(p.name for p in (tmp_path / "own").rglob("*.png")) == [
+        "a\uff1ab\uff1cc\uff1e\uff5c\uff02d\uff02\uff0a.png",
+        "e_.png",
+    ]
 
 
 def test_unpack_takes_what_is_of_use(tmp_path: Path, draw: Draw) -> None:

@@ -147,7 +147,8 @@ BROKEN = {
         "hada_w2_a",
     ),
     "a LoKr without a factor": ({f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.alpha": torch.ones(())}, "lokr_w2"),
-    "an alpha alone": ({f"{Q}.alpha": torch.ones(())}, "no weights"),
+    "an alpha alone": ({f"{Q}.alpha": torch.ones(())}, "an alpha, but no weights"),
+    "magnitudes alone": ({f"{Q}.dora_scale": torch.ones(4, 1)}, "DoRA magnitudes, but no weights"),
     "no tensors": ({}, "holds no tensors"),
 }
 

@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     if device.type == "cpu" and not options.toy:
-        card = find_card()
+        card = find_card(hidden=True)
         why = card_problem(card, describe_torch()) if card else "There is no graphics card in this computer."
         sys.stderr.write(f"{why}\n")
         return 2

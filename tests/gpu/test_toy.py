@@ -34,7 +34,7 @@ def test_all_parts_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_without_a_card_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "find_card", lambda: None)
+    monkeypatch.setattr(gpu, "find_card", lambda hidden: None)
     assert gpu.main(["--device", "cpu"]) == 2
     assert capsys.readouterr().err == "There is no graphics card in this computer.\n"
     assert gpu.main(["--device", "cuda:7"]) == 2

@@ -163,9 +163,10 @@ def test_each_reason_why_a_card_is_not_used_has_a_repair(
     assert said.endswith(".")
 
 
-def test_a_hidden_card_is_called_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    said = card_problem(RTX, {"torch": "2.9", "build": "CUDA 13.0", "lacks_code": ""}, "Linux")
+def test_a_hidden_card_is_called_hidden() -> None:
+    said = card_problem(
+        replace(RTX, hidden=True), {"torch": "2.9", "build": "CUDA 13.0", "lacks_code": ""}, "Linux"
+    )
     assert "CUDA_VISIBLE_DEVICES hides it. Unset it" in said
 
 

@@ -17,7 +17,7 @@ from lora_core.system.hardware import Card
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_card", lambda: None)
+    monkeypatch.setattr(doctor, "find_card", lambda hidden: None)
     monkeypatch.setattr(doctor, "LITTLE_DISK", 0)
     monkeypatch.setattr(doctor, "LITTLE_MEMORY", 0)
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2.8", "numpy>=2.0"])
@@ -44,7 +44,7 @@ def test_a_card_that_pytorch_cannot_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = Card("NVIDIA GeForce RTX 3060", 0, 12 * 2**30, generation=8.6, driver="580.65")
-    monkeypatch.setattr(doctor, "find_card", lambda: card)
+    monkeypatch.setattr(doctor, "find_card", lambda hidden: card)
     found = {"device": "cpu", "torch": "2.9.0+cpu", "build": "CPU", "capability": "", "lacks_code": ""}
     monkeypatch.setattr(device, "describe_torch", lambda: found)
     assert main(["doctor", "--workspace", str(tmp_path)]) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -101,6 +102,31 @@ def test_base(config: RunConfig, tmp_path: Path) -> None:
     (away,) = found(config, tmp_path, model__base="nobody/no-such-model")
     assert (away.kind, away.blocking) == ("base", False)
     assert "downloaded when the run starts" in away.sentence
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes there")
+@pytest.mark.parametrize("setting", ["model.base", "model.vae", "adapter.init"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a"])
+def test_pipes_are_named_and_never_opened(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, name: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    os.mkfifo(tmp_path / "models" / name)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(tmp_path / "models" / name), f"models/{name}"):
+        changed = config.changed({setting: path})
+        stops = [one.sentence for one in preflight(changed, tmp_path, card=lambda: None) if one.blocking]
+        assert len(stops) == 1
+        assert "is not a regular file" in stops[0]
+        assert "does not exist" not in stops[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes there")
+def test_a_pipe_in_the_folder_of_a_base(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "base" / "unet").mkdir(parents=True)
+    os.mkfifo(tmp_path / "base" / "unet" / "config.json")
+    (problem,) = found(config, tmp_path, model__base=str(tmp_path / "base"))
+    assert "not a regular file" in problem.sentence
 
 
 @pytest.mark.parametrize(

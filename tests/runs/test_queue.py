@@ -173,6 +173,11 @@ def test_what_cannot_wait(home: Path, tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(RunError, match="b is done"):
         queue.add(other)
+    # Several are all taken or none.
+    fine = RunFolder.create(runs_folder(home) / "c", RunConfig())
+    with pytest.raises(RunError, match="a is in the queue already"):
+        queue.add(fine, queue.run("a"))
+    assert [job.run for job in queue.jobs()] == ["a"]
 
 
 def test_a_broken_queue_is_named_and_kept(home: Path) -> None:

@@ -9,7 +9,9 @@ from lora_core.system.hardware import (
     Card,
     Gpu,
     Hardware,
+    card_problem,
     choose_card,
+    find_card,
     find_cards,
     list_amd_cards,
     parse_apps,
@@ -86,7 +88,7 @@ def test_auto_means_fp32_without_tensor_cores_and_on_a_mac(
     [
         ("2,0", ["RTX 3060 Ti", "GT 1030"]),
         ("1", ["RTX 3060"]),
-        ("", ["GT 1030", "RTX 3060", "RTX 3060 Ti"]),
+        ("2,-1,0", ["RTX 3060 Ti"]),
         ("GPU-1b", ["GT 1030", "RTX 3060", "RTX 3060 Ti"]),
     ],
 )
@@ -97,6 +99,19 @@ def test_cards_are_numbered_as_torch_numbers_them(
     assert [(card.device, card.name) for card in find_cards()] == [
         (f"cuda:{number}", name) for number, name in enumerate(names)
     ]
+
+
+@pytest.mark.parametrize("visible", ["", "-1", " ", "3", "-1,0", "none"])
+def test_hidden_cards_are_taken_by_no_run(
+    visible: str, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    window = Hardware()
+    window.look()
+    assert (find_card(), find_card("cuda:1"), window.card(), window.has_gpu) == (None, None, None, False)
+    # Who asks why there is none is told.
+    assert "hides it" in card_problem(find_card(hidden=True), {"build": "CUDA 13.0"}, "Linux")
+    assert window.card(hidden=True).name == "RTX 3060"
 
 
 def test_what_processes_that_will_have_ended_hold_counts_as_free(cards: list[Card]) -> None:

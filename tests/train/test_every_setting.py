@@ -9,24 +9,28 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, DatasetError
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.device import use_device
 from lora_core.models.load import BaseModel, load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
+from lora_core.runs.preflight import preflight
 from lora_core.settings.config import FIELDS, RunConfig
 from lora_core.train import setup
 from lora_core.train.setup import part_rates
 from tests.train.conftest import one_thread
-from tests.train.runs import Toy, notes, tensors, trained
+from tests.train.runs import Toy, asked_at, notes, tensors, trained
 
 Changes = dict[str, Any]
 SHORT: Changes = {"train.steps": 2, "save.every": 0}
@@ -64,6 +68,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.tag_dropout": (0.5, {}),
     "dataset.shuffle_tags": (True, {}),
     "dataset.keep_tags": (2, FIRST),
+    "dataset.ignore_unused": (True, {}),
     "train.steps": (3, {}),
     "train.batch_size": (1, {}),
     "train.gradient_accumulation_steps": (2, {}),
@@ -118,6 +123,7 @@ ELSEWHERE: dict[str, Callable[[RunConfig], Any]] = {
     # The toy has one text encoder.
     "optimizer.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optimizer),
     "train.device": lambda config: device_or_problem(config.train.device),
+    "dataset.ignore_unused": lambda config: stops_with_a_mask(config),
 }
 
 
@@ -128,6 +134,14 @@ def device_or_problem(name: str) -> str:
         return str(error)
     finally:
         use_device("auto")
+
+
+def stops_with_a_mask(config: RunConfig) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a.png", "b.png", "a-masklabel.png"):
+            Image.new("RGB", (64, 64)).save(Path(folder, name))
+        found = preflight(config.changed({"dataset.path": folder}), Path(folder), card=lambda: None)
+    return any(problem.blocking for problem in found)
 
 
 class Runs:
@@ -257,6 +271,24 @@ def test_what_is_compared_is_what_a_run_did(runs: Runs, monkeypatch: pytest.Monk
     # These two would not go together, were they read.
     del asked["adapter.init"], asked["optimizer.range_test"], asked["name"]
     assert runs.did(asked) == plain
+
+
+def test_a_first_start_is_refused_with_masks_but_no_resume_and_no_run_of_an_earlier_version(
+    runs: Runs, tmp_path: Path
+) -> None:
+    pictures = shutil.copytree(runs.toy.pictures, tmp_path / "set")
+    mask = pictures / f"{min(pictures.glob('*.png')).stem}-masklabel.png"
+    first, fresh, older = (
+        runs.toy.run(name, **SHORT, dataset__path=str(pictures)) for name in ("first", "fresh", "older")
+    )
+    older.config_file.write_text(older.config_file.read_text().replace("ignore_unused = false\n", ""))
+    asked_at(first, "pause", 1)
+    shutil.copy(min(pictures.glob("*.png")), mask)
+    trained(first)
+    trained(older)
+    assert [run.status() for run in (first, older)] == ["done", "done"]
+    with pytest.raises(DatasetError, match=rf"1 mask \({mask.name}\).*turn on dataset.ignore_unused"):
+        trained(fresh)
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_says_what_is_no_longer_used(runs: Runs) -> None:

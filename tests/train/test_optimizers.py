@@ -1,6 +1,7 @@
 """Every optimizer learns with a base in every number format, however it writes what it has learned."""
 
 import importlib.machinery
+import os
 import sys
 import types
 from types import SimpleNamespace
@@ -9,16 +10,18 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
 from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
+from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
-from lora_core.train.autotune import MemoryFallback
+from lora_core.train.autotune import FALLBACKS, MemoryFallback
 from lora_core.train.loop import EMA, TrainState, optimizer_step
-from lora_core.train.setup import AdapterPlan, build_optimizer
-from tests.train.runs import Toy, notes, trained
+from lora_core.train.setup import AdapterPlan, RuntimePlan, build_optimizer
+from tests.train.runs import Toy, asked_at, notes, result, trained, trouble
 
 KEY = ("unet", "x")
 RATES = {"prodigy": 1.0}
@@ -77,12 +80,17 @@ ODD = {
 
 
 def trainee_of(
-    name: str, dtype: torch.dtype, rate: float, lora_plus: float = 1.0, on: str = "cpu"
+    name: str,
+    dtype: torch.dtype,
+    rate: float,
+    lora_plus: float = 1.0,
+    on: str = "cpu",
+    sides: tuple[int, int] = (12, 10),
 ) -> TrainState:
     """One layer with its optimizer, as a run has them."""
     torch.manual_seed(0)
     shape = LoraSpec(4, 4.0)
-    layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, DropoutState(), 0)
+    layer = LoraLayer(nn.Linear(*sides).to(dtype).requires_grad_(False), "x", shape, DropoutState(), 0)
     injected = Injected({KEY: layer}, DropoutState())
     base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
     optim = OptimizerSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
@@ -96,9 +104,11 @@ def learned(state: TrainState, steps: int = STEPS) -> float:
     """Train on a task of rank 2; the loss at the end as a share of that at the start, in what is exported."""
     layer = state.injected.layers[KEY]
     generator = torch.Generator().manual_seed(1)
-    x, inner, outer = (torch.randn(size, generator=generator) for size in ((64, 12), (12, 2), (2, 10)))
+    width, out = layer.base.in_features, layer.base.out_features
+    sizes = ((64, width), (width, 2), (2, out))
+    x, inner, outer = (torch.randn(size, generator=generator) for size in sizes)
     x = x.to(state.base.dtype)
-    update = x.float() @ inner @ outer / 12**0.5
+    update = x.float() @ inner @ outer / width**0.5
     target = layer.base(x).float() + update
     for step in range(steps):
         state.flat_params.zero_grad()
@@ -148,6 +158,79 @@ def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     MemoryFallback(state, 1, [("8-bit optimizer", 0)]).apply_until(0)
     assert isinstance(state.optimizer, Replaced)
     assert learned(state) < 0.2
+
+
+@pytest.fixture(scope="module")
+def package() -> Any:
+    """The real bitsandbytes, which tests/conftest.py hides; it may be in a folder of its own."""
+    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
+    with pytest.MonkeyPatch.context() as patch:
+        if own:
+            patch.syspath_prepend(own)
+        try:
+            # Since 0.50 it takes its steps on a processor too.
+            return pytest.importorskip("bitsandbytes", "0.50")
+        finally:
+            sys.modules["bitsandbytes"] = hidden
+
+
+@pytest.fixture
+def bitsandbytes(package: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    return package
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bitsandbytes_learns(bitsandbytes: Any, precision: str) -> None:
+    state = trainee_of("adamw", PRECISIONS[precision], 0.04, sides=(600, 500))
+    MemoryFallback(state, 1, [("8-bit optimizer", 0)]).apply_until(0)
+    assert type(state.optimizer) is bitsandbytes.optim.AdamW8bit
+    assert learned(state, 40) < 0.2
+    (kept,) = state.optimizer.state.values()
+    assert (kept["state1"].dtype, kept["state2"].dtype) == (torch.uint8, torch.uint8)
+    assert kept["state1"].numel() == state.flat_params.data.numel() == 4 * (600 + 500)
+
+
+def test_a_run_with_bitsandbytes_resumes_bit_for_bit(bitsandbytes: Any, own_toy: Toy) -> None:
+    how = {"train__steps": 4, "save__every": 2, "adapter__rank": 32, "train__precision": "bf16"}
+
+    def rungs(name: str) -> RunFolder:
+        run = own_toy.run(name, **how)
+        plan = RuntimePlan.of(run, run.config())
+        plan.rungs.append(("8-bit optimizer", 0))
+        plan.write(run)
+        return run
+
+    whole, broken = rungs("whole"), rungs("broken")
+    trained(whole)
+    asked_at(broken, "pause", 3)
+    assert broken.checkpoint_steps() == [2, 3]
+    kept = load_file(broken.checkpoint(3) / "optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in kept.values()}
+    trained(broken)
+    assert result(broken) == result(whole)
+    # Without the package its checkpoints cannot be read, which is said.
+    again = rungs("again")
+    asked_at(again, "pause", 3)
+    with mock.patch.dict(sys.modules, {"bitsandbytes": None}):
+        assert "AdamW in 8 bits, which this run has begun with, needs the package" in trouble(again)
+
+
+def test_an_8_bit_optimizer_without_code_for_the_device_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutKernel(Replaced):
+        def write(self, p, grad, lr):
+            raise NotImplementedError("bitsandbytes::optimizer_update_8bit_blockwise")
+
+    package, module = types.ModuleType("bitsandbytes"), types.ModuleType("bitsandbytes.optim")
+    package.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    state = trainee_of("adamw", torch.float32, 0.1)
+    for found in (None, WithoutKernel):
+        if found:
+            monkeypatch.setattr(module, "AdamW8bit", found, raising=False)
+        (rung,) = (each for each in FALLBACKS if each.name == "8-bit optimizer")
+        assert not rung.possible(MemoryFallback(state, 1, []))
 
 
 def test_whatever_writes_the_factors_is_seen() -> None:
