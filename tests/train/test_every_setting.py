@@ -279,7 +279,7 @@ def test_a_first_start_is_refused_with_masks_but_no_resume_and_no_run_of_an_earl
     pictures = shutil.copytree(runs.toy.pictures, tmp_path / "set")
     mask = pictures / f"{min(pictures.glob('*.png')).stem}-masklabel.png"
     first, fresh, older = (
-        runs.toy.run(name, **SHORT, dataset__path=str(pictures)) for name in ("first", "fresh", "older")
+        runs.toy.run(name, **SHORT, dataset__path=str(pictures)) for name in ("first", "fresh", "before")
     )
     older.config_file.write_text(older.config_file.read_text().replace("ignore_unused = false\n", ""))
     asked_at(first, "pause", 1)
