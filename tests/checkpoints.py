@@ -53,7 +53,9 @@ def cut(family: Family, part: str, size: str) -> dict[str, Any]:
     return {k: v for k, v in changes.items() if size == "narrow" or k not in DEPTHS}
 
 
-def components(family: Family, size: str = "narrow", seed: int = 0) -> Iterator[tuple[str, Any]]:
+def components(
+    family: Family, size: str = "narrow", seed: int = 0, device: str = "cpu"
+) -> Iterator[tuple[str, Any]]:
     """Each component of a base with random weights, as (part, module), one at a time."""
 
     def config(part: str) -> dict[str, Any]:
@@ -62,27 +64,27 @@ def components(family: Family, size: str = "narrow", seed: int = 0) -> Iterator[
 
     torch.manual_seed(seed)
     unet = config("unet") | {"sample_size": family.resolution // 8}
-    yield "unet", _random(lambda: UNet2DConditionModel.from_config(unet), size)
-    yield "vae", _random(lambda: AutoencoderKL.from_config(config("vae")), size)
+    yield "unet", _random(lambda: UNet2DConditionModel.from_config(unet), size, device)
+    yield "vae", _random(lambda: AutoencoderKL.from_config(config("vae")), size, device)
     for encoder in family.text_encoders:
         kind = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
         made = CLIPTextConfig(**config(encoder.part))
-        yield encoder.part, _random(lambda kind=kind, made=made: kind(made), size)
+        yield encoder.part, _random(lambda kind=kind, made=made: kind(made), size, device)
 
 
-def _random(build: Any, size: str) -> Any:
+def _random(build: Any, size: str, device: str) -> Any:
     """A module with random numbers, for full size in bf16: the true initialisation draws several times."""
     dtype = torch.bfloat16 if size == "full" else torch.float32
     with init_empty_weights(include_buffers=False):
         module = build()
     for name, parameter in list(module.named_parameters()):
         bound = 0.04 if parameter.dim() < 2 or "embedding" in name else parameter[0].numel() ** -0.5
-        value = torch.empty(parameter.shape, dtype=dtype).uniform_(-bound, bound)
+        value = torch.empty(parameter.shape, dtype=dtype, device=device).uniform_(-bound, bound)
         if "norm" in name and name.endswith("weight"):
             value.add_(1.0)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(value, requires_grad=False))
-    return module.eval()
+    return module.to(device).eval()
 
 
 def scheduler_config(family: Family, **changes: Any) -> dict[str, Any]:
