@@ -53,7 +53,7 @@ class Footprint:
     `python -m tests.simulated.footprints`: bf16, fused attention, allocated bytes.
 
     Attributes:
-        unet, text, vae: parameters of each.
+        unet, text, vae: parameters of each; `encoder`: of the largest text encoder.
         blocks, largest: parameters of the UNet's layers that 8 bits and offloading apply to, and of the
             largest one.
         guided: bytes a latent pixel and image of a pass without gradients.
@@ -66,6 +66,7 @@ class Footprint:
     blocks: int
     largest: int
     text: int
+    encoder: int
     vae: int
     guided: int
     encode: int

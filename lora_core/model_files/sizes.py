@@ -242,8 +242,8 @@ def _card_phases(
     passing = [a_pixel * rows * pixels * activation]
     if config.validation.every and config.validation.pictures:
         passing.append(min(LOOKS, config.validation.draws_per_image) * row.guided * pixels * activation)
-    if varied and not encoders:
-        passing.append(text)
+    if varied and not encoders:  # one after the other, for some captions
+        passing.append(row.encoder * width * larger)
     # Images that do not fit are encoded on the processor.
     encoding = CONTEXT + row.vae * 4 * larger + row.encode * pixels * math.sqrt(larger)
     before = [CONTEXT + text] + ([] if applied else [encoding])

@@ -160,6 +160,12 @@ def test_memory_is_within_a_quarter_of_the_simulated_card_s(
         ("sdxl", 8.3, {}, ["vae aside", "checkpointing"]),
         ("sdxl", 8.3, {"dataset.shuffle_tags": True}, ["vae aside", "text encoders aside", "checkpointing"]),
         ("sdxl", 6.2, {}, ["int8", "vae aside", "checkpointing"]),
+        (
+            "sdxl",
+            5.35,
+            {"dataset.shuffle_tags": True},
+            ["int8", "vae aside", "text encoders aside", "checkpointing"],
+        ),
         ("sdxl", 6.2, {"train.quantize_base": "int8"}, ["vae aside", "checkpointing"]),
         ("sd15", 4.0, {"train.batch_size": 4}, ["vae aside", "checkpointing", "half"]),
     ],

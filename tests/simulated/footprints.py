@@ -109,6 +109,7 @@ def footprint(family: Family) -> dict[str, Any]:
         "blocks": sum(blocks),
         "largest": max(blocks),
         "text": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
+        "encoder": max(sum(p.numel() for p in encoder.parameters()) for encoder in encoders),
         "vae": sum(p.numel() for p in vae.parameters()),
     }
     with SimulatedDevice(gib=200, numbers=False) as card:
