@@ -232,6 +232,8 @@ class Jobs:
             RunError: there is none of that name, or it is going on.
         """
         run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
+        if run.live_process() is not None:
+            raise RunError(f"The run {name} is still running; stop it before it is deleted.")
         move_to_trash(run.path, self.workspace)
         with self._lock:
             self._views.pop(run.path, None)
