@@ -19,14 +19,6 @@ LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
 _FACTOR = re.compile(
     r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada|lokr)_w"
 )
-_EXTRAS = (
-    (re.compile(r"^bundle_emb\."), "bundled embeddings"),
-    (re.compile(r"\.[wb]_norm$"), "changes of norm layers"),
-    (re.compile(r"\.diff_b$|\.bias$|\.bias_(?:indices|values|size)$"), "changes of biases"),
-    (re.compile(r"\.diff$"), "full differences of weights"),
-)
-"""Tensors that some files hold beside the factors of a LoRA: the name, and what it is."""
-
 _DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
 _TEXT = re.compile(
@@ -74,7 +66,7 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
 
     The alpha of a module that has only such tensors is one of them.
     """
-    extras = {key: what for key in keys for pattern, what in _EXTRAS if pattern.search(key)}
+    extras = {key: what for key in keys if (what := first_match("extras", [key]))}
     for names in (keys_by_module(keys) if extras else {}).values():
         own = [extras[name] for name in names if name in extras]
         if own and all(name in extras or name.endswith(".alpha") for name in names):

@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.layers import norm_layers
+from lora_core.formats.layers import ldm_family, norm_layers
 from lora_core.formats.peft import HEADER_KEY, read_lora_config
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.detect import Layout
-from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
+from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.model_files.ldm_names import ldm_unet_path
 
 
@@ -393,7 +393,19 @@ def invokeai(file: AdapterFile) -> Loaded:
     keys = [key for key in file.shapes if key not in bundled]
     modules = match_keys(keys, names, (KOHYA,), norms, NO_BIAS_KINDS)
     if file.family.portable:
-        _check_invokeai_base(file, keys)
+        # The base is told by the first width that the keys give away, in the file's order.
+        width = _invokeai_width(file.shapes)
+        if width is None and any(_DEEP_TRANSFORMER.match(key) for key in keys):
+            width = ldm_family().context_width
+        if width is None:
+            raise LoadError(
+                "it cannot tell which base the file is for, since no key of the UNet's cross-attention says"
+                " it; adapt attn2.to_k too"
+            )
+        if file.full_size and _CONTEXT_WIDTHS.get(width, width) != file.family.context_width:
+            raise LoadError(
+                f"it takes the file, by a width of {width}, for another base than {file.family.title}"
+            )
     if file.ldm_named:
         stray = next((key for key in keys if not key.startswith(("lora_unet_", *_TEXT_STARTS[1:]))), None)
         if stray:
@@ -426,22 +438,6 @@ _DEEP_TRANSFORMER = re.compile(
 )
 _CONTEXT_WIDTHS = {1280: 2048}
 """The width of SDXL's second text encoder, to the width of its text context."""
-
-
-def _check_invokeai_base(file: AdapterFile, keys: Sequence[str]) -> None:
-    """The base is told by the first width that the keys give away, in the file's order."""
-    width = _invokeai_width(file.shapes)
-    if width is None and any(_DEEP_TRANSFORMER.match(key) for key in keys):
-        width = next(f.context_width for f in FAMILIES.values() if f.kohya_block_names == "ldm")
-    if width is None:
-        raise LoadError(
-            "it cannot tell which base the file is for, since no key of the UNet's cross-attention says it;"
-            " adapt attn2.to_k too"
-        )
-    if file.full_size and _CONTEXT_WIDTHS.get(width, width) != file.family.context_width:
-        raise LoadError(
-            f"it takes the file, by a width of {width}, for another base than {file.family.title}"
-        )
 
 
 def _invokeai_width(shapes: Mapping[str, Sequence[int]]) -> int | None:

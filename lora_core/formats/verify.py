@@ -266,8 +266,15 @@ def run_loaders(
     alphas = {
         name: read_alpha(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
-    file = AdapterFile(shapes, alphas, metadata, family, layout, _is_full_size(meant, layout))
-    expected = Expected(meant, _products(meant, live), magnitudes, weight_of)
+    known = [(layer, layout[key]) for key, layer in meant.layers.items() if key in layout]
+    # Toys of the same layout are compared by names.
+    wide = sum(layer.weight_shape[:2] == tuple(shape[:2]) for layer, shape in known)
+    file = AdapterFile(shapes, alphas, metadata, family, layout, 2 * wide >= len(known))
+    # Of the file itself only the scales matter.
+    products: Products = {key: (1.0, layer.scale, layer.scale**2) for key, layer in meant.layers.items()}
+    if live is not None:
+        products = {key: _inner_products(meant.layers.get(key), own) for key, own in live.layers.items()}
+    expected = Expected(meant, products, magnitudes, weight_of)
     return {tool: _run(loader, file, expected) for tool, loader in LOADERS.items()}
 
 
@@ -324,25 +331,8 @@ def _meant(
     return meant, magnitudes
 
 
-def _is_full_size(meant: AdapterWeights, layout: Layout) -> bool:
-    """Whether the file is for a base as wide as the layout: toys of the same layout are compared by names."""
-    known = [key for key in meant.layers if key in layout]
-    fitting = sum(
-        meant.layers[key].up.shape[0] == layout[key][0] and meant.layers[key].down.shape[1] == layout[key][1]
-        for key in known
-    )
-    return 2 * fitting >= len(known)
-
-
 Products = dict[LayerKey, tuple[float, float, float] | None]
 """For each layer that should be there: |BA|^2 of the file, its product with what is right, |right|^2."""
-
-
-def _products(meant: AdapterWeights, live: AdapterWeights | None) -> Products:
-    """What errors are worked out from, once for all tools: of the file itself only the scales matter."""
-    if live is None:
-        return {key: (1.0, layer.scale, layer.scale**2) for key, layer in meant.layers.items()}
-    return {key: _inner_products(meant.layers.get(key), right) for key, right in live.layers.items()}
 
 
 def _inner_products(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float, float] | None:
