@@ -293,7 +293,7 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
     repeated: list[str] = []
     try:
         text = read_text(path, shown, TABLE_BYTES)
-        rows = _csv_rows(text) if path.suffix.casefold() == ".csv" else _json_rows(text)
+        rows = _table_rows(text, path.suffix.casefold() == ".csv")
     except DatasetError as error:
         return {}, [str(error)], []
     faults = 0
@@ -334,24 +334,20 @@ def _row_fault(row: Any) -> str:
     )
 
 
-def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Line number and value, or the reason as text where a line is not JSON."""
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-        if not line.strip():
-            continue
+def _table_rows(text: str, is_csv: bool) -> Iterator[tuple[int, Any]]:
+    """Line number and row, or the reason as text where a line is not JSON or the CSV breaks off."""
+    if is_csv:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
-            value = parse_json(line)
-        except ValueError as error:
-            yield number, f"not JSON: {error}"
-        else:
-            yield number, value if isinstance(value, dict) else {}
-
-
-def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Line number and row, or the reason as text where the table breaks off."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        yield reader.line_num, f"not CSV: {error}"
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            yield reader.line_num, f"not CSV: {error}"
+        return
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        if line.strip():
+            try:
+                value = parse_json(line)
+                yield number, value if isinstance(value, dict) else {}
+            except ValueError as error:
+                yield number, f"not JSON: {error}"

@@ -69,17 +69,6 @@ def image_size(base: BaseModel, request: GenerationRequest) -> tuple[int, int]:
     return size
 
 
-def _set_timesteps(scheduler: Any, request: GenerationRequest) -> None:
-    """Set the timesteps on the CPU: schedulers read them one by one, which would synchronize with a card."""
-    try:
-        scheduler.set_timesteps(request.steps)
-    except ValueError as error:
-        # LCM picks its steps out of the 50 that its models were distilled from.
-        raise ConfigError(
-            f"The sampler {request.sampler} cannot take {request.steps} steps; take fewer."
-        ) from error
-
-
 class _WithoutWaiting(TorchFunctionMode):
     """Lets a scheduler copy coefficients and noise to a card asynchronously, and solve UniPC's systems of two
     equations without reading back whether they are singular. The results are the same."""
@@ -107,7 +96,13 @@ def sample_latents(
     request.check()
     width, height = image_size(base, request)
     scheduler = make_scheduler(base, request.sampler)
-    _set_timesteps(scheduler, request)
+    try:
+        # On the CPU: schedulers read them one by one, which would synchronize with a card.
+        scheduler.set_timesteps(request.steps)
+    except ValueError as error:
+        # LCM picks its steps out of the 50 that its models were distilled from.
+        steps = f"cannot take {request.steps} steps; take fewer"
+        raise ConfigError(f"The sampler {request.sampler} {steps}.") from error
     factor = base.vae_scale_factor
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
