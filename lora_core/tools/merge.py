@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,20 +52,34 @@ BlockWeights = dict[str, tuple[float, ...]]
 """A pattern that is searched in "part.path", to a weight for each merged file; the last match counts."""
 
 
-def weights_by_layer(blocks: BlockWeights, layers: Iterable[LayerKey]) -> dict[str, tuple[float, ...]]:
-    """The weights of the layers that a pattern matches, by "part.path".
+T = TypeVar("T")
+
+
+def strengths_by_layer(
+    adapters: Sequence[tuple[WeightedLora | LoadedLora, Mapping[LayerKey, T]]], blocks: BlockWeights
+) -> dict[LayerKey, list[tuple[float, T]]]:
+    """For each layer what changes it, with its strength: that of its adapter times the weight in `blocks`.
+
+    Args:
+        adapters: each with what it has for a layer.
 
     Raises:
         ConfigError: names a pattern that matches no layer, probably a typo.
     """
-    names = [".".join(layer) for layer in layers]
+    names = [".".join(key) for key in dict.fromkeys(key for _, layers in adapters for key in layers)]
     for text in blocks:
         if not any(map(compile_pattern(text).search, names)):
             raise ConfigError(
                 f"The pattern {text!r} of --blocks matches no layer of these files; their layers"
                 f" are named like {names[0] if names else 'unet.mid_block...'}."
             )
-    return last_matches(blocks, names)
+    weights, found = last_matches(blocks, names), dict[LayerKey, list[tuple[float, T]]]()
+    for number, (adapter, layers) in enumerate(adapters):
+        for key, layer in layers.items():
+            own = weights.get(".".join(key))
+            if strength := adapter.on(key[0]) * (own[number] if own else 1.0):
+                found.setdefault(key, []).append((strength, layer))
+    return found
 
 
 def parse_block_weights(text: str, files: int) -> BlockWeights:
@@ -152,17 +166,11 @@ def merge_adapters(
         check_rank(rank)
     for adapter in adapters:
         check_plain(adapter.weights)
-    keys = dict.fromkeys(key for adapter in adapters for key in adapter.weights.layers)
-    weights = weights_by_layer(blocks or {}, keys)
-    loss, ones = TruncationLoss(), (1.0,) * len(adapters)
+    found = strengths_by_layer([(one, one.weights.layers) for one in adapters], blocks or {})
+    loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
-    for key in keys:
-        terms = [
-            (adapter.on(key[0]) * weights.get(".".join(key), ones)[number], adapter.weights.layers[key])
-            for number, adapter in enumerate(adapters)
-            if key in adapter.weights.layers
-        ]
-        terms = [(factor, layer) for factor, layer in terms if factor * layer.scale != 0]
+    for key, all_terms in found.items():
+        terms = [(factor, layer) for factor, layer in all_terms if factor * layer.scale != 0]
         if not terms:
             continue
         pair = _concatenate(key, terms)
@@ -401,7 +409,10 @@ def merge_files_into_base(
         MERGED_KEY: json.dumps(file_rows(files)),
         "modelspec.merged_from": ", ".join([base.path.stem, *(file.path.stem for file in files)]),
     }
-    terms = _terms(files, parse_block_weights(blocks, len(files)))
+    weights = parse_block_weights(blocks, len(files))
+    terms = strengths_by_layer([(file.lora, file.updates) for file in files], weights)
+    if not terms:
+        raise AdapterFileError("With these strengths and weights nothing of the base would change.")
     _write(base, _edits(base, terms), out, texts, note)
     return [*extras_sentences(loras), f"{len(terms)} layers of the base changed by {files_words(files)}."]
 
@@ -429,20 +440,6 @@ def _write(
         shutil.rmtree(draft, ignore_errors=True)
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-
-
-def _terms(files: Sequence[LoraFile], blocks: BlockWeights) -> dict[LayerKey, list[Term]]:
-    weights = weights_by_layer(blocks, dict.fromkeys(key for file in files for key in file.updates))
-    terms: dict[LayerKey, list[Term]] = {}
-    for number, file in enumerate(files):
-        for key, update in file.updates.items():
-            own = weights.get(".".join(key))
-            strength = file.lora.on(key[0]) * (own[number] if own else 1.0)
-            if strength != 0:
-                terms.setdefault(key, []).append((strength, update))
-    if not terms:
-        raise AdapterFileError("With these strengths and weights nothing of the base would change.")
-    return terms
 
 
 def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdits:
