@@ -251,7 +251,6 @@ def check_background_captions(
     """Words for a background that mean something else in these images, and captions that are odd ones out.
 
     Args:
-        records: images.
         names: how each is named in sentences.
         colours: of each plain background, "" where there is none.
     """
@@ -350,7 +349,6 @@ def report_bias(
         more steps than others), `bucket` (one image has a bucket for itself).
 
     Args:
-        records: all images.
         names: how each is named in sentences.
         thumbs: what `seen.thumb` gives; None for one that cannot be read.
         training: how they are trained on.
@@ -511,7 +509,6 @@ def audit(
     """The findings, as plain values for JSON.
 
     Args:
-        dataset: what was scanned.
         training: how it will be trained on.
         progress: called with (done, all) as the images are looked at; what it raises ends the audit.
         looks_before: results of earlier audits of the same files; new ones are added.

@@ -132,7 +132,6 @@ def count_tokens(text: str, tokenizer_folder: Path) -> int:
     """How many CLIP tokens a text has, without the marks of begin and end.
 
     Args:
-        text: one caption.
         tokenizer_folder: holds `vocab.json` and `merges.txt`.
 
     Raises:
@@ -238,7 +237,6 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     """A text file's content, without a byte order mark and with plain newlines.
 
     Args:
-        path: the file.
         shown: how to name it in a message.
         most: bytes that it may have.
 
@@ -263,8 +261,6 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
     """Writes the caption to the `.txt` beside an image, atomically.
 
     Args:
-        picture: whose caption it is.
-        text: the caption.
         wait: until the disk has it; many captions in a row, kept elsewhere too, need not wait each.
 
     Raises:

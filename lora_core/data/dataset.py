@@ -143,7 +143,6 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     a problem. Each file or row that is not used is a problem or a note; hidden files share one.
 
     Args:
-        folder: the dataset.
         sizes: what is known from before; without it every image is decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
@@ -497,10 +496,8 @@ def split_holdout(
     """The records to train on, and those to measure on, each in their old order.
 
     Args:
-        records: all records.
         pictures: a share if below 1, else a number of images. Where near-duplicates would have to be
         separated, it is fewer. Ignored where the user listed images.
-        seed: of the choice.
 
     Raises:
         DatasetError: fewer than two images would be left to train on.
@@ -536,7 +533,6 @@ def num_holdout(count: int, pictures: float) -> int:
     """How many of `count` images are to be held out, 0 for none.
 
     Args:
-        count: all there are.
         pictures: a share if below 1, else a number of images.
 
     Raises:

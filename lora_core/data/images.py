@@ -269,7 +269,6 @@ def open_rgb(path: Path, least: int | None = None) -> Image.Image:
     16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken.
 
     Args:
-        path: the file.
         least: let it be shrunk, with sides of at least so many pixels if it has them: JPEGs are reduced while
             decoding, which is several times faster.
 
@@ -297,7 +296,6 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
     """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it.
 
     Args:
-        path: the file.
         most: more bytes than this are refused.
 
     Raises:

@@ -104,7 +104,6 @@ def eval_losses(
     Args:
         base: with whatever adapter is in it.
         images: what to measure on; all have K draws.
-        encode: the text encoders.
         on_image: called after each image.
     """
     rows = []

@@ -100,7 +100,6 @@ def save_adapter(
     """Write an adapter file atomically, and read it back before it replaces anything.
 
     Args:
-        weights: to write.
         path: the file; an existing one is replaced.
         family: whose layer names to use.
         format: a row of `FORMATS`.
@@ -140,7 +139,6 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
 
     Args:
         source: a LoRA file of any known format.
-        target: the file to write.
         format: a row of `FORMATS`.
         keep_alphas: keep an alpha of its own for each layer of a kohya file.
 

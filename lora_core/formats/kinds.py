@@ -165,7 +165,6 @@ def require_family(
     """The row that a file is for.
 
     Args:
-        path, shapes, metadata: of the file.
         lost: what cannot be done otherwise, for the error, which begins with the path.
         hint: what to do where nothing says the family.
 
@@ -240,10 +239,6 @@ def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:
     """A layer's DoRA magnitudes, (out, 1) where rows are normed, (1, in) where columns are.
 
     In kohya's files the shape tells which; PEFT always has one for each row.
-
-    Args:
-        name: of the layer in the file.
-        stored: the tensor in the file.
 
     Raises:
         AdapterFileError: the shape is impossible, or a value is not finite.

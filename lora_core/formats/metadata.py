@@ -43,8 +43,6 @@ def export_metadata(
     """The header of a run's exported file, without the hashes, which `io.save_adapter` adds.
 
     Args:
-        config: the run's settings.
-        base: what it was trained on.
         captions: of the images that were trained on.
         buckets: (width, height) in pixels to number of these images.
         steps: optimizer steps done.

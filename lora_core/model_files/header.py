@@ -59,7 +59,6 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     """The header of a safetensors file, with each of its claims checked against the file.
 
     Args:
-        path: the file.
         error: the class to raise for a broken file: `AdapterFileError` or `ModelFileError`.
 
     Raises:

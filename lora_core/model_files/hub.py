@@ -194,7 +194,6 @@ def download(found: Download, progress: Progress, cancelled: Callable[[], bool] 
     """Download what is missing of a base; a partial file is continued.
 
     Args:
-        found: from `find_download`.
         progress: told of the bytes.
         cancelled: asked between chunks.
 

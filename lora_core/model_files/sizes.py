@@ -56,12 +56,7 @@ _HALF, _FULL = 2, 4
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """About how large one checkpoint is.
-
-    Args:
-        config: the run's settings.
-        parameters: how many are trained.
-    """
+    """About how large one checkpoint is."""
     state = chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name").state
     copies = 1.0 + state + (1.0 if config.save.ema else 0.0)
     return int(copies * parameters * _FULL) + _HEADERS
@@ -82,7 +77,6 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     """About how much a whole run takes on its drive, at the moment when it takes most.
 
     Args:
-        config: the run's settings.
         export: size of the exported file, as `sizes.export_bytes` says; half of that is the number of trained
             parameters.
     """
@@ -149,8 +143,6 @@ def fit_on_card(
     """Predict a run's memory on a card, within a quarter of what the simulated card counts.
 
     Args:
-        config: the run's settings.
-        facts: of its base.
         varied: whether captions vary from draw to draw, so that frozen text encoders are needed in training.
         free: bytes of the card that no other process holds; None where that is not known.
 

@@ -38,7 +38,6 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
     projection is the first chunk's, as in A1111.
 
     Args:
-        base: the base model.
         captions: B texts.
         clip_skip: which layer, counted from the last. Families conditioned on the last one apply the final
             layer norm; those conditioned on the penultimate, number 2, do not, and never take a later one.

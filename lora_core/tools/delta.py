@@ -437,8 +437,6 @@ class Rewrite:
     """An adapter file to be saved anew with other weights, in its own format and with its own metadata.
 
     Attributes:
-        source: the file that it comes from.
-        out: the file to make.
         precision: "fp32", "fp16", "bf16", `io.AS_IT_IS`, or "" for that of the source.
     """
 

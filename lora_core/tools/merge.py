@@ -247,7 +247,6 @@ def merge_files(
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
 
     Args:
-        loras: the files.
         out: the file to write; it must not exist.
         rank: of the result; None adds the ranks.
         blocks: the text of `--blocks`, or "".
