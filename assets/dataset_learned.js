@@ -2,13 +2,14 @@
 // says about captions and trigger words, and what the last run learned of each image.
 (() => {
   const easel = window.easel;
-  const { one, get, post, plural, later } = easel;
+  const { one, get, post, plural } = easel;
 
   let state = {};             // of /easel/insights
   let odd = [];               // images that are told by the check to have a wrong caption
   let sortMost = false;
 
-  const showFound = (check) => {
+  let seen = "";
+  easel.showLearned = (check) => {
     const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
     if (!place) return;
     button.hidden = check.state !== "idle" && check.state !== "failed";
@@ -23,24 +24,11 @@
     marked();
     easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));
     easel.tellAgain();
+    if (check.fresh) seen = easel.shelf().mark;
   };
 
-  let looking = false, again = false, seen = "";
-  const look = async (asked = false) => {
-    if (looking) { again = true; return; }
-    looking = true;
-    try {
-      let check = await post("check", { by_itself: !asked });
-      for (;;) {
-        showFound(check);
-        if (check.state !== "working") break;
-        await later(400);
-        check = await get("check");
-      }
-      if (!check.problem) seen = easel.shelf().mark;
-    } catch { /* asked again at the next change */ } finally { looking = false; }
-    if (again) { again = false; look(); }
-  };
+  // The check finds both what is wrong and what will be learned.
+  const look = async (asked = false) => easel.checked(await post("check", { by_itself: !asked }));
 
   // ---- measured with the base ---------------------------------------------------------------------------------------------
   const BUTTONS = { captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };

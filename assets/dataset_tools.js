@@ -278,6 +278,7 @@
   const showCheck = (state) => {
     const line = one("#check-state"), button = one("#check-start");
     if (!line) return;
+    easel.showLearned(state);
     button.disabled = state.state === "working";
     button.title = button.disabled ? "The images are being checked" : "";
     button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
@@ -303,7 +304,8 @@
     if (!one("#check-state")) return false;
     if (state.state === "working") showCheck(state); else if (state.state !== "idle") watchCheck();
   });
-  const check = async () => { showCheck(await post("check", {})); watchCheck(); };
+  // Shows the answer to a wish for a check, and what comes of it.
+  easel.checked = (state) => { showCheck(state); if (state.state !== "idle") watchCheck(); };
 
   // ---- events ---------------------------------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
@@ -322,7 +324,7 @@
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
-    else if (target.id === "check-start") check();
+    else if (target.id === "check-start") post("check", {}).then(easel.checked);
     else if (data.leave !== undefined) easel.leaveOut([data.leave]).then(watchCheck);
     else if (data.leaveAll) easel.leaveOut(JSON.parse(data.leaveAll)).then(watchCheck);
     else if (data.openPicture !== undefined) easel.open(data.openPicture);
