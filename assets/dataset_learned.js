@@ -85,13 +85,6 @@
     watch();
   };
 
-  const takeWord = (word) => {
-    const field = one("#trigger :is(input, textarea)");
-    Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), "value").set.call(field, word);
-    for (const kind of ["input", "blur"]) field.dispatchEvent(new Event(kind, { bubbles: kind === "input" }));
-    field.focus();
-  };
-
   // ---- events -------------------------------------------------------------------------------------------------------
   document.addEventListener("click", async (event) => {
     const target = event.target.closest("button");
@@ -102,7 +95,7 @@
     else if (target.id === "pictures-start") begin({ do: "begin", what: "pictures" });
     else if (target.id === "trigger-propose") { wordsOpen = true; await easel.waitingSaves(); begin({ do: "begin", what: "triggers" }); }
     else if (target.id === "trigger-close") { wordsOpen = false; show(); one("#trigger-propose").focus(); }
-    else if (data.triggerWord) takeWord(data.triggerWord);
+    else if (data.triggerWord) easel.type(one("#trigger :is(input, textarea)"), data.triggerWord);
     else if (data.insightCancel) begin({ do: "cancel", what: data.insightCancel });
     else if (data.learnedWord) {
       const field = one("#dataset-search");

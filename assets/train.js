@@ -237,12 +237,7 @@
   const repair = (pressed) => {
     const name = pressed.closest("[data-field]")?.dataset.field;
     const field = name ? fieldOf(name) : pressed.closest(".block[id]"), input = field && one("input, textarea", field);
-    if (!input) return;
-    const kind = input instanceof HTMLTextAreaElement ? HTMLTextAreaElement : HTMLInputElement;
-    // Through the prototype: Gradio listens for what a user types.
-    Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(input, pressed.dataset.repair);
-    for (const event of ["input", "change", "blur"]) input.dispatchEvent(new Event(event, { bubbles: true }));
-    input.focus();
+    if (input) window.easel.type(input, pressed.dataset.repair);
   };
 
   // After Start, the run is where one looks.

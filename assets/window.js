@@ -82,6 +82,13 @@
     toast.timer = setTimeout(close, 10_000);
   };
 
+  // Puts a value into a field of Gradio's, which listens for what a user types: through the prototype.
+  const type = (field, value) => {
+    Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), "value").set.call(field, value);
+    for (const event of ["input", "change", "blur"]) field.dispatchEvent(new Event(event, { bubbles: true }));
+    field.focus();
+  };
+
   // A dialog that is gone once it is closed, as by a click beside it.
   const dialog = (label, ...inside) => {
     const made = make("dialog", { className: "easel-dialog panel", attributes: { "aria-label": label } }, ...inside);
@@ -93,7 +100,7 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { openTab, one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, dialog, settling: [] };
+  window.easel = { openTab, one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
