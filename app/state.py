@@ -167,13 +167,11 @@ class AppState:
         ):
             return ""
         until = f"It is done when the run {live.run.name} has ended or is paused."
-        if card is None or not live.progress.stepping:
-            return f"Waiting for the GPU. {until}"
-        free, base = card.total - card.used, str(request.get("base", ""))
+        base = str(request.get("base", "")) if live.progress.stepping else ""
         numbers = parameters_of(lookup_base(base)) if base else None
-        if numbers is None:
+        if card is None or numbers is None:
             return f"Waiting for the GPU. {until}"
-        needed = numbers * BYTES_A_NUMBER + BESIDE_BASE
+        free, needed = card.total - card.used, numbers * BYTES_A_NUMBER + BESIDE_BASE
         if needed <= free:
             return ""
         return (

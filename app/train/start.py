@@ -13,8 +13,6 @@ from app.state import AppState, Snapshot, take_snapshot
 from app.templates import (
     format_speed,
     note_html,
-    part,
-    pluralize,
     problem_html,
     render,
     with_labels,
@@ -33,7 +31,6 @@ from app.train.form import (
 )
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
-from lora_core.model_files.detect import EMBEDDED
 from lora_core.model_files.sizes import FALLBACKS, trains_text_encoder
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
@@ -326,20 +323,7 @@ def take_settings(project: Any, like: LoraSettings, name: str) -> str:
     keep: dict[str, Any] = {"values": values}
     if like.values.get("dataset.trigger"):
         keep["trigger"] = str(like.values["dataset.trigger"])
-    sentences = describe_taken(like, name, taken, changed)
     project.update_draft(**keep)
-    return part("sentences", sentences, "like-said", status=True)
-
-
-def describe_taken(like: LoraSettings, name: str, taken: dict[str, Any], changed: list[str]) -> list[str]:
-    """What was taken from a file and what was not, in sentences."""
-    count = pluralize(len(taken), "setting")
-    rows = [f"From {name}: {like.source}. {count} taken, {len(changed)} of them new here."]
-    told = [f"{label_of(n)} {to_widget_value(n, taken[n])}" for n in changed[:MOST_LISTED]]
-    more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
-    if told:
-        rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")
-    if like.base:
-        base = "the embedded base" if like.base == EMBEDDED else like.base
-        rows.append(f"It was trained on {base}; the base is yours to choose.")
-    return [*rows, *like.left]
+    told = [f"{label_of(n)} {values[n]}" for n in changed[:MOST_LISTED]]
+    shown = {"name": name, "like": like, "count": len(taken), "changed": len(changed)}
+    return render("train/like_said.html", told=[" ".join(text.split()) for text in told], **shown)
