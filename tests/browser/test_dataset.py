@@ -298,11 +298,11 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A thousand different files of 1024 px; every tenth has no caption."""
+    """A thousand different files of 512 px; every tenth has no caption."""
     folder = tmp_path_factory.mktemp("thousand")
     tile = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     buffer = io.BytesIO()
-    tile.resize((1024, 1024), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=90)
+    tile.resize((512, 512), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=90)
     for index in range(1000):
         # What follows a JPEG's end is no part of it.
         (folder / f"p{index:04}.jpg").write_bytes(buffer.getvalue() + str(index).encode())
