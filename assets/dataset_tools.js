@@ -108,7 +108,7 @@
       const { done } = followed, lost = state.state === "idle";
       followed = null;
       easel.load().then(() => {
-        end(lost ? "LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped." : "", lost);
+        note(lost ? "LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped." : "", lost);
         done();
         easel.tell("import");
       });

@@ -250,6 +250,18 @@ def test_what_is_typed_while_the_server_is_away_is_saved_later(
     page.unroute("**/easel/caption")
     page.wait_for_selector("#caption-state[data-state=saved]")
     assert (stored(window) / Path(name).with_suffix(".txt")).read_text() == "typed on the train"
+    # The server is started anew during an import, which its page waits for.
+    page.route("**/easel/upload/*", lambda route: route.fulfill(json={"state": "working", "number": 5})
+               if route.request.method == "POST" else route.continue_())  # fmt: skip
+    anew = 'data: {"import": {"state": "idle", "number": 6}}\n\n'
+    page.route("**/easel/live*", lambda route: route.fulfill(content_type="text/event-stream", body=anew))
+    take(page, pictures[:1])
+    page.evaluate("dispatchEvent(new Event('online'))")
+    page.wait_for_selector("#import-note >> text=started anew before the import was done")
+    page.unroute("**/easel/upload/*")
+    page.unroute("**/easel/live*")
+    take(page, pictures[:1])
+    page.wait_for_selector("#import-note >> text=1 image is already here, skipped.")
     # A new load of the page opens the same picture.
     page.reload()
     page.wait_for_selector(f"{GRID}.on")
