@@ -13,6 +13,7 @@ import pytest
 
 import launch
 from app import install
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -391,7 +392,7 @@ def test_one_process_sets_up_and_the_other_finds_it_done(
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
     monkeypatch.setattr(install, "install_torch", lambda cards: None)
     first = threading.Thread(target=install.set_up, args=("test",))
-    second = threading.Thread(target=lambda: inside.wait(10) and install.set_up("test"))
+    second = threading.Thread(target=lambda: inside.wait(PATIENCE) and install.set_up("test"))
     second.start()
     first.start()
     first.join()

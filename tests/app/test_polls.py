@@ -43,8 +43,11 @@ with run.hold():
             if request["id"] in before.handled:
                 continue
             writer.write(events.Handled(step=step, request=request["id"]))
-            # It saves and exports before it says that it has ended, and lives on for a moment.
-            time.sleep(0.2)
+            # It saves and exports until somebody has seen that, then says that it has ended and lives on.
+            seen = run.path / "seen"
+            seen.unlink(missing_ok=True)
+            while not seen.exists():
+                time.sleep(0.01)
             pausing = request["action"] == "pause"
             writer.write(events.Paused(step=step) if pausing else events.Stopped(step=step, export=""))
             time.sleep(0.2)
@@ -64,13 +67,15 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
     app_state.jobs.trainer = (sys.executable, "-c", TRAINER)
     seen: list[tuple[str, list[int]]] = []
 
-    def watch(until: str, step: int = 0) -> None:
+    def watch(until: str, step: int = 0, least: int = 0) -> None:
         for snapshot in looks(app_state):
             seen.append((snapshot.state, [stage["percent"] for stage in stages(snapshot.shown)]))
-            if snapshot.state == until and snapshot.progress.step >= step:
+            if snapshot.state in ("pausing", "stopping"):
+                (run.path / "seen").touch()
+            if snapshot.state == until and snapshot.progress.step >= step and len(seen) >= least:
                 return
 
-    app_state.jobs.start(RunConfig().changed({"name": "watched"}))
+    run = app_state.jobs.start(RunConfig().changed({"name": "watched"}))
     watch("running", 50)
     app_state.jobs.request("pause")
     watch("paused")
@@ -82,7 +87,7 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
     child.kill()
     watch("interrupted")
     app_state.jobs.resume("watched")
-    watch("running", take_snapshot(app_state).progress.step + 40)
+    watch("running", take_snapshot(app_state).progress.step + 40, least=501)
     app_state.jobs.request("stop")
     watch("stopped")
 
