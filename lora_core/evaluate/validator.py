@@ -301,13 +301,8 @@ CLEARLY = 2.0
 
 
 def paired_difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, float]:
-    """How much lower the loss is now than before, and the standard error.
-
-    Args:
-        before, now: losses on the same draws, each (images, K); the result is NaN where `before` is None or
-        of
-            other draws.
-    """
+    """How much lower the loss is now than before, on the same draws (images, K), and the standard error; NaN
+    where `before` is None or of other draws."""
     if before is None or before.shape != now.shape:
         return float("nan"), float("nan")
     gained = before - now
