@@ -129,10 +129,8 @@ def count_tags(captions: Iterable[str]) -> dict[str, int]:
 
 
 def count_tokens(text: str, tokenizer_folder: Path) -> int:
-    """How many CLIP tokens a text has, without the marks of begin and end.
-
-    Args:
-        tokenizer_folder: holds `vocab.json` and `merges.txt`.
+    """How many CLIP tokens a text has, without the marks of begin and end; `tokenizer_folder` holds
+    `vocab.json` and `merges.txt`.
 
     Raises:
         ModelFileError: the folder holds no tokenizer of this kind.
@@ -258,10 +256,8 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
 
 
 def write_caption(picture: Path, text: str, wait: bool = True) -> None:
-    """Writes the caption to the `.txt` beside an image, atomically.
-
-    Args:
-        wait: until the disk has it; many captions in a row, kept elsewhere too, need not wait each.
+    """Writes the caption to the `.txt` beside an image, atomically. It waits until the disk has it, unless
+    `wait` is off, for many captions in a row that are kept elsewhere too.
 
     Raises:
         DatasetError: the folder cannot be written.

@@ -140,10 +140,8 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     of the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest
     folder counts, there `.jsonl` before `.csv`, and the last of one table. Masks and what lies in a folder
     for masks or regularisation images are not images. Nothing is raised for a file that is wrong; it becomes
-    a problem. Each file or row that is not used is a problem or a note; hidden files share one.
-
-    Args:
-        sizes: what is known from before; without it every image is decoded.
+    a problem. Each file or row that is not used is a problem or a note; hidden files share one. Without
+    `sizes`, what is known from before, every image is decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
     tables, rows_of = _read_tables(listing)
@@ -530,10 +528,8 @@ def split_holdout(
 
 
 def num_holdout(count: int, pictures: float) -> int:
-    """How many of `count` images are to be held out, 0 for none.
-
-    Args:
-        pictures: a share if below 1, else a number of images.
+    """How many of `count` images are to be held out, 0 for none; `pictures` is a share if below 1, else a
+    number of images.
 
     Raises:
         DatasetError: fewer than two would be left to train on.

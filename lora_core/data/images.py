@@ -103,11 +103,8 @@ def is_mask(path: Path) -> bool:
 
 
 def unused_folder_kind(shown: str) -> str:
-    """ "mask" or "regularisation" for a file in a folder of such images, else "".
-
-    Args:
-        shown: path below the dataset folder, with forward slashes.
-    """
+    """ "mask" or "regularisation" for a file in a folder of such images, else ""; `shown` is its path below
+    the dataset folder, with forward slashes."""
     for part in fold_name(shown).split("/")[:-1]:
         if _REGULARISATION.fullmatch(part):
             return "regularisation"
@@ -266,11 +263,8 @@ class ImageInfo(NamedTuple):
 def open_rgb(path: Path, least: int | None = None) -> Image.Image:
     """The image as 8-bit RGB, upright.
 
-    16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken.
-
-    Args:
-        least: let it be shrunk, with sides of at least so many pixels if it has them: JPEGs are reduced while
-            decoding, which is several times faster.
+    16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken. It
+    may be shrunk to sides of at least `least` pixels: JPEGs are reduced while decoding, several times faster.
 
     Raises:
         DatasetError: the file is not an image, is damaged, or has too many pixels; names the file.
@@ -293,10 +287,8 @@ def make_thumbnail(path: Path, side: int = 256) -> bytes:
 
 
 def hash_file(path: Path, most: int = sys.maxsize) -> str:
-    """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it.
-
-    Args:
-        most: more bytes than this are refused.
+    """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it; more than `most`
+    bytes are refused.
 
     Raises:
         DatasetError: the file cannot be read, is not a regular file, or is too large.

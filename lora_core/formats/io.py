@@ -49,10 +49,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
-    """The adapter in a file of any known format.
-
-    Args:
-        family: the base's, if the adapter is to be used with one.
+    """The adapter in a file of any known format; `family` is the base's, if it is to be used with one.
 
     Raises:
         AdapterFileError: the file is broken, holds no plain LoRA, holds values that are not finite, or is for

@@ -221,10 +221,7 @@ def split_key(key: str) -> tuple[str, str]:
 def tensors_by_layer(
     tensors: Mapping[str, torch.Tensor], family: Family | None
 ) -> dict[LayerKey, tuple[str, Tensors]]:
-    """For each layer its name in the file, and its tensors by role.
-
-    Args:
-        family: whose blocks original names count, as in `layer_of_prefix`.
+    """For each layer its name in the file, and its tensors by role; `family` as in `layer_of_prefix`.
 
     Raises:
         AdapterFileError: a name is of no layer or has no role, or two tensors have the same.

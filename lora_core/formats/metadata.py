@@ -181,10 +181,8 @@ def card_file(path: Path) -> Path:
 
 
 def write_beside(path: Path, metadata: Mapping[str, str], image: Path | None = None) -> None:
-    """Write the preview image, if there is one, and the model card beside an adapter file.
-
-    Args:
-        image: a PNG that was generated with it.
+    """Write the preview image, a PNG that was generated with it if there is one, and the model card beside an
+    adapter file.
 
     Raises:
         OSError: they cannot be written.

@@ -58,11 +58,8 @@ class Header:
 def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header:
     """The header of a safetensors file, with each of its claims checked against the file.
 
-    Args:
-        error: the class to raise for a broken file: `AdapterFileError` or `ModelFileError`.
-
     Raises:
-        LoraError: of the class `error`: what is wrong with the file.
+        LoraError: of the class `error`, `AdapterFileError` or `ModelFileError`: what is wrong with the file.
     """
     path = Path(path)
     if not path.is_file():

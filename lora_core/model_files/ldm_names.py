@@ -95,10 +95,8 @@ def ldm_vae_path(path: str, levels: int) -> str:
 def open_clip_path(path: str) -> tuple[str, int | None]:
     """OpenCLIP's name of a text encoder's parameter, and which third of it along the first axis, or None.
 
-    OpenCLIP keeps q, k and v in one tensor, and the text projection transposed.
-
-    Args:
-        path: transformers' name, with or without the `text_model.` level.
+    OpenCLIP keeps q, k and v in one tensor, and the text projection transposed. `path` is transformers' name,
+    with or without the `text_model.` level.
     """
     path = path.removeprefix("text_model.")
     if path == "text_projection.weight":

@@ -74,12 +74,8 @@ def preview_bytes(config: RunConfig) -> int:
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
-    """About how much a whole run takes on its drive, at the moment when it takes most.
-
-    Args:
-        export: size of the exported file, as `sizes.export_bytes` says; half of that is the number of trained
-            parameters.
-    """
+    """About how much a whole run takes on its drive, at the moment when it takes most; `export` is what
+    `export_bytes` says, twice the number of trained parameters."""
     parameters = export // _HALF
     save = config.save
     # Those that stay, the best, the one to go back to, and the new one before an old one goes.

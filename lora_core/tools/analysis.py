@@ -64,10 +64,7 @@ TABLE = 16
 
 
 def phi(first: torch.Tensor, second: torch.Tensor) -> float:
-    """phi of two subspaces, in [0, 1].
-
-    Args:
-        first, second: (d, i) and (d, j), orthonormal columns.
+    """phi of two subspaces, in [0, 1], of orthonormal columns (d, i) and (d, j).
 
     Source: Hu et al. 2021, equation 4.
     """
@@ -76,11 +73,8 @@ def phi(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def phi_table(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """phi(i, j) of the leading i and j columns, (i, j) from 1 on: figures 3 and 4 of Hu et al. 2021.
-
-    Args:
-        first, second: (d, I) and (d, J), orthonormal columns, the leading ones first.
-    """
+    """phi(i, j) of the leading i and j of orthonormal columns (d, I) and (d, J), (i, j) from 1 on: figures 3
+    and 4 of Hu et al. 2021."""
     sums = (first.T @ second).square().cumsum(0).cumsum(1)
     rows, columns = (torch.arange(1, n + 1) for n in sums.shape)
     return (sums / torch.minimum(rows[:, None], columns[None, :])).clamp(max=1.0)
@@ -160,10 +154,7 @@ class _Term:
 
 
 def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None = None) -> dict[str, Any]:
-    """Overlap, cross terms and what survives of each of several adapter files.
-
-    Args:
-        files: two or more.
+    """Overlap, cross terms and what survives of each of two or more adapter files.
 
     Returns:
         `files`: `name`, `strength`, `norm`, `survives`, `untouched` of each, over all of its layers; `pairs`:
@@ -286,10 +277,7 @@ def _over_layers(
 
 
 def measure_stack(loras: Sequence[WeightedLora], family: Family, measure: MeasureGains) -> dict[str, Any]:
-    """What adapters gain together and what each gains alone, on the same draws.
-
-    Args:
-        measure: the gains of adapters, as `Evaluator.gains`.
+    """What adapters gain together and what each gains alone, on the same draws, by `Evaluator.gains`.
 
     Returns:
         `stack` and `sum` (of the gains of each alone) and `best_alone`, each {gain, standard_error}; `alone`:
@@ -403,9 +391,6 @@ def _num_unmatched(cosines: torch.Tensor, threshold: float) -> int:
 
 def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None = None) -> dict[str, Any]:
     """The amplification factors of an adapter file against a base, and its intruder dimensions.
-
-    Args:
-        base: that it is used with.
 
     Returns:
         `layers`: for each `part`, `module`, `rank` (that exceeds rounding), `norm` of the update, `base_norm`

@@ -131,10 +131,7 @@ class Update:
         return up.reshape(*up.shape, *(1 for _ in self.size[2:])), down
 
     def delta(self, weight: torch.Tensor | None) -> torch.Tensor:
-        """The update at strength 1, in fp32.
-
-        Args:
-            weight: the frozen weight in fp32; only a DoRA needs it.
+        """The update at strength 1, in fp32; only a DoRA needs the frozen weight, in fp32 too.
 
         Raises:
             AdapterFileError: the weight has another shape.
@@ -216,10 +213,8 @@ def shared_family(paths: Iterable[Path], why: str) -> Family | None:
 
 
 def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict[str, str], Family]:
-    """The updates in an adapter file of any of these kinds, its metadata, and the family that it is for.
-
-    Args:
-        known: of the base that it is used with, if there is one.
+    """The updates in an adapter file of any of these kinds, its metadata, and the family that it is for: the
+    `known` one of the base that it is used with, if there is one.
 
     Raises:
         AdapterFileError: the file is broken, of another kind, for another family, or does not name its own.

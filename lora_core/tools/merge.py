@@ -58,10 +58,8 @@ T = TypeVar("T")
 def strengths_by_layer(
     adapters: Sequence[tuple[WeightedLora | LoadedLora, Mapping[LayerKey, T]]], blocks: BlockWeights
 ) -> dict[LayerKey, list[tuple[float, T]]]:
-    """For each layer what changes it, with its strength: that of its adapter times the weight in `blocks`.
-
-    Args:
-        adapters: each with what it has for a layer.
+    """For each layer what changes it, of adapters with what each has for a layer, and at which strength: that
+    of the adapter times the weight in `blocks`.
 
     Raises:
         ConfigError: names a pattern that matches no layer, probably a typo.
