@@ -11,7 +11,7 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats.layers import Tensors, is_finite, is_kohya_key, ldm_family, split_key
 from lora_core.model_files.families import FAMILIES, Family
-from lora_core.model_files.header import first_match, other_family, unsupported_kind
+from lora_core.model_files.header import first_match, kind_tables, other_family, unsupported_kind
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -66,7 +66,10 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
 
     The alpha of a module that has only such tensors is one of them.
     """
-    extras = {key: what for key in keys if (what := first_match("extras", [key]))}
+    found: dict[str, str] = {}
+    for pattern, what in kind_tables()["extras"]:
+        found |= dict.fromkeys(filter(re.compile(pattern).search, keys), what)
+    extras = {key: found[key] for key in keys if key in found}
     for names in (keys_by_module(keys) if extras else {}).values():
         own = [extras[name] for name in names if name in extras]
         if own and all(name in extras or name.endswith(".alpha") for name in names):

@@ -141,7 +141,7 @@ def _refusal(start: bytes, length: int, size: int) -> str:
 
 
 @functools.cache
-def _tables() -> dict[str, Any]:
+def kind_tables() -> dict[str, Any]:
     """The rows of `assets/unsupported.toml`, with their patterns complete."""
     tables = tomllib.loads((ASSETS / "unsupported.toml").read_text(encoding="utf-8"))
     tables["kinds"] = [(row.replace("<unet>", tables["unet"]), title) for row, title in tables["kinds"]]
@@ -162,13 +162,13 @@ def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
 def first_match(table: str, names: Collection[str]) -> str:
     """The title of the first row of a table of `assets/unsupported.toml` whose pattern is found in a name, or
     ""."""
-    rows = _tables()[table]
+    rows = kind_tables()[table]
     return next((str(title) for pattern, title in rows if any(map(re.compile(pattern).search, names))), "")
 
 
 def channels_kind(channels: object) -> str:
     """What a UNet with this many input channels is, for messages, if not a text-to-image model; else ""."""
-    named = _tables()["channels"].get(str(channels), f"a model with {channels} input channels")
+    named = kind_tables()["channels"].get(str(channels), f"a model with {channels} input channels")
     return "" if channels == 4 else str(named)
 
 
@@ -201,7 +201,7 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
     flat = {key: name.replace(".", "_") for key, name in names.items()}
     if title := first_match("families", (*flat.values(), *names.values())):
         return title
-    for row in _tables()["widths"]:
+    for row in kind_tables()["widths"]:
         found = re.compile(row["pattern"])
         keys = [key for key, name in flat.items() if found.search(name)]
         if keys:
@@ -214,7 +214,7 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
 def _family_in_header(metadata: Mapping[str, str]) -> str:
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = metadata.get(key, "").lower().replace("_", "-").replace(" ", "-")
-        for start, title in _tables()["headers"].items():
+        for start, title in kind_tables()["headers"].items():
             if text.startswith(start):
                 return str(title)
     return ""
