@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,21 +46,6 @@ SAMPLE = 64
 """Bytes of a tensor that identify it."""
 
 
-class WeightFile(Protocol):
-    """A file of named tensors."""
-
-    path: Path
-    shapes: dict[str, list[int]]
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """One tensor, as it is in the file, in memory of its own."""
-        ...
-
-    def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Each tensor's dtype and 64 bytes from its middle, which training or merging changes."""
-        ...
-
-
 class SafetensorsFile:
     """A safetensors file, its header checked; each tensor is read when it is asked for."""
 
@@ -89,7 +73,8 @@ class SafetensorsFile:
         return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Each tensor's dtype and 64 bytes from its middle; the file is opened once."""
+        """Each tensor's dtype and 64 bytes from its middle, which training or merging changes; the file
+        is opened once."""
         found = {}
         with self._open() as file:
             for key in keys:
@@ -170,6 +155,10 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as packed:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in packed.infolist()):
             raise ModelFileError(f"{path} is a compressed zip, which no .ckpt is; unpack it first.")
+
+
+WeightFile = SafetensorsFile | PickledFile
+"""A file of named tensors."""
 
 
 def open_weights(path: Path) -> WeightFile:
