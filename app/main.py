@@ -21,7 +21,7 @@ from app import tabs
 from app.guard import Connection, Guard, Login, is_loopback
 from app.live import add_live_route
 from app.page import mount
-from app.routes import Traffic, add_assets, add_routes
+from app.routes import Traffic, add_routes
 from app.state import AppState
 from app.top_bar import add_project_routes
 from lora_core.errors import LoraError, RunError
@@ -87,7 +87,6 @@ def build_app(app_state: AppState, allowed: list[str], password: str = "") -> An
     add_live_route(app, app_state.live)
     app.add_middleware(Traffic, live=app_state.live)
     add_project_routes(app, app_state)
-    add_assets(app, tabs.list_assets())
     for tab in tabs.TABS:
         tab.add_routes(app, app_state)
     app_state.has_password = bool(password)

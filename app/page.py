@@ -16,12 +16,14 @@ from app import tabs as registry
 from app import top_bar
 from app import top_bar as project_picker
 from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
+from app.gradio_modules import bundle_modules, serve_page
+from app.routes import add_assets
 from app.state import AppState, take_snapshot
 from app.templates import render
 from lora_core.projects.project import DEMO_TITLE, Project
 from lora_core.system.files import clean_value
 
-REST = 0.25
+REST = 2.0
 Found = TypeVar("Found")
 
 
@@ -33,11 +35,10 @@ def build_page(app_state: AppState) -> gr.Blocks:
         title=top_bar.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         hub = _header(bindings)
-        with gr.Tabs(elem_id="tabs") as tabs:
-            for tab in registry.TABS:
-                with gr.Tab(tab.title, id=tab.title, render_children=True):
-                    tab.build(bindings)
-        wire_demo(bindings, tabs)
+        for tab in registry.TABS:
+            with gr.Column(elem_id=f"page-{tab.title.lower()}", elem_classes="tabitem"):
+                tab.build(bindings)
+        wire_demo(bindings)
         _follow(bindings, page, hub)
     return page
 
@@ -48,6 +49,7 @@ def _header(bindings: Bindings) -> Any:
         with gr.Row(elem_classes="brand-row"):
             html_block(top_bar.brand())
             bindings.follow(html_block(), project_picker.project_button)
+        html_block(render("header.html", part="tabs", tabs=registry.TABS), elem_id="tabs")
         bindings.follow(html_block(elem_id="run-bar", elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
@@ -122,11 +124,6 @@ def _retry_without_draft(project: Project, work: Callable[[], Found]) -> Found:
         return values
 
 
-def head() -> str:
-    """The page's own styles and scripts, with addresses that change when the files do."""
-    return render("head.html", version=_version())
-
-
 def _version() -> int:
     """Changes with the page's own scripts and styles; an open page of another version loads itself anew."""
     return zlib.crc32(b"".join(registry.list_assets().values()))
@@ -150,6 +147,13 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     page = build_page(app_state)
     slow_queue_polling(page)
+    bundle = bundle_modules(block.get_block_name() for block in page.blocks.values())
+    files = registry.list_assets() | bundle
+    add_assets(app, files)
+    # Their addresses change when they do.
+    values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": registry.TABS}
+    if bundle:
+        serve_page(render("page.html", title=top_bar.TITLE, **values))
     return gr.mount_gradio_app(
         app,
         page,
@@ -164,11 +168,11 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
         max_file_size="2gb",
         # Own fonts would be loaded first and not be used.
         theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
-        head=head(),
+        head=None if bundle else render("head.html", **values),
     )
 
 
-def wire_demo(bindings: Bindings, tabs: Any) -> None:
+def wire_demo(bindings: Bindings) -> None:
     """Make the demo button open the demo's own project, fill the form and open the Train tab."""
     app_state, project = bindings.app_state, bindings.app_state.project
     filled = [component for component, _ in bindings.initial]
@@ -183,4 +187,4 @@ def wire_demo(bindings: Bindings, tabs: Any) -> None:
         return bindings.initial_values()
 
     filled_in = bindings.use_demo.click(to_demo, None, filled, **QUIET)
-    filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET)
+    filled_in.then(None, js="() => window.easel.openTab('Train')", **QUIET)

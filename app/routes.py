@@ -7,6 +7,7 @@ guard and login. A path sent by the page is resolved and has to stay below its r
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
+import brotli
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.datastructures import MutableHeaders
@@ -44,15 +46,7 @@ MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free."""
-COMPRESSED = (
-    "/",
-    "/theme.css",
-    "/easel/assets/page.js",
-    "/easel/assets/page.css",
-    "/easel/dataset",
-    "/easel/insights",
-    "/easel/check",
-)
+COMPRESSED = ("/", "/theme.css", "/easel/dataset", "/easel/insights", "/easel/check")
 # URLs contain the file's time, so they can be cached indefinitely.
 FRESH = {"Cache-Control": "no-store"}
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -157,11 +151,19 @@ def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
     """Serve the page's own `files`, by name."""
 
     @app.get("/easel/assets/{name}")
-    async def asset(name: str, v: str = "") -> Response:
+    async def asset(request: Request, name: str, v: str = "") -> Response:
         if name not in files:
             raise BadRequest(name)
-        headers = KEEP if v else {"Cache-Control": "no-cache"}
-        return Response(files[name], media_type=ASSET_TYPES[Path(name).suffix], headers=headers)
+        data, headers = files[name], {"Cache-Control": KEEP["Cache-Control"] if v else "no-cache"}
+        if "br" in request.headers.get("accept-encoding", ""):
+            data = await asyncio.to_thread(_compress, data)
+            headers |= {"Content-Encoding": "br", "Vary": "Accept-Encoding"}
+        return Response(data, media_type=ASSET_TYPES[Path(name).suffix], headers=headers)
+
+
+@functools.lru_cache(maxsize=8)
+def _compress(data: bytes) -> bytes:
+    return brotli.compress(data, quality=10)
 
 
 class Traffic:
@@ -182,7 +184,9 @@ class Traffic:
             await send(message)
 
         try:
-            await (self.compressing if path in COMPRESSED else self.app)(scope, receive, answer)
+            await (self.compressing if path in COMPRESSED or path.startswith("/easel/assets/") else self.app)(
+                scope, receive, answer
+            )
         finally:
             if scope.get("method") == "POST":
                 self.live.wake()

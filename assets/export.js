@@ -40,7 +40,7 @@
       // Another file was chosen meanwhile: what is shown is for that one.
       if (said.problem) window.easel.toast(said.problem, "bad");
       else window.easel.toast("The file that you asked for before is written.");
-      if (said.link) make("a", { href: said.link, download: "" }).click();
+      if (said.link) location.assign(said.link);
       return;
     }
     if (said.problem) { place.replaceChildren(problem(said.problem)); return; }
@@ -48,7 +48,7 @@
     const works = worksIn();
     unwritten ??= works.innerHTML;
     works.innerHTML = said.works_in;
-    if (said.link) make("a", { href: said.link, download: "" }).click();
+    if (said.link) location.assign(said.link);
   };
 
   // ---- the report ---------------------------------------------------------------------------------------------------

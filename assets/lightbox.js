@@ -49,7 +49,7 @@
     const go = (by) => { at = Math.max(0, Math.min(row.length - 1, at + by)); show(); };
     const [back, on] = kind(node) === "large" ? ["Earlier", "Later"] : ["Previous", "Next"];
     const earlier = button(back, () => go(-1), { title: "Left arrow" }), later = button(on, () => go(1), { title: "Right arrow" });
-    const flip = button("Show base", () => { flipped = !flipped; show(); });
+    const turn = () => { flipped = !flipped; show(); }, flip = button("Show base", turn);
     const useIt = button("Use these settings", async () => {
       const text = await settings;
       if (!text) return;
@@ -69,14 +69,17 @@
       if (event.altKey || event.ctrlKey || event.metaKey) return;
       const by = { ArrowLeft: -1, ArrowRight: 1, Home: -row.length, End: row.length }[event.key];
       if (by && !(zoom && event.target === frame)) { event.preventDefault(); go(by); }
-      else if (event.key === " " && !event.target.matches("button")) { event.preventDefault(); if (!flip.hidden) flip.click(); }
+      else if (event.key === " " && !event.target.matches("button")) { event.preventDefault(); if (!flip.hidden) turn(); }
     });
     show();
     frame.focus();
   };
 
   // A click on the comparison moves its slider.
-  document.addEventListener("dblclick", (event) => { if (event.target.classList.contains("split")) one("#enlarge")?.click(); });
+  document.addEventListener("dblclick", ({ target }) => {
+    const node = target.classList.contains("split") && all("#compare img[data-zoom]").at(-1);
+    if (node) open(node);
+  });
   document.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey) return;
     const { enlarge } = event.target.closest("[data-enlarge]")?.dataset ?? {};

@@ -19,7 +19,6 @@
     return said.away ? { problem: `${file.name} did not arrive; try again.` } : said;
   };
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
-  const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
   // An element with properties, `data-*` values and other attributes, and children.
   const make = (tag, options = {}, ...inside) => {
     const { data = {}, attributes = {}, ...rest } = options;
@@ -77,6 +76,7 @@
     if (undo) buttons.unshift(make("button", { type: "button", onclick: undo }, "Undo ", make("kbd", { textContent: "Ctrl+Z" })));
     place.replaceChildren(make("span", { textContent: text }), ...buttons);
     place.dataset.tone = tone;
+    toast.undo = undo;
     place.classList.add("on");
     clearTimeout(toast.timer);
     toast.timer = setTimeout(close, 10_000);
@@ -100,12 +100,12 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { openTab, one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
+  window.easel = { one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
     if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z" || event.target.closest?.("input, textarea, select")) return;
-    if (!one("#dataset-grid")?.offsetParent) one("#easel-toast.on kbd")?.parentElement.click();
+    if (!one("#dataset-grid")?.offsetParent && one("#easel-toast.on")) toast.undo?.();
   });
 
   // Browsers have a clipboard only at localhost and over https.
@@ -131,36 +131,41 @@
     // An address is typed or linked from anywhere: one that is not encoded right is taken as it is.
     try { return location.hash.slice(1).split("/").map(decodeURIComponent); } catch { return location.hash.slice(1).split("/"); }
   };
-  const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
   const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
-  const inTurn = inTurns();
-  let following = true, awaited = "", followed = location.hash;
+  const inTurn = inTurns(), page = document.documentElement;
+  let awaited = "", followed = null;
+  const showTab = () => {
+    const [name] = place(), tabs = all("[role=tab]"), wanted = `#${name === "run" ? "train" : name}`;
+    const tab = tabs.find((each) => each.hash === wanted) ?? tabs[0];
+    for (const each of tabs) each.setAttribute("aria-selected", each === tab);
+    for (const each of all(".tabitem")) Object.assign(each, { role: "tabpanel", ariaLabel: each.id.slice(5) });
+    if (tab) page.dataset.tab = tab.hash.slice(1);
+  };
   const follow = () => {
     followed = location.hash;
     const [name, run] = place();
-    const tabs = all("[role=tab]"), wanted = name === "run" ? "train" : name;
-    const tab = tabs.find((each) => each.textContent.trim().toLowerCase() === wanted) ?? tabs[0];
-    if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
-    if (name === "run" && run && run !== shownRun()) {
-      awaited = run;
-      inTurn(() => post("run", { do: "show", run })).then(() => setTimeout(() => { awaited = ""; }, 5000));
-    }
+    showTab();
+    if (name !== "run" || !run || run === shownRun()) return;
+    awaited = run;
+    inTurn(() => post("run", { do: "show", run })).then(() => setTimeout(() => { awaited = ""; }, 5000));
   };
-  addEventListener("hashchange", () => { if (location.hash !== followed) follow(); });
-  // A tab that the user opened before the page was ready counts more than the address.
-  document.addEventListener("click", (event) => {
-    if (event.isTrusted && event.target.closest("[role=tab], [data-tab]")) following = false;
-  }, true);
+  const openTab = window.easel.openTab = (name) => {
+    if (page.dataset.tab === name.toLowerCase()) return;
+    history.pushState(null, "", `#${name.toLowerCase()}`);
+    follow();
+    settleSoon();
+  };
+  addEventListener("hashchange", () => { if (location.hash !== followed) { follow(); settleSoon(); } });
+  document.addEventListener("keydown", ({ key, target }) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    if (by && target.role === "tab") all("[role=tab]").at((all("[role=tab]").indexOf(target) + by) % all("[role=tab]").length).focus();
+  });
   const keepAddress = () => {
-    if (!document.documentElement.dataset.ready) return;
-    // The address that the page was opened with is followed first.
-    if (following) { following = false; if (location.hash) follow(); return; }
-    // A link is followed before its event comes, as what is shown now would take its place.
-    if (location.hash !== followed) { follow(); return; }
-    const [name, run] = place(), now = openTabName(), shown = shownRun();
-    const tab = name === "run" ? "train" : name || "dataset";
-    if (now && now !== tab) history.pushState(null, "", `#${now}`);
-    else if (awaited && awaited === shown) awaited = "";
+    if (!page.dataset.ready) return showTab();
+    // An address is followed before its event comes, as what is shown now would take its place.
+    if (location.hash !== followed) return follow();
+    const [name, run] = place(), shown = shownRun();
+    if (awaited && awaited === shown) awaited = "";
     else if (name === "run" && !awaited && shown && run !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
     followed = location.hash;
   };
@@ -222,7 +227,10 @@
   window.easel.on = (name, teller) => { tellers[name] = teller; if (latest[name] !== undefined) setTimeout(tell, 0, name); };
   // Gradio has made an element for a part; `hub` can trigger events of Gradio.
   let trigger = null;
+  const theme = localStorage.getItem("easel-theme");
   window.easel.mount = () => {
+    // Gradio has set the system's theme by now.
+    if (theme && !places.size) document.body.classList.toggle("dark", theme === "dark");
     for (const made of (window.easelMounted ?? []).splice(0)) {
       if (made.name === "hub") trigger = made.trigger;
       else { places.set(made.name, made.element); draw(made.name); }
@@ -332,7 +340,4 @@
   const settleSoon = () => { for (const wait of [0, 50, 300]) setTimeout(settle, wait); };
   document.addEventListener("click", settleSoon);
   listen();
-
-  const theme = localStorage.getItem("easel-theme");
-  if (theme) document.body.classList.toggle("dark", theme === "dark");
 })();

@@ -86,7 +86,13 @@ def _load(browser: Any, window: Window) -> list[Row]:
     wire.send("Network.enable")
     asked: dict[str, str] = {}
     taken: dict[str, float] = {}
-    wire.on("Network.requestWillBeSent", lambda e: asked.update({e["requestId"]: e["request"]["url"]}))
+
+    def note(sent: dict[str, Any]) -> None:
+        # Modules out of a script that was loaded come from nowhere.
+        if not sent["request"]["url"].startswith("blob:"):
+            asked[sent["requestId"]] = sent["request"]["url"]
+
+    wire.on("Network.requestWillBeSent", note)
     wire.on(
         "Network.dataReceived",
         lambda e: taken.update({e["requestId"]: taken.get(e["requestId"], 0) + e["encodedDataLength"]}),

@@ -30,7 +30,7 @@ def test_no_tab_breaks_a_rule(look: Any) -> None:
 def assert_no_violations(page: Any, scheme: str) -> None:
     for tab in TABS:
         page.get_by_role("tab", name=tab, exact=True).click()
-        page.wait_for_function("!document.querySelector('.tabitem[style*=none] [data-waiting]')")
+        page.wait_for_selector(f"[role=tab][aria-selected=true] >> text={tab}")
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         # Colours fade over to their new values; a half-faded one has no contrast.
         page.evaluate("Promise.all(document.getAnimations().map(one => one.finished.catch(() => null)))")

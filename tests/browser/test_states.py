@@ -73,7 +73,7 @@ def test_narrow_windows(look: Any, trained: Any) -> None:
 # Fields and buttons that can be seen must be so in full; what scrolls by itself (the tabs) may be wider.
 BEYOND = """() => [...document.querySelectorAll('button, input, select, textarea, h2, h3, p')]
   .filter((one) => one.checkVisibility({ visibilityProperty: true, opacityProperty: true }))
-  .filter((one) => !one.closest('.tab-container, dialog:not([open]), .away, table, .log'))
+  .filter((one) => !one.closest('[role=tablist], dialog:not([open]), .away, table, .log'))
   .filter((one) => { const box = one.getBoundingClientRect();
     return box.width > 1 && (box.left < -1 || box.right > window.innerWidth + 1); })
   .map((one) => one.outerHTML.slice(0, 120))"""

@@ -1,0 +1,81 @@
+"""Gradio's frontend as one script and one style, so that a first load takes few requests.
+
+Gradio serves some forty modules and as many styles one by one. Those that the page's components need are sent
+together, and an import map tells the browser where each is (`assets/modules.js`); any other is loaded as
+before. A build of Gradio that looks different is served as it is.
+"""
+
+import contextlib
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import gradio
+from gradio.routes import templates
+from jinja2 import ChoiceLoader, DictLoader
+
+from lora_core.system.files import ASSETS
+
+FOLDER = Path(gradio.__file__).parent / "templates" / "frontend"
+ENTRY = re.compile(r"/assets/(index-[\w-]+\.(?:js|css))")
+STATIC = re.compile(r'(?:\bfrom|\bimport)"\./([\w.-]+)"')
+LAZY = re.compile(r"import\(`\./([\w.-]+)`\)((?:(?!import\().){0,60}?),__vite__mapDeps\(\[([\d,]*)\]\)")
+FILES = re.compile(r"m\.f=(\[.*?\])")
+COMPONENT = re.compile(r"[{,](\w+):\{(?:(?!:\{).)*?component:\(\)=>\w+\(\(\)=>import\(`\./([\w.-]+)`\)")
+
+
+def bundle_modules(components: Iterable[str]) -> dict[str, bytes]:
+    """The files gradio.js and gradio.css of a page with these kinds of components; none if they cannot be
+    made."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return _bundle(set(components))
+    return {}
+
+
+def _bundle(components: set[str]) -> dict[str, bytes]:
+    entry, style = ENTRY.findall((FOLDER / "index.html").read_text("utf-8"))
+    texts: dict[str, str] = {}
+    styles, waiting = [style], [entry]
+    while waiting:
+        name = waiting.pop()
+        if name in texts:
+            continue
+        text = texts[name] = (FOLDER / "assets" / name).read_text("utf-8")
+        files = [json.loads(found) for found in FILES.findall(text)]
+        shown = {module for kind, module in COMPONENT.findall(text) if kind in components}
+        for module, _, needs in LAZY.findall(text):
+            if name == entry or module in shown or module.startswith("Blocks-"):
+                waiting.append(module)
+                needed = (Path(files[0][int(at)]) for at in needs.split(","))
+                styles += [file.name for file in needed if file.suffix == ".css"]
+        waiting += STATIC.findall(text)
+    css = "\n".join((FOLDER / "assets" / name).read_text("utf-8") for name in dict.fromkeys(styles)).encode()
+    # The first module asks for this style by itself, unless the page has it.
+    texts[entry] = texts[entry].replace(f"./assets/{style}", f"/easel/assets/gradio.css?v={zlib.crc32(css)}")
+    modules = {name: _redirect(name, text, texts) for name, text in texts.items()}
+    starter = (ASSETS / "modules.js").read_text("utf-8")
+    return {
+        "gradio.css": css,
+        "gradio.js": f"{starter}({json.dumps(entry)}, {json.dumps(modules)});".encode(),
+    }
+
+
+def _redirect(name: str, text: str, bundled: Iterable[str]) -> str:
+    """Have a module import others by names that the import map knows, as it has no address itself."""
+    text = LAZY.sub(
+        lambda found: f"import(`./{found[1]}`){found[2]},[]" if found[1] in bundled else found[0], text
+    )
+    text = re.sub(r'(\bfrom|\bimport)"\./', r'\1"gradio/', text).replace("import(`./", "import(`gradio/")
+    text = text.replace("import.meta.url", f"location.origin+`/assets/{name}`")
+    if name.startswith("statustracker"):
+        # The loader of Gradio's start never stops its clock: by frames that costs a page 4% of a core.
+        text = text.replace("window.requestAnimationFrame", "(tick=>setTimeout(tick,500))")
+    return text
+
+
+def serve_page(template: str) -> None:
+    """Have Gradio fill this template with its settings in place of its own."""
+    assert templates.env.loader is not None
+    templates.env.loader = ChoiceLoader([DictLoader({"frontend/index.html": template}), templates.env.loader])

@@ -1,0 +1,35 @@
+"""Gradio's modules as one script: every module that is asked for can be found."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from app import gradio_modules
+from app.gradio_modules import FOLDER, bundle_modules
+
+
+def test_a_bundle_holds_all_that_its_modules_import() -> None:
+    script = bundle_modules(["html", "textbox", "dropdown"])["gradio.js"].decode()
+    entry, modules = json.loads(f"[{script.rpartition('})' + chr(10) + '(')[2].removesuffix(');')}]")
+    assert entry in modules
+    for name, text in modules.items():
+        assert not re.search(r"(from|import)\(?[\"'`]\./", text), name
+        assert set(re.findall(r'(?:from|import)"gradio/([\w.-]+)"', text)) <= set(modules), name
+        for lazy in re.findall(r"import\(`gradio/([\w.-]+)`\)", text):
+            assert (FOLDER / "assets" / lazy).is_file(), lazy
+
+
+def test_only_what_the_components_need_is_in_it() -> None:
+    few, more = (bundle_modules(kinds) for kinds in (["html"], ["html", "dropdown", "number"]))
+    for name in ("gradio.js", "gradio.css"):
+        assert len(few[name]) < len(more[name]) < 1_000_000
+
+
+def test_a_build_of_gradio_that_looks_different_is_served_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "index.html").write_text("<script type=module src=main.js></script>")
+    monkeypatch.setattr(gradio_modules, "FOLDER", tmp_path)
+    assert bundle_modules(["html"]) == {}
