@@ -63,6 +63,7 @@ def program(kind: str) -> str:
 
 def _shared() -> list[str]:
     """The folder of the sockets, the process that the servers end with, and Python itself."""
+    set_up()
     return os.environ[FOLDER].split(":", 2)
 
 
