@@ -217,7 +217,7 @@ def _thousand(browser: Any, window: Window, folder: Path) -> list[Row]:
             """async ([act, done]) => {
               const holds = () => Function(`return ${done}`)();
               await Function(`return ${act}`)();
-              while (!holds()) await new Promise(requestAnimationFrame);
+              while (!holds()) await new Promise((done) => setTimeout(done, 10));
             }""",
             [act, done],
         )
