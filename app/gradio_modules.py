@@ -22,6 +22,7 @@ FOLDER = Path(gradio.__file__).parent / "templates" / "frontend"
 ENTRY = re.compile(r"/assets/(index-[\w-]+\.(?:js|css))")
 STATIC = re.compile(r'(?:\bfrom|\bimport)"\./([\w.-]+)"')
 LAZY = re.compile(r"import\(`\./([\w.-]+)`\)((?:(?!import\().){0,60}?),__vite__mapDeps\(\[([\d,]*)\]\)")
+RELATIVE = re.compile(r"""\b(from|import)\s*\(?\s*["'`]\./""")
 FILES = re.compile(r"m\.f=(\[.*?\])")
 COMPONENT = re.compile(r"[{,](\w+):\{(?:(?!:\{).)*?component:\(\)=>\w+\(\(\)=>import\(`\./([\w.-]+)`\)")
 
@@ -69,6 +70,8 @@ def _redirect(name: str, text: str, bundled: Iterable[str]) -> str:
     )
     text = re.sub(r'(\bfrom|\bimport)"\./', r'\1"gradio/', text).replace("import(`./", "import(`gradio/")
     text = text.replace("import.meta.url", f"location.origin+`/assets/{name}`")
+    if RELATIVE.search(text):
+        raise ValueError(f"{name} imports in another way")
     if name.startswith("statustracker"):
         # The loader of Gradio's start never stops its clock: by frames that costs a page 4% of a core.
         text = text.replace("window.requestAnimationFrame", "(tick=>setTimeout(tick,500))")

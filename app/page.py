@@ -97,7 +97,8 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             for at, (_, shows) in enumerate(updates)
         ]
 
-    version = _version()
+    # An open page of another version loads itself anew.
+    version = zlib.crc32(b"".join(registry.list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
     demo.load(opened, None, filled, **QUIET)
@@ -122,11 +123,6 @@ def _retry_without_draft(project: Project, work: Callable[[], Found]) -> Found:
         logging.getLogger(__name__).exception("The draft of %s cannot be shown", project.path)
         project.set_draft_aside()
         return values
-
-
-def _version() -> int:
-    """Changes with the page's own scripts and styles; an open page of another version loads itself anew."""
-    return zlib.crc32(b"".join(registry.list_assets().values()))
 
 
 def slow_queue_polling(page: gr.Blocks) -> None:
