@@ -163,7 +163,7 @@ def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _compress(data: bytes) -> bytes:
-    return brotli.compress(data, quality=10)
+    return bytes(brotli.compress(data, quality=10))
 
 
 class Traffic:
