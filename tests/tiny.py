@@ -13,29 +13,30 @@ from lora_core.system.files import DEMO_BASE
 TOKENIZER = DEMO_BASE / "tokenizer"
 
 
-def tiny_unet(context_width: int = 32) -> UNet2DConditionModel:
-    """Two levels, attention in both, proj_in and proj_out 1x1 convolutions as in SD 1.x."""
+def tiny_unet(context_width: int = 32, attention_up: bool = True) -> UNet2DConditionModel:
+    """Two levels, attention in the outer one and in the middle, on the way up where asked for; proj_in and
+    proj_out are 1x1 convolutions as in SD 1.x."""
     torch.manual_seed(1)
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D" if attention_up else "UpBlock2D"),
         cross_attention_dim=context_width,
         attention_head_dim=2,
         norm_num_groups=8,
     )
 
 
-def tiny_text_encoder(width: int = 32, vocabulary: int = 4096) -> CLIPTextModel:
-    """Two layers of CLIP."""
+def tiny_text_encoder(width: int = 32, vocabulary: int = 4096, layers: int = 2) -> CLIPTextModel:
+    """The first layers of CLIP."""
     torch.manual_seed(2)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=77,
         bos_token_id=vocabulary - 2,
@@ -59,10 +60,10 @@ def tiny_vae() -> AutoencoderKL:
 
 def tiny_folder(path: Path, context_width: int = 768, prediction: str = "epsilon") -> Path:
     """A diffusers folder that looks like SD 1.x from outside: its context is 768 wide, its prediction
-    epsilon."""
+    epsilon. With one layer of text encoder and no attention on the way up: whole runs are trained on it."""
     vocabulary = len(json.loads((TOKENIZER / "vocab.json").read_text(encoding="utf-8")))
-    tiny_unet(context_width).save_pretrained(path / "unet")
-    tiny_text_encoder(context_width, vocabulary).save_pretrained(path / "text_encoder")
+    tiny_unet(context_width, attention_up=False).save_pretrained(path / "unet")
+    tiny_text_encoder(context_width, vocabulary, layers=1).save_pretrained(path / "text_encoder")
     tiny_vae().save_pretrained(path / "vae")
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",

@@ -7,6 +7,7 @@ transformers are imported: all pipelines take ten seconds more.
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -328,6 +330,14 @@ def _too_large(path: Path, device: torch.device) -> OutOfMemory:
     )
 
 
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Build modules without memory for their weights and without the random initialization, which takes
+    longer than all else on the meta device too."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
 class _ComponentBuilder:
     """Builds the components of a base, and registers the functions that read their weights."""
 
@@ -354,7 +364,7 @@ class _ComponentBuilder:
             find = unet_in_file(self._file, self.family)
         else:
             find = component_in_folder(self.facts.path / self.family.denoiser, self.family.denoiser)
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             unet = UNet2DConditionModel.from_config(config)
         return self._register(self.family.denoiser, unet, find, dtype, policy=policy)
 
@@ -371,7 +381,7 @@ class _ComponentBuilder:
             assert file is not None
             config = vae_config(AutoencoderKL.load_config(self.facts.configs / "vae"), file.shapes)
             find = vae_in_file(file, len(config["block_out_channels"]))
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             vae = AutoencoderKL.from_config(config)
         advice = "Set model.vae to a VAE file." if self._file and not other else ""
         return self._register("vae", vae, find, torch.float32, advice)
@@ -384,7 +394,7 @@ class _ComponentBuilder:
         else:
             find = component_in_folder(self.facts.path / encoder.part, encoder.part)
         kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             module = kind(config)
         return self._register(encoder.part, module, find, dtype)
 
@@ -478,7 +488,7 @@ def fill(
 
 def _finite(tensor: torch.Tensor) -> bool:
     # Without a second tensor of the same size.
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 
 # Configs of a single file's components: the family's, with the sizes of the file's tensors. Depths and widths

@@ -31,7 +31,7 @@ import sys
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -62,6 +62,9 @@ RANDOM = {
     "rand", "randn", "normal_", "uniform_", "randint", "randperm", "bernoulli_", "bernoulli",
     "native_dropout", "rand_like", "randn_like", "multinomial", "exponential_", "random_",
 }  # fmt: skip
+
+PLAIN = {int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+"""Types of arguments that hold no tensor, and of elements of lists without one."""
 
 _active: "SimulatedDevice | None" = None
 _extension: torch.device | None = None
@@ -129,7 +132,7 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, card: "SimulatedDevice") -> "DeviceTensor":
-        assert not isinstance(inner, DeviceTensor)
+        assert type(inner) is not DeviceTensor
         if card.kind == "mps" and inner.dtype in (torch.float64, torch.complex128):
             raise TypeError(
                 "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
@@ -212,6 +215,8 @@ class _Kind:
         infos = [returned.alias_info for returned in schema.returns]
         self.view = any(info is not None and not info.is_write for info in infos)
         self.launches = not self.view and self.name not in UNCOUNTED
+        self.waits, self.draws = self.name in WAITING, self.name in RANDOM
+        self.by_index, self.alike = self.name in BY_INDEX, self.name in ALIKE
         # The arguments that are returned, of an operation that writes to them.
         written = {
             frozenset(argument.alias_info.before_set): (place, argument.name)
@@ -372,12 +377,16 @@ class SimulatedDevice:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do one operation, with all that the device makes of it."""
-        tensors = _tensors((args, kwargs))
-        ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _Kind(func)
-        made_here = self.owns(kwargs.get("device"))
+        others: list[torch.Tensor] = []
+        inner_args, ours = _unwrapped(args, others)
+        made_here, inner_kwargs = False, kwargs
+        if kwargs:
+            values, named = _unwrapped(kwargs.values(), others)
+            inner_kwargs, ours = dict(zip(kwargs, values, strict=True)), ours or named
+            made_here = self.owns(kwargs.get("device"))
         if not ours and not made_here:
             return self._on_host(func, kind.name, args, kwargs)
         if kind.name == "_to_copy":
@@ -388,26 +397,28 @@ class SimulatedDevice:
         if kind.name == "_local_scalar_dense":
             self.syncs[f"item, {_line()}"] += 1
             return func(args[0].inner) if self.numbers else _one(args[0].dtype)
-        self._check(kind, tensors, bool(ours))
-        if kind.name in WAITING:
+        if kind.onednn or (ours and others):
+            self._check(kind, others)
+        if kind.waits:
             self.syncs[f"{kind.name}, {_line()}"] += 1
-        if kind.name in RANDOM and kwargs.get("generator") is None:
+        if kind.draws and kwargs.get("generator") is None:
             self.draws[f"{kind.name}, {_line()}"] += 1
         if kind.launches:
             self.launches[kind.name] += 1
         if kind.returned and not self.numbers:
             return self._written(kind, args, kwargs)
-        inner_args, inner_kwargs = _mapped(self._inner, (args, kwargs))
         if made_here:
             inner_kwargs["device"] = self._inside
             inner_kwargs.pop("pin_memory", None)
+        if not self.numbers and (others or kind.draws):
+            inner_args, inner_kwargs = _mapped(_without_values, (inner_args, inner_kwargs))
         if kind.view or self.numbers:
             out = func(*inner_args, **inner_kwargs)
         else:
             out = self._shapes(func, inner_args, inner_kwargs)
         if kind.returned:
             return self._written(kind, args, kwargs)
-        return _mapped(self._wrapped, out)
+        return DeviceTensor(out, self) if type(out) is torch.Tensor else _mapped(self._wrapped, out)
 
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation returns without values; torch takes long to find that out, so it is kept."""
@@ -424,28 +435,14 @@ class SimulatedDevice:
             return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
         return False if name == "is_pinned" else func(*args, **kwargs)
 
-    def _inner(self, leaf: Any) -> Any:
-        if isinstance(leaf, DeviceTensor):
-            return leaf.inner
-        if isinstance(leaf, torch.Tensor) and not self.numbers:
-            return leaf.to("meta")
-        if isinstance(leaf, torch.Generator) and not self.numbers:
-            return None
-        return leaf
-
-    def _check(self, kind: _Kind, tensors: list[torch.Tensor], ours: bool) -> None:
-        """Refuse what the device's kernels refuse."""
+    def _check(self, kind: _Kind, others: list[torch.Tensor]) -> None:
+        """Refuse what the device's kernels refuse; `others` are tensors of the host beside the device's."""
         if kind.onednn:
             raise NotImplementedError(f"Could not run 'aten::{kind.name}' on the '{self.kind}' backend")
-        odd = [
-            tensor
-            for tensor in tensors
-            if not isinstance(tensor, DeviceTensor)
-            and (tensor.dim() > 0 or tensor.device.type != "cpu" or kind.name in ALIKE)
-        ]
-        if ours and odd and kind.name in BY_INDEX:
+        odd = [one for one in others if one.dim() > 0 or one.device.type != "cpu" or kind.alike]
+        if odd and kind.by_index:
             self.syncs[f"{kind.name} by an index of the host, {_line()}"] += 1
-        elif ours and odd:
+        elif odd:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices,"
                 f" {self.device} and {odd[0].device}! (simulated; {kind.name}, {_line()})"
@@ -485,7 +482,8 @@ class SimulatedDevice:
                 self.launches["copy_"] += 1
             else:
                 self._upload(source, waits)
-            func(to.inner, self._inner(source))
+            inner = source.inner if isinstance(source, DeviceTensor) else source
+            func(to.inner, inner if self.numbers else _without_values(inner))
         else:
             assert isinstance(source, DeviceTensor)
             self._download(source, waits)
@@ -655,6 +653,36 @@ def _state_of_accelerate() -> Iterator[None]:
     finally:
         PartialState._shared_state.clear()
         PartialState._shared_state.update(before)
+
+
+def _without_values(leaf: Any) -> Any:
+    """As an operation gets it whose result has a shape alone."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf if leaf.device.type == "meta" else leaf.to("meta")
+    return None if isinstance(leaf, torch.Generator) else leaf
+
+
+def _unwrapped(values: Iterable[Any], others: list[torch.Tensor]) -> tuple[tuple[Any, ...], bool]:
+    """Arguments with what the device's tensors hold in their place, and whether there is one; tensors of the
+    host are appended to `others`. Every operation comes by here, so it asks by exact type first."""
+    found: list[Any] = []
+    ours = False
+    for value in values:
+        kind = type(value)
+        if kind is DeviceTensor:
+            found.append(value.inner)
+            ours = True
+        elif kind in PLAIN:
+            found.append(value)
+        elif kind in (list, tuple) and not (value and type(value[0]) in PLAIN):
+            inner, within = _unwrapped(value, others)
+            found.append(inner)
+            ours = ours or within
+        else:
+            if isinstance(value, torch.Tensor):
+                others.append(value)
+            found.append(value)
+    return tuple(found), ours
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:

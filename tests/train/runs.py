@@ -23,7 +23,7 @@ from tests.tiny import tiny_folder
 
 LEFTOVERS = (".tmp", ".draft", ".making")
 SETTINGS = {
-    "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": 12, "train.batch_size": 2, "train.resolution": 32,
+    "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": 12, "train.batch_size": 2, "train.resolution": 16,
     "train.precision": "fp32", "optimizer.lr": 1e-3, "validation.pictures": 0.0, "validation.every": 0,
     "validation.max_time_share": 0.0, "validation.draws_per_image": 2, "validation.forgetting": 1,
     "sample.every": 0, "sample.steps": 1, "sample.prompts": ["a dot"], "save.every": 4,

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "train.steps": (3, {}),
     "train.batch_size": (1, {}),
     "train.gradient_accumulation_steps": (2, {}),
-    "train.resolution": (16, {}),
+    "train.resolution": (32, {}),
     "train.device": ("cuda:7", {}),
     "train.precision": ("bf16", {}),
     "train.gradient_checkpointing": (True, {}),
