@@ -36,7 +36,7 @@ Changes = dict[str, Any]
 SHORT: Changes = {"train.steps": 2, "save.every": 0}
 HELD: Changes = {"validation.pictures": 1, "validation.every": 1, "validation.draws_per_image": 1}
 HOT: Changes = {
-    **HELD, "optimizer.lr": 0.1, "train.steps": 6, "validation.draws_per_image": 4, "validation.patience": 0,
+    **HELD, "optimizer.lr": 5.0, "train.steps": 6, "validation.draws_per_image": 4, "validation.patience": 0,
     "validation.forgetting": 0, "validation.memorization": False,
 }  # fmt: skip
 SAMPLED: Changes = {"sample.every": 1, "sample.cfg": 3.0, "train.steps": 1}

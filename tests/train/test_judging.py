@@ -20,7 +20,7 @@ from tests.train.runs import Toy, broken_at, result, tensors, trained
 HOT = {
     "validation__every": 1, "validation__pictures": 1, "validation__draws_per_image": 4,
     "validation__patience": 3,
-    "validation__forgetting": 1, "optimizer__lr": 0.1, "train__steps": 16, "save__every": 4,
+    "validation__forgetting": 1, "optimizer__lr": 5.0, "train__steps": 16, "save__every": 4,
 }  # fmt: skip
 
 

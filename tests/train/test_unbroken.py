@@ -116,7 +116,7 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
     from PIL import Image
     from safetensors.torch import load_file
 
-    how = {"sample__every": 12, "validation__pictures": 1, "validation__every": 6}
+    how = {"sample__every": 12, "validation__pictures": 1, "validation__every": 6, "sample__steps": 12}
     plain, averaged = own_toy.run("plain", **how), own_toy.run("avg", **how, save__ema=0.5)
     for run in (plain, averaged):
         last_line = trained(run).export
