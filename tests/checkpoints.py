@@ -28,6 +28,8 @@ NARROW: dict[str, dict[str, Any]] = {
     "text_encoder_2": {"num_hidden_layers": 2, "intermediate_size": 48},
 }
 """What is smaller than in truth, by component; `narrow_unet` has the UNet."""
+ROWS = 4096
+"""A vocabulary has its first rows again after so many: drawing each takes longer than writing them."""
 DEPTHS = ("num_hidden_layers", "transformer_layers_per_block")
 
 
@@ -79,7 +81,12 @@ def _random(build: Any, size: str, device: str) -> Any:
         module = build()
     for name, parameter in list(module.named_parameters()):
         bound = 0.04 if parameter.dim() < 2 or "embedding" in name else parameter[0].numel() ** -0.5
-        value = torch.empty(parameter.shape, dtype=dtype, device=device).uniform_(-bound, bound)
+        shape = list(parameter.shape)
+        if "token_embedding" in name:
+            shape[0] = min(shape[0], ROWS)
+        value = torch.empty(shape, dtype=dtype, device=device).uniform_(-bound, bound)
+        if shape[0] < len(parameter):
+            value = value[torch.arange(len(parameter), device=device) % ROWS]
         if "norm" in name and name.endswith("weight"):
             value.add_(1.0)
         parent, _, leaf = name.rpartition(".")

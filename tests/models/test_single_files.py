@@ -364,8 +364,8 @@ def test_a_vae_of_its_own_takes_the_place_of_the_bases(tmp_path, made, other_vae
         case _:
             save_file({k.partition(".")[2]: v.contiguous() for k, v in original.items()}, place)
     for path in made("sd15"):
-        vae = opened(path, vae=str(place)).vae
-        assert all(torch.equal(vae.state_dict()[key], state[key]) for key in state)
+        found = opened(path, vae=str(place)).vae.state_dict()
+        assert all(torch.equal(found[key], state[key]) for key in state)
     with pytest.raises(ModelFileError, match=r"nowhere.*does not exist"):
         opened(made("sd15")[0], vae=str(tmp_path / "nowhere"))
 

@@ -88,7 +88,7 @@ def test_gauge_and_prior_are_what_they_say(hot: RunFolder) -> None:
 
 
 def test_a_person_who_resumes_it_gets_all_steps(own_toy: Toy) -> None:
-    run = own_toy.run("on", **HOT)
+    run = own_toy.run("on", **{**HOT, "optimizer__lr": 1.0})
     assert trained(run).status == "stopped"
     assert trained(run).status == "done"
     assert run.progress().step == 16
