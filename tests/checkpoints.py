@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.initialization import no_init_weights
 
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
-from lora_core.models.load import empty_weights
 from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 
 NARROW: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ def components(
 def _random(build: Any, size: str, device: str) -> Any:
     """A module with random numbers, for full size in bf16: the true initialisation draws several times."""
     dtype = torch.bfloat16 if size == "full" else torch.float32
-    with empty_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         module = build()
     for name, parameter in list(module.named_parameters()):
         bound = 0.04 if parameter.dim() < 2 or "embedding" in name else parameter[0].numel() ** -0.5

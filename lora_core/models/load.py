@@ -330,14 +330,6 @@ def _too_large(path: Path, device: torch.device) -> OutOfMemory:
     )
 
 
-@contextmanager
-def empty_weights() -> Iterator[None]:
-    """Build modules without memory for their weights and without the random initialization, which takes
-    longer than all else on the meta device too."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        yield
-
-
 class _ComponentBuilder:
     """Builds the components of a base, and registers the functions that read their weights."""
 
@@ -364,7 +356,7 @@ class _ComponentBuilder:
             find = unet_in_file(self._file, self.family)
         else:
             find = component_in_folder(self.facts.path / self.family.denoiser, self.family.denoiser)
-        with empty_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights():
             unet = UNet2DConditionModel.from_config(config)
         return self._register(self.family.denoiser, unet, find, dtype, policy=policy)
 
@@ -381,7 +373,7 @@ class _ComponentBuilder:
             assert file is not None
             config = vae_config(AutoencoderKL.load_config(self.facts.configs / "vae"), file.shapes)
             find = vae_in_file(file, len(config["block_out_channels"]))
-        with empty_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights():
             vae = AutoencoderKL.from_config(config)
         advice = "Set model.vae to a VAE file." if self._file and not other else ""
         return self._register("vae", vae, find, torch.float32, advice)
@@ -394,7 +386,7 @@ class _ComponentBuilder:
         else:
             find = component_in_folder(self.facts.path / encoder.part, encoder.part)
         kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
-        with empty_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights():
             module = kind(config)
         return self._register(encoder.part, module, find, dtype)
 
@@ -473,8 +465,7 @@ def fill(
         tensor = source.read()
         if not tensor.is_floating_point():
             raise ModelFileError(f"{source.file.path} holds {source.key} as integers; it is not a weight.")
-        tensor = tensor.reshape(wanted[name].shape)
-        loaded = tensor.to(device, dtype)
+        loaded = tensor.reshape(wanted[name].shape).to(device, dtype)
         if not _finite(loaded):
             broken = not _finite(tensor.float())
             reason = "holds NaN or infinity" if broken else f"holds more than {str(dtype)[6:]} can"
@@ -544,8 +535,7 @@ def vae_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     channels = []
     for level in range(len(config["block_out_channels"])):
         for key in (f"encoder.down.{level}.block.0", f"encoder.down_blocks.{level}.resnets.0"):
-            shape = shapes.get(f"{VAE}{key}.conv1.weight") or shapes.get(f"{key}.conv1.weight")
-            if shape:
+            if shape := shapes.get(f"{VAE}{key}.conv1.weight") or shapes.get(f"{key}.conv1.weight"):
                 channels.append(int(shape[0]))
     if len(channels) == len(config["block_out_channels"]):
         found["block_out_channels"] = channels

@@ -9,9 +9,11 @@ import sys
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -19,7 +21,6 @@ from lora_core.backends.compact import BLOCKS
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import FAMILIES, Family, named_targets
-from lora_core.models.load import empty_weights
 from lora_core.settings.schema import TARGETS
 from lora_core.system.files import FAMILY_CONFIGS
 from tests.simulated.device import SimulatedDevice
@@ -39,7 +40,7 @@ def on_card(module: Any, dtype: torch.dtype) -> Any:
 def components(family: Family) -> tuple[Any, Any, list[Any]]:
     """UNet, VAE and text encoders without weights."""
     root = FAMILY_CONFIGS / family.configs
-    with empty_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(root / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(root / "vae"))
         encoders = []

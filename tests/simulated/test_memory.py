@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.load import BaseModel, empty_weights, streamline
+from lora_core.models.load import BaseModel, streamline
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.models.vae import decode_latents, encode_image
 from lora_core.settings.schema import LossSection
@@ -52,7 +54,7 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
     """A base of a family without weights, and what gives its parts theirs."""
     family = FAMILIES[family_name]
     configs, bf16 = FAMILY_CONFIGS / family.configs, torch.bfloat16
-    with empty_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae"))
         encoders = {

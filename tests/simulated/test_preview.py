@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -29,7 +31,7 @@ from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
-from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, empty_weights, load_base
+from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
 from lora_core.models.vae import decode_latents
 from lora_core.settings.schema import SAMPLERS
@@ -234,7 +236,7 @@ def shapes_of(family_name: str, policy: WeightPolicy) -> BaseModel:
     """A base at its true shapes, bf16, whose weights are read onto the card with nothing in them."""
     family = FAMILIES[family_name]
     configs = FAMILY_CONFIGS / family.configs
-    with empty_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae"))
         encoders: dict[str, Any] = {

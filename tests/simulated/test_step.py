@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import ATTENTION, FAMILIES
-from lora_core.models.load import empty_weights, streamline
+from lora_core.models.load import streamline
 from lora_core.system.files import FAMILY_CONFIGS
 from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
@@ -57,7 +59,7 @@ def test_launches_of_a_step_of_stable_diffusion_at_512_px() -> None:
     family = FAMILIES["sd15"]
     config = UNet2DConditionModel.load_config(FAMILY_CONFIGS / family.configs / "unet")
     with SimulatedDevice(numbers=False) as card:
-        with empty_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights():
             unet = UNet2DConditionModel.from_config(config)
         for name, shape in [(name, weight.shape) for name, weight in unet.named_parameters()]:
             parent, _, leaf = name.rpartition(".")
