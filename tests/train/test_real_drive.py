@@ -34,7 +34,7 @@ FILLED: dict[str, tuple[type[events.Event] | None, int | str, list[str | int], s
     "the inputs": (events.Preparing, "Reading the images", [], r"inputs\.json cannot be written"),
     "a cached image": (events.Preparing, "Encoding images", [1], r"cache/latents/"),
     "a cached caption": (events.Preparing, "Encoding captions", [20], r"cache/text/"),
-    "an image of what should not change": (events.StepDone, 6, [1], r"cache/prior/"),
+    "an image of what should not change": (events.StepDone, 6, [], r"cache/prior/"),
     "an adapter": (events.StepDone, 4, [5], r"checkpoints/.*adapter\.safetensors cannot be written"),
     "the optimizer": (events.StepDone, 4, ["adapter.safetensors", 9], r"optimizer\.safetensors"),
     "the state": (events.StepDone, 4, ["adapter.safetensors", "optimizer.safetensors"], r"state\.json"),
