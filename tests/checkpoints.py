@@ -1,6 +1,7 @@
 """Stable Diffusion checkpoints of true block layout with random weights, as folders and as single files.
 
-They come in three sizes: "narrow", widths and depths cut down; "deep", the true depth at cut widths; "full".
+They come in four sizes: "narrow", widths and depths cut down; "wordless", the same with a tenth of the
+vocabulary, for bases that read no caption; "deep", the true depth at cut widths; "full".
 What is never cut is what tells a family: number and order of the blocks, width of the context, kinds of text
 encoders. Single files carry the original names;
 `tests/models/test_single_files.py` has diffusers read them back.
@@ -53,7 +54,9 @@ def cut(family: Family, part: str, size: str) -> dict[str, Any]:
     if size == "full":
         return {}
     changes = narrow_unet(family) if part == "unet" else NARROW[part]
-    return {k: v for k, v in changes.items() if size == "narrow" or k not in DEPTHS}
+    if size == "wordless" and part.startswith("text_encoder"):
+        changes = changes | {"vocab_size": 4000}
+    return {k: v for k, v in changes.items() if size != "deep" or k not in DEPTHS}
 
 
 def components(
@@ -167,7 +170,7 @@ def write_single(
         path: the file.
         name: of the family.
         dtype: of its numbers.
-        size: "narrow", "deep" or "full".
+        size: "narrow", "wordless", "deep" or "full".
         seed: of the weights.
         markers: names of empty tensors, such as "v_pred".
         metadata: texts of the header.

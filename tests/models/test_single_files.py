@@ -37,19 +37,19 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, single file) by family; large, so that they are removed at the end."""
+    """(folder, single file) by family and size; large, so that they are removed at the end."""
     root = tmp_path_factory.mktemp("bases")
-    pairs: dict[str, tuple[Path, Path]] = {}
+    pairs: dict[tuple[str, str], tuple[Path, Path]] = {}
 
-    def pair(name: str) -> tuple[Path, Path]:
-        if name not in pairs:
-            folder = write_folder(root / f"{name} é", name)
-            (root / f"file {name}").mkdir()
-            file = write_single(root / f"file {name}" / "ö model.safetensors", name)
+    def pair(name: str, size: str = "narrow") -> tuple[Path, Path]:
+        if (name, size) not in pairs:
+            folder = write_folder(root / f"{name} é {size}", name, size=size)
+            (root / f"file {name} {size}").mkdir()
+            file = write_single(root / f"file {name} {size}" / "ö model.safetensors", name, size=size)
             # SD 2.x says what it predicts in a config beside it alone.
             (file.parent / "scheduler_config.json").write_text(json.dumps(scheduler_config(FAMILIES[name])))
-            pairs[name] = (folder, file)
-        return pairs[name]
+            pairs[name, size] = (folder, file)
+        return pairs[name, size]
 
     yield pair
     shutil.rmtree(root)
@@ -88,7 +88,7 @@ def test_a_file_and_a_folder_of_the_same_weights_are_the_same_base(made, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_diffusers_reads_the_file_as_the_folder(made, name):
     """The names in our test files are the true ones: another reader finds every weight under them."""
-    folder, file = made(name)
+    folder, file = made(name, "wordless")
     kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     theirs = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     ours = opened(file)
@@ -133,8 +133,8 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_open_in_any_precision(tmp_path, made, dtype):
-    file = write_single(tmp_path / "half.safetensors", "sd15", dtype)
-    exact, half = opened(made("sd15")[1]), opened(file)
+    file = write_single(tmp_path / "half.safetensors", "sd15", dtype, "wordless")
+    exact, half = opened(made("sd15", "wordless")[1]), opened(file)
     assert half.denoiser.dtype == half.vae.dtype == torch.float32
     assert opened(file, torch.bfloat16).denoiser.dtype == torch.bfloat16
     for mine, theirs in zip(half.denoiser.parameters(), exact.denoiser.parameters(), strict=True):
@@ -146,7 +146,9 @@ class TestPrediction:
 
     @pytest.fixture(scope="class")
     def sd2(self, tmp_path_factory):
-        path = write_single(tmp_path_factory.mktemp("sd2") / "x.safetensors", "sd2", torch.float16)
+        path = write_single(
+            tmp_path_factory.mktemp("sd2") / "x.safetensors", "sd2", torch.float16, "wordless"
+        )
         yield path
         shutil.rmtree(path.parent)
 
@@ -204,7 +206,9 @@ class TestPrediction:
         assert markers[0] in facts.sentence
 
     def test_zero_terminal_snr_reaches_the_noise(self, tmp_path):
-        file = write_single(tmp_path / "x.safetensors", "sdxl", torch.float16, markers=("v_pred", "ztsnr"))
+        file = write_single(
+            tmp_path / "x.safetensors", "sdxl", torch.float16, "wordless", markers=("v_pred", "ztsnr")
+        )
         base = opened(file)
         file.unlink()
         assert base.noise.objective == "v_prediction"
@@ -216,9 +220,9 @@ class TestPickled:
     """A `.ckpt` is read for its tensors alone."""
 
     def test_one_with_plain_weights_opens_as_the_safetensors_file(self, tmp_path, made):
-        file = write_single(tmp_path / "old.ckpt", "sd15")
+        file = write_single(tmp_path / "old.ckpt", "sd15", size="wordless")
         assert read_base_facts(str(file)).family is None
-        mine, theirs = opened(file), opened(made("sd15")[1])
+        mine, theirs = opened(file), opened(made("sd15", "wordless")[1])
         assert all(
             torch.equal(a, b)
             for a, b in zip(mine.denoiser.parameters(), theirs.denoiser.parameters(), strict=True)
@@ -301,7 +305,7 @@ def test_what_is_no_base_is_refused_by_name(tmp_path, case):
 
 @pytest.fixture(scope="module")
 def sd1_tensors(made):
-    return load_file(made("sd15")[1])
+    return load_file(made("sd15", "wordless")[1])
 
 
 @pytest.mark.parametrize(
@@ -363,11 +367,11 @@ def test_a_vae_of_its_own_takes_the_place_of_the_bases(tmp_path, made, other_vae
             save_file({k: v.contiguous() for k, v in original.items()}, place)
         case _:
             save_file({k.partition(".")[2]: v.contiguous() for k, v in original.items()}, place)
-    for path in made("sd15"):
+    for path in made("sd15", "wordless"):
         found = opened(path, vae=str(place)).vae.state_dict()
         assert all(torch.equal(found[key], state[key]) for key in state)
     with pytest.raises(ModelFileError, match=r"nowhere.*does not exist"):
-        opened(made("sd15")[0], vae=str(tmp_path / "nowhere"))
+        opened(made("sd15", "wordless")[0], vae=str(tmp_path / "nowhere"))
 
 
 def test_folders_of_older_and_of_sharded_kinds_open(tmp_path, made):

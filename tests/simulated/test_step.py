@@ -27,10 +27,10 @@ STEPS = 3
 @pytest.mark.parametrize(
     ("capability", "settings", "launches"),
     [
-        ((8, 6), {}, 580),
-        ((8, 6), DROPOUT, 1350),
-        ((7, 5), {"save__ema": 0.9}, 590),
-        ((8, 6), {"train__gradient_accumulation_steps": 2}, 1150),
+        ((8, 6), {}, 380),
+        ((8, 6), DROPOUT, 765),
+        ((7, 5), {"save__ema": 0.9}, 390),
+        ((8, 6), {"train__gradient_accumulation_steps": 2}, 755),
     ],
     ids=["bf16", "dropout", "fp16", "accumulate"],
 )

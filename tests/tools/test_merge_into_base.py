@@ -25,7 +25,7 @@ from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.merge import merge_files_into_base
-from tests.checkpoints import NARROW, write_folder, write_single
+from tests.checkpoints import write_folder, write_single
 
 CPU = torch.device("cpu")
 NAMES = ["sd15", "sd2", "sdxl"]
@@ -41,24 +41,18 @@ def _nothing_left(tmp_path):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """(folder, single file) of the same weights by family; large, so that they are removed at the end.
-
-    The vocabularies are cut to a tenth, as nothing is said to the text encoders here.
-    """
+    """(folder, single file) of the same weights by family; large, so that they are removed at the end."""
     root = tmp_path_factory.mktemp("bases")
     made: dict[str, tuple[Path, Path]] = {}
-    patch = pytest.MonkeyPatch()
-    for part in ("text_encoder", "text_encoder_2"):
-        patch.setitem(NARROW, part, NARROW[part] | {"vocab_size": 4000})
 
     def pair(name: str) -> tuple[Path, Path]:
         if name not in made:
             # As in real SD 2 checkpoints, the header says nothing of the prediction: a guess does here.
-            made[name] = write_folder(root / name, name), write_single(root / f"{name}.safetensors", name)
+            folder = write_folder(root / name, name, size="wordless")
+            made[name] = folder, write_single(root / f"{name}.safetensors", name, size="wordless")
         return made[name]
 
     yield pair
-    patch.undo()
     shutil.rmtree(root)
 
 
