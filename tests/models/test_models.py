@@ -259,6 +259,8 @@ def test_attention_is_that_of_torch(base):
 def test_work_that_changes_nothing_is_left_out(folder, base):
     """Divisions by 1 and the time embedding's activation in each block; the output keeps its bits."""
     plain = type(base.denoiser).from_pretrained(folder / "unet")
+    for parameter in plain.parameters():  # mapped from the file they are not aligned, and round differently
+        parameter.data = parameter.data.clone()
     given = (
         torch.randn(1, 4, 8, 8),
         torch.tensor([500]),
