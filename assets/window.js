@@ -10,7 +10,8 @@
   const send = async (path, body, options = {}) => {
     try {
       const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options, headers: { ...ownProject(), ...options.headers } });
-      return answer.ok ? await answer.json() : { problem: await answer.text() };
+      const text = await answer.text(), said = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
+      return answer.ok || said.problem ? said : { problem: text };
     } catch { return { problem: "The window does not answer; is it still open?", away: true }; }
   };
   const post = (path, body, options) => send(path, JSON.stringify(body), { headers: { "Content-Type": "application/json" }, ...options });
