@@ -256,6 +256,7 @@ def _forecast(
 @command("train")
 def _train(training: Training, queue: bool = False, workspace: Path | None = None) -> int:
     from lora_core.runs.preflight import RunProblem, require_none_blocking
+    from lora_core.runs.queue import Queue
 
     def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
         with stopping.raising():
@@ -271,7 +272,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
             say(f"Base: {read_base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
         show_result("forecast", expected, {})
         if queue:
-            api.queue_add(run.path)
+            Queue(place).add(run)
             say(f"{run.name} waits in the queue of {place}")
             return 0
         return _resume_run(run, None, False, stopping, group)

@@ -139,6 +139,18 @@ def require_none_blocking(problems: list[RunProblem]) -> None:
         raise RunError(" ".join(sentences))
 
 
+def require_used(run: RunFolder, read_dataset: Callable[[], Dataset]) -> None:
+    """Refuse to begin a run with masks or regularisation images. Runs that have begun go on, and so do those
+    of versions that left such images out.
+
+    Raises:
+        DatasetError: there are some, and the settings do not say to train without them.
+    """
+    asked = run.has_setting("dataset.ignore_unused") and not run.config().dataset.ignore_unused
+    if asked and not run.inputs_file.exists() and (unused := describe_unused(read_dataset())):
+        raise DatasetError(unused)
+
+
 def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
     """The base that a config names, and what is wrong with it."""
     model = config.model

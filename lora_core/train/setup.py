@@ -19,8 +19,8 @@ import torch
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import describe_unused, open_dataset, require_clean, split_holdout
-from lora_core.data.images import Dataset, ImageRecord, choose_bucket, hash_file
+from lora_core.data.dataset import open_dataset, require_clean, split_holdout
+from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
@@ -45,6 +45,7 @@ from lora_core.models.device import (
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
+from lora_core.runs.preflight import require_used
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import (
     AUTO,
@@ -464,17 +465,6 @@ class TrainSession:
     fallbacks: list[str]
 
 
-def _require_used(run: RunFolder, config: RunConfig, dataset: Dataset) -> None:
-    """Refuse to begin with masks or regularisation images; runs of versions that left them out go on.
-
-    Raises:
-        DatasetError: there are some, and the settings do not say to train without them.
-    """
-    unused = "" if config.dataset.ignore_unused else describe_unused(dataset)
-    if unused and not run.inputs_file.exists() and run.has_setting("dataset.ignore_unused"):
-        raise DatasetError(unused)
-
-
 def prepare(
     run: RunFolder, config: RunConfig, plan: RuntimePlan, say: OnProgress, accept_changes: bool = False
 ) -> TrainSession:
@@ -491,7 +481,7 @@ def prepare(
         more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
     dataset = open_dataset(config.dataset.path, cache / "datasets")
     require_clean(dataset)
-    _require_used(run, config, dataset)
+    require_used(run, lambda: dataset)
     check_inputs(run, dataset.records, accept_changes, more)
     train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)

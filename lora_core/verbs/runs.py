@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lora_core.data.images import Dataset
 from lora_core.errors import ConfigError, DatasetError, ModelFileError
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
 from lora_core.model_files.starting_settings import settings_from_lora, starting_settings
@@ -277,9 +278,19 @@ def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFol
 
     Raises:
         RunError: it is done, live, or in the queue already.
+        DatasetError: it has not begun, and its dataset holds masks or regularisation images.
     """
+    from lora_core.runs.preflight import require_used
+
+    def read() -> Dataset:
+        try:
+            return load_images(folder.config().dataset.path, queue.workspace)
+        except DatasetError:  # its start says it
+            return Dataset([], [])
+
     folder = find_run(run, workspace)
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
+    require_used(folder, read)
     queue.add(folder)
     if start:
         ensure_runner(queue.workspace)

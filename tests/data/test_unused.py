@@ -20,6 +20,7 @@ from lora_core.data.dataset import open_dataset, require_clean, scan
 from lora_core.errors import DatasetError, RunError
 from lora_core.runs.folder import all_runs
 from lora_core.runs.preflight import preflight
+from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
 from tests.data.conftest import Draw, noise, packed
 
@@ -286,7 +287,10 @@ def test_every_way_to_start_is_refused_with_masks(
     for mask in ("0-masklabel.png", "reg/0.png"):
         draw(folder / mask)
     train[3] = "two"
-    for command in (train, [*train, "--queue"], sweep):
+    # A run that was made before there were any.
+    add = ["queue", "add", "one", "--workspace", str(tmp_path)]
+    Queue(tmp_path).remove("one")
+    for command in (train, [*train, "--queue"], sweep, add):
         assert main(command) == 1
         assert "1 mask (0-masklabel.png) and 1 regularisation image (0.png)" in capsys.readouterr().err
     with pytest.raises(RunError, match=r"turn on dataset\.ignore_unused"):
