@@ -34,13 +34,13 @@ from tests.waiting import PATIENCE, wait_for
 from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 30
+STEPS = 12
 SETTINGS = [
     "adapter.rank=4", "adapter.alpha=2", "train.batch_size=2", f"train.steps={STEPS}", "train.resolution=64",
     "train.precision=fp32", "optimizer.lr=0.003", "dataset.flip=true", "dataset.trigger=blob",
-    "adapter.dropout=0.1", "validation.pictures=2", "validation.every=10", "validation.draws_per_image=2",
+    "adapter.dropout=0.1", "validation.pictures=2", "validation.every=4", "validation.draws_per_image=2",
     "validation.max_time_share=0",
-    "sample.every=15", "sample.steps=2", "save.every=5", "save.keep_last=2",
+    "sample.every=6", "sample.steps=2", "save.every=2", "save.keep_last=2",
 ]  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def drawn(trained: Trained, name: str, *more: object) -> Path:
         "--prompt",
         "blob, a round thing",
         "--steps",
-        "4",
+        "2",
         "--seed",
         "3",
         "--precision",
@@ -124,9 +124,9 @@ def test_a_run_tells_its_story(trained: Trained) -> None:
     story = read_events(trained.run.events_file)[0]
     kinds = [event.kind for event in story]
     assert [e.step for e in story if isinstance(e, events.StepDone)] == list(range(1, STEPS + 1))
-    assert [e.step for e in story if isinstance(e, events.Validated)] == [10, 20, 30]
-    assert [e.step for e in story if isinstance(e, events.PreviewDone)] == [0, 15, 30]
-    assert [e.step for e in story if isinstance(e, events.CheckpointDone)] == list(range(5, STEPS + 1, 5))
+    assert [e.step for e in story if isinstance(e, events.Validated)] == [4, 8, 12]
+    assert [e.step for e in story if isinstance(e, events.PreviewDone)] == [0, 6, 12]
+    assert [e.step for e in story if isinstance(e, events.CheckpointDone)] == list(range(2, STEPS + 1, 2))
     assert kinds[0] == "Started"
     assert kinds[-1] == "Finished"
     assert "Failed" not in kinds
@@ -139,7 +139,7 @@ def test_a_run_tells_its_story(trained: Trained) -> None:
 
 def test_what_a_run_leaves_behind(trained: Trained) -> None:
     best = trained.run.progress().best_step
-    assert trained.run.checkpoint_steps() == sorted({25, 30, *([best] if best else [])})
+    assert trained.run.checkpoint_steps() == sorted({10, 12, *([best] if best else [])})
     beside = {f"first{end}" for end in (".safetensors", ".json", ".md", ".preview.png")}
     assert {path.name for path in trained.run.exports.iterdir()} == beside
     # The last sample that was drawn, and not the base's.
@@ -149,7 +149,7 @@ def test_what_a_run_leaves_behind(trained: Trained) -> None:
     assert thumbnail.startswith("data:image/jpeg;base64,")
     assert [path for path in trained.home.rglob(".*") if path.suffix in (".tmp", ".draft", ".making")] == []
     assert not trained.run.process_file.exists()
-    checkpoint = load_adapter(trained.run.checkpoint(30) / "adapter.safetensors", FAMILIES["tiny"])
+    checkpoint = load_adapter(trained.run.checkpoint(STEPS) / "adapter.safetensors", FAMILIES["tiny"])
     for key, layer in load_adapter(trained.export).layers.items():
         assert torch.equal(layer.down, checkpoint.layers[key].down.half())
         assert torch.equal(layer.up, checkpoint.layers[key].up.half())
@@ -244,7 +244,7 @@ def test_diffusers_loads_the_export_whole_and_draws_the_same(trained: Trained) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = pipeline(
-            "blob, a round thing", latents=noise, num_inference_steps=4, guidance_scale=5.0, output_type="np"
+            "blob, a round thing", latents=noise, num_inference_steps=2, guidance_scale=5.0, output_type="np"
         ).images[0]
     assert ours.shape == theirs.shape
     assert np.abs(ours / 255 - theirs).mean() < 1 / 255
