@@ -168,14 +168,6 @@ def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSp
     return Injected(layers, state)
 
 
-def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
-    """Put the frozen layers back in place of the trainable ones."""
-    for (part, name), layer in injected.layers.items():
-        located = layer_by_path(modules[part], name)
-        if located is not None:
-            replace_submodule(modules[part], located[0], layer.base)
-
-
 def adapter_weights(injected: Injected) -> AdapterWeights:
     """The canonical form of what was trained."""
     return AdapterWeights({key: layer.layer_weights() for key, layer in injected.layers.items()})

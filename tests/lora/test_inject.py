@@ -3,7 +3,7 @@ import torch
 
 from lora_core.backends.compact import CompactConv2d, CompactLinear, WeightPolicy
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import adapter_weights, inject, remove
+from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger, layer_by_path
 from lora_core.model_files.families import KOHYA
@@ -34,14 +34,11 @@ def test_merged_equals_unmerged(modules):
     for strength in (0.5, 1.0):
         injected.set_strength(strength)
         unmerged = tiny_output(modules["unet"])
-        remove(modules, injected)
+        injected.set_strength(0.0)
         merger = Merger(modules)
         merger.apply([LoadedLora(weights, strength)])
         torch.testing.assert_close(tiny_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
         merger.apply([])
-        injected = inject(modules, ["unet"], KOHYA, LoraSpec(3, 6.0), 0)
-        for key, layer in injected.layers.items():
-            layer.from_layer_weights(weights.layers[key])
 
 
 def test_strength_zero_and_taking_out_are_bit_equal_to_the_base(modules):
@@ -169,7 +166,7 @@ def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
     trained = adapter_weights(injected)
     merger.apply([])
     assert torch.equal(tiny_output(modules["unet"]), live)
-    remove(modules, injected)
+    injected.set_strength(0.0)
     merger.apply([LoadedLora(frozen, 0.8), LoadedLora(_adapter(2), 0.3), LoadedLora(trained)])
     torch.testing.assert_close(tiny_output(modules["unet"]), both, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both, live, atol=1e-3)
