@@ -50,7 +50,7 @@ def make_scheduler(base: BaseModel, name: str) -> Any:
         ConfigError: there is no such sampler.
     """
     row = chosen(SAMPLERS, name, "sampler")
-    return row.resolve().from_config(base.scheduler_config, **row.defaults)
+    return row.resolve().from_config(base.facts.scheduler, **row.defaults)
 
 
 def image_size(base: BaseModel, request: GenerationRequest) -> tuple[int, int]:

@@ -84,7 +84,6 @@ class BaseModel(NoisePredictor):
         denoiser: a `Denoiser`, or diffusers' UNet.
         vae, text_encoders, tokenizers: the other components, the last two by part.
         noise: the noise schedule and what the denoiser predicts.
-        scheduler_config: the base's own sampler settings, for samplers to start from.
         dtype: of the denoiser and the text encoders; the VAE is always fp32, where it cannot overflow.
         facts: what its files say about it.
     """
@@ -97,7 +96,6 @@ class BaseModel(NoisePredictor):
     text_encoders: dict[str, Any]
     tokenizers: dict[str, Any]
     noise: NoiseSchedule
-    scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
     facts: BaseFacts
@@ -220,7 +218,7 @@ def open_base(
         raise _too_large(facts.path, device)
     return BaseModel(
         name=name, path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
-        tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
+        tokenizers=tokenizers, noise=noise, device=device,
         dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip
 

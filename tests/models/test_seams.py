@@ -80,7 +80,7 @@ def base() -> BaseModel:
     )
     return BaseModel(
         name="toy", path=Path(), family=family, denoiser=ToyDiT().requires_grad_(False), vae=None,
-        text_encoders={}, tokenizers={}, noise=NoiseSchedule.flow(100), scheduler_config={}, device=CPU,
+        text_encoders={}, tokenizers={}, noise=NoiseSchedule.flow(100), device=CPU,
         dtype=torch.float32, facts=None,
     )  # type: ignore[arg-type]  # fmt: skip
 

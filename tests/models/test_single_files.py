@@ -213,7 +213,7 @@ class TestPrediction:
         file.unlink()
         assert base.noise.objective == "v_prediction"
         assert base.noise.alphas_cumprod[-1] == 0
-        assert base.scheduler_config["timestep_spacing"] == "trailing"
+        assert base.facts.scheduler["timestep_spacing"] == "trailing"
 
 
 class TestPickled:

@@ -65,7 +65,7 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
         }
     base = BaseModel(
         name=family_name, path=configs, family=family, denoiser=unet, vae=vae, text_encoders=encoders,
-        tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()), scheduler_config={},
+        tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()),
         device=card.device, dtype=bf16, facts=None,
     )  # fmt: skip
     parts = {
