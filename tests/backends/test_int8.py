@@ -20,7 +20,7 @@ from lora_core.backends.compact import (
     offload_store_for,
     quantize_int8,
 )
-from lora_core.lora.inject import adapter_weights, inject, remove
+from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.model_files.families import ATTENTION
@@ -147,12 +147,11 @@ def test_a_base_is_compact_as_it_is_read(tmp_path: Path) -> None:
 def test_an_adapter_is_added_to_what_a_packed_weight_stands_for() -> None:
     unet = tiny_unet().requires_grad_(False)
     modules: dict[str, nn.Module] = {"unet": unet}
-    injected = inject(modules, ["unet"], ATTENTION, LoraSpec(2, 2.0), 5)
+    injected = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 5)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.normal_(std=0.1)
     weights = adapter_weights(injected)
-    remove(modules, injected)
     WeightPolicy(quantize_int8).apply_to(unet)
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layer, update = unet.get_submodule(path), weights.layers["unet", path]
