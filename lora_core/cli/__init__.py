@@ -43,18 +43,9 @@ from lora_core.settings.config import (
     load_toml,
     parsed_assignment,
 )
+from lora_core.system import processes
 from lora_core.system.files import clean_text, file_bytes
 from lora_core.system.files import workspace as workspace_folder
-from lora_core.system.processes import (
-    COMPUTES,
-    GIVES_WAY,
-    INTERRUPTED,
-    SLEEPS,
-    StopRequest,
-    keep_awake,
-    limit_spinning,
-    without_collecting,
-)
 from lora_core.verbs import CHECKPOINT, FILE_PRECISIONS, AdapterFile, File, Measure
 
 if TYPE_CHECKING:
@@ -80,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     call = parse(words)
     quiet_libraries()
     set_up_cuda()
-    limit_spinning(processor_use(call.verb))
+    processes.limit_spinning(processor_use(call.verb))
     try:
         return _run(call)
     except LoraError as error:
         write(sys.stderr, f"{one_line(error)}\n")
         return 1
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return processes.INTERRUPTED
     except OSError as error:
         name = error.filename or "A file"
         sentence = clip_message(f"{name} cannot be read or written: {error.strerror or error}.")
@@ -130,7 +121,9 @@ def note_extras(files: Iterable[File]) -> None:
 
 def processor_use(verb: str) -> str:
     """How a verb shares the processor, see `limit_spinning`."""
-    return GIVES_WAY if verb == "serve" else COMPUTES if verb in COMPUTING else SLEEPS
+    if verb == "serve":
+        return processes.GIVES_WAY
+    return processes.COMPUTES if verb in COMPUTING else processes.SLEEPS
 
 
 def quiet_libraries() -> None:
@@ -258,7 +251,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
     from lora_core.runs.preflight import RunProblem, require_none_blocking
     from lora_core.runs.queue import Queue
 
-    def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
+    def lead(stopping: processes.StopRequest, group: "ProcessGroup | None") -> int:
         with stopping.raising():
             config = training.run_config()
             place = workspace_folder(workspace)
@@ -284,7 +277,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
 def _resume(
     run: str, steps: int | None = None, accept_changes: bool = False, workspace: Path | None = None
 ) -> int:
-    def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
+    def lead(stopping: processes.StopRequest, group: "ProcessGroup | None") -> int:
         return _resume_run(find_run(run, workspace), steps, accept_changes, stopping, group)
 
     return _together(lead)
@@ -298,14 +291,14 @@ ONE_ONLY = (
 )
 
 
-def _together(lead: Callable[[StopRequest, "ProcessGroup | None"], int]) -> int:
+def _together(lead: Callable[[processes.StopRequest, "ProcessGroup | None"], int]) -> int:
     """Train alone, or as one of the processes that `accelerate launch` started for one run.
 
     Args:
         lead: what the main process does, or the only one; returns the exit code. The others follow it, and
             leave stopping to it.
     """
-    stopping = StopRequest()
+    stopping = processes.StopRequest()
     with stopping.taken():
         if max(int(os.environ.get(name) or 1) for name in LAUNCHED) == 1:
             if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
@@ -321,7 +314,7 @@ def _together(lead: Callable[[StopRequest, "ProcessGroup | None"], int]) -> int:
 
 
 def _resume_run(
-    run: RunFolder, steps: int | None, accept_changes: bool, stopping: StopRequest,
+    run: RunFolder, steps: int | None, accept_changes: bool, stopping: processes.StopRequest,
     group: "ProcessGroup | None",
 ) -> int:  # fmt: skip
     """Train a run to its end, and notify the user when it ends; returns the exit code.
@@ -336,7 +329,7 @@ def _resume_run(
             try:
                 # A stop that is asked for while torch is imported must not be voided by this line.
                 run.request("resume")
-                with stopping.raising(), without_collecting():
+                with stopping.raising(), processes.without_collecting():
                     from lora_core.train.trainer import train
             except KeyboardInterrupt:
                 # The trainer, which writes this down itself, was not there yet.
@@ -350,7 +343,7 @@ def _resume_run(
                 if idle := max(0, group.world_size - size):
                     say(f"Note: {idle} of them have nothing to do; train.batch_size is {size}.")
             printer = EventPrinter(sys.stdout, run.config_or_none())
-            with keep_awake():
+            with processes.keep_awake():
                 outcome = train(run, steps, printer.show, accept_changes, stopping, group)
             printer.close()
     finally:
@@ -359,7 +352,7 @@ def _resume_run(
             say(f"Note: {note}")
     if outcome.export is not None:
         say(outcome.export)
-    return INTERRUPTED if outcome.signalled else 0
+    return processes.INTERRUPTED if outcome.signalled else 0
 
 
 @command("queue run")
@@ -369,7 +362,7 @@ def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
     if as_json:
         say_json(Queue(place).rows())
     if interrupted:
-        return INTERRUPTED
+        return processes.INTERRUPTED
     failed = [job.run for job in ended if job.state == FAILED]
     if failed:
         raise RunError(
@@ -381,7 +374,7 @@ def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
 
 @command("serve")
 def _serve() -> int:
-    with without_collecting():
+    with processes.without_collecting():
         api.serve()
     return 0
 

@@ -28,18 +28,7 @@ from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
-from lora_core.system.files import (
-    clean_text,
-    expand_home,
-    fold_name,
-    folder_bytes,
-    parse_json,
-    read_json,
-    safe_name,
-    unused_path,
-    unused_stem,
-    write_atomically,
-)
+from lora_core.system import files
 
 DEFAULT = "default"
 KINDS = {"runs": "run", "projects": "project"}
@@ -74,7 +63,7 @@ class Projects:
         self.folder = workspace / "projects"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
-        last = str(read_json(self.folder / _OPEN).get("open") or DEFAULT)
+        last = str(files.read_json(self.folder / _OPEN).get("open") or DEFAULT)
         self.current = Project(self.folder / (last if self._is_there(last) else DEFAULT))
 
     def list_projects(self) -> list[ProjectRow]:
@@ -86,7 +75,7 @@ class Projects:
                 pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_image(file))
                 own = sum(belongs_to(run, config, path) for run, config in runs)
                 is_open = path == self.current.path
-                size = folder_bytes(path)
+                size = files.folder_bytes(path)
                 found.append(ProjectRow(path.name, read_title(path), is_open, pictures, own, size))
         return sorted(found, key=lambda one: (not one.is_open, one.title.casefold(), one.key))
 
@@ -99,7 +88,7 @@ class Projects:
         path = self._path(key)
         with self._lock:
             self.current.open(path)
-            write_atomically(self.folder / _OPEN, json.dumps({"open": path.name}).encode())
+            files.write_atomically(self.folder / _OPEN, json.dumps({"open": path.name}).encode())
 
     def new(self, title: str) -> str:
         """Make a project and open it; returns the name of its folder.
@@ -109,9 +98,9 @@ class Projects:
         """
         title = self._checked(title, "")
         words = "-".join(re.findall(r"\w+", title)).lower()[:60]
-        stem = safe_name(words or "project").name
+        stem = files.safe_name(words or "project").name
         with self._lock:
-            key = unused_stem(stem, {fold_name(path.name) for path in self.folder.iterdir()})
+            key = files.unused_stem(stem, {files.fold_name(path.name) for path in self.folder.iterdir()})
             try:
                 (self.folder / key / "pictures").mkdir(parents=True)
                 self._label(self.folder / key, title)
@@ -160,10 +149,10 @@ class Projects:
             return move_to_trash(path, self.workspace)
 
     def _label(self, path: Path, title: str) -> None:
-        write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
+        files.write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
 
     def _checked(self, title: str, key: str) -> str:
-        title = " ".join(clean_text(title).split())
+        title = " ".join(files.clean_text(title).split())
         if not title:
             raise RunError("Type a name for the project first.")
         if len(title) > LONGEST_TITLE:
@@ -212,7 +201,7 @@ def open_images(name: str, workspace: Path) -> Project:
     """
     if name == DEMO:
         raise DatasetError("The demo's images and captions stay as they are; copy them to work on them.")
-    folder = expand_home(name).absolute()
+    folder = files.expand_home(name).absolute()
     if folder.parent == workspace / "projects" and folder.is_dir():
         return Project(folder)
     if folder.is_dir():
@@ -223,13 +212,13 @@ def open_images(name: str, workspace: Path) -> Project:
 
 def mark_project(run: RunFolder, project: Path) -> None:
     """Note in a run's folder which project started it."""
-    write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
+    files.write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
 
 
 def belongs_to(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
     """Whether a run is one of a project's."""
     projects = project.parent
-    marked = str(read_json(run.path / _MARK).get("project") or "")
+    marked = str(files.read_json(run.path / _MARK).get("project") or "")
     dataset = Path(config.dataset.path) if config is not None else Path()
     if not marked and dataset.is_relative_to(projects):
         marked = dataset.relative_to(projects).parts[0] if dataset != projects else ""
@@ -294,7 +283,7 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
     with wrap_os_errors(RunError, f"The {kind} {path.name} cannot be moved to the trash", _IN_USE):
         try:
             place.mkdir(parents=True)
-            write_atomically(place / _LABEL, json.dumps(label).encode())
+            files.write_atomically(place / _LABEL, json.dumps(label).encode())
             os.rename(path, place / _CONTENT)
         except OSError:
             shutil.rmtree(place, ignore_errors=True)
@@ -307,7 +296,7 @@ def list_trash(workspace: Path) -> list[TrashItem]:
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
-            said = parse_json(label.read_bytes())
+            said = files.parse_json(label.read_bytes())
             came_from = workspace.absolute() / str(said["came_from"])
             one = TrashItem(label.parent, str(said["name"]), came_from, float(said["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError):
@@ -325,7 +314,7 @@ def restore(one: TrashItem, workspace: Path) -> Path:
         RunError: it is gone from the trash, or the disk refuses.
     """
     wanted, kind = _allowed(one.came_from, workspace)
-    path = unused_path(wanted.parent, wanted.stem, wanted.suffix)
+    path = files.unused_path(wanted.parent, wanted.stem, wanted.suffix)
     with wrap_os_errors(RunError, f"The {kind} {one.name} cannot be put back"):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(one.content, path)
@@ -399,7 +388,7 @@ def cache_sizes(workspace: Path) -> dict[str, int]:
     """Bytes of each cache (latents, text, datasets), the largest first."""
     folder = workspace / "cache"
     sizes = {
-        path.name: folder_bytes(path)
+        path.name: files.folder_bytes(path)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
     }
@@ -421,7 +410,7 @@ def clean_caches(workspace: Path) -> int:
             " paused."
         )
     cache = workspace / "cache"
-    freed = folder_bytes(cache)
+    freed = files.folder_bytes(cache)
     with _removing(cache):
         for path in list(cache.iterdir()) if cache.is_dir() else []:
             aside = path if path.name.endswith(_GOING) else cache / f".{path.name}.{uuid.uuid4().hex}{_GOING}"
@@ -431,4 +420,4 @@ def clean_caches(workspace: Path) -> int:
                 shutil.rmtree(aside)
             else:
                 aside.unlink()
-    return freed - folder_bytes(cache)
+    return freed - files.folder_bytes(cache)

@@ -20,16 +20,7 @@ from typing import Any
 import jinja2
 
 from lora_core.model_files.families import is_text_encoder
-from lora_core.runs.events import (
-    SURE,
-    Progress,
-    RateFound,
-    Validated,
-    best_of,
-    known_error,
-    smooth,
-    with_gain,
-)
+from lora_core.runs import events
 from lora_core.system.files import ASSETS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -141,7 +132,7 @@ class Curve:
         """Its values in words by x, smoothed if it is noisy."""
         xs, ys = zip(*self.points, strict=True)
         errors = [f" \N{PLUS-MINUS SIGN} {error:.2g}" for error in self.errors] or [""] * len(xs)
-        values = zip(xs, smooth(list(ys)) if self.noisy else ys, errors, strict=True)
+        values = zip(xs, events.smooth(list(ys)) if self.noisy else ys, errors, strict=True)
         return {x: f"{y:.4g}{unit}{error}" for x, y, error in values}
 
 
@@ -202,7 +193,7 @@ def chart_tables(charts: Sequence[Chart]) -> str:
     return "".join(chart.table() for chart in charts)
 
 
-def run_charts(runs: Mapping[str, Progress]) -> list[Chart]:
+def run_charts(runs: Mapping[str, events.Progress]) -> list[Chart]:
     """Improvement and loss by step of a run, or of several, each named; what was not measured is left out."""
     alone = len(runs) == 1
     styles = itertools.cycle(("smooth", "second"))
@@ -216,7 +207,7 @@ def run_charts(runs: Mapping[str, Progress]) -> list[Chart]:
     charts = []
     first = next(iter(runs.values()))
     if gains:
-        best = best_of(first.validations)
+        best = events.best_of(first.validations)
         share = _percent(first.validations)
         mark = (float(best.step), share * best.gain, f"best, step {best.step:,}") if best else None
         words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
@@ -228,29 +219,31 @@ def run_charts(runs: Mapping[str, Progress]) -> list[Chart]:
     return charts
 
 
-def _percent(validations: Sequence[Validated]) -> float:
+def _percent(validations: Sequence[events.Validated]) -> float:
     """What turns a difference of losses into percent of the base's loss."""
-    base = next((one.base_loss for one in with_gain(validations) if one.base_loss > 0), 1.0)
+    base = next((one.base_loss for one in events.with_gain(validations) if one.base_loss > 0), 1.0)
     return 100 / base
 
 
-def gain_curves(validations: Sequence[Validated], name: str = "", style: str = "smooth") -> list[Curve]:
+def gain_curves(
+    validations: Sequence[events.Validated], name: str = "", style: str = "smooth"
+) -> list[Curve]:
     """The gain in percent of the base's loss: on held-out images, with the error of the difference to the
     best step (of the gain itself at the first); with no name also on other images, and of the raw adapter.
     """
-    found, scale = with_gain(validations), _percent(validations)
+    found, scale = events.with_gain(validations), _percent(validations)
 
     def curve(
-        name: str, style: str, key: str, error: Callable[[Validated], float] = lambda one: 0.0,
+        name: str, style: str, key: str, error: Callable[[events.Validated], float] = lambda one: 0.0,
         hidden: bool = False,
     ) -> list[Curve]:  # fmt: skip
         known = [one for one in found if math.isfinite(getattr(one, key))]
         # Step 0 is the base, with a gain of 0 by definition.
         points = [(0.0, 0.0), *((float(one.step), scale * getattr(one, key)) for one in known)]
-        errors = [0.0, *(SURE * scale * known_error(error(one)) for one in known)]
+        errors = [0.0, *(events.SURE * scale * events.known_error(error(one)) for one in known)]
         return [Curve(name, points, errors if any(errors) else (), style, hidden=hidden)] if known else []
 
-    def paired(one: Validated) -> float:
+    def paired(one: events.Validated) -> float:
         return one.against_best_error if math.isfinite(one.against_best_error) else one.standard_error
 
     held = curve(name or "Held out", style, "gain", paired)
@@ -496,7 +489,7 @@ def amplified_html(report: Row) -> str:
     return text + left_out_html(report["left_out"]) + figure("By block", plot)
 
 
-def rate_html(found: RateFound) -> str:
+def rate_html(found: events.RateFound) -> str:
     """The learning rate range test, its x axis in powers of ten."""
     points = list(zip(found.rates, found.shares, strict=True))
     share = min(points, key=lambda point: abs(math.log(point[0] / found.rate)))[1]

@@ -27,31 +27,8 @@ from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.weight_files import PRECISIONS
-from lora_core.report.plots import (
-    Bar,
-    bars_plot,
-    charts_html,
-    content_policy,
-    figure,
-    intrinsic_html,
-    load_scripts,
-    paragraph,
-    rate_html,
-    run_charts,
-    spectrum_html,
-    strength_html,
-    templates,
-)
-from lora_core.runs.events import (
-    SURE,
-    PreviewDone,
-    Progress,
-    Validated,
-    best_of,
-    describe_costs,
-    known_error,
-    with_gain,
-)
+from lora_core.report import plots
+from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.files import ASSETS, file_bytes, read_json, write_atomically
@@ -144,7 +121,7 @@ class ReportData:
 
     run: RunFolder
     config: RunConfig
-    progress: Progress
+    progress: events.Progress
     state: str
     ending: str = ""
     step: int = 0
@@ -269,17 +246,17 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
 
 def report_html(data: ReportData, now: float) -> str:
     """The page."""
-    samples, rate = sample_rows(data), data.progress.rate
+    samples, found = sample_rows(data), plots.rate_html(data.progress.rate) if data.progress.rate else ""
     changed, unchanged = _settings(data.config)
-    page = templates().get_template("report.html.j2")
+    page = plots.templates().get_template("report.html.j2")
     return page.render(
         data=data, style="".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES),
-        scripts=load_scripts(), policy=content_policy(), summary=summary(data), tiles=_tiles(data),
+        scripts=plots.load_scripts(), policy=plots.content_policy(), summary=summary(data),
+        tiles=_tiles(data), learned=[curves_html(data), found, bands_html(data), images_html(data)],
         samples=samples, images=encode_samples([one.file for _, row in samples for one in row]),
-        learned=[curves_html(data), rate_html(rate) if rate else "", bands_html(data), images_html(data)],
-        rank=intrinsic_html(data.rank) if data.rank else "",
-        spectrum=spectrum_html(data.spectrum) if data.spectrum else "",
-        strengths=[strength_html(fit, fit["part"]) for fit in (data.strength or {}).get("fits", [])],
+        rank=plots.intrinsic_html(data.rank) if data.rank else "",
+        spectrum=plots.spectrum_html(data.spectrum) if data.spectrum else "",
+        strengths=[plots.strength_html(fit, fit["part"]) for fit in (data.strength or {}).get("fits", [])],
         changed=changed, unchanged=unchanged, version=importlib.metadata.version("lora-easel"),
         made=datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d"),
     )  # fmt: skip
@@ -287,7 +264,7 @@ def report_html(data: ReportData, now: float) -> str:
 
 def _tiles(data: ReportData) -> list[tuple[str, str]]:
     """(value, what it is) of the most important figures."""
-    best = best_of(data.progress.validations)
+    best = events.best_of(data.progress.validations)
     done, planned, adapter = data.progress.step, data.progress.steps, data.config.adapter
     gain, error = (f"{best.gain:+.4f}", f"{2 * best.standard_error:.4f}") if best else ("", "")
     tiles = [
@@ -357,10 +334,10 @@ STATES = {
 
 def summary(data: ReportData) -> list[str]:
     """Sentences, the most important first."""
-    found = with_gain(data.progress.validations)
+    found = events.with_gain(data.progress.validations)
     sentences = [_learned_sentence(data, found)]
     if found:
-        sentences += describe_costs(found[-1])
+        sentences += events.describe_costs(found[-1])
     sentences.append(_rank_sentence(data))
     state = STATES.get(data.state, "")
     if state:
@@ -368,16 +345,16 @@ def summary(data: ReportData) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
+def _learned_sentence(data: ReportData, found: list[events.Validated]) -> str:
     if not found:
         return (
             "Whether it learned was not measured: no image was held out."
             if data.progress.step
             else "Nothing was trained yet."
         )
-    best, last = best_of(found), found[-1]
-    if best is None or best.gain < SURE * known_error(best.standard_error):
-        if last.gain < -SURE * known_error(last.standard_error):
+    best, last = events.best_of(found), found[-1]
+    if best is None or best.gain < events.SURE * events.known_error(best.standard_error):
+        if last.gain < -events.SURE * events.known_error(last.standard_error):
             return "It did not learn: held-out images are predicted worse than by the base."
         return "The gain on held-out images is within noise."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
@@ -387,9 +364,10 @@ def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
     return f"{sentence} {_overcooked(best, last, data.best)}".strip()
 
 
-def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
+def _overcooked(best: events.Validated, last: events.Validated, kept: bool) -> str:
     """Whether it became worse after the best step, and which file to use."""
-    if last.step <= best.step or not last.against_best < -SURE * known_error(last.against_best_error):
+    error = events.SURE * events.known_error(last.against_best_error)
+    if last.step <= best.step or not last.against_best < -error:
         return ""
     take = f"; take the file of step {best.step:,}" if kept else ""
     return f"After that it became worse{take}."
@@ -435,7 +413,7 @@ def sample_rows(data: ReportData) -> list[tuple[str, list[SampleFile]]]:
     return rows
 
 
-def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDone]:
+def _chosen(previews: Sequence[events.PreviewDone], best: int | None) -> list[events.PreviewDone]:
     """The first, the last, and a few between them, the best among those."""
     by_step = {one.step: one for one in previews if one.files}
     steps = sorted(by_step)
@@ -477,40 +455,40 @@ MOST_PICTURES = 40
 
 def curves_html(data: ReportData) -> str:
     """Improvement and training loss by step, and how much more training images gain than held-out ones."""
-    found = with_gain(data.progress.validations)
-    missing = [] if found else [paragraph("No image was held out, so no gain was measured.")]
-    charts = run_charts({data.run.name: data.progress})
+    found = events.with_gain(data.progress.validations)
+    missing = [] if found else [plots.paragraph("No image was held out, so no gain was measured.")]
+    charts = plots.run_charts({data.run.name: data.progress})
     if not any(chart.title == "Loss" for chart in charts):
-        missing.append(paragraph("Too few steps for a curve."))
+        missing.append(plots.paragraph("Too few steps for a curve."))
     note = (
         "Improvement: the base's loss less the adapter's on the same images, noise and timesteps, in"
         " percent of the base's; the band is two standard errors of the difference to the best step."
         " The loss says little by itself, since noise and timesteps are random."
     )
-    shown = figure("Improvement and loss", charts_html(charts), note) if charts else ""
+    shown = plots.figure("Improvement and loss", plots.charts_html(charts), note) if charts else ""
     return "".join(missing) + shown + _gauge(found)
 
 
-def _gauge(found: Sequence[Validated]) -> str:
+def _gauge(found: Sequence[events.Validated]) -> str:
     last = next((e for e in reversed(found) if math.isfinite(e.gauge)), None)
     if last is None:
         return ""
-    return paragraph(
+    return plots.paragraph(
         f"Memorisation gauge at step {last.step:,}: training images gain {last.gauge:+.4f} (standard error"
-        f" {known_error(last.gauge_error):.4f}) more than held-out ones."
+        f" {events.known_error(last.gauge_error):.4f}) more than held-out ones."
     )
 
 
 def bands_html(data: ReportData) -> str:
     """The gain of the best step by noise level."""
-    best = best_of(data.progress.validations)
+    best = events.best_of(data.progress.validations)
     rows = best.bands if best is not None else []
     if not rows:
         return ""
     bars = [
-        Bar(
+        plots.Bar(
             f"timesteps {row['from']:.0f} to {row['to'] - 1:.0f}", row["gain"],
-            SURE * row.get("standard_error", 0.0), f"{row['gain']:+.4f}", row["gain"] < 0,
+            events.SURE * row.get("standard_error", 0.0), f"{row['gain']:+.4f}", row["gain"] < 0,
         )
         for row in rows
     ]  # fmt: skip
@@ -518,8 +496,8 @@ def bands_html(data: ReportData) -> str:
     note = (
         "Low timesteps are little noise, where detail is decided; high ones are much, where composition is."
     )
-    plot = bars_plot(f"Gain by noise level at step {best.step}", bars)
-    return figure("By noise level", plot, note)
+    plot = plots.bars_plot(f"Gain by noise level at step {best.step}", bars)
+    return plots.figure("By noise level", plot, note)
 
 
 def images_html(data: ReportData) -> str:
@@ -531,13 +509,14 @@ def images_html(data: ReportData) -> str:
     shown = rows if len(rows) <= MOST_PICTURES else [*rows[:half], *rows[-half:]]
     places = {id(row): place for place, row in enumerate(rows, 1)}
     bars = [
-        Bar(
+        plots.Bar(
             f"{'held out' if row.get('held_out') else 'trained on'}, {places[id(row)]}", row["gain"],
-            SURE * row["standard_error"], f"{row['gain']:+.3f}", not row.get("held_out"),
+            events.SURE * row["standard_error"], f"{row['gain']:+.3f}", not row.get("held_out"),
         )
         for row in shown
     ]  # fmt: skip
     less = len(rows) - len(shown)
     more = f" {less} between them are left out." if less else ""
     note = f"Numbered by gain; the page contains neither their names nor the images.{more}"
-    return figure("Gain of each image", bars_plot("Gain of each image, the highest first", bars), note)
+    plot = plots.bars_plot("Gain of each image, the highest first", bars)
+    return plots.figure("Gain of each image", plot, note)

@@ -17,16 +17,8 @@ import psutil
 
 from lora_core.data.images import ImageRecord
 from lora_core.errors import LoraError
+from lora_core.model_files import sizes
 from lora_core.model_files.detect import BaseFacts, lookup_base
-from lora_core.model_files.sizes import (
-    PREPACKED_COPIES,
-    PREPACKED_SPARE,
-    WINOGRAD_COPIES,
-    count_base_parameters,
-    export_bytes,
-    fit_on_card,
-    num_adapters,
-)
 from lora_core.runs.events import Progress
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
 from lora_core.settings.config import RunConfig
@@ -188,8 +180,8 @@ def forecast_run(
     if memory is None and facts and gpu and facts.family:
         varied, full = captions_vary(records, config), gpu.auto_is_fp32 and config.train.precision == AUTO
         own = config.changed({"train.precision": "fp32"}) if full else config
-        as_set = (fit_on_card(own, facts, varied) or (None,))[0]
-        memory, fallbacks = fit_on_card(own, facts, varied, gpu.free) or (None, [])
+        as_set = (sizes.fit_on_card(own, facts, varied) or (None,))[0]
+        memory, fallbacks = sizes.fit_on_card(own, facts, varied, gpu.free) or (None, [])
     elif memory is None and facts:
         memory = as_set = memory_needed(config, facts)
         if memory and not gpu:
@@ -204,7 +196,7 @@ def forecast_run(
         seconds=step * config.train.steps if step else None,
         source=source,
         memory_bytes=round(memory) if memory else None,
-        file_bytes=export_bytes(facts, config) if facts else None,
+        file_bytes=sizes.export_bytes(facts, config) if facts else None,
         learning_rate=None if config.optimizer.range_test else config.optimizer.lr * config.adapter.scale,
         fallbacks=fallbacks,
         memory_as_set=round(as_set) if as_set else None,
@@ -247,9 +239,9 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
     """
     steps, preview, validation = config.train.steps, config.sample, config.validation
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
-    sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * num_adapters(config)
+    sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * sizes.num_adapters(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
-    rated = num_adapters(config) + (1 if validation.memorization else 0)
+    rated = sizes.num_adapters(config) + (1 if validation.memorization else 0)
     passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
     own = lookup_base(config.model.base).resolution
@@ -267,7 +259,7 @@ def num_rounds(steps: int, every: int) -> int:
 
 def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
     """About how many bytes a run on a processor takes at its peak, within a factor of two at best."""
-    parameters, export = parameters_of(lookup_base(config.model.base)), export_bytes(known, config)
+    parameters, export = parameters_of(lookup_base(config.model.base)), sizes.export_bytes(known, config)
     if not parameters or not export:
         return None
     asked = config.train.precision
@@ -279,9 +271,9 @@ def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
     weights = parameters * width
     if not (config.train.offload or config.train.quantize_base != "none"):
         # A processor's run takes more where there is more, because that is faster.
-        room = psutil.virtual_memory().available - PREPACKED_SPARE
-        most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
-        copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
+        room = psutil.virtual_memory().available - sizes.PREPACKED_SPARE
+        most = sizes.WINOGRAD_COPIES if width == 4 else sizes.PREPACKED_COPIES
+        copies = next((n for n in (most, sizes.PREPACKED_COPIES) if room > (1 + n) * weights), 0)
         weights *= 1 + copies
     return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
 
@@ -289,6 +281,6 @@ def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
 def parameters_of(base: BaseFacts) -> int | None:
     """How many weights a base has; None where its files do not tell."""
     try:
-        return count_base_parameters(base.facts) if base.facts else None
+        return sizes.count_base_parameters(base.facts) if base.facts else None
     except (LoraError, OSError):
         return None

@@ -24,6 +24,7 @@ from lora_core.data.dataset import (
 )
 from lora_core.data.images import Dataset, ImageRecord, choose_bucket
 from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError, clip_message
+from lora_core.model_files import sizes
 from lora_core.model_files.detect import (
     SINGLE_FILES,
     BaseFacts,
@@ -33,15 +34,6 @@ from lora_core.model_files.detect import (
 )
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import check_vae_path, read_header, what_is_there
-from lora_core.model_files.sizes import (
-    CARD_SPARE,
-    DRAWN_CAPTIONS_BYTES,
-    checkpoint_bytes,
-    count_base_parameters,
-    export_bytes,
-    fit_on_card,
-    needed_bytes,
-)
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import OPTIMIZERS, TARGETS, LossSection, chosen, require_package
@@ -162,7 +154,7 @@ def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
         facts = read_base_facts(name, model.prediction, model.zero_terminal_snr)
         if facts.path.is_dir() and facts.family:
             check_base_folder(facts.path, facts.family)
-        count_base_parameters(facts)
+        sizes.count_base_parameters(facts)
     except ModelFileError as error:
         return None, [RunProblem("base", str(error))]
     if not facts.guessed:
@@ -375,18 +367,18 @@ def _room(
 
 def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[RunProblem]:
     """Room for all that a run writes, or at least for its first checkpoint and the export."""
-    export = export_bytes(facts, config)
+    export = sizes.export_bytes(facts, config)
     if export is None:
         return []
     free = free_bytes(workspace)
-    all_of_it = caches + needed_bytes(config, export)
-    least = caches + checkpoint_bytes(config, export // 2) + export + MARGIN
+    all_of_it = caches + sizes.needed_bytes(config, export)
+    least = caches + sizes.checkpoint_bytes(config, export // 2) + export + MARGIN
     if free >= all_of_it:
         return []
+    checkpoint = _size(sizes.checkpoint_bytes(config, export // 2))
     need = (
         f"The run needs about {_size(all_of_it)} in {workspace} (images and captions {_size(caches)}, each"
-        f" checkpoint {_size(checkpoint_bytes(config, export // 2))}), and {_size(free)} are free; make room,"
-        " or lower save.keep_last."
+        f" checkpoint {checkpoint}), and {_size(free)} are free; make room, or lower save.keep_last."
     )
     return [RunProblem("disk", need, free < least)]
 
@@ -396,7 +388,7 @@ def _memory(
 ) -> list[RunProblem]:
     """Weights and adapter against what is free; rough, since activations come on top. No problem on a card
     where the trainer fits the run into its memory."""
-    parameters, export = count_base_parameters(facts), export_bytes(facts, config)
+    parameters, export = sizes.count_base_parameters(facts), sizes.export_bytes(facts, config)
     if not parameters or not export:
         return []
     asked = config.train.precision
@@ -404,8 +396,8 @@ def _memory(
     need = parameters * width + (export // 2) * 4 * ADAPTER_COPIES
     need += captions if card is None else 0
     free, where = (psutil.virtual_memory().available, "memory") if card is None else (card, "graphics memory")
-    fitted = fit_on_card(config, facts, varied, card) if card is not None else None
-    if need <= free or (fitted and fitted[0] + CARD_SPARE <= free):
+    fitted = sizes.fit_on_card(config, facts, varied, card) if card is not None else None
+    if need <= free or (fitted and fitted[0] + sizes.CARD_SPARE <= free):
         return []
     advice = "" if width == 2 else ", or set train.precision to bf16"
     sentence = (
@@ -446,7 +438,7 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
     again += len(config.sample.prompts) + validation.forgetting + 1
     draws = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
-    return again * one, min(DRAWN_CAPTIONS_BYTES, draws * one) if fixed < len(records) else 0
+    return again * one, min(sizes.DRAWN_CAPTIONS_BYTES, draws * one) if fixed < len(records) else 0
 
 
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:

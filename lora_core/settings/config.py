@@ -24,22 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from lora_core.errors import ConfigError, wrap_os_errors
-from lora_core.settings.schema import (
-    AUTO,
-    AdapterSection,
-    Auto,
-    DatasetSection,
-    LossSection,
-    ModelSection,
-    OptimizerSection,
-    RowOf,
-    SampleSection,
-    SaveSection,
-    Section,
-    Table,
-    TrainSection,
-    ValidationSection,
-)
+from lora_core.settings import schema
 from lora_core.system.files import ASSETS
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test"}
@@ -51,8 +36,8 @@ RETIRED: dict[str, tuple[Any, str]] = {
 """Removed settings: the one value that is still accepted, and why no other is."""
 OLD_NAMES: dict[str, str] = {
     **_FORMER["names"],
-    **{f"optim.{key}": f"optimizer.{key}" for key in OptimizerSection.model_fields},
-    **{f"preview.{key}": f"sample.{key}" for key in SampleSection.model_fields},
+    **{f"optim.{key}": f"optimizer.{key}" for key in schema.OptimizerSection.model_fields},
+    **{f"preview.{key}": f"sample.{key}" for key in schema.SampleSection.model_fields},
 }
 """Names of earlier versions, in the files of their users, and what the settings are called today."""
 MAX_TOML_BYTES = 1_000_000
@@ -62,22 +47,22 @@ _LONGEST_SHOWN = 80
 _MOST_UNKNOWN = 10
 
 
-class RunConfig(Section):
+class RunConfig(schema.Section):
     """All settings of one run; immutable, so that nothing can change them while it trains."""
 
     name: str = Field("", title="Name")
     """The run's name. Empty: date and dataset."""
     seed: int = Field(0, title="Seed", ge=0, le=2**32 - 1)
     """Every random draw of the run follows from it."""
-    model: ModelSection = Field(default_factory=ModelSection)
-    adapter: AdapterSection = Field(default_factory=AdapterSection)
-    dataset: DatasetSection = Field(default_factory=DatasetSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    loss: LossSection = Field(default_factory=LossSection)
-    validation: ValidationSection = Field(default_factory=ValidationSection)
-    sample: SampleSection = Field(default_factory=SampleSection)
-    save: SaveSection = Field(default_factory=SaveSection)
+    model: schema.ModelSection = Field(default_factory=schema.ModelSection)
+    adapter: schema.AdapterSection = Field(default_factory=schema.AdapterSection)
+    dataset: schema.DatasetSection = Field(default_factory=schema.DatasetSection)
+    train: schema.TrainSection = Field(default_factory=schema.TrainSection)
+    optimizer: schema.OptimizerSection = Field(default_factory=schema.OptimizerSection)
+    loss: schema.LossSection = Field(default_factory=schema.LossSection)
+    validation: schema.ValidationSection = Field(default_factory=schema.ValidationSection)
+    sample: schema.SampleSection = Field(default_factory=schema.SampleSection)
+    save: schema.SaveSection = Field(default_factory=schema.SaveSection)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], say: bool = True) -> "RunConfig":
@@ -142,10 +127,10 @@ class RunConfig(Section):
         return functools.reduce(getattr, name.split("."), self)
 
 
-SECTIONS: dict[str, type[Section]] = {
+SECTIONS: dict[str, type[schema.Section]] = {
     name: info.annotation
     for name, info in RunConfig.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    if isinstance(info.annotation, type) and issubclass(info.annotation, schema.Section)
 }
 FIELDS: dict[str, FieldInfo] = {
     name: info for name, info in RunConfig.model_fields.items() if name not in SECTIONS
@@ -169,7 +154,7 @@ def help_of(name: str) -> str:
 
 
 @functools.cache
-def _help_texts(model: type[Section]) -> dict[str, str]:
+def _help_texts(model: type[schema.Section]) -> dict[str, str]:
     """The docstrings below the fields of a model.
 
     pydantic's `use_attribute_docstrings` does the same for every process at its start, which costs 40 ms.
@@ -184,9 +169,9 @@ def _help_texts(model: type[Section]) -> dict[str, str]:
     return found
 
 
-def choices_of(name: str) -> Table | None:
+def choices_of(name: str) -> schema.Table | None:
     """The table whose keys a setting may name, or None where there is none."""
-    return next((mark.table for mark in FIELDS[name].metadata if isinstance(mark, RowOf)), None)
+    return next((mark.table for mark in FIELDS[name].metadata if isinstance(mark, schema.RowOf)), None)
 
 
 def limits_of(name: str) -> tuple[float, float] | None:
@@ -201,7 +186,7 @@ def limits_of(name: str) -> tuple[float, float] | None:
 
 def takes_auto(name: str) -> bool:
     """Whether a setting is a number or `auto`."""
-    return Auto in typing.get_args(FIELDS[name].annotation)
+    return schema.Auto in typing.get_args(FIELDS[name].annotation)
 
 
 def is_pattern_table(name: str) -> bool:
@@ -275,7 +260,7 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
             known = ", ".join(map(str, typing.get_args(info.annotation)))
             return f"= {shown} is not possible; choose one of {known}"
     kind = "a list of texts" if typing.get_origin(info.annotation) is list else _TYPES[problem["type"]]
-    return f"= {shown} should be {kind}{f' or {AUTO}' if takes_auto(name) else ''}"
+    return f"= {shown} should be {kind}{f' or {schema.AUTO}' if takes_auto(name) else ''}"
 
 
 def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -283,7 +268,7 @@ def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     the changes set it too."""
     for name, value in changes.items():
         switch = SWITCHES.get(name, "")
-        if switch and isinstance(value, str) and value.strip().lower() == AUTO:
+        if switch and isinstance(value, str) and value.strip().lower() == schema.AUTO:
             yield switch, True
             continue
         yield name, value

@@ -36,22 +36,8 @@ from lora_core.backends.onednn import PLAIN, is_prepacked, layout_of, undo_prepa
 from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
+from lora_core.model_files import sizes
 from lora_core.model_files.families import is_text_encoder
-from lora_core.model_files.sizes import (
-    BITSANDBYTES,
-    CHECKPOINTING,
-    CONTEXT,
-    HALVES,
-    INT8,
-    OFFLOAD,
-    OFFLOAD_SPARE,
-    ON_CPU,
-    OPTIMIZER_8BIT,
-    PLAIN_LAYOUT,
-    TEXT_ON_CPU,
-    VAE_ON_CPU,
-)
-from lora_core.model_files.sizes import FALLBACKS as DESCRIPTIONS
 from lora_core.models.device import cap_memory, limited, out_of_memory, release_failed, use_device
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
@@ -60,6 +46,7 @@ from lora_core.runs import events
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import OPTIMIZERS, TrainSection, require_package
 from lora_core.system.files import free_bytes
+from lora_core.train import setup
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import (
     StepSettings,
@@ -71,17 +58,6 @@ from lora_core.train.loop import (
     training_steps,
 )
 from lora_core.train.loss import diffusion_loss
-from lora_core.train.setup import (
-    OnProgress,
-    RuntimePlan,
-    TrainSession,
-    build_train_state,
-    enable_checkpointing,
-    is_on_cpu,
-    open_base_for,
-    plan_adapter,
-    training_dtype,
-)
 from lora_core.train.validation import at_strength
 
 _LEAST_IN_8_BITS = 4096
@@ -150,9 +126,10 @@ class MemoryFallback:
             fallback = next((each for each in FALLBACKS if each.name == name), None)
             if fallback is not None and fallback.possible(self):
                 fallback.apply(self)
-            elif name == OPTIMIZER_8BIT:
+            elif name == sizes.OPTIMIZER_8BIT:
                 # The checkpoints hold a state that no other optimizer can read.
-                require_package("AdamW in 8 bits, which this run has begun with,", BITSANDBYTES, BITSANDBYTES)
+                package = sizes.BITSANDBYTES
+                require_package("AdamW in 8 bits, which this run has begun with,", package, package)
 
     @property
     def next(self) -> Fallback | None:
@@ -174,7 +151,7 @@ class MemoryFallback:
         del self.applied[self._count :]
         self.applied.append((fallback.name, step))
         self.apply_until(step)
-        return DESCRIPTIONS[fallback.name]
+        return sizes.FALLBACKS[fallback.name]
 
     def _nothing_left(self) -> str:
         unet = self.state.base.denoiser
@@ -188,8 +165,8 @@ class MemoryFallback:
             others = " or train no text encoder, so that they can leave the device,"
         if not is_offloaded(unet):
             others += " or make room on the workspace's drive, where the base could wait,"
-        if not importlib.util.find_spec(BITSANDBYTES):
-            others += f" or install {BITSANDBYTES} for an 8-bit optimizer,"
+        if not importlib.util.find_spec(sizes.BITSANDBYTES):
+            others += f" or install {sizes.BITSANDBYTES} for an 8-bit optimizer,"
         return (
             f"The device ran out of memory although {listed}; lower train.resolution or adapter.rank,"
             f"{others} or close other programs that use the device. Everything saved is complete."
@@ -199,7 +176,7 @@ class MemoryFallback:
 def _can_move_text_encoders(memory: MemoryFallback) -> bool:
     encoders = memory.state.base.text_encoders.values()
     trained = any(is_text_encoder(part) for part in memory.state.injected.parts())
-    return not trained and any(not is_on_cpu(encoder) for encoder in encoders)
+    return not trained and any(not setup.is_on_cpu(encoder) for encoder in encoders)
 
 
 def _move_text_encoders(memory: MemoryFallback) -> None:
@@ -225,7 +202,7 @@ def _can_use_8bit_adamw(memory: MemoryFallback) -> bool:
 def _has_8bit_adamw(device: torch.device) -> bool:
     """Whether bitsandbytes is installed and can take a step on a device, which its build may have no code
     for."""
-    if importlib.util.find_spec(BITSANDBYTES) is None:
+    if importlib.util.find_spec(sizes.BITSANDBYTES) is None:
         return False
     values = torch.nn.Parameter(torch.zeros(_LEAST_IN_8_BITS, device=device))
     values.grad = torch.ones_like(values)
@@ -237,8 +214,9 @@ def _has_8bit_adamw(device: torch.device) -> bool:
 
 
 def _class_8bit_adamw() -> Callable[[Any], torch.optim.Optimizer]:
-    found: Callable[[Any], torch.optim.Optimizer] = importlib.import_module(f"{BITSANDBYTES}.optim").AdamW8bit
-    return found
+    made: Callable[[Any], torch.optim.Optimizer]
+    made = importlib.import_module(f"{sizes.BITSANDBYTES}.optim").AdamW8bit
+    return made
 
 
 def _use_8bit_adamw(memory: MemoryFallback) -> None:
@@ -259,7 +237,7 @@ def _can_offload(memory: MemoryFallback) -> bool:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(folder)
-    return room > need + OFFLOAD_SPARE
+    return room > need + sizes.OFFLOAD_SPARE
 
 
 def _offload(memory: MemoryFallback) -> None:
@@ -270,30 +248,30 @@ def _offload(memory: MemoryFallback) -> None:
 
 FALLBACKS = (
     Fallback(
-        VAE_ON_CPU,
-        lambda memory: not is_on_cpu(memory.state.base.vae),
+        sizes.VAE_ON_CPU,
+        lambda memory: not setup.is_on_cpu(memory.state.base.vae),
         lambda memory: memory.state.base.put("vae", torch.device("cpu")),
     ),
-    Fallback(TEXT_ON_CPU, _can_move_text_encoders, _move_text_encoders),
+    Fallback(sizes.TEXT_ON_CPU, _can_move_text_encoders, _move_text_encoders),
     Fallback(
-        PLAIN_LAYOUT,
+        sizes.PLAIN_LAYOUT,
         lambda memory: any(map(is_prepacked, memory.state.base.modules.values())),
         _undo_prepacking,
     ),
     Fallback(
-        CHECKPOINTING,
+        sizes.CHECKPOINTING,
         lambda memory: not memory.state.base.denoiser.is_gradient_checkpointing,
-        lambda memory: enable_checkpointing(memory.state.base),
+        lambda memory: setup.enable_checkpointing(memory.state.base),
     ),
-    Fallback(HALVES, lambda memory: memory.state.chunks < memory.batch_size, _halve_chunks),
-    Fallback(OPTIMIZER_8BIT, _can_use_8bit_adamw, _use_8bit_adamw),
+    Fallback(sizes.HALVES, lambda memory: memory.state.chunks < memory.batch_size, _halve_chunks),
+    Fallback(sizes.OPTIMIZER_8BIT, _can_use_8bit_adamw, _use_8bit_adamw),
     Fallback(
-        INT8,
+        sizes.INT8,
         _can_quantize,
         lambda memory: WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser),
         exact=False,
     ),
-    Fallback(OFFLOAD, _can_offload, _offload),
+    Fallback(sizes.OFFLOAD, _can_offload, _offload),
 )
 """In the order in which they are applied before the first step."""
 FALLBACKS_WITHIN_A_RUN = tuple(sorted(FALLBACKS, key=lambda each: not each.exact))
@@ -310,13 +288,13 @@ def free_memory(state: TrainState, error: BaseException | None = None) -> None:
 def next_base_fallback(train: TrainSection, applied: list[tuple[str, int]]) -> str:
     """The next fallback that makes the base itself smaller, for one that does not fit when loaded, or ""."""
     done = {name for name, _ in applied}
-    done |= {INT8} if train.quantize_base != "none" else set()
-    done |= {OFFLOAD} if train.offload else set()
-    return next((name for name in (INT8, OFFLOAD) if name not in done), "")
+    done |= {sizes.INT8} if train.quantize_base != "none" else set()
+    done |= {sizes.OFFLOAD} if train.offload else set()
+    return next((name for name in (sizes.INT8, sizes.OFFLOAD) if name not in done), "")
 
 
 def run_range_test(
-    session: TrainSession, settings: StepSettings, on_progress: OnProgress
+    session: setup.TrainSession, settings: StepSettings, on_progress: setup.OnProgress
 ) -> tuple[list[float], list[float], int]:
     """Find the factor for all learning rates before the first step; the state is as before afterwards.
 
@@ -384,7 +362,7 @@ def _smooth(shares: list[float]) -> list[float]:
     return [statistics.median(part) for part in parts]
 
 
-def _share(session: TrainSession, settings: StepSettings, number: int) -> float:
+def _share(session: setup.TrainSession, settings: StepSettings, number: int) -> float:
     """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
     state, base = session.state, session.state.base
     batch, draw = sample_batch(state, session.batches, settings, number)
@@ -399,9 +377,9 @@ def _share(session: TrainSession, settings: StepSettings, number: int) -> float:
 
 
 def autotune(
-    session: TrainSession, memory: MemoryFallback, settings: StepSettings, plan: RuntimePlan, fresh: bool,
-    on_progress: OnProgress,
-) -> tuple[RuntimePlan, list[events.Event]]:  # fmt: skip
+    session: setup.TrainSession, memory: MemoryFallback, settings: StepSettings, plan: setup.RuntimePlan,
+    fresh: bool, on_progress: setup.OnProgress,
+) -> tuple[setup.RuntimePlan, list[events.Event]]:  # fmt: skip
     """Choose what `plan` lacks before the first step; `fresh` if none was ever taken.
 
     Returns:
@@ -433,7 +411,7 @@ def autotune(
 
 
 def fit_memory(
-    session: TrainSession, memory: MemoryFallback, settings: StepSettings, optimizer_state: float
+    session: setup.TrainSession, memory: MemoryFallback, settings: StepSettings, optimizer_state: float
 ) -> tuple[list[str], int]:
     """Try the heaviest step, a validation and a sample at step 0, and apply fallbacks until they fit.
 
@@ -453,7 +431,7 @@ def fit_memory(
     while not _fits(state, lambda: _try_step(session, settings, optimizer_state)):
         warnings.append(f"The heaviest step does not fit into memory as it is. {memory.apply_next(0)}")
     while not _fits(state, lambda: _try_sample(session)):
-        if memory.next is None or memory.next.name not in ON_CPU:
+        if memory.next is None or memory.next.name not in sizes.ON_CPU:
             warnings.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
         warnings.append(f"Samples do not fit into memory as it is. {memory.apply_next(0)}")
@@ -473,7 +451,7 @@ def _fits(state: TrainState, work: Callable[[], None]) -> bool:
         free_memory(state)
 
 
-def _try_step(session: TrainSession, settings: StepSettings, optimizer_state: float) -> None:
+def _try_step(session: setup.TrainSession, settings: StepSettings, optimizer_state: float) -> None:
     """Allocate what a step and a validation take, and change nothing."""
     state, base = session.state, session.state.base
     parameters = sum(tensor.numel() for tensor in state.injected.parameters())
@@ -490,14 +468,14 @@ def _try_step(session: TrainSession, settings: StepSettings, optimizer_state: fl
     del held
 
 
-def _try_sample(session: TrainSession) -> None:
+def _try_sample(session: setup.TrainSession) -> None:
     """Allocate what a sample takes: guided predictions, and decoded latents."""
     base = session.state.base
     latents = _guided_pass(session, base.resolution)
     decode_latents(base, latents)
 
 
-def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
+def _guided_pass(session: setup.TrainSession, side: int) -> torch.Tensor:
     """Predict with and without a prompt, as classifier-free guidance does, for an image of `side` pixels;
     returns the latents, (1, C, h, w)."""
     base = session.state.base
@@ -545,9 +523,9 @@ def _time_steps(
     cap_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    base = open_base_for(config, device, training_dtype(config, device), [], offload_folder)
+    base = setup.open_base_for(config, device, setup.training_dtype(config, device), [], offload_folder)
     base.load(*base.text_encoders)
-    layout = plan_adapter(base, config)
+    layout = setup.plan_adapter(base, config)
     tokens = train.max_token_length
     text = PromptCache(base, offload_folder, layout.encoders_trained, train.clip_skip, tokens)
     if not layout.encoders_trained:
@@ -557,7 +535,7 @@ def _time_steps(
     on_step(0, TIMED_STEPS)
     side = train.resolution or base.resolution
     batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)
-    state, _ = build_train_state(base, layout, config, "")
+    state, _ = setup.build_train_state(base, layout, config, "")
     seconds: list[float] = []
     for step in training_steps(state, batches, text, StepSettings(config, TIMED_STEPS), 0):
         seconds.append(step.seconds)
@@ -570,7 +548,7 @@ def _time_steps(
         "step": statistics.median(counted),
         "draw": _time_sampler_step(base, text.embed_batch([CAPTION])),
         "steps": len(counted),
-        "peak": int(torch.cuda.max_memory_reserved(device) + CONTEXT) if device.type == "cuda" else 0,
+        "peak": int(torch.cuda.max_memory_reserved(device) + sizes.CONTEXT) if device.type == "cuda" else 0,
         "device": device.type,
     }
 

@@ -46,17 +46,8 @@ from lora_core.models.load import BaseModel, open_base
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import require_used
+from lora_core.settings import schema
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import (
-    AUTO,
-    OPTIMIZERS,
-    QUANTIZED,
-    AdapterSection,
-    Implementation,
-    ModelSection,
-    OptimizerSection,
-    chosen,
-)
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import EMA, TrainState
@@ -138,7 +129,7 @@ class RuntimePlan:
             # A run whose card was taken out goes on with what is there, if that is accepted.
             if saved is None or not accept_changes:
                 raise
-            device = use_device(AUTO)
+            device = use_device(schema.AUTO)
         if saved is not None and saved.device == device.type:
             return saved
         if saved is not None and not accept_changes:
@@ -231,7 +222,7 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 
 
-def base_inputs(model: ModelSection) -> dict[str, str]:
+def base_inputs(model: schema.ModelSection) -> dict[str, str]:
     """A hash for each component of a folder, for a single file, and for a VAE of its own.
 
     Raises:
@@ -333,7 +324,7 @@ class AdapterPlan:
         return any(is_text_encoder(part) for part, _ in self.layers)
 
 
-def start_file(section: AdapterSection) -> Path | None:
+def start_file(section: schema.AdapterSection) -> Path | None:
     """The file of the LoRA to start from, or None."""
     return None if section.init.strip() in ("", FRESH) else expand_home(section.init)
 
@@ -371,7 +362,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
     return AdapterPlan(layers, start, file.name if file else "", notes)
 
 
-def part_rates(family: Family, optim: OptimizerSection) -> dict[str, float]:
+def part_rates(family: Family, optim: schema.OptimizerSection) -> dict[str, float]:
     """Learning rate by part: the UNet, then the text encoders in order."""
     rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     return dict(zip(family.parts, rates, strict=False))
@@ -399,7 +390,7 @@ def enable_checkpointing(base: BaseModel) -> None:
 
 
 def build_optimizer(
-    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimizerSection
+    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: schema.OptimizerSection
 ) -> tuple[torch.optim.Optimizer, FlatParams]:
     """Build the optimizer and its flat parameters, with a group for each part and rate, a part's own rate
     first; `initial_lr` is a group's full rate, `until` the share of steps that it is trained for.
@@ -410,7 +401,7 @@ def build_optimizer(
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
-    row = chosen(OPTIMIZERS, optim.name, "optimizer.name")
+    row = schema.chosen(schema.OPTIMIZERS, optim.name, "optimizer.name")
     own = part_rates(base.family, optim)
     members: list[list[LoraLayer]] = []
     groups: list[dict[str, Any]] = []
@@ -533,9 +524,10 @@ def open_base_for(
     names and steps); `folder` is on the drive that weights may be offloaded to."""
     model, train = config.model, config.train
     first = {name for name, step in rungs if step == 0}
-    row = chosen(QUANTIZED, INT8 if INT8 in first else train.quantize_base, "train.quantize_base")
+    name = INT8 if INT8 in first else train.quantize_base
+    row = schema.chosen(schema.QUANTIZED, name, "train.quantize_base")
     store = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
-    policy = WeightPolicy(row.resolve() if isinstance(row, Implementation) else None, store)
+    policy = WeightPolicy(row.resolve() if isinstance(row, schema.Implementation) else None, store)
     return open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
 
 

@@ -18,16 +18,7 @@ import torch
 from lora_core.backends.compact import is_quantized
 from lora_core.data.captions import plain_caption
 from lora_core.data.images import choose_bucket, hash_file
-from lora_core.evaluate.validator import (
-    EvalImage,
-    clustered_error,
-    eval_losses,
-    eval_noise,
-    gain_by_timestep,
-    is_better,
-    paired_difference,
-    paired_gain,
-)
+from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected
@@ -78,20 +69,21 @@ class ForgettingSet:
         own = base.family.prior_prompts
         self._requests = [(own[number % len(own)], number // len(own)) for number in range(count)]
         self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._requests))
-        self._images: list[EvalImage] = []
+        self._images: list[validator.EvalImage] = []
 
     @property
     def missing(self) -> list[tuple[str, int]]:
         """The images, as (prompt, seed), that `images` has to sample or to load."""
         return [] if self._images else self._requests
 
-    def images(self, draws: int, seed: int, on_step: OnStep) -> list[EvalImage]:
+    def images(self, draws: int, seed: int, on_step: OnStep) -> list[validator.EvalImage]:
         """The images with `draws` noise draws each; `on_step` is called while they are sampled."""
         if not self._images:
             latents = [self._latents(prompt, number, on_step) for prompt, number in self._requests]
             for own, (prompt, number) in zip(latents, self._requests, strict=True):
-                noise = eval_noise(f"{prompt}/{number}", own, draws, seed, self._base.noise.num_timesteps)
-                self._images.append(EvalImage(own, noise, prompt))
+                steps = self._base.noise.num_timesteps
+                noise = validator.eval_noise(f"{prompt}/{number}", own, draws, seed, steps)
+                self._images.append(validator.EvalImage(own, noise, prompt))
         return self._images
 
     def _latents(self, prompt: str, number: int, on_step: OnStep) -> torch.Tensor:
@@ -116,14 +108,14 @@ class ValidationSets:
     """The images that answer a validation's three questions: `training` is empty and `forgetting` None where
     these are not measured; `draws` per image, with their seed; notes for the user."""
 
-    held_out: list[EvalImage]
-    training: list[EvalImage] = field(default_factory=list)
+    held_out: list[validator.EvalImage]
+    training: list[validator.EvalImage] = field(default_factory=list)
     forgetting: ForgettingSet | None = None
     draws: int = 0
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def by_name(self, on_step: OnStep) -> dict[str, list[EvalImage]]:
+    def by_name(self, on_step: OnStep) -> dict[str, list[validator.EvalImage]]:
         """The sets that there are, with the adapter off; `on_step` is called while images are sampled."""
         found = {"held out": self.held_out}
         if self.training:
@@ -149,13 +141,13 @@ def build_validation_sets(
     if not section.every or not section.pictures:
         return ValidationSets([])
 
-    def to_eval(image: TrainImage, captioned: TrainImage | None = None) -> EvalImage:
+    def to_eval(image: TrainImage, captioned: TrainImage | None = None) -> validator.EvalImage:
         """`image`, with the caption of another one if given."""
         latents = cache.latents(image.record, image.bucket, False)
         digest = hash_file(image.record.path)
-        noise = eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
+        noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
         caption = plain_caption((captioned or image).record.caption, config.dataset.trigger)
-        return EvalImage(latents, noise, caption, image.sizes)
+        return validator.EvalImage(latents, noise, caption, image.sizes)
 
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
     order = random.Random(f"{config.seed}/measured").sample(range(len(images)), min(count, len(images)))
@@ -278,15 +270,15 @@ class Validator:
         if self.best.step in (0, step):
             return True
         # Without the losses of the best step, the gains have to do.
-        return gain > self.best.gain if math.isnan(against) else is_better(against, error)
+        return gain > self.best.gain if math.isnan(against) else validator.is_better(against, error)
 
-    def _losses(self, images: list[EvalImage], on_step: OnStep) -> torch.Tensor:
-        return eval_losses(self.state.base, images, self._text.embed, on_step)
+    def _losses(self, images: list[validator.EvalImage], on_step: OnStep) -> torch.Tensor:
+        return validator.eval_losses(self.state.base, images, self._text.embed, on_step)
 
     def _event(self, step: int, adapted: dict[str, torch.Tensor]) -> events.Validated:
         base, now = self._base_losses, adapted["held out"]
-        gain = paired_gain(base["held out"], now)
-        against, error = paired_difference(self.best.losses, now)
+        gain = validator.paired_gain(base["held out"], now)
+        against, error = validator.paired_difference(self.best.losses, now)
         best = math.isfinite(gain.gain) and self._is_best(step, gain.gain, against, error)
         if best:
             self.best = BestStep(step, gain.gain, now)
@@ -294,18 +286,18 @@ class Validator:
         if "training" in adapted:
             learned = base["training"] - adapted["training"]
             memorized = float(learned.mean()) - gain.gain
-            spread = math.hypot(clustered_error(learned), gain.standard_error)
+            spread = math.hypot(validator.clustered_error(learned), gain.standard_error)
             found = {"train_gain": float(learned.mean()), "gauge": memorized, "gauge_error": spread}
         if "prior" in adapted:
             kept = base["prior"] - adapted["prior"]
-            found |= {"prior": float(kept.mean()), "prior_error": clustered_error(kept)}
+            found |= {"prior": float(kept.mean()), "prior_error": validator.clustered_error(kept)}
         if RAW in adapted:
-            less, spread = paired_difference(now, adapted[RAW])
-            raw = paired_gain(base["held out"], adapted[RAW]).gain
+            less, spread = validator.paired_difference(now, adapted[RAW])
+            raw = validator.paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
         timesteps = torch.stack([image.draws.timesteps for image in self._sets.held_out])
         highest = self.state.base.noise.num_timesteps
-        bands = gain_by_timestep(base["held out"], now, timesteps, highest)
+        bands = validator.gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,
             **gain._asdict(), **found,
