@@ -40,7 +40,7 @@ from lora_core.model_files.header import read_header
 from lora_core.runs.events import Progress, read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import FIELDS
-from lora_core.system.files import ASSETS, check_fields, file_bytes, parse_json, write_atomically
+from lora_core.system.files import ASSETS, check_fields, file_bytes, parse_json, read_json, write_atomically
 from lora_core.system.processes import log_tail
 
 LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.gradient_checkpointing"
@@ -379,10 +379,7 @@ def _json_forms(text: str) -> set[str]:
 
 def _image_names(run: RunFolder, changed: list[str]) -> list[tuple[str, str]]:
     """The names of the images in `inputs.json`, and of those that are new since."""
-    try:
-        names = list(json.loads(run.inputs_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        names = []
+    names = list(read_json(run.inputs_file))
     found = []
     for number, name in enumerate(dict.fromkeys([*names, *changed]), 1):
         path = PurePosixPath(str(name).removeprefix("the picture "))

@@ -35,6 +35,7 @@ from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig, parsed_assignment
+from lora_core.system import processes
 from lora_core.system.files import (
     check_fields,
     file_bytes,
@@ -42,14 +43,6 @@ from lora_core.system.files import (
     is_network_drive,
     parse_json,
     unused_stem,
-)
-from lora_core.system.processes import (
-    INTERRUPTED,
-    TRAINER,
-    catch_signals,
-    hold_lock,
-    live_process,
-    start_detached,
 )
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
@@ -134,7 +127,7 @@ class Queue:
 
     def runner(self) -> psutil.Process | None:
         """The process that runs the queue, if one does."""
-        return live_process(self.process_file)
+        return processes.live_process(self.process_file)
 
     def stored_jobs(self) -> list[QueuedRun]:
         """The jobs in order as they were last written."""
@@ -452,12 +445,12 @@ def ensure_runner(workspace: Path) -> bool:
     if workspace in _children or not has_work or queue.runner() is not None:
         return False
     command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(workspace)]
-    _children[workspace] = start_detached(command, queue.log_file, workspace)
+    _children[workspace] = processes.start_detached(command, queue.log_file, workspace)
     return True
 
 
 def run_queue(
-    workspace: Path, say: Callable[[str], None], trainer: tuple[str, ...] = TRAINER
+    workspace: Path, say: Callable[[str], None], trainer: tuple[str, ...] = processes.TRAINER
 ) -> tuple[list[QueuedRun], bool]:
     """Train the jobs of a queue until none waits.
 
@@ -478,9 +471,9 @@ def run_queue(
     busy = f"The queue of {workspace} is being worked through by another process{pid} already."
     if other is not None:
         raise RunError(busy)
-    with hold_lock(queue.lock_file, queue.process_file, busy, HANDOVER):
+    with processes.hold_lock(queue.lock_file, queue.process_file, busy, HANDOVER):
         runner = _Runner(queue, say, trainer)
-        with catch_signals(runner.on_signal):
+        with processes.catch_signals(runner.on_signal):
             runner.work()
         return runner.ended, runner.must_end
 
@@ -591,7 +584,7 @@ class _Runner:
         self._say(f"{run.name}: started")
         before = file_bytes(run.events_file)
         recorder = ExitRecorder(run)
-        child = start_detached([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
+        child = processes.start_detached([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
         code, looked = None, 0.0
         while code is None:
             if time.monotonic() - looked > LOOK:
@@ -603,7 +596,7 @@ class _Runner:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(TICK)
         recorder.record(code)
-        if code == INTERRUPTED and not self.must_end:
+        if code == processes.INTERRUPTED and not self.must_end:
             time.sleep(TICK * 4)  # a shutdown sends its signal to all, one after the other
         return self._outcome(run, code, before)
 

@@ -25,13 +25,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_core.backends.compact import (
-    WeightPolicy,
-    is_offloaded,
-    is_quantized,
-    offload_store_for,
-    quantize_int8,
-)
+from lora_core.backends import compact
 from lora_core.backends.onednn import PLAIN, is_prepacked, layout_of, undo_prepack
 from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
@@ -157,13 +151,13 @@ class MemoryFallback:
         unet = self.state.base.denoiser
         tried = ["checkpointing is on"]
         tried += ["images go through one at a time"] if self.state.chunks > 1 else []
-        tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
-        tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
+        tried += ["the base is kept in 8 bits"] if compact.is_quantized(unet) else []
+        tried += ["the base waits outside of the device's memory"] if compact.is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = ""
         if any(map(is_text_encoder, self.state.injected.parts())):
             others = " or train no text encoder, so that they can leave the device,"
-        if not is_offloaded(unet):
+        if not compact.is_offloaded(unet):
             others += " or make room on the workspace's drive, where the base could wait,"
         if not importlib.util.find_spec(sizes.BITSANDBYTES):
             others += f" or install {sizes.BITSANDBYTES} for an 8-bit optimizer,"
@@ -228,12 +222,12 @@ def _use_8bit_adamw(memory: MemoryFallback) -> None:
 def _can_quantize(memory: MemoryFallback) -> bool:
     # An offloaded base leaves nothing to save.
     unet = memory.state.base.denoiser
-    return not is_quantized(unet) and not is_offloaded(unet)
+    return not compact.is_quantized(unet) and not compact.is_offloaded(unet)
 
 
 def _can_offload(memory: MemoryFallback) -> bool:
     unet, device, folder = memory.state.base.denoiser, memory.state.base.device, memory.offload_folder
-    if is_offloaded(unet) or folder is None:
+    if compact.is_offloaded(unet) or folder is None:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(folder)
@@ -242,8 +236,8 @@ def _can_offload(memory: MemoryFallback) -> bool:
 
 def _offload(memory: MemoryFallback) -> None:
     assert memory.offload_folder is not None
-    store = offload_store_for(memory.state.base.device, memory.offload_folder)
-    WeightPolicy(None, store).apply_to(memory.state.base.denoiser)
+    store = compact.offload_store_for(memory.state.base.device, memory.offload_folder)
+    compact.WeightPolicy(None, store).apply_to(memory.state.base.denoiser)
 
 
 FALLBACKS = (
@@ -268,7 +262,7 @@ FALLBACKS = (
     Fallback(
         sizes.INT8,
         _can_quantize,
-        lambda memory: WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser),
+        lambda memory: compact.WeightPolicy(compact.quantize_int8).apply_to(memory.state.base.denoiser),
         exact=False,
     ),
     Fallback(sizes.OFFLOAD, _can_offload, _offload),

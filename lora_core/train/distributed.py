@@ -27,15 +27,8 @@ from accelerate.utils import (
 from lora_core.errors import LoraError, ProcessLost, RunError
 from lora_core.models.device import keep_freed_memory, out_of_memory
 from lora_core.runs.folder import RunFolder
+from lora_core.train import loop
 from lora_core.train.autotune import MemoryFallback
-from lora_core.train.loop import (
-    PartialUpdate,
-    SingleProcess,
-    Step,
-    StepSettings,
-    TrainState,
-    training_steps,
-)
 from lora_core.train.setup import RuntimePlan, prepare
 
 TIMEOUT = timedelta(days=1)
@@ -47,7 +40,7 @@ LOST = (
 )
 
 
-class ProcessGroup(SingleProcess):
+class ProcessGroup(loop.SingleProcess):
     """This process among the `world_size` of the run; the main one has `rank` 0."""
 
     def __init__(self) -> None:
@@ -174,13 +167,13 @@ class SharedState:
     scaler: dict[str, Any]
 
     @classmethod
-    def of(cls, state: TrainState, step: int, lr_scale: float) -> "SharedState":
+    def of(cls, state: loop.TrainState, step: int, lr_scale: float) -> "SharedState":
         """A copy of `state` in the CPU's memory."""
         parameters = state.flat_params.data.detach().cpu()
         optimizer = send_to_device(state.optimizer.state_dict(), torch.device("cpu"))
         return cls(step, lr_scale, parameters, optimizer, state.scaler.state_dict())
 
-    def restore(self, state: TrainState) -> None:
+    def restore(self, state: loop.TrainState) -> None:
         """Make `state` equal to that of the main process."""
         with state.flat_params.mutate() as live:
             live.copy_(self.parameters)
@@ -211,19 +204,19 @@ def train_as_worker(group: ProcessGroup) -> None:
     memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
     keep_freed_memory()
     step = 0
-    steps: Iterator[Step] = iter(())
+    steps: Iterator[loop.Step] = iter(())
     while (message := group.broadcast_object()) is not None:
         if isinstance(message, SharedState):
             step = message.step
             memory.apply_until(step)
             message.restore(session.state)
-            settings = StepSettings(config, start.goal, message.lr_scale)
-            steps = training_steps(session.state, session.batches, session.text, settings, step)
+            settings = loop.StepSettings(config, start.goal, message.lr_scale)
+            steps = loop.training_steps(session.state, session.batches, session.text, settings, step)
             continue
         memory.apply_until(step)
         try:
             step = next(steps).number
-        except PartialUpdate:
+        except loop.PartialUpdate:
             raise
         except Exception as error:
             group.barrier(error)

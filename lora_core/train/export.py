@@ -8,15 +8,8 @@ from typing import Any
 
 from lora_core.data.captions import plain_caption
 from lora_core.errors import RunError
+from lora_core.formats import metadata
 from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
-from lora_core.formats.metadata import (
-    THUMBNAIL_KEY,
-    export_metadata,
-    side_file,
-    thumbnail,
-    thumbnail_uri,
-    write_beside,
-)
 from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, Family
@@ -38,7 +31,7 @@ def export_header(
     """The texts of a file's header."""
     captions = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
     buckets = Counter((item.bucket.width, item.bucket.height) for item in items)
-    return export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
+    return metadata.export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
 
 
 def write_export(
@@ -61,13 +54,15 @@ def write_export(
     kind, precision = how
     if picture is not None:
         try:
-            header = header | {THUMBNAIL_KEY: thumbnail_uri(thumbnail(picture))}
+            header = header | {metadata.THUMBNAIL_KEY: metadata.thumbnail_uri(metadata.thumbnail(picture))}
         except OSError:
             # A damaged sample is no reason to lose what was trained.
             picture = None
     save_adapter(weights, path, family, format=kind, dtype=precision, metadata=header)
-    write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
-    write_beside(path, read_header(path).metadata, picture)
+    write_atomically(
+        path.with_suffix(".json"), metadata.side_file(header.get("modelspec.trigger_phrase", ""))
+    )
+    metadata.write_beside(path, read_header(path).metadata, picture)
     return path
 
 

@@ -24,23 +24,8 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import require_packages
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import StopRequest
+from lora_core.train import callbacks
 from lora_core.train.autotune import MemoryFallback, autotune, free_memory, next_base_fallback
-from lora_core.train.callbacks import (
-    EXPORT_FORMAT,
-    MAX_ROLLBACKS,
-    Callback,
-    DivergenceGuard,
-    Export,
-    Interrupted,
-    NeedsRollback,
-    RunContext,
-    Sample,
-    Save,
-    StepTimer,
-    Validate,
-    describe_nonfinite,
-    describe_slow_step,
-)
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
 from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
 from lora_core.train.export import export_checkpoint, export_header
@@ -76,7 +61,7 @@ class Outcome:
 
 
 def set_up(
-    context: RunContext, config: RunConfig, accept_changes: bool
+    context: callbacks.RunContext, config: RunConfig, accept_changes: bool
 ) -> tuple[RunConfig, RuntimePlan, TrainSession, MemoryFallback]:
     """Choose what the machine decides, load the base, encode the data, try a step where memory is limited.
 
@@ -145,7 +130,7 @@ class Trainer:
     """
 
     def __init__(
-        self, context: RunContext, config: RunConfig, plan: RuntimePlan, session: TrainSession,
+        self, context: callbacks.RunContext, config: RunConfig, plan: RuntimePlan, session: TrainSession,
         memory: MemoryFallback,
     ) -> None:  # fmt: skip
         """Nothing is trained yet; see `set_up` for the arguments."""
@@ -157,8 +142,8 @@ class Trainer:
         self._session = session
         self._state = state
         self._memory = memory
-        self._guard = DivergenceGuard()
-        timer = self._timer = StepTimer()
+        self._guard = callbacks.DivergenceGuard()
+        timer = self._timer = callbacks.StepTimer()
         self._stop_reason = ""
         self._retried_at = -1
         if context.group is not None:
@@ -174,12 +159,12 @@ class Trainer:
             run, config.save, state, context.emit, checkpoint_bytes(config, parameters)
         )
         validator = Validator(state, session.text, session.validation_sets)
-        self._validate = Validate(
+        self._validate = callbacks.Validate(
             context, validator, config.validation, plan.validate_every, lambda: timer.median
         )
-        self._save = Save(context, self._checkpoints, validator, self._guard, header)
-        self._sample = Sample(context, session, config)
-        self._export = Export(context, state, self._validate, header, state.flat_params.checksum())
+        self._save = callbacks.Save(context, self._checkpoints, validator, self._guard, header)
+        self._sample = callbacks.Sample(context, session, config)
+        self._export = callbacks.Export(context, state, self._validate, header, state.flat_params.checksum())
 
     def fit(self, accept_changes: bool) -> Outcome:
         """Resume from the newest valid checkpoint, train, and end as asked."""
@@ -192,14 +177,14 @@ class Trainer:
                 for step in self._steps():
                     try:
                         self._after_step(step)
-                    except NeedsRollback as error:
+                    except callbacks.NeedsRollback as error:
                         self._roll_back(str(error))
                         break
                     if self._ending:
                         break
                     self._context.check()
             return self._finish()
-        except Interrupted:
+        except callbacks.Interrupted:
             if self.step and self._checkpoints.is_finite():
                 self._save_if_missing()
                 return finish_early(self._context, self.step, lambda: self._export(self.step))
@@ -291,7 +276,7 @@ class Trainer:
         context, number = self._context, step.number
         self.step = number
         context.emit(events.StepDone(step=number, loss=step.loss, lr=step.lr, seconds=step.seconds))
-        problem = describe_nonfinite(self._session, StepSettings(self._config, context.goal), step)
+        problem = callbacks.describe_nonfinite(self._session, StepSettings(self._config, context.goal), step)
         if problem:
             context.warn(number, f"Step {number} was passed over: {problem}. The adapter is as before it.")
         diverged = self._guard.update(step.loss, problem)
@@ -301,12 +286,12 @@ class Trainer:
         if not diverged and self._save.certain(number) and not self._checkpoints.is_finite():
             diverged = "the adapter itself is no longer finite"
         if diverged:
-            raise NeedsRollback(diverged)
+            raise callbacks.NeedsRollback(diverged)
         if (times := self._timer.update(step.seconds)) is not None:
             device = self._state.base.device.type
-            context.warn(number, describe_slow_step(number, step.seconds, times, device))
-        callbacks: tuple[Callback, ...] = (self._validate, self._save, self._sample)
-        for callback in callbacks:
+            context.warn(number, callbacks.describe_slow_step(number, step.seconds, times, device))
+        scheduled: tuple[callbacks.Callback, ...] = (self._validate, self._save, self._sample)
+        for callback in scheduled:
             if callback.due(number):
                 callback(number)
                 self._timer.skip_next()
@@ -324,18 +309,18 @@ class Trainer:
     def _roll_back(self, why: str) -> None:
         """Return to the last good state with half the learning rates, three times at most."""
         guard, at = self._guard, self.step
-        if guard.rollbacks >= MAX_ROLLBACKS:
+        if guard.rollbacks >= callbacks.MAX_ROLLBACKS:
             lr = self._config.optimizer.lr * guard.lr_scale
             raise Diverged(
-                f"Training diverged at step {at} even after halving the learning rate {MAX_ROLLBACKS} times,"
-                f" to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to fp32, look at the images"
-                " that the notes name, and start again; the last checkpoint is intact."
+                f"Training diverged at step {at} even after halving the learning rate {guard.rollbacks}"
+                f" times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to fp32, look at the"
+                " images that the notes name, and start again; the last checkpoint is intact."
             )
         self._restore(self._checkpoints.roll_back(guard.roll_back_to))
         self._context.warn(
             self.step,
             f"At step {at} {why}, so training continues from step {self.step}, the last good state, with the"
-            f" learning rates halved ({guard.rollbacks} of at most {MAX_ROLLBACKS} times).",
+            f" learning rates halved ({guard.rollbacks} of at most {callbacks.MAX_ROLLBACKS} times).",
         )
         self._report_resumed()
         self._timer.skip_next()
@@ -368,7 +353,7 @@ class Trainer:
             group.barrier()
 
 
-def finish_early(context: RunContext, step: int, export: Callable[[], Path] | None) -> Outcome:
+def finish_early(context: callbacks.RunContext, step: int, export: Callable[[], Path] | None) -> Outcome:
     """End as asked: paused, or stopped with an export if there is something to export."""
     request = next(iter(context.pending("stop", "pause")), None)
     pausing = request is not None and request["action"] == "pause" and not context.stopping.came
@@ -382,16 +367,18 @@ def finish_early(context: RunContext, step: int, export: Callable[[], Path] | No
     return Outcome("stopped", path, context.stopping.came)
 
 
-def finish_unprepared(context: RunContext) -> Outcome:
+def finish_unprepared(context: callbacks.RunContext) -> Outcome:
     """End as asked before training began: with the newest valid checkpoint, if there is one."""
     run = context.run
     found = load_first_valid(run, run.checkpoint_steps()[::-1], context.emit)
     if found is None:
         return finish_early(context, 0, None)
     step = found[1].step
-    return finish_early(
-        context, step, lambda: Path(export_checkpoint(run, str(step), run.name, EXPORT_FORMAT)["file"])
-    )
+
+    def export() -> Path:
+        return Path(export_checkpoint(run, str(step), run.name, callbacks.EXPORT_FORMAT)["file"])
+
+    return finish_early(context, step, export)
 
 
 def train(
@@ -426,7 +413,7 @@ def train(
     clear_unfinished(run)
     stopping = stopping or StopRequest()
     trainer: Trainer | None = None
-    context = RunContext(run, goal, before, on_event, stopping, group)
+    context = callbacks.RunContext(run, goal, before, on_event, stopping, group)
     try:
         require_packages(config)
         if config.save.tensorboard:
@@ -434,7 +421,7 @@ def train(
         with stopping.taken():
             try:
                 trainer = Trainer(context, *set_up(context, config, accept_changes))
-            except Interrupted:
+            except callbacks.Interrupted:
                 return finish_unprepared(context)
             return trainer.fit(accept_changes)
     except Exception as error:
