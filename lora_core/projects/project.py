@@ -462,61 +462,46 @@ def rejoin_sidecars(pictures: Path, aside: Path) -> int:
     Raises:
         OSError: a file cannot be moved.
     """
-    here, there = _Files(pictures), _Files(aside)
-    moves = [*_separated(here, there), *_separated(there, here)]
-    for companion, stem in here.companions.items():
-        if stem in here.pictures or stem in there.pictures:
+    here, there = _by_stem(pictures), _by_stem(aside)
+    pairs: list[tuple[Path, Path]] = []
+    for (images, files), (others, theirs) in ((here, there), (there, here)):
+        captioned = {stem for path, stem in theirs.items() if not is_mask(path)}
+        apart = ((path, stem) for path, stem in files.items() if stem in others and stem not in images)
+        pairs += [(path, others[stem]) for path, stem in apart if is_mask(path) or stem not in captioned]
+    images, files = here
+    captioned = {stem for path, stem in files.items() if not is_mask(path)}
+    for path, stem in files.items():
+        if stem not in images and stem not in there[0]:
+            numbered = re.compile(re.escape(stem) + r"-\d+")
+            bare = [other for other in images if numbered.fullmatch(other) and other not in captioned]
+            pairs += [(path, images[bare[0]])] if len(bare) == 1 else []
+    for path, image in pairs:
+        target = image.with_name(image.stem + _name_after_stem(path))
+        if not os.path.lexists(target):
+            _apply(Move(path, target))
+    return len(pairs)
+
+
+def _by_stem(folder: Path) -> tuple[dict[str, Path], dict[Path, str]]:
+    """The images below a folder by their stems, relative and folded, and the stems of captions and masks."""
+    images: dict[str, Path] = {}
+    others: dict[Path, str] = {}
+    for path in walk_files(folder, IMAGE_SUFFIXES):
+        if isinstance(path, FileProblem) or path == folder / HOLDOUT_LIST:
             continue
-        numbered = re.compile(re.escape(stem) + r"-\d+")
-        bare = [other for other in here.pictures if numbered.fullmatch(other) and not here.captioned(other)]
-        if len(bare) == 1:
-            picture = here.pictures[bare[0]]
-            moves.append(Move(companion, picture.with_name(picture.stem + _name_after_stem(companion))))
-    for move in moves:
-        if not os.path.lexists(move.target):
-            _apply(move)
-    return len(moves)
-
-
-class _Files:
-    """The images below a folder by their stems, relative and folded, and their captions and masks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pictures: dict[str, Path] = {}
-        self.companions: dict[Path, str] = {}
-        for path in walk_files(folder, IMAGE_SUFFIXES):
-            if isinstance(path, FileProblem) or path == folder / HOLDOUT_LIST:
-                continue
-            shown = path.relative_to(folder).as_posix()
-            stem = fold_name(shown[: len(shown) - len(_name_after_stem(path))])
-            if is_mask(path) or path.suffix.casefold() in CAPTION_SUFFIXES:
-                self.companions[path] = stem
-            elif path.suffix.casefold() in IMAGE_SUFFIXES:
-                self.pictures[stem] = path
-
-    def captioned(self, stem: str) -> bool:
-        """Whether an image has a caption here."""
-        return any(stem == other and not is_mask(path) for path, other in self.companions.items())
+        shown = path.relative_to(folder).as_posix()
+        stem = fold_name(shown[: len(shown) - len(_name_after_stem(path))])
+        if is_mask(path) or path.suffix.casefold() in CAPTION_SUFFIXES:
+            others[path] = stem
+        elif path.suffix.casefold() in IMAGE_SUFFIXES:
+            images[stem] = path
+    return images, others
 
 
 def _name_after_stem(path: Path) -> str:
     """What follows an image's stem in its name or in that of its caption or mask."""
     stem = path.stem[: -len("-masklabel")] if is_mask(path) else path.stem
     return path.name[len(stem) :]
-
-
-def _separated(one: _Files, other: _Files) -> list[Move]:
-    """Captions and masks in `one` whose image is in `other`, which has no such file."""
-    found = []
-    for path, stem in one.companions.items():
-        if stem in one.pictures or stem not in other.pictures:
-            continue
-        picture = other.pictures[stem]
-        target = picture.with_name(picture.stem + _name_after_stem(path))
-        if is_mask(path) or not other.captioned(stem):
-            found.append(Move(path, target))
-    return found
 
 
 def _apply(move: Move) -> None:
