@@ -20,14 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core import api
 from lora_core.cli.parser import Call, command, function_of, parse
 from lora_core.cli.terminal import EventPrinter, one_line, say, say_json, show_result, slow_notes, write
-from lora_core.errors import (
-    AdapterFileError,
-    ConfigError,
-    LoraError,
-    ModelFileError,
-    RunError,
-    clip_message,
-)
+from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError, clip_message
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import read_header

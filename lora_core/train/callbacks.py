@@ -596,8 +596,7 @@ class Export:
         compared = describe_average(measured) if measured else "Which gains more was not measured."
         name = self.context.run.name
         self.context.warn(
-            step,
-            f"{name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one. {compared}",
+            step, f"{name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one. {compared}"
         )
 
 

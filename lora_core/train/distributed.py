@@ -16,13 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-    reduce,
-    send_to_device,
-)
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce, send_to_device
 
 from lora_core.errors import LoraError, ProcessLost, RunError
 from lora_core.models.device import keep_freed_memory, out_of_memory

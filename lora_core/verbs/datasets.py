@@ -271,10 +271,7 @@ def left_out(dataset: File, workspace: Place = None) -> list[str]:
 
 @verb
 def hold_out(
-    dataset: File,
-    pictures: Sequence[str],
-    on: Annotated[bool, "--undo"] = True,
-    workspace: Place = None,
+    dataset: File, pictures: Sequence[str], on: Annotated[bool, "--undo"] = True, workspace: Place = None
 ) -> None:
     """Hold images of a project out for validation; `on=False` (`--undo`) has them trained on again."""
     project = _pictures_of(dataset, workspace)
