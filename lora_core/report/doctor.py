@@ -35,13 +35,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ACCELERATE_USE_CPU", 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
-
-    Attributes:
-        name: what is checked.
-        found: the finding.
-        fix: what to do, in a sentence; "" if nothing is wrong.
-    """
+    """What was checked, what was found, and what to do, in a sentence; "" if nothing is wrong."""
 
     name: str
     found: str

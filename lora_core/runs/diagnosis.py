@@ -434,13 +434,9 @@ def _about(card: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "card": card or "none",
-        "versions": versions,
-    }
+    system = f"{platform.system()} {platform.release()}"
+    about = {"python": platform.python_version(), "system": system, "machine": platform.machine()}
+    return {**about, "card": card or "none", "versions": versions}
 
 
 def notify_file(workspace: Path) -> Path:
@@ -544,13 +540,9 @@ def _run(command: str, facts: dict[str, Any]) -> str:
     become part of it."""
     values = {f"LORA_EASEL_{key.upper()}": str(value).replace("\0", "") for key, value in facts.items()}
     done = subprocess.run(
-        command if os.name == "nt" else _split(command),
-        env={**os.environ, **values},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=COMMAND_TAKES,
-        check=False,
-    )
+        command if os.name == "nt" else _split(command), env={**os.environ, **values},
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TAKES, check=False,
+    )  # fmt: skip
     if not done.returncode:
         return ""
     said = done.stderr.decode("utf-8", errors="replace").strip().splitlines()

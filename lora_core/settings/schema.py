@@ -44,12 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """One row: a name to choose.
-
-    Attributes:
-        title: what the user reads.
-        help: one sentence on when to take it.
-    """
+    """One row: what the user reads, and one sentence on when to take it."""
 
     title: str
     help: str

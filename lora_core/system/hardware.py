@@ -184,15 +184,11 @@ def list_nvidia_cards(tool: str) -> list[Card]:
 
 
 def _run_command(tool: str, query: str) -> str:
-    done = subprocess.run(
-        [tool, query, "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=ASKING_TAKES,
-        check=True,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-    )
-    return str(done.stdout)
+    hidden = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    return subprocess.run(
+        [tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=ASKING_TAKES,
+        check=True, creationflags=hidden,
+    ).stdout  # fmt: skip
 
 
 def parse_card(line: str) -> Card:

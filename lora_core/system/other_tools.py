@@ -149,14 +149,8 @@ def _table() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class InstalledTool:
-    """One tool on this computer.
-
-    Attributes:
-        name: display name.
-        root: where it is installed.
-        models: folders with bases.
-        loras: the folder in which it looks for LoRAs, or None where it has none that files can be put into.
-    """
+    """One tool on this computer: where it is installed, its folders with bases, and the one in which it looks
+    for LoRAs, None where it has none that files can be put into."""
 
     name: str
     root: Path
@@ -166,13 +160,8 @@ class InstalledTool:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where tools may lie.
-
-    Attributes:
-        places: folders whose children are looked at.
-        settings: folders in which programs keep their settings.
-        environment: variables.
-    """
+    """Where tools may lie: folders whose children are looked at, folders in which programs keep their
+    settings, and variables of the environment."""
 
     places: tuple[Path, ...]
     settings: tuple[Path, ...] = ()
@@ -334,14 +323,8 @@ MOST_NUMBERS = 1000
 
 @dataclass(frozen=True)
 class CopiedFile:
-    """What was copied.
-
-    Attributes:
-        file: the adapter.
-        beside: side files that went with it.
-        kept: side files that were there and differ, which stayed as they were.
-        renamed: whether its name was taken by another file.
-    """
+    """What was copied: the adapter and the side files that went with it; `kept` are side files that were
+    there and differ, `renamed` says that its name was taken by another file."""
 
     file: Path
     beside: tuple[Path, ...]

@@ -87,13 +87,9 @@ def start_detached(command: list[str], log_file: Path, workspace: Path) -> "subp
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "ab") as log:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=child_environment(workspace),
-            **detached(),
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env=child_environment(workspace), **detached(),
+        )  # fmt: skip
 
 
 @contextmanager

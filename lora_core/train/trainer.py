@@ -123,11 +123,8 @@ def set_up(
 
 
 class Trainer:
-    """One process's part of a run: from its start, or from the last valid checkpoint, to an ending.
-
-    Attributes:
-        step: optimizer steps done.
-    """
+    """One process's part of a run, from its start or the last valid checkpoint to an ending; `step` counts
+    the optimizer steps done."""
 
     def __init__(
         self, context: callbacks.RunContext, config: RunConfig, plan: RuntimePlan, session: TrainSession,
