@@ -128,7 +128,7 @@ def tensors(path: Path) -> dict[str, bytes]:
 
 def result(run: RunFolder) -> dict[str, dict[str, bytes]]:
     """What a finished run leaves, whatever its name: the tensors of its last checkpoint and of its export."""
-    assert run.status() == "done", run.progress().reason
+    assert run.status() == "done", (run.status(), run.progress().reason)
     last = run.checkpoint(run.checkpoint_steps()[-1])
     found = {path.name: tensors(path) for path in last.glob("*.safetensors")}
     exports = {"export": run.exports / f"{run.name}.safetensors"}
