@@ -46,12 +46,12 @@ from lora_core.train.loop import (
     StepSettings,
     TrainState,
     backward_micro_batch,
+    diffusion_loss,
     mean_loss,
     optimizer_step,
     sample_batch,
     training_steps,
 )
-from lora_core.train.loss import diffusion_loss
 from lora_core.train.validation import at_strength
 
 _LEAST_IN_8_BITS = 4096

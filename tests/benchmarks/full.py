@@ -26,7 +26,7 @@ from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.unet import PromptEmbeds
 from lora_core.settings.schema import LossSection
-from lora_core.train.loss import diffusion_loss, sample_noise
+from lora_core.train.loop import diffusion_loss, sample_noise
 from tests.counting import kept_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"

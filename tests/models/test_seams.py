@@ -15,7 +15,7 @@ from lora_core.model_files.families import FAMILIES, Targets
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.settings.schema import LossSection
-from lora_core.train.loss import NoiseSample, diffusion_loss
+from lora_core.train.loop import NoiseSample, diffusion_loss
 
 CPU = torch.device("cpu")
 SPEC = LoraSpec(rank=4, alpha=4.0)

@@ -26,7 +26,7 @@ from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.models.vae import decode_latents, encode_image
 from lora_core.settings.schema import LossSection
 from lora_core.system.files import FAMILY_CONFIGS
-from lora_core.train.loss import diffusion_loss, sample_noise
+from lora_core.train.loop import diffusion_loss, sample_noise
 from lora_core.train.setup import set_train_mode
 from tests.simulated.device import GIB, SimulatedDevice
 

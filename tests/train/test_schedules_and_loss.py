@@ -3,11 +3,11 @@ import torch
 
 from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.schema import LossSection
-from lora_core.train.loop import lr_factor
-from lora_core.train.loss import (
+from lora_core.train.loop import (
     absolute_error,
     huber_delta,
     huber_error,
+    lr_factor,
     min_snr_weight,
     sample_noise,
     squared_error,
