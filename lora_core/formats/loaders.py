@@ -164,10 +164,10 @@ def match_keys(
     """
     modules: dict[str, Module] = {}
     for key in keys:
-        for suffix in _SUFFIXES:
+        for suffix in filter(key.endswith, _SUFFIXES):
             known = (norms or {}) if suffix in (".w_norm", ".b_norm") else names
             name = key.removesuffix(suffix)
-            if name != key and name in known:
+            if name in known:
                 modules.setdefault(name, Module(known[name])).keys[suffix] = key
                 break
     for module in modules.values():

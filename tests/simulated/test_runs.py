@@ -170,7 +170,7 @@ def test_no_step_of_a_sampler_waits(place: Toy) -> None:
             generate_image(base, request)
             return card.syncs.total()
 
-        waits = {name: (syncs(name, 6) - syncs(name, 2)) / 4 for name in SAMPLERS}
+        waits = {name: (syncs(name, 4) - syncs(name, 2)) / 2 for name in SAMPLERS}
     assert {name: wait for name, wait in waits.items() if wait} == {}
 
 

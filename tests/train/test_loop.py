@@ -81,8 +81,8 @@ def _equal(first, second):
     ],
     ids=["plain", "all random", "frozen text, checkpointing", "lion, restarts", "bf16"],
 )
-def test_a_resume_equals_an_unbroken_run_bit_for_bit(tmp_path, config, changes):
-    config = config.changed(changes)
+def test_a_resume_equals_an_unbroken_run_bit_for_bit(tmp_path, config, changes, shared_toy):
+    config = config.changed({"model.base": str(shared_toy.base), "train.resolution": 16, **changes})
     whole, _ = _trained(_session(tmp_path, config), config, 0, STEPS)
     half, optimizer = _trained(_session(tmp_path, config), config, 0, 2)
     session = _session(tmp_path, config)

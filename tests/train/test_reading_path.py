@@ -26,26 +26,27 @@ from tests.train.runs import toy
 from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
 
-home, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
-run = toy(home).run("one", train__steps=3, **changes)
-config = run.config()
-session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
-settings = StepSettings(config, 3)
-steps = training_steps(session.state, session.batches, session.text, settings, 0)
-next(steps)
-seen = {}
-
 def note(frame, event, arg):
     _, engine, file = frame.f_code.co_filename.partition("/lora_core/")
     if event == "call" and engine:
         name = frame.f_code.co_qualname.partition(".<locals>")[0]
         seen.setdefault(file, set()).add(name)
 
-threading.setprofile(note)
-sys.setprofile(note)
-next(steps)
-sys.setprofile(None)
-print(json.dumps({file: sorted(names) for file, names in seen.items()}))
+place = toy(Path(sys.argv[1]))
+for name, changes in json.loads(sys.argv[2]).items():
+    run = place.run(name, train__steps=3, **changes)
+    config = run.config()
+    session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
+    settings = StepSettings(config, 3)
+    steps = training_steps(session.state, session.batches, session.text, settings, 0)
+    next(steps)
+    seen = {}
+    threading.setprofile(note)
+    sys.setprofile(note)
+    next(steps)
+    sys.setprofile(None)
+    threading.setprofile(None)
+    print(json.dumps({file: sorted(names) for file, names in seen.items()}))
 """
 
 
@@ -56,13 +57,11 @@ def reading_path() -> list[str]:
     return re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
 
 
-def executed(home: Path, **changes: object) -> dict[str, list[str]]:
-    """What functions a step calls, by file below `lora_core`."""
-    home.mkdir()
-    command = [sys.executable, "-c", STEP, str(home), json.dumps(changes)]
+def executed(home: Path, **runs: dict[str, object]) -> list[dict[str, list[str]]]:
+    """What functions a step of each run calls, by file below `lora_core`; `runs` are settings by name."""
+    command = [sys.executable, "-c", STEP, str(home), json.dumps(runs)]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    found: dict[str, list[str]] = json.loads(said.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in said.splitlines()[-len(runs) :]]
 
 
 def test_a_step_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
@@ -70,8 +69,8 @@ def test_a_step_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
     listed = reading_path()
     seen: set[str] = set()
     more = {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.1, "save__ema": 0.9}
-    for number, changes in enumerate(({}, more)):
-        for file, names in executed(tmp_path / str(number), **changes).items():
+    for functions in executed(tmp_path, plain={}, more=more):
+        for file, names in functions.items():
             if file in listed or not file.startswith(ELSEWHERE):
                 assert file in listed or set(names) <= HELPERS.get(file, set()), (file, names)
                 seen.add(file)
