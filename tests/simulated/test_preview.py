@@ -3,7 +3,6 @@ short."""
 
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +37,7 @@ from lora_core.settings.schema import SAMPLERS
 from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.waiting import PATIENCE
+from tests.warm import program
 
 SHOT = GenerationRequest(prompt="owl", seed=4, steps=3, cfg=3.0, width=64, height=64)
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor:
 
 
 def test_the_drawing_process_gives_way_and_draws_the_same_when_it_comes_back(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.simulated.device", "--gib", "2", "serve"]
+    command = [program("engine"), "-m", "tests.simulated.device", "--gib", "2", "serve"]
     worker = WorkerClient(command, dict(os.environ), tmp_path / "log.txt")
     asked = {**asdict(SHOT), "do": "generate", "steps": 2, "strengths": [1], "out": str(tmp_path)}
     try:

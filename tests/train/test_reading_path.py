@@ -4,8 +4,9 @@ between the batch and `optimizer.step()`."""
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.warm import program
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "lora_core"
@@ -59,7 +60,7 @@ def reading_path() -> list[str]:
 
 def executed(home: Path, **runs: dict[str, object]) -> list[dict[str, list[str]]]:
     """What functions a step of each run calls, by file below `lora_core`; `runs` are settings by name."""
-    command = [sys.executable, "-c", STEP, str(home), json.dumps(runs)]
+    command = [program("engine"), "-c", STEP, str(home), json.dumps(runs)]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     return [json.loads(line) for line in said.splitlines()[-len(runs) :]]
 

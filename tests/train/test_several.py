@@ -20,6 +20,7 @@ from lora_core.runs.folder import RunFolder
 from tests.train.runs import Toy, check_story, check_whole, notes, trained
 from tests.train.together import BREAKS, CASES, STARVED, TRAINED
 from tests.waiting import PATIENCE, wait_for
+from tests.warm import program
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 1e-5
@@ -34,12 +35,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def pair(*words: str) -> list[subprocess.Popen[str]]:
+def pair(*words: str, python: str = sys.executable) -> list[subprocess.Popen[str]]:
     """Two processes of a module with what a launcher tells them, without the seconds that it takes itself."""
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-m", *words],
+            [python, "-m", *words],
             env=os.environ
             | ALONE
             | {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -113,7 +114,7 @@ def numbers(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     for home in homes:
         for name, changes in TRAINED.items():
             home.run(name, **changes)
-    processes = pair("tests.train.together", str(homes[0].home))
+    processes = pair("tests.train.together", str(homes[0].home), python=program("engine"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
