@@ -127,6 +127,12 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
         "train.gradient_checkpointing": True}),
         ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantize_base": "int8"}),
         ("sd15", 2.42, {"train.offload": True, "train.gradient_checkpointing": True}),
+        ("sd2", 4.5, {}),
+        ("sd2", 4.83, {"adapter.targets": "locon", "train.batch_size": 2,
+        "train.gradient_checkpointing": True}),
+        ("sd2_v", 5.49, {}),
+        ("sd2_v", 5.85, {"adapter.targets": "kohya", "adapter.rank": 64, "train.quantize_base": "int8"}),
+        ("sd2_v", 3.94, {"train.offload": True, "train.gradient_checkpointing": True}),
         ("sdxl", 13.94, {"adapter.targets": "kohya"}),
         ("sdxl", 11.35, {"adapter.rank": 64, "train.gradient_checkpointing": True}),
         (
