@@ -127,6 +127,7 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
         "train.gradient_checkpointing": True}),
         ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantize_base": "int8"}),
         ("sd15", 2.42, {"train.offload": True, "train.gradient_checkpointing": True}),
+        ("sd15", 6.58, {"adapter.targets": "style", "train.batch_size": 4}),
         ("sd2", 4.5, {}),
         ("sd2", 4.83, {"adapter.targets": "locon", "train.batch_size": 2,
         "train.gradient_checkpointing": True}),
