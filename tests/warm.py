@@ -30,6 +30,8 @@ FOLDER = "LORA_EASEL_TESTS_WARM"
 HERE = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(HERE))
 FORKS = hasattr(os, "fork") and hasattr(socket, "send_fds")
+WARM = sys.platform.startswith("linux")
+"""Elsewhere `program` is Python itself: what macOS's own libraries do may not survive a fork."""
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP")
 LOOK_SECONDS = 2.0
 """How soon a server sees that the tests have ended."""
@@ -58,7 +60,7 @@ def set_up() -> None:
 
 def program(kind: str) -> str:
     """The path of a program like Python whose `-m` and `-c` are done by a child of the server of `kind`."""
-    return os.path.join(_shared()[0], kind) if FORKS else sys.executable
+    return os.path.join(_shared()[0], kind) if WARM else sys.executable
 
 
 def _shared() -> list[str]:

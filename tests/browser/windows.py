@@ -13,7 +13,7 @@ from typing import IO, Any
 import pytest
 
 from tests.waiting import PATIENCE
-from tests.warm import FORKS, Child, captured
+from tests.warm import WARM, Child, captured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ class Window:
         home = {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
         words = ["-c", code, *options]
         environment = {**os.environ, **home, **self.environment, "PYTHONUNBUFFERED": "1"}
-        if FORKS and not self.environment:
+        if WARM and not self.environment:
             self.process, self.output = captured(
                 1, "window", words, environment=environment, folder=str(ROOT)
             )
