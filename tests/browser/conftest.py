@@ -25,12 +25,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# Gradio's loader asks for every frame, also once it is gone: half of what a page costs that a test waits on.
-NO_LOADER = """
-const ask = window.requestAnimationFrame.bind(window);
-window.requestAnimationFrame = (call) =>
-  document.documentElement.dataset.ready && new Error().stack.includes("statustracker") ? 0 : ask(call);
-"""
 # A demo run that is over soon, for tests that only look at what is left of it.
 SHORT = {"train.steps": 4, "train.batch_size": 2, "sample.steps": 2, "validation.forgetting": 1}
 DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
@@ -158,7 +152,6 @@ def new_page(browser, watched: Watched, window: Window):
             viewport={"width": 1440, "height": 900}, accept_downloads=True, **options
         )
         context.set_default_timeout(1000 * PATIENCE)
-        context.add_init_script(NO_LOADER)
         contexts.append(context)
         page = context.new_page()
         # The headless shell draws only one page, and the others have no frames to look in.
@@ -206,7 +199,6 @@ def trained(browser: Any, spares: Spares) -> Iterator[Window]:
     window.open_project("default", SHORT_DEMO)
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(1000 * PATIENCE)
-    page.add_init_script(NO_LOADER)
     page.goto(window.address)
     page.wait_for_selector("[data-picture]")
     page.get_by_role("tab", name="Train", exact=True).click()
@@ -227,7 +219,6 @@ def look(browser: Any, trained: Window, watched: Watched) -> Iterator[Any]:
     def opened(scheme: str = "light", width: int = 1440) -> Any:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.set_default_timeout(1000 * PATIENCE)
-        page.add_init_script(NO_LOADER)
         watched.follow(page)
         pages.append(page)
         page.goto(trained.address)

@@ -127,7 +127,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.fill("#run-name :is(input, textarea)", HOSTILE)
     page.click("#start:enabled")
     page.wait_for_selector("text=cannot be a folder's")
-    assert HOSTILE[:30] in said(page, "#tabs")
+    assert HOSTILE[:30] in said(page, ".gradio-container")
     assert [run.name for run in (window.workspace / "runs").glob("[!.]*")] == ["first"]
     unhurt(page)
 
