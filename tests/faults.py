@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
     "step": ("lora_core.train.loop", "diffusion_loss"),
     "apply": ("lora_core.train.loop", "optimizer_step"),
-    "validate": ("lora_core.train.validation", "eval_losses"),
+    "validate": ("lora_core.evaluate.validator", "eval_losses"),
     "draw": ("lora_core.train.callbacks", "sample_image"),
 }
 """The engine's functions behind the points that are none of the system's."""
