@@ -1,6 +1,7 @@
 """`python -m tests.gpu` takes all of its ways at toy size, so that it works where there is a card."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,13 @@ import pytest
 from lora_core.models.device import use_device
 from tests.gpu import __main__ as gpu
 from tests.train.conftest import one_thread
+from tests.warm import program
 
 
-def test_all_parts_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parts_at_toy_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", program("engine"))
     with one_thread():
         code = gpu.main(
             ["--toy", "--device", "cpu", "--folder", str(tmp_path), "--out", str(tmp_path / "gpu")]
