@@ -91,8 +91,9 @@ def layers_of(models, chosen, rank, alpha):
 
 def merged(models, weights):
     result = {name: copy.deepcopy(model) for name, model in models.items()}
+    modules = {part: dict(model.named_modules()) for part, model in result.items()}
     for (part, path), layer in weights.layers.items():
-        names = dict(result[part].named_modules())
+        names = modules[part]
         weight = names.get(path, names.get(path.removeprefix("text_model."))).weight.data
         product = layer.up.flatten(1).double() @ layer.down.flatten(1).double()
         weight += (layer.alpha / layer.down.shape[0] * product).reshape(weight.shape).float()
