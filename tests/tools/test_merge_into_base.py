@@ -270,11 +270,15 @@ def test_a_dora_is_merged_exactly(bases, tmp_path):
         torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), 0.25))
 
 
+@pytest.fixture(scope="module")
+def sd15(bases):
+    return load_base(str(bases("sd15")[1]), CPU, torch.float32)
+
+
 @pytest.fixture
-def place(bases, tmp_path):
+def place(bases, sd15, tmp_path):
     folder, file = bases("sd15")
-    base = load_base(str(file), CPU, torch.float32)
-    lora, weights = small(base, tmp_path)
+    lora, weights = small(sd15, tmp_path)
     return folder, file, lora, weights, tmp_path
 
 
