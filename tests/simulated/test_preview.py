@@ -270,9 +270,9 @@ def shapes_of(family_name: str, policy: WeightPolicy) -> BaseModel:
         for part, module in parts.items()
     }
     scheduler = json.loads((configs / "scheduler" / "scheduler_config.json").read_text())
-    facts: Any = SimpleNamespace(resolution=1024, cfg_rescale=lambda asked: 0.0)
+    facts: Any = SimpleNamespace(resolution=1024, scheduler=scheduler, cfg_rescale=lambda asked: 0.0)
     return BaseModel(
         family_name, Path(), family, unet.eval(), vae.eval(), {k: v.eval() for k, v in encoders.items()},
-        tokenizers, NoiseSchedule.from_scheduler(DDPMScheduler.from_config(scheduler)), scheduler,
+        tokenizers, NoiseSchedule.from_scheduler(DDPMScheduler.from_config(scheduler)),
         torch.device("cuda"), torch.bfloat16, facts, waiting,
     )  # fmt: skip
