@@ -1,7 +1,7 @@
 """Stable Diffusion checkpoints of true block layout with random weights, as folders and as single files.
 
-They come in four sizes: "narrow", widths and depths cut down; "wordless", the same with a tenth of the
-vocabulary, for bases that read no caption; "deep", the true depth at cut widths; "full".
+They come in four sizes: "narrow", widths and depths cut down; "wordless", the same with the embedded base's
+vocabulary, a tenth, where CLIP's words are not read; "deep", the true depth at cut widths; "full".
 What is never cut is what tells a family: number and order of the blocks, width of the context, kinds of text
 encoders. Single files carry the original names;
 `tests/models/test_single_files.py` has diffusers read them back.
@@ -31,7 +31,8 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 """What is smaller than in truth, by component; `narrow_unet` has the UNet."""
 ROWS = 4096
-"""A vocabulary has its first rows again after so many: drawing each takes longer than writing them."""
+"""Of the vocabulary of the embedded base. Larger ones have their first rows again: drawing each takes longer
+than writing them."""
 DEPTHS = ("num_hidden_layers", "transformer_layers_per_block")
 
 
@@ -55,7 +56,7 @@ def cut(family: Family, part: str, size: str) -> dict[str, Any]:
         return {}
     changes = narrow_unet(family) if part == "unet" else NARROW[part]
     if size == "wordless" and part.startswith("text_encoder"):
-        changes = changes | {"vocab_size": 4000}
+        changes = changes | {"vocab_size": ROWS}
     return {k: v for k, v in changes.items() if size != "deep" or k not in DEPTHS}
 
 

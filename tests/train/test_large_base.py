@@ -2,6 +2,8 @@
 SDXL's layout."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +18,7 @@ from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
+from lora_core.system.files import DEMO_BASE
 from lora_core.train.callbacks import draw_samples
 from lora_core.train.data import PromptCache
 from lora_core.train.loop import StepSettings, training_steps
@@ -28,7 +31,15 @@ BOTH = {"optimizer.text_encoder_lr": 5e-4, "optimizer.text_encoder_2_lr": 2e-4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("base") / "large", "sdxl", torch.bfloat16)
+    """With the words of the embedded base: its vocabulary is a tenth of CLIP's."""
+    made = write_folder(tmp_path_factory.mktemp("base") / "large", "sdxl", torch.bfloat16, "wordless")
+    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        shutil.rmtree(made / name)
+        shutil.copytree(DEMO_BASE / "tokenizer", made / name)
+        config = made / name / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": padding}))
+        (made / name / "special_tokens_map.json").unlink()
+    return made
 
 
 @pytest.fixture(scope="module")
