@@ -60,11 +60,11 @@ class Reporter:
         self.check()
         self._answer({"id": self._name, "event": event, **what})
 
-    def phase(self, words: str) -> None:
-        """Say what is being done."""
+    def phase(self, words: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done, and how far that is."""
         if words != self._phase:
             self._phase, self._sent_at = words, 0.0
-        self.step(0, 0)
+        self.step(done, total)
 
     def step(self, done: int, total: int) -> None:
         """Say how far it is, unless that was said a moment ago."""
