@@ -193,6 +193,7 @@
   const morph = (old, fresh) => {
     const keyed = new Map([...old.children].filter(keyOf).map((node) => [keyOf(node), node])), stay = new Set([...fresh.children].map(keyOf));
     for (const [key, node] of keyed) if (!stay.has(key)) node.remove();
+    const chosen = (place) => (place.nodeName === "SELECT" ? one("option[selected]", place)?.value : undefined), before = chosen(old);
     let at = old.firstChild;
     for (const wanted of [...fresh.childNodes]) {
       const key = keyOf(wanted), kept = key ? keyed.get(key) : at;
@@ -206,11 +207,13 @@
         if (name === "open" || kept.getAttribute(name) === value) continue;
         kept.setAttribute(name, value);
         if (name === "value" && kept !== document.activeElement) kept.value = value;
-        if (name === "selected") kept.selected = true;
       }
       morph(kept, wanted);
     }
     while (at) { const next = at.nextSibling; at.remove(); at = next; }
+    // Options that come and go leave a list on any of them.
+    const now = chosen(old);
+    if (now !== undefined && now !== before) old.value = now;
   };
   // Makes the content of `place` like `html`, and keeps what is the same.
   const fill = (place, html) => {

@@ -111,6 +111,19 @@ def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
     assert page.evaluate("document.activeElement.dataset.picture") == listed[4]
 
 
+def test_a_list_whose_options_come_and_go_shows_the_one_that_the_server_chose(page: Any) -> None:
+    filled = """([before, after]) => {
+      const place = document.createElement("div");
+      for (const html of [before, after]) easel.fill(place, `<select>${html}</select>`);
+      return place.firstChild.value;
+    }"""
+    others = '<optgroup label="Other projects"><option value="old">old</option></optgroup>'
+    none = f'<option value="" selected>Choose a run</option>{others}'
+    own = '<optgroup label="This project"><option value="new" selected>new</option></optgroup>'
+    assert page.evaluate(filled, [none, own + others]) == "new"
+    assert page.evaluate(filled, [own + others, none]) == ""
+
+
 @pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
 def test_a_start_counts_although_an_older_answer_comes_after_it(page: Any, window: Window) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
