@@ -45,6 +45,7 @@ class Checker:
         self._looks: Looks = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle"}
+        self._made = 0
         self._inputs: tuple[object, ...] = ()
         """What was checked: folder, revision, and how the run would train."""
 
@@ -55,8 +56,9 @@ class Checker:
         return {**self._state, "fresh": bool(inputs) and inputs == self._now()}
 
     def progress(self) -> dict[str, Any]:
-        """`state` and progress alone."""
-        return {key: value for key, value in self._state.items() if key in ("state", "done", "total")}
+        """`state` and progress alone, and how many checks were `made`: one can be over between two looks."""
+        told = {key: value for key, value in self._state.items() if key in ("state", "done", "total")}
+        return {**told, "made": self._made}
 
     def start(self) -> None:
         """Start the check, unless it is running or done."""
@@ -104,7 +106,7 @@ class Checker:
         except (LoraError, OSError) as error:
             state = {"state": "failed", "problem": str(error)}
         if self._inputs is inputs:
-            self._state = state
+            self._state, self._made = state, self._made + 1
 
 
 def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:

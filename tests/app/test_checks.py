@@ -145,3 +145,9 @@ def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(
     app_state.projects.open(first)
     app_state.checker.start()
     wait_for(lambda: app_state.checker.state()["state"] == "done")
+    # One that is over between two looks of the stream is told of too.
+    told = app_state.checker.progress()
+    app_state.project.save_caption(pictures[0].name, "another caption")
+    app_state.checker.start()
+    wait_for(lambda: app_state.checker.state()["fresh"] and app_state.checker.state()["state"] == "done")
+    assert app_state.checker.progress() != told
