@@ -25,6 +25,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.dataset.gallery import count_caption_tokens
+from app.dataset.uploads import ROOM_LEFT
 from app.export.file_manager import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback, read_body
 from app.live import LiveStream
@@ -44,8 +45,6 @@ LARGEST_JSON = 1_000_000
 LARGEST_FILE = 2_000_000_000
 MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
-ROOM_LEFT = 200_000_000
-"""Bytes that a disk keeps free."""
 COMPRESSED = ("/", "/theme.css", "/easel/dataset", "/easel/insights", "/easel/check")
 # URLs contain the file's time, so they can be cached indefinitely.
 FRESH = {"Cache-Control": "no-store"}
@@ -335,3 +334,8 @@ def image_url(kind: str, root: Path, file: Path, size: str = "picture") -> str:
     except OSError:
         version = 0
     return f"/easel/{size}/{kind}/{quote(relative_name(file, root))}?v={version}"
+
+
+def run_url(app_state: AppState) -> Callable[..., str]:
+    """Gives the URL of an image in a run's folder, as `image_url`."""
+    return functools.partial(image_url, "run", runs_folder(app_state.workspace))

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, Response
 from app.bindings import Bindings, html_block
 from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
-from app.routes import FRESH, BadRequest, add_actions, below, image_url
+from app.routes import FRESH, BadRequest, add_actions, below, run_url
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, render
 from app.toolbox.tools import BackgroundTask, add_task, check_memory_is_free
@@ -89,7 +89,7 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
         chosen="best" if chosen == "last" and last == best else chosen,
         choices=checkpoint_choices(run_view),
         portable=_portable(run_view),
-        url=functools.partial(image_url, "run", runs_folder(app_state.workspace)),
+        url=run_url(app_state),
     )
 
 

@@ -3,13 +3,13 @@ log, and two side by side."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.export.view import REPORT
 from app.jobs import LIVE, LOWER_RATE, RunView
-from app.routes import image_url
+from app.routes import run_url
 from app.state import ShownRun, Snapshot
 from app.templates import format_gain, format_share, render
 from app.top_bar import describe_left, describe_phase
@@ -30,7 +30,6 @@ from lora_core.runs.events import (
     known_error,
     with_gain,
 )
-from lora_core.runs.folder import runs_folder
 from lora_core.runs.queue import FAILED, WAITING, QueuedRun
 from lora_core.settings.config import FIELDS, label_of
 from lora_core.settings.schema import PRECISIONS
@@ -208,15 +207,10 @@ def samples_card(snapshot: Snapshot) -> str:
         rounds=rounds,
         most=min(MOST_ROWS, max((len(one.files) for one in rounds), default=0)),
         path=run_view.run.path,
-        url=run_url(snapshot),
+        url=run_url(snapshot.app_state),
         ghosts=_steps_to_come(snapshot, run_view, rounds),
         best=snapshot.progress.best_step,
     )
-
-
-def run_url(snapshot: Snapshot) -> Callable[..., str]:
-    """Gives the URL of an image in a run's folder."""
-    return functools.partial(image_url, "run", runs_folder(snapshot.app_state.workspace))
 
 
 def _steps_to_come(snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone]) -> list[int]:
@@ -251,7 +245,7 @@ def _render(snapshot: Snapshot, part: str, **values: Any) -> str:
         part=part,
         shown=snapshot.shown.name,
         second=snapshot.second.name,
-        url=run_url(snapshot),
+        url=run_url(snapshot.app_state),
         spark=sparkline,
         **values,
     )
@@ -336,7 +330,7 @@ def compare_card(snapshot: Snapshot) -> str:
         prompts=shared[:MOST_ROWS],
         samples=list(zip(pair, samples, strict=False)),
         exported=_exported_bytes,
-        url=run_url(snapshot),
+        url=run_url(snapshot.app_state),
     )
 
 

@@ -12,7 +12,6 @@ composition. Thresholds are strict: a missed attribute costs nothing, a reported
 import functools
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from lora_core.data.images import (
     resize_and_crop,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import ASSETS, clean_text
+from lora_core.system.files import clean_text, read_table
 
 SIDE = 24
 """Side of the thumbnail, in pixels: a pixel is 4% of the side."""
@@ -47,7 +46,7 @@ _LOW_CHROMA, _PLAIN_CHROMA, _VIVID = 8.0, 25.0, 110.0
 _DARK, _BRIGHT = 60.0, 205.0
 _ALIKE = 0.7
 _WEIGHTS = np.array([0.299, 0.587, 0.114])
-_TABLES = tomllib.loads((ASSETS / "attributes.toml").read_text(encoding="utf-8"))
+_TABLES = read_table("attributes.toml")
 _ALSO: dict[str, str] = _TABLES["colours"]
 """Other words for a colour."""
 _BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")

@@ -6,14 +6,13 @@ A config beside the weights always wins over a row. Nothing else in the project 
 
 import functools
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.errors import ConfigError, ModelFileError
 from lora_core.settings.schema import TARGETS, chosen
-from lora_core.system.files import FAMILY_CONFIGS
+from lora_core.system.files import read_table
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Footprint:
 @functools.cache
 def _footprints() -> dict[str, Footprint]:
     """By `Family.configs`."""
-    rows = tomllib.loads((FAMILY_CONFIGS / "footprints.toml").read_text(encoding="utf-8"))
+    rows = read_table("families/footprints.toml")
     return {name: Footprint(**row) for name, row in rows.items()}
 
 
@@ -157,10 +156,7 @@ def _family(name: str, text_encoders: list[dict[str, Any]], **row: Any) -> Famil
     return Family(name, text_encoders=tuple(TextEncoder(**encoder) for encoder in text_encoders), **fields)
 
 
-FAMILIES = {
-    name: _family(name, **row)
-    for name, row in tomllib.loads((FAMILY_CONFIGS / "families.toml").read_text(encoding="utf-8")).items()
-}
+FAMILIES = {name: _family(name, **row) for name, row in read_table("families/families.toml").items()}
 
 
 def is_text_encoder(part: str) -> bool:

@@ -7,7 +7,6 @@ more memory than its own size. Format: https://github.com/huggingface/safetensor
 import functools
 import json
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
-from lora_core.system.files import ASSETS, parse_json
+from lora_core.system.files import parse_json, read_table
 from lora_core.system.processes import without_collecting
 
 MAX_HEADER = 16 * 2**20
@@ -143,9 +142,9 @@ def _refusal(start: bytes, length: int, size: int) -> str:
 @functools.cache
 def kind_tables() -> dict[str, Any]:
     """The rows of `assets/unsupported.toml`, with their patterns complete."""
-    tables = tomllib.loads((ASSETS / "unsupported.toml").read_text(encoding="utf-8"))
-    tables["kinds"] = [(row.replace("<unet>", tables["unet"]), title) for row, title in tables["kinds"]]
-    return tables
+    tables = read_table("unsupported.toml")
+    kinds = [(row.replace("<unet>", tables["unet"]), title) for row, title in tables["kinds"]]
+    return {**tables, "kinds": kinds}
 
 
 def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:

@@ -7,18 +7,15 @@ of OpenCLIP (src/open_clip/transformer.py).
 
 import functools
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 
-from lora_core.system.files import FAMILY_CONFIGS
+from lora_core.system.files import read_table
 
 RESNETS = 2
 """A level's resnets on the way down; there is one more on the way up."""
 _STRIDE = RESNETS + 1
 
-NAMES: dict[str, dict[str, str]] = tomllib.loads(
-    (FAMILY_CONFIGS / "layer_names.toml").read_text(encoding="utf-8")
-)
+NAMES: dict[str, dict[str, str]] = read_table("families/layer_names.toml")
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from lora_core.settings.config import (
     retired,
 )
 from lora_core.settings.schema import OPTIMIZERS
-from lora_core.system.files import ASSETS, PRESETS, parse_json
+from lora_core.system.files import PRESETS, parse_json, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -218,10 +218,9 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-@functools.cache
 def kohya_header() -> dict[str, Any]:
     """The tables of `assets/kohya_header.toml`."""
-    return tomllib.loads((ASSETS / "kohya_header.toml").read_text(encoding="utf-8"))
+    return read_table("kohya_header.toml")
 
 
 def _read(kind: str, text: str) -> Any:

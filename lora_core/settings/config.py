@@ -25,11 +25,11 @@ from pydantic_core import ErrorDetails
 
 from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.settings import schema
-from lora_core.system.files import ASSETS
+from lora_core.system.files import read_table
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
-_FORMER = tomllib.loads((ASSETS / "old_settings.toml").read_text(encoding="utf-8"))
+_FORMER = read_table("old_settings.toml")
 RETIRED: dict[str, tuple[Any, str]] = {
     name: (row["accepted"], row["why"]) for name, row in _FORMER["retired"].items()
 }

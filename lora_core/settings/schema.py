@@ -16,7 +16,6 @@ import importlib.util
 import math
 import re
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, GetCoreS
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lora_core.errors import ConfigError
-from lora_core.system.files import ASSETS, clean_text
+from lora_core.system.files import clean_text, read_table
 
 AUTO: Literal["auto"] = "auto"
 NumberOrAuto = float | Literal["auto"]
@@ -134,10 +133,9 @@ Row = TypeVar("Row", bound=Choice)
 Table = Mapping[str, Choice]
 
 
-@functools.cache
 def rows() -> dict[str, Any]:
     """The tables of `assets/choices.toml`."""
-    return tomllib.loads((ASSETS / "choices.toml").read_text(encoding="utf-8"))
+    return read_table("choices.toml")
 
 
 def _table(name: str, kind: type[Row]) -> dict[str, Row]:

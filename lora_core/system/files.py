@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import stat
 import sys
 import tempfile
 import threading
+import tomllib
 import types
 import typing
 import unicodedata
@@ -41,6 +43,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE
 )
+
+
+@functools.cache
+def read_table(name: str) -> dict[str, Any]:
+    """A TOML file of `assets`, by its path below it; read once, so callers do not change it."""
+    return tomllib.loads((ASSETS / name).read_text(encoding="utf-8"))
 
 
 def workspace(chosen: str | Path | None = None) -> Path:

@@ -7,7 +7,6 @@ can be added by hand.
 
 import contextlib
 import filecmp
-import functools
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import shutil
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError, wrap_os_errors
-from lora_core.system.files import ASSETS, read_json, replacing, write_atomically
+from lora_core.system.files import read_json, read_table, replacing, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -142,9 +140,8 @@ SMALLEST_BASE = 100_000_000
 MOST_FILES, MOST_DEPTH = 200, 4
 
 
-@functools.cache
 def _table() -> dict[str, Any]:
-    return tomllib.loads((ASSETS / "other_tools.toml").read_text(encoding="utf-8"))
+    return read_table("other_tools.toml")
 
 
 @dataclass(frozen=True)
