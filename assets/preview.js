@@ -75,13 +75,14 @@
     summarize();
   };
 
-  // One request at a time, in order; `later` holds what changed while one was in flight.
-  let later = null, timer = null;
+  // One request at a time, in order, each with all that has changed: `later` says that something did while one was in
+  // flight, `moved` that a strength did.
+  let later = false, moved = false, timer = null;
   const proceed = () => {
     const next = later;
-    later = null;
-    if (next) send(next.moved);
-    return Boolean(next);
+    later = false;
+    if (next) send();
+    return next;
   };
   const keep = (answer) => {
     if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
@@ -89,14 +90,16 @@
     changedAt = Date.now();
     return answer;
   };
-  const send = async (moved) => {
-    if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
+  const send = async () => {
+    if (sending) { later = true; return; }
+    const body = { ...sent(), moved };
+    hold();
     sending = true;
     // What does not arrive is sent again by Generate.
-    keep(await post("preview/rows", { ...sent(), moved }));
+    keep(await post("preview/rows", body));
     if (!proceed()) read();
   };
-  const hold = () => { clearTimeout(timer); timer = later = null; };
+  const hold = () => { clearTimeout(timer); timer = null; later = moved = false; };
   // An answer that brings the form with it outranks what was typed before the click.
   const take = (data) => {
     if (!data) return;
@@ -105,7 +108,7 @@
     fill(data.fields, data.strip);
     show();
   };
-  const changed = (moved, wait) => { followSeed(); clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
+  const changed = (strength, wait) => { followSeed(); moved ||= strength; clearTimeout(timer); timer = setTimeout(() => { timer = null; send(); }, wait); };
 
   const read = () => {
     const place = one("#preview-base-note");
@@ -233,7 +236,7 @@
     one("#preview-report").replaceChildren(said.problem ? make("p", { className: "problem", textContent: said.problem, attributes: { role: "alert" } }) : make("div", { innerHTML: said.html }));
   };
   const openFile = async (file) => {
-    if (timer) { hold(); await send(false); }
+    if (timer) { hold(); await send(); }
     const answer = await window.easel.upload("preview/file", file);
     infotext = answer.text ?? "";
     take(answer.form);
