@@ -58,7 +58,7 @@ def test_a_line_is_one_line_and_comes_back_the_same(event: events.Event) -> None
     line = to_line(event)
     assert line.endswith("\n")
     assert line.count("\n") == 1
-    assert from_line(line) == event
+    assert repr(from_line(line)) == repr(event)  # a NaN, which equals nothing, is told by its text
 
 
 def test_all_kinds_survive_the_file(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_all_kinds_survive_the_file(tmp_path: Path) -> None:
     for event in SAMPLES:
         writer.write(event)
     writer.close()
-    assert read_events(tmp_path / "events.jsonl")[0] == SAMPLES
+    assert repr(read_events(tmp_path / "events.jsonl")[0]) == repr(SAMPLES)
 
 
 def test_a_failure_written_before_changes_were_listed_is_read() -> None:
