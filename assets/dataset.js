@@ -146,7 +146,8 @@
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
     const steps = share === undefined ? "" : `, ${(100 * share).toFixed(1)}% of the steps`;
     const learned = gain ? `, ${Math.round(100 * gain.learned)}% of its loss gained by the last run` : "";
-    return `${width} × ${height}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
+    const cropped = picture.box ? ` of ${picture.whole.join(" × ")}` : "";
+    return `${width} × ${height}${cropped}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
   };
 
   const showNothing = () => {
@@ -219,7 +220,7 @@
     hold.textContent = `${held ? "Use for training" : "Use for validation"}${count}`;
     if (picture) leave.title = out ? "Puts it back among the images" : "Moves it aside within the project; Excluded shows it";
     leave.hidden = shelf.fixed;
-    hold.hidden = shelf.fixed || out;
+    hold.hidden = one("#crop-start").hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
       cell.classList.toggle("on", name === chosen);
       cell.classList.toggle("too", picked.has(name));
@@ -241,6 +242,7 @@
     }
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
+    if (leaving !== name) stopCropping();
     if (!picture) { showNothing(); showButtons(); return; }
     chosen = name;
     const image = one("#picture-big img"), crop = one("#picture-big .crop"), frame = one("#picture-big");
@@ -248,10 +250,10 @@
     const address = `/easel/picture/${kind()}/${picture.url}`;
     if (image.getAttribute("src") !== address) image.src = address;
     image.alt = name;
-    frame.style.aspectRatio = picture.size.join(" / ");
-    frame.style.setProperty("--ratio", picture.size[0] / picture.size[1]);
+    frame.style.aspectRatio = picture.whole.join(" / ");
+    frame.style.setProperty("--ratio", picture.whole[0] / picture.whole[1]);
     const [left, top, right, bottom] = picture.crop;
-    crop.style.inset = `${top}% ${right}% ${bottom}% ${left}%`;
+    if (!box) crop.style.inset = `${top}% ${right}% ${bottom}% ${left}%`;
     one("#picture-name").textContent = one("#picture-name").title = name;
     one("#picture-facts").textContent = facts(picture);
     const text = waiting.get(name)?.text ?? picture.caption, fixed = shelf.fixed || filter === "out";
@@ -381,6 +383,82 @@
     if (await send(on)()) window.easel.did(`${plural(names.length, "image")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
   });
 
+  // ---- the crop: a box over the image, as shares of its sides, that is dragged or moved by keys -------------------
+  const LEAST = 0.05;
+  let box = null, held = null;  // the box while it is changed; the drag: where it began, and the edges that move
+  const limit = (value, low = 0, high = 1) => Math.min(high, Math.max(low, value));
+  const drawBox = () => {
+    const place = one("#picture-big .crop"), [left, top, right, bottom] = box.map((edge) => 100 * edge);
+    place.style.inset = `${top}% ${100 - right}% ${100 - bottom}% ${left}%`;
+    place.setAttribute("aria-label", `Crop, from ${Math.round(left)}% to ${Math.round(right)}% across and from ${Math.round(top)}% to ${Math.round(bottom)}% down`);
+  };
+  // Moves these edges (left, top, right, bottom) by shares of the sides; all four keep the size of the box.
+  const moveEdges = (from, edges, by) => {
+    box = from.map((edge, index) => {
+      if (!edges[index]) return edge;
+      const axis = index % 2, low = from[axis], high = from[axis + 2];
+      if (edges[axis] && edges[axis + 2]) return edge + limit(by[axis], -low, 1 - high);
+      return index < 2 ? limit(edge + by[axis], 0, high - LEAST) : limit(edge + by[axis], low + LEAST, 1);
+    });
+    drawBox();
+  };
+  const cropping = (on) => {
+    const place = one("#picture-big .crop");
+    place.classList.toggle("edit", on);
+    one("#crop-bar").hidden = !on;
+    for (const [name, value] of [["tabindex", 0], ["role", "group"], ["aria-describedby", "crop-keys"]]) if (on) place.setAttribute(name, value); else place.removeAttribute(name);
+    if (!on) place.removeAttribute("aria-label");
+  };
+  const startCropping = () => {
+    box = named(chosen).box ?? [0, 0, 1, 1];
+    cropping(true);
+    drawBox();
+    one("#picture-big .crop").focus();
+  };
+  const stopCropping = () => {
+    if (!box) return;
+    const inside = one("#picture-detail").contains(document.activeElement);
+    box = held = null;
+    cropping(false);
+    const picture = named(chosen);
+    if (picture) { const [left, top, right, bottom] = picture.crop; one("#picture-big .crop").style.inset = `${top}% ${right}% ${bottom}% ${left}%`; }
+    if (inside) one("#crop-start").focus();
+  };
+  const applyCrop = (edges) => inTurn(async () => {
+    const name = chosen, before = named(name).box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
+    if (!(await send(edges)())) return;
+    stopCropping();
+    window.easel.did(edges ? "1 image cropped." : "1 image trained on as a whole.", send(before), send(edges));
+  });
+  const pointAt = ({ clientX, clientY }) => {
+    const frame = one("#picture-big").getBoundingClientRect();
+    return [(clientX - frame.left) / frame.width, (clientY - frame.top) / frame.height];
+  };
+  document.addEventListener("pointerdown", (event) => {
+    const target = event.target.closest?.(".crop.edit");
+    if (!target) return;
+    event.preventDefault();
+    target.focus();
+    target.setPointerCapture(event.pointerId);
+    const inside = target.getBoundingClientRect(), reach = Math.min(18, inside.width / 4, inside.height / 4);
+    const near = [event.clientX - inside.left, event.clientY - inside.top, inside.right - event.clientX, inside.bottom - event.clientY].map((gap) => gap < reach);
+    held = { from: box, at: pointAt(event), edges: near.some(Boolean) ? near : [true, true, true, true] };
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (held) moveEdges(held.from, held.edges, pointAt(event).map((now, axis) => now - held.at[axis]));
+  });
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { held = null; });
+  document.addEventListener("keydown", (event) => {
+    if (!box || !event.target.closest?.("#picture-detail")) return;
+    const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key], on = event.target.classList.contains("crop");
+    if (event.key === "Escape") stopCropping();
+    else if (on && event.key === "Enter") applyCrop(box);
+    else if (on && by) moveEdges(box, event.shiftKey ? [false, false, true, true] : [true, true, true, true], by.map((step) => step / 100));
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }, true);
+
   // ---- undo: a note for ten seconds, and Ctrl+Z for as long as the page is open -----------------------------------
   const journal = { past: [], future: [] };
   // Notes what was done, with functions that take it back and do it again; both answer whether they could.
@@ -508,6 +586,10 @@
     else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
     else if (target.id === "leave-out") leaveOut();
     else if (target.id === "hold-out") holdOut();
+    else if (target.id === "crop-start") startCropping();
+    else if (target.id === "crop-apply") applyCrop(box);
+    else if (target.id === "crop-whole") applyCrop(null);
+    else if (target.id === "crop-cancel") stopCropping();
     else if (target.id === "caption-undo") goBack();
   });
 

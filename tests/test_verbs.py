@@ -57,6 +57,7 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "leave-out": (("leave-out",), ()),
     "take-back": (("take-back",), ()),
     "hold-out": (("hold-out",), ()),
+    "crop": (("crop",), ()),
     "captions set": (("caption",), ()),
     "captions replace": (("bulk",), ()),
     "captions prefix": (("bulk",), ()),

@@ -181,8 +181,13 @@ def _size(plan: Plan) -> tuple[int, int]:
 
 
 def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
-    """An image's name, caption, size, bucket, crop in percent per side, repeats and time."""
-    bucket, crop = _crop(record.width, record.height, resolution, multiple)
+    """An image's name, caption, size, bucket, repeats and time, what training cuts off in percent per side,
+    and the `box` that the user chose."""
+    bucket, cut = _crop(record.width, record.height, resolution, multiple)
+    left, top, right, bottom = box = record.crop or (0.0, 0.0, 1.0, 1.0)
+    wide, high = right - left, bottom - top
+    outside = (left, top, 1 - right, 1 - bottom)
+    crop = [100 * out + part * side for out, part, side in zip(outside, cut, (wide, high) * 2, strict=True)]
     try:
         version = record.path.stat().st_mtime_ns
     except OSError:
@@ -193,8 +198,10 @@ def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: in
         "url": f"{quote(name)}?v={version}",
         "caption": record.caption,
         "size": [record.width, record.height],
+        "whole": [round(record.width / wide), round(record.height / high)],
         "bucket": bucket,
-        "crop": crop,
+        "crop": [round(part, 2) for part in crop],
+        "box": box if record.crop else None,
         "small": record.width < bucket[0]
         or record.height < bucket[1]
         or _is_much_smaller(record, resolution),

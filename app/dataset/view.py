@@ -106,6 +106,9 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         project.hold_out(_names(sent), bool(sent.get("on")))
         return {"revision": project.revision}
 
+    def crop(sent: dict[str, Any]) -> dict[str, Any]:
+        return {"before": project.crop(str(sent.get("picture", "")), sent.get("box"))}
+
     def import_path(sent: dict[str, Any]) -> dict[str, Any]:
         importer.from_path(str(sent.get("path", "")), bool(sent.get("link")))
         return importer.state()
@@ -140,6 +143,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "leave-out": lambda sent: {"left_out": leave_out(project, _names(sent))},
             "take-back": lambda sent: {"taken_back": take_back(project, _names(sent))},
             "hold-out": hold_out,
+            "crop": crop,
             "import": import_path,
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project),

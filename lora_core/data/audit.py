@@ -26,11 +26,12 @@ from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
 from lora_core.data.images import (
     Bucket,
+    Crop,
     Dataset,
     FileProblem,
     ImageRecord,
     choose_bucket,
-    open_rgb,
+    open_image,
     resize_and_crop,
 )
 from lora_core.errors import DatasetError
@@ -495,7 +496,7 @@ class _Look:
     thumb: np.ndarray | None = None
 
 
-Looks = dict[tuple[str, int, int], _Look]
+Looks = dict[tuple[str, int, int, Crop | None], _Look]
 """What was measured before, by path, time of the file and resolution."""
 
 
@@ -627,9 +628,9 @@ def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
 
 def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> _Look:
     try:
-        key = (str(record.path), record.path.stat().st_mtime_ns, resolution)
+        key = (str(record.path), record.path.stat().st_mtime_ns, resolution, record.crop)
         if key not in known:
-            image = open_rgb(record.path, 2 * resolution)
+            image = open_image(record, 2 * resolution)
             fitted = resize_and_crop(image, choose_bucket(*image.size, resolution, multiple))
             known[key] = _Look(compute_fingerprint(image), sharpness(fitted), reduce_image(fitted))
     except (DatasetError, OSError):

@@ -2,7 +2,8 @@
 
 Every image is decoded once, which costs some milliseconds each and finds damaged files before a run starts.
 The user's own validation images are listed in `held_out.txt`, one path below the folder a line, so that the
-list moves with the dataset; beside an image named `held_out` that file is its caption instead. Without a list
+list moves with the dataset; beside an image named `held_out` that file is its caption instead. The parts of
+images that the user chose to train on are in `crops.json`: names and the four edges. Without a list
 each image is ranked by a hash of seed and name, so that adding images hardly changes the split. A validation
 image that is a copy of a training image (the same file, another size, format or quality) would reward
 memorization, so near-duplicates stay on one side.
@@ -14,11 +15,12 @@ one shape in different colours.
 """
 
 import hashlib
+import json
 import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +31,14 @@ from PIL import Image
 from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
 from lora_core.data.images import (
     IMAGE_SUFFIXES,
+    MIN_SIDE,
+    Crop,
     Dataset,
     FileProblem,
     ImageRecord,
     SizeCache,
     abbreviate,
+    crop_pixels,
     hash_file,
     is_mask,
     open_rgb,
@@ -42,9 +47,17 @@ from lora_core.data.images import (
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.errors import DatasetError, wrap_os_errors
-from lora_core.system.files import DEMO_TRAIN, clean_text, expand_home, fold_name, write_atomically
+from lora_core.system.files import (
+    DEMO_TRAIN,
+    clean_text,
+    expand_home,
+    fold_name,
+    parse_json,
+    write_atomically,
+)
 
 HOLDOUT_LIST = "held_out.txt"
+CROP_LIST = "crops.json"
 
 
 def read_holdout_list(folder: Path) -> set[str]:
@@ -68,11 +81,72 @@ def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
     wanted = sorted(set(names))
     if broken := next((name for name in wanted if "\n" in name or "\r" in name), None):
         raise DatasetError(f"{broken!r} has a line break in its name and cannot be listed; rename the file.")
-    file = folder / HOLDOUT_LIST
+    _write_list(folder / HOLDOUT_LIST, "\n".join(wanted))
+
+
+def read_crops(folder: Path) -> dict[str, Crop]:
+    """The crops of images by their names below the folder; empty without a list.
+
+    Raises:
+        DatasetError: it cannot be read, or an entry is not a crop.
+    """
+    file = folder / CROP_LIST
+    if not file.is_file():
+        return {}
+    try:
+        rows = parse_json(read_text(file, CROP_LIST))
+        return {name: check_crop(edges, name) for name, edges in rows.items()}
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{CROP_LIST} is not a table of crops ({error}); mend or remove it.") from error
+
+
+def write_crops(folder: Path, crops: Mapping[str, Crop]) -> None:
+    """Write the list; none is left where no image is cropped.
+
+    Raises:
+        DatasetError: the folder cannot be written.
+    """
+    rows = [f"{json.dumps(name, ensure_ascii=False)}: {list(crops[name])}" for name in sorted(crops)]
+    _write_list(folder / CROP_LIST, "{\n" + ",\n".join(rows) + "\n}" if rows else "")
+
+
+def check_crop(edges: object, name: str) -> Crop:
+    """The left, top, right and bottom edge of a crop of the image `name`.
+
+    Raises:
+        DatasetError: they are not four numbers from 0 to 1, or the crop is empty.
+    """
+    if isinstance(edges, list | tuple) and [type(edge) in (int, float) for edge in edges] == [True] * 4:
+        left, top, right, bottom = map(float, edges)
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return left, top, right, bottom
+    raise DatasetError(
+        f"The crop of {name} is not left, top, right and bottom as shares of the image, such as"
+        f" [0.1, 0.0, 0.9, 1.0]: {edges!r}."
+    )
+
+
+def crop_record(record: ImageRecord, crop: Crop) -> ImageRecord:
+    """The record of an image, until now whole, that is cropped.
+
+    Raises:
+        DatasetError: less than the smallest image that can be trained on would be left.
+    """
+    left, top, right, bottom = crop_pixels(crop, record.width, record.height)
+    width, height = right - left, bottom - top
+    if min(width, height) < MIN_SIDE:
+        raise DatasetError(
+            f"The crop of {record.path.name} is only {width} x {height} pixels; make its sides {MIN_SIDE} or"
+            " more."
+        )
+    return replace(record, width=width, height=height, crop=crop)
+
+
+def _write_list(file: Path, text: str) -> None:
     advice = "; check that the folder may be written."
     with wrap_os_errors(DatasetError, f"The list {file} cannot be written", advice):
-        if wanted:
-            write_atomically(file, ("\n".join(wanted) + "\n").encode("utf-8", "replace"))
+        if text:
+            write_atomically(file, (text + "\n").encode("utf-8", "replace"))
         else:
             file.unlink(missing_ok=True)
 
@@ -118,6 +192,7 @@ class _Listing:
     problems: list[FileProblem] = field(default_factory=list)
     notes: list[FileProblem] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
+    crops: dict[str, Crop] = field(default_factory=dict)
 
     def shown(self, path: Path) -> str:
         """How a file is named in messages."""
@@ -269,13 +344,18 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
         except DatasetError as error:
             listing.problems.append(FileProblem(root / HOLDOUT_LIST, "held out", str(error)))
         listing.texts[:] = [path for path in listing.texts if path != root / HOLDOUT_LIST]
-        there = {fold_name(listing.shown(path)) for path in listing.pictures}
-        if missing := sorted(listing.held_out - there):
-            sentence = (
-                f"{HOLDOUT_LIST} names images that are not there ({abbreviate(missing)}); they are not held"
-                " out."
-            )
-            listing.notes.append(FileProblem(root / HOLDOUT_LIST, "held out", sentence, False))
+    try:
+        listing.crops.update({fold_name(name): crop for name, crop in read_crops(root).items()})
+    except DatasetError as error:
+        listing.problems.append(FileProblem(root / CROP_LIST, "crop", str(error)))
+    there = {fold_name(listing.shown(path)) for path in listing.pictures}
+    for file, kind, names, what in (
+        (HOLDOUT_LIST, "held out", listing.held_out, "held out"),
+        (CROP_LIST, "crop", listing.crops.keys(), "cropped"),
+    ):
+        if missing := sorted(names - there):
+            sentence = f"{file} names images that are not there ({abbreviate(missing)}); they are not {what}."
+            listing.notes.append(FileProblem(root / file, kind, sentence, False))
     return listing
 
 
@@ -294,7 +374,7 @@ def _classify(path: Path, listing: _Listing) -> None:
         listing.tables.append(path)
     elif suffix in CAPTION_SUFFIXES:
         listing.texts.append(path)
-    else:
+    elif shown != CROP_LIST:
         listing.note(path, "other file", "is neither an image nor a caption; it is not used.")
 
 
@@ -390,9 +470,14 @@ def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> Imag
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
         return FileProblem(path, "caption", str(error))
-    by_hand = fold_name(listing.shown(path)) in listing.held_out
+    folded = fold_name(listing.shown(path))
     seen = (info.transparent, info.animated)
-    return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, *seen)
+    by_hand = folded in listing.held_out
+    record = ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, *seen)
+    try:
+        return crop_record(record, listing.crops[folded]) if folded in listing.crops else record
+    except DatasetError as error:
+        return FileProblem(path, "crop", str(error))
 
 
 def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:

@@ -38,15 +38,18 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
+Crop = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class ImageRecord:
     """One usable image.
 
-    Width and height are in pixels after EXIF rotation. The caption holds one alternative a line. `repeats` is
-    how often the image is shown in an epoch. `held_out` says that it was chosen to measure on,
-    `transparent` that parts of it are see-through, which are trained on as white, `animated` that it has more
-    frames, of which the first is trained on.
+    Width and height are in pixels after EXIF rotation, and of the crop where there is one: `crop` is the part
+    that the user chose to train on, left, top, right and bottom as shares of the sides. The caption holds one
+    alternative a line. `repeats` is how often the image is shown in an epoch. `held_out` says that it was
+    chosen to measure on, `transparent` that parts of it are see-through, which are trained on as white,
+    `animated` that it has more frames, of which the first is trained on.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class ImageRecord:
     held_out: bool = False
     transparent: bool = False
     animated: bool = False
+    crop: Crop | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,21 @@ def open_rgb(path: Path, least: int | None = None) -> Image.Image:
     """
     with _load_image(path, str(path), least) as (image, _):
         return _apply_orientation(to_rgb(image), _orientation(image))
+
+
+def crop_pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    """The edges of a crop in pixels of an image of this size."""
+    left, top, right, bottom = crop
+    return round(left * width), round(top * height), round(right * width), round(bottom * height)
+
+
+def open_image(record: ImageRecord, least: int | None = None) -> Image.Image:
+    """As `open_rgb`, cut to the crop of the image."""
+    if record.crop is None:
+        return open_rgb(record.path, least)
+    left, top, right, bottom = record.crop
+    whole = open_rgb(record.path, least and math.ceil(least / min(right - left, bottom - top)))
+    return whole.crop(crop_pixels(record.crop, *whole.size))
 
 
 def make_thumbnail(path: Path, side: int = 256) -> bytes:

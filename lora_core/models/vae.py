@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_core.data.images import Bucket, ImageRecord, open_rgb, resize_and_crop
+from lora_core.data.images import Bucket, ImageRecord, open_image, resize_and_crop
 from lora_core.model_files.sizes import DECODE_TILES
 from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel
@@ -17,7 +17,7 @@ def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torc
     Raises:
         DatasetError: the file can no longer be read.
     """
-    pixels = np.asarray(resize_and_crop(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
+    pixels = np.asarray(resize_and_crop(open_image(record), bucket), dtype=np.float32) / 127.5 - 1.0
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return tensor.flip(-1) if flip else tensor
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -20,10 +20,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_core.data.captions import CAPTION_SUFFIXES, write_caption
-from lora_core.data.dataset import HOLDOUT_LIST, scan, write_holdout_list
+from lora_core.data.dataset import (
+    HOLDOUT_LIST,
+    check_crop,
+    crop_record,
+    read_crops,
+    scan,
+    write_crops,
+    write_holdout_list,
+)
 from lora_core.data.images import (
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
+    Crop,
     Dataset,
     FileProblem,
     ImageRecord,
@@ -289,6 +298,33 @@ class Project:
             write_holdout_list(self.image_folder, held)
             changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
             self._replace(changed)
+
+    def crop(self, name: str, edges: Sequence[float] | None) -> Crop | None:
+        """Train on a part of an image, or on all of it; returns what the crop was.
+
+        Args:
+            name: of the image, below the dataset folder.
+            edges: left, top, right and bottom as shares of its upright sides; None for all of it.
+
+        Raises:
+            DatasetError: it is the demo's, there is no such image, the edges are not those of a crop or leave
+                too little, or the list cannot be written.
+        """
+        self.refuse_demo()
+        with self.lock():
+            record = self.find_image(name)
+            info = self.sizes.info(record.path, name)
+            if isinstance(info, FileProblem):
+                raise DatasetError(info.sentence)
+            changed = replace(record, width=info.width, height=info.height, crop=None)
+            crop = None if edges is None else check_crop(edges, name)
+            if crop and crop != (0, 0, 1, 1):
+                changed = crop_record(changed, crop)
+            others = read_crops(self.image_folder).items()
+            kept = {other: edges for other, edges in others if fold_name(other) != fold_name(name)}
+            write_crops(self.image_folder, kept | ({name: changed.crop} if changed.crop else {}))
+            self._replace({record.path: changed})
+            return record.crop
 
     def _replace(self, changed: dict[Path, ImageRecord]) -> None:
         """Put changed records in place, without reading the folder again although it was touched."""

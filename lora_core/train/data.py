@@ -127,7 +127,7 @@ class LatentCache:
         self._base = base
         self._folder = folder
         self._vae = base.digest("vae")
-        self._memory: dict[tuple[Path, Bucket, bool], torch.Tensor] = {}
+        self._memory: dict[tuple[object, ...], torch.Tensor] = {}
 
     def latents(self, record: ImageRecord, bucket: Bucket, flip: bool) -> torch.Tensor:
         """(4, h, w) in fp32 on the CPU.
@@ -135,11 +135,13 @@ class LatentCache:
         Raises:
             DatasetError: the image is not cached and cannot be read.
         """
-        key = (record.path, bucket, flip)
+        key = (record.path, record.crop, bucket, flip)
         if key not in self._memory:
             # Devices round differently, so each has latents of its own.
             device = self._base.vae.device.type
-            name = short_digest(hash_file(record.path), self._vae, bucket.width, bucket.height, flip, device)
+            crop = [record.crop] if record.crop else []
+            sizes = (bucket.width, bucket.height, flip, device)
+            name = short_digest(hash_file(record.path), self._vae, *sizes, *crop)
             self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},

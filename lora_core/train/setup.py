@@ -218,6 +218,7 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
     for record in records:
         words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
         words += "\nheld out by hand" if record.held_out else ""
+        words += f"\ncrop {record.crop}" if record.crop else ""
         inputs[f"the picture {record.path.name}"] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 

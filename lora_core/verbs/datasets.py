@@ -281,6 +281,27 @@ def hold_out(
 
 
 @verb
+def crop(
+    dataset: File, picture: str, box: Annotated[str, "LEFT,TOP,RIGHT,BOTTOM"], workspace: Place = None
+) -> None:
+    """Train on a part of an image.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+        picture: a path below the folder.
+        box: the edges as shares of width and height, such as 0.1,0,0.9,1; 0,0,1,1 for all of the image.
+
+    Raises:
+        DatasetError: there is no such image, or the box cannot be used.
+    """
+    try:
+        edges = [float(edge) for edge in box.split(",")]
+    except ValueError as error:
+        raise DatasetError(f"The box {box!r} is not four numbers, such as 0.1,0,0.9,1.") from error
+    _pictures_of(dataset, workspace).crop(picture, edges)
+
+
+@verb
 def captions_set(dataset: File, picture: str, text: str, workspace: Place = None) -> None:
     """Write the caption of one image."""
     _pictures_of(dataset, workspace).save_caption(picture, text)

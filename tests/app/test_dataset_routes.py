@@ -210,6 +210,25 @@ def test_held_out_by_hand(client: TestClient, app_state: AppState, pictures: lis
     assert not (app_state.project.image_folder / "held_out.txt").exists()
 
 
+def test_a_crop_is_drawn_over_the_whole_image(client: TestClient, app_state: AppState) -> None:
+    imported(client, {"a.png": png()})
+    (before,) = shelf(client)
+    box = [0.5, 0.0, 1.0, 0.5]
+    assert client.post("/easel/crop", json={"picture": "a.png", "box": box}).json() == {"before": None}
+    (after,) = shelf(client)
+    assert (after["box"], after["whole"]) == (box, before["size"])
+    assert after["size"] == [side // 2 for side in before["size"]]
+    left, top, right, bottom = after["crop"]
+    assert 50 <= left <= 60
+    assert 50 <= bottom <= 60
+    assert max(top, right) <= 10
+    for wrong in (box[:3], "left", [0, 0, 1, None], {"left": 0}):
+        answer = client.post("/easel/crop", json={"picture": "a.png", "box": wrong}).json()
+        assert "The crop of a.png is not" in answer["problem"]
+    assert client.post("/easel/crop", json={"picture": "a.png", "box": None}).json() == {"before": box}
+    assert shelf(client) == [before]
+
+
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:
     before = client.get("/easel/dataset").json()
     answer = client.post("/easel/caption", json={"picture": "picture-2.png", "text": "new"}).json()
@@ -266,11 +285,12 @@ def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], pa
     assert len(shelf(client)) == 3
 
 
-@pytest.mark.parametrize("path", ["leave-out", "hold-out"])
+@pytest.mark.parametrize("path", ["leave-out", "hold-out", "crop"])
 def test_the_demo_stays_as_it_is(client: TestClient, app_state: AppState, path: str) -> None:
     app_state.project.update_draft(dataset="demo")
     name = shelf(client)[0]["name"]
-    assert "demo" in client.post(f"/easel/{path}", json={"pictures": [name], "on": True}).json()["problem"]
+    sent = {"pictures": [name], "on": True, "picture": name, "box": [0, 0, 1, 0.5]}
+    assert "demo" in client.post(f"/easel/{path}", json=sent).json()["problem"]
 
 
 def test_a_page_of_another_project_changes_nothing(client: TestClient, app_state: AppState) -> None:

@@ -306,6 +306,48 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.keyboard.press("Delete")
     pictures_in(page, 4)
     assert page.evaluate(focused) == after
+    _crop(page, stored(window) / "crops.json")
+
+
+def _crop(page, file: Path) -> None:
+    """A box that is moved by keys and dragged; taken back with Ctrl+Z."""
+
+    def cropped() -> list[float]:
+        return next(iter(json.loads(file.read_text()).values()))
+
+    page.focus("#crop-start")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".crop.edit:focus")
+    for _ in range(50):
+        page.keyboard.press("Shift+ArrowLeft")
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    assert "from 10% to 60% across" in page.get_attribute(".crop", "aria-label")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture-facts >> text= of ")
+    assert cropped() == pytest.approx([0.1, 0, 0.6, 1], abs=1e-6)
+    page.wait_for_selector("#crop-bar", state="hidden")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".crop.edit:focus")
+    page.locator(".crop").scroll_into_view_if_needed()
+    frame, box = page.locator("#picture-big").bounding_box(), page.locator(".crop").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 0.2 * frame["width"], y + 50, steps=4)
+    page.mouse.up()
+    page.mouse.move(x + 0.2 * frame["width"], box["y"] + box["height"] - 3)
+    page.mouse.down()
+    page.mouse.move(x, box["y"] + box["height"] - 3 - 0.5 * frame["height"], steps=4)
+    page.mouse.up()
+    page.click("#crop-apply")
+    page.wait_for_selector("#crop-bar", state="hidden")
+    assert cropped() == pytest.approx([0.3, 0, 0.8, 0.5], abs=0.02)
+    page.focus(".thumb.on")
+    page.keyboard.press("Control+z")
+    until(page, lambda: cropped() == pytest.approx([0.1, 0, 0.6, 1], abs=1e-6))
+    page.keyboard.press("Control+z")
+    until(page, lambda: not file.exists())
 
 
 @pytest.fixture(scope="module")

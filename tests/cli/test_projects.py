@@ -94,11 +94,19 @@ def test_pictures_are_left_out_and_taken_back(
     assert "no image named 'nobody.png'" in capsys.readouterr().err
 
 
-def test_pictures_are_held_out_and_captions_written(dataset: tuple[str, Path]) -> None:
+def test_pictures_are_held_out_and_captions_written(
+    dataset: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     name, folder = dataset
     api.captions_set(name, "a.png", "new words")
     assert captions(folder)[0].strip() == "new words"
     assert main(["hold-out", name, "a.png"]) == 0
+    assert main(["crop", name, "a.png", "0,0,1,0.5"]) == 0
+    assert (folder / "crops.json").is_file()
+    assert main(["crop", name, "a.png", "0,0,half,1"]) == 1
+    assert "is not four numbers" in capsys.readouterr().err
+    assert main(["crop", name, "a.png", "0,0,1,1"]) == 0
+    assert not (folder / "crops.json").exists()
     with pytest.raises(LoraError, match=r"no image named 'x\.png'"):
         api.hold_out(name, ["x.png"])
     with pytest.raises(LoraError, match=r"no image named 'x\.png'"):
