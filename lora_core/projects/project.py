@@ -75,12 +75,19 @@ class Project:
         self.open(path, image_folder)
 
     def open(self, path: Path, image_folder: Path | None = None) -> None:
-        """Switch this object to another project."""
+        """Switch this object to another project.
+
+        Raises:
+            DatasetError: the folder of its images cannot be made; the project that was open stays open.
+        """
+        pictures = image_folder or path / "pictures"
+        advice = "; move what is in its place elsewhere, or choose another workspace."
+        with wrap_os_errors(DatasetError, f"The folder {pictures} cannot be made", advice):
+            pictures.mkdir(parents=True, exist_ok=True)
         with self._lock:
             self.path = path
-            self.image_folder = image_folder or path / "pictures"
+            self.image_folder = pictures
             self.left_out_folder = path / "left out"
-            self.image_folder.mkdir(parents=True, exist_ok=True)
             self.title = read_title(path)
             self.sizes = SizeCache(path / "sizes.json")
             self._read_draft()

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -234,8 +235,10 @@ def from_line(line: str) -> Event | None:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
-    """The whole lines from byte `offset` on, and the offset after the last of them."""
+    """The whole lines from byte `offset` on, and the offset after the last; nothing of what is not a file."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return [], offset
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read()

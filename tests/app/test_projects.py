@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from app.page import build_page
 from app.state import AppState, take_snapshot
 from app.train.run_cards import earlier
-from lora_core.errors import RunError
+from lora_core.errors import DatasetError, RunError
 from lora_core.generate.request import GenerationRequest
 from lora_core.projects.project import Project
 from lora_core.projects.workspace import Projects, belongs_to, list_trash, mark_project
@@ -302,3 +302,13 @@ def test_a_project_whose_title_is_no_valid_text(app_state: AppState) -> None:
     assert [
         one.key for one in app_state.projects.list_projects() if one.title == app_state.project.title
     ] == [key]
+
+
+def test_a_file_in_place_of_the_images_is_named(tmp_path: Path) -> None:
+    """The project that was open stays open."""
+    project = Project(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "pictures").touch()
+    with pytest.raises(DatasetError, match=r"The folder .*pictures cannot be made: File exists; move what"):
+        project.open(tmp_path / "two")
+    assert project.path == tmp_path / "one"

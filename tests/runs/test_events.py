@@ -70,6 +70,12 @@ def test_all_kinds_survive_the_file(tmp_path: Path) -> None:
     assert repr(read_events(tmp_path / "events.jsonl")[0]) == repr(SAMPLES)
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_has_no_events(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "events.jsonl")
+    assert read_events(tmp_path / "events.jsonl") == ([], 0)
+
+
 def test_a_failure_written_before_changes_were_listed_is_read() -> None:
     assert from_line('{"event": "Failed", "time": 0.0, "step": 3, "reason": "No."}') == events.Failed(
         time=0.0, step=3, reason="No."
