@@ -2,9 +2,14 @@
 
     python launch.py [options]             sets up on the first start, then opens the app in the browser
     python launch.py test [pytest args]    sets up with the test tools, then runs the tests
+    python launch.py update                brings a git clone to its newest version, and what it needs
+    python launch.py repair                makes .venv afresh, as for a new card or driver
+    python launch.py wheels                downloads all packages into wheels/, to set up without a network
+    python launch.py uninstall             says what goes and what stays, asks, and removes .venv
 
 Only Python itself is needed (3.11, 3.12 or 3.13). Everything is installed into the folder .venv beside this
-file, once, and again when pyproject.toml changes (`app/install.py`). Delete .venv to set up afresh.
+file, once, and again when pyproject.toml changes (`app/install.py`). If there is a folder wheels beside this
+file, packages are taken from it alone. `uninstall --workspace` removes images, runs and exports too.
 """
 
 # This file has to parse and run on Pythons that are too old, so that they show the sentence that says so:
@@ -55,19 +60,50 @@ def go_on(*command: str) -> int:
                 return child.wait()
 
 
-def main(arguments: "list[str]") -> int:
-    """Set up if needed, then run the tests or the app; the exit code."""
-    from app import install
+def fetch_newest() -> str:
+    """Bring a git clone to its newest version. Returns why that cannot be done, or ""."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(here, ".git")):
+        return "This folder is not a git clone: unpack the newest version over it and start launch.py again."
+    try:
+        failed = subprocess.call(["git", "-C", here, "pull", "--ff-only"])
+    except OSError as error:
+        failed, reason = 1, f"git cannot be started ({error.strerror}): install git"
+    else:
+        reason = "git says why above: put that right"
+    return reason + " and run `python launch.py update` again; nothing was changed." if failed else ""
 
-    testing = arguments[:1] == ["test"]
+
+def main(arguments: "list[str]") -> int:
+    """Set up if needed, then do what the first word says, or open the app; the exit code."""
+    word = arguments[0] if arguments else ""
+    problem = fetch_newest() if word == "update" else ""
+    if problem:
+        sys.stdout.write(problem + "\n")
+        return held(1)
+    from app import install  # of the newest version, after an update
+
+    testing = word == "test"
     extra = "test" if testing or install.written_stamp().get("extra") == "test" else ""
     try:
+        if word in ("repair", "uninstall"):
+            if install.runs_in_venv():  # which is about to be removed
+                return held(go_on(install.base_python(), str(install.ROOT / "launch.py"), *arguments))
+            if word == "uninstall":
+                install.uninstall(arguments[1:])
+            else:
+                install.set_up(extra, afresh=True)
+            return 0
         if not install.is_ready(extra):
             install.set_up(extra)
         if testing:
             os.chdir(install.ROOT)
             return held(go_on(str(install.PYTHON), "-m", "pytest", *(arguments[1:] or ALL_TESTS)))
-        if os.path.samefile(sys.prefix, install.VENV):
+        if word == "wheels":
+            install.download_wheels()
+        if word in ("update", "wheels"):
+            return 0
+        if install.runs_in_venv():
             os.environ.pop(AGAIN, None)
             return open_app(arguments)
         if AGAIN in os.environ:

@@ -1,7 +1,8 @@
 """Setup: the environment .venv beside launch.py, the PyTorch build that suits the machine, and the project.
 
 Standard library only, as it runs before anything is installed. A stamp written after everything succeeded
-marks a finished setup: an interrupted one is resumed, and later starts cost nothing.
+marks a finished setup: an interrupted one is resumed, and later starts cost nothing. A connection that breaks
+is tried again; what was downloaded is kept.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,16 @@ PROBE_SECONDS, SIGN_SECONDS = 5, 20
 OLDEST_DRIVER = 525
 """Of NVIDIA's, that runs CUDA 12."""
 LOCK = "launch.lock"
+WHEELS = "wheels"
+"""The folder beside launch.py whose packages are installed without a network."""
+TRIES = 4
+BROKEN = re.compile(
+    r"IncompleteRead|Connection ?(broken|reset|aborted|error)|ReadTimeout|RemoteDisconnected"
+    r"|Could not find a version|InvalidWheel|do not match the hash",
+    re.IGNORECASE,
+)
+"""What pip's log says after a connection broke: of a page of the index or a wheel that was cut short, older
+versions of pip only notice what it lacks. Other failures would only repeat."""
 EXTRAS = ("optimizers", "tensorboard")
 """Extras of pyproject.toml that every installation gets: the window offers what they bring."""
 CARD_EXTRAS = ("eight-bit",)
@@ -80,10 +92,33 @@ def is_ready(extra: str) -> bool:
 
 def has_base() -> bool:
     """Whether the Python that .venv was made from still exists."""
+    return Path(venv_value("home") or ROOT / "nowhere").is_dir()
+
+
+def base_python() -> str:
+    """The Python that .venv was made from.
+
+    Raises:
+        SetupError: .venv does not say, or it is gone.
+    """
+    python = venv_value("executable")
+    if not os.path.isfile(python):
+        raise SetupError(f"Start it with the Python that is installed, not with the one in {VENV}.")
+    return python
+
+
+def runs_in_venv() -> bool:
+    """Whether this Python is that of .venv."""
+    return VENV.is_dir() and os.path.samefile(sys.prefix, VENV)
+
+
+def venv_value(key: str) -> str:
+    """A value of .venv's pyvenv.cfg, or ""."""
     with contextlib.suppress(OSError):
         text = (VENV / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
-        return any(Path(line[7:]).is_dir() for line in text.splitlines() if line.startswith("home = "))
-    return False
+        pairs = (line.partition(" = ") for line in text.splitlines())
+        return next((value for name, _, value in pairs if name == key), "")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -220,11 +255,18 @@ def answers(url: str) -> bool:
     return answered.wait(PROBE_SECONDS)
 
 
-def pip(*arguments: str, quiet: bool = False) -> bool:
-    """Run `pip install` in .venv; returns whether it succeeded."""
-    (VENV / "pip.log").unlink(missing_ok=True)
+def pip(*arguments: str, quiet: bool = False, verb: str = "install") -> bool:
+    """Run `pip install` in .venv, again where the connection broke; returns whether it succeeded."""
     command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    return run_install([*command, "--log", str(VENV / "pip.log"), "install", *arguments], quiet)
+    for left in reversed(range(TRIES)):
+        (VENV / "pip.log").unlink(missing_ok=True)
+        if run_install([*command, "--log", str(VENV / "pip.log"), verb, *arguments], quiet):
+            return True
+        offline = "--no-index" in arguments or (ROOT / WHEELS).is_dir()
+        if offline or not left or not BROKEN.search("\n".join([pip_errors(), *pip_log()[-20:]])):
+            break
+        say("The connection may have broken; trying again.")
+    return False
 
 
 def run_install(command: list[str], quiet: bool = False) -> bool:
@@ -232,6 +274,9 @@ def run_install(command: list[str], quiet: bool = False) -> bool:
     foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
+    environment.setdefault("PIP_RESUME_RETRIES", "8")  # older versions of pip do not know it
+    if (ROOT / WHEELS).is_dir() and "download" not in command:
+        environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (ROOT / WHEELS).as_uri()}
     if quiet or (sys.stdout and sys.stdout.isatty()):  # on a terminal pip draws its own progress bars
         output = subprocess.DEVNULL if quiet else None
         return not subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
@@ -264,13 +309,17 @@ def worth_saying(line: str) -> str:
     return ""
 
 
-def pip_errors() -> str:
-    """The last errors in pip's log."""
+def pip_log() -> list[str]:
+    """The lines of pip's log, without their times."""
     with contextlib.suppress(OSError):
         log = (VENV / "pip.log").read_text(encoding="utf-8", errors="replace")
-        texts = [line.partition(" ")[2].strip() for line in log.splitlines()]
-        return "\n".join(f"  {text}" for text in [t for t in texts if t.startswith("ERROR")][-4:])
-    return ""
+        return [line.partition(" ")[2].strip() for line in log.splitlines()]
+    return []
+
+
+def pip_errors() -> str:
+    """The last errors in pip's log."""
+    return "\n".join(f"  {text}" for text in [t for t in pip_log() if t.startswith("ERROR")][-4:])
 
 
 def environment_version() -> str:
@@ -383,8 +432,8 @@ def locked(handle: int) -> bool:
     return True
 
 
-def set_up(extra: str) -> None:
-    """Make .venv if it is incomplete, and install the project into it.
+def set_up(extra: str, afresh: bool = False) -> None:
+    """Make .venv if it is incomplete or `afresh`, and install the project into it.
 
     Raises:
         SetupError: something failed that a person can put right.
@@ -393,9 +442,9 @@ def set_up(extra: str) -> None:
         raise SetupError("On a Mac, PyTorch needs an Apple processor and a Python made for it (arm64).")
     began = time.monotonic()
     with alone():
-        if is_ready(extra):  # by the start that was waited for
+        if not afresh and is_ready(extra):  # by the start that was waited for
             return
-        python = environment_version()
+        python = "" if afresh else environment_version()
         if not python:
             say(f"Setting up in {VENV}, once: 2 GB of disk and some minutes, more with a graphics card.")
             make_environment()
@@ -403,12 +452,88 @@ def set_up(extra: str) -> None:
         cards = find_cards()
         install_torch(cards)
         say("Installing the project and what it needs ...")
-        extras = [*EXTRAS, *(CARD_EXTRAS if cards.nvidia else ()), *([extra] if extra else [])]
-        if not pip("--editable", f".[{','.join(extras)}]"):
+        if not pip("--editable", wanted(cards, extra)):
+            advice = "See that the internet can be reached and that the disk is not full"
+            if (ROOT / WHEELS).is_dir():
+                advice = (
+                    f"Packages are taken from {ROOT / WHEELS} alone: make it by `python launch.py wheels` on"
+                    " a computer of the same kind with the same Python, or remove it"
+                )
             raise SetupError(
-                f"The installation failed.\n{pip_errors()}\nSee that the internet can be reached and that the"
-                " disk is not full, and start again: what was downloaded is kept. All of it:"
-                f" {VENV / 'pip.log'}"
+                f"The installation failed.\n{pip_errors()}\n{advice}, and start again: what was downloaded is"
+                f" kept. All of it: {VENV / 'pip.log'}"
             )
         write_stamp(extra, python)
     say(f"Set up in {time.monotonic() - began:.0f} s.")
+
+
+def wanted(cards: Cards, extra: str = "") -> str:
+    """The project with its extras, as pip takes it."""
+    extras = [*EXTRAS, *(CARD_EXTRAS if cards.nvidia else ()), *([extra] if extra else [])]
+    return f".[{','.join(extras)}]"
+
+
+def download_wheels() -> None:
+    """Fill the folder of wheels: with it, a copy of this folder sets up without a network.
+
+    Raises:
+        SetupError: a download failed.
+    """
+    import tomllib
+
+    folder, cards = ROOT / WHEELS, find_cards()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    backend = torch_backend(platform.system(), cards)
+    index = ["--index-url", f"{TORCH_INDEX}{backend}"] if backend else []
+    torch = next(text for text in project["project"]["dependencies"] if text.startswith("torch"))
+    # uv, which is asked for the build of PyTorch elsewhere, is not needed: this build is the one that fits.
+    tools = [*project["build-system"]["requires"], "editables", "pip"]
+    for packages in ([torch, *index], [wanted(cards), *tools, "--find-links", folder.as_uri()]):
+        if not pip("--dest", str(folder), *packages, verb="download"):
+            raise SetupError(f"The download failed.\n{pip_errors()}\nStart it again: it goes on from there.")
+    say(f"{folder} is complete: copy it together with the project, to a computer of the same kind.")
+
+
+def uninstall(words: list[str]) -> None:
+    """Say what goes and what stays, and remove .venv, with `--workspace` the workspace too.
+
+    Raises:
+        SetupError: it was not confirmed, an option is unknown, or something cannot be removed.
+    """
+    if unknown := set(words) - {"--workspace", "--yes"}:
+        raise SetupError(f"uninstall takes --workspace and --yes, not {' '.join(sorted(unknown))}.")
+    home, goes = find_workspace(), [VENV] if VENV.exists() else []
+    if "--workspace" in words:
+        if home is None or not (home / "projects").is_dir():
+            raise SetupError(f"{home or 'The workspace'} is not known as a workspace; nothing was removed.")
+        goes.append(home)
+    for path in goes:
+        size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+        say(f"To be removed: {path}, {size / 1e9:.1f} GB")
+    if home not in goes:
+        kept = "images, captions, runs and exports (--workspace removes it)"
+        say(f"Stays: {home or 'the workspace'}, with {kept}")
+    say(f"Stays: {ROOT}, which you can delete then")
+    if "--yes" not in words:
+        answer = ""
+        with contextlib.suppress(EOFError):
+            answer = input("Type yes to remove it: ")
+        if answer.strip().lower() != "yes":
+            raise SetupError("Nothing was removed.")
+    try:
+        for path in goes:
+            shutil.rmtree(path)
+    except OSError as error:
+        raise SetupError(
+            f"{error.filename} cannot be removed ({error.strerror}): close what uses it."
+        ) from error
+    say("Removed.")
+
+
+def find_workspace() -> Path | None:
+    """The workspace that a start without options uses, None where .venv cannot say."""
+    code = "from lora_core.system.files import workspace_path; print(workspace_path())"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([str(PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return Path(done.stdout.strip())
+    return None

@@ -2,11 +2,15 @@
 become."""
 
 import ast
+import http.server
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -432,3 +436,244 @@ def test_pytest_gets_its_arguments_and_the_app_its_own(place: Path, monkeypatch:
         (python, "-m", "pytest", *launch.ALL_TESTS),
     ]
     assert launch.AGAIN not in os.environ
+
+
+class CutIndex(http.server.BaseHTTPRequestHandler):
+    """A package index whose answers break off: the n-th ends after the share of it that CUTS says."""
+
+    CUTS: list[float] = []
+    WHEEL = b""
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        share = self.CUTS[len(self.asked)] if len(self.asked) < len(self.CUTS) else 1.0
+        self.asked.append(self.path)
+        page = self.path.endswith("/")
+        body = b'<a href="/toy-1-py3-none-any.whl">toy-1-py3-none-any.whl</a>' if page else self.WHEEL
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html" if page else "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: int(share * len(body))])
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [0.3, 1.0, 0.5],
+        pytest.param([0.0, 0.3, 1.0, 0.0, 1.0, 0.5, 1.0, 0.999], marks=pytest.mark.slow),
+    ],
+)
+def test_downloads_that_break_off_are_tried_again(
+    cuts: list[float], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = place / "toy.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("toy.py", "x = 1\n" + "#" * 100_000)
+        archive.writestr("toy-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1\n")
+        archive.writestr(
+            "toy-1.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: a\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("toy-1.dist-info/RECORD", "")
+    monkeypatch.setattr(CutIndex, "WHEEL", wheel.read_bytes())
+    monkeypatch.setattr(CutIndex, "asked", [])
+    monkeypatch.setattr(CutIndex, "CUTS", cuts)
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    monkeypatch.setenv("PIP_RETRIES", "0")  # of pip itself, which waits between them
+    monkeypatch.setenv("PIP_RESUME_RETRIES", "0")
+    monkeypatch.setattr(install, "TRIES", 6)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutIndex) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/simple"
+        target = place / "installed"
+        assert install.pip(
+            "toy", "--no-cache-dir", "--index-url", address, "--target", str(target), quiet=True
+        )
+        server.shutdown()
+    assert (target / "toy.py").is_file()
+    assert len(CutIndex.asked) > len(cuts)
+
+
+def test_a_failure_that_is_no_broken_connection_is_not_repeated(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def run_install(command: list[str], quiet: bool) -> bool:
+        calls.append(command)
+        (place / ".venv" / "pip.log").write_text("T ERROR: No space left on device\n")
+        return False
+
+    monkeypatch.setattr(install, "run_install", run_install)
+    assert not install.pip("x")
+    assert len(calls) == 1
+
+
+def test_a_folder_of_wheels_is_all_that_is_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / install.WHEELS).mkdir()
+    seen: list[dict[str, str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        seen.append(options["env"])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    install.run_install(["pip", "install"], quiet=True)
+    install.run_install(["pip", "download"], quiet=True)
+    offline, online = seen
+    assert offline["PIP_NO_INDEX"] == "1"
+    assert offline["PIP_FIND_LINKS"] == (place / "wheels").as_uri()
+    assert "PIP_NO_INDEX" not in online
+    monkeypatch.setattr(install, "find_cards", install.Cards)
+    monkeypatch.setattr(install, "pip", lambda *arguments, quiet=False: False)
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
+    with pytest.raises(install.SetupError, match=r"wheels alone: make it by `python launch.py wheels`"):
+        install.set_up("")
+
+
+@pytest.mark.parametrize(("backend", "index"), [("cpu", True), ("", False)])
+def test_wheels_are_those_of_this_machine(
+    backend: str, index: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(place / "pyproject.toml", "a") as file:
+        file.write('[build-system]\nrequires = ["hatchling>=1"]\n')
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(install, "pip", lambda *arguments, verb: calls.append((verb, *arguments)) or True)
+    monkeypatch.setattr(install, "torch_backend", lambda system, cards: backend)
+    monkeypatch.setattr(install, "find_cards", install.Cards)
+    install.download_wheels()
+    (verb, *first), second = calls
+    assert verb == "download"
+    assert first[2] == "torch>=2.8"
+    assert first[3:] == (["--index-url", install.TORCH_INDEX + "cpu"] if index else [])
+    assert {".[optimizers,tensorboard]", "hatchling>=1", "editables", "pip", "--find-links"} <= set(second)
+
+
+def test_repair_makes_the_environment_afresh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install.write_stamp("test", "3.11")
+    made: list[str] = []
+    monkeypatch.setattr(install, "make_environment", lambda: made.append("made"))
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
+    monkeypatch.setattr(install, "find_cards", install.Cards)
+    monkeypatch.setattr(install, "pip", lambda *arguments: made.append(arguments[1]) or True)
+    assert launch.main(["repair"]) == 0
+    assert made == ["made", ".[optimizers,tensorboard,test]"]
+
+
+def test_what_removes_the_environment_runs_outside_of_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[tuple[str, ...]] = []
+    monkeypatch.setattr(launch, "go_on", lambda *command: began.append(command) or 7)
+    monkeypatch.setattr(sys, "prefix", str(place / ".venv"))
+    base = place / "python3"
+    base.write_text("")
+    (place / ".venv" / "pyvenv.cfg").write_text(f"home = {place}\nexecutable = {base}\n")
+    for word in ("repair", "uninstall"):
+        assert launch.main([word, "--yes"]) == 7
+    script = str(place / "launch.py")
+    assert began == [(str(base), script, "repair", "--yes"), (str(base), script, "uninstall", "--yes")]
+    base.unlink()
+    assert launch.main(["repair"]) == 1
+
+
+def test_uninstalling_says_what_goes_and_keeps_the_workspace(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = place / "workspace"
+    (home / "projects").mkdir(parents=True)
+    monkeypatch.setattr(install, "find_workspace", lambda: home)
+    monkeypatch.setattr("builtins.input", lambda question: "no")
+    assert launch.main(["uninstall"]) == 1
+    assert (place / ".venv").is_dir()
+    assert launch.main(["uninstall", "--all"]) == 1
+    said = capsys.readouterr().out
+    assert f"To be removed: {place / '.venv'}" in said
+    assert f"Stays: {home}, with images" in said
+    assert "Nothing was removed." in said
+    assert "not --all" in said
+    assert launch.main(["uninstall", "--yes"]) == 0
+    assert not (place / ".venv").exists()
+    assert (home / "projects").is_dir()
+    monkeypatch.setattr("builtins.input", lambda question: "yes")
+    assert launch.main(["uninstall", "--workspace"]) == 0
+    assert not home.exists()
+    home.mkdir()  # which nothing says is one
+    assert launch.main(["uninstall", "--workspace", "--yes"]) == 1
+    assert home.is_dir()
+
+
+def test_the_workspace_is_the_one_that_a_start_uses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "ROOT", ROOT)
+    monkeypatch.setenv("LORA_EASEL_HOME", str(place / "elsewhere"))
+    assert install.find_workspace() is None  # an empty file is no Python
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    assert install.find_workspace() == place / "elsewhere"
+    assert not (place / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_an_update_pulls_and_then_sets_up(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, above = place / "copy", place / "above"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q", str(above)], check=True)
+    shutil.copy(ROOT / "launch.py", above)
+    subprocess.run([*git, "add", "."], cwd=above, check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], cwd=above, check=True)
+    subprocess.run([*git, "clone", "-q", str(above), str(copy)], check=True)
+    (above / "new.txt").write_text("new")
+    subprocess.run([*git, "add", "."], cwd=above, check=True)
+    subprocess.run([*git, "commit", "-qm", "two"], cwd=above, check=True)
+    monkeypatch.setattr(launch, "__file__", str(copy / "launch.py"))
+    done: list[str] = []
+    monkeypatch.setattr(install, "set_up", done.append)
+    assert launch.main(["update"]) == 0
+    assert (copy / "new.txt").is_file()
+    assert done == [""]
+    above.rename(place / "gone")
+    assert launch.main(["update"]) == 1
+    monkeypatch.setattr(launch, "__file__", str(place / "launch.py"))
+    assert launch.main(["update"]) == 1
+    said = capsys.readouterr().out
+    assert "nothing was changed" in said
+    assert "unpack the newest version" in said
+    assert done == [""]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize(
+    ("pythons", "words"),
+    [
+        ({"python3": 1, "python3.12": 0}, "python3.12 launch.py --port 1\n"),
+        ({"python3": 0, "python3.12": 1}, "python3 launch.py --port 1\n"),
+        ({"python3": 1, "uv": 0}, "uv run --no-project --python 3.13 launch.py --port 1\n"),
+        ({"python3": 1}, "LoRA Easel needs Python 3.11, 3.12 or 3.13"),
+    ],
+)
+def test_a_double_click_finds_a_python_that_fits(tmp_path: Path, pythons: dict[str, int], words: str) -> None:
+    for name, code in pythons.items():
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$@"\n')
+        script.chmod(0o755)
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname") or "")
+    command, environment = [str(ROOT / "launch.command"), "--port", "1"], {"PATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(words)
+    assert done.returncode == ("needs" in words)
+
+
+def test_the_scripts_to_double_click_know_the_versions() -> None:
+    for name in ("launch.bat", "launch.command"):
+        text = (ROOT / name).read_bytes().decode()
+        assert set(map(int, re.findall(r"\b3\.(\d+)\b", text))) == set(
+            range(launch.OLDEST[1], launch.NEWEST[1] + 1)
+        )
+    assert b"\r\n" in (ROOT / "launch.bat").read_bytes()

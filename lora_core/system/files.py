@@ -27,7 +27,10 @@ import psutil
 
 from lora_core.errors import NoRoom, RunError, wrap_os_errors
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+PACKAGE = Path(__file__).resolve().parents[1]
+IS_CHECKOUT = not (PACKAGE / "assets").is_dir()
+"""Whether launch.py and the sources lie beside the packages; a wheel has the assets inside this one."""
+ASSETS = (PACKAGE.parent if IS_CHECKOUT else PACKAGE) / "assets"
 DEMO_BASE = ASSETS / "base"
 DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"
@@ -51,20 +54,23 @@ def read_table(name: str) -> dict[str, Any]:
     return tomllib.loads((ASSETS / name).read_text(encoding="utf-8"))
 
 
-def workspace(chosen: str | Path | None = None) -> Path:
-    """The workspace folder, made if absent.
-
-    `chosen`, else the environment variable LORA_EASEL_HOME, else the platform's user data folder.
-
-    Raises:
-        RunError: it cannot be made or written.
-    """
+def workspace_path(chosen: str | Path | None = None) -> Path:
+    """`chosen`, else the environment variable LORA_EASEL_HOME, else the platform's user data folder."""
     path = Path(
         chosen
         or os.environ.get("LORA_EASEL_HOME")
         or platformdirs.user_data_dir("lora-easel", appauthor=False)
     )
-    path = expand_home(path).absolute()
+    return expand_home(path).absolute()
+
+
+def workspace(chosen: str | Path | None = None) -> Path:
+    """The workspace folder, at `workspace_path`, made if absent.
+
+    Raises:
+        RunError: it cannot be made or written.
+    """
+    path = workspace_path(chosen)
     with wrap_os_errors(
         RunError, f"The workspace {path} cannot be written", "; choose another with --workspace."
     ):

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from lora_core.system.files import IS_CHECKOUT
+
 FRESH_SECONDS = 4.0
 ASKING_TAKES = 10.0
 MEGABYTE = 2**20
@@ -29,7 +31,11 @@ OLD_FIELDS = CARD_FIELDS.removesuffix(",compute_cap")
 DRIVERS = {13: 580, 12: 525, 11: 450}
 """The oldest driver of NVIDIA's for each CUDA (RELEASE.md of github.com/pytorch/pytorch)."""
 OLDEST_CAPABILITY, VOLTA, TURING = 5.0, 7.0, 7.5
-REINSTALL = "Delete the folder .venv and start launch.py again; it installs the build that fits."
+REINSTALL = (
+    "Run `python launch.py repair`; it installs the build that fits."
+    if IS_CHECKOUT
+    else "Install into this environment the build of PyTorch that pytorch.org names for this computer."
+)
 
 
 @dataclass(frozen=True)

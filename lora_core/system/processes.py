@@ -31,7 +31,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError, wrap_os_errors
-from lora_core.system.files import ASSETS, parse_json, write_atomically
+from lora_core.system.files import PACKAGE, parse_json, write_atomically
 
 FIRST_PORT, PORTS_TRIED = 7860, 40
 """The window listens on the first free port of these."""
@@ -71,7 +71,7 @@ def detached() -> dict[str, Any]:
 
 def child_environment(workspace: Path) -> dict[str, str]:
     """The environment of a child that must find the project from any folder, and say its words unbuffered."""
-    root = str(ASSETS.parent)
+    root = str(PACKAGE.parent)
     path = os.environ.get("PYTHONPATH", "")
     return {
         **os.environ,

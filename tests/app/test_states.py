@@ -312,7 +312,7 @@ def test_without_a_card_it_says_that_it_takes_hours(
     assert said.startswith(
         "There is an RTX 3060, but this PyTorch (2.13.0+cpu, built for CPU) cannot use it: it is"
     )
-    assert "start launch.py again" in said
+    assert "Run `python launch.py repair`" in said
     assert not app_state.hardware.has_gpu
     app_state.project.update_draft(values={"model.base": str(base), "train.device": "cpu"})
     assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
