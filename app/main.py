@@ -32,8 +32,8 @@ PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of `launch.py`."""
-    made = argparse.ArgumentParser(prog="launch.py", description="Open the window of LoRA Easel.")
+    """The command line of `launch.py` and of `lora-easel-window`."""
+    made = argparse.ArgumentParser(description="Open the window of LoRA Easel.")
     made.add_argument(
         "--port", type=int, help=f"the port to listen on; without it, {FIRST_PORT} or the next free one"
     )
@@ -56,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--no-browser", action="store_true", help="do not open a browser")
     made.add_argument("--workspace", metavar="DIR", help="where runs, projects and images are kept")
     return made
+
+
+def run() -> None:
+    """Entry point of the `lora-easel-window` command."""
+    sys.exit(main(sys.argv[1:]))
 
 
 def main(arguments: list[str]) -> int:
