@@ -1,11 +1,17 @@
-"""The header above every tab: the run that is going on, whatever run is shown, with its buttons, and the
-project picker, whose list `assets/projects.js` fills when it opens."""
+"""The header above every tab: the run that is going on, whatever run is shown, with its buttons, the project
+picker, whose list `assets/projects.js` fills when it opens, and the doctor."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import psutil
 from fastapi import FastAPI
+from fastapi.responses import Response
 
 from app.routes import BadRequest, add_actions, add_reads
 from app.state import AppState, ShownRun, Snapshot
@@ -16,8 +22,10 @@ from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, 
 from lora_core.runs.events import Progress
 from lora_core.system.files import ASSETS, folder_bytes
 from lora_core.system.hardware import resident_bytes
+from lora_core.system.processes import child_environment, detached
 
 TITLE = "LoRA Easel"
+DIAGNOSIS_SECONDS = 120
 FEW_STEPS = 10
 """So many steps say how long each of the rest takes."""
 
@@ -120,8 +128,41 @@ def project_button(snapshot: Snapshot) -> str:
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the picker's routes to `app`."""
-    add_reads(app, {"projects": lambda: _shelves(app_state)})
+    add_reads(app, {"projects": lambda: _shelves(app_state), "doctor": lambda: _checks(app_state.workspace)})
+    app.get("/easel/doctor.zip")(lambda: _bug_report(app_state.workspace))
     add_actions(app, {"projects": lambda sent: _change(app_state, sent)})
+
+
+def _diagnose(workspace: Path, *options: str) -> dict[str, Any]:
+    """What `lora-easel doctor` finds, in a process of its own: PyTorch, which it imports, may be broken.
+
+    Raises:
+        RunError: it does not answer.
+    """
+    command = [sys.executable, "-m", "lora_core", "doctor", "--json", "--workspace", str(workspace), *options]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=DIAGNOSIS_SECONDS, check=False,
+            env=child_environment(workspace), **detached(),
+        )  # fmt: skip
+        return dict(json.loads(done.stdout))
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        raise RunError("The doctor does not answer; run `lora-easel doctor` to see why.") from error
+
+
+def _checks(workspace: Path) -> dict[str, str]:
+    """The doctor's dialog: what is wrong first."""
+    rows = sorted(_diagnose(workspace)["checks"], key=lambda row: row["ok"])
+    wrong = sum(not row["ok"] for row in rows)
+    return {"html": render("header.html", part="doctor", checks=rows, wrong=wrong)}
+
+
+def _bug_report(workspace: Path) -> Response:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "doctor.zip"
+        _diagnose(workspace, "--zip", str(file))
+        headers = {"Content-Disposition": 'attachment; filename="lora-easel-doctor.zip"'}
+        return Response(file.read_bytes(), media_type="application/zip", headers=headers)
 
 
 def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:

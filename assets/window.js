@@ -114,12 +114,21 @@
     try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { toast("The browser allows no copying at this address; select the text instead.", "bad"); }
   };
 
+  // What is right and wrong with this computer, as the server renders it.
+  const diagnose = async () => {
+    const shown = dialog("Doctor", make("p", { textContent: "Checking this computer takes some seconds.", attributes: { role: "status" } }));
+    const { html, problem } = await get("doctor").catch(() => ({ problem: "The window does not answer." }));
+    if (html) shown.innerHTML = html;
+    else shown.replaceChildren(make("p", { className: "problem", textContent: problem }));
+  };
+
   // ---- one listener per event type -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a, [data-picture]");
     if (!target) return;
     const data = target.dataset;
     if (data.tab) openTab(data.tab);
+    else if (target.id === "doctor") diagnose();
     else if (data.copy !== undefined) copy(target, data.copy);
     else if (data.themeSwitch !== undefined) {
       const dark = document.body.classList.toggle("dark");

@@ -1,36 +1,48 @@
-"""Diagnoses this computer: a list of checks with their findings and fixes.
+"""Diagnoses this computer: a list of checks with findings and fixes, and a zip of them for a bug report.
 
 Nothing is changed and nothing is downloaded. PyTorch is imported in a function, so that a broken one is a
 finding.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import socket
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lora_core.errors import RunError
-from lora_core.system.files import free_bytes
+from lora_core.runs.diagnosis import debug_zip
+from lora_core.runs.folder import all_runs
+from lora_core.system.files import IS_CHECKOUT, folder_bytes, free_bytes, workspace_path, write_atomically
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
+from lora_core.system.other_tools import find_tools
 from lora_core.system.processes import FIRST_PORT, PORTS_TRIED
 
 PROJECT = "lora-easel"
 LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
+LARGE_CACHE = 10**9
+"""Bytes whose removal is advised where the drive is nearly full."""
 LONGEST_BELOW = 130
 """Characters that the path of a file inside a workspace adds to that of the workspace."""
 LONGEST_PATH = 260
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ACCELERATE_USE_CPU", "HSA_OVERRIDE_GFX_VERSION")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ACCELERATE_USE_CPU", "HSA_OVERRIDE_GFX_VERSION",
+    "PYTORCH_ENABLE_MPS_FALLBACK", "HF_HUB_OFFLINE",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,25 @@ def diagnosis(workspace: Path | None = None) -> dict[str, Any]:
     """All checks: `ok`, and `checks` with `name`, `found`, `ok` and `fix` each."""
     checks = [
         check
-        for part in (_python, _packages, _torch, _memory, lambda: _folders(workspace), _port)
+        for part in (_python, _packages, _torch, _memory, lambda: _folders(workspace), _port, _others)
         for check in part()
     ]
     rows = [{**asdict(check), "ok": not check.fix} for check in checks]
     return {"ok": all(row["ok"] for row in rows), "checks": rows}
+
+
+def write_zip(target: Path, found: dict[str, Any], workspace: Path | None = None) -> None:
+    """Write a zip for a bug report: what `diagnosis` found, and of the newest run what `debug_zip` takes."""
+    # These name projects, runs and folders of the user.
+    private = ("Permissions", "Hub cache", "Temporary files", "Other tools")
+    lines = [
+        f"{'ok   ' if row['ok'] else 'WRONG'} {row['name']}:"
+        f" {'left out' if row['name'] in private else row['found']} {row['fix']}".rstrip()
+        for row in found["checks"]
+    ]
+    home, more = workspace_path(workspace), {"doctor.txt": "\n".join(lines)}
+    newest = next(iter(all_runs(home)), None)
+    write_atomically(target, debug_zip(newest, home, _card_words(find_card(hidden=True)), more))
 
 
 def _python() -> Iterator[Check]:
@@ -58,10 +84,13 @@ def _python() -> Iterator[Check]:
     *older, newest = _supported_pythons()
     fits = "{}.{}".format(*sys.version_info) in (*older, newest) and bits == 64
     versions = f"{', '.join(older)} or {newest}" if older else newest
-    fix = f"Install a 64-bit Python {versions}, delete .venv and start launch.py with it."
+    then = "start `python launch.py repair` with it" if IS_CHECKOUT else "install LoRA Easel's wheel with it"
+    fix = f"Install a 64-bit Python {versions} and {then}."
     found = f"{platform.python_version()}, {bits} bit, {sys.executable}"
     yield Check("Python", found, "" if fits else fix)
-    yield Check("System", platform.platform())
+    intel_mac = (sys.platform, platform.machine()) == ("darwin", "x86_64")
+    no_mac = f"PyTorch needs an Apple processor and a Python made for it (arm64): install that and {then}."
+    yield Check("System", platform.platform(), no_mac if intel_mac else "")
 
 
 def _supported_pythons() -> list[str]:
@@ -85,15 +114,17 @@ def _packages() -> Iterator[Check]:
     absent: list[str] = []
     for requirement in map(Requirement, lines):
         marker = requirement.marker
-        if marker and (marker.evaluate({"extra": "test"}) or marker.evaluate({"extra": "base"})):
-            continue  # for those who work on the project
+        if marker and any(marker.evaluate({"extra": extra}) for extra in ("test", "base", "all")):
+            continue  # for those who work on the project, or named by another extra
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = ""
         if marker is None and not (version and requirement.specifier.contains(version, prereleases=True)):
             asked = f"it has to be {requirement.specifier}"
-            yield Check(requirement.name, f"{version or 'not installed'}; {asked}", REINSTALL)
+            pip = f'Run `"{sys.executable}" -m pip install "{requirement.name}{requirement.specifier}"`.'
+            fix = REINSTALL if IS_CHECKOUT else pip
+            yield Check(requirement.name, f"{version or 'not installed'}; {asked}", fix)
         (versions if version or marker is None else absent).append(f"{requirement.name} {version}".strip())
     yield Check("Packages", ", ".join(versions))
     yield Check("Optional packages that are absent", ", ".join(absent) or "none")
@@ -101,7 +132,13 @@ def _packages() -> Iterator[Check]:
 
 def _torch() -> Iterator[Check]:
     card = find_card(hidden=True)
-    yield Check("Graphics card, as its driver says", _card_words(card))
+    restart = "Restart the computer; if `nvidia-smi` still names no card, install the driver anew."
+    silent = card is None and (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"))
+    yield Check(
+        "Graphics card, as its driver says",
+        "an NVIDIA driver is installed, but names no card" if silent else _card_words(card),
+        restart if silent else "",
+    )
     try:
         from lora_core.models.device import describe_torch, devices, free_memory
     except (ImportError, OSError) as error:
@@ -146,8 +183,12 @@ def _folders(chosen: Path | None) -> Iterator[Check]:
         yield Check("Workspace", "cannot be written", str(error))
     else:
         elsewhere = "Make room, or choose a folder on another drive with --workspace or LORA_EASEL_HOME."
-        yield _folder("Workspace", home, elsewhere)
-        yield _folder("Caches", home / "cache", elsewhere)
+        cache = folder_bytes(home / "cache")
+        emptied = f"Run `lora-easel caches clean`, which frees {cache / 1e9:.1f} GB, or: "
+        yield _folder("Workspace", home, (emptied if cache >= LARGE_CACHE else "") + elsewhere)
+        yield _folder("Caches", home / "cache", elsewhere, f", {cache / 1e9:.1f} GB in it")
+        yield _rights(home)
+        yield _locks(home)
         if sys.platform == "win32" and len(str(home)) > LONGEST_PATH - LONGEST_BELOW and not _long_paths():
             yield Check(
                 "Long paths",
@@ -163,7 +204,34 @@ def _folders(chosen: Path | None) -> Iterator[Check]:
     )
 
 
-def _folder(name: str, path: Path, elsewhere: str) -> Check:
+def _rights(home: Path) -> Check:
+    """Whether what is in the workspace can be written too: a start with sudo leaves files of another user."""
+    inside = [*home.glob("*"), *home.glob("runs/*"), *home.glob("projects/*")]
+    closed = [path for path in inside if not os.access(path, os.W_OK)]
+    give = f'sudo chown -R "$USER" "{home}"'
+    if sys.platform == "win32":
+        give = f'icacls "{home}" /grant "%USERNAME%":F /T'
+    found = f"{closed[0]} cannot be written" if closed else "all of the workspace can be written"
+    return Check("Permissions", found, f"Run `{give}`." if closed else "")
+
+
+def _locks(home: Path) -> Check:
+    """Whether files can be locked, which some network drives do not do: run and queue hold locks."""
+    file = home / f".doctor-{os.getpid()}.lock"
+    try:
+        with FileLock(file, timeout=0):
+            pass
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", "") or error
+        local = "Choose a folder on a drive of this computer with --workspace or LORA_EASEL_HOME."
+        return Check("File locks", f"{home} takes none: {why}", local)
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    return Check("File locks", "the workspace takes them")
+
+
+def _folder(name: str, path: Path, elsewhere: str, more: str = "") -> Check:
     """Whether a folder, or the one that it would be made in, can be written and has room."""
     place = path
     while not place.exists() and place != place.parent:
@@ -174,7 +242,8 @@ def _folder(name: str, path: Path, elsewhere: str) -> Check:
         free = free_bytes(place)
     except OSError as error:
         return Check(name, f"{path} cannot be written: {error.strerror or error}", elsewhere)
-    return Check(name, f"{path}, {free / 1e9:.1f} GB free", "" if free >= LITTLE_DISK else elsewhere)
+    found = f"{path}{more}, {free / 1e9:.1f} GB free"
+    return Check(name, found, "" if free >= LITTLE_DISK else elsewhere)
 
 
 def _long_paths() -> bool:
@@ -197,7 +266,8 @@ def _port(is_free: Callable[[int], bool] | None = None) -> Iterator[Check]:
     found, fix = f"{FIRST_PORT} is taken, by this program or another; {first} is free", ""
     if first is None:
         found = f"{FIRST_PORT} to {ports[-1]} are all taken"
-        fix = "Start with --port and a number that is free."
+        start = "python launch.py" if IS_CHECKOUT else "lora-easel-window"
+        fix = f"Start with a port that is free, as by `{start} --port {ports[-1] + 1000}`."
     elif first == FIRST_PORT:
         found = f"{FIRST_PORT} is free"
     yield Check("Port of the window", found, fix)
@@ -210,3 +280,14 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _others() -> Iterator[Check]:
+    by_hand = "none was found; start with --no-browser and open the address that is printed"
+    try:
+        found = getattr(webbrowser.get(), "name", "the one of the system")
+    except webbrowser.Error:
+        found = by_hand
+    yield Check("Browser", found)
+    tools = ", ".join(f"{tool.name} in {tool.root}" for tool in find_tools())
+    yield Check("Other tools", tools or "none found; folders can be named in the Train and Export tabs")

@@ -27,7 +27,7 @@ import time
 import tomllib
 import urllib.error
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -282,17 +282,27 @@ def _oom_kills() -> int:
     return 0
 
 
-def debug_zip(run: RunFolder, workspace: Path, card: str = "") -> bytes:
-    """The zip of one run for a bug report; `card` is the name of the graphics card."""
+def debug_zip(
+    run: RunFolder | None, workspace: Path, card: str = "", more: Mapping[str, str] | None = None
+) -> bytes:
+    """The zip for a bug report, of one run or of none.
+
+    Args:
+        run: the run, if it is about one.
+        workspace: whose path is taken out.
+        card: the name of the graphics card.
+        more: other files, name to text.
+    """
     anonymizer = Anonymizer(_known_words(run, workspace))
-    files = {
-        "about.json": json.dumps(_about(card), indent=1),
-        "settings.toml": _settings(run),
-        "events.jsonl": _events(run),
-        "plan.json": _read(run.plan_file),
-        "exit.json": _read(exit_file(run)),
-        "log.txt": "\n".join(log_tail(run.log_file, LOG_LINES)),
-    }
+    files = {"about.json": json.dumps(_about(card), indent=1), **(more or {})}
+    if run is not None:
+        files |= {
+            "settings.toml": _settings(run),
+            "events.jsonl": _events(run),
+            "plan.json": _read(run.plan_file),
+            "exit.json": _read(exit_file(run)),
+            "log.txt": "\n".join(log_tail(run.log_file, LOG_LINES)),
+        }
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
@@ -340,11 +350,11 @@ def _shorten(found: re.Match[str]) -> str:
     return f"<path>{PurePosixPath(path).suffix}"
 
 
-def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
+def _known_words(run: RunFolder | None, workspace: Path) -> list[tuple[str, str]]:
     """All that is known to be a user's, with its replacement."""
     pairs: list[tuple[str, str]] = []
     for path, instead in (
-        (run.path, "<run>"),
+        *([(run.path, "<run>")] if run else []),
         (workspace, "<workspace>"),
         (ASSETS.parent, "<app>"),
         (Path(sys.prefix), "<python>"),
@@ -355,7 +365,10 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
             pairs += [(form, instead) for form in _json_forms(one)]
     with contextlib.suppress(OSError, KeyError, ImportError):
         pairs.append((getpass.getuser(), "<user>"))
-    pairs += [(socket.gethostname(), "<computer>"), (run.name, "<run name>")]
+    pairs.append((socket.gethostname(), "<computer>"))
+    if run is None:
+        return pairs
+    pairs.append((run.name, "<run name>"))
     config = run.config_or_none()
     if config is not None:
         for name in FIELDS:

@@ -394,12 +394,21 @@ def _pictures_of(dataset: File, workspace: Place) -> "Project":
 
 
 @verb
-def doctor(workspace: Place = None) -> Found:
+def doctor(workspace: Place = None, zip_to: Annotated[File | None, "--zip F.zip"] = None) -> Found:
     """Check this computer, with the fix for each thing that is wrong.
 
-    Returns:
-        ok, and checks [{name, found, ok, fix}].
-    """
-    from lora_core.report.doctor import diagnosis
+    Args:
+        zip_to: a zip for a bug report: this, the newest run's settings and log; no paths, names, prompts.
 
-    return diagnosis(Path(workspace) if workspace else None)
+    Returns:
+        ok, checks [{name, found, ok, fix}], and zip, where one was written.
+    """
+    from lora_core.report.doctor import diagnosis, write_zip
+
+    place = Path(workspace) if workspace else None
+    found = diagnosis(place)
+    if zip_to:
+        target = expand_home(zip_to).absolute()
+        write_zip(target, found, place)
+        found["zip"] = str(target)
+    return found

@@ -1,4 +1,4 @@
-"""The debug zip: what helps, and nothing of what a person called or wrote."""
+"""The debug zip: what helps, and nothing of what a person called or wrote. The doctor of the window."""
 
 import getpass
 import io
@@ -6,10 +6,15 @@ import json
 import zipfile
 from pathlib import Path
 
+import pytest
+from fastapi.testclient import TestClient
+
+from app import top_bar
 from app.state import AppState
 from lora_core.runs import events
 from lora_core.runs.diagnosis import Anonymizer, debug_zip
 from tests.app.runs import make_run, started, step
+from tests.warm import program
 
 SECRETS = [
     "Annabel",
@@ -96,3 +101,38 @@ def test_paths_of_any_system_lose_their_names() -> None:
         == "see <path> y<path>.png, <path>.txt or a/b"
     )
     assert clean.text("loss 1/2, step 3/4, ab") == "loss 1/2, step 3/4, ab"
+
+
+def test_the_doctor_of_the_window_is_that_of_the_command_line(
+    client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(top_bar.sys, "executable", program("engine"))
+    shown = client.get("/easel/doctor").json()["html"]
+    for words in ("<b>Python</b>", "<b>PyTorch</b>", "<b>Permissions</b>", "<b>Port of the window</b>"):
+        assert words in shown
+    assert str(app_state.workspace) in shown
+    data = client.get("/easel/doctor.zip").content
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert set(archive.namelist()) == {"about.json", "doctor.txt"}
+    monkeypatch.setattr(top_bar.sys, "executable", "no-such-program")
+    assert "run `lora-easel doctor` to see why" in client.get("/easel/doctor").json()["problem"]
+
+
+def test_what_is_wrong_comes_first_with_its_command(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"name": "Python", "found": "3.13", "ok": True, "fix": ""},
+        {
+            "name": "PyTorch",
+            "found": "<b>broken</b>",
+            "ok": False,
+            "fix": "Run `python launch.py repair`; wait.",
+        },
+    ]
+    monkeypatch.setattr(top_bar, "_diagnose", lambda workspace: {"checks": rows})
+    shown = client.get("/easel/doctor").json()["html"]
+    assert "<h2>1 problem</h2>" in shown
+    assert shown.index("PyTorch") < shown.index("Python<")
+    assert "Run <code>python launch.py repair</code>; wait." in shown
+    assert "&lt;b&gt;broken" in shown

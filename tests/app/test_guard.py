@@ -345,6 +345,7 @@ Asked = tuple[str, Any]
 NO_PATHS = {
     # Neither in the address nor in what is sent is there a name of anything on disk.
     ("GET", "/easel"), ("GET", "/easel/dataset"), ("GET", "/easel/live"), ("GET", "/easel/tags"),
+    ("GET", "/easel/doctor"), ("GET", "/easel/doctor.zip"),
     ("GET", "/easel/check"), ("POST", "/easel/check"), ("GET", "/easel/projects"), ("POST", "/easel/tokens"),
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
     ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
