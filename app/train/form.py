@@ -232,10 +232,11 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     changed = len(changed_names(config, base, group_fields(group)))
     if changed:
         return f"{changed} changed from preset"
+    adapter = config.adapter
     rate = "rate found by a test" if config.optimizer.range_test else f"{config.optimizer.lr:g}"
     telling = {
         "Base model": "",
-        "Adapter": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
+        "Adapter": f"rank {'auto' if adapter.auto_rank else adapter.rank}, alpha {adapter.alpha:g}",
         "Learning": f"{row_title('optimizer.name', config)}, {rate}",
         "Data": "mirrored" if config.dataset.flip else "",
         "Memory and speed": f"batch {config.train.batch_size}",

@@ -161,6 +161,7 @@ class EventPrinter:
 
 EVENT_TEXTS: dict[type[events.Event], str] = {
     events.RateFound: "Learning rate {0.rate:.3g}, found by a range test",
+    events.RanksChosen: "{0.sentence}",
     events.CheckpointDone: "step {0.step}  saved {0.path}",
     events.Warned: "Note: {0.message}",
     events.Resumed: "Resuming from step {0.step}",

@@ -239,7 +239,7 @@ class Evaluator:
 
 
 def _words(adapters: Sequence[LoadedLora]) -> str:
-    ranks = [max(layer.rank for layer in adapter.weights.layers.values()) for adapter in adapters]
+    ranks = [adapter.weights.highest_rank for adapter in adapters]
     words = [f"rank {rank} at strength {a.strength:.3g}" for rank, a in zip(ranks, adapters, strict=True)]
     return ", ".join(words) or "the base"
 

@@ -7,7 +7,7 @@ Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transfor
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -189,6 +189,14 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
         if saved.down.numel() != layer.down.numel() or saved.up.numel() != layer.up.numel():
             raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
         layer.from_layer_weights(saved)
+
+
+def act_as(injected: Injected, weights: AdapterWeights) -> None:
+    """Have trainable layers act as `weights`, of at most their ranks; those that it lacks do nothing."""
+    for key, layer in injected.layers.items():
+        own, given = layer.layer_weights(), weights.layers.get(key)
+        fitted = fit_to_rank(given, own)[0] if given else replace(own, up=torch.zeros_like(own.up))
+        layer.from_layer_weights(fitted)
 
 
 def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:

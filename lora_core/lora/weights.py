@@ -70,6 +70,11 @@ class AdapterWeights:
     layers: dict[LayerKey, LayerWeights]
     metadata: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def highest_rank(self) -> int:
+        """The largest inner width of a layer."""
+        return max(layer.rank for layer in self.layers.values())
+
     def parts(self) -> list[str]:
         """The adapted components, in order of first appearance."""
         return list(dict.fromkeys(part for part, _ in self.layers))

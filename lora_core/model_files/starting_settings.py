@@ -236,6 +236,10 @@ _CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 def _from_kohya(texts: Texts) -> LoraSettings:
     found = LoraSettings("the header that kohya's trainer wrote into it")
     texts = {key: text.strip() for key, text in {**_first_dataset(texts), **texts}.items()}
+    if texts.get("ss_network_dim", "").lower() == "dynamic":
+        # Cut by kohya's resize_lora.py, to ranks by layer.
+        found.take("adapter.auto_rank", True)
+        texts["ss_network_dim"] = texts["ss_network_alpha"] = ""
     for name, keys, kind in kohya_header()["read"]:
         given = (texts.get(key, "") for key in keys.split())
         text = next((text for text in given if text.lower() not in ("", "none")), "")

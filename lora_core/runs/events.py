@@ -136,6 +136,27 @@ class Validated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RanksChosen(Event):
+    """The exported file is cut (`adapter.auto_rank`); the checkpoint of `step` keeps all.
+
+    Attributes:
+        sentence: what was cut, and what that costs.
+        trained: the rank of the checkpoint.
+        rank: the highest of the file.
+        parameters: the share of the checkpoint's that the file has.
+        kept, standard_error: the share of the gain on held-out images that it keeps; NaN where the energy of
+            the layers decided.
+    """
+
+    sentence: str
+    trained: int
+    rank: int
+    parameters: float
+    kept: float = math.nan
+    standard_error: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewDone(Event):
     """Samples: `files` below the run folder, in the order of `prompts`; with an average of the adapter,
     `files` are the average's and `raw_files` those of the raw adapter."""
@@ -377,6 +398,7 @@ class Progress:
     export: str = ""
     best_step: int | None = None
     rate: RateFound | None = None
+    ranks: RanksChosen | None = None
     losses: list[StepDone] = field(default_factory=list)
     validations: list[Validated] = field(default_factory=list)
     previews: list[PreviewDone] = field(default_factory=list)
@@ -418,6 +440,8 @@ class Progress:
                 self.validations.append(event)
                 if event.best:
                     self.best_step = event.step
+            case RanksChosen():
+                self.ranks = event
             case PreviewDone():
                 self.previews.append(event)
             case Warned():
@@ -438,7 +462,7 @@ class Progress:
 
     def expect_start(self) -> None:
         """A new process trains from here on: what the last one did says nothing of it."""
-        self.stepping, self.phase = False, ""
+        self.stepping, self.phase, self.ranks = False, "", None
         self.phases.clear()
         self.answered.clear()
 

@@ -110,6 +110,12 @@ def preflight(
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
     found += _found_by(lambda: _check_adapter(config.adapter.init.strip(), family), "adapter")
+    if config.adapter.auto_rank and not (config.validation.every and config.validation.pictures):
+        sentence = (
+            "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
+            " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
+        )
+        found.append(RunProblem("validation", sentence, False))
     found += _loss(config, facts)
     found += rate_problems(config, family)
     if facts is not None and family is not None:

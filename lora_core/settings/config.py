@@ -27,7 +27,7 @@ from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.settings import schema
 from lora_core.system.files import read_table
 
-SWITCHES = {"optimizer.lr": "optimizer.range_test"}
+SWITCHES = {"optimizer.lr": "optimizer.range_test", "adapter.rank": "adapter.auto_rank"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
 _FORMER = read_table("old_settings.toml")
 RETIRED: dict[str, tuple[Any, str]] = {

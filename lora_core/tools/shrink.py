@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
-from lora_core.evaluate.validator import MeasureGains, clustered_error
+from lora_core.evaluate.validator import CLEARLY, MeasureGains, clustered_error
 from lora_core.formats.io import save_adapter
 from lora_core.formats.kinds import extras_sentence
 from lora_core.formats.layers import check_plain, reshape_adapter
@@ -310,8 +310,9 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
 
 KEEP = 0.99
 """The share of the gain that has to stay."""
-_CLOSE = 1.05
-"""The pooled bisection ends when the numbers of columns that do and do not suffice are within this factor."""
+_CLOSE, _NEAR = 1.05, 1.15
+"""A pooled bisection ends when the numbers of columns that do and do not suffice are within this factor; the
+second one at the end of a run, which has less time."""
 
 
 class MeasuredCut(NamedTuple):
@@ -384,8 +385,7 @@ def intrinsic_rank(
         AdapterFileError: the adapter gains nothing here, so there is no gain to keep.
     """
     parts = decompose(weights)
-    full = measure([LoadedLora(weights)])
-    gain, error = float(full.mean()), clustered_error(full)
+    gain, error, measured = _measured_cuts(parts, measure)
     if not gain > 0:
         raise AdapterFileError(
             f"The adapter gains nothing on these images ({gain:+.4f}, standard error {error:.4f}), so there"
@@ -394,14 +394,13 @@ def intrinsic_rank(
     tried: list[dict[str, float]] = []
 
     def cut(ranks: dict[LayerKey, int]) -> MeasuredCut:
-        gains = measure([LoadedLora(truncate_to_ranks(parts, ranks)[0])])
-        kept = float(gains.mean()) / gain
-        # The error of a ratio of paired means, to first order: that of gains - kept * full over the full one.
-        error = clustered_error(gains - kept * full) / gain
-        tried.append({"columns": sum(ranks.values()), "kept": kept, "standard_error": error})
-        return MeasuredCut(ranks, parts.parameters(ranks), kept, error)
+        found = measured(ranks)
+        tried.append(
+            {"columns": sum(ranks.values()), "kept": found.kept, "standard_error": found.standard_error}
+        )
+        return found
 
-    trained = max(layer.rank for layer in weights.layers.values())
+    trained = weights.highest_rank
     uniform = MeasuredCut(uniform_ranks(parts, trained), parts.own_parameters())
     too_low, rank = 0, trained
     while rank - too_low > 1:
@@ -414,6 +413,63 @@ def intrinsic_rank(
     pooled = _pooled_cut(parts, cut, uniform, keep)
     result = IntrinsicRank(trained, rank, uniform, pooled, gain, error, tried)
     return truncate_to_ranks(parts, result.best.ranks)[0], result
+
+
+def _measured_cuts(
+    parts: DecomposedAdapter, measure: MeasureGains
+) -> tuple[float, float, Callable[[dict[LayerKey, int]], MeasuredCut]]:
+    """The gain of an adapter, its standard error, and what measures it cut to ranks."""
+    full = measure([LoadedLora(parts.weights)])
+    gain = float(full.mean())
+
+    def cut(ranks: dict[LayerKey, int]) -> MeasuredCut:
+        gains = measure([LoadedLora(truncate_to_ranks(parts, ranks)[0])])
+        kept = float(gains.mean()) / gain
+        # The error of a ratio of paired means, to first order: that of gains - kept * full over the full one.
+        error = clustered_error(gains - kept * full) / abs(gain)
+        return MeasuredCut(ranks, parts.parameters(ranks), kept, error)
+
+    return gain, clustered_error(full), cut
+
+
+def automatic_ranks(
+    weights: AdapterWeights, choose: MeasureGains, confirm: MeasureGains, keep: float = KEEP
+) -> MeasuredCut | None:
+    """A small truncation of a plain LoRA that keeps a share of its gain, found in about five measurements.
+
+    The largest singular values of all layers together are kept; their number is bisected on a logarithmic
+    scale. It is enough where what is kept exceeds the share by two standard errors. The smallest that is
+    enough is measured again, on the draws of `confirm`, which had no say in the choice, and while it falls
+    short there, the next larger one is.
+
+    Returns:
+        The truncation as `confirm` measured it; None where the gain is within two errors of nothing.
+    """
+    parts = decompose(weights)
+    gain, error, cut = _measured_cuts(parts, choose)
+    if not gain > CLEARLY * error:
+        return None
+    everything = uniform_ranks(parts, weights.highest_rank)
+    high = sum(everything.values())
+    low, enough = max(1, len(parts.triples) // 4), [MeasuredCut(everything, parts.own_parameters())]
+    while high > low * _NEAR:
+        columns = round(math.sqrt(low * high))
+        if columns in (low, high):
+            break
+        found = cut(pooled_ranks(parts, columns))
+        if found.kept - CLEARLY * found.standard_error >= keep:
+            high = columns
+            enough.append(found)
+        else:
+            low = columns
+    *smaller, whole = reversed(enough)
+    again = _measured_cuts(parts, confirm)[2] if smaller else None
+    for found in smaller:
+        assert again is not None
+        confirmed = again(found.ranks)
+        if confirmed.kept >= keep:
+            return confirmed
+    return whole
 
 
 def _pooled_cut(

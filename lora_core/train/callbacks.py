@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from lora_core.evaluate.validator import is_worse, reason_to_stop
+from lora_core.formats.io import load_adapter
 from lora_core.generate.pipeline import infotext, sample_image, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights
@@ -34,10 +35,20 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SampleSection, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.system.processes import StopRequest
+from lora_core.tools.shrink import MeasuredCut, automatic_ranks
 from lora_core.train.autotune import free_memory
-from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
+from lora_core.train.checkpoint import ADAPTER, CheckpointManager, CheckpointState, amend_record, is_valid
 from lora_core.train.distributed import ProcessGroup
-from lora_core.train.export import RAW_SUFFIX, export_checkpoint, latest_sample, write_export, write_raw
+from lora_core.train.export import (
+    CUT,
+    RAW_SUFFIX,
+    changes_anything,
+    cut_record,
+    export_checkpoint,
+    latest_sample,
+    write_export,
+    write_raw,
+)
 from lora_core.train.loop import Step, StepSettings, TrainState, sample_batch
 from lora_core.train.setup import TrainSession, is_on_cpu
 from lora_core.train.validation import BestStep, OnStep, Validator, at_strength, evaluating
@@ -64,6 +75,8 @@ RUNAWAY, STABLE = 5.0, 2.0
 PREDICT_NOTHING = 1.0
 """About the loss of predicting zeros: noise and velocity have variance 1."""
 TIMED_STEPS, SLOW = 20, 5.0
+RANK_PASSES = 10
+"""Measurements of about that many adapters choose the ranks of a file."""
 NAMED = 4
 """So many images are named in a message."""
 
@@ -169,6 +182,14 @@ class RunContext:
         """Leave long work, by raising Interrupted, if the run is asked to end."""
         if self.stopping.came or self.pending("stop", "pause"):
             raise Interrupted
+
+    def export(self, step: int) -> dict[str, Any]:
+        """Write the checkpoint of `step` as the run's file, and report what was cut; see
+        `export_checkpoint`."""
+        made = export_checkpoint(self.run, str(step), self.run.name, EXPORT_FORMAT)
+        if made["cut"]:
+            self.emit(events.RanksChosen(step=step, **made["cut"]))
+        return made
 
     def relative(self, path: Path) -> str:
         """A path below the run's folder."""
@@ -544,16 +565,18 @@ class Export:
     a file after so many steps, and `start` is the checksum of the parameters before the first."""
 
     context: RunContext
+    config: RunConfig
     state: TrainState
     validate: Validate
     header: Callable[[int], dict[str, str]]
     start: int
 
-    def __call__(self, step: int) -> Path:
+    def __call__(self, step: int, measure: bool = True) -> Path:
         """Write the file, and return its path.
 
         It has the best checkpoint if the validation of this very step says that the last is worse, else what
-        is trained. Where an average is kept, it has that, and a second file has what is trained.
+        is trained. Where an average is kept, it has that, and a second file has what is trained. With
+        `adapter.auto_rank` it is cut, by measuring unless `measure` is False.
         """
         run, state, history = self.context.run, self.state, self.validate.history
         last = history[-1] if history and history[-1].step == step else None
@@ -566,27 +589,63 @@ class Export:
                 f" {-last.against_best:.4f} worse (standard error {last.against_best_error:.4f}). Export can"
                 " still write the last.",
             )
-            made = export_checkpoint(run, str(best), run.name, EXPORT_FORMAT)
-            self._compare_files(step, best, made["raw"])
-            return Path(made["file"])
+            return self._export_checkpoint(step, best, measure)
         path = run.exports / f"{run.name}.safetensors"
         weights, average = adapter_weights(state.injected), state.average
         unchanged = ""
-        if not any(layer.up.count_nonzero() for layer in weights.layers.values()):
+        changed = changes_anything(weights)
+        if not changed:
             unchanged = "The adapter changes nothing: all its up factors are still 0"
         elif state.flat_params.checksum() == self.start:
             unchanged = "The adapter is unchanged since the start"
         if unchanged:
-            name = run.config().optimizer.name
+            name = self.config.optimizer.name
             self.context.warn(step, f"{unchanged}. Look at optimizer.lr and optimizer.name ({name}).")
         parameters = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
         require_room(run.path, (2 if average else 1) * 2 * parameters, "The exported file")
+        if self.config.adapter.auto_rank and changed:
+            return self._export_checkpoint(step, step, measure)
         family, header = state.base.family, self.header(step)
         if average:
             raw = write_raw(weights, path, EXPORT_FORMAT, family, header, latest_sample(run, step, raw=True))
             self._compare_files(step, step, str(raw))
             weights = average.weights()
         return write_export(weights, path, EXPORT_FORMAT, family, header, latest_sample(run, step))
+
+    def _export_checkpoint(self, step: int, exported: int, measure: bool) -> Path:
+        """Export the checkpoint of step `exported` after `step`."""
+        run = self.context.run
+        if self.config.adapter.auto_rank:
+            record = cut_record(*self._choose_ranks(step, exported, measure))
+            amend_record(run.checkpoint(exported), {CUT: record})
+        made = self.context.export(exported)
+        self._compare_files(step, exported, made["raw"])
+        return Path(made["file"])
+
+    def _choose_ranks(self, step: int, exported: int, measure: bool) -> tuple[MeasuredCut | None, str]:
+        """The ranks that keep the gain of a checkpoint; else None, and why they were not measured.
+
+        About as many images go through the base as a tenth of the training took, a step being three times
+        that; how many follows from the settings alone, so that a resumed run comes to the same ranks.
+        """
+        validator, train = self.validate.validator, self.config.train
+        if not measure:
+            return None, "the run was asked to end"
+        if not validator.enabled:
+            return None, "no images are held out (validation.pictures, validation.every)"
+        samples = 3 * step * train.batch_size * train.gradient_accumulation_steps // 10
+        report = self.context.working(step, "Choosing ranks", RANK_PASSES)
+        weights = load_adapter(self.context.run.checkpoint(exported) / ADAPTER)
+        try:
+            draws = samples // RANK_PASSES
+            choose, confirm = (validator.measure_gains(draws, s, report) for s in ("choose", "confirm"))
+            found = automatic_ranks(weights, choose, confirm)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            free_memory(self.state, error)
+            return None, "it did not fit into memory"
+        return found, "" if found else "the gain on held-out images is within two standard errors of nothing"
 
     def _compare_files(self, step: int, exported: int, raw: str) -> None:
         """Warn which of two files holds the average and which gains more, if there are two."""

@@ -1,8 +1,11 @@
 """The file for other tools: factors, everything that is known about the run in the header, and the side
-file."""
+file. With `adapter.auto_rank` it is cut to the ranks that the run found at its end; checkpoints keep all.
+"""
 
+import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,29 @@ from lora_core.errors import RunError
 from lora_core.formats import metadata
 from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
 from lora_core.formats.verify import verify_adapter
-from lora_core.lora.weights import AdapterWeights
+from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import write_atomically
+from lora_core.tools.shrink import (
+    KEEP,
+    SHRUNK_KEY,
+    MeasuredCut,
+    decompose,
+    rank_words,
+    shrink_adapter,
+    truncate_to_ranks,
+)
 from lora_core.train.checkpoint import FACTORS, STATE, verify_checkpoint
 from lora_core.train.data import TrainImage
 
 RAW_SUFFIX = "-raw"
 """Ends the name of the file with the raw adapter, where the one without it holds the average."""
+CUT = "cut"
+"""What `adapter.auto_rank` found, in the record of the checkpoint: see `cut_record`."""
 
 
 def export_header(
@@ -66,6 +80,11 @@ def write_export(
     return path
 
 
+def changes_anything(weights: AdapterWeights) -> bool:
+    """Whether any up factor is not 0."""
+    return any(layer.up.count_nonzero() for layer in weights.layers.values())
+
+
 def write_raw(
     weights: AdapterWeights, beside: Path, how: tuple[str, str], family: Family, header: dict[str, str],
     picture: Path | None,
@@ -87,14 +106,55 @@ def latest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
     return picture if picture is not None and picture.is_file() else None
 
 
-def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
+def cut_record(found: MeasuredCut | None, why: str) -> dict[str, Any]:
+    """What was found, as plain values for a checkpoint's record; `why` nothing was, if so."""
+    if found is None:
+        return {"why": why}
+    rows = [{"part": part, "module": module, "rank": rank} for (part, module), rank in found.ranks.items()]
+    return {"ranks": rows, "kept": found.kept, "standard_error": found.standard_error}
+
+
+def cut_adapter(weights: AdapterWeights, record: Mapping[str, Any]) -> tuple[AdapterWeights, dict[str, Any]]:
+    """An adapter cut as a `cut_record` says: to the ranks that were measured, else to those that keep 99% of
+    the energy; and what was cut, as the fields of `RanksChosen`."""
+    parts, trained = decompose(weights), weights.highest_rank
+    measured = {key: record[key] for key in ("kept", "standard_error") if key in record}
+    if measured:
+        ranks = {(str(row["part"]), str(row["module"])): int(row["rank"]) for row in record["ranks"]}
+        cut = truncate_to_ranks(parts, ranks)[0]
+        how = (
+            f" and keeps {record['kept']:.1%} of the gain on held-out images (standard error"
+            f" {record['standard_error']:.1%}, on other noise than that which chose the ranks)."
+        )
+    else:
+        cut = shrink_adapter(parts, energy=KEEP)[0]
+        how = f", those with {KEEP:.0%} of the energy; what they gain was not measured: {record['why']}."
+    gone, numbers = len(weights.layers) - len(cut.layers), sum(map(_numbers, cut.layers.values()))
+    share = numbers / parts.own_parameters()
+    left = f", {gone} of {len(weights.layers)} layers are left out" if gone else ""
+    needs = rank_words(layer.rank for layer in cut.layers.values())
+    sentence = f"Trained at rank {trained}; {needs} will do{left}: the file has {share:.0%} of the numbers"
+    told = {"sentence": sentence + how, "trained": trained, "rank": cut.highest_rank, "parameters": share}
+    return cut, told | measured
+
+
+def _numbers(layer: LayerWeights) -> int:
+    return layer.up.numel() + layer.down.numel()
+
+
+def export_checkpoint(
+    run: RunFolder, which: str, name: str, how: tuple[str, str], full_rank: bool = False
+) -> dict[str, Any]:
     """Export a checkpoint of a run, "last", "best" or a step, as `name` in the run's export folder; where an
     average is kept, the raw adapter too. `how` is (format, precision).
 
+    With `adapter.auto_rank` the file is cut, but for `full_rank` and for the raw adapter.
+
     Returns:
-        {file, raw, bytes, modules, sha256, works_in}: `raw` is the path of the raw adapter's file, or "", and
-        `works_in` what `verify_adapter` says of the file against the checkpoint: {ok, tools: [{tool, keys,
-        matched, dropped, max_delta_error, note}], ...}.
+        {file, raw, bytes, modules, sha256, cut, works_in}: `raw` is the path of the raw adapter's file, or
+        "", `cut` what was cut, the fields of `RanksChosen`, or {}, and `works_in` what `verify_adapter` says
+        of the file against what was to be written: {ok, tools: [{tool, keys, matched, dropped,
+        max_delta_error, note}], ...}.
 
     Raises:
         RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.
@@ -110,6 +170,12 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
     )
     if family is None:
         raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
+    cut: dict[str, Any] = {}
+    config = run.config_or_none()
+    if config and config.adapter.auto_rank and not full_rank and changes_anything(weights):
+        other = {"why": f"that is done at the end of a run, for the step of its file, which was not {step:,}"}
+        weights, cut = cut_adapter(weights, record.get(CUT) or other)
+        header[SHRUNK_KEY] = json.dumps(cut)
     stem = check_run_name(name)
     header["ss_output_name"] = header["modelspec.title"] = stem
     target = run.exports / f"{stem}.safetensors"
@@ -124,5 +190,6 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
         "bytes": path.stat().st_size,
         "modules": len(weights.layers),
         "sha256": file_hashes(path)["sha256"],
+        "cut": cut,
         "works_in": verify_adapter(path, family, live=weights),
     }

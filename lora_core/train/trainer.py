@@ -28,7 +28,7 @@ from lora_core.train import callbacks
 from lora_core.train.autotune import MemoryFallback, autotune, free_memory, next_base_fallback
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
 from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
-from lora_core.train.export import export_checkpoint, export_header
+from lora_core.train.export import export_header
 from lora_core.train.loop import PartialUpdate, Step, StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare, versions
 from lora_core.train.validation import Validator
@@ -161,7 +161,9 @@ class Trainer:
         )
         self._save = callbacks.Save(context, self._checkpoints, validator, self._guard, header)
         self._sample = callbacks.Sample(context, session, config)
-        self._export = callbacks.Export(context, state, self._validate, header, state.flat_params.checksum())
+        self._export = callbacks.Export(
+            context, config, state, self._validate, header, state.flat_params.checksum()
+        )
 
     def fit(self, accept_changes: bool) -> Outcome:
         """Resume from the newest valid checkpoint, train, and end as asked."""
@@ -184,7 +186,7 @@ class Trainer:
         except callbacks.Interrupted:
             if self.step and self._checkpoints.is_finite():
                 self._save_if_missing()
-                return finish_early(self._context, self.step, lambda: self._export(self.step))
+                return finish_early(self._context, self.step, lambda: self._export(self.step, measure=False))
             return finish_unprepared(self._context)
 
     @property
@@ -372,10 +374,7 @@ def finish_unprepared(context: callbacks.RunContext) -> Outcome:
         return finish_early(context, 0, None)
     step = found[1].step
 
-    def export() -> Path:
-        return Path(export_checkpoint(run, str(step), run.name, callbacks.EXPORT_FORMAT)["file"])
-
-    return finish_early(context, step, export)
+    return finish_early(context, step, lambda: Path(context.export(step)["file"]))
 
 
 def train(

@@ -7,9 +7,9 @@ is memorization? The base's own images: what is forgotten? The base's losses on 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lora_core.data.images import choose_bucket, hash_file
 from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.inject import Injected
+from lora_core.lora.inject import Injected, act_as, adapter_weights, load_weights
+from lora_core.lora.weights import LoadedLora
 from lora_core.models.load import BaseModel
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
@@ -36,6 +37,7 @@ RAW = "raw"
 MIN_TRAINING_IMAGES = 4
 """So many training images are measured at least, where there are as many."""
 MAX_CROSSED = 16
+FEWEST_DRAWS, MOST_DRAWS = 8, 32
 CROSSED = (
     "There are too few images to hold any out, so the gain is measured on training images, each with the"
     " caption of another: that tells whether the words are learned, and little of what is learned by heart."
@@ -265,6 +267,40 @@ class Validator:
                 adapted[RAW] = self._losses(sets["held out"], on_step)
         self.seconds = time.monotonic() - start
         return self._event(step, adapted)
+
+    def measure_gains(self, samples: int, seed: str, on_step: OnStep) -> validator.MeasureGains:
+        """What measures adapters of at most the run's ranks, one at a time, on noise draws of their own.
+
+        Args:
+            samples: draws over all images, about; each image gets between 8 and 32.
+            seed: of the draws, which are other than those of `validate` for any.
+            on_step: called within each measurement.
+        """
+        state, held = self.state, self._sets.held_out[:: -(-len(self._sets.held_out) // MAX_CROSSED)]
+        draws = min(MOST_DRAWS, max(FEWEST_DRAWS, samples // len(held)))
+
+        def draw(number: int, image: validator.EvalImage) -> validator.EvalImage:
+            name, steps = f"{seed}/{number}/{image.caption}", state.base.noise.num_timesteps
+            noise = validator.eval_noise(name, image.latents, draws, self._sets.seed, steps)
+            return replace(image, draws=noise)
+
+        images = [draw(number, image) for number, image in enumerate(held)]
+
+        def losses(strength: float) -> torch.Tensor:
+            with evaluating(state, averaged=False), at_strength(state.injected, strength):
+                return self._losses(images, on_step)
+
+        def gains(adapters: Sequence[LoadedLora]) -> torch.Tensor:
+            (adapter,) = adapters
+            trained = adapter_weights(state.injected)
+            try:
+                act_as(state.injected, adapter.weights)
+                return base - losses(adapter.strength)
+            finally:
+                load_weights(state.injected, trained)
+
+        base = losses(0.0)
+        return gains
 
     def _is_best(self, step: int, gain: float, against: float, error: float) -> bool:
         if self.best.step in (0, step):

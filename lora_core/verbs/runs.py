@@ -423,6 +423,7 @@ def export(
     precision: Annotated[str, FILE_PRECISIONS] = "fp16",
     name: str = "",
     workspace: Place = None,
+    full_rank: bool = False,
 ) -> Found:
     """Write a checkpoint of a run as a file for other tools, in the run's `export/`.
 
@@ -431,10 +432,11 @@ def export(
         format: of the file.
         precision: dtype of the factors.
         name: of the file, else the run's.
+        full_rank: the file of a run with adapter.rank = auto keeps all ranks of the checkpoint.
 
     Returns:
-        file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and
-        works_in, as `verify`.
+        file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, cut
+        (what `adapter.rank = auto` cut, with `sentence`, else empty), and works_in, as `verify`.
     """
     from lora_core.train.export import export_checkpoint
 
@@ -442,4 +444,4 @@ def export(
     chosen(FORMATS, format, "format")
     check_precision(precision)
     step = str(folder.step_of(checkpoint))
-    return export_checkpoint(folder, step, name or folder.name, (format, precision))
+    return export_checkpoint(folder, step, name or folder.name, (format, precision), full_rank)

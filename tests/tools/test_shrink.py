@@ -19,6 +19,7 @@ from lora_core.model_files.header import read_header
 from lora_core.system.files import DEMO_BASE
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.shrink import (
+    automatic_ranks,
     decompose,
     extract_lora,
     intrinsic_rank,
@@ -235,6 +236,35 @@ def test_the_error_of_what_is_kept_is_paired():
     assert found.uniform.kept == pytest.approx(0.95)
     # Deviation of (0.9, 0.9, 0.9, 1, 1, 1) over sqrt(6).
     assert found.uniform.standard_error == pytest.approx(np.std([0.9] * 3 + [1.0] * 3, ddof=1) / math.sqrt(6))
+
+
+def test_automatic_ranks_are_few_and_confirmed_by_draws_that_did_not_choose_them():
+    """Of 3 x 16 columns the 15 useful ones are needed, and one seventh more are near enough."""
+    weights, measured = planted({TO_K: 5, CONV: 5, TEXT: 5})
+    asked = []
+
+    def choose(adapters):
+        asked.append(adapters)
+        return measured(adapters)
+
+    found = automatic_ranks(weights, choose, measured)
+    assert 15 <= sum(found.ranks.values()) <= 15 * 1.15 + 1
+    assert found.kept >= 0.99
+    assert len(asked) <= 7
+    # Draws that lose more: what looked enough is not, and the whole adapter stays.
+    stricter = automatic_ranks(
+        weights, measured, lambda a: measured(a) * (1.0 if a[0].weights.layers[TO_K].rank == 16 else 0.9)
+    )
+    assert stricter.kept == 1.0
+    assert set(stricter.ranks.values()) == {16}
+
+
+def test_automatic_ranks_need_a_gain_that_is_certain():
+    weights, measured = planted({TO_K: 4})
+    noisy = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    assert (
+        automatic_ranks(weights, lambda adapters: 0.1 * measured(adapters).mean() + noisy, measured) is None
+    )
 
 
 def test_without_a_gain_there_is_nothing_to_keep():

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "model.prediction": ("v_prediction", {}),
     "model.zero_terminal_snr": ("on", V),
     "adapter.rank": (3, {}),
+    "adapter.auto_rank": (True, {}),
     "adapter.alpha": (3.0, {}),
     "adapter.rslora": (True, {}),
     "adapter.targets": ("kohya", {}),

@@ -3,19 +3,23 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_core.errors import RunError
 from lora_core.formats.io import load_adapter
+from lora_core.model_files.header import read_header
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
+from lora_core.runs.preflight import preflight
+from lora_core.settings.config import RunConfig
 from lora_core.train import validation
 from lora_core.train.export import export_checkpoint
 from lora_core.train.setup import RuntimePlan, prepare
 from tests.faults import corrupt
-from tests.train.runs import Toy, broken_at, result, tensors, trained
+from tests.train.runs import Toy, asked_at, broken_at, result, tensors, trained
 
 HOT = {
     "validation__every": 1, "validation__pictures": 1, "validation__draws_per_image": 4,
@@ -103,6 +107,61 @@ def test_a_kill_changes_nothing_of_the_decision(own_toy: Toy, hot: RunFolder) ->
         assert trained(run).status == "stopped"
         assert run.progress().reason == hot.progress().reason
         assert tensors(run.path / run.progress().export) == tensors(hot.path / hot.progress().export)
+
+
+AUTO = {
+    "adapter__rank": "auto", "validation__every": 6, "validation__pictures": 1, "optimizer__lr": 3e-2,
+    "optimizer__schedule": "constant",
+}  # fmt: skip
+
+
+def test_the_file_of_auto_rank_is_cut_and_its_checkpoint_is_not(
+    unbroken: Callable[..., RunFolder], own_toy: Toy
+) -> None:
+    run = unbroken(**AUTO)
+    told, path = run.progress().ranks, run.path / run.progress().export
+    assert told is not None
+    full, cut = load_adapter(run.checkpoint(12) / "adapter.safetensors"), load_adapter(path)
+    assert {layer.rank for layer in full.layers.values()} == {16}
+    numbers = [sum(x.up.numel() + x.down.numel() for x in one.layers.values()) for one in (cut, full)]
+    assert numbers[0] < numbers[1] / 2
+    assert told.parameters == pytest.approx(numbers[0] / numbers[1])
+    assert told.rank == cut.highest_rank < told.trained == 16
+    assert told.kept >= 0.99
+    assert "of the gain on held-out images" in told.sentence
+    record = json.loads(read_header(path).metadata["lora_easel.shrunk"])
+    assert (record["sentence"], record["kept"]) == (told.sentence, told.kept)
+    # Again the same, another step by its energy, and all of it on request.
+    again = export_checkpoint(run, "12", "again", ("kohya", "fp16"))
+    assert tensors(again["file"]) == tensors(path)
+    assert again["works_in"]["ok"]
+    earlier = export_checkpoint(run, "8", "earlier", ("kohya", "fp16"))["cut"]
+    assert "99% of the energy" in earlier["sentence"]
+    assert "kept" not in earlier
+    whole = export_checkpoint(run, "12", "whole", ("kohya", "fp16"), full_rank=True)
+    assert whole["cut"] == {}
+    assert load_adapter(Path(whole["file"])).highest_rank == 16
+    # A kill while it is written changes nothing, and a run that is stopped does not measure.
+    killed = own_toy.run("killed", **AUTO)
+    broken_at(killed, events.RanksChosen, 12)
+    trained(killed)
+    assert result(killed) == result(run)
+    stopped = own_toy.run("stopped", **AUTO)
+    assert asked_at(stopped, "stop", 7).status == "stopped"
+    assert "the run was asked to end" in stopped.progress().ranks.sentence
+
+
+def test_auto_rank_keeps_the_scale_and_says_where_it_cannot_measure(own_toy: Toy) -> None:
+    config = RunConfig().changed({"adapter.rank": 4, "adapter.alpha": 2.0}).changed({"adapter.rank": "auto"})
+    assert (config.adapter.auto_rank, config.adapter.rank, config.adapter.alpha) == (True, 16, 8.0)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert not config.changed({"adapter.rank": 8}).adapter.auto_rank
+    assert RunConfig().changed({"adapter.rank": 32, "adapter.auto_rank": True}).adapter.rank == 32
+    run = own_toy.run("blind", **{**AUTO, "validation__every": 0})
+    notes = [p.sentence for p in preflight(run.config(), own_toy.home, card=lambda: None)]
+    assert any("adapter.rank = auto has no held-out images" in note for note in notes)
+    trained(run)
+    assert "no images are held out" in run.progress().ranks.sentence
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-9], ids=["no limit", "hardly any"])
