@@ -138,7 +138,8 @@
     sent.add(event.target);
     const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
     inTurn(async () => {
-      const body = { setting: one("#sweep-setting").value, values: values.value, name };
+      const [setting, by, by_values, seeds] = ["setting", "by", "by-values", "seeds"].map((id) => one(`#sweep-${id}`).value);
+      const body = { setting, values: values.value, by, by_values, seeds, name };
       const answer = await window.easel.post("settings/sweep", body);
       sent.delete(event.target);
       problem.textContent = answer.problem ?? "";

@@ -16,6 +16,7 @@ from app.top_bar import describe_left, describe_phase
 from app.train.form import row_title
 from lora_core.errors import RunError
 from lora_core.report.plots import chart_tables, rate_html, run_charts
+from lora_core.runs.costs import Trial, compare_trials
 from lora_core.runs.events import (
     A_LITTLE,
     MEMORIZED,
@@ -332,6 +333,20 @@ def compare_card(snapshot: Snapshot) -> str:
         exported=_exported_bytes,
         url=run_url(snapshot.app_state),
     )
+
+
+def sweep_card(snapshot: Snapshot) -> str:
+    """What the runs queued together with the run shown gained and took; "" where there are none."""
+    app_state, run_view = snapshot.app_state, snapshot.run_view
+    name = run_view.run.name if run_view else ""
+    together = next((one for one in reversed(app_state.queue.queue.sweeps()) if name in one), [])
+    views = [view for view, _ in snapshot.runs if view.run.name in together]
+    trials = [Trial(v.run, config, v.progress) for v in views if (config := v.config()) is not None]
+    if len(trials) < 2:
+        return ""
+    found = compare_trials(trials)
+    labels = [label_of(setting) for setting in found["settings"]]
+    return render("train/sweep_results.html", found=found, labels=labels, shown=name)
 
 
 def _exported_bytes(run: ShownRun) -> int:

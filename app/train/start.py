@@ -3,6 +3,7 @@ settings imported from a LoRA file."""
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -37,7 +38,7 @@ from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.preflight import caption_bytes
 from lora_core.runs.queue import sweep_configs
-from lora_core.settings.config import FIELDS, RunConfig, is_pattern_table, label_of
+from lora_core.settings.config import FIELDS, RunConfig, in_short, is_pattern_table, label_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.files import expand_home
 from lora_core.system.hardware import card_problem
@@ -149,16 +150,24 @@ def ready_config(
     return config
 
 
-def queue_sweep(app_state: AppState, setting: str, values: str, name: str) -> str:
-    """Queue a run of the form's settings for each value of one of them, or none; returns their names.
+def queue_sweep(app_state: AppState, axes: Sequence[tuple[str, str]], name: str, seeds: str | int = 1) -> str:
+    """Queue a run of the form's settings for each combination of values, or none; returns their names.
+
+    Args:
+        axes: settings, and their values as typed; after the first, those without values do not count.
+        name: begins the names.
+        seeds: so many runs of each combination.
 
     Raises:
         LoraError: a value is not legal, or something else is in the way.
     """
     base = Plan(app_state.project).config.changed({"name": name.strip()})
-    texts = [text.strip() for text in re.split("[,;\n]", values)]
+    (setting, values), *by = [(one, re.split("[,;\n]", text)) for one, text in axes]
+    by = [(one, texts) for one, texts in by if any(map(str.strip, texts))]
+    if not re.fullmatch("[0-9]{1,3}", str(seeds).strip()):
+        raise ConfigError(f"Seeds is {in_short(seeds)}, which should be a whole number, such as 1 or 3.")
     try:
-        configs = sweep_configs(base, setting, texts, runs_folder(app_state.workspace))
+        configs = sweep_configs(base, setting, values, runs_folder(app_state.workspace), by, int(seeds))
     except ConfigError as error:
         raise ConfigError(with_labels(str(error))) from error
     ready = [ready_config(app_state, "", "queue", config) for config in configs]

@@ -124,6 +124,7 @@ def build_train(bindings: Bindings) -> None:
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),
                 ("beside", rail.compare_card),
+                ("sweep-results", run_cards.sweep_card),
                 ("run-log", run_cards.log_card),
             ):
                 bindings.follow(html_block(elem_id=place), shows)
@@ -139,8 +140,11 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         app_state.queue.act(str(sent.get("do")), str(sent.get("run", "")), at)
 
     def sweep(sent: dict[str, Any]) -> dict[str, str]:
-        setting, values, name = (str(sent.get(key, "")) for key in ("setting", "values", "name"))
-        return {"names": queue_sweep(app_state, setting, values, name)}
+        setting, values, name, by, more = (
+            str(sent.get(key, "")) for key in ("setting", "values", "name", "by", "by_values")
+        )
+        seeds = str(sent.get("seeds") or 1)
+        return {"names": queue_sweep(app_state, [(setting, values), (by, more)], name, seeds)}
 
     def restore(sent: dict[str, Any]) -> None:
         values, trigger = sent.get("values"), sent.get("trigger")

@@ -1,17 +1,23 @@
 """What a run will take, before it starts. Time: from a run of the same cost, else from a few steps that were
 tried on this machine, scaled where only other settings of the base were. Memory: from the sizes of base and
 adapter. What was tried is kept in the workspace's `measured.json`.
+
+And what runs of different settings took and gained: the comparison of a sweep.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,11 +25,12 @@ from lora_core.data.images import ImageRecord
 from lora_core.errors import LoraError
 from lora_core.model_files import sizes
 from lora_core.model_files.detect import BaseFacts, lookup_base
-from lora_core.runs.events import Progress
+from lora_core.runs.events import Progress, best_of, known_error
+from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
-from lora_core.settings.config import RunConfig
+from lora_core.settings.config import FIELDS, RunConfig
 from lora_core.settings.schema import AUTO
-from lora_core.system.files import check_fields, read_json, write_atomically
+from lora_core.system.files import check_fields, file_bytes, read_json, write_atomically
 from lora_core.system.hardware import Gpu
 
 MOST_KEPT = 300
@@ -284,3 +291,164 @@ def parameters_of(base: BaseFacts) -> int | None:
         return sizes.count_base_parameters(base.facts) if base.facts else None
     except (LoraError, OSError):
         return None
+
+
+# The comparison of a sweep.
+
+_SAME_DRAWS = ("model", "dataset", "train.resolution", "validation.pictures", "validation.draws_per_image")
+"""Settings and sections that, with the seed, decide on which images and noise a gain is measured."""
+_BETTER = 2.0
+"""Standard errors from which a difference is one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run, its settings, and its events so far."""
+
+    run: RunFolder
+    config: RunConfig
+    progress: Progress
+
+    @property
+    def gain(self) -> float:
+        """Of the best step on held-out images, NaN where nothing was measured."""
+        best = best_of(self.progress.validations)
+        return best.gain if best is not None else math.nan
+
+    @property
+    def kept(self) -> float:
+        """The share of the gain that the exported file keeps, where it was cut and that was measured."""
+        ranks = self.progress.ranks
+        return ranks.kept if ranks is not None and math.isfinite(ranks.kept) else 1.0
+
+    def losses(self) -> list[list[float]]:
+        """The best step's losses on held-out images, (images, draws); empty where there are none."""
+        for step in reversed(self.run.checkpoint_steps()):
+            file = self.run.checkpoint(step) / "state.json"
+            if file.is_file() and (losses := _best_losses(file, file.stat().st_mtime_ns)):
+                return losses
+        return []
+
+
+@functools.lru_cache(maxsize=4 * MOST_KEPT)
+def _best_losses(file: Path, changed_at: int) -> list[list[float]]:
+    """Of a checkpoint's record that was last changed then."""
+    return list((read_json(file).get("best") or {}).get("losses") or [])
+
+
+def compare_trials(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What runs gained beside what they cost, a row for each combination of settings, the best first.
+
+    Returns:
+        settings: the names of those that differ, but for name and seed; rows: {settings: values by name,
+        runs: names, done, gain, standard_error, forgetting, forgetting_error, seconds, bytes, against: gain
+        less that of the first row, against_error, paired}, means over seeds, None where not known; sentence.
+    """
+    configs = [trial.config for trial in trials]
+    varied = [name for name in FIELDS if name not in ("name", "seed")]
+    varied = [name for name in varied if any(c.get(name) != configs[0].get(name) for c in configs)]
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(repr([trial.config.get(name) for name in varied]), []).append(trial)
+    found = [(_trial_row(group, varied), group) for group in groups.values()]
+    found.sort(key=lambda one: -math.inf if one[0]["gain"] is None else one[0]["gain"], reverse=True)
+    first = found[0][1] if found else []
+    for row, group in found[1:]:
+        if row["gain"] is not None:
+            row |= dict(zip(("against", "against_error", "paired"), _difference(group, first), strict=True))
+    rows = [row for row, _ in found]
+    return {"settings": varied, "rows": rows, "sentence": _describe_trials(rows)}
+
+
+def _trial_row(group: Sequence[Trial], varied: Sequence[str]) -> dict[str, Any]:
+    bests = [(trial, best) for trial in group if (best := best_of(trial.progress.validations)) is not None]
+    gains, errors = [t.kept * best.gain for t, best in bests], [best.standard_error for _, best in bests]
+    files = [file_bytes(t.run.path / t.progress.export) for t in group if t.progress.export]
+    lost = [(-best.prior, known_error(best.prior_error)) for _, best in bests if math.isfinite(best.prior)]
+    seconds = [trial.progress.train_seconds for trial in group if trial.progress.losses]
+    return {
+        "settings": {name: group[0].config.get(name) for name in varied},
+        "runs": [trial.run.name for trial in group],
+        "done": sum(trial.progress.ending in ("done", "stopped") for trial in group),
+        "gain": _mean(gains), "standard_error": _mean_error(gains, errors),
+        "forgetting": _mean([value for value, _ in lost]),
+        "forgetting_error": _mean_error([value for value, _ in lost], [error for _, error in lost]),
+        "seconds": _mean(seconds), "bytes": _mean(files), "against": None, "against_error": None,
+        "paired": None,
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _mean_error(values: Sequence[float], errors: Sequence[float]) -> float | None:
+    """The standard error of a mean over seeds: of their own errors, or of their spread if that is more."""
+    if not values:
+        return None
+    own = math.sqrt(math.fsum(known_error(error) ** 2 for error in errors)) / len(errors)
+    return max(own, _error_of(values))
+
+
+def _error_of(values: Sequence[float]) -> float:
+    """The standard error of the mean of independent values; 0 for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, float, bool]:
+    """The gain of a combination less that of another, its standard error, and whether both were measured on
+    the same images and noise: then what makes these hard cancels out, seed by seed."""
+    means: list[float] = []
+    images: list[float] = []
+    draws: list[float] = []
+    for one, two in ((one, two) for one in group for two in other if one.config.seed == two.config.seed):
+        ours, theirs = one.losses(), two.losses()
+        alike = all(one.config.get(name) == two.config.get(name) for name in _draw_settings())
+        if not ours or not alike or list(map(len, ours)) != list(map(len, theirs)):
+            continue
+        cut = [(1.0 - trial.kept) * trial.gain for trial in (one, two)]
+        less = [
+            [b - a - cut[0] + cut[1] for a, b in zip(*rows, strict=True)]
+            for rows in zip(ours, theirs, strict=True)
+        ]
+        draws += itertools.chain(*less)
+        images += map(statistics.fmean, less)
+        means.append(statistics.fmean(itertools.chain(*less)))
+    if means:
+        # Few images may agree by chance: their draws, taken for independent, give a floor.
+        error = max(_error_of(means), _error_of(images), _error_of(draws))
+        return statistics.fmean(means), error, True
+    rows = [_trial_row(each, ()) for each in (group, other)]
+    return rows[0]["gain"] - rows[1]["gain"], math.hypot(*(row["standard_error"] for row in rows)), False
+
+
+def _draw_settings() -> list[str]:
+    return [name for name in FIELDS if name in _SAME_DRAWS or name.partition(".")[0] in _SAME_DRAWS]
+
+
+def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is better beyond the error, in a sentence."""
+    known = [row for row in rows if row["gain"] is not None]
+    if len(known) < 2:
+        return "Fewer than two of these settings have a measured gain, so there is nothing to compare yet."
+    best, *others = known
+    worse = [row for row in others if -row["against"] > _BETTER * row["against_error"]]
+    alike = [row for row in others if row not in worse]
+    words = f"{_describe_settings(best)} gains most, {best['gain']:+.4f}"
+    if worse:
+        than = (f"{_describe_settings(r)} by {-r['against']:.4f} ± {r['against_error']:.4f}" for r in worse)
+        words += f"; it is better beyond two standard errors than {', '.join(than)}"
+    if alike:
+        same = [best, *alike]
+        small = min(same, key=lambda row: row["bytes"] or math.inf)
+        fast = min(same, key=lambda row: row["seconds"] or math.inf)
+        words += (
+            f"; within the error {', '.join(map(_describe_settings, alike))} gained as much; of these"
+            f" {_describe_settings(small)} makes the smallest file and {_describe_settings(fast)} is fastest"
+        )
+    paired = all(row["paired"] for row in others)
+    return f"{words} ({'' if paired else 'not all '}on the same held-out images and noise)."
+
+
+def _describe_settings(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items()) or "all"

@@ -15,6 +15,9 @@ from its last checkpoint, once; one that failed with a reason is not, since it w
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
+import math
 import os
 import re
 import shutil
@@ -30,11 +33,11 @@ from typing import Any
 
 import psutil
 
-from lora_core.errors import ConfigError, RunError
+from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence, notify_end
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.config import RunConfig, parsed_assignment
+from lora_core.settings.config import RunConfig, current_names, parsed_assignment
 from lora_core.system import processes
 from lora_core.system.files import (
     check_fields,
@@ -42,12 +45,15 @@ from lora_core.system.files import (
     fold_name,
     is_network_drive,
     parse_json,
+    read_json,
     unused_stem,
+    write_atomically,
 )
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)
 MOST_SWEPT = 100
+SWEEPS_KEPT = 50
 ENDED_KEPT = 50
 """How many ended jobs stay listed; older ones are dropped when a job is added."""
 LOCK_TIMEOUT = 10.0
@@ -119,6 +125,7 @@ class Queue:
         self.lock_file = workspace / "queue.lock"
         self.process_file = workspace / "queue.process.json"
         self.log_file = workspace / "queue.log"
+        self._sweeps_file = workspace / "sweeps.json"
         self._old_file = workspace / "queue.json"
 
     def run(self, name: str) -> RunFolder:
@@ -173,6 +180,8 @@ class Queue:
     ) -> list[RunFolder]:
         """Make a run of each config and put them at the end; none of them is left where one fails.
 
+        Several are a sweep, see `sweeps`.
+
         Args:
             configs: of the runs, in order.
             create: makes the folder, by default the one of the config's name.
@@ -187,11 +196,23 @@ class Queue:
             for config in configs:
                 made.append(create(config))
             self.add(*made)
+            if len(made) > 1:
+                self._keep_sweep(made)
         except BaseException:
             for run in made:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         return made
+
+    def _keep_sweep(self, made: Sequence[RunFolder]) -> None:
+        sweeps = [*self.sweeps(), [run.name for run in made]][-SWEEPS_KEPT:]
+        with wrap_os_errors(RunError, f"The sweeps cannot be written to {self._sweeps_file}"):
+            write_atomically(self._sweeps_file, json.dumps({"sweeps": sweeps}, ensure_ascii=False).encode())
+
+    def sweeps(self) -> list[list[str]]:
+        """The names of runs that were queued together, to be compared; the newest last."""
+        found = read_json(self._sweeps_file).get("sweeps")
+        return [[str(name) for name in one] for one in found if isinstance(one, list)] if found else []
 
     def add(self, *runs: RunFolder) -> None:
         """Put runs at the end, all or none; one that is paused or ended in the queue waits again.
@@ -389,30 +410,52 @@ def _problem(error: sqlite3.Error) -> str:
     return f"cannot be written: {error}; make room or give the right to write there."
 
 
-def sweep_configs(config: RunConfig, setting: str, values: Sequence[object], runs: Path) -> list[RunConfig]:
+Axis = tuple[str, Sequence[object]]
+"""A setting by its dotted name, and values as the command line takes them, or numbers."""
+
+
+def sweep_configs(
+    config: RunConfig,
+    setting: str,
+    values: Sequence[object],
+    runs: Path,
+    by: Sequence[Axis] = (),
+    seeds: int = 1,
+) -> list[RunConfig]:
     """The settings of one run for each value of a setting, named after it: "rank-8", or "NAME-rank-8".
 
     Args:
         config: all other settings; its name, unless it is "", begins the others.
         setting: by its dotted name.
-        values: as the command line takes them, or numbers.
+        values: of the setting.
         runs: the folder in which the names are to be free.
+        by: further settings with their values: each combination is a run.
+        seeds: so many runs of each combination, from the config's seed on.
 
     Raises:
         ConfigError: there is no such setting, no value, or one that is not legal; all in one message.
     """
+    axes = [(setting, values), *by]
+    if not 1 <= seeds <= MOST_SWEPT:
+        raise ConfigError(f"--seeds {seeds} is out of range; it must be between 1 and {MOST_SWEPT}.")
+    if seeds > 1:
+        axes.append(("seed", range(config.seed, config.seed + seeds)))
+    texts = [[text for value in values if (text := str(value).strip())] for _, values in axes]
+    if (count := math.prod(map(len, texts))) > MOST_SWEPT:
+        raise ConfigError(f"{count:,} runs are too many; a sweep takes up to {MOST_SWEPT}.")
+    names = [next(iter(current_names({name: None}))) for name, _ in axes]
+    if double := next((name for name in names if names.count(name) > 1), ""):
+        raise ConfigError(f"{double} is given twice; name each setting of a sweep once, with all its values.")
     problems: list[str] = []
     found: list[RunConfig] = []
     seen: list[RunConfig] = []
-    if len(values) > MOST_SWEPT:
-        raise ConfigError(f"{len(values):,} values are too many; a sweep takes up to {MOST_SWEPT}.")
     taken = {fold_name(path.name) for path in runs.glob("*")}
-    for text in filter(None, (str(value).strip() for value in values)):
+    for chosen in itertools.product(*texts):
         try:
-            name, value = parsed_assignment(f"{setting}={text}")
-            if name == "name":
+            changes = dict(parsed_assignment(f"{n}={text}") for n, text in zip(names, chosen, strict=True))
+            if "name" in changes:
                 raise ConfigError("Runs of a sweep are named after their values; choose another setting.")
-            changed = config.changed({name: value})
+            changed = config.changed(changes)
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -420,11 +463,13 @@ def sweep_configs(config: RunConfig, setting: str, values: Sequence[object], run
         if changed in seen:
             continue
         seen.append(changed)
-        key = name.rpartition(".")[2].replace("_", "-")
-        stem = "-".join(filter(None, [config.name, key, re.sub(r"[^\w.-]+", "-", text)[:40].strip("-.")]))
-        name = check_run_name(unused_stem(stem, taken))
-        taken.add(fold_name(name))
-        found.append(changed.changed({"name": name}))
+        words = [config.name]
+        for name, text in zip(names, chosen, strict=True):
+            words.append(name.rpartition(".")[2].replace("_", "-"))
+            words.append(re.sub(r"[^\w.-]+", "-", text)[: 40 // len(names)].strip("-."))
+        run_name = check_run_name(unused_stem("-".join(filter(None, words)), taken))
+        taken.add(fold_name(run_name))
+        found.append(changed.changed({"name": run_name}))
     if problems or not found:
         raise ConfigError(" ".join(dict.fromkeys(problems)) or "Give at least one value, such as 4, 8, 16.")
     return found

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.data.images import Dataset
-from lora_core.errors import ConfigError, DatasetError, ModelFileError
+from lora_core.errors import ConfigError, DatasetError, ModelFileError, RunError
+from lora_core.generate.grid import split_values
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
 from lora_core.model_files.starting_settings import settings_from_lora, starting_settings
 from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
 from lora_core.runs.events import Event
-from lora_core.runs.folder import RunFolder, all_runs, check_run_name, find_run, runs_folder
+from lora_core.runs.folder import (
+    RunFolder,
+    all_runs,
+    check_run_name,
+    find_run,
+    is_run_folder,
+    runs_folder,
+)
 from lora_core.runs.queue import Queue, ensure_runner, run_queue, sweep_configs
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
 from lora_core.settings.schema import FORMATS, chosen
@@ -299,14 +307,22 @@ def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFol
 
 @verb
 def queue_sweep(
-    run: File, setting: str, values: Sequence[str], workspace: Place = None, start: bool = False
+    run: File,
+    setting: str,
+    values: Sequence[str],
+    workspace: Place = None,
+    start: bool = False,
+    by: Annotated[Sequence[str], "--by SETTING=V,V,..."] = (),
+    seeds: int = 1,
 ) -> list[RunFolder]:
-    """Queue copies of a run with one setting at several values; returns their folders.
+    """Queue copies of a run with settings at several values; returns their folders.
 
     Args:
         setting: such as adapter.rank.
         values: such as 4 8 16; each copy is named after its own.
         start: have the queue worked through by another process.
+        by: a further setting and its values, such as optimizer.lr=1e-4,3e-4; each combination is a run.
+        seeds: so many runs of each combination, with seeds of their own.
 
     Raises:
         LoraError: a value is not legal or something else is in the way; nothing is queued then.
@@ -316,7 +332,8 @@ def queue_sweep(
     folder = find_run(run, workspace)
     place = workspace_folder(workspace) if workspace else folder.path.parent.parent
     config = folder.config().changed({"name": folder.name})
-    swept = sweep_configs(config, setting, values, runs_folder(place))
+    axes = [(name, split_values(rest)) for name, _, rest in (text.partition("=") for text in by)]
+    swept = sweep_configs(config, setting, values, runs_folder(place), axes, seeds)
     places = (*PLACES, "dataset.path")
     configs = [one.changed({name: _in_full(one.get(name)) for name in places}) for one in swept]
     for one in configs:
@@ -325,6 +342,35 @@ def queue_sweep(
     if start:
         ensure_runner(place)
     return made
+
+
+@verb
+def queue_results(runs: Sequence[str] = (), workspace: Place = None) -> Found:
+    """Compare what runs of different settings gained and took: a sweep, or runs by name.
+
+    Args:
+        runs: names; one of a sweep stands for all of it, none for the last sweep.
+
+    Returns:
+        settings (the names of those that differ), rows and sentence, as of `costs.compare_trials`.
+
+    Raises:
+        RunError: there is no such run, or no sweep yet.
+    """
+    from lora_core.runs.costs import Trial, compare_trials
+
+    place = workspace_folder(workspace)
+    queue = Queue(place)
+    # Of a sweep, runs that were deleted since are left out.
+    sweeps = [[run for run in map(queue.run, one) if is_run_folder(run.path)] for one in queue.sweeps()]
+    if len(runs) > 1:
+        folders = [find_run(name, place) for name in runs]
+    else:
+        asked = [one for one in sweeps if not runs or runs[0] in [run.name for run in one]]
+        folders = asked[-1] if asked else [find_run(name, place) for name in runs]
+    if not folders:
+        raise RunError("There is no sweep yet; queue one with `lora-easel queue sweep RUN SETTING VALUES`.")
+    return compare_trials([Trial(folder, folder.config(), folder.progress()) for folder in folders])
 
 
 @verb

@@ -83,7 +83,7 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
         with pytest.raises(LoraError, match="2 masks"):
             ready_config(app_state, "one", do)
     with pytest.raises(LoraError, match="2 masks"):
-        queue_sweep(app_state, "seed", "1, 2", "")
+        queue_sweep(app_state, [("seed", "1, 2")], "")
     do_run_action(app_state, "ignore-unused", "")
     assert ready_config(app_state, "one").dataset.ignore_unused
     assert "Train without them" not in facts(take_snapshot(app_state))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train import view as run_routes
 from app.train.form import FORM, widget_values
+from app.train.run_cards import sweep_card
 from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say
 from tests.app.runs import come_alive, make_run, started, step
@@ -149,6 +150,17 @@ def test_a_sweep_queues_a_run_for_each_value_or_none(app_state: AppState, say: S
     for name, expected in (("", ["rank-4", "rank-16"]), ("dog", ["dog-rank-4", "dog-rank-16"])):
         say("settings/sweep", setting="adapter.rank", values="4, 16, 4", name=name)
         assert [job.run for job in app_state.queue.jobs()][-2:] == expected
+    say("run", do="show", run="dog-rank-4")
+    shown = sweep_card(take_snapshot(app_state))
+    assert 'data-runs="dog-rank-4 dog-rank-16"' in shown
+    assert "nothing to compare yet" in shown
+    wrong = say("settings/sweep", setting="adapter.rank", values="4", seeds="x")
+    assert "Seeds is 'x'" in str(wrong["problem"])
+    say("settings/sweep", setting="adapter.rank", values="4", by="train.steps", by_values="5; 6", seeds="2")
+    assert len(app_state.queue.jobs()) == 8
+    for job in app_state.queue.jobs()[4:]:
+        say("queue", do="remove", run=job.run)
+        say("run", do="delete", run=job.run)
     say("settings/sweep", setting="adapter.rank", values="4", name="")
     assert [job.run for job in app_state.queue.jobs()][-1] == "rank-4-2"
     ranks = [

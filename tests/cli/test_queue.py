@@ -192,6 +192,27 @@ def test_a_sweep_queues_copies_of_a_run(
     # A library gives numbers; what is the same run twice is queued once.
     found = sweep_configs(config, "optimizer.text_encoder_lr", [0, 1e-4, "0.0001"], runs_folder(home))
     assert [one.optimizer.text_encoder_lr for one in found] == [0, 1e-4]
+    grid = ["queue", "sweep", "a", "adapter.rank", "2", "3", "--by", "optimizer.lr=1e-4,3e-4", "--seeds", "2"]
+    assert main([*grid, *map(str, where)]) == 0
+    names = [job.run for job in Queue(home).jobs()][2:]
+    assert len(names) == 8
+    assert names[:2] == ["a-rank-2-lr-1e-4-seed-0", "a-rank-2-lr-1e-4-seed-1"]
+    assert Queue(home).run("a-rank-3-lr-3e-4-seed-1").config().optimizer.lr == 3e-4
+    # What was queued last is compared, what one of a sweep names, or several runs.
+    for words, rows in (((), 4), (("a-rank-4",), 2), (names[:3], 2)):
+        found = json.loads(said(capsys, "queue", "results", *words, *where, "--json"))
+        assert len(found["rows"]) == rows
+        assert "nothing to compare yet" in found["sentence"]
+    assert "optimizer.lr is given twice" not in said(capsys, "queue", "results", *where)
+    for wrong, words in (
+        (["--by", "adapter.rank=4"], "adapter.rank is given twice"),
+        (["--by", "optimizer.lr=x"], "optimizer.lr = 'x' should be a number"),
+        (["--by", "optimizer.lr="], "Give at least one value"),
+        (["--seeds", "0"], "--seeds 0 is out of range"),
+        (["--seeds", "60"], "120 runs are too many"),
+    ):
+        assert main([*grid[:6], *wrong, *map(str, where)]) == 1
+        assert words in capsys.readouterr().err
     # The queue may be run from another folder.
     (home / "other").mkdir()
     Image.new("RGB", (64, 64)).save(home / "other" / "a.png")

@@ -13,6 +13,8 @@ from lora_core.model_files.sizes import FALLBACKS, count_base_parameters, fit_on
 from lora_core.runs import costs
 from lora_core.runs.costs import (
     StepCost,
+    Trial,
+    compare_trials,
     cost_key,
     costs_file,
     forecast_run,
@@ -20,6 +22,14 @@ from lora_core.runs.costs import (
     memory_needed,
     read_costs,
 )
+from lora_core.runs.events import (
+    EventWriter,
+    Finished,
+    RanksChosen,
+    StepDone,
+    Validated,
+)
+from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Gpu
 from lora_core.train import autotune
@@ -228,3 +238,91 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
     assert (
         memory_needed(config.changed({"train.quantize_base": "int8"}), read_base_facts(str(base))) == found[0]
     )
+
+
+BASE_LOSSES = [[1.0, 2.0], [3.0, 1.5], [0.5, 0.7]]
+"""Of three held-out images with two draws each: far apart, so that only pairs can tell a small gain."""
+
+
+def tried(
+    home: Path, rank: int, gains: list[float], seed: int = 0, size: int = 1000, **more: object
+) -> Trial:
+    """A finished run, whose best step gains so much on each image."""
+    name = f"rank-{rank}-seed-{seed}"
+    changes = {"name": name, "adapter.rank": rank, "seed": seed, **more}
+    run = RunFolder.create(home / name, RunConfig().changed(changes))
+    (run.exports / "a.safetensors").write_bytes(bytes(size))
+    folder = run.checkpoint(4)
+    folder.mkdir(parents=True)
+    (folder / "adapter.safetensors").touch()
+    losses = [[loss - g for loss in row] for row, g in zip(BASE_LOSSES, gains, strict=True)]
+    gain = sum(gains) / len(gains)
+    (folder / "state.json").write_text(json.dumps({"best": {"step": 4, "gain": gain, "losses": losses}}))
+    writer = EventWriter(run.events_file)
+    writer.write(StepDone(step=4, loss=1.0, lr=1.0, seconds=2.0 * rank))
+    writer.write(
+        Validated(
+            step=4, gain=gain, standard_error=0.5, base_loss=1.45, adapted_loss=1.45 - gain, best=True,
+            prior=-0.1, prior_error=0.05,
+        )
+    )  # fmt: skip
+    writer.write(Finished(step=4, export="export/a.safetensors"))
+    writer.close()
+    return Trial(run, run.config(), run.progress())
+
+
+def test_what_is_better_is_told_from_pairs_on_the_same_draws(tmp_path: Path) -> None:
+    """Each gain has an error of 0.5, and rank 4 gains 0.1 +- 0.01 less on each image than rank 8 does."""
+    trials = [
+        tried(tmp_path, 8, [0.30, 0.31, 0.29], size=2000),
+        tried(tmp_path, 4, [0.19, 0.21, 0.20]),
+        tried(tmp_path, 2, [0.28, 0.33, 0.26], size=500),
+    ]
+    found = compare_trials(trials)
+    assert found["settings"] == ["adapter.rank"]
+    assert [row["settings"]["adapter.rank"] for row in found["rows"]] == [8, 2, 4]
+    best, small, worse = found["rows"]
+    assert best["gain"] == pytest.approx(0.3)
+    assert best["against"] is None
+    assert (best["seconds"], best["bytes"], best["forgetting"]) == (16.0, 2000, pytest.approx(0.1))
+    assert worse["against"] == pytest.approx(-0.1)
+    # Deviation of (0.11, 0.10, 0.09) over the root of 3.
+    assert worse["against_error"] == pytest.approx(0.01 / 3**0.5)
+    assert worse["paired"]
+    assert found["sentence"] == (
+        "rank 8 gains most, +0.3000; it is better beyond two standard errors than rank 4 by 0.1000 ± 0.0058;"
+        " within the error rank 2 gained as much; of these rank 2 makes the smallest file and rank 2 is"
+        " fastest (on the same held-out images and noise)."
+    )
+    assert abs(small["against"]) < 2 * small["against_error"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_seeds_are_rows_together_and_other_images_are_no_pairs(tmp_path: Path) -> None:
+    trials = [tried(tmp_path, 8, [0.3, 0.3, 0.3], seed) for seed in (0, 1)]
+    trials += [tried(tmp_path, 4, [0.3 - d] * 3, seed) for seed, d in ((0, 0.1), (1, 0.2))]
+    best, other = compare_trials(trials)["rows"]
+    assert (best["runs"], best["done"]) == (["rank-8-seed-0", "rank-8-seed-1"], 2)
+    assert other["gain"] == pytest.approx(0.15)
+    # The seeds' means, 0.1 and 0.2, are further apart than the images of either.
+    assert (other["against"], other["against_error"]) == (pytest.approx(-0.15), pytest.approx(0.05))
+    # Two errors of 0.5, as independent; the spread of the seeds is less.
+    assert other["standard_error"] == pytest.approx(0.5 / 2**0.5)
+    unpaired = compare_trials(
+        [trials[0], tried(tmp_path, 2, [0.2] * 3, **{"validation.draws_per_image": 2})]
+    )["rows"][1]
+    assert not unpaired["paired"]
+    assert unpaired["against_error"] == pytest.approx(0.5 * 2**0.5)
+
+
+def test_a_cut_file_counts_with_what_it_keeps_and_nothing_is_compared_without_gains(tmp_path: Path) -> None:
+    full = tried(tmp_path, 8, [0.3, 0.3, 0.3])
+    cut = tried(tmp_path, 16, [0.3, 0.3, 0.3])
+    cut.progress.ranks = RanksChosen(step=4, sentence="", trained=16, rank=2, parameters=0.1, kept=0.9)
+    row = compare_trials([full, cut])["rows"][1]
+    assert (row["gain"], row["against"]) == (pytest.approx(0.27), pytest.approx(-0.03))
+    for trial in (full, cut):
+        trial.progress.validations.clear()
+    found = compare_trials([full, cut])
+    assert "nothing to compare yet" in found["sentence"]
+    assert {row["gain"] for row in found["rows"]} == {None}
