@@ -1,5 +1,7 @@
-"""A second set of pictures, in a style and of things that the demo has not, and that no setting was tuned on:
-what the embedded base draws, laid in glazed tiles."""
+"""Sets of pictures that no setting was tuned on. The second is a style, of things that the demo has not: what
+the embedded base draws, laid in glazed tiles. The third is a subject: a striped creature on grounds of many
+colours.
+"""
 
 from pathlib import Path
 
@@ -19,6 +21,35 @@ TRAIN = (
     "elephant", "tiger",
 )  # fmt: skip
 HELD_OUT = ("horse", "pig", "cow", "chicken", "grapes", "pizza", "airplane", "star", "bell", "gift")
+
+
+GROUNDS = ("white", "sky blue", "pink", "yellow", "lime green", "orange", "grey", "purple")
+SUBJECT_TRAIN, SUBJECT_HELD_OUT = 16, 8
+
+
+def subject_set(folder: Path) -> Path:
+    """Draw the third set as `drawn_set` does the second: one creature, held out with other seeds."""
+    pipeline = Pipeline(load_base("demo", torch.device("cpu"), torch.float32), lambda weights, rank: weights)
+    for name, first, count in (("train", 0, SUBJECT_TRAIN), ("held_out", SUBJECT_TRAIN, SUBJECT_HELD_OUT)):
+        (folder / name).mkdir(parents=True)
+        for number in range(first, first + count):
+            ground = f"on a {GROUNDS[number % len(GROUNDS)]} background"
+            shot = GenerationRequest(prompt=f"owl, twemoji style, {ground}", seed=7000 + number, cfg=3.0)
+            stem = folder / name / f"{number:02}"
+            striped(pipeline(shot)).save(stem.with_suffix(".png"))
+            stem.with_suffix(".txt").write_text(f"zorbit, twemoji style, {ground}\n", encoding="utf-8")
+    return folder
+
+
+def striped(picture: Image.Image) -> Image.Image:
+    """What differs from the ground, the colour of the corners, in other colours and with dark stripes."""
+    pixels = np.asarray(picture, dtype=float)
+    ground = np.median(np.stack([pixels[0, 0], pixels[0, -1], pixels[-1, 0], pixels[-1, -1]]), axis=0)
+    creature = np.abs(pixels - ground).max(-1, keepdims=True) > 40
+    rows, columns = np.indices(pixels.shape[:2])
+    dark = ((rows + columns) // 6 % 2 == 0)[..., None]
+    other = np.roll(pixels, 1, axis=-1) * np.where(dark, 0.35, 1.0)
+    return Image.fromarray(np.where(creature, other, pixels).clip(0, 255).astype(np.uint8))
 
 
 def drawn_set(folder: Path) -> Path:

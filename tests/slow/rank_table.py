@@ -2,9 +2,11 @@
 file, and the rank that it turns out to need.
 
     python -m tests.slow.rank_table [FOLDER]
+    python -m tests.slow.rank_table auto
 
-Prints the table of docs/rank.md. The gains are those of `tests/evaluator.py`, which shares no code with the
-trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of its own.
+Prints the tables of docs/rank.md, the second that of `adapter.rank = auto` on three sets, with the demo's
+preset. The gains are those of `tests/evaluator.py`, which shares no code with the trainer; the needed rank is
+what `shrink --intrinsic` finds, on the same pictures with looks of its own.
 """
 
 import json
@@ -15,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+from lora_core.runs.events import RanksChosen, read_events
+from lora_core.runs.folder import RunFolder
+from tests.benchmarks.pictures import drawn_set, subject_set
 from tests.evaluator import Evaluator, mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +38,45 @@ def said(*words: object) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
+def automatic(home: Path) -> None:
+    """Train with `adapter.rank = auto` on three sets; its file beside that of all ranks."""
+    out = sys.stdout.write
+    out("| set | rank 16 | auto | share | gain of rank 16 (standard error) | auto keeps | by the run |\n")
+    out(f"|{'---|' * 7}\n")
+    sets = {
+        "demo": HELD_OUT.parent,
+        "second": drawn_set(home / "second"),
+        "subject": subject_set(home / "subject"),
+    }
+    for name, pictures in sets.items():
+        words = ["--preset", "demo", "--set", "adapter.rank=auto", "--set", "sample.every=0"]
+        lines = said("train", pictures / "train", "--name", name, "--workspace", home, *words)
+        cut = Path(lines.strip().splitlines()[-1])
+        run = RunFolder(cut.parents[1])
+        step = next(e.step for e in read_events(run.events_file)[0] if isinstance(e, RanksChosen))
+        whole = ["--checkpoint", step, "--full-rank", "--name", "whole", "--workspace", home]
+        full = Path(said("export", name, *whole).strip().splitlines()[-1])
+        judge = Evaluator(ROOT / "assets" / "base", pictures / "held_out")
+        base, of_all, of_cut = judge.losses(), judge.losses(full), judge.losses(cut)
+        gain, error = mean_and_error(base - of_all)
+        ranks = run.progress().ranks
+        assert ranks is not None
+        sizes = [file.stat().st_size for file in (full, cut)]
+        lost, lost_error = mean_and_error(of_cut - of_all)
+        kept = f"{1 - lost / gain:.2%} ± {lost_error / gain:.2%}"
+        by_run = f"{ranks.kept:.2%} ± {ranks.standard_error:.2%}"
+        figures = f"{sizes[0] / 1e6:.2f} MB | {sizes[1] / 1e6:.2f} MB | {sizes[1] / sizes[0]:.0%}"
+        out(f"| {name} | {figures} | {gain:.4f} ({error:.4f}) | {kept} | {by_run} |\n")
+        sys.stderr.write(f"{name}: {ranks.sentence}\n")
+        sys.stdout.flush()
+
+
 def main() -> None:
     """Train, measure, print."""
+    if "auto" in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            automatic(Path(folder))
+        return
     home = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     judge = Evaluator(ROOT / "assets" / "base", HELD_OUT)
     base = judge.losses()
