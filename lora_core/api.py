@@ -36,7 +36,7 @@ from lora_core.verbs import VERBS, Measure, verb
 # fmt: off
 from lora_core.verbs.runs import (
     debug, delete, export, forecast, notify, pause, preview, queue_add, queue_list, queue_move, queue_pause,
-    queue_remove, queue_run, queue_sweep, report, resume, run_config, runs, save, stop, train,
+    queue_remove, queue_results, queue_run, queue_sweep, report, resume, run_config, runs, save, stop, train,
 )
 from lora_core.verbs.datasets import (
     audit, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,

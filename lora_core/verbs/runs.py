@@ -345,7 +345,7 @@ def queue_sweep(
 
 
 @verb
-def queue_results(runs: Sequence[str] = (), workspace: Place = None) -> Found:
+def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Place = None) -> Found:
     """Compare what runs of different settings gained and took: a sweep, or runs by name.
 
     Args:
