@@ -443,7 +443,7 @@ def sweep_configs(
     texts = [[text for value in values if (text := str(value).strip())] for _, values in axes]
     if (count := math.prod(map(len, texts))) > MOST_SWEPT:
         raise ConfigError(f"{count:,} runs are too many; a sweep takes up to {MOST_SWEPT}.")
-    names = [next(iter(current_names({name: None}))) for name, _ in axes]
+    names = [next(iter(current_names({name.strip(): None}))) for name, _ in axes]
     if double := next((name for name in names if names.count(name) > 1), ""):
         raise ConfigError(f"{double} is given twice; name each setting of a sweep once, with all its values.")
     problems: list[str] = []

@@ -361,9 +361,11 @@ class AdapterSection(Section):
     @classmethod
     def _raise_to_ceiling(cls, values: Any) -> Any:
         """The rank and alpha that `auto_rank` trains at, at the scale of those given."""
-        rank, alpha = (values.get(key) for key in ("rank", "alpha")) if isinstance(values, dict) else (0, 0)
-        numbers = isinstance(rank, int | float) and isinstance(alpha, int | float)
-        if not (numbers and 0 < rank < AUTO_RANK and values.get("auto_rank") is True):
+        if not isinstance(values, dict) or values.get("auto_rank") is not True:
+            return values
+        rank, alpha = values.get("rank"), values.get("alpha")
+        # What is no such number is refused later.
+        if rank not in range(1, AUTO_RANK) or rank is True or type(alpha) not in (int, float):
             return values
         more = AUTO_RANK / rank
         scaled = alpha * (math.sqrt(more) if values.get("rslora") is True else more)

@@ -313,6 +313,7 @@ KEEP = 0.99
 _CLOSE, _NEAR = 1.05, 1.15
 """A pooled bisection ends when the numbers of columns that do and do not suffice are within this factor; the
 second one at the end of a run, which has less time."""
+_MORE = 1.25
 
 
 class MeasuredCut(NamedTuple):
@@ -439,8 +440,8 @@ def automatic_ranks(
 
     The largest singular values of all layers together are kept; their number is bisected on a logarithmic
     scale. It is enough where what is kept exceeds the share by two standard errors. The smallest that is
-    enough is measured again, on the draws of `confirm`, which had no say in the choice, and while it falls
-    short there, the next larger one is.
+    enough is measured again, on the draws of `confirm`, which had no say in the choice; while it falls short
+    there, a quarter more are kept.
 
     Returns:
         The truncation as `confirm` measured it; None where the gain is within two errors of nothing.
@@ -450,26 +451,21 @@ def automatic_ranks(
     if not gain > CLEARLY * error:
         return None
     everything = uniform_ranks(parts, weights.highest_rank)
-    high = sum(everything.values())
-    low, enough = max(1, len(parts.triples) // 4), [MeasuredCut(everything, parts.own_parameters())]
-    while high > low * _NEAR:
-        columns = round(math.sqrt(low * high))
-        if columns in (low, high):
-            break
+    most = high = sum(everything.values())
+    low = max(1, len(parts.triples) // 4)
+    while high > low * _NEAR and low < (columns := round(math.sqrt(low * high))) < high:
         found = cut(pooled_ranks(parts, columns))
         if found.kept - CLEARLY * found.standard_error >= keep:
             high = columns
-            enough.append(found)
         else:
             low = columns
-    *smaller, whole = reversed(enough)
-    again = _measured_cuts(parts, confirm)[2] if smaller else None
-    for found in smaller:
-        assert again is not None
-        confirmed = again(found.ranks)
-        if confirmed.kept >= keep:
-            return confirmed
-    return whole
+    again = _measured_cuts(parts, confirm)[2] if high < most else cut
+    while high < most:
+        found = again(pooled_ranks(parts, high))
+        if found.kept >= keep:
+            return found
+        high = math.ceil(_MORE * high)
+    return MeasuredCut(everything, parts.own_parameters())
 
 
 def _pooled_cut(
