@@ -340,8 +340,9 @@ def sweep_card(snapshot: Snapshot) -> str:
     app_state, run_view = snapshot.app_state, snapshot.run_view
     name = run_view.run.name if run_view else ""
     together = next((one for one in reversed(app_state.queue.queue.sweeps()) if name in one), [])
-    views = [view for view, _ in snapshot.runs if view.run.name in together]
-    trials = [Trial(v.run, config, v.progress) for v in views if (config := v.config()) is not None]
+    views = {view.run.name: view for view, _ in snapshot.runs}
+    there = [views[one] for one in together if one in views]
+    trials = [Trial(v.run, config, v.progress) for v in there if (config := v.config()) is not None]
     if len(trials) < 2:
         return ""
     found = compare_trials(trials)
