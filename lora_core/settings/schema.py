@@ -363,13 +363,13 @@ class AdapterSection(Section):
         """The rank and alpha that `auto_rank` trains at, at the scale of those given."""
         if not isinstance(values, dict) or values.get("auto_rank") is not True:
             return values
-        rank, alpha = values.get("rank"), values.get("alpha")
+        rank, alpha = (values.get(key, 0) for key in ("rank", "alpha"))
         # What is no such number is refused later.
-        if rank not in range(1, AUTO_RANK) or rank is True or type(alpha) not in (int, float):
-            return values
-        more = AUTO_RANK / rank
-        scaled = alpha * (math.sqrt(more) if values.get("rslora") is True else more)
-        return {**values, "rank": AUTO_RANK, "alpha": scaled}
+        if rank in range(1, AUTO_RANK) and rank is not True and type(alpha) in (int, float):
+            more = AUTO_RANK / rank
+            alpha *= math.sqrt(more) if values.get("rslora") is True else more
+            return {**values, "rank": AUTO_RANK, "alpha": alpha}
+        return values
 
     @property
     def scale(self) -> float:
