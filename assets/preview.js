@@ -4,9 +4,10 @@
 // comes with a revision; each change made here gets the next one.
 (() => {
   const { one, all, get, post, make, refocus } = window.easel;
-  const MOST = 1.5;
+  // Least, middle and most of a strength.
+  const USUAL = [0, 1, 1.5], SLIDER = [-2, 0, 2];
   const root = document.documentElement;
-  let rows = [], apart = false, groups = [], best = {}, rev = -1, project = null, mark = "", sending = false, changedAt = 0;
+  let rows = [], apart = false, groups = [], best = {}, sliders = [], rev = -1, project = null, mark = "", sending = false, changedAt = 0;
   const form = (id = "preview-form") => document.getElementById(id);
   const fieldsOf = () => Object.fromEntries([...new FormData(form())].map(([name, value]) => [name, String(value)]));
   const stripOf = () => { const { values, on } = form("strip-form").elements; return { values: values.value, on: on.checked }; };
@@ -29,14 +30,18 @@
     label(path, `Path of LoRA ${number}`);
     away.dataset.removeLora = index;
     label(away, `Remove LoRA ${number}`);
+    const marks = sliders.includes(row.file) ? SLIDER : USUAL, [least, , largest] = marks;
+    const at = (value) => `${(100 * (value - least)) / (largest - least)}%`;
     const most = best[row.file], star = own(".best"), set = own("[data-set-best]");
-    star.hidden = set.hidden = !(most > 0 && most <= MOST);
-    star.style.left = `${(100 * most) / MOST}%`;
+    star.hidden = set.hidden = !(most > 0 && most <= largest);
+    star.style.left = at(most);
     set.textContent = `Set to best, ${most}`;
     set.dataset.setBest = index;
     for (const dial of all(".dial", made)) {
       const { part } = dial.dataset, words = part === "text" ? "Text encoder" : apart ? "UNet" : "Strength", name = rows.length > 1 ? `${words} of LoRA ${number}` : words;
       one("span", dial).textContent = words;
+      all(".ticks [data-mark]", dial).forEach((tick, place) => { tick.textContent = marks[place]; tick.style.left = at(marks[place]); });
+      Object.assign(one("input[type=range]", dial), { min: least, max: largest });
       for (const input of all("input", dial)) {
         input.value = row[part] ?? row.strength;
         label(input, input.type === "number" ? `${name}, typed` : name);
@@ -104,7 +109,7 @@
   const take = (data) => {
     if (!data) return;
     hold();
-    ({ rows, apart, rev, project, groups, best } = data);
+    ({ rows, apart, rev, project, groups, best, sliders } = data);
     fill(data.fields, data.strip);
     show();
   };
@@ -119,12 +124,12 @@
     const held = document.activeElement?.matches("#loras select, #loras input");
     const reset = data.rev === 0 && rev > 0 && Date.now() - changedAt > 3000;
     const followed = data.rev === 0 && rev <= 0 && JSON.stringify([data.rows, data.apart]) !== JSON.stringify([rows, apart]);
-    const listed = JSON.stringify([data.groups, data.best]) !== JSON.stringify([groups, best]);
+    const listed = JSON.stringify([data.groups, data.best, data.sliders]) !== JSON.stringify([groups, best, sliders]);
     const fresh = data.project !== project || data.rev > rev || reset || !one("#loras").dataset.ready;
     mark = fresh || !held ? place.dataset.mark : "";
     if (fresh || (followed && !held)) ({ rows, apart, rev, project } = data);
     if (fresh || (data.rev === 0 && rev <= 0 && !form().contains(document.activeElement))) fill(data.fields, data.strip);
-    if (fresh || ((followed || listed) && !held)) { ({ groups, best } = data); show(); }
+    if (fresh || ((followed || listed) && !held)) { ({ groups, best, sliders } = data); show(); }
   };
 
   document.addEventListener("input", (event) => {

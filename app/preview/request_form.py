@@ -15,6 +15,7 @@ from lora_core.errors import ConfigError
 from lora_core.generate.grid import Axis, make_axis, split_values
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.detect import BaseFacts, lookup_base
+from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.project import Project
 from lora_core.runs.events import Progress
 from lora_core.settings.config import RunConfig
@@ -69,7 +70,7 @@ def form_data(snapshot: Snapshot) -> dict[str, Any]:
     """The whole form as the page's script needs it."""
     rows, kept = lora_rows(snapshot)
     project = snapshot.app_state.project
-    strip = ", ".join(f"{value:g}" for value in strip_values(project))
+    strip = ", ".join(f"{value:g}" for value in strip_values(project, rows))
     return {
         "project": project.path.name,
         "rev": int(kept.get("rev") or 0),
@@ -77,6 +78,7 @@ def form_data(snapshot: Snapshot) -> dict[str, Any]:
         "rows": row_data(rows),
         "groups": lora_groups(snapshot),
         "best": project.draft().get("best_strengths") or {},
+        "sliders": [row.file for row in rows if is_slider(Path(row.file))],
         "fields": load_fields(snapshot),
         "strip": {"values": strip, "on": strip_is_on(project, base_for(snapshot, rows))},
     }

@@ -100,7 +100,7 @@ def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
             app_state.render_queue.draw_grid(GridState.of(shot, *take_sent_axes(app_state.project, sent)))
             return {"rev": rev}
         on = what == "strip" or strip_is_on(app_state.project, base_for(snapshot, rows))
-        strip = strip_values(app_state.project) if on else ()
+        strip = strip_values(app_state.project, rows) if on else ()
         if what == "strip":
             typed = sent.get("strip")
             strip = parse_strengths(typed.get("values") if isinstance(typed, dict) else "")
@@ -131,7 +131,7 @@ def open_tab(app_state: AppState, sent: dict[str, Any] | None = None) -> dict[st
         return {"fill": False, "drawn": True}
     app_state.project.update_draft(preview_strip="")
     save_request(app_state.project, shot)
-    app_state.render_queue.want(shot, strip_values(app_state.project))
+    app_state.render_queue.want(shot, strip_values(app_state.project, shot.loras))
     return {"fill": True, "drawn": True}
 
 

@@ -7,13 +7,16 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from app.state import AppState
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generate.grid import make_axis, split_values
 from lora_core.generate.request import WeightedLora
+from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.project import Project
+from lora_core.settings.schema import SLIDER_STRENGTHS
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -44,7 +47,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     more: dict[str, Any] = {}
     fields, strip = sent.get("fields"), sent.get("strip")
     if isinstance(strip, dict):
-        kept = {"on": bool(strip.get("on")), "values": list(strip_values(project))}
+        kept = {"on": bool(strip.get("on")), "values": list(strip_values(project, rows))}
         with contextlib.suppress(LoraError):
             # Reported when the strip is generated; a half-typed number is not an error yet.
             kept["values"] = list(parse_strengths(strip.get("values")))
@@ -94,10 +97,13 @@ def row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:
     return [{"file": row.file, "strength": row.strength, "text": row.text_strength} for row in rows]
 
 
-def strip_values(project: Project) -> tuple[float, ...]:
-    """The strengths of the strip in the draft."""
+def strip_values(project: Project, rows: Iterable[WeightedLora] = ()) -> tuple[float, ...]:
+    """The strengths of the strip in the draft; until the user typed others, those that suit `rows`."""
     kept = (project.draft().get("preview_strip_at") or {}).get("values")
-    return tuple(kept) if isinstance(kept, list) and kept else STRIP
+    values = tuple(kept) if isinstance(kept, list) and kept else STRIP
+    if values not in (STRIP, SLIDER_STRENGTHS):
+        return values
+    return SLIDER_STRENGTHS if any(is_slider(Path(row.file)) for row in rows) else STRIP
 
 
 def parse_strengths(text: Any) -> tuple[float, ...]:

@@ -35,6 +35,7 @@ from lora_core.settings.config import (
 
 GROUPS = {
     "Base model": ("model",),
+    "Slider": ("slider",),
     "Adapter": ("adapter",),
     "Learning": ("optimizer", "loss"),
     "Data": ("dataset",),
@@ -63,7 +64,8 @@ class Plan:
         config, self.invalid = build_config(values, self.preset)
         self.problems = list(self.invalid.values())
         path = DEMO if project.uses_demo else str(project.image_folder)
-        self.trigger = str(draft.get("trigger") or "")
+        self.is_slider = self.goal == "slider" or config.slider.on
+        self.trigger = "" if self.is_slider else str(draft.get("trigger") or "")
         self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
 
 
@@ -170,7 +172,7 @@ def from_widget_value(name: str, value: Any) -> Any:
 
 def preset_name(goal: str, level: str) -> str:
     """The preset that the two choices name; the demo's own stands for itself."""
-    return "demo" if level == "demo" else f"{goal}-{level}"
+    return "demo" if level == "demo" and goal != "slider" else f"{goal}-{level}"
 
 
 def preset_config(goal: str, level: str, family: Family | None = None) -> RunConfig:
@@ -236,6 +238,7 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     rate = "rate found by a test" if config.optimizer.range_test else f"{config.optimizer.lr:g}"
     telling = {
         "Base model": "",
+        "Slider": "",
         "Adapter": f"rank {'auto' if adapter.auto_rank else adapter.rank}, alpha {adapter.alpha:g}",
         "Learning": f"{row_title('optimizer.name', config)}, {rate}",
         "Data": "mirrored" if config.dataset.flip else "",
@@ -262,7 +265,8 @@ def command_line(config: RunConfig, goal: str, level: str, family: Family | None
         family: of the base, whose starting values the command takes too.
     """
     base = preset_config(goal, level, family)
-    parts = ["lora-easel", "train", config.dataset.path, "--preset", preset_name(goal, level)]
+    dataset = [] if config.slider.on else [config.dataset.path]
+    parts = ["lora-easel", "train", *dataset, "--preset", preset_name(goal, level)]
     if config.name:
         parts += ["--name", config.name]
     if config.model.base != base.model.base:

@@ -31,6 +31,7 @@ from app.train.form import (
     widget_values,
 )
 from app.train.train_form import TrainForm
+from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.sizes import FALLBACKS, trains_text_encoder
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
@@ -48,6 +49,7 @@ RESUMED_FIRST = ("paused", "interrupted", "failed")
 """States from which Resume is the primary act, rather than a new run."""
 SOURCES = {MEASURED: "measured", PROBED: "from trial steps", SCALED: "estimated"}
 NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
+NO_PROMPTS = "A slider needs two opposite prompts: write them above, without images."
 IGNORE_UNUSED = "dataset.ignore_unused"
 
 
@@ -201,7 +203,9 @@ def start_problems(snapshot: Snapshot) -> list[str]:
     """What must be fixed before this run can be started or queued."""
     plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     found = list(plan.problems)
-    if not dataset.records and not dataset.problems:
+    if plan.is_slider and not plan.config.slider.on:
+        found.append(NO_PROMPTS)
+    elif not plan.is_slider and not dataset.records and not dataset.problems:
         found.append(NO_IMAGES)
     if plan.base.remote:
         found.append("The base model is not on this computer yet; download it, below its name.")
@@ -211,6 +215,11 @@ def start_problems(snapshot: Snapshot) -> list[str]:
     bad_base = bool(plan.base.problem)
     found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
     return list(dict.fromkeys(found))
+
+
+def images_of(snapshot: Snapshot) -> list[ImageRecord]:
+    """The images that the run to come trains on; a slider has none."""
+    return [] if snapshot.plan.is_slider else snapshot.app_state.project.dataset().records
 
 
 def notes(snapshot: Snapshot) -> list[str]:
@@ -257,7 +266,7 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     """What a run will take, from all that this window knows."""
     app_state, base = snapshot.app_state, snapshot.plan.base
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
-    records, costs = app_state.project.dataset().records, app_state.prober.costs()
+    records, costs = images_of(snapshot), app_state.prober.costs()
     gpu = app_state.hardware.gpu(app_state.free_on_card())
     return forecast_run(config, base.facts, records, runs, costs, gpu)
 
@@ -275,7 +284,8 @@ def _measuring(snapshot: Snapshot, expected: RunForecast) -> tuple[str, str]:
         return "known", f"A run like it took {format_speed(expected.seconds_a_step)}, samples included."
     if not snapshot.plan.base.facts or snapshot.plan.problems:
         return "off", "The time is measured once the settings can be used."
-    if snapshot.app_state.project.dataset().records and not snapshot.active.live and prober.schedule(config):
+    ready = config.slider.on or images_of(snapshot)
+    if ready and not snapshot.active.live and prober.schedule(config):
         return "soon", "The time is measured in a moment."
     unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
     return "offered", prober.problem(config) or unknown
@@ -283,7 +293,7 @@ def _measuring(snapshot: Snapshot, expected: RunForecast) -> tuple[str, str]:
 
 def details(snapshot: Snapshot) -> str:
     """What the run to come does, in sentences, and what a user should know of it."""
-    plan, records = snapshot.plan, snapshot.app_state.project.dataset().records
+    plan, records = snapshot.plan, images_of(snapshot)
     expected, base = forecast(snapshot, plan.config), plan.base.facts
     return render(
         "train/details.html",

@@ -37,7 +37,7 @@ from lora_core.system.files import expand_home
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
-FOLDED = [group for group in GROUPS if group != "Base model"]
+FOLDED = [group for group in GROUPS if group not in ("Base model", "Slider")]
 UNMATCHED = "unmatched"
 INFO = (
     "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"
@@ -115,6 +115,11 @@ class TrainForm:
                 elem_id="resolution",
                 elem_classes=HIDDEN_INFO,
             )
+        with gr.Column(elem_classes="group", elem_id="slider") as slider:
+            self.bindings.follow(html_block(elem_classes="group-note"), _slider_note)
+            for name in group_fields("Slider"):
+                made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
+        self.bindings.follow(slider, lambda snap: gr.update(visible=snap.plan.is_slider))
         self.bindings.follow(
             made["train.resolution"], lambda snap: gr.update(choices=_resolutions(_own_size(snap)))
         )
@@ -242,6 +247,12 @@ def _group_note(group: str, snapshot: Snapshot) -> str:
     return render(
         "train/form.html", part="group", group=group, text=text, slug=_slug(group), changed=bool(changed)
     )
+
+
+def _slider_note(snapshot: Snapshot) -> str:
+    """What a slider is, and the preset that it learns with on the embedded base."""
+    plan = snapshot.plan
+    return render("train/form.html", part="slider", small=plan.base.embedded and plan.level != DEMO)
 
 
 def _changed(snapshot: Snapshot) -> str:

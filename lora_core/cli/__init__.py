@@ -186,7 +186,7 @@ class Training:
     """What a command line asks a run to be.
 
     Attributes:
-        dataset: a folder of images, a zip of one, or `demo`.
+        dataset: a folder of images, a zip of one, or `demo`; none for a slider.
         name: the run's name; else date and dataset.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         config: a TOML file of settings.
@@ -195,7 +195,7 @@ class Training:
         like: a LoRA file whose settings are taken.
     """
 
-    dataset: Annotated[str, "DATASET"]
+    dataset: Annotated[str, "DATASET"] = ""
     name: str = ""
     base: str = ""
     config: Path | None = None

@@ -314,6 +314,9 @@ def _callback(verb: str) -> Callable[..., Call]:
         # 0 is a value too, which its verb refuses.
         if alone and sum(values[name] is not None and values[name] is not False for name in alone) != 1:
             raise typer.BadParameter(f"give exactly one of {', '.join(f'--{name}' for name in alone)}")
+        from_settings = values.get("set") or values.get("config") or values.get("like")
+        if verb in ("train", "forecast") and not values["dataset"] and not from_settings:
+            raise typer.BadParameter("give DATASET, or the two prompts of a slider by --set")
         return Call(verb, values)
 
     signature = inspect.Signature([one.typed() for one in parameters(verb)])

@@ -192,7 +192,7 @@ def event_text(event: events.Event, progress: Progress, config: RunConfig | None
             best = ", the best so far" if event.best else ""
             words = verdict(progress.validations)
             return (
-                f"step {event.step}  gain on held-out images {event.gain:+.4f} "
+                f"step {event.step}  gain on {event.on} {event.gain:+.4f} "
                 f"(standard error {event.standard_error:.4f}){best}" + (f". {words}" if words else "")
             )
         case events.PreviewDone():

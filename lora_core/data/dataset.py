@@ -47,6 +47,7 @@ from lora_core.data.images import (
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.errors import DatasetError, wrap_os_errors
+from lora_core.settings.config import RunConfig
 from lora_core.system.files import (
     DEMO_TRAIN,
     clean_text,
@@ -250,6 +251,30 @@ def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()
             sentence = _SUMMARIES[kind].format(len(members), names)
             found.append(FileProblem(members[0].path, kind, sentence, False))
     return found
+
+
+def run_dataset(config: RunConfig, unpack_into: Path) -> Dataset:
+    """The images that a run trains on, see `open_dataset`; a concept slider has none.
+
+    Raises:
+        DatasetError: it cannot be opened.
+    """
+    return Dataset([], []) if config.slider.on else open_dataset(config.dataset.path, unpack_into)
+
+
+def measured_dataset(config: RunConfig, unpack_into: Path) -> Dataset:
+    """The images of a run that is to be measured on them.
+
+    Raises:
+        DatasetError: it cannot be opened, an image cannot be used, or it is a slider.
+    """
+    if config.slider.on:
+        raise DatasetError(
+            f"{config.name} is a slider, trained without images: there are none to measure it on."
+        )
+    dataset = run_dataset(config, unpack_into)
+    require_clean(dataset)
+    return dataset
 
 
 def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:

@@ -18,7 +18,7 @@ import torch
 
 from lora_core.data.audit import TrainingView, step_shares, words_of
 from lora_core.data.captions import plain_caption, split_tags
-from lora_core.data.dataset import open_dataset, require_clean, split_holdout
+from lora_core.data.dataset import measured_dataset, split_holdout
 from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import (
@@ -403,8 +403,7 @@ def measure_run_images(
         DatasetError, ModelFileError, AdapterFileError: the images, the base or the adapter cannot be read.
     """
     config, step = run.config(), run.step_of(which)
-    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
-    require_clean(dataset)
+    dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
     base = (open_base or _load_base)(config.model)
     weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
     rows = image_rows(base, dataset.records, weights, config, draws, on_progress)

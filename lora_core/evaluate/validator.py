@@ -77,6 +77,11 @@ class EvalImage:
     caption: str
     sizes: torch.Tensor | None = None
 
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """Of its draws, (K,)."""
+        return self.draws.timesteps
+
 
 def encode_eval_image(
     base: BaseModel, record: ImageRecord, caption: str, draws: int, seed: int, resolution: int = 0

@@ -48,12 +48,14 @@ def export_metadata(
         steps: optimizer steps done.
         times: when the run began and when this state was reached, in seconds since the epoch.
     """
-    section, trigger, objective = config.adapter, config.dataset.trigger, base.noise.objective
+    section, objective = config.adapter, base.noise.objective
+    trigger = "" if config.slider.on else config.dataset.trigger
     family, name, side = base.family, _last_name(config.name), config.train.resolution or base.resolution
     title = base.family.title if base.name == "demo" else Path(base.name).name
     folder = "demo" if config.dataset.path == "demo" else Path(_last_name(config.dataset.path)).stem
     finished = datetime.fromtimestamp(times[1], UTC).replace(microsecond=0)
     version = importlib.metadata.version("lora-easel")
+    dirs = {folder: {"n_repeats": 1, "img_count": len(captions)}} if captions else {}
     sizes = [{"resolution": list(size), "count": count} for size, count in sorted(buckets.items())]
     texts = {
         "ss_output_name": name,
@@ -73,8 +75,8 @@ def export_metadata(
         "ss_steps": str(steps),
         "ss_seed": str(config.seed),
         "ss_min_snr_gamma": str(config.loss.gamma(objective)),
-        "ss_tag_frequency": json.dumps({folder: count_tags(list(captions))}),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(captions)}}),
+        "ss_tag_frequency": json.dumps({one: count_tags(list(captions)) for one in dirs}),
+        "ss_dataset_dirs": json.dumps(dirs),
         "ss_bucket_info": json.dumps({"buckets": {str(index): size for index, size in enumerate(sizes)}}),
         # ModelSpec 1.0.0, https://github.com/Stability-AI/ModelSpec.
         "modelspec.sai_model_spec": "1.0.0",
@@ -84,12 +86,17 @@ def export_metadata(
         "modelspec.date": finished.isoformat(),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if objective == "v_prediction" else objective,
-        "modelspec.description": f"LoRA adapter for {_last_name(title)}, made with LoRA Easel {version}",
+        "modelspec.description": f"{_kind(config)} for {_last_name(title)}, made with LoRA Easel {version}",
         **_settings_texts(config),
     }
     if trigger:
         texts["modelspec.trigger_phrase"] = trigger
     return texts
+
+
+def _kind(config: RunConfig) -> str:
+    slider = config.slider
+    return f"Slider from “{slider.negative}” (-1) to “{slider.positive}” (1)" if slider.on else "LoRA adapter"
 
 
 def _settings_texts(config: RunConfig) -> dict[str, str]:

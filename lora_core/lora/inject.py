@@ -136,6 +136,11 @@ class Injected:
         """The adapted components."""
         return list(dict.fromkeys(part for part, _ in self.layers))
 
+    @property
+    def strength(self) -> float:
+        """What the update of every layer is multiplied by."""
+        return next(iter(self.layers.values())).strength
+
     def set_strength(self, strength: float) -> None:
         """Multiply the update of every layer by `strength`; at 0 the base is computed, bit for bit."""
         for layer in self.layers.values():

@@ -15,7 +15,7 @@ from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import OPTIMIZERS, TARGETS, chosen, last_matches, rows
+from lora_core.settings.schema import OPTIMIZERS, SLIDER_STRENGTHS, TARGETS, chosen, last_matches, rows
 from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
@@ -70,7 +70,8 @@ def num_adapters(config: RunConfig) -> int:
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
     side = config.train.resolution or _USUAL_SIDE
-    return int(max(2, len(config.sample.prompts)) * side * side * _PIXEL) * num_adapters(config)
+    images = max(2, len(config.sample.prompts)) * (len(SLIDER_STRENGTHS) if config.slider.on else 1)
+    return int(images * side * side * _PIXEL) * num_adapters(config)
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:

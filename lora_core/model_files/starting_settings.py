@@ -31,13 +31,14 @@ from lora_core.settings.config import (
 from lora_core.settings.schema import OPTIMIZERS
 from lora_core.system.files import PRESETS, parse_json, read_table
 
-GOALS = {"character": "Character", "style": "Style", "object": "Object"}
+GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
 
 
 def preset_names() -> list[str]:
-    """All presets: `demo`, and each goal with each level ("style-balanced")."""
-    return ["demo", *(f"{goal}-{level}" for goal in GOALS for level in LEVELS)]
+    """All presets: `demo` and a slider's for the same base, and each goal with each level
+    ("style-balanced")."""
+    return ["demo", *(f"{goal}-{level}" for goal in GOALS for level in LEVELS), "slider-demo"]
 
 
 @functools.cache
@@ -112,6 +113,22 @@ class LoraSettings:
             self.left.append(f"The {label_of(name).lower()} {_short(text)} is not known here.")
         except ValueError:
             self.left.append(f"{label_of(name)} is {_short(text)} there, which is not a number.")
+
+
+def is_slider(path: Path) -> bool:
+    """Whether a LoRA file says in its header that it is a concept slider; not where it cannot be read."""
+    try:
+        return _is_slider(path, path.stat().st_mtime_ns)
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def _is_slider(path: Path, changed: int) -> bool:
+    with contextlib.suppress(AdapterFileError, ValueError, RecursionError, AttributeError):
+        settings = tomllib.loads(read_header(path).metadata.get(CONFIG_KEY, ""))
+        return bool(settings.get("slider", {}).get("positive"))
+    return False
 
 
 def _short(value: Any) -> str:

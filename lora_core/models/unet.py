@@ -156,6 +156,19 @@ class NoiseSchedule:
         signal, spread = self._factors(timesteps, latents)
         return signal * noise - spread * latents
 
+    def denoise(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor, to: torch.Tensor
+    ) -> torch.Tensor:
+        """A DDIM step without noise from `timesteps` to the lower ones `to`, both (B,), given what was
+        predicted, all (B, C, h, w). Source: Song et al. 2021, equation 12 with sigma = 0."""
+        signal, spread = self._factors(timesteps, noisy)
+        if self.objective == "epsilon":
+            return self.add_noise((noisy - spread * prediction) / signal, prediction, to)
+        if self.objective == "flow":
+            return self.add_noise(noisy - spread * prediction, noisy + signal * prediction, to)
+        clean, noise = signal * noisy - spread * prediction, spread * noisy + signal * prediction
+        return self.add_noise(clean, noise, to)
+
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio a / (1 - a) at each timestep, (B,)."""
         share = self.alphas_cumprod.to(timesteps.device)[timesteps]

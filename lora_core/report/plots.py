@@ -246,13 +246,14 @@ def gain_curves(
     def paired(one: events.Validated) -> float:
         return one.against_best_error if math.isfinite(one.against_best_error) else one.standard_error
 
-    held = curve(name or "Held out", style, "gain", paired)
+    measured = "Wanted change" if found and found[-1].on == events.WANTED_CHANGE else "Held out"
+    held = curve(name or measured, style, "gain", paired)
     if name:
         return held
     return [
         *held,
         *curve("Training", "second", "train_gain"),
-        *curve("Held out, raw", "raw", "raw_gain"),
+        *curve(f"{measured}, raw", "raw", "raw_gain"),
         *curve("Base's own", "third", "prior", lambda one: one.prior_error, hidden=True),
     ]
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_caption
-from lora_core.data.dataset import open_dataset, require_clean, split_holdout
+from lora_core.data.dataset import measured_dataset, split_holdout
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
@@ -70,8 +70,7 @@ def run_evaluator(
         DatasetError: the images are gone, or none was held out.
         ModelFileError: the base is gone.
     """
-    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
-    require_clean(dataset)
+    dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
     _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     if not held:
         raise DatasetError(f"{run.name} held no image out, so there is nothing to measure it on.")
@@ -353,14 +352,15 @@ def _learned_sentence(data: ReportData, found: list[events.Validated]) -> str:
             else "Nothing was trained yet."
         )
     best, last = events.best_of(found), found[-1]
+    what = f"{last.on} {'are' if last.on == events.HELD_OUT else 'is'} predicted"
     if best is None or best.gain < events.SURE * events.known_error(best.standard_error):
         if last.gain < -events.SURE * events.known_error(last.standard_error):
-            return "It did not learn: held-out images are predicted worse than by the base."
-        return "The gain on held-out images is within noise."
+            return f"It did not learn: {what} worse than by the base."
+        return f"The gain on {last.on} is within noise."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
     much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
     at = "at the end" if best.step == data.progress.step else f"at best at step {best.step:,}"
-    sentence = f"It learned: held-out images are predicted {much}, {at}."
+    sentence = f"It learned: {what} {much}, {at}."
     return f"{sentence} {_overcooked(best, last, data.best)}".strip()
 
 

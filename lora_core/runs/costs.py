@@ -29,7 +29,7 @@ from lora_core.runs.events import Progress, best_of, known_error
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
 from lora_core.settings.config import FIELDS, RunConfig
-from lora_core.settings.schema import AUTO
+from lora_core.settings.schema import AUTO, SLIDER_IMAGES, SLIDER_STRENGTHS
 from lora_core.system.files import check_fields, file_bytes, read_json, write_atomically
 from lora_core.system.hardware import Gpu
 
@@ -121,7 +121,8 @@ def cost_key(config: RunConfig) -> str:
     train["resolution"] = train["resolution"] or lookup_base(base).resolution
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
-    return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0])
+    own = [["slider", config.slider.passes()]] if config.slider.on else []
+    return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0, *own])
 
 
 def read_costs(workspace: Path, device: str) -> dict[str, StepCost]:
@@ -159,7 +160,9 @@ def step_passes(config: RunConfig) -> float:
     """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
     side = config.train.resolution or lookup_base(config.model.base).resolution
     images = config.train.batch_size * config.train.gradient_accumulation_steps
-    return (CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS) * images * float(side) ** 2
+    passes = CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS
+    passes += config.slider.passes() if config.slider.on else 0
+    return passes * images * float(side) ** 2
 
 
 def forecast_run(
@@ -245,10 +248,14 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
         images: how many there are.
     """
     steps, preview, validation = config.train.steps, config.sample, config.validation
-    prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
+    slider = config.slider.on
+    prompts = len(preview.prompts) or min(USUAL_PROMPTS, USUAL_PROMPTS if slider else images)
+    prompts *= len(SLIDER_STRENGTHS) if slider else 1
     sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * sizes.num_adapters(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
     rated = sizes.num_adapters(config) + (1 if validation.memorization else 0)
+    if slider:  # at strength 1 and -1
+        held, rated = max(SLIDER_IMAGES, len(config.slider.preserve)), 2 * sizes.num_adapters(config)
     passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
     own = lookup_base(config.model.base).resolution

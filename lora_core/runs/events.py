@@ -99,11 +99,19 @@ class StepDone(Event):
     seconds: float
 
 
+HELD_OUT, WANTED_CHANGE = "held-out images", "the wanted change"
+"""What a gain is measured on: see `Validated`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
     """Gain on held-out images: base loss minus adapted loss, mean over triples, with its standard error.
 
+    A concept slider has none. Its loss is the squared distance of the adapter's predictions at strength 1 and
+    -1 from the wanted ones, so that the gain is the share of `base_loss` that it has learned to add.
+
     Attributes:
+        on: what it was measured on, in words.
         best: whether this is now the best step, by the rule of `evaluate/validator.py`.
         against_best, against_best_error: the gain less that of the best step before, paired; NaN at the
             first.
@@ -133,6 +141,7 @@ class Validated(Event):
     raw_against: float = math.nan
     raw_against_error: float = math.nan
     bands: list[dict[str, float]] = field(default_factory=list)
+    on: str = HELD_OUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -568,10 +577,10 @@ def _describe_gain(found: Sequence[Validated]) -> str:
     last, best = found[-1], best_of(found)
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return f"At step {last.step:,} it predicts held-out images worse than the base does."
+            return f"At step {last.step:,} it predicts {last.on} worse than the base does."
         return f"No significant gain up to step {last.step:,}."
     if last.step == best.step:
-        return "Still gaining." if len(found) > 1 else f"It gains on held-out images: {best.gain:+.4f}."
+        return "Still gaining." if len(found) > 1 else f"It gains on {best.on}: {best.gain:+.4f}."
     if last.against_best < -SURE * known_error(last.against_best_error):
         return f"It has become worse since step {best.step:,}; the file of that step is better."
     return f"No further gain since step {best.step:,}."

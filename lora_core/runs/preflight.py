@@ -18,7 +18,7 @@ from lora_core.data.dataset import (
     describe_unused,
     first_problems,
     num_holdout,
-    open_dataset,
+    run_dataset,
     split_holdout,
     summarize_notes,
 )
@@ -57,7 +57,8 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            dataset, picture, unused, caption, resolution, validation, or the kind of a note on the dataset.
+            slider, dataset, picture, unused, caption, resolution, validation, or the kind of a note on the
+            dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -93,17 +94,20 @@ def preflight(
     """
     facts, found = check_base(config)
     records: list[ImageRecord] = []
+    texts = [("the slider", caption) for caption in config.slider.captions()]
+    found += _slider(config)
     try:
-        if dataset is None:
-            dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
-        records = dataset.records
-        found = [*_images(dataset, config.dataset.ignore_unused), *_holdout(records, config), *found]
+        if not config.slider.on:
+            dataset = dataset or run_dataset(config, workspace / "cache" / "datasets")
+            records = dataset.records
+            texts = [(one.path.name, with_trigger(one.caption, config.dataset.trigger)) for one in records]
+            found = [*_images(dataset, config.dataset.ignore_unused), *_holdout(records, config), *found]
     except DatasetError as error:
         found = [RunProblem("dataset", str(error)), *found]
     family = facts.family if facts else None
     if facts is not None:
         found += _resolution(config.train.resolution, facts.multiple)
-        found += _captions(records, config, facts)
+        found += _captions(texts, config, facts)
     if config.name:
         folder = runs_folder(workspace)
         found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
@@ -262,6 +266,8 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
             f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
             f" ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1."
         )
+    elif optim.range_test and config.slider.on:
+        wrong = "The range test measures images, and a slider has none; give optimizer.lr a number."
     elif optim.range_test and row.one_rate:
         wrong = f"{row.title} finds its own rate; turn optimizer.range_test off."
     elif optim.range_test and not optim.lr:
@@ -308,6 +314,43 @@ def _images(dataset: Dataset, ignore_unused: bool) -> list[RunProblem]:
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
+UNUSED_BY_SLIDERS = ("trigger", "flip", "tag_dropout", "shuffle_tags", "keep_tags", "ignore_unused")
+"""Settings of a dataset that say how its images and captions are drawn."""
+
+
+def _slider(config: RunConfig) -> list[RunProblem]:
+    """What keeps a concept slider from having a direction, and what plays no part for it, or without it."""
+    slider, usual = config.slider, RunConfig()
+    if not slider.on:
+        given = next((f"slider.{name}" for name in ("target", "preserve") if getattr(slider, name)), "")
+        sentence = f"{given} plays no part without slider.positive and slider.negative, which make a slider."
+        return [RunProblem("slider", sentence, False)] if given else []
+    found = []
+    empty = next((name for name in ("positive", "negative") if not getattr(slider, name).strip()), "")
+    if empty:
+        found.append(RunProblem("slider", f"slider.{empty} is empty; a slider needs two opposite prompts."))
+    elif slider.positive.strip() == slider.negative.strip():
+        sentence = f"slider.positive and slider.negative are both {slider.positive!r}; give opposite prompts."
+        found.append(RunProblem("slider", sentence))
+    if config.adapter.auto_rank:
+        sentence = "adapter.rank = auto measures images, and a slider has none; give adapter.rank a number."
+        found.append(RunProblem("slider", sentence))
+    if config.optimizer.text_encoder_lr or config.optimizer.text_encoder_2_lr:
+        sentence = (
+            "A slider with a trained text encoder changes other prompts too; optimizer.text_encoder_lr = 0"
+            " leaves them alone."
+        )
+        found.append(RunProblem("slider", sentence, False))
+    names = [
+        name for name in UNUSED_BY_SLIDERS if getattr(config.dataset, name) != getattr(usual.dataset, name)
+    ]
+    if names:
+        listed = ", ".join(f"dataset.{name}" for name in names)
+        sentence = f"A slider is trained without images, so that {listed} can do nothing."
+        found.append(RunProblem("slider", sentence, False))
+    return found
+
+
 def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     try:
         if any(record.held_out for record in records):
@@ -331,17 +374,16 @@ def _resolution(asked: int, multiple: int) -> list[RunProblem]:
     return [RunProblem("resolution", sentence, False)]
 
 
-def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """Captions of which the end is not read."""
+def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """Captions, given with what they are of, of which the end is not read."""
     limit = config.train.max_token_length
     cut: list[tuple[str, str]] = []
     try:
-        for record in records:
-            lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
-            parts = (truncated_part(line, limit, facts.tokenizer) for line in lines)
+        for name, text in texts:
+            parts = (truncated_part(line, limit, facts.tokenizer) for line in text.splitlines())
             beyond = max(parts, key=len, default="")
             if beyond:
-                cut.append((record.path.name, beyond))
+                cut.append((name, beyond))
     except ModelFileError as error:
         return [RunProblem("caption", f"The length of the captions could not be checked. {error}", False)]
     if not cut:

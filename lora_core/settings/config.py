@@ -57,6 +57,7 @@ class RunConfig(schema.Section):
     model: schema.ModelSection = Field(default_factory=schema.ModelSection)
     adapter: schema.AdapterSection = Field(default_factory=schema.AdapterSection)
     dataset: schema.DatasetSection = Field(default_factory=schema.DatasetSection)
+    slider: schema.SliderSection = Field(default_factory=schema.SliderSection)
     train: schema.TrainSection = Field(default_factory=schema.TrainSection)
     optimizer: schema.OptimizerSection = Field(default_factory=schema.OptimizerSection)
     loss: schema.LossSection = Field(default_factory=schema.LossSection)

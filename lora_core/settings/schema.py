@@ -39,6 +39,13 @@ NumberOrAuto = float | Literal["auto"]
 """A number, or `auto` where the base decides it."""
 AUTO_RANK = 16
 """The least that `adapter.rank = auto` trains at: a style needs 2 or 3, 32 gains 2% more (docs/rank.md)."""
+SLIDER_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+"""Of a concept slider: its range in the preview, and the images of its samples."""
+SLIDER_IMAGES = 4
+"""Images at least that a slider is measured along."""
+SLIDER_STEPS = 8
+"""Sampler steps to the noisy latents of a slider's micro-batch: fewer than the 50 of Concept Sliders, as each
+costs a prediction, or two."""
 MIN_SNR = 5.0
 """gamma of min-SNR where it is on by default: the value that Hang et al. 2023 recommend."""
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?")
@@ -396,6 +403,49 @@ class DatasetSection(Section):
     """This many tags at the start are neither shuffled nor dropped."""
     ignore_unused: bool = Field(False, title="Ignore masks and regularisation images")
     """Train without them. They are not used yet, so that a dataset with some is refused unless this is on."""
+
+
+class SliderSection(Section):
+    """A concept slider: an adapter from opposite prompts alone, whose strength is the dial.
+
+    Source: Gandikota et al. 2023, "Concept Sliders: LoRA Adaptors for Precise Control in Diffusion Models".
+    """
+
+    positive: str = Field("", title="More of")
+    """A prompt with what strength 1 adds, such as "a very old man". With it and its opposite a slider is
+    trained from prompts alone, without images."""
+    negative: str = Field("", title="Less of")
+    """The opposite prompt, such as "a very young man": what strength -1 adds."""
+    target: str = Field("", title="Acts on")
+    """A prompt of what the slider changes, such as "a man". Empty: any image."""
+    preserve: list[str] = Field([], title="Keep")
+    """What must stay as it is while the dial moves, such as "a bearded person": one a line, each put before
+    all three prompts in turn."""
+    guidance: float = Field(2.0, title="Slider guidance", gt=0.0, le=100.0)
+    """How far strength 1 goes, in differences between the two prompts (eta of Gandikota et al. 2023)."""
+
+    @property
+    def on(self) -> bool:
+        """Whether a slider is trained."""
+        return bool(self.positive or self.negative)
+
+    def prompts(self) -> list[tuple[str, str, str]]:
+        """Target, positive and negative prompt, once for each line of `preserve`."""
+        own = (self.target, self.positive, self.negative)
+        joined = [
+            [", ".join(filter(None, (kept, prompt))) for prompt in own] for kept in self.preserve or [""]
+        ]
+        return [(target, positive, negative) for target, positive, negative in joined]
+
+    def captions(self) -> list[str]:
+        """All texts that training reads, the negative prompt of guidance included; none where it is off."""
+        prompts = ["", *(prompt for three in self.prompts() for prompt in three)]
+        return list(dict.fromkeys(prompts)) if self.on else []
+
+    def passes(self) -> int:
+        """Predictions without a gradient that a micro-batch takes beside its training step."""
+        guided = any(target for target, _, _ in self.prompts())
+        return 3 + SLIDER_STEPS * (1 + guided)
 
 
 class TrainSection(Section):

@@ -41,7 +41,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import OPTIMIZERS, TrainSection, require_package
 from lora_core.system.files import free_bytes
 from lora_core.train import setup
-from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.train.data import Batch, Batches, PromptCache, SliderBatches
 from lora_core.train.loop import (
     StepSettings,
     TrainState,
@@ -521,14 +521,22 @@ def _time_steps(
     base.load(*base.text_encoders)
     layout = setup.plan_adapter(base, config)
     tokens = train.max_token_length
-    text = PromptCache(base, offload_folder, layout.encoders_trained, train.clip_skip, tokens)
+    slider = config.slider
+    text = PromptCache(base, offload_folder / "text", layout.encoders_trained, train.clip_skip, tokens)
     if not layout.encoders_trained:
         text.embed_batch([CAPTION])
+        for caption in slider.captions():
+            text.embed(caption)
         text.release()
     base.load(base.family.denoiser, "vae")
     on_step(0, TIMED_STEPS)
     side = train.resolution or base.resolution
-    batches = _Noise(base, choose_bucket(side, side, side, base.size_multiple), train.batch_size)
+    bucket = choose_bucket(side, side, side, base.size_multiple)
+    batches: Batches = (
+        SliderBatches(base, slider, train.batch_size, bucket.width, 0)
+        if slider.on
+        else _Noise(base, bucket, train.batch_size)
+    )
     state, _ = setup.build_train_state(base, layout, config, "")
     seconds: list[float] = []
     for step in training_steps(state, batches, text, StepSettings(config, TIMED_STEPS), 0):

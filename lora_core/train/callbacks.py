@@ -23,6 +23,7 @@ from PIL import Image
 
 from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.formats.io import load_adapter
+from lora_core.generate.grid import Axis, grid_settings, make_image_grid
 from lora_core.generate.pipeline import infotext, sample_image, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights
@@ -32,7 +33,7 @@ from lora_core.runs import events
 from lora_core.runs.events import Progress, describe_average
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SampleSection, ValidationSection
+from lora_core.settings.schema import SLIDER_STRENGTHS, SampleSection, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.system.processes import StopRequest
 from lora_core.tools.shrink import MeasuredCut, automatic_ranks
@@ -509,6 +510,7 @@ class Sample(Callback):
         super().__init__(context, config.sample.every)
         self._session = session
         self._section = config.sample
+        self._strengths = SLIDER_STRENGTHS if config.slider.on else (1.0,)
         self._size = preview_bytes(config)
 
     def __call__(self, step: int) -> None:
@@ -520,14 +522,15 @@ class Sample(Callback):
         run, session = self.context.run, self._session
         require_room(run.path, self._size, f"The samples of step {step}")
         has_raw = bool(step) and session.state.average is not None
-        report = self.context.working(step, "Sampling", len(session.prompts) * (1 + has_raw))
+        images = len(session.prompts) * len(self._strengths)
+        report = self.context.working(step, "Sampling", images * (1 + has_raw))
         stem = run.previews / f"step-{step:06d}"
         name = run.name if step else ""
-        files = draw_samples(session, self._section, stem, name, report)
+        files = draw_samples(session, self._section, stem, name, report, self._strengths)
         raw: list[Path] = []
         if has_raw:
             stem, name = stem.with_name(f"{stem.name}{RAW_SUFFIX}"), f"{name}{RAW_SUFFIX}"
-            raw = draw_samples(session, self._section, stem, name, report, averaged=False)
+            raw = draw_samples(session, self._section, stem, name, report, self._strengths, averaged=False)
         relative, relative_raw = ([self.context.relative(path) for path in paths] for paths in (files, raw))
         self.context.emit(
             events.PreviewDone(step=step, files=relative, prompts=session.prompts, raw_files=relative_raw)
@@ -536,25 +539,32 @@ class Sample(Callback):
 
 def draw_samples(
     session: TrainSession, section: SampleSection, stem: Path, name: str, on_step: OnStep,
-    averaged: bool = True,
+    strengths: tuple[float, ...] = (1.0,), averaged: bool = True,
 ) -> list[Path]:  # fmt: skip
     """Draw one image for each of the session's prompts, all with the section's seed, to `stem`-0.png, ...
 
     `name` of the adapter is for the images' metadata, "" for images of the base without it; `averaged` puts
-    the average in the adapter's place, if there is one.
+    the average in the adapter's place, if there is one. With several `strengths` each is a strip of them.
     """
     state = session.state
     request = GenerationRequest(
         seed=section.seed, steps=section.steps, cfg=section.cfg, cfg_rescale=section.cfg_rescale,
         sampler=section.sampler, loras=(WeightedLora(name),) if name else (),
     )  # fmt: skip
+    strengths = strengths if name else (0.0,)
+    strip = Axis("strength", strengths) if len(strengths) > 1 else None
     files = []
-    with evaluating(state, averaged), torch.no_grad(), at_strength(state.injected, 1.0 if name else 0.0):
-        negative = session.text.embed_negative()
+    with evaluating(state, averaged), torch.no_grad():
         for number, prompt in enumerate(session.prompts):
-            image = sample_image(state.base, request, session.text.embed(prompt), negative, on_step)
+            images = []
+            for strength in strengths:
+                with at_strength(state.injected, strength):
+                    text, negative = session.text.embed(prompt), session.text.embed_negative()
+                    images.append(sample_image(state.base, request, text, negative, on_step))
+            image = make_image_grid([images], [], strip.labels()) if strip else images[0]
             path = stem.with_name(f"{stem.name}-{number}.png")
-            save_png(image, path, infotext(state.base, replace(request, prompt=prompt)))
+            extra = grid_settings(None, strip) if strip else {}
+            save_png(image, path, infotext(state.base, replace(request, prompt=prompt), extra))
             files.append(path)
     return files
 
@@ -585,7 +595,7 @@ class Export:
         if last is not None and worse and is_valid(run.checkpoint(best)):
             self.context.warn(
                 step,
-                f"The file is that of step {best:,}, the best one: on held-out images the last step is"
+                f"The file is that of step {best:,}, the best one: on {last.on} the last step is"
                 f" {-last.against_best:.4f} worse (standard error {last.against_best_error:.4f}). Export can"
                 " still write the last.",
             )
@@ -631,7 +641,7 @@ class Export:
         validator, train = self.validate.validator, self.config.train
         if not measure:
             return None, "the run was asked to end"
-        if not validator.enabled:
+        if self.config.slider.on or not validator.enabled:
             return None, "no images are held out (validation.pictures, validation.every)"
         samples = 3 * step * train.batch_size * train.gradient_accumulation_steps // 10
         report = self.context.working(step, "Choosing ranks", RANK_PASSES)

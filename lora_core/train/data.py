@@ -18,10 +18,10 @@ from lora_core.data.images import Bucket, ImageRecord, hash_file, size_condition
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import PromptEmbeds
+from lora_core.models.unet import PromptEmbeds, default_time_ids
 from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
-from lora_core.settings.schema import DatasetSection
+from lora_core.settings.schema import DatasetSection, SliderSection
 
 AHEAD = 64
 """Captions that are encoded together where text encoders have to be moved to the device for it."""
@@ -117,6 +117,47 @@ class Batches:
                 batches.append([rows[i] if i < len(rows) else indices[i % len(indices)] for i in range(size)])
         draw.shuffle(batches)
         return batches
+
+
+@dataclass(frozen=True)
+class SliderBatch(Batch):
+    """One micro-batch of a concept slider: `captions` are what it acts on, with B prompts of each opposite,
+    and a direction, 1 or -1. `latents` are zeros, for their shape."""
+
+    positive: list[str]
+    negative: list[str]
+    direction: float
+
+
+class SliderBatches(Batches):
+    """All micro-batches of a concept slider, by number: prompts in place of images, one direction after the
+    other."""
+
+    def __init__(
+        self, base: BaseModel, section: SliderSection, batch_size: int, side: int, seed: int
+    ) -> None:
+        """Draw the prompts of `batch_size` rows from those of `section`; images are `side` pixels large."""
+        edge = side // base.vae_scale_factor
+        self._latents = torch.zeros(batch_size, base.latent_channels, edge, edge)
+        self._sizes = default_time_ids(batch_size, side, side)
+        self._prompts, self._captions_read = section.prompts(), section.captions()
+        self._seed = seed
+
+    def batch(self, number: int) -> SliderBatch:
+        """Micro-batch `number`, counted from 0 over the whole run."""
+        draw = random.Random(f"{self._seed}/slider/{number}")
+        rows = draw.choices(self._prompts, k=len(self._latents))
+        target, positive, negative = (list(column) for column in zip(*rows, strict=True))
+        direction = -1.0 if number % 2 else 1.0
+        return SliderBatch(self._latents, target, target, self._sizes, positive, negative, direction)
+
+    def captions(self, number: int) -> list[str]:
+        """All prompts."""
+        return self._captions_read
+
+    def heaviest(self) -> int:
+        """The number of a micro-batch; all are as heavy."""
+        return 0
 
 
 class LatentCache:

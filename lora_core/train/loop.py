@@ -8,9 +8,10 @@ state is saved. Learning-rate schedules are pure functions of progress for the s
 """
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,12 +24,21 @@ from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import HUBER_SCHEDULES, LOSSES, SCHEDULES, LossSection, chosen
-from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.settings.schema import (
+    HUBER_SCHEDULES,
+    LOSSES,
+    SCHEDULES,
+    SLIDER_STEPS,
+    LossSection,
+    chosen,
+)
+from lora_core.train.data import Batch, Batches, PromptCache, SliderBatch
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm when clipping, as `torch.nn.utils.clip_grad_norm_` does."""
 RESTARTS = 3
+SLIDER_CFG = 3.0
+"""Guidance of the latents that a slider is trained on, as in LECO."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +175,17 @@ def backward_micro_batch(
         rows = slice(start, min(start + size, local.stop))
         dropout.micro_batch, dropout.rows = number, count
         dropout.first, dropout.last = rows.start, rows.stop
-        embeds = text.embed_batch(batch.captions[rows])
-        found = diffusion_loss(
-            state.base, batch.latents[rows], embeds, noise.rows(rows), config.loss, batch.sizes[rows]
-        )
+        if isinstance(batch, SliderBatch):
+            found = slider_loss(state, text, batch, rows, noise.rows(rows), config)
+        else:
+            embeds = text.embed_batch(batch.captions[rows])
+            found = diffusion_loss(
+                state.base, batch.latents[rows], embeds, noise.rows(rows), config.loss, batch.sizes[rows]
+            )
         state.scaler.scale(found.sum() / total if total > 1 else found.sum()).backward()
         losses.append(found.detach())
+    if isinstance(batch, SliderBatch):
+        state.injected.set_strength(1.0)
     state.flat_params.flush_grads()
     if (others := count - (local.stop - local.start)) or len(losses) != 1:
         before, after = torch.zeros(others, device=state.base.device).tensor_split([local.start])
@@ -253,9 +268,6 @@ def diffusion_loss(
 ) -> torch.Tensor:  # fmt: skip
     """The weighted loss of each image of a batch, (B,) in fp32 on the base's device.
 
-    What needs no gradient is computed on the CPU and copied together: on a card it would be a dozen small
-    kernels.
-
     Args:
         base: the base with the adapter in it.
         latents: (B, 4, h, w) on the CPU.
@@ -264,21 +276,104 @@ def diffusion_loss(
         rules: type of error and its weights.
         sizes: (B, 6) on the CPU, see `NoisePredictor.predict_noise`.
     """
+    noisy = base.noise.add_noise(latents, draw.noise, draw.timesteps)
+    target = base.noise.target(latents, draw.noise, draw.timesteps)
+    return prediction_loss(base, (noisy, target), draw.timesteps, text, rules, sizes)
+
+
+def prediction_loss(
+    base: NoisePredictor, pair: tuple[torch.Tensor, torch.Tensor], timesteps: torch.Tensor,
+    text: PromptEmbeds, rules: LossSection, sizes: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The weighted error of what is predicted, (B,): see `diffusion_loss`; `pair` are the noisy latents and
+    what should be predicted for them, (B, 4, h, w) on the CPU.
+
+    What needs no gradient is computed on the CPU and copied together: on a card it would be a dozen small
+    kernels.
+    """
     gamma = rules.gamma(base.noise.objective)
     numbers = {
-        "noisy": base.noise.add_noise(latents, draw.noise, draw.timesteps),
-        "target": base.noise.target(latents, draw.noise, draw.timesteps),
-        "timesteps": draw.timesteps.float(),
-        "weight": min_snr_weight(base.noise, draw.timesteps, gamma),
+        "noisy": pair[0],
+        "target": pair[1],
+        "timesteps": timesteps.float(),
+        "weight": min_snr_weight(base.noise, timesteps, gamma),
     }
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
     sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.type, "loss.type").resolve()
-    delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
+    delta = functools.partial(huber_delta, base.noise, timesteps, rules)
     predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)
     return losses * sent["weight"] if gamma else losses
+
+
+def slider_loss(
+    state: TrainState,
+    text: PromptCache,
+    batch: SliderBatch,
+    rows: slice,
+    draw: NoiseSample,
+    config: RunConfig,
+) -> torch.Tensor:
+    """The loss of some rows of a micro-batch of a concept slider, (B,), with the adapter at the batch's
+    direction afterwards.
+
+    At strength d = 1 or -1 the adapter should predict base(target) + d eta (base(positive) -
+    base(negative)), for latents that it denoised itself from noise to a random timestep. The base's
+    predictions are those of the same weights at strength 0, so that nothing is loaded twice.
+
+    Source: Gandikota et al. 2023, equation 7, and LECO (github.com/p1atdev/LECO) for the latents.
+    """
+    base, injected = state.base, state.injected
+    with torch.no_grad():
+        injected.set_strength(batch.direction)
+        start = torch.full_like(draw.timesteps, base.noise.num_timesteps - 1)
+        targets, positives, negatives = (
+            prompts[rows] for prompts in (batch.captions, batch.positive, batch.negative)
+        )
+        noisy = partial_denoise(base, text, targets, draw.noise, (start, draw.timesteps), SLIDER_STEPS)
+        injected.set_strength(0.0)
+        target, shift = slider_target(base, text, (targets, positives, negatives), noisy, draw.timesteps)
+        wanted = target + batch.direction * config.slider.guidance * shift
+    injected.set_strength(batch.direction)
+    pair = noisy.cpu(), wanted.cpu()
+    embeds = text.embed_batch(targets)
+    return prediction_loss(base, pair, draw.timesteps, embeds, config.loss, batch.sizes[rows])
+
+
+def partial_denoise(
+    base: NoisePredictor, text: PromptCache, prompts: list[str], noisy: torch.Tensor,
+    span: tuple[torch.Tensor, torch.Tensor], steps: int,
+) -> torch.Tensor:  # fmt: skip
+    """Latents (B, 4, h, w) on the base's device, taken in so many DDIM steps from one timestep to a lower
+    one, `span` (B,) and (B,), under B prompts with guidance."""
+    first, last = span
+    guided = any(prompts)
+    embeds = text.embed_batch(prompts)
+    if guided:
+        embeds = PromptEmbeds.cat([text.embed_negative().expand(len(prompts)), embeds])
+    latents = noisy.to(base.device)
+    stops = [(first + (last - first) * done / steps).round().long() for done in range(steps + 1)]
+    for at, to in itertools.pairwise(stop.to(base.device) for stop in stops):
+        if guided:
+            without, under = base.predict_noise(latents.repeat(2, 1, 1, 1), at.repeat(2), embeds).chunk(2)
+            predicted = without + SLIDER_CFG * (under - without)
+        else:
+            predicted = base.predict_noise(latents, at, embeds)
+        latents = base.noise.denoise(latents, predicted, at, to)
+    return latents
+
+
+def slider_target(
+    base: NoisePredictor, text: PromptCache, prompts: Sequence[list[str]], noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the base, at strength 0, predicts for B target prompts, and how far apart its predictions for the
+    positive and the negative ones are, both (B, 4, h, w); `noisy` is on the base's device."""
+    at = timesteps.to(base.device)
+    target, positive, negative = (base.predict_noise(noisy, at, text.embed_batch(each)) for each in prompts)
+    return target, positive - negative
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

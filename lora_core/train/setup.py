@@ -19,7 +19,7 @@ import torch
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import open_dataset, require_clean, split_holdout
+from lora_core.data.dataset import require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
@@ -49,9 +49,14 @@ from lora_core.runs.preflight import require_used
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import expand_home, write_atomically
-from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
+from lora_core.train.data import Batches, LatentCache, PromptCache, SliderBatches, TrainImage
 from lora_core.train.loop import EMA, TrainState
-from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets
+from lora_core.train.validation import (
+    ForgettingSet,
+    ValidationSets,
+    build_slider_set,
+    build_validation_sets,
+)
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total); what it raises ends the work."""
@@ -471,11 +476,12 @@ def prepare(
     more = base_inputs(config.model)
     if (start := start_file(config.adapter)) is not None:
         more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
-    dataset = open_dataset(config.dataset.path, cache / "datasets")
+    dataset = run_dataset(config, cache / "datasets")
     require_clean(dataset)
     require_used(run, lambda: dataset)
     check_inputs(run, dataset.records, accept_changes, more)
-    train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
+    slider, section = config.slider, config.validation
+    train, held = split_holdout(dataset.records, 0.0 if slider.on else section.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     base = open_base_for(config, device, dtype_of(plan.precision, device), plan.rungs, cache)
@@ -483,26 +489,25 @@ def prepare(
     base.load("vae")
     latents = LatentCache(base, cache / "latents")
     resolution = config.train.resolution or base.resolution
-    items = assign_buckets(train, resolution, base.size_multiple)
+    items = [] if slider.on else assign_buckets(train, resolution, base.size_multiple)
     held_items = assign_buckets(held, resolution, base.size_multiple) if held else []
     wanted = [*all_views(items, config.dataset.flip), *all_views(held_items, False)]
     _encode_pictures(base, latents, wanted, say)
-    section = config.validation
     sets = build_validation_sets(items, held_items, latents, config, base.noise.num_timesteps)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
     text = PromptCache(base, cache / "text", layout.encoders_trained, clip_skip, max_token_length)
     rules = config.dataset
-    prompts = sample_prompts(config, held or train)
+    prompts = sample_prompts(config, held or train, base.family)
+    identity = short_digest(sorted(more.items()))
     if section.forgetting and section.every and section.pictures:
-        identity = short_digest(sorted(more.items()))
         sets.forgetting = ForgettingSet(base, text, cache / "prior", identity, section.forgetting, resolution)
     if not layout.encoders_trained:
         fixed = [record for record in train if not varies_by_draw(record.caption, rules)]
         captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
         captions += [one.caption for one in (*sets.held_out, *sets.training)]
-        captions += [*prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
+        captions += [*slider.captions(), *prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
         captions = list(dict.fromkeys(captions))
         for done, caption in enumerate(captions):
             say("Encoding captions", done, len(captions))
@@ -512,10 +517,23 @@ def prepare(
     waiting = _load_denoiser(base, layout)
     state, notes = build_train_state(base, layout, config, plan.layout)
     fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
-    batches = Batches(items, latents, rules, config.train.batch_size, config.dataset.flip, config.seed)
+    batches = build_batches(config, base, items, latents)
+    sets.slider = build_slider_set(state, text, batches, config, (cache / "slider", identity), say)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
     return TrainSession(state, batches, text, sets, items, prompts, sentences, cache, fallbacks)
+
+
+def build_batches(
+    config: RunConfig, base: BaseModel, items: list[TrainImage], latents: LatentCache
+) -> Batches:
+    """The micro-batches of a run: of its images, or of a concept slider's prompts."""
+    count, slider, flip = config.train.batch_size, config.slider, config.dataset.flip
+    if not slider.on:
+        return Batches(items, latents, config.dataset, count, flip, config.seed)
+    side = config.train.resolution or base.resolution
+    bucket = choose_bucket(side, side, side, base.size_multiple)
+    return SliderBatches(base, slider, count, bucket.width, config.seed)
 
 
 def open_base_for(
@@ -573,11 +591,16 @@ def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bo
     return [(image, mirrored) for image in images for mirrored in ((False, True) if flip else (False,))]
 
 
-def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
-    """The prompts of samples: the user's, with the trigger word added, else captions of `records`."""
+def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
+    """The prompts of samples: the user's, with the trigger word added, else captions of `records`; for a
+    concept slider those that it acts on, else what the family's bases generate well."""
+    slider, trigger = config.slider, config.dataset.trigger
+    if slider.on:
+        own = [target for target, _, _ in slider.prompts() if target]
+        return config.sample.prompts or (own or list(family.prior_prompts))[:SAMPLE_PROMPTS]
     if config.sample.prompts:
-        return [with_trigger(prompt, config.dataset.trigger) for prompt in config.sample.prompts]
-    captions = dict.fromkeys(plain_caption(record.caption, config.dataset.trigger) for record in records)
+        return [with_trigger(prompt, trigger) for prompt in config.sample.prompts]
+    captions = dict.fromkeys(plain_caption(record.caption, trigger) for record in records)
     return list(captions)[:SAMPLE_PROMPTS]
 
 

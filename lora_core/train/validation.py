@@ -4,6 +4,7 @@ Three sets of images answer three questions. Held-out images: is there a gain? T
 is memorization? The base's own images: what is forgotten? The base's losses on them are measured once.
 """
 
+import functools
 import math
 import random
 import time
@@ -27,8 +28,9 @@ from lora_core.models.load import BaseModel
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.train.data import LatentCache, PromptCache, TrainImage
-from lora_core.train.loop import TrainState
+from lora_core.settings.schema import SLIDER_IMAGES
+from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
+from lora_core.train.loop import TrainState, partial_denoise, slider_target
 
 OnStep = Callable[[int, int], None]
 """Called with (done, total); what it raises ends the work."""
@@ -38,6 +40,8 @@ MIN_TRAINING_IMAGES = 4
 """So many training images are measured at least, where there are as many."""
 MAX_CROSSED = 16
 FEWEST_DRAWS, MOST_DRAWS = 8, 32
+STEPS_BETWEEN = 2
+"""Sampler steps between two of the points that a slider is measured at."""
 CROSSED = (
     "There are too few images to hold any out, so the gain is measured on training images, each with the"
     " caption of another: that tells whether the words are learned, and little of what is learned by heart."
@@ -108,7 +112,8 @@ class ForgettingSet:
 @dataclass
 class ValidationSets:
     """The images that answer a validation's three questions: `training` is empty and `forgetting` None where
-    these are not measured; `draws` per image, with their seed; notes for the user."""
+    these are not measured; a concept slider has `slider` in place of `held_out`; `draws` per image, with
+    their seed; notes for the user."""
 
     held_out: list[validator.EvalImage]
     training: list[validator.EvalImage] = field(default_factory=list)
@@ -116,10 +121,16 @@ class ValidationSets:
     draws: int = 0
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    slider: "list[EvalSlider]" = field(default_factory=list)
 
-    def by_name(self, on_step: OnStep) -> dict[str, list[validator.EvalImage]]:
+    @property
+    def measured(self) -> "Sequence[validator.EvalImage | EvalSlider]":
+        """What the gain is measured on."""
+        return self.slider or self.held_out
+
+    def by_name(self, on_step: OnStep) -> "dict[str, Sequence[validator.EvalImage | EvalSlider]]":
         """The sets that there are, with the adapter off; `on_step` is called while images are sampled."""
-        found = {"held out": self.held_out}
+        found: dict[str, Sequence[validator.EvalImage | EvalSlider]] = {"held out": self.measured}
         if self.training:
             found["training"] = self.training
         if self.forgetting is not None:
@@ -142,6 +153,8 @@ def build_validation_sets(
     section = config.validation
     if not section.every or not section.pictures:
         return ValidationSets([])
+    if config.slider.on:
+        return ValidationSets([], draws=section.draws_per_image, seed=config.seed)
 
     def to_eval(image: TrainImage, captioned: TrainImage | None = None) -> validator.EvalImage:
         """`image`, with the caption of another one if given."""
@@ -165,12 +178,97 @@ def build_validation_sets(
 
 @contextmanager
 def at_strength(injected: Injected, strength: float) -> Iterator[None]:
-    """The adapter at `strength` while the context is open, at 1 afterwards."""
+    """The adapter at `strength` while the context is open."""
+    before = injected.strength
     injected.set_strength(strength)
     try:
         yield
     finally:
-        injected.set_strength(1.0)
+        injected.set_strength(before)
+
+
+@dataclass(frozen=True)
+class EvalSlider:
+    """Points along one image of a concept slider's prompt, at which the wanted change is known.
+
+    Attributes:
+        caption: the prompt that it acts on.
+        timesteps: (K,).
+        noisy: (K, C, h, w), as the base denoises them.
+        target: what the base predicts there, (K, C, h, w).
+        shift: what the adapter should add at strength 1, and take away at -1, (K, C, h, w).
+    """
+
+    caption: str
+    timesteps: torch.Tensor
+    noisy: torch.Tensor
+    target: torch.Tensor
+    shift: torch.Tensor
+
+
+def build_slider_set(
+    state: TrainState, text: PromptCache, batches: Batches, config: RunConfig, kept: tuple[Path, str],
+    say: Callable[[str, int, int], None],
+) -> list[EvalSlider]:  # fmt: skip
+    """The fixed points that a concept slider is measured on, along `SLIDER_IMAGES` images or one for each
+    prompt, made once and `kept` in a folder under a hash of the base; none for a run with images."""
+    section, prompts, base = config.validation, config.slider.prompts(), state.base
+    if not (config.slider.on and section.every and section.pictures):
+        return []
+    found, latents = [], batches.batch(0).latents[0]
+    count = min(max(SLIDER_IMAGES, len(prompts)), MAX_CROSSED)
+    with evaluating(state), at_strength(state.injected, 0.0), torch.no_grad():
+        for number in range(count):
+            say("Preparing validation", number, count)
+            three = prompts[number % len(prompts)]
+            draws = validator.eval_noise(
+                f"slider {number}", latents, section.draws_per_image, config.seed, base.noise.num_timesteps
+            )
+            how = (base.dtype, base.device.type, is_quantized(base.denoiser), config.train.clip_skip)
+            drawn = (number, len(draws.timesteps), config.seed, latents.shape)
+            file = kept[0] / f"{short_digest(kept[1], three, drawn, how)}.safetensors"
+            made = load_or_compute(file, functools.partial(_slider_points, base, text, three, draws))
+            shift = config.slider.guidance * made["shift"]
+            found.append(EvalSlider(three[0], draws.timesteps, made["value"], made["target"], shift))
+    return found
+
+
+def _slider_points(
+    base: BaseModel, text: PromptCache, prompts: tuple[str, str, str], draws: validator.EvalNoise
+) -> dict[str, torch.Tensor]:
+    """One image, denoised from the last timestep through all of `draws`; the base's predictions at each."""
+    at, latents = torch.tensor([base.noise.num_timesteps - 1]), draws.noise[:1]
+    rows = []
+    for timestep in draws.timesteps.flip(0).split(1):
+        latents = partial_denoise(base, text, [prompts[0]], latents, (at, timestep), STEPS_BETWEEN)
+        target, shift = slider_target(base, text, [[prompt] for prompt in prompts], latents, timestep)
+        rows.append((latents.cpu(), target.cpu(), shift.cpu()))
+        at = timestep
+    columns = (torch.cat(column) for column in zip(*reversed(rows), strict=True))
+    return dict(zip(("value", "target", "shift"), columns, strict=True))
+
+
+def slider_losses(
+    state: TrainState, points: Sequence[EvalSlider], encode: validator.Encode, on_step: OnStep
+) -> torch.Tensor:
+    """The squared distance of the prediction from the wanted one, the mean of strength 1 and -1 times the
+    present strength, for each point, (images, K) in fp64."""
+    base, strength = state.base, state.injected.strength
+    rows = []
+    for done, point in enumerate(points, start=1):
+        losses = torch.zeros(len(point.timesteps), dtype=torch.float64)
+        for direction in (1.0, -1.0):
+            with torch.no_grad(), at_strength(state.injected, direction * strength):
+                text = encode(point.caption)
+                for start in range(0, len(losses), validator.BATCH):
+                    part = slice(start, start + validator.BATCH)
+                    noisy, at = point.noisy[part].to(base.device), point.timesteps[part].to(base.device)
+                    predicted = base.predict_noise(noisy, at, text.expand(len(at))).cpu().double()
+                    wanted = point.target[part] + direction * point.shift[part]
+                    losses[part] += (predicted - wanted).square().flatten(1).mean(1) / 2
+        rows.append(losses)
+        on_step(done, len(points))
+    return torch.stack(rows)
 
 
 @contextmanager
@@ -236,7 +334,7 @@ class Validator:
     @property
     def enabled(self) -> bool:
         """Whether there is anything to measure."""
-        return bool(self._sets.held_out)
+        return bool(self._sets.measured)
 
     @property
     def passes(self) -> int:
@@ -308,8 +406,11 @@ class Validator:
         # Without the losses of the best step, the gains have to do.
         return gain > self.best.gain if math.isnan(against) else validator.is_better(against, error)
 
-    def _losses(self, images: list[validator.EvalImage], on_step: OnStep) -> torch.Tensor:
-        return validator.eval_losses(self.state.base, images, self._text.embed, on_step)
+    def _losses(self, images: Sequence[validator.EvalImage | EvalSlider], on_step: OnStep) -> torch.Tensor:
+        pictures = [image for image in images if isinstance(image, validator.EvalImage)]
+        if points := [image for image in images if isinstance(image, EvalSlider)]:
+            return slider_losses(self.state, points, self._text.embed, on_step)
+        return validator.eval_losses(self.state.base, pictures, self._text.embed, on_step)
 
     def _event(self, step: int, adapted: dict[str, torch.Tensor]) -> events.Validated:
         base, now = self._base_losses, adapted["held out"]
@@ -331,7 +432,9 @@ class Validator:
             less, spread = validator.paired_difference(now, adapted[RAW])
             raw = validator.paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
-        timesteps = torch.stack([image.draws.timesteps for image in self._sets.held_out])
+        if self._sets.slider:
+            found["on"] = events.WANTED_CHANGE
+        timesteps = torch.stack([image.timesteps for image in self._sets.measured])
         highest = self.state.base.noise.num_timesteps
         bands = validator.gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(

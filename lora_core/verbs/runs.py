@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lora_core.data.dataset import run_dataset
 from lora_core.data.images import Dataset
 from lora_core.errors import ConfigError, DatasetError, ModelFileError, RunError
 from lora_core.generate.grid import split_values
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
-from lora_core.model_files.starting_settings import settings_from_lora, starting_settings
+from lora_core.model_files.starting_settings import LEVELS, settings_from_lora, starting_settings
 from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
 from lora_core.runs.events import Event
 from lora_core.runs.folder import (
@@ -29,7 +30,7 @@ from lora_core.settings.schema import FORMATS, chosen
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.hardware import Hardware
-from lora_core.verbs import FILE_PRECISIONS, File, Found, Place, check_precision, load_images, verb
+from lora_core.verbs import FILE_PRECISIONS, File, Found, Place, check_precision, verb
 
 if TYPE_CHECKING:
     from lora_core.model_files.families import Family
@@ -42,7 +43,7 @@ NO_PLACES = ("", "demo", "default")
 
 @verb
 def train(
-    dataset: File,
+    dataset: File = "",
     name: str = "",
     settings: Mapping[str, Any] | None = None,
     preset: str = "",
@@ -50,7 +51,7 @@ def train(
     on_event: Callable[[Event], None] | None = None,
     like: File | None = None,
 ) -> "Outcome":
-    """Train an adapter on a dataset: make a run and train it to its end.
+    """Train an adapter on a dataset, or a slider from two prompts: make a run and train it to its end.
 
     Args:
         dataset, name, settings, preset, like: as for `run_config`.
@@ -69,7 +70,7 @@ def train(
 
 
 def run_config(
-    dataset: File,
+    dataset: File = "",
     name: str = "",
     settings: Mapping[str, Any] | None = None,
     preset: str = "",
@@ -78,25 +79,38 @@ def run_config(
     """The settings of a run to come: preset, what the base's family needs, those of `like`, then `settings`.
 
     Args:
-        dataset: a folder of images, a zip of one, or "demo".
+        dataset: a folder of images, a zip of one, or "demo"; "" for a concept slider, which has none.
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
-        preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
+        preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo", and for a
+            slider's.
         like: a LoRA file, see `model_files.settings_from_lora`; what it does not say stays as it is.
 
     Raises:
-        ConfigError: something is not a setting or not legal.
+        ConfigError: something is not a setting or not legal, or there is neither a dataset nor a slider, or
+            both.
         AdapterFileError: `like` says nothing of its training.
     """
     demo = str(dataset) == "demo"
     asked = {**(settings_from_lora(Path(like)).values if like else {}), **flattened(settings or {})}
-    asked["dataset.path"] = "demo" if demo else str(expand_home(dataset).absolute())
+    slider = bool(asked.get("slider.positive") or asked.get("slider.negative"))
+    if slider == bool(str(dataset)):
+        raise ConfigError(
+            f"A slider is trained without images: leave out the dataset {dataset}, or set slider.positive and"
+            " slider.negative to nothing."
+            if slider
+            else "Give a dataset, or the two prompts of a slider: slider.positive and slider.negative."
+        )
+    asked["dataset.path"] = str(dataset) if demo or slider else str(expand_home(dataset).absolute())
     # Before the preset's own rate is lost to the word `auto`.
     asked = dict(with_switches(asked))
+    if slider:
+        own = "demo" if asked.get("model.base", "demo") == "demo" else "balanced"
+        preset = f"slider-{preset or own}" if preset in ("", *LEVELS) else preset
     start = preset or ("demo" if demo else "")
     config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
     config = config.changed({place: _in_full(config.get(place)) for place in PLACES})
-    stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or "dataset"
+    stem = re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or ("slider" if slider else "dataset")
     name = name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
     return config.changed({"name": check_run_name(name)})
 
@@ -150,7 +164,7 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
     card = hardware.card()
     dataset = None
     with contextlib.suppress(DatasetError):  # `preflight` says it
-        dataset = load_images(config.dataset.path, place)
+        dataset = run_dataset(config, place / "cache" / "datasets")
     problems = preflight(config, place, dataset)
     if measure and facts:
         _measure_step(config, place, hardware.device)
@@ -292,7 +306,7 @@ def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFol
 
     def read() -> Dataset:
         try:
-            return load_images(folder.config().dataset.path, queue.workspace)
+            return run_dataset(folder.config(), queue.workspace / "cache" / "datasets")
         except DatasetError:  # its start says it
             return Dataset([], [])
 

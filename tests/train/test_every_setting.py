@@ -43,6 +43,7 @@ SAMPLED: Changes = {"sample.every": 1, "sample.cfg": 3.0, "train.steps": 1}
 V: Changes = {"model.prediction": "v_prediction"}
 TEXT: Changes = {"optimizer.text_encoder_lr": 5e-4}
 FIRST: Changes = {"dataset.shuffle_tags": True}
+SLIDER: Changes = {"slider.positive": "a red dot", "slider.negative": "a blue dot"}
 HUBER: Changes = {"loss.type": "huber"}
 CASES: dict[str, tuple[Any, Changes]] = {
     "name": ("another", {}),
@@ -70,6 +71,11 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.shuffle_tags": (True, {}),
     "dataset.keep_tags": (2, FIRST),
     "dataset.ignore_unused": (True, {}),
+    "slider.positive": ("a red dot", {"slider.negative": "a blue dot"}),
+    "slider.negative": ("a blue dot", {"slider.positive": "a red dot"}),
+    "slider.target": ("a dot", SLIDER),
+    "slider.preserve": (["plain"], SLIDER),
+    "slider.guidance": (3.0, SLIDER),
     "train.steps": (3, {}),
     "train.batch_size": (1, {}),
     "train.gradient_accumulation_steps": (2, {}),

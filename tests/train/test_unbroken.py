@@ -21,6 +21,14 @@ WAYS = {
     "bf16 base": {"train.precision": "bf16"},
     "average": {"save.ema": 0.9},
     "a rate that is found": {"optimizer.lr": "auto", "save.ema": 0.9, "optimizer.lora_plus": 3.0},
+    "slider, text encoder": {
+        "slider.positive": "a red dot",
+        "slider.negative": "a blue dot",
+        "optimizer.text_encoder_lr": 5e-4,
+        "adapter.dropout": 0.1,
+        "validation.pictures": 1,
+        "validation.every": 5,
+    },
     "average, alphas by block": {"save.ema": 0.9, "adapter.block_alphas": {"mid_block": 1.0}},
     "checkpointing, captions that vary": {
         "train.gradient_checkpointing": True,
