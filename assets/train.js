@@ -48,13 +48,17 @@
     before = { state: now, name };
   };
 
-  // ---- settings of a dropped file: only the header leaves the browser ----------------------------------------------------
+  // ---- settings of a dropped file: only the header of a LoRA leaves the browser ----------------------------------------------------
   const takeHeader = async (file) => {
+    const query = new URLSearchParams({ size: file.size, name: file.name });
+    if (/\.(toml|json|ya?ml|sh|bat|cmd|ps1|txt)$/i.test(file.name)) {
+      if (told(await window.easel.send(`like?${query}`, await file.slice(0, 2 ** 20).arrayBuffer()))) refill();
+      return;
+    }
     const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
     if (!file.size || file.size < 8 || length > Math.min(file.size - 8, 2 ** 24)) {
       return toast(`${file.name} is not a safetensors file.`, "bad");
     }
-    const query = new URLSearchParams({ size: file.size, name: file.name });
     if (told(await window.easel.send(`like?${query}`, await file.slice(0, 8 + length).arrayBuffer()))) refill();
   };
 

@@ -315,8 +315,8 @@ def command(snapshot: Snapshot) -> str:
 
 
 def build_like(bindings: Bindings) -> None:
-    """Import settings from a LoRA file, dropped or given by its path."""
-    with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a LoRA", open=False):
+    """Import settings from a LoRA or a configuration, dropped or given by its path."""
+    with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
         html_block(render("train/like.html"))
         bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_said)
 

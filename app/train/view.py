@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -36,7 +37,7 @@ from app.train.start import (
 from app.train.train_form import TrainForm, ignore_unused, reset_settings
 from lora_core.errors import ConfigError, LoraError, RunError
 from lora_core.model_files.header import MAX_HEADER
-from lora_core.model_files.starting_settings import settings_from_lora
+from lora_core.model_files.starting_settings import CONFIG_SUFFIXES, settings_from_lora
 from lora_core.runs.diagnosis import VARIABLE, WEB, debug_zip, read_recipient, send_test, write_recipient
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 
@@ -240,7 +241,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
 
 
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:
-    """Read settings from a LoRA file's header; its tensors stay in the browser.
+    """Read settings from a LoRA file's header, or a configuration; the LoRA's tensors stay in the browser.
 
     A sparse file of the same length stands in for it, so that all checks of a file apply; on most drives it
     takes no space.
@@ -249,7 +250,9 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
         raise RunError("The size of the dropped file does not fit its header.")
     folder = app_state.workspace / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"like-{threading.get_ident()}.safetensors"
+    suffix = Path(name).suffix.casefold()
+    ending = suffix if suffix in CONFIG_SUFFIXES else ".safetensors"
+    file = folder / f"like-{threading.get_ident()}{ending}"
     try:
         with open(file, "wb") as made:
             made.write(header)
@@ -257,6 +260,8 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
         found = settings_from_lora(file)
     except OSError as error:
         raise RunError(f"The dropped file could not be read: {error.strerror or error}.") from error
+    except LoraError as error:
+        raise type(error)(str(error).replace(str(file), name).replace(file.name, name)) from error
     finally:
         file.unlink(missing_ok=True)
     app_state.like_said = take_settings(app_state.project, found, name)

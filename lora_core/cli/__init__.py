@@ -192,7 +192,7 @@ class Training:
         config: a TOML file of settings.
         preset: quick, balanced, high, or goal-level such as style-high.
         set: one setting.
-        like: a LoRA file whose settings are taken.
+        like: a LoRA file or a configuration of another trainer, whose settings are taken.
     """
 
     dataset: Annotated[str, "DATASET"] = ""

@@ -6,16 +6,18 @@ as if a user had typed it, and what cannot be used is listed in a sentence each.
 
 import contextlib
 import functools
+import json
 import math
 import re
+import shlex
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.errors import AdapterFileError, ConfigError, wrap_os_errors
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.config import (
@@ -29,7 +31,7 @@ from lora_core.settings.config import (
     retired,
 )
 from lora_core.settings.schema import OPTIMIZERS
-from lora_core.system.files import PRESETS, parse_json, read_table
+from lora_core.system.files import PRESETS, parse_json, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -136,11 +138,14 @@ def _short(value: Any) -> str:
 
 
 def settings_from_lora(path: Path) -> LoraSettings:
-    """The settings that a LoRA file was trained with.
+    """The settings that a LoRA file was trained with, or of a configuration that another trainer was given.
 
     Raises:
         AdapterFileError: it is no such file, or says nothing about its training.
+        ConfigError: it is a configuration that cannot be read, or of no trainer that is known.
     """
+    if path.suffix.casefold() in CONFIG_SUFFIXES:
+        return _from_trainer(path)
     header = read_header(path)
     texts = header.metadata
     if CONFIG_KEY in texts:
@@ -344,3 +349,193 @@ def _take_network(text: str, found: LoraSettings) -> None:
     for name, value in given.items():
         if name not in ("preset", "dropout"):
             found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")
+
+
+# The configurations of other trainers, by the tables of `assets/other_trainers.toml`.
+
+CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".ps1", ".txt"}
+"""Of configurations; the last five hold a command line."""
+_OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
+_MOST_SENTENCES = 30
+
+
+def _from_trainer(path: Path) -> LoraSettings:
+    given = _read_configuration(path)
+    if FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}:
+        return _from_our_header(path.read_text("utf-8-sig"))
+    pairs = list(_leaves_of(given, ""))
+    trainers = [(_by_key(pairs, trainer), trainer) for trainer in read_table("other_trainers.toml").values()]
+    # Some keys are the same in several of them.
+    values, trainer = max(trainers, key=lambda one: len(one[0].keys() & set(one[1]["known_by"])))
+    if values.keys() & set(trainer["known_by"]):
+        defaults = {key: [value] for key, value in trainer.get("defaults", {}).items()}
+        return _translate(defaults | values, trainer)
+    raise ConfigError(
+        f"{path.name} is no configuration of LoRA Easel, kohya's trainer, OneTrainer, ai-toolkit or"
+        " SimpleTuner; no key of them is in it."
+    )
+
+
+def _read_configuration(path: Path) -> dict[str, Any]:
+    """The tables of a TOML, JSON or YAML file, or the options of a command line in a script."""
+    suffix = path.suffix.casefold()
+    if suffix == ".toml":
+        return load_toml(path)
+    with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
+        data = read_small_file(path)
+    try:
+        text = data.decode("utf-8-sig")
+        if suffix not in (".json", ".yaml", ".yml"):
+            return _options_of(text)
+        import yaml
+
+        given = parse_json(text) if suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "text" if isinstance(error, UnicodeDecodeError) else suffix[1:].upper()
+        raise ConfigError(f"The config {path} is not valid {kind}: {_short(error)}.") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"The config {path} holds no table of settings.")
+    return {str(key): value for key, value in given.items()}
+
+
+def _options_of(text: str) -> dict[str, Any]:
+    """The options of a command, `--network_dim=16 --flip_aug`; several words of one are a list."""
+    options: dict[str, Any] = {}
+    for line in re.sub(r"[\\^`]\s*\n", " ", text).splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # an open quote
+            words = line.split()
+        name = ""
+        for word in words:
+            if word.startswith("--"):
+                name, equals, value = word[2:].partition("=")
+                options[name] = value if equals else True
+            elif name:
+                options[name] = word if options[name] is True else [*_list_of(options[name]), word]
+    return options
+
+
+def _leaves_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and plain values or lists of them; the entries of a list of tables are counted from 0."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves_of(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _leaves_of(inner, f"{place}.{number}")
+    else:
+        yield place, value
+
+
+def _by_key(pairs: list[tuple[str, Any]], trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of each key, as the trainer's table names it, N for a number."""
+    found: dict[str, list[Any]] = {}
+    for key, value in pairs:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
+        for start in trainer.get("strip", []):
+            name = name.removeprefix(start)
+        found.setdefault(name.rpartition(".")[2] if trainer.get("leaf") else name, []).append(value)
+    return found
+
+
+@dataclass
+class _Translation:
+    """What a configuration says: texts of kohya's header, its network's arguments, and values of `ours`."""
+
+    leaf: bool
+    texts: dict[str, str] = field(default_factory=dict)
+    network: dict[str, str] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    base: str = ""
+
+    def give(self, target: str, value: Any, key: str) -> None:
+        """Note the value of `key`, which means `target`: a name as in the tables."""
+        name, _, unit = target.partition(" ")
+        if name == "base":
+            self.base = str(value)[:LONGEST]
+        elif name.startswith("ss_network_args."):
+            self.network[name.rpartition(".")[2]] = str(value).rpartition("/")[2]
+        elif name == "ss_network_args":
+            self.network.update(str(part).partition("=")[::2] for part in _list_of(value))
+        elif name == "ss_resolution" and not self.leaf and isinstance(value, list):
+            if len(value) > 1:
+                self.left.append(f"Of the resolutions {_short(value)} the largest is taken.")
+            sizes = [size for size in map(_plain, value) if isinstance(size, int | float)]
+            self.texts[name] = str(max(sizes, default=_short(value)))
+        elif name.startswith("ss_"):
+            self.texts[name] = " ".join(map(str, _list_of(value)))
+        elif name not in FIELDS:
+            if not _is_off(value):
+                self.left.append(f"{key} = {_short(value)} has no setting here.")
+        elif isinstance(FIELDS[name].default, list):
+            self.ours.setdefault(name, []).extend(map(str, _list_of(value)))
+        else:
+            plain = _plain(value)
+            self.ours[name] = plain * 0.01 if unit == "%" and isinstance(plain, int | float) else plain
+
+    def settings(self, title: str) -> LoraSettings:
+        """The legal ones of the values, and a sentence for each that is not."""
+        texts = dict(self.texts)
+        arguments = ",".join(texts.pop("ss_optimizer_args", "").split())
+        if arguments and texts.get("ss_optimizer"):
+            texts["ss_optimizer"] += f"({arguments})"
+        found = _from_kohya(texts | ({"ss_network_args": json.dumps(self.network)} if self.network else {}))
+        found.source, found.base = f"a configuration of {title}", self.base
+        for name, value in self.ours.items():
+            found.take(name, value)
+        more = len(self.left) - _MOST_SENTENCES
+        found.left += self.left[:_MOST_SENTENCES]
+        found.left += [f"And {more} more are not known here."] if more > 0 else []
+        return found
+
+
+def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> LoraSettings:
+    """What the keys of a trainer's configuration say."""
+    read = _Translation(trainer.get("leaf", False))
+    text_of = {key: str(found[0]).casefold() for key, found in values.items()}
+    unused = {key for key, other, text in trainer["unless"] if text_of.get(other) == text}
+    told = {key for key, text, *_ in trainer["when"] if text_of.get(key) == text}
+    aside: dict[str, list[str]] = {"places": [], "moot": []}
+    for key, found in values.items():
+        name, words = trainer["names"].get(key, ""), trainer.get("words", {}).get(key, {})
+        if len(set(map(str, found))) > 1 and ".N." not in key:
+            read.left.append(f"{key} has several values; {_short(found[0])} is used.")
+        for value in found if name == "sample.prompts" else found[:1]:
+            if key in unused or value in (None, ""):
+                continue
+            if name:
+                read.give(name, words.get(str(value).casefold(), value), key)
+            elif not _is_off(value) and key not in told:
+                kind = next((kind for kind in aside if key in trainer[kind].split()), "")
+                sentence = f"{key} = {_short(value)} is not known here."
+                (aside[kind] if kind else read.left).append(key if kind else sentence)
+    for key, text, name, value in trainer["when"]:
+        if text_of.get(key) == text and name != "moot":
+            read.give(name, value, key)
+    result = read.settings(trainer["title"])
+    if aside["places"]:
+        names = ", ".join(aside["places"])
+        result.left.append(f"Not taken, as they name places of that machine: {names}.")
+    if aside["moot"]:
+        result.left.append(f"Without a meaning here: {', '.join(aside['moot'])}.")
+    return result
+
+
+def _is_off(value: Any) -> bool:
+    return str(value).casefold() in _OFF
+
+
+def _list_of(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _plain(value: Any) -> Any:
+    """A text that is a number, true or false, as that."""
+    if isinstance(value, str):
+        if value.casefold() in ("true", "false"):
+            return _is_true(value)
+        with contextlib.suppress(ValueError):
+            return _number(value)
+    return value

@@ -84,7 +84,8 @@ def run_config(
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo", and for a
             slider's.
-        like: a LoRA file, see `model_files.settings_from_lora`; what it does not say stays as it is.
+        like: a LoRA file or another trainer's configuration, see `model_files.settings_from_lora`; what it
+            does not say stays as it is.
 
     Raises:
         ConfigError: something is not a setting or not legal, or there is neither a dataset nor a slider, or

@@ -111,6 +111,17 @@ def test_only_the_header_of_a_dropped_file_is_needed(
     assert "cut short" in client.post(f"/easel/like?size={len(head)}", content=head).json()["problem"]
 
 
+def test_a_configuration_is_dropped(app_state: AppState, client: TestClient) -> None:
+    text = b'network_dim = 24\nnetwork_module = "networks.lora"\nunheard_of = 1'
+    answer = client.post(f"/easel/like?size={len(text)}&name=my kohya.toml", content=text)
+    assert answer.json() == {"taken": True}
+    assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 24
+    assert "unheard_of = 1 is not known here" in app_state.like_said
+    answer = client.post("/easel/like?size=1&name=my kohya.toml", content=b"[")
+    assert answer.json()["problem"].startswith("The config my kohya.toml is not valid TOML")
+    assert not list((app_state.workspace / "tmp").glob("like-*"))
+
+
 def test_a_header_without_end_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_routes, "MAX_HEADER", 1000)
     assert client.post("/easel/like?size=99999", content=b"x" * 2000).status_code == 404

@@ -132,7 +132,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     unhurt(page)
 
     file = lora(tmp_path / NAME.replace("\n", " ").replace(".png", ".safetensors"))
-    page.get_by_text("Import settings from a LoRA").click()
+    page.get_by_text("Import settings from a file").click()
     frames(page)
     page.set_input_files("#like-file", str(file))
     page.wait_for_selector("#like-said, #like-note .problem")

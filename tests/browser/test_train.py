@@ -97,7 +97,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
         },
         KOHYA,
     )
-    page.get_by_text("Import settings from a LoRA").click()
+    page.get_by_text("Import settings from a file").click()
     frames(page)
     page.set_input_files("#like-file", str(file))
     page.wait_for_selector("#like-said")

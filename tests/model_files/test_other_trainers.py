@@ -1,0 +1,489 @@
+"""Configurations of other trainers, in the shapes that their documents and examples show."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_core.errors import ConfigError
+from lora_core.model_files import starting_settings
+from lora_core.model_files.starting_settings import settings_from_lora
+from lora_core.settings.config import RunConfig
+from lora_core.system.files import read_table
+
+SDXL = """
+[model_arguments]
+pretrained_model_name_or_path = "D:/models/pony.safetensors"
+v_parameterization = true
+zero_terminal_snr = true
+[additional_network_arguments]
+network_module = "networks.lora"
+network_dim = 32
+network_alpha = 16
+network_args = ["conv_dim=8", "conv_alpha=4"]
+unet_lr = 2e-4
+text_encoder_lr = [5e-5, 1e-5]
+[optimizer_arguments]
+optimizer_type = "Prodigy"
+lr_scheduler = "cosine_with_restarts"
+lr_warmup_steps = 100
+[training_arguments]
+output_dir = "out"
+max_train_steps = 2000
+mixed_precision = "bf16"
+xformers = true
+min_snr_gamma = 5
+weighted_captions = true
+sample_every_n_steps = 250
+"""
+SD15 = """
+pretrained_model_name_or_path = "runwayml/stable-diffusion-v1-5"
+train_data_dir = "img"
+resolution = "512,768"
+network_dim = 8
+network_train_unet_only = true
+learning_rate = 1e-4
+loss_type = "huber"
+huber_schedule = "constant"
+huber_c = 0.2
+huber_scale = 1.0
+flip_aug = true
+seed = 7
+clip_skip = 2
+"""
+SUBSETS = """
+[general]
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 2
+[[datasets]]
+resolution = 1024
+batch_size = 4
+enable_bucket = true
+  [[datasets.subsets]]
+  image_dir = "a"
+  num_repeats = 10
+  flip_aug = true
+  [[datasets.subsets]]
+  image_dir = "b"
+  num_repeats = 2
+  caption_dropout_rate = 0.1
+"""
+GUI = {
+    "LoRA_type": "LyCORIS/LoHa",
+    "network_dim": 8,
+    "network_alpha": 4,
+    "conv_dim": 4,
+    "conv_alpha": 1,
+    "epoch": 20,
+    "lr_warmup": 10,
+    "optimizer": "AdamW",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "linear",
+    "max_resolution": "768,768",
+    "keep_tokens": "1",
+    "noise_offset": 0.05,
+    "xformers": "xformers",
+    "use_tucker": True,
+    "seed": "",
+    "v2": False,
+    "train_batch_size": 2,
+    "max_timestep": 1000,
+    "max_train_steps": 500,
+}
+STANDARD = GUI | {"LoRA_type": "Standard", "lr_warmup": 0, "max_timestep": 600}
+BAT = """@echo off
+rem train_network.py --network_dim=99
+accelerate launch --num_cpu_threads_per_process 2 train_network.py ^
+  --pretrained_model_name_or_path="C:/sd/base.safetensors" --network_dim=8 --network_alpha 4 ^
+  --learning_rate=1e-4 --flip_aug --network_args "conv_dim=4" "conv_alpha=1" --lowram ^
+  --network_module=networks.lora --max_train_steps=300
+"""
+SH = """#!/bin/bash
+# my settings
+accelerate launch train_network.py \\
+  --network_dim 4 --network_module networks.lora \\
+  --train_data_dir '/data/my dog' --use_8bit_adam --persistent_data_loader_workers --ggpo_sigma 0.03
+"""
+ONETRAINER = {
+    "training_method": "LORA",
+    "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+    "base_model_name": "stabilityai/sdxl",
+    "batch_size": 4,
+    "learning_rate": 0.0003,
+    "resolution": "1024",
+    "unet": {"weight_dtype": "FLOAT_16"},
+    "text_encoder": {"train": False},
+    "text_encoder_2": {"train": False},
+    "output_model_destination": "models/a",
+    "layer_filter_preset": "attn-mlp",
+}
+ONETRAINER_FULL = {
+    "training_method": "LORA",
+    "lora_rank": 16,
+    "lora_alpha": 1.0,
+    "lora_decompose": True,
+    "epochs": 100,
+    "optimizer": {"optimizer": "ADAFACTOR", "weight_decay": 0.01, "scale_parameter": False},
+    "learning_rate_scheduler": "COSINE_WITH_RESTARTS",
+    "learning_rate_warmup_steps": 200,
+    "train_dtype": "BFLOAT_16",
+    "gradient_checkpointing": "CPU_OFFLOADED",
+    "loss_weight_fn": "MIN_SNR_GAMMA",
+    "loss_weight_strength": 5.0,
+    "masked_training": True,
+    "unmasked_weight": 0.1,
+    "offset_noise_weight": 0.05,
+    "ema": "GPU",
+    "ema_decay": 0.999,
+    "text_encoder": {"train": True, "learning_rate": 1e-5, "dropout_probability": 0.1},
+    "clip_grad_norm": 1.0,
+    "samples": [{"prompt": "a cat", "seed": 42, "enabled": True}, {"prompt": "a dog", "seed": 43}],
+    "sample_after": 50,
+    "sample_after_unit": "STEP",
+    "timestep_distribution": "LOGIT_NORMAL",
+}
+AI_TOOLKIT = """
+job: extension
+config:
+  name: my_lora
+  process:
+    - type: sd_trainer
+      training_folder: output
+      trigger_word: p3r5on
+      network: {type: lora, linear: 16, linear_alpha: 8, conv: 8, conv_alpha: 4}
+      save: {dtype: float16, save_every: 250, max_step_saves_to_keep: 4}
+      datasets:
+        - {folder_path: /images, caption_ext: txt, caption_dropout_rate: 0.05, flip_x: true,
+           resolution: [512, 768, 1024]}
+      train:
+        batch_size: 2
+        steps: 2000
+        train_text_encoder: true
+        gradient_checkpointing: true
+        noise_scheduler: ddpm
+        optimizer: adamw
+        lr: 1e-4
+        min_snr_gamma: 5.0
+        ema_config: {use_ema: false, ema_decay: 0.99}
+        dtype: bf16
+      model: {name_or_path: stabilityai/sdxl, is_xl: true, is_v_pred: true}
+      sample: {sampler: ddpm, sample_every: 200, prompts: [a cat, a dog], seed: 42, walk_seed: true,
+               guidance_scale: 7, sample_steps: 20}
+meta: {name: "[name]"}
+"""
+SIMPLETUNER = {
+    "--model_family": "sdxl",
+    "--lora_type": "standard",
+    "--lora_rank": 16,
+    "--max_train_steps": 1000,
+    "--learning_rate": "8e-5",
+    "--mixed_precision": "bf16",
+    "--optimizer": "adamw_bf16",
+    "--train_batch_size": 1,
+    "--gradient_checkpointing": "true",
+    "--caption_dropout_probability": 0.1,
+    "--num_train_epochs": 0,
+    "--validation_prompt": "a cat",
+    "--validation_guidance": 3.0,
+    "--checkpoint_step_interval": 500,
+    "--use_ema": "false",
+    "--data_backend_config": "config/multidatabackend.json",
+    "--report_to": "wandb",
+    "--snr_gamma": 5,
+    "--crop": True,
+}
+PLAIN = {
+    "model_family": "sd1x",
+    "lora_rank": 4,
+    "data_backend_config": "x.json",
+    "prediction_type": "v_prediction",
+}
+
+CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
+    "kohya SDXL": (
+        "a.toml",
+        SDXL,
+        "D:/models/pony.safetensors",
+        {
+            "adapter.rank": 32,
+            "adapter.alpha": 16,
+            "adapter.targets": "locon",
+            "optimizer.name": "prodigy",
+            "optimizer.text_encoder_lr": 5e-5,
+            "optimizer.text_encoder_2_lr": 1e-5,
+            "optimizer.warmup": 0.05,
+            "optimizer.schedule": "cosine_restarts",
+            "train.precision": "bf16",
+            "model.prediction": "v_prediction",
+            "model.zero_terminal_snr": "on",
+            "sample.every": 250,
+            "loss.min_snr": 5,
+        },
+        [
+            "weighted_captions = True is not known here",
+            "places of that machine: output_dir",
+            "here: network_module, xformers",
+        ],
+    ),
+    "kohya SD 1.5": (
+        "a.toml",
+        SD15,
+        "runwayml/stable-diffusion-v1-5",
+        {
+            "adapter.rank": 8,
+            "train.resolution": 640,
+            "optimizer.text_encoder_lr": 0,
+            "loss.type": "huber",
+            "loss.huber_delta": 0.2,
+            "loss.huber_schedule": "constant",
+            "dataset.flip": True,
+            "seed": 7,
+            "train.clip_skip": 2,
+        },
+        ["places of that machine: train_data_dir"],
+    ),
+    "kohya subsets": (
+        "dataset.toml",
+        SUBSETS,
+        "",
+        {
+            "train.resolution": 1024,
+            "train.batch_size": 4,
+            "dataset.shuffle_tags": True,
+            "dataset.keep_tags": 2,
+            "dataset.caption_dropout": 0.1,
+        },
+        ["num_repeats has several values; 10 is used", "image_dir has several values"],
+    ),
+    "kohya_ss": (
+        "gui.json",
+        GUI,
+        "",
+        {
+            "adapter.rank": 8,
+            "optimizer.warmup": 0.1,
+            "optimizer.schedule": "linear",
+            "loss.noise_offset": 0.05,
+            "train.resolution": 768,
+            "adapter.targets": "locon",
+            "train.batch_size": 2,
+            "dataset.keep_tags": 1,
+        },
+        ["use_tucker = True is not known here"],
+    ),
+    "kohya_ss LoRA": (
+        "gui.json",
+        STANDARD,
+        "",
+        {
+            "adapter.rank": 8,
+            "optimizer.warmup": 0.0,
+            "adapter.targets": "kohya",
+        },
+        [],
+    ),
+    "bat": (
+        "train.bat",
+        BAT,
+        "C:/sd/base.safetensors",
+        {
+            "adapter.rank": 8,
+            "adapter.alpha": 4,
+            "optimizer.lr": 1e-4,
+            "dataset.flip": True,
+            "adapter.targets": "locon",
+            "train.steps": 300,
+        },
+        ["here: num_cpu_threads_per_process, lowram"],
+    ),
+    "sh": (
+        "train.sh",
+        SH,
+        "",
+        {"adapter.rank": 4, "adapter.targets": "kohya"},
+        [
+            "places of that machine: train_data_dir",
+            "ggpo_sigma = 0.03 is not known here",
+        ],
+    ),
+    "OneTrainer preset": (
+        "a.json",
+        ONETRAINER,
+        "stabilityai/sdxl",
+        {
+            "optimizer.lr": 3e-4,
+            "optimizer.text_encoder_lr": 0,
+            "optimizer.text_encoder_2_lr": 0,
+            "train.batch_size": 4,
+            "train.resolution": 1024,
+        },
+        [
+            "layer_filter_preset = attn-mlp is not known here",
+            "places of that machine: output_model_destination",
+        ],
+    ),
+    "OneTrainer": (
+        "a.json",
+        ONETRAINER_FULL,
+        "",
+        {
+            "adapter.rank": 16,
+            "adapter.alpha": 1,
+            "optimizer.name": "adafactor",
+            "train.precision": "bf16",
+            "train.gradient_checkpointing": True,
+            "loss.min_snr": 5,
+            "loss.noise_offset": 0.05,
+            "save.ema": 0.999,
+            "optimizer.text_encoder_lr": 1e-5,
+            "dataset.caption_dropout": 0.1,
+            "sample.prompts": ["a cat", "a dog"],
+            "sample.every": 50,
+            "optimizer.schedule": "cosine_restarts",
+        },
+        ["lora_decompose = True", "masked_training = True"],
+    ),
+    "ai-toolkit": (
+        "a.yaml",
+        AI_TOOLKIT,
+        "stabilityai/sdxl",
+        {
+            "adapter.rank": 16,
+            "adapter.alpha": 8,
+            "adapter.targets": "locon",
+            "dataset.trigger": "p3r5on",
+            "train.resolution": 1024,
+            "dataset.flip": True,
+            "train.steps": 2000,
+            "save.keep_last": 4,
+            "save.ema": 0,
+            "sample.prompts": ["a cat", "a dog"],
+            "sample.cfg": 7,
+            "sample.sampler": "euler_a",
+            "loss.min_snr": 5,
+            "optimizer.lr": 1e-4,
+            "optimizer.text_encoder_lr": 1e-4,
+            "model.prediction": "v_prediction",
+        },
+        [
+            "Of the resolutions [512, 768, 1024] the largest is taken",
+            "noise_scheduler = ddpm is not known here",
+        ],
+    ),
+    "SimpleTuner": (
+        "config.json",
+        SIMPLETUNER,
+        "",
+        {
+            "adapter.rank": 16,
+            "optimizer.lr": 8e-5,
+            "optimizer.name": "adamw",
+            "optimizer.text_encoder_lr": 0,
+            "train.steps": 1000,
+            "dataset.caption_dropout": 0.1,
+            "sample.prompts": ["a cat"],
+            "save.every": 500,
+            "save.ema": 0,
+        },
+        ["crop = True is not known here", "places of that machine: data_backend_config"],
+    ),
+    "SimpleTuner without dashes": (
+        "config.json",
+        PLAIN,
+        "",
+        {
+            "adapter.rank": 4,
+            "model.prediction": "v_prediction",
+        },
+        [],
+    ),
+    "LoRA Easel": (
+        "config.toml",
+        "[adapter]\nrank = 4\n[optim]\nlr = 2e-4\n",
+        "",
+        {
+            "adapter.rank": 4,
+            "optimizer.lr": 2e-4,
+        },
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_configuration(case: str, tmp_path: Path) -> None:
+    """Values are taken, and each key of the file has an effect or is named."""
+    name, given, base, values, sentences = CASES[case]
+    file = tmp_path / name
+    file.write_text(given if isinstance(given, str) else json.dumps(given))
+    found = settings_from_lora(file)
+    assert {key: found.values.get(key) for key in values} == values
+    assert found.base == base
+    said = " ".join(found.left)
+    for sentence in sentences:
+        assert sentence in said
+    RunConfig().changed(found.values)
+    if case == "LoRA Easel":
+        return
+    title = found.source.removeprefix("a configuration of ")
+    (trainer,) = (row for row in read_table("other_trainers.toml").values() if row["title"] == title)
+    parsed = (
+        tomllib.loads(given)
+        if name.endswith("toml")
+        else yaml.safe_load(given)
+        if name.endswith("yaml")
+        else given
+    )
+    if isinstance(parsed, dict):
+        whens = {key for key, *_ in [*trainer["when"], *trainer["unless"]]}
+        pairs = list(starting_settings._leaves_of(parsed, ""))
+        for key, values in starting_settings._by_key(pairs, trainer).items():
+            accounted = key in trainer["names"] or key in whens or key in said
+            assert accounted or all(map(starting_settings._is_off, values)), key
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.json", "{", "is not valid JSON"),
+        ("a.yaml", "a: [", "is not valid YAML"),
+        ("a.yaml", "- 1", "holds no table"),
+        ("a.toml", "a = ", "is not valid TOML"),
+        ("a.json", '{"a": 1}', "is no configuration of"),
+        ("a.txt", "hello --world", "is no configuration of"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
+        ("a.yaml", "&a [*a]", "holds no table"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        settings_from_lora(tmp_path / name)
+
+
+def test_a_missing_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"The config .*a\.json cannot be read: No such file"):
+        settings_from_lora(tmp_path / "a.json")
+
+
+def test_many_unknown_keys_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"network_dim": 4} | {f"new_{n}": n + 1 for n in range(100)}))
+    left = settings_from_lora(file).left
+    assert len(left) == 31
+    assert left[-1] == "And 70 more are not known here."
+
+
+def test_the_tables_name_keys_of_the_header() -> None:
+    """What a trainer's key means as a key of kohya's header is read by someone."""
+    source = Path(starting_settings.__file__).read_text()
+    header = read_table("kohya_header.toml")
+    known = {key for _, keys, _ in header["read"] for key in keys.split()} | header["unused"].keys()
+    for trainer in read_table("other_trainers.toml").values():
+        for name in [*trainer["names"].values(), *(row[2] for row in trainer["when"])]:
+            if name.startswith("ss_") and "." not in name:
+                assert name in known or f'"{name}"' in source, name
