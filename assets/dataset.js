@@ -146,13 +146,14 @@
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
     const steps = share === undefined ? "" : `, ${(100 * share).toFixed(1)}% of the steps`;
     const learned = gain ? `, ${Math.round(100 * gain.learned)}% of its loss gained by the last run` : "";
-    const cropped = picture.box ? ` of ${picture.whole.join(" × ")}` : "";
-    return `${width} × ${height}${cropped}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
+    const cropped = picture.box ? ` of ${picture.whole.join(" × ")}` : "", shown = picture.mask ? "crop and mask" : "crop";
+    return `${width} × ${height}${cropped}, trained at ${wide} × ${high}${more}${steps}${learned}, ${shown} shown`;
   };
 
   const showNothing = () => {
     chosen = null;
     one("#picture-big img").hidden = one("#picture-big .crop").hidden = true;
+    showMask();
     one("#caption textarea").value = "";
     one("#picture-facts").textContent = "Choose an image to see it large and to write its caption.";
     one("#picture-name").textContent = one("#caption-state").textContent = "";
@@ -230,6 +231,14 @@
     showSelection();
   };
 
+  // Black parts of the mask darken the image below.
+  const showMask = ({ mask = null } = {}) => {
+    const image = one("#picture-big .mask");
+    image.hidden = !mask;
+    const address = `/easel/picture/${kind()}/${mask}`;
+    if (mask && image.getAttribute("src") !== address) image.src = address;
+  };
+
   const show = (name, focus = false) => {
     const panel = one("#picture-detail");
     if (!panel) return;
@@ -250,6 +259,7 @@
     const address = `/easel/picture/${kind()}/${picture.url}`;
     if (image.getAttribute("src") !== address) image.src = address;
     image.alt = name;
+    showMask(picture);
     frame.style.aspectRatio = picture.whole.join(" / ");
     frame.style.setProperty("--ratio", picture.whole[0] / picture.whole[1]);
     const [left, top, right, bottom] = picture.crop;

@@ -99,7 +99,6 @@ VIEW_STATE = {
     "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "run download-ask": "asks the hub again how large a base is",
     "run reset": "puts fields of the Train form back; `train --preset`",
-    "run ignore-unused": "turns on a field of the Train form; `train --set dataset.ignore_unused=true`",
     "run retry": "starts a failed run again with another value; `train --set`",
     "settings/take": "fills the Train form with the settings of a run; `train --config RUN/config.toml`",
     "settings/restore": "takes that back",

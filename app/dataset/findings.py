@@ -21,7 +21,7 @@ from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import Looks, TrainingView, audit
 from lora_core.data.dataset import split_holdout
-from lora_core.data.images import ImageRecord
+from lora_core.data.images import Dataset
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import read_json, write_atomically
@@ -94,7 +94,7 @@ class Checker:
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
-            found = audit(dataset, plan_training(plan, dataset.records), said, self._looks)
+            found = audit(dataset, plan_training(plan, dataset), said, self._looks)
             rows = {key: [_relative(row, folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
         except _Outdated:
@@ -109,9 +109,9 @@ class Checker:
             self._state, self._made = state, self._made + 1
 
 
-def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
-    """How the run described by the form would train on `records`."""
-    config = plan.config
+def plan_training(plan: Plan, dataset: Dataset) -> TrainingView:
+    """How the run described by the form would train on a dataset."""
+    config, records = plan.config, dataset.records
     out: frozenset[Path] = frozenset()
     # If the split fails, the form says so.
     with contextlib.suppress(DatasetError):
@@ -123,6 +123,7 @@ def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
         trigger=plan.trigger,
         batch_size=config.train.batch_size,
         held_out=out,
+        reg=dataset.reg if config.dataset.reg_weight else [],
     )
 
 

@@ -181,21 +181,17 @@ def _size(plan: Plan) -> tuple[int, int]:
 
 
 def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
-    """An image's name, caption, size, bucket, repeats and time, what training cuts off in percent per side,
-    and the `box` that the user chose."""
+    """An image's name, mask, caption, size, bucket, repeats and time, what training cuts off in percent per
+    side, and the `box` that the user chose."""
     bucket, cut = _crop(record.width, record.height, resolution, multiple)
     left, top, right, bottom = box = record.crop or (0.0, 0.0, 1.0, 1.0)
     wide, high = right - left, bottom - top
     outside = (left, top, 1 - right, 1 - bottom)
     crop = [100 * out + part * side for out, part, side in zip(outside, cut, (wide, high) * 2, strict=True)]
-    try:
-        version = record.path.stat().st_mtime_ns
-    except OSError:
-        version = 0
-    name = relative_name(record.path, folder)
     return {
-        "name": name,
-        "url": f"{quote(name)}?v={version}",
+        "name": relative_name(record.path, folder),
+        "url": _versioned(record.path, folder),
+        "mask": record.mask and _versioned(record.mask, folder),
         "caption": record.caption,
         "size": [record.width, record.height],
         "whole": [round(record.width / wide), round(record.height / high)],
@@ -208,6 +204,15 @@ def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: in
         "repeats": record.repeats,
         "held": record.held_out,
     }
+
+
+def _versioned(path: Path, folder: Path) -> str:
+    """The part of an image's URL that the route adds its kind to; it contains the file's time."""
+    try:
+        version = path.stat().st_mtime_ns
+    except OSError:
+        version = 0
+    return f"{quote(relative_name(path, folder))}?v={version}"
 
 
 def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
@@ -243,11 +248,14 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
     """
     bare = sum(not record.caption for record in dataset.records)
     held = sum(record.held_out for record in dataset.records)
+    masked = sum(record.mask is not None for record in dataset.records)
     unused = sum(note.kind in UNUSED for note in dataset.notes)
     counts = [
         (len(dataset.records) - bare, pluralize(len(dataset.records) - bare, "image") + " ready", "good"),
         (bare, f"{bare} without caption", "warn"),
         (held, f"{held} for validation", ""),
+        (masked, f"{masked} with a mask", ""),
+        (len(dataset.reg), f"{len(dataset.reg)} for regularisation", ""),
         (len(dataset.problems), pluralize(len(dataset.problems), "problem"), "bad"),
         (unused, f"{pluralize(unused, 'file')} not used", "warn"),
         (demo, "Demo images (read-only)", ""),

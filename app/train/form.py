@@ -21,6 +21,7 @@ from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import (
     FIELDS,
     OLD_NAMES,
+    OLD_SWITCHES,
     RunConfig,
     checked_value,
     choices_of,
@@ -71,7 +72,11 @@ class Plan:
 
 def draft_values(draft: dict[str, Any]) -> dict[str, Any]:
     """What a draft holds of the form, by the names that the settings have today."""
-    return {OLD_NAMES.get(name, name): value for name, value in (draft.get("values") or {}).items()}
+    found: dict[str, Any] = {}
+    for name, value in (draft.get("values") or {}).items():
+        old = OLD_SWITCHES.get(name) if value is True else None
+        found |= old or {OLD_NAMES.get(name, name): value}
+    return found
 
 
 def chosen_preset(draft: dict[str, Any]) -> tuple[str, str]:

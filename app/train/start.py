@@ -50,7 +50,6 @@ RESUMED_FIRST = ("paused", "interrupted", "failed")
 SOURCES = {MEASURED: "measured", PROBED: "from trial steps", SCALED: "estimated"}
 NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
 NO_PROMPTS = "A slider needs two opposite prompts: write them above, without images."
-IGNORE_UNUSED = "dataset.ignore_unused"
 
 
 def build_start(bindings: Bindings) -> Any:
@@ -246,8 +245,6 @@ def facts(snapshot: Snapshot) -> str:
     plan = snapshot.plan
     expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
     fields = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
-    known = snapshot.app_state.checks.known(plan.config, snapshot.app_state.project.dataset())
-    fields |= {one.sentence: IGNORE_UNUSED for one in known if one.kind == "unused"}
     return render(
         "train/action_bar.html",
         snap=snapshot,

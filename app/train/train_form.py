@@ -189,11 +189,6 @@ def reset_settings(project: Project, group: str) -> None:
     project.update_draft(values=current_values(project) | own)
 
 
-def ignore_unused(project: Project) -> None:
-    """Train without the masks and regularisation images of the dataset."""
-    project.update_draft(values=current_values(project) | {"dataset.ignore_unused": True})
-
-
 def search_settings(words: str) -> list[Any]:
     """Unfold the groups with a match and hide the fields without one.
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from lora_core.data.captions import count_tags, count_tokens
-from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
+from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates, repeat_reg
 from lora_core.data.images import (
     Bucket,
     Crop,
@@ -300,6 +300,7 @@ class TrainingView:
         trigger: which should stand in most captions.
         batch_size: images a micro-batch, all of one bucket.
         held_out: images that are kept to measure on, by path; those chosen by hand are too.
+        reg: images for regularisation that are trained on too.
     """
 
     resolution: int
@@ -308,6 +309,7 @@ class TrainingView:
     trigger: str = ""
     batch_size: int = 1
     held_out: Collection[Path] = field(default=frozenset())
+    reg: Sequence[ImageRecord] = ()
 
     def trains_on(self, record: ImageRecord) -> bool:
         """Whether an image is not held out."""
@@ -321,9 +323,11 @@ def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[
     filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
     for ceil(n / batch) * batch, and an image for its part of that.
     """
-    buckets = _buckets(records, training)
+    shown = sum(record.repeats for record in records if training.trains_on(record))
+    every = [*records, *repeat_reg(training.reg, shown)]
+    buckets = _buckets(every, training)
     looks: Counter[Bucket] = Counter()
-    for record, bucket in zip(records, buckets, strict=True):
+    for record, bucket in zip(every, buckets, strict=True):
         if bucket is not None:
             looks[bucket] += record.repeats
     size = max(1, training.batch_size)
@@ -331,7 +335,7 @@ def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[
     total = max(1, sum(filled.values()))
     return [
         0.0 if bucket is None else record.repeats / looks[bucket] * filled[bucket] / total
-        for record, bucket in zip(records, buckets, strict=True)
+        for record, bucket in zip(records, buckets, strict=False)
     ]
 
 
@@ -443,7 +447,7 @@ def _uneven_shares(
     records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
 ) -> list[dict[str, Any]]:
     shares = step_shares(records, training)
-    even = 1 / max(1, sum(share > 0 for share in shares))
+    even = sum(shares) / max(1, sum(share > 0 for share in shares))
     rows = []
     for record, name, share in sorted(zip(records, names, shares, strict=True), key=lambda one: -one[2]):
         if share > OVERREPRESENTED * even:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lora_core.data.images import check_regular_file
+from lora_core.data.images import ImageRecord, check_regular_file
 from lora_core.errors import DatasetError, ModelFileError, wrap_os_errors
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically
@@ -81,6 +81,13 @@ def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> 
 def plain_caption(caption: str, trigger: str) -> str:
     """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
     return sample_caption(caption, DatasetSection(trigger=trigger, caption_dropout=0.0), random.Random(0))
+
+
+def sample_record_caption(record: ImageRecord, rules: DatasetSection, draw: random.Random) -> str:
+    """The caption of one look at an image: as `sample_caption`, without the trigger for regularisation."""
+    return sample_caption(
+        record.caption, rules.model_copy(update={"trigger": ""}) if record.reg else rules, draw
+    )
 
 
 def varies_by_draw(caption: str, rules: DatasetSection) -> bool:

@@ -31,18 +31,20 @@ from PIL import Image
 from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
 from lora_core.data.images import (
     IMAGE_SUFFIXES,
+    MASK_ENDINGS,
     MIN_SIDE,
     Crop,
     Dataset,
     FileProblem,
+    ImageInfo,
     ImageRecord,
     SizeCache,
     abbreviate,
     crop_pixels,
+    folder_kind,
     hash_file,
     is_mask,
     open_rgb,
-    unused_folder_kind,
     walk_files,
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
@@ -154,19 +156,17 @@ def _write_list(file: Path, text: str) -> None:
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
 _MASK_OF = ("_mask", "-mask", ".mask")
+_SHAPES_APART = 0.01
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS = 4
 AUDIT_ONLY = ("hidden", "link", "unread caption")
 """Notes that only the audit needs: a problem says it too, or nothing is lost."""
-NOT_USED_YET = {"mask": "masks", "regularisation": "regularisation images"}
-"""Kinds of notes on images that would change what is learned, were they used, and their names."""
-UNUSED = (*NOT_USED_YET, "caption without picture", "second caption", "other file")
+UNUSED = ("mask", "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
-    "mask": "{} masks are not used yet: images are trained on in full, masked or not ({}).",
-    "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
-    "transparent": "{} images are see-through in places, and are trained on with a white background ({}).",
+    "mask": "{} masks belong to no image or to one that has another mask, and are not used ({}).",
+    "transparent": "{} images are see-through in places; dataset.background is what they are laid on ({}).",
     "animated": "{} images are animated, and only their first frame is trained on ({}).",
     "caption without picture": "{} captions belong to no image, and are not used ({}).",
     "second caption": "{} captions are not used, as their images have another one ({}).",
@@ -180,14 +180,15 @@ _SUMMARIES = {
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of a folder in order, by their path relative to it: as it is, and folded. `pictures`, `texts`
-    and `tables` of them count; `notes` says why the others do not."""
+    """The files of a folder in order, by their path relative to it: as it is, and folded. `pictures`,
+    `masks`, `texts` and `tables` of them count; `notes` says why the others do not."""
 
     root: Path
     sizes: SizeCache
     exact: dict[str, Path] = field(default_factory=dict)
     folded: dict[str, Path] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
+    masks: list[Path] = field(default_factory=list)
     texts: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     problems: list[FileProblem] = field(default_factory=list)
@@ -214,27 +215,31 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
 
     A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv`
     of the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest
-    folder counts, there `.jsonl` before `.csv`, and the last of one table. Masks and what lies in a folder
-    for masks or regularisation images are not images. Nothing is raised for a file that is wrong; it becomes
-    a problem. Each file or row that is not used is a problem or a note; hidden files share one. Without
-    `sizes`, what is known from before, every image is decoded.
+    folder counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or
+    alike are for regularisation. A mask is, in this order, `NAME-masklabel.png` or
+    `NAME_mask.png` beside the image, or its namesake in a `mask` folder. Nothing is raised for a file that is
+    wrong; it becomes a problem. Each file or row that is not used is a problem or a note; hidden files share
+    one. Without `sizes`, what is known from before, every image is decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
     tables, rows_of = _read_tables(listing)
+    masks = _match_masks(listing)
     # Decoders let other threads run, and the order of the results does not depend on timing.
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(lambda path: _read_record(path, listing, tables), listing.pictures))
-    records = [one for one in found if isinstance(one, ImageRecord)]
-    problems = [one for one in found if isinstance(one, FileProblem)]
-    for record in records:
+        found = list(threads.map(lambda path: _read_record(path, listing, tables, masks), listing.pictures))
+        every = [one for one in found if isinstance(one, ImageRecord)]
+        unfit = [one for one in threads.map(lambda record: _check_mask(record, listing), every) if one]
+    records, reg = ([one for one in every if one.reg is kind] for kind in (False, True))
+    problems = [*(one for one in found if isinstance(one, FileProblem)), *unfit]
+    for record in every:
         if record.transparent:
-            sentence = "is see-through in places, and is trained on with a white background."
+            sentence = "is see-through in places; dataset.background is what it is laid on."
             listing.note(record.path, "transparent", sentence)
         if record.animated:
             listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
-    _note_texts(records, listing)
-    _note_rows(records, rows_of, listing)
-    return Dataset(records, [*listing.problems, *problems], listing.notes)
+    _note_texts(every, listing)
+    _note_rows(every, rows_of, listing)
+    return Dataset(records, [*listing.problems, *problems], listing.notes, reg)
 
 
 def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()) -> list[FileProblem]:
@@ -251,6 +256,32 @@ def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()
             sentence = _SUMMARIES[kind].format(len(members), names)
             found.append(FileProblem(members[0].path, kind, sentence, False))
     return found
+
+
+def apply_settings(records: Iterable[ImageRecord], config: RunConfig) -> list[ImageRecord]:
+    """The images with the masks, weights and backgrounds that the settings give them."""
+    rules, found = config.dataset, []
+    for record in records:
+        mask = record.mask or (record.path if rules.masks == "alpha" and record.transparent else None)
+        mask, outside = (None, 1.0) if rules.masks == "off" else (mask, config.loss.unmasked_weight)
+        weight = rules.reg_weight if record.reg else 1.0
+        found.append(replace(record, mask=mask, outside=outside, background=rules.background, weight=weight))
+    return found
+
+
+def repeat_reg(reg: Sequence[ImageRecord], looks: int) -> list[ImageRecord]:
+    """The images for regularisation with as many repeats as it takes for `looks` at them, as many as at the
+    others; those beyond are left out.
+
+    Source: kohya-ss/sd-scripts, library/train_util.py, DreamBoothDataset.
+    """
+    repeats: Counter[int] = Counter()
+    while reg and repeats.total() < looks:
+        for index, record in enumerate(reg):
+            repeats[index] += 1 if repeats[index] else record.repeats
+            if repeats.total() >= looks:
+                break
+    return [replace(reg[index], repeats=count) for index, count in repeats.items()]
 
 
 def run_dataset(config: RunConfig, unpack_into: Path) -> Dataset:
@@ -311,6 +342,9 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
         problem.path.suffix.casefold() in IMAGE_SUFFIXES for problem in dataset.problems
     ):
         why = "".join(f" {note.sentence}" for note in summarize_notes(dataset.notes, AUDIT_ONLY))
+        if dataset.reg:
+            names = abbreviate([clean_text(one.path.name) for one in dataset.reg])
+            why += f" Those in its folder for regularisation alone do not do ({names})."
         raise DatasetError(
             f"There are no images in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
             f" caption.{why}"
@@ -333,22 +367,6 @@ def require_clean(dataset: Dataset) -> None:
     """
     if dataset.problems:
         raise DatasetError(" ".join(first_problems(dataset)))
-
-
-def describe_unused(dataset: Dataset) -> str:
-    """The masks and regularisation images of a dataset and the way out, in a sentence; "" for none."""
-    found = []
-    for kind, title in NOT_USED_YET.items():
-        paths = [note.path for note in dataset.notes if note.kind == kind]
-        names = [clean_text(path.name) for path in paths if path.suffix.casefold() in IMAGE_SUFFIXES]
-        if names:
-            found.append(f"{len(names)} {title if len(names) > 1 else title[:-1]} ({abbreviate(names)})")
-    if not found:
-        return ""
-    return (
-        f"The dataset holds {' and '.join(found)}, not used yet; take them out, or turn on"
-        " dataset.ignore_unused to train without them."
-    )
 
 
 def _list_files(root: Path, sizes: SizeCache) -> _Listing:
@@ -387,17 +405,14 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
 def _classify(path: Path, listing: _Listing) -> None:
     """Find out what a file is for."""
     suffix, shown = path.suffix.casefold(), listing.shown(path)
-    kind = unused_folder_kind(shown)
-    if kind == "regularisation":
-        rest = "is in a folder for regularisation, which is not used yet; it is not trained on."
-        listing.note(path, kind, rest)
-    elif kind or (suffix in IMAGE_SUFFIXES and _is_mask(path, listing)):
-        listing.note(path, "mask", "is a mask, and masks are not used yet: all of its image is trained on.")
+    kind = folder_kind(shown) == "mask"
+    if suffix in IMAGE_SUFFIXES and (kind or _is_mask(path, listing)):
+        listing.masks.append(path)
     elif suffix in IMAGE_SUFFIXES:
         listing.pictures.append(path)
-    elif fold_name(path.name) in METADATA_NAMES:
+    elif fold_name(path.name) in METADATA_NAMES and not kind:
         listing.tables.append(path)
-    elif suffix in CAPTION_SUFFIXES:
+    elif suffix in CAPTION_SUFFIXES and not kind:
         listing.texts.append(path)
     elif shown != CROP_LIST:
         listing.note(path, "other file", "is neither an image nor a caption; it is not used.")
@@ -409,6 +424,31 @@ def _is_mask(path: Path, listing: _Listing) -> bool:
     if is_mask(path) or fold_name(shown[-5:]) not in _MASK_OF:
         return is_mask(path)
     return _find_first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]) is not None
+
+
+def _match_masks(listing: _Listing) -> dict[Path, Path]:
+    """Image to mask: of its name without the ending and the `mask` folder, wherever there is one image alone
+    of that name; masks that no image has are noted."""
+    images: dict[str, list[Path]] = {}
+    for path in listing.pictures:
+        where = fold_name(listing.shown(path.with_suffix("")))
+        for name in {where, f"*/{where.rpartition('/')[2]}"}:
+            images.setdefault(name, []).append(path)
+    found: dict[Path, Path] = {}
+    ranks = {path: (folder_kind(listing.shown(path)) == "mask", not is_mask(path)) for path in listing.masks}
+    for mask in sorted(ranks, key=ranks.__getitem__):
+        *folders, stem = fold_name(listing.shown(mask.with_suffix(""))).split("/")
+        above = [part for part in folders if folder_kind(f"{part}/") != "mask"]
+        stems = [stem.removesuffix(ending) for ending in ("", MASK_ENDINGS[0], *_MASK_OF)]
+        owners = next((own for one in stems if (own := images.get("/".join([*above, one])))), [])
+        if not owners and len(above) < len(folders):
+            owners = next((own for one in stems if len(own := images.get(f"*/{one}", [])) == 1), [])
+        free = [path for path in owners if path not in found]
+        found |= dict.fromkeys(free, mask)
+        if not free:
+            why = "its image has another mask" if owners else "there is no image of that name"
+            listing.note(mask, "mask", f"is a mask that is not used, as {why}.")
+    return found
 
 
 def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
@@ -485,9 +525,13 @@ def _read_tables(listing: _Listing) -> tuple[dict[Path, str], dict[Path, list[Pa
     return captions, rows_of
 
 
-def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | FileProblem:
+def _read_record(
+    path: Path, listing: _Listing, tables: dict[Path, str], masks: dict[Path, Path]
+) -> ImageRecord | FileProblem:
     info = listing.sizes.info(path, listing.shown(path))
     if isinstance(info, FileProblem):
+        if path in masks:
+            listing.note(masks[path], "unread caption", "is the mask of an image that cannot be used.")
         return info
     repeats, name = _kohya_folder(path, listing.root)
     sidecar = _find_sidecar(path, listing)
@@ -497,12 +541,34 @@ def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> Imag
         return FileProblem(path, "caption", str(error))
     folded = fold_name(listing.shown(path))
     seen = (info.transparent, info.animated)
-    by_hand = folded in listing.held_out
-    record = ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, *seen)
+    reg = folder_kind(listing.shown(path)) == "regularisation"
+    by_hand, size = folded in listing.held_out and not reg, (info.width, info.height)
+    record = ImageRecord(path, *size, caption.strip(), repeats, by_hand, *seen, mask=masks.get(path), reg=reg)
     try:
         return crop_record(record, listing.crops[folded]) if folded in listing.crops else record
     except DatasetError as error:
         return FileProblem(path, "crop", str(error))
+
+
+def _check_mask(image: ImageRecord, listing: _Listing) -> FileProblem | None:
+    """The problem of a mask that cannot be read, has not the shape of its image, or leaves nothing of it."""
+    if (mask := image.mask) is None:
+        return None
+    shown = listing.shown(mask)
+    info = listing.sizes.info(mask, shown, mask=True)
+    if isinstance(info, FileProblem):
+        return info
+    if info.black:
+        sentence = f"The mask {shown} is black everywhere, so that nothing of its image counts; paint white"
+        return FileProblem(mask, "black mask", f"{sentence} what should be learned, or remove it.")
+    whole = listing.sizes.info(image.path, listing.shown(image.path))
+    assert isinstance(whole, ImageInfo)
+    high = info.width * whole.height / whole.width
+    if abs(info.height - high) <= max(1.0, _SHAPES_APART * high):
+        return None
+    sizes = f"{info.width} x {info.height} pixels, and its image {whole.width} x {whole.height}"
+    sentence = f"The mask {shown} has {sizes}; give it the shape of its image, or remove it."
+    return FileProblem(mask, "mask shape", sentence)
 
 
 def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:

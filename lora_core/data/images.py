@@ -48,8 +48,10 @@ class ImageRecord:
     Width and height are in pixels after EXIF rotation, and of the crop where there is one: `crop` is the part
     that the user chose to train on, left, top, right and bottom as shares of the sides. The caption holds one
     alternative a line. `repeats` is how often the image is shown in an epoch. `held_out` says that it was
-    chosen to measure on, `transparent` that parts of it are see-through, which are trained on as white,
-    `animated` that it has more frames, of which the first is trained on.
+    chosen to measure on, `transparent` that parts of it are see-through, `animated` that it has more frames,
+    of which the first is trained on. `mask` is the file that says which parts of it count: white ones in
+    full, black ones `outside` of that. `background` is the colour that it is laid on. An image for
+    regularisation (`reg`) is of the class, without what is to be learned; `weight` is what its loss counts.
     """
 
     path: Path
@@ -61,6 +63,16 @@ class ImageRecord:
     transparent: bool = False
     animated: bool = False
     crop: Crop | None = None
+    mask: Path | None = None
+    outside: float = 1.0
+    background: str = "white"
+    reg: bool = False
+    weight: float = 1.0
+
+    @property
+    def own_background(self) -> list[str]:
+        """The background where it shows and is not the usual one."""
+        return [self.background] if self.transparent and self.background != "white" else []
 
 
 @dataclass(frozen=True)
@@ -78,17 +90,20 @@ class FileProblem:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable images in order of path, problems of the rest, and notes on unused files."""
+    """The usable images in order of path, problems of the rest, notes on unused files, and the images for
+    regularisation."""
 
     records: list[ImageRecord]
     problems: list[FileProblem]
     notes: list[FileProblem] = field(default_factory=list)
+    reg: list[ImageRecord] = field(default_factory=list)
 
 
 MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 MASK_ENDINGS = ("-masklabel", "-condlabel")
+"""Of files that go with an image: its mask, and OneTrainer's conditioning image, which is not used."""
 _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
@@ -106,7 +121,7 @@ def is_mask(path: Path) -> bool:
     return fold_name(path.stem).endswith(MASK_ENDINGS)
 
 
-def unused_folder_kind(shown: str) -> str:
+def folder_kind(shown: str) -> str:
     """ "mask" or "regularisation" for a file in a folder of such images, else ""; `shown` is its path below
     the dataset folder, with forward slashes."""
     for part in fold_name(shown).split("/")[:-1]:
@@ -255,26 +270,43 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class ImageInfo(NamedTuple):
-    """What a decoded image shows: its upright size in pixels, whether any pixel is see-through, and whether
-    more frames follow the first."""
+    """What a decoded image shows: its upright size in pixels, whether any pixel is see-through, whether more
+    frames follow the first, and of a mask whether it is black everywhere."""
 
     width: int
     height: int
     transparent: bool
     animated: bool = False
+    black: bool = False
 
 
-def open_rgb(path: Path, least: int | None = None) -> Image.Image:
+def open_rgb(path: Path, least: int | None = None, background: str = "white") -> Image.Image:
     """The image as 8-bit RGB, upright.
 
-    16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken. It
-    may be shrunk to sides of at least `least` pixels: JPEGs are reduced while decoding, several times faster.
+    16-bit values are scaled, transparency is laid on the colour `background`, and of an animation the first
+    frame is taken. It may be shrunk to sides of at least `least` pixels: JPEGs are reduced while decoding,
+    several times faster.
 
     Raises:
         DatasetError: the file is not an image, is damaged, or has too many pixels; names the file.
     """
     with _load_image(path, str(path), least) as (image, _):
-        return _apply_orientation(to_rgb(image), _orientation(image))
+        return _apply_orientation(to_rgb(image, background), _orientation(image))
+
+
+def open_mask(record: ImageRecord) -> Image.Image:
+    """The mask of an image as 8-bit grey, upright and cut to its crop: the brightness of a file on black, or
+    the opacity of the image itself.
+
+    Raises:
+        DatasetError: as `open_rgb`.
+    """
+    assert record.mask is not None
+    with _load_image(record.mask, str(record.mask)) as (image, _):
+        opacity = record.mask == record.path
+        mask = _opacity(image) if opacity else to_rgb(image, "black").convert("L")
+        mask = _apply_orientation(mask, _orientation(image))
+        return mask.crop(crop_pixels(record.crop, *mask.size)) if record.crop else mask
 
 
 def crop_pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
@@ -286,9 +318,10 @@ def crop_pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int
 def open_image(record: ImageRecord, least: int | None = None) -> Image.Image:
     """As `open_rgb`, cut to the crop of the image."""
     if record.crop is None:
-        return open_rgb(record.path, least)
+        return open_rgb(record.path, least, record.background)
     left, top, right, bottom = record.crop
-    whole = open_rgb(record.path, least and math.ceil(least / min(right - left, bottom - top)))
+    least = least and math.ceil(least / min(right - left, bottom - top))
+    whole = open_rgb(record.path, least, record.background)
     return whole.crop(crop_pixels(record.crop, *whole.size))
 
 
@@ -317,9 +350,9 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
-    """What it shows, after decoding the full file; or the problem of an image that cannot be
-    trained on, which names it as `shown`."""
+def check_image(path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
+    """What an image or a mask shows, after decoding the full file; or the problem of one that cannot be
+    used, which names it as `shown`."""
     try:
         with _load_image(path, shown, 1) as (image, stated):
             # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
@@ -327,7 +360,8 @@ def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
             if _orientation(image) in _SIDEWAYS:
                 width, height = height, width
             animated = image.format in ANIMATED and bool(getattr(image, "is_animated", False))
-            info = ImageInfo(width, height, _is_transparent(image), animated)
+            black = mask and to_rgb(image, "black").getbbox() is None
+            info = ImageInfo(width, height, _is_transparent(image), animated, black)
     except DatasetError as error:
         return FileProblem(path, "unreadable", str(error))
     if min(width, height) >= MIN_SIDE:
@@ -336,26 +370,27 @@ def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
     return FileProblem(path, "tiny", f"{shown} is only {width} x {height} pixels; {advice}.")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB, on a colour that Pillow knows by name."""
     if image.mode.startswith("I") or image.mode == "F":
         return _to_8_bit(image).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        behind = Image.new("RGBA", rgba.size, background)
+        return Image.alpha_composite(behind, rgba).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether a decoded image has a pixel that `to_rgb` lays on white."""
-    if not image.has_transparency_data:
-        return False
-    if image.mode == "La":
-        image = image.convert("LA")
-    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+    """Whether a decoded image has a pixel that `to_rgb` lays on a background."""
+    return image.has_transparency_data and bool(np.asarray(_opacity(image)).min() < 255)
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    """The alpha channel of a decoded image."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA").getchannel("A")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -438,17 +473,17 @@ class SizeCache:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                 for path, known in parse_json(read_small_file(file)).items():
                     time, length, width, height, *seen = map(int, known)
-                    # Entries of an earlier version do not tell whether there are more frames.
-                    if len(seen) == 2:
+                    # Entries of earlier versions do not tell whether a mask is black.
+                    if len(seen) == 3:
                         self._known[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
 
-    def info(self, path: Path, shown: str) -> ImageInfo | FileProblem:
+    def info(self, path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
         """As `check_image`, without decoding a file that has not changed since it was decoded."""
         stamp = _stamp(path)
         known = self._known.get(str(path))
         if stamp is not None and known is not None and known[:2] == stamp:
             return known[2]
-        found = check_image(path, shown)
+        found = check_image(path, shown, mask)
         if stamp is not None and not isinstance(found, FileProblem):
             self._known[str(path)] = (*stamp, found)
             self._changed = True

@@ -36,6 +36,7 @@ from lora_core.data.images import (
     FileProblem,
     SizeCache,
     abbreviate,
+    folder_kind,
     is_junk,
     is_mask,
     walk_files,
@@ -343,7 +344,8 @@ class _Incoming:
     @property
     def is_picture(self) -> bool:
         """Whether it is an image to train on."""
-        return self.suffix in IMAGE_SUFFIXES and not self.is_mask
+        in_masks = folder_kind(str(self.name)) == "mask"
+        return self.suffix in IMAGE_SUFFIXES and not self.is_mask and not in_masks
 
 
 class _Import:

@@ -18,7 +18,7 @@ import torch
 
 from lora_core.data.audit import TrainingView, step_shares, words_of
 from lora_core.data.captions import plain_caption, split_tags
-from lora_core.data.dataset import measured_dataset, split_holdout
+from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
 from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import (
@@ -406,7 +406,8 @@ def measure_run_images(
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
     base = (open_base or _load_base)(config.model)
     weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
-    rows = image_rows(base, dataset.records, weights, config, draws, on_progress)
+    reg = dataset.reg if config.dataset.reg_weight else []
+    rows = image_rows(base, dataset.records, weights, config, draws, on_progress, reg)
     found = {"step": step, "triples": draws, "rows": rows}
     write_atomically(run.path / IMAGES_FILE, json.dumps(found, ensure_ascii=False).encode())
     return found
@@ -427,12 +428,14 @@ def image_rows(
     config: RunConfig,
     draws: int = 8,
     on_progress: OnProgress | None = None,
+    reg: Sequence[ImageRecord] = (),
 ) -> list[dict[str, Any]]:
     """What was learned of each image: outliers first, then the least learned ones.
 
     Args:
         base: with no adapter in it, before and after.
         records: all images of the run.
+        reg: its images for regularisation.
         on_progress: called in each of four passes over the images.
 
     Returns:
@@ -445,7 +448,7 @@ def image_rows(
     held_out = frozenset(record.path for record in held)
     advance = _counter(on_progress, 4 * len(records))
     images = []
-    for record in records:
+    for record in apply_settings(records, config):
         caption = plain_caption(record.caption, config.dataset.trigger)
         images.append(encode_eval_image(base, record, caption, draws, config.seed, train.resolution))
         advance()
@@ -462,7 +465,7 @@ def image_rows(
     finally:
         merger.apply([])
     size = train.resolution or base.resolution
-    training = TrainingView(size, base.size_multiple, batch_size=train.batch_size, held_out=held_out)
+    training = TrainingView(size, base.size_multiple, None, "", train.batch_size, held_out, reg)
     rows: list[dict[str, Any]] = []
     for number, (record, share) in enumerate(zip(records, step_shares(records, training), strict=True)):
         gain, error = _difference(before[number] - after[number])

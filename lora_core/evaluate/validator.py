@@ -18,7 +18,7 @@ from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
-from lora_core.models.vae import encode_image, load_pixels
+from lora_core.models.vae import encode_image, load_pixels, weigh_latents
 from lora_core.runs.events import Validated
 
 BATCH = 4
@@ -70,12 +70,14 @@ class EvalImage:
         draws: its fixed noise and timesteps.
         caption: its caption.
         sizes: (6,), the size conditioning; None for an image of exactly its latents' size.
+        weights: what the error of each latent counts, (1, h, w); None for 1.
     """
 
     latents: torch.Tensor
     draws: EvalNoise
     caption: str
     sizes: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -91,7 +93,7 @@ def encode_eval_image(
     latents = encode_image(base, load_pixels(record, bucket))
     fixed = eval_noise(hash_file(record.path), latents, draws, seed, base.noise.num_timesteps)
     sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
-    return EvalImage(latents, fixed, caption, sizes)
+    return EvalImage(latents, fixed, caption, sizes, weigh_latents(record, bucket, base.vae_scale_factor))
 
 
 def encode_eval_images(
@@ -104,7 +106,7 @@ def encode_eval_images(
 def eval_losses(
     base: BaseModel, images: Sequence[EvalImage], encode: Encode, on_image: OnProgress | None = None
 ) -> torch.Tensor:
-    """The squared error of the prediction for each draw, (images, K) in fp64.
+    """The squared error of the prediction for each draw, (images, K) in fp64, weighted as `EvalImage` says.
 
     Args:
         base: with whatever adapter is in it.
@@ -124,7 +126,10 @@ def eval_losses(
                 target = base.noise.target(latents, noise, timesteps)
                 sizes = None if image.sizes is None else image.sizes.expand(len(noise), -1)
                 error = base.predict_noise(noisy, timesteps, text.expand(len(noise)), sizes) - target
-                losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
+                squared = error.cpu().double().square()  # MPS has no float64
+                if image.weights is not None:
+                    squared = squared * image.weights
+                losses.append(squared.flatten(1).mean(1))
             rows.append(torch.cat(losses))
             if on_image is not None:
                 on_image(done, len(images))

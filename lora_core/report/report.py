@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_caption
-from lora_core.data.dataset import measured_dataset, split_holdout
+from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
@@ -71,10 +71,11 @@ def run_evaluator(
         ModelFileError: the base is gone.
     """
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
-    _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
+    every = apply_settings(dataset.records, config)
+    _, held = split_holdout(every, config.validation.pictures, config.seed)
     if not held:
         raise DatasetError(f"{run.name} held no image out, so there is nothing to measure it on.")
-    known, now = read_json(run.inputs_file), input_hashes(run, dataset.records)
+    known, now = read_json(run.inputs_file), input_hashes(run, every)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
     trigger, model = config.dataset.trigger, config.model

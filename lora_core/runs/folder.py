@@ -21,7 +21,16 @@ import psutil
 
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.events import Progress, open_for_append, read_events, write_line
-from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
+from lora_core.settings.config import (
+    BEFORE,
+    RETIRED,
+    RunConfig,
+    flattened,
+    in_short,
+    load_toml,
+    retired,
+    to_toml,
+)
 from lora_core.system.files import (
     clear_abandoned,
     expand_home,
@@ -131,7 +140,7 @@ class RunFolder:
         Raises:
             ConfigError: the file was edited into something illegal.
         """
-        return RunConfig.from_dict(load_toml(self.config_file), say=False)
+        return RunConfig.from_dict(load_toml(self.config_file), say=False, absent=BEFORE)
 
     def config_or_none(self) -> RunConfig | None:
         """The frozen settings, or None where the file was edited into something illegal."""

@@ -14,10 +14,10 @@ import psutil
 from lora_core.data.captions import CHUNK, truncated_part, varies_by_draw, with_trigger
 from lora_core.data.dataset import (
     AUDIT_ONLY,
-    NOT_USED_YET,
-    describe_unused,
+    apply_settings,
     first_problems,
     num_holdout,
+    repeat_reg,
     run_dataset,
     split_holdout,
     summarize_notes,
@@ -36,7 +36,14 @@ from lora_core.model_files.families import Family, family_of_version, named_targ
 from lora_core.model_files.header import check_vae_path, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import OPTIMIZERS, TARGETS, LossSection, chosen, require_package
+from lora_core.settings.schema import (
+    OPTIMIZERS,
+    TARGETS,
+    DatasetSection,
+    LossSection,
+    chosen,
+    require_package,
+)
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
@@ -57,8 +64,8 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            slider, dataset, picture, unused, caption, resolution, validation, or the kind of a note on the
-            dataset.
+            slider, dataset, picture, masks, regularisation, caption, resolution, validation, or the kind of a
+            note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -101,7 +108,8 @@ def preflight(
             dataset = dataset or run_dataset(config, workspace / "cache" / "datasets")
             records = dataset.records
             texts = [(one.path.name, with_trigger(one.caption, config.dataset.trigger)) for one in records]
-            found = [*_images(dataset, config.dataset.ignore_unused), *_holdout(records, config), *found]
+            found = [*_images(dataset), *_holdout(records, config), *found]
+            found += [*_masks([*records, *dataset.reg], config), *_regularisation(dataset, config)]
     except DatasetError as error:
         found = [RunProblem("dataset", str(error)), *found]
     family = facts.family if facts else None
@@ -139,18 +147,6 @@ def require_none_blocking(problems: list[RunProblem]) -> None:
     sentences = [problem.sentence for problem in problems if problem.blocking]
     if sentences:
         raise RunError(" ".join(sentences))
-
-
-def require_used(run: RunFolder, read_dataset: Callable[[], Dataset]) -> None:
-    """Refuse to begin a run with masks or regularisation images. Runs that have begun go on, and so do those
-    of versions that left such images out.
-
-    Raises:
-        DatasetError: there are some, and the settings do not say to train without them.
-    """
-    asked = run.has_setting("dataset.ignore_unused") and not run.config().dataset.ignore_unused
-    if asked and not run.inputs_file.exists() and (unused := describe_unused(read_dataset())):
-        raise DatasetError(unused)
 
 
 def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
@@ -303,18 +299,24 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 
 
-def _images(dataset: Dataset, ignore_unused: bool) -> list[RunProblem]:
+def _images(dataset: Dataset) -> list[RunProblem]:
     found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
     if not dataset.records and not found:
         found.append(RunProblem("dataset", "There are no images yet; put some in."))
-    unused = "" if ignore_unused else describe_unused(dataset)
-    if unused:
-        found.append(RunProblem("unused", unused))
-    notes = summarize_notes(dataset.notes, (*AUDIT_ONLY, *(NOT_USED_YET if unused else ())))
+    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
-UNUSED_BY_SLIDERS = ("trigger", "flip", "tag_dropout", "shuffle_tags", "keep_tags", "ignore_unused")
+UNUSED_BY_SLIDERS = (
+    "trigger",
+    "flip",
+    "tag_dropout",
+    "shuffle_tags",
+    "keep_tags",
+    "masks",
+    "background",
+    "reg_weight",
+)
 """Settings of a dataset that say how its images and captions are drawn."""
 
 
@@ -349,6 +351,43 @@ def _slider(config: RunConfig) -> list[RunProblem]:
         sentence = f"A slider is trained without images, so that {listed} can do nothing."
         found.append(RunProblem("slider", sentence, False))
     return found
+
+
+def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
+    """What masks do in the run."""
+    rule, outside = config.dataset.masks, config.loss.unmasked_weight
+    masked = sum(record.mask is not None for record in apply_settings(records, config))
+    unused = sum(record.mask is not None for record in records) - masked
+    if masked:
+        sentence = (
+            f"{masked} of {len(records)} images {'has a mask' if masked == 1 else 'have masks'}: what lies"
+            f" outside counts {outside:g} (loss.unmasked_weight) beside 1 inside, in validation too."
+        )
+    elif unused > 0:
+        sentence = f"{unused} {'mask is' if unused == 1 else 'masks are'} not used, as dataset.masks is off."
+    elif rule == "alpha" or outside != LossSection().unmasked_weight:
+        name = "dataset.masks = alpha" if rule == "alpha" else "loss.unmasked_weight"
+        sentence = f"{name} plays no part: no image has a mask."
+    else:
+        return []
+    return [RunProblem("masks", sentence, False)]
+
+
+def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
+    """What images for regularisation do in the run."""
+    count, weight = len(dataset.reg), config.dataset.reg_weight
+    images = f"{count} {'image' if count == 1 else 'images'} for regularisation"
+    shown = len(repeat_reg(dataset.reg, sum(record.repeats for record in dataset.records)))
+    if count and not weight:
+        sentence = f"The dataset has {images}, not used, as dataset.reg_weight is 0."
+    elif count:
+        first = f" the first {shown} of" if shown < count else ""
+        sentence = f"Half of the steps show{first} {images}, which count {weight:g} (dataset.reg_weight)."
+    elif weight != DatasetSection().reg_weight:
+        sentence = "dataset.reg_weight plays no part: there is no folder `reg` with images of the class."
+    else:
+        return []
+    return [RunProblem("regularisation", sentence, False)]
 
 
 def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:

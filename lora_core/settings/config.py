@@ -34,6 +34,10 @@ RETIRED: dict[str, tuple[Any, str]] = {
     name: (row["accepted"], row["why"]) for name, row in _FORMER["retired"].items()
 }
 """Removed settings: the one value that is still accepted, and why no other is."""
+BEFORE: dict[str, Any] = _FORMER["before"]
+"""Settings and what a run did that began before there were any."""
+OLD_SWITCHES: dict[str, dict[str, Any]] = _FORMER["switches"]
+"""Switches of earlier versions and what `true` sets today."""
 OLD_NAMES: dict[str, str] = {
     **_FORMER["names"],
     **{f"optim.{key}": f"optimizer.{key}" for key in schema.OptimizerSection.model_fields},
@@ -66,20 +70,25 @@ class RunConfig(schema.Section):
     save: schema.SaveSection = Field(default_factory=schema.SaveSection)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], say: bool = True) -> "RunConfig":
-        """A config from nested tables as TOML gives them; what is absent takes its default.
+    def from_dict(
+        cls, values: Mapping[str, Any], say: bool = True, absent: Mapping[str, Any] | None = None
+    ) -> "RunConfig":
+        """A config from nested tables as TOML gives them; what is absent takes its default, or its
+        value in `absent`.
 
         Settings that an earlier version wrote and this one does not have are left out; `retired` names them.
 
         Args:
             values: the tables, with names of today or of earlier versions.
             say: log the new name of each old one, once in a process.
+            absent: dotted name to value.
 
         Raises:
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
         """
         flat = flattened(values, say)
-        return cls().changed({name: value for name, value in flat.items() if name not in RETIRED})
+        kept = {name: value for name, value in flat.items() if name not in RETIRED}
+        return cls().changed({**(absent or {}), **kept})
 
     def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
         """This config with some settings replaced.
@@ -266,8 +275,11 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
 
 def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The changes, with `auto` replaced by the switch that it turns on; a number turns the switch off unless
-    the changes set it too."""
+    the changes set it too. Switches of earlier versions set what they mean today."""
     for name, value in changes.items():
+        if name in OLD_SWITCHES and isinstance(value, bool):
+            yield from OLD_SWITCHES[name].items() if value else ()
+            continue
         switch = SWITCHES.get(name, "")
         if switch and isinstance(value, str) and value.strip().lower() == schema.AUTO:
             yield switch, True

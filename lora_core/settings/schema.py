@@ -168,6 +168,9 @@ SAMPLERS = _table("samplers", Implementation)
 PREDICTIONS = _table("predictions", Choice)
 ZERO_TERMINAL_SNR = _table("zero_terminal_snr", Choice)
 PRECISIONS = _table("precisions", Choice)
+MASKS = _table("masks", Choice)
+BACKGROUNDS = _table("backgrounds", Choice)
+"""Colours, as Pillow names them."""
 
 TARGETS = {
     key: LayerSet(**row | {part: "|".join(rows()["patterns"][one] for one in row[part]) for part in PARTS})
@@ -401,8 +404,13 @@ class DatasetSection(Section):
     """Shuffle the comma-separated tags anew for each training sample."""
     keep_tags: int = Field(0, title="Keep tags", ge=0, le=100)
     """This many tags at the start are neither shuffled nor dropped."""
-    ignore_unused: bool = Field(False, title="Ignore masks and regularisation images")
-    """Train without them. They are not used yet, so that a dataset with some is refused unless this is on."""
+    masks: Annotated[str, RowOf(MASKS)] = Field("on", title="Masks")
+    """Whether masks say which part of an image counts: white in full, black by the weight outside masks."""
+    background: Annotated[str, RowOf(BACKGROUNDS)] = Field("white", title="Background")
+    """What an image that is see-through in places is laid on."""
+    reg_weight: float = Field(1.0, title="Weight of regularisation images", ge=0.0, le=10.0)
+    """What images of the class in a `reg` folder count; half of the steps show them, without the trigger.
+    0: they are not used."""
 
 
 class SliderSection(Section):
@@ -527,6 +535,10 @@ class LossSection(Section):
     predicts noise, off for one that predicts velocity. 0: off."""
     noise_offset: float = Field(0.0, title="Noise offset", ge=0.0, le=1.0)
     """Lets very dark and very bright images be learned; 0.05 is usual. 0: off."""
+
+    unmasked_weight: float = Field(0.1, title="Weight outside masks", ge=0.0, le=1.0)
+    """What the part outside of an image's mask counts beside the part inside. 0: it is not learned at all;
+    1: as without masks."""
 
     def gamma(self, prediction: str) -> float:
         """gamma of min-SNR for a base that predicts `prediction`; 0: off.

@@ -363,7 +363,7 @@ def _share(session: setup.TrainSession, settings: StepSettings, number: int) -> 
     with torch.no_grad(), at_strength(state.injected, 0.0):
         condition = session.text.embed_batch(batch.captions)
         rules = settings.config.loss
-        bare = diffusion_loss(base, batch.latents, condition, draw, rules, batch.sizes).mean()
+        bare = diffusion_loss(base, batch.latents, condition, draw, rules, batch.sizes, batch.weights).mean()
     state.flat_params.zero_grad()
     loss = backward_micro_batch(state, session.batches, session.text, settings, number)
     losses, ok = optimizer_step(state, settings.config.optimizer.max_grad_norm, [loss], number + 1)

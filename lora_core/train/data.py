@@ -8,12 +8,12 @@ that are drawn at random rarely come again: their embeddings are kept in memory 
 
 import random
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lora_core.data.captions import CHUNK, sample_caption
+from lora_core.data.captions import CHUNK, sample_record_caption
 from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks
@@ -29,10 +29,12 @@ AHEAD = 64
 
 @dataclass(frozen=True)
 class TrainImage:
-    """An image with the bucket that it is trained in."""
+    """An image with the bucket that it is trained in, and what each of its latents counts in the loss, (1, h,
+    w), or None for 1."""
 
     record: ImageRecord
     bucket: Bucket
+    weights: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def sizes(self) -> torch.Tensor:
@@ -43,13 +45,15 @@ class TrainImage:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `latents` (B, 4, h, w), B drawn captions, B file names for messages, and `sizes`
-    (B, 6), see `size_conditioning`; tensors are on the CPU."""
+    """One micro-batch: `latents` (B, 4, h, w), B drawn captions, B file names for messages, `sizes` (B, 6),
+    see `size_conditioning`, and `weights` of the latents in the loss, (B, 1, h, w), or None for 1; tensors
+    are on the CPU."""
 
     latents: torch.Tensor
     captions: list[str]
     names: list[str]
     sizes: torch.Tensor
+    weights: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 class Batches:
@@ -76,7 +80,12 @@ class Batches:
         latents = [self._cache.latents(item.record, item.bucket, flip) for item, flip, _ in rows]
         names, sizes = zip(*((item.record.path.name, item.sizes) for item, _, _ in rows), strict=True)
         captions = [caption for _, _, caption in rows]
-        return Batch(torch.stack(latents), captions, list(names), torch.stack(sizes))
+        weights = None
+        if any(item.weights is not None for item, _, _ in rows):
+            all_count = torch.ones_like(latents[0][:1])
+            given = [(all_count if item.weights is None else item.weights, flip) for item, flip, _ in rows]
+            weights = torch.stack([one.flip(-1) if flip else one for one, flip in given])
+        return Batch(torch.stack(latents), captions, list(names), torch.stack(sizes), weights=weights)
 
     def captions(self, number: int) -> list[str]:
         """The captions of micro-batch `number`."""
@@ -98,7 +107,7 @@ class Batches:
             draw = random.Random(f"{self._seed}/look/{number}/{row}")
             item = self._images[index]
             flip = self._flip and draw.random() < 0.5
-            rows.append((item, flip, sample_caption(item.record.caption, self._captions, draw)))
+            rows.append((item, flip, sample_record_caption(item.record, self._captions, draw)))
         return rows
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
@@ -180,9 +189,8 @@ class LatentCache:
         if key not in self._memory:
             # Devices round differently, so each has latents of its own.
             device = self._base.vae.device.type
-            crop = [record.crop] if record.crop else []
-            sizes = (bucket.width, bucket.height, flip, device)
-            name = short_digest(hash_file(record.path), self._vae, *sizes, *crop)
+            crop, sizes = [record.crop] if record.crop else [], (bucket.width, bucket.height, flip, device)
+            name = short_digest(hash_file(record.path), self._vae, *sizes, *crop, *record.own_background)
             self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},

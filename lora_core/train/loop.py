@@ -178,10 +178,9 @@ def backward_micro_batch(
         if isinstance(batch, SliderBatch):
             found = slider_loss(state, text, batch, rows, noise.rows(rows), config)
         else:
-            embeds = text.embed_batch(batch.captions[rows])
-            found = diffusion_loss(
-                state.base, batch.latents[rows], embeds, noise.rows(rows), config.loss, batch.sizes[rows]
-            )
+            embeds, draw = text.embed_batch(batch.captions[rows]), noise.rows(rows)
+            sizes, weights = batch.sizes[rows], None if batch.weights is None else batch.weights[rows]
+            found = diffusion_loss(state.base, batch.latents[rows], embeds, draw, config.loss, sizes, weights)
         state.scaler.scale(found.sum() / total if total > 1 else found.sum()).backward()
         losses.append(found.detach())
     if isinstance(batch, SliderBatch):
@@ -264,7 +263,7 @@ def sample_noise(
 
 def diffusion_loss(
     base: NoisePredictor, latents: torch.Tensor, text: PromptEmbeds, draw: NoiseSample, rules: LossSection,
-    sizes: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None, weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The weighted loss of each image of a batch, (B,) in fp32 on the base's device.
 
@@ -275,15 +274,17 @@ def diffusion_loss(
         draw: timesteps and noise.
         rules: type of error and its weights.
         sizes: (B, 6) on the CPU, see `NoisePredictor.predict_noise`.
+        weights: what the error of each latent counts, (B, 1, h, w) on the CPU; None for 1.
     """
     noisy = base.noise.add_noise(latents, draw.noise, draw.timesteps)
     target = base.noise.target(latents, draw.noise, draw.timesteps)
-    return prediction_loss(base, (noisy, target), draw.timesteps, text, rules, sizes)
+    return prediction_loss(base, (noisy, target), draw.timesteps, text, rules, sizes, weights)
 
 
 def prediction_loss(
     base: NoisePredictor, pair: tuple[torch.Tensor, torch.Tensor], timesteps: torch.Tensor,
     text: PromptEmbeds, rules: LossSection, sizes: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The weighted error of what is predicted, (B,): see `diffusion_loss`; `pair` are the noisy latents and
     what should be predicted for them, (B, 4, h, w) on the CPU.
@@ -300,11 +301,14 @@ def prediction_loss(
     }
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
+    if weights is not None:
+        numbers["weights"] = weights
     sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.type, "loss.type").resolve()
     delta = functools.partial(huber_delta, base.noise, timesteps, rules)
     predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
-    losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)
+    errors: torch.Tensor = error(predicted, sent["target"], delta)
+    losses = (errors * sent["weights"] if weights is not None else errors).flatten(1).mean(1)
     return losses * sent["weight"] if gamma else losses
 
 

@@ -19,7 +19,7 @@ import torch
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import require_clean, run_dataset, split_holdout
+from lora_core.data.dataset import apply_settings, repeat_reg, require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
@@ -43,9 +43,9 @@ from lora_core.models.device import (
     use_device,
 )
 from lora_core.models.load import BaseModel, open_base
+from lora_core.models.vae import weigh_latents
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.preflight import require_used
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import expand_home, write_atomically
@@ -224,7 +224,9 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
         words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
         words += "\nheld out by hand" if record.held_out else ""
         words += f"\ncrop {record.crop}" if record.crop else ""
-        inputs[f"the picture {record.path.name}"] = hashlib.sha256(words.encode()).hexdigest()
+        words += f"\nmask {hash_file(record.mask)}" if record.mask else ""
+        name = f"the {'reg ' if record.reg else ''}picture {record.path.name}"
+        inputs[name] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 
 
@@ -478,10 +480,11 @@ def prepare(
         more[f"the LoRA {start.name} that it continues"] = hash_file(start) if start.is_file() else ""
     dataset = run_dataset(config, cache / "datasets")
     require_clean(dataset)
-    require_used(run, lambda: dataset)
-    check_inputs(run, dataset.records, accept_changes, more)
+    records = apply_settings(dataset.records, config)
+    reg = apply_settings(dataset.reg, config) if config.dataset.reg_weight else []
+    check_inputs(run, [*records, *reg], accept_changes, more)
     slider, section = config.slider, config.validation
-    train, held = split_holdout(dataset.records, 0.0 if slider.on else section.pictures, config.seed)
+    train, held = split_holdout(records, 0.0 if slider.on else section.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     base = open_base_for(config, device, dtype_of(plan.precision, device), plan.rungs, cache)
@@ -489,9 +492,12 @@ def prepare(
     base.load("vae")
     latents = LatentCache(base, cache / "latents")
     resolution = config.train.resolution or base.resolution
-    items = [] if slider.on else assign_buckets(train, resolution, base.size_multiple)
-    held_items = assign_buckets(held, resolution, base.size_multiple) if held else []
-    wanted = [*all_views(items, config.dataset.flip), *all_views(held_items, False)]
+    sides = (resolution, base.size_multiple, base.vae_scale_factor)
+    items = [] if slider.on else assign_buckets(train, *sides)
+    held_items = assign_buckets(held, *sides) if held else []
+    reg = repeat_reg(reg, sum(record.repeats for record in train))
+    trained = [*items, *(assign_buckets(reg, *sides) if reg else [])]
+    wanted = [*all_views(trained, config.dataset.flip), *all_views(held_items, False)]
     _encode_pictures(base, latents, wanted, say)
     sets = build_validation_sets(items, held_items, latents, config, base.noise.num_timesteps)
     base.put("vae", torch.device("cpu"))
@@ -504,20 +510,20 @@ def prepare(
     if section.forgetting and section.every and section.pictures:
         sets.forgetting = ForgettingSet(base, text, cache / "prior", identity, section.forgetting, resolution)
     if not layout.encoders_trained:
-        fixed = [record for record in train if not varies_by_draw(record.caption, rules)]
-        captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
+        fixed = [record for record in (*train, *reg) if not varies_by_draw(record.caption, rules)]
+        captions = [plain_caption(one.caption, "" if one.reg else rules.trigger) for one in fixed]
         captions += [one.caption for one in (*sets.held_out, *sets.training)]
         captions += [*slider.captions(), *prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
         captions = list(dict.fromkeys(captions))
         for done, caption in enumerate(captions):
             say("Encoding captions", done, len(captions))
             text.embed(caption)
-        if len(fixed) == len(train):
+        if len(fixed) == len(train) + len(reg):
             text.release()
     waiting = _load_denoiser(base, layout)
     state, notes = build_train_state(base, layout, config, plan.layout)
     fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
-    batches = build_batches(config, base, items, latents)
+    batches = build_batches(config, base, trained, latents)
     sets.slider = build_slider_set(state, text, batches, config, (cache / "slider", identity), say)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
@@ -579,11 +585,18 @@ def build_train_state(
     return TrainState(base, injected, optimizer, storage, scaler, average), notes
 
 
-def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
-    """Choose the bucket of each image; DatasetError if there is none."""
+def assign_buckets(
+    records: list[ImageRecord], resolution: int, multiple: int, factor: int = 8
+) -> list[TrainImage]:
+    """Choose the bucket of each image and weigh its latents, of `factor` pixels a side; DatasetError if there
+    is no image, or a mask leaves nothing of one."""
     if not records:
         raise DatasetError("No image is left to train on; add images or hold fewer of them out.")
-    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
+    buckets = [choose_bucket(r.width, r.height, resolution, multiple) for r in records]
+    return [
+        TrainImage(record, bucket, weigh_latents(record, bucket, factor))
+        for record, bucket in zip(records, buckets, strict=True)
+    ]
 
 
 def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:

@@ -162,7 +162,7 @@ def build_validation_sets(
         digest = hash_file(image.record.path)
         noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
         caption = plain_caption((captioned or image).record.caption, config.dataset.trigger)
-        return validator.EvalImage(latents, noise, caption, image.sizes)
+        return validator.EvalImage(latents, noise, caption, image.sizes, image.weights)
 
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
     order = random.Random(f"{config.seed}/measured").sample(range(len(images)), min(count, len(images)))

@@ -41,8 +41,9 @@ def audit(
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
     facts = read_base_facts(base)
-    training = TrainingView(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
-    return audited(load_images(dataset, workspace), training)
+    found = load_images(dataset, workspace)
+    size = (side or facts.resolution, facts.multiple)
+    return audited(found, TrainingView(*size, facts.tokenizer, trigger, batch, reg=found.reg))
 
 
 @verb

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.data.dataset import run_dataset
-from lora_core.data.images import Dataset
 from lora_core.errors import ConfigError, DatasetError, ModelFileError, RunError
 from lora_core.generate.grid import split_values
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
@@ -301,19 +300,9 @@ def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFol
 
     Raises:
         RunError: it is done, live, or in the queue already.
-        DatasetError: it has not begun, and its dataset holds masks or regularisation images.
     """
-    from lora_core.runs.preflight import require_used
-
-    def read() -> Dataset:
-        try:
-            return run_dataset(folder.config(), queue.workspace / "cache" / "datasets")
-        except DatasetError:  # its start says it
-            return Dataset([], [])
-
     folder = find_run(run, workspace)
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
-    require_used(folder, read)
     queue.add(folder)
     if start:
         ensure_runner(queue.workspace)

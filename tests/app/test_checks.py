@@ -11,8 +11,7 @@ from PIL import Image
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
 from app.train import background
-from app.train.start import facts, queue_sweep, ready_config, start_problems
-from app.train.view import do_run_action
+from app.train.start import facts, ready_config, start_problems
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem
 from tests.app.runs import come_alive, make_run, started, step
@@ -63,41 +62,27 @@ def _notes(app_state: AppState) -> list[str]:
     return notes(take_snapshot(app_state))
 
 
-def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: list[Path]) -> None:
+def test_what_masks_and_reg_images_do_stands_beside_start(app_state: AppState, pictures: list[Path]) -> None:
     folder = app_state.project.image_folder
     for name in ("mask/picture-0.png", "picture-1-masklabel.png", "reg/1_field/a.png", "reg/1_field/b.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures[0], folder / name)
+        shutil.copy(pictures[1 if "-1-" in name else 0], folder / name)
     Image.new("RGBA", (160, 160), (0, 90, 160, 90)).save(folder / "clear.png")
     app_state.project.invalidate()
     assert len(app_state.project.dataset().records) == 4
-    (stop,) = wait_for(lambda: start_problems(take_snapshot(app_state)))
-    assert stop == (
-        "The dataset holds 2 masks (picture-0.png, picture-1-masklabel.png) and 2 regularisation images"
-        " (a.png, b.png), not used yet; take them out, or turn on Ignore masks and regularisation images to"
-        " train without them."
-    )
-    bar = facts(take_snapshot(app_state))
-    assert "Train without them</button>" in bar
-    for do in ("start", "queue"):
-        with pytest.raises(LoraError, match="2 masks"):
-            ready_config(app_state, "one", do)
-    with pytest.raises(LoraError, match="2 masks"):
-        queue_sweep(app_state, [("seed", "1, 2")], "")
-    do_run_action(app_state, "ignore-unused", "")
-    assert ready_config(app_state, "one").dataset.ignore_unused
-    assert "Train without them" not in facts(take_snapshot(app_state))
-    said = wait_for(lambda: [text for text in _notes(app_state) if "masks are not used yet" in text])
+    said = wait_for(lambda: [text for text in _notes(app_state) if "masks" in text])
     assert said == [
-        "2 masks are not used yet: images are trained on in full, masked or not"
-        " (picture-0.png, picture-1-masklabel.png)."
+        "2 of 6 images have masks: what lies outside counts 0.1 (Weight outside masks) beside 1 inside, in"
+        " validation too."
     ]
-    assert sum("regularisation" in text or "white background" in text for text in _notes(app_state)) == 2
+    notes = _notes(app_state)
+    assert sum("see-through" in text for text in notes) == 1
+    (reg,) = [text for text in notes if "regularisation" in text]
+    assert reg.endswith("show 2 images for regularisation, which count 1 (Weight of regularisation images).")
     assert start_problems(take_snapshot(app_state)) == []
     app_state.project.save_caption("picture-0.png", "new")
     shown = gallery.summarize(app_state.project.dataset(), [], False, [])
-    assert "4 files not used" in [text for text, _ in shown["chips"]]
-    assert any("2 masks are not used yet" in sentence for sentence in shown["sentences"])
+    assert {"2 for regularisation", "2 with a mask"} <= {text for text, _ in shown["chips"]}
 
 
 def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path]) -> None:

@@ -201,13 +201,13 @@ def test_a_picture_is_decoded_once_until_it_changes(
     picture = draw(tmp_path / "pictures" / "a.png", (40, 30))
     file = tmp_path / "sizes.json"
     sizes = SizeCache(file)
-    assert sizes.info(picture, "a.png") == (40, 30, False, False)
+    assert sizes.info(picture, "a.png") == (40, 30, False, False, False)
     sizes.save(tmp_path)
     decoded = []
     real = images.check_image
-    monkeypatch.setattr(images, "check_image", lambda p, s: decoded.append(p) or real(p, s))
+    monkeypatch.setattr(images, "check_image", lambda p, *more: decoded.append(p) or real(p, *more))
     again = SizeCache(file)
-    assert again.info(picture, "a.png") == (40, 30, False, False)
+    assert again.info(picture, "a.png") == (40, 30, False, False, False)
     assert decoded == []
     picture.write_bytes(b"no image")
     assert isinstance(again.info(picture, "a.png"), FileProblem)
@@ -219,7 +219,7 @@ def test_a_picture_is_decoded_once_until_it_changes(
 def test_a_broken_memory_is_an_empty_one(tmp_path: Path, draw: Draw, text: str) -> None:
     (tmp_path / "sizes.json").write_text(text)
     picture = draw(tmp_path / "a.png", (40, 30))
-    assert SizeCache(tmp_path / "sizes.json").info(picture, "a.png") == (40, 30, False, False)
+    assert SizeCache(tmp_path / "sizes.json").info(picture, "a.png") == (40, 30, False, False, False)
 
 
 def test_what_is_gone_is_forgotten_on_disk(tmp_path: Path, draw: Draw) -> None:

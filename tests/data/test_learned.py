@@ -18,7 +18,7 @@ from lora_core.data.audit import (
     report_bias,
     step_shares,
 )
-from lora_core.data.dataset import scan
+from lora_core.data.dataset import repeat_reg, scan
 from lora_core.data.images import ImageRecord
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
@@ -173,17 +173,23 @@ class NoLatents:
         return torch.zeros(4, 1, 1)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 5])
-def test_shares_are_those_of_a_run(batch: int) -> None:
-    items = assign_buckets(RECORDS, 64, 8)
+REG = [
+    ImageRecord(Path("r.png"), 64, 64, "", reg=True), ImageRecord(Path("s.png"), 64, 128, "", reg=True),
+    ImageRecord(Path("t.png"), 96, 64, "", reg=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "reg"), [(1, []), (2, []), (4, []), (5, []), (4, REG)])
+def test_shares_are_those_of_a_run(batch: int, reg: list[ImageRecord]) -> None:
+    items = assign_buckets([*RECORDS, *repeat_reg(reg, 9)], 64, 8)
     rules = DatasetSection(caption_dropout=0.0)
     batches = Batches(items, NoLatents(), rules, batch, False, 0)  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()
     for number in range(epochs * batches._batches_per_epoch):
         counted.update(batches.batch(number).names)
-    shares = step_shares(RECORDS, TrainingView(64, 8, batch_size=batch))
-    assert sum(shares) == pytest.approx(1)
+    shares = step_shares(RECORDS, TrainingView(64, 8, batch_size=batch, reg=reg))
+    assert reg or sum(shares) == pytest.approx(1)
     total = counted.total()
     real = {record.path.name: counted[record.path.name] / total for record in RECORDS}
     # A bucket's share is the same in each epoch; within it the fill is drawn, so it is so on average.

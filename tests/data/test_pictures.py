@@ -232,7 +232,7 @@ def test_tiny(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_smallest_that_is_taken(tmp_path: Path) -> None:
     Image.new("RGB", (16, 17)).save(tmp_path / "a.png")
-    assert check_image(tmp_path / "a.png", "a.png") == (16, 17, False, False)
+    assert check_image(tmp_path / "a.png", "a.png") == (16, 17, False, False, False)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -13,19 +13,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_core import api
 from lora_core.__main__ import main
 from lora_core.data.audit import TrainingView, audit
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.errors import DatasetError, RunError
-from lora_core.runs.folder import all_runs
+from lora_core.errors import DatasetError
 from lora_core.runs.preflight import preflight
-from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
 from tests.data.conftest import Draw, noise, packed
 
 FOLDERS = ("", "10_cat", "sub/deep", "reg/1_cat", "Regularization", "mask", "masks/10_cat", "class_images")
-NOT_USED = {"reg", "Regularization", "mask", "masks", "class_images"}
 STEMS = ("a", "b", "A", "c d", "held_out", "e_mask", "e", "f-masklabel", "f", "metadata", ".hidden", "ü")
 ENDINGS = ("", ".png", ".jpg", ".PNG", ".txt", ".caption", ".json", ".jsonl", ".csv", ".npz", ".md", ".zip")
 
@@ -72,9 +68,10 @@ def has_words(path: Path, words: set[str]) -> bool:
 
 def used_files(folder: Path) -> set[Path]:
     """Pictures that are trained on, and every text or table of which something arrives there."""
-    records = scan(folder).records
+    dataset = scan(folder)
+    records = [*dataset.records, *dataset.reg]
     words = {record.caption for record in records}
-    used = {record.path for record in records}
+    used = {path for record in records for path in (record.path, record.mask) if path is not None}
     for path in folder.rglob("*"):
         if path.is_file() and path not in used and path.suffix in (".txt", ".caption", ".jsonl", ".csv"):
             used |= {path} & ({path} if has_words(path, words) else set())
@@ -116,11 +113,8 @@ def test_what_each_file_is_called(tmp_path: Path, draw: Draw) -> None:
     (tmp_path / "clear.txt").write_text("clear")
     found = {name: kind for name, kind in kinds(tmp_path).items() if kind not in ("twins", "blurred")}
     assert found == {
-        "img/10_cat/a-masklabel.png": "mask",
         "img/10_cat/a_mask.png": "mask",
         "mask/a.png": "mask",
-        "reg/1_cat/r.png": "regularisation",
-        "reg/1_cat/r.txt": "regularisation",
         "img/10_cat/a.caption": "second caption",
         "img/10_cat/a.npz": "other file",
         "img/10_cat/two.txt": "shared caption",
@@ -129,8 +123,8 @@ def test_what_each_file_is_called(tmp_path: Path, draw: Draw) -> None:
     }
     dataset = scan(tmp_path)
     require_clean(dataset)
-    names = {record.path.name for record in dataset.records}
-    assert names == {"a.png", "two.png", "two.jpg", "clear.png"}
+    masks = {record.path.name: record.mask and record.mask.name for record in dataset.records}
+    assert masks == {"a.png": "a-masklabel.png", "two.png": None, "two.jpg": None, "clear.png": None}
 
 
 def test_a_picture_called_mask_without_another_is_trained_on(tmp_path: Path, draw: Draw) -> None:
@@ -186,7 +180,7 @@ def test_rows_that_are_not_used_are_named_with_what_wins(
 def test_the_folder_that_is_given_is_what_the_person_means(tmp_path: Path, draw: Draw, name: str) -> None:
     draw(tmp_path / name / "1_cat" / "a.png", caption="a cat")
     assert len(scan(tmp_path / name).records) == 1
-    with pytest.raises(DatasetError, match=r"There are no images in .* (reg|mask)"):
+    with pytest.raises(DatasetError, match=r"There are no images in .* (for regularisation|mask)"):
         open_dataset(tmp_path, tmp_path / "cache")
 
 
@@ -213,91 +207,53 @@ def test_what_is_not_used_is_said_before_the_start(
     for number in range(3):
         draw(folder / f"{number}.png", seed=number, caption=f"number {number}")
         draw(folder / "reg" / "1_cat" / f"{number}.png", seed=9)
-        draw(folder / f"{number}-masklabel.png")
+        draw(folder / f"other {number}-masklabel.png")
         Image.new("RGBA", (64, 64), (0, 0, 90 * number, 9)).save(folder / f"clear {number}.png")
     config = RunConfig().changed({"dataset.path": str(folder), "model.base": "demo"})
-    (unused,) = [problem for problem in preflight(config, tmp_path, card=lambda: None) if problem.blocking]
-    assert unused.sentence == (
-        "The dataset holds 3 masks (0-masklabel.png, 1-masklabel.png, 2-masklabel.png) and 3 regularisation"
-        " images (0.png, 1.png, 2.png), not used yet; take them out, or turn on dataset.ignore_unused to"
-        " train without them."
-    )
-    config = config.changed({"dataset.ignore_unused": True})
     found = {problem.kind: problem for problem in preflight(config, tmp_path, card=lambda: None)}
     assert not any(problem.blocking for problem in found.values())
-    assert found["mask"].sentence.startswith("3 masks are not used yet")
-    assert found["regularisation"].sentence.startswith("3 files in folders for regularisation")
+    assert found["mask"].sentence.startswith("3 masks belong to no image")
+    assert found["regularisation"].sentence == (
+        "Half of the steps show 3 images for regularisation, which count 1 (dataset.reg_weight)."
+    )
     assert "3 images are see-through" in found["transparent"].sentence
-    assert "white background (clear 0.png, clear 1.png, clear 2.png)" in found["transparent"].sentence
+    assert "dataset.background" in found["transparent"].sentence
+    assert "(clear 0.png, clear 1.png, clear 2.png)" in found["transparent"].sentence
     assert main(["audit", str(folder), "--workspace", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for kind in ("mask", "regularisation", "transparent"):
+    for kind in ("mask", "transparent"):
         assert f"  {kind}: {found[kind].sentence}\n" in printed
     assert "Nothing is wrong" not in printed
 
 
 @pytest.mark.parametrize(
-    ("name", "refused"),
+    ("name", "reg", "mask"),
     [
-        ("a-masklabel.png", "1 mask (a-masklabel.png)"),
-        ("a_mask.png", "1 mask (a_mask.png)"),
-        ("mask/a.png", "1 mask (a.png)"),
-        ("Masks/10_cat/b.JPG", "1 mask (b.JPG)"),
-        ("reg/1_cat/a.png", "1 regularisation image (a.png)"),
-        ("class_images/x.webp", "1 regularisation image (x.webp)"),
-        ("reg/1_cat/a.txt", ""),
-        ("mask/readme.txt", ""),
-        ("mask/Thumbs.db", ""),
-        ("gone.txt", ""),
-        ("a.json", ""),
-        ("a.npz", ""),
-        (".mask/a.png", ""),
-        ("10_masks/b.png", ""),
-        ("b_mask.png", ""),
+        ("a-masklabel.png", [], "a-masklabel.png"),
+        ("mask/a.png", [], "a.png"),
+        ("reg/1_cat/b.png", ["b.png"], None),
+        ("class_images/x.webp", ["x.webp"], None),
+        ("reg/1_cat/a.txt", [], None),
+        ("mask/readme.txt", [], None),
+        (".reg/a.png", [], None),
+        ("10_reg/b.png", [], None),
     ],
 )
-def test_a_run_is_refused_for_masks_and_regularisation_images_alone(
-    tmp_path: Path, draw: Draw, name: str, refused: str
+def test_what_a_file_is_for_follows_from_its_name_and_stops_no_run(
+    tmp_path: Path, draw: Draw, name: str, reg: list[str], mask: str | None
 ) -> None:
     for stem in ("a", "c", "d"):
-        draw(tmp_path / f"{stem}.png", seed=ord(stem), caption="a cat")
+        draw(tmp_path / f"{stem}.png", (64, 64), ord(stem), caption="a cat")
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     noise(64, 64, 7).save(path, "PNG")
     if path.suffix == ".txt":
         path.write_text("words")
+    dataset = scan(tmp_path)
+    assert [record.path.name for record in dataset.reg] == reg
+    assert {record.path.name: record.mask and record.mask.name for record in dataset.records}["a.png"] == mask
     config = RunConfig().changed({"dataset.path": str(tmp_path), "model.base": "demo"})
-    stops = [one.sentence for one in preflight(config, tmp_path, card=lambda: None) if one.blocking]
-    assert [sentence.startswith(f"The dataset holds {refused}, not used") for sentence in stops] == (
-        [True] if refused else []
-    )
-    config = config.changed({"dataset.ignore_unused": True})
     assert not any(one.blocking for one in preflight(config, tmp_path, card=lambda: None))
-
-
-def test_every_way_to_start_is_refused_with_masks(
-    tmp_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "set"
-    for number in range(3):
-        draw(folder / f"{number}.png", seed=number, caption=f"number {number}")
-    train = ["train", str(folder), "--name", "one", "--preset", "demo", "--workspace", str(tmp_path)]
-    assert main([*train, "--queue"]) == 0
-    sweep = ["queue", "sweep", "one", "seed", "1", "2", "--workspace", str(tmp_path)]
-    for mask in ("0-masklabel.png", "reg/0.png"):
-        draw(folder / mask)
-    train[3] = "two"
-    # A run that was made before there were any.
-    add = ["queue", "add", "one", "--workspace", str(tmp_path)]
-    Queue(tmp_path).remove("one")
-    for command in (train, [*train, "--queue"], sweep, add):
-        assert main(command) == 1
-        assert "1 mask (0-masklabel.png) and 1 regularisation image (0.png)" in capsys.readouterr().err
-    with pytest.raises(RunError, match=r"turn on dataset\.ignore_unused"):
-        api.train(folder, "two", preset="demo", workspace=tmp_path)
-    assert [run.name for run in all_runs(tmp_path)] == ["one"]
-    assert main([*train, "--queue", "--set", "dataset.ignore_unused=true"]) == 0
-    assert "not used yet" in capsys.readouterr().out
 
 
 def test_what_a_zip_holds_beside_pictures(tmp_path: Path, draw: Draw) -> None:

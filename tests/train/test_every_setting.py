@@ -9,28 +9,25 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_core.errors import ConfigError, DatasetError
+from lora_core.errors import ConfigError
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.device import use_device
 from lora_core.models.load import BaseModel, load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.preflight import preflight
 from lora_core.settings.config import FIELDS, RunConfig
 from lora_core.train import setup
 from lora_core.train.setup import part_rates
 from tests.train.conftest import one_thread
-from tests.train.runs import Toy, asked_at, notes, tensors, trained
+from tests.train.runs import Toy, notes, tensors, trained
 
 Changes = dict[str, Any]
 SHORT: Changes = {"train.steps": 2, "save.every": 0}
@@ -44,6 +41,7 @@ V: Changes = {"model.prediction": "v_prediction"}
 TEXT: Changes = {"optimizer.text_encoder_lr": 5e-4}
 FIRST: Changes = {"dataset.shuffle_tags": True}
 SLIDER: Changes = {"slider.positive": "a red dot", "slider.negative": "a blue dot"}
+MASKED: Changes = {"dataset.path": "<masked>"}
 HUBER: Changes = {"loss.type": "huber"}
 CASES: dict[str, tuple[Any, Changes]] = {
     "name": ("another", {}),
@@ -70,7 +68,9 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.tag_dropout": (0.5, {}),
     "dataset.shuffle_tags": (True, {}),
     "dataset.keep_tags": (2, FIRST),
-    "dataset.ignore_unused": (True, {}),
+    "dataset.masks": ("off", MASKED),
+    "dataset.background": ("black", MASKED),
+    "dataset.reg_weight": (0.5, MASKED),
     "slider.positive": ("a red dot", {"slider.negative": "a blue dot"}),
     "slider.negative": ("a blue dot", {"slider.positive": "a red dot"}),
     "slider.target": ("a dot", SLIDER),
@@ -104,6 +104,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "loss.huber_schedule": ("constant", HUBER),
     "loss.min_snr": (1.0, {}),
     "loss.noise_offset": (0.1, {}),
+    "loss.unmasked_weight": (0.5, MASKED),
     "validation.every": (2, HELD),
     "validation.pictures": (2, HELD),
     "validation.draws_per_image": (2, HELD),
@@ -130,7 +131,6 @@ ELSEWHERE: dict[str, Callable[[RunConfig], Any]] = {
     # The toy has one text encoder.
     "optimizer.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optimizer),
     "train.device": lambda config: device_or_problem(config.train.device),
-    "dataset.ignore_unused": lambda config: stops_with_a_mask(config),
 }
 
 
@@ -141,14 +141,6 @@ def device_or_problem(name: str) -> str:
         return str(error)
     finally:
         use_device("auto")
-
-
-def stops_with_a_mask(config: RunConfig) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("a.png", "b.png", "a-masklabel.png"):
-            Image.new("RGB", (64, 64)).save(Path(folder, name))
-        found = preflight(config.changed({"dataset.path": folder}), Path(folder), card=lambda: None)
-    return any(problem.blocking for problem in found)
 
 
 class Runs:
@@ -169,6 +161,15 @@ class Runs:
                 shutil.copytree(self.toy.pictures, target)
                 for picture in sorted(target.glob("*.png"))[:2]:
                     picture.unlink()
+            elif mark == "<masked>":
+                shutil.copytree(self.toy.pictures, target)
+                for picture in target.glob("*.png"):
+                    image = Image.open(picture).convert("RGBA")
+                    image.putpixel((0, 0), (0, 0, 0, 0))
+                    image.save(picture)
+                    mask = Image.linear_gradient("L").resize(image.size)
+                    mask.save(picture.with_name(f"{picture.stem}-masklabel.png"))
+                shutil.copytree(self.toy.pictures, target / "reg" / "1_dot")
             elif mark == "<lora>":
                 run, _ = self.run({})
                 shutil.copy(next(run.exports.glob("*.safetensors")), target)
@@ -278,24 +279,6 @@ def test_what_is_compared_is_what_a_run_did(runs: Runs, monkeypatch: pytest.Monk
     # These two would not go together, were they read.
     del asked["adapter.init"], asked["optimizer.range_test"], asked["name"]
     assert runs.did(asked) == plain
-
-
-def test_a_first_start_is_refused_with_masks_but_no_resume_and_no_run_of_an_earlier_version(
-    runs: Runs, tmp_path: Path
-) -> None:
-    pictures = shutil.copytree(runs.toy.pictures, tmp_path / "set")
-    mask = pictures / f"{min(pictures.glob('*.png')).stem}-masklabel.png"
-    first, fresh, older = (
-        runs.toy.run(name, **SHORT, dataset__path=str(pictures)) for name in ("first", "fresh", "before")
-    )
-    older.config_file.write_text(older.config_file.read_text().replace("ignore_unused = false\n", ""))
-    asked_at(first, "pause", 1)
-    shutil.copy(min(pictures.glob("*.png")), mask)
-    trained(first)
-    trained(older)
-    assert [run.status() for run in (first, older)] == ["done", "done"]
-    with pytest.raises(DatasetError, match=rf"1 mask \({mask.name}\).*turn on dataset.ignore_unused"):
-        trained(fresh)
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_says_what_is_no_longer_used(runs: Runs) -> None:
