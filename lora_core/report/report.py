@@ -375,6 +375,8 @@ def _overcooked(best: events.Validated, last: events.Validated, kept: bool) -> s
 
 
 def _rank_sentence(data: ReportData) -> str:
+    if data.progress.ranks is not None:
+        return data.progress.ranks.sentence
     if data.rank is None or data.rank["rank"] >= data.rank["trained"]:
         return ""
     return (

@@ -11,6 +11,7 @@ import torch
 from lora_core.errors import RunError
 from lora_core.formats.io import load_adapter
 from lora_core.model_files.header import read_header
+from lora_core.report.report import collect_data, summary
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import preflight
@@ -131,6 +132,7 @@ def test_the_file_of_auto_rank_is_cut_and_its_checkpoint_is_not(
     assert "of the gain on held-out images" in told.sentence
     record = json.loads(read_header(path).metadata["lora_easel.shrunk"])
     assert (record["sentence"], record["kept"]) == (told.sentence, told.kept)
+    assert told.sentence in summary(collect_data(run, False, lambda words, done, total: None))
     # Again the same, another step by its energy, and all of it on request.
     again = export_checkpoint(run, "12", "again", ("kohya", "fp16"))
     assert tensors(again["file"]) == tensors(path)
