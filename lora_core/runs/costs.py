@@ -451,7 +451,8 @@ def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
         fast = min(same, key=lambda row: row["seconds"] or math.inf)
         words += (
             f"; within the error {', '.join(map(_describe_settings, alike))} gained as much; of these"
-            f" {_describe_settings(small)} makes the smallest file and {_describe_settings(fast)} is fastest"
+            f" {_describe_settings(small)} makes the smallest file and"
+            f" {'' if fast is small else f'{_describe_settings(fast)} '}is fastest"
         )
     paired = all(row["paired"] for row in others)
     return f"{words} ({'' if paired else 'not all '}on the same held-out images and noise)."

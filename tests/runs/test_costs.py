@@ -291,7 +291,7 @@ def test_what_is_better_is_told_from_pairs_on_the_same_draws(tmp_path: Path) -> 
     assert worse["paired"]
     assert found["sentence"] == (
         "rank 8 gains most, +0.3000; it is better beyond two standard errors than rank 4 by 0.1000 ± 0.0058;"
-        " within the error rank 2 gained as much; of these rank 2 makes the smallest file and rank 2 is"
+        " within the error rank 2 gained as much; of these rank 2 makes the smallest file and is"
         " fastest (on the same held-out images and noise)."
     )
     assert abs(small["against"]) < 2 * small["against_error"]
