@@ -39,7 +39,7 @@ RAW = "raw"
 MIN_TRAINING_IMAGES = 4
 """So many training images are measured at least, where there are as many."""
 MAX_CROSSED = 16
-FEWEST_DRAWS, MOST_DRAWS = 8, 32
+FEWEST_DRAWS, MOST_DRAWS = 4, 32
 STEPS_BETWEEN = 2
 """Sampler steps between two of the points that a slider is measured at."""
 CROSSED = (
@@ -370,7 +370,7 @@ class Validator:
         """What measures adapters of at most the run's ranks, one at a time, on noise draws of their own.
 
         Args:
-            samples: draws over all images, about; each image gets between 8 and 32.
+            samples: draws over all images, about; each image gets between 4 and 32.
             seed: of the draws, which are other than those of `validate` for any.
             on_step: called within each measurement.
         """
