@@ -23,15 +23,18 @@ from lora_core.settings.config import (
     OLD_NAMES,
     OLD_SWITCHES,
     RunConfig,
+    arguments_of_lines,
     checked_value,
     choices_of,
     help_of,
     is_pattern_table,
+    is_table,
     label_of,
     pattern_lines,
     patterns_of_lines,
     retired,
     takes_auto,
+    takes_class,
 )
 
 GROUPS = {
@@ -44,7 +47,7 @@ GROUPS = {
     "Samples and saving": ("sample", "save", "validation", ""),
 }
 """The sections in each folded group, without the settings that are placed elsewhere."""
-BASIC = ("model.base", "train.steps", "train.resolution")
+BASIC = ("model.base", "train.steps", "train.epochs", "train.resolution")
 ELSEWHERE = ("name", "dataset.path", "dataset.trigger")
 FORM = tuple(name for name in FIELDS if name not in ELSEWHERE)
 
@@ -60,6 +63,7 @@ class Plan:
         values = {name: v for name, v in kept.items() if name in FORM}
         # Shown until the form is changed, which rewrites the draft without them.
         self.notes = retired(kept.items())
+        self.rates: dict[str, Any] = draft.get("rates") or {}
         self.base = base_of(values)
         self.preset = preset_config(self.goal, self.level, self.base.family)
         config, self.invalid = build_config(values, self.preset)
@@ -134,7 +138,8 @@ def widget(name: str, **options: Any) -> Any:
     common = {"label": label_of(name), "info": help_of(name), "interactive": True, **options}
     table = choices_of(name)
     if table is not None:
-        return gr.Dropdown(choices=[(row.title, key) for key, row in table.items()], **common)
+        rows = [(row.title, key) for key, row in table.items()]
+        return gr.Dropdown(choices=rows, allow_custom_value=takes_class(name), **common)
     if kind is bool:
         return gr.Checkbox(**common)
     if kind is int or typing.get_origin(kind) is Literal:
@@ -167,6 +172,8 @@ def from_widget_value(name: str, value: Any) -> Any:
         raise ConfigError(f"{title} is empty.")
     if is_pattern_table(name):
         value = patterns_of_lines(title, str(value))
+    elif is_table(name):
+        value = arguments_of_lines(title, str(value))
     elif typing.get_origin(kind) is list:
         value = [line.strip() for line in str(value).splitlines() if line.strip()]
     elif isinstance(value, str) and (kind in (int, float) or takes_auto(name)):
@@ -277,7 +284,10 @@ def command_line(config: RunConfig, goal: str, level: str, family: Family | None
     if config.model.base != base.model.base:
         parts += ["--base", config.model.base]
     for name in FIELDS:
-        if name not in ("name", "model.base", "dataset.path") and config.get(name) != base.get(name):
+        # Without a rate, another optimizer would bring its own.
+        needed = name == "optimizer.lr" and config.optimizer.name != base.optimizer.name
+        changed = needed or config.get(name) != base.get(name)
+        if changed and name not in ("name", "model.base", "dataset.path"):
             parts += ["--set", f"{name}={_toml(config.get(name))}"]
     return shlex.join(parts)
 
@@ -286,6 +296,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        rows = (f"{json.dumps(pattern, ensure_ascii=False)} = {number}" for pattern, number in value.items())
+        rows = (f"{json.dumps(name, ensure_ascii=False)} = {json.dumps(one)}" for name, one in value.items())
         return f"{{{', '.join(rows)}}}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,7 @@
 """Before a run: what it will take, what is in the way, Start and Add to queue, the same as a command, and
 settings imported from a LoRA file."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from app.train.form import (
     widget_values,
 )
 from app.train.train_form import TrainForm
+from lora_core.data.dataset import with_epochs
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.sizes import FALLBACKS, trains_text_encoder
@@ -39,7 +41,7 @@ from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.preflight import caption_bytes
 from lora_core.runs.queue import sweep_configs
-from lora_core.settings.config import FIELDS, RunConfig, in_short, is_pattern_table, label_of
+from lora_core.settings.config import FIELDS, RunConfig, in_short, is_table, label_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.files import expand_home
 from lora_core.system.hardware import card_problem
@@ -81,7 +83,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
 
 def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
     """The settings that have one value, by group, as (name, label)."""
-    lists = [name for name in FORM if is_pattern_table(name) or get_origin(FIELDS[name].annotation) is list]
+    lists = [name for name in FORM if is_table(name) or get_origin(FIELDS[name].annotation) is list]
     groups = [("Basic", [name for name in BASIC if name != "model.base"])]
     groups += [(group, group_fields(group)) for group in GROUPS]
     return [(group, [(n, label_of(n)) for n in names if n not in lists]) for group, names in groups]
@@ -265,6 +267,8 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
     records, costs = images_of(snapshot), app_state.prober.costs()
     gpu = app_state.hardware.gpu(app_state.free_on_card())
+    with contextlib.suppress(LoraError):  # what is in the way says it
+        config = with_epochs(config, app_state.project.dataset())
     return forecast_run(config, base.facts, records, runs, costs, gpu)
 
 

@@ -3,6 +3,7 @@ the rest under Advanced in groups, with a search and buttons that reset."""
 
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lora_core.model_files.detect import EMBEDDED, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import help_of, label_of
+from lora_core.settings.schema import LossSection
 from lora_core.system.files import expand_home
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
@@ -45,6 +47,8 @@ INFO = (
 )
 HIDDEN_INFO = "tip"
 USUAL_LEVEL = "balanced"
+TIMESTEP_BARS = 25
+QUARTILES = (0.25, 0.5, 0.75)
 
 
 class TrainForm:
@@ -107,14 +111,15 @@ class TrainForm:
             self.level = gr.Dropdown(levels, label="Preset", elem_id="preset")
         with gr.Row(elem_classes="pair"):
             made["train.steps"] = widget("train.steps", elem_id="steps", elem_classes=HIDDEN_INFO)
-            made["train.resolution"] = gr.Dropdown(
-                _resolutions(0),
-                label="Resolution",
-                info=help_of("train.resolution"),
-                allow_custom_value=True,
-                elem_id="resolution",
-                elem_classes=HIDDEN_INFO,
-            )
+            made["train.epochs"] = widget("train.epochs", elem_id="train-epochs", elem_classes=HIDDEN_INFO)
+        made["train.resolution"] = gr.Dropdown(
+            _resolutions(0),
+            label="Resolution",
+            info=help_of("train.resolution"),
+            allow_custom_value=True,
+            elem_id="resolution",
+            elem_classes=HIDDEN_INFO,
+        )
         with gr.Column(elem_classes="group", elem_id="slider") as slider:
             self.bindings.follow(html_block(elem_classes="group-note"), _slider_note)
             for name in group_fields("Slider"):
@@ -137,13 +142,20 @@ class TrainForm:
                 with gr.Accordion(group, open=False) as self.folds[group]:
                     for name in group_fields(group):
                         made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
+                        if name == "optimizer.name":
+                            self.bindings.follow(html_block(elem_id="rates-note"), _rates_note)
+                        if name == "loss.max_timestep":
+                            self.bindings.follow(html_block(elem_id="timesteps"), _timesteps_preview)
         return search
 
     def _wire(self, search: Any) -> None:
         filled, base = [self.seen, *self.fields], self.widgets["model.base"]
+        optimizer = self.widgets["optimizer.name"]
+        typed = [field for field in self.fields if field not in (base, optimizer)]
         # Unfolding a group renders its fields anew, so only events of the user count.
-        events = [event for field in self.fields if field is not base for event in edit_events(field)]
+        events = [event for field in typed for event in edit_events(field)]
         gr.on(events, self._keep, filled, self.seen, **TYPING)
+        optimizer.input(self._choose_optimizer, filled, filled, **TYPING)
         for chosen in (self.goal, self.level):
             chosen.input(self._choose_preset, [base, self.goal, self.level], filled, **TYPING)
         base.input(self._choose_base, filled, [self.added, self.level, *filled], **TYPING)
@@ -166,6 +178,16 @@ class TrainForm:
         self.project.update_draft(goal=goal, level=level, values=values, fitted=None)
         return [list(values.values()), *values.values()]
 
+    def _choose_optimizer(self, seen: list[Any] | None, *values: Any) -> list[Any]:
+        """Give another optimizer its usual rates, unless the user typed some; like `_choose_base`."""
+        given = dict(zip(FORM, values, strict=True))
+        if seen is not None and seen[FORM.index("optimizer.name")] == given["optimizer.name"]:
+            return [gr.skip()] * (1 + len(FORM))
+        before = Plan(self.project)
+        keep_changed_values(self.project, seen, list(values))
+        fresh = choose_optimizer(self.project, before)
+        return [list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
+
     def _choose_base(self, seen: list[Any] | None, *values: Any) -> list[Any]:
         """Fill in only what the choice changes: the event fires also where the field is merely left, and what
         is typed elsewhere meanwhile must stay."""
@@ -187,6 +209,65 @@ def reset_settings(project: Project, group: str) -> None:
     names = group_fields(group) if group in FOLDED else [name for name in FORM if name != "model.base"]
     own = {name: value for name, value in zip(FORM, preset, strict=True) if name in names}
     project.update_draft(values=current_values(project) | own)
+
+
+def choose_optimizer(project: Project, before: Plan) -> dict[str, Any]:
+    """What the draft's new optimizer makes of the form: its usual rates where those of the one `before` were
+    left as they were; else they are offered."""
+    plan = Plan(project)
+    old, new, preset = before.config.optimizer, plan.config.optimizer, plan.preset.optimizer
+    if old.name == new.name or "optimizer.name" in plan.invalid:
+        return {}
+    held = new.model_copy(update={"name": old.name})
+    usual = held.usual_for(new.name, preset.usual_for(new.name)["lr"])
+    if old.row.averages and new.schedule == "constant":
+        usual = {"schedule": preset.schedule} | usual
+    now = {key: getattr(new, key) for key in usual}
+    swap: dict[str, Any] = {"optimizer": new.name, "from": _named(now), "to": _named(usual)}
+    left = held.lr in (preset.lr, preset.usual_for(old.name)["lr"])
+    fresh: dict[str, Any] = swap["to"] if left else {}
+    project.update_draft(values=current_values(project) | fresh, rates=swap)
+    return fresh
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"optimizer.{key}": value for key, value in values.items()}
+
+
+def swap_rates(project: Project) -> None:
+    """Take the usual rates of the chosen optimizer, or put those of before back."""
+    swap, config = project.draft().get("rates") or {}, Plan(project).config
+    if swap.get("optimizer") == config.optimizer.name:
+        taken = all(config.get(name) == value for name, value in swap["to"].items())
+        project.update_draft(values=current_values(project) | swap["from" if taken else "to"])
+
+
+def _rates_note(snapshot: Snapshot) -> str:
+    """What choosing an optimizer did to the rates, with a button that undoes it; or what is usual."""
+    plan = snapshot.plan
+    swap = plan.rates
+    if swap.get("optimizer") != plan.config.optimizer.name or swap["from"] == swap["to"]:
+        return ""
+    taken = all(plan.config.get(name) == value for name, value in swap["to"].items())
+    title, usual = plan.config.optimizer.row.title, swap["to"]["optimizer.lr"]
+    earlier = swap["from"]["optimizer.lr"]
+    return render("train/form.html", part="rates", title=title, usual=usual, earlier=earlier, taken=taken)
+
+
+def _timesteps_preview(snapshot: Snapshot) -> str:
+    """Which timesteps are drawn how often, as a small chart."""
+    bars = timestep_bars(snapshot.plan.config.loss)
+    low, middle, high = (round(1000 * snapshot.plan.config.loss.timestep_at(share)) for share in QUARTILES)
+    return render("train/form.html", part="timesteps", bars=bars, low=low, middle=middle, high=high)
+
+
+@functools.lru_cache(maxsize=64)
+def timestep_bars(loss: LossSection) -> list[float]:
+    """How often the timesteps of each of `TIMESTEP_BARS` even parts are drawn, as shares of the most."""
+    count = 40 * TIMESTEP_BARS
+    drawn = (loss.timestep_at((number + 0.5) / count) for number in range(count))
+    found = Counter(min(TIMESTEP_BARS - 1, max(0, int(TIMESTEP_BARS * share))) for share in drawn)
+    return [found[number] / max(found.values()) for number in range(TIMESTEP_BARS)]
 
 
 def search_settings(words: str) -> list[Any]:

@@ -34,7 +34,7 @@ from app.train.start import (
     take_run_settings,
     take_settings,
 )
-from app.train.train_form import TrainForm, reset_settings
+from app.train.train_form import TrainForm, reset_settings, swap_rates
 from lora_core.errors import ConfigError, LoraError, RunError
 from lora_core.model_files.header import MAX_HEADER
 from lora_core.model_files.starting_settings import CONFIG_SUFFIXES, settings_from_lora
@@ -227,6 +227,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         "accept": lambda run: jobs.resume(run, accept_changes=True),
         "retry": jobs.retry,
         "reset": lambda group: reset_settings(project, group),
+        "rates": lambda run: swap_rates(project),
         "show": jobs.show,
         "delete": app_state.queue.delete,
     }

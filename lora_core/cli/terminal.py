@@ -184,9 +184,10 @@ def event_text(event: events.Event, progress: Progress, config: RunConfig | None
             left = progress.seconds_left(config) or 0.0
             pace = progress.seconds_a_step() or 0.0
             loss = progress.smoothed_loss() or event.loss
+            epoch = config.train.describe_epoch(event.step) if config else ""
             return (
-                f"step {event.step} of {progress.steps}  loss {loss:.4f}  {1 / pace if pace else 0:.1f} it/s "
-                f" {int(left // 60)}:{int(left % 60):02d} left"
+                f"step {event.step} of {progress.steps}{epoch and f', {epoch}'}  loss {loss:.4f}"
+                f"  {1 / pace if pace else 0:.1f} it/s  {int(left // 60)}:{int(left % 60):02d} left"
             )
         case events.Validated():
             best = ", the best so far" if event.best else ""

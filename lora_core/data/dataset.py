@@ -16,6 +16,7 @@ one shape in different colours.
 
 import hashlib
 import json
+import math
 import os
 import posixpath
 import re
@@ -33,6 +34,7 @@ from lora_core.data.images import (
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MIN_SIDE,
+    Bucket,
     Crop,
     Dataset,
     FileProblem,
@@ -40,6 +42,7 @@ from lora_core.data.images import (
     ImageRecord,
     SizeCache,
     abbreviate,
+    choose_bucket,
     crop_pixels,
     folder_kind,
     hash_file,
@@ -48,8 +51,9 @@ from lora_core.data.images import (
     walk_files,
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
-from lora_core.errors import DatasetError, wrap_os_errors
-from lora_core.settings.config import RunConfig
+from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
+from lora_core.model_files.detect import lookup_base
+from lora_core.settings.config import RunConfig, limits_of
 from lora_core.system.files import (
     DEMO_TRAIN,
     clean_text,
@@ -701,6 +705,54 @@ def split_holdout(
             f" fewer than {_FEWEST_TO_TRAIN_ON} to train on; choose fewer of them by hand."
         )
     return train, held
+
+
+EPOCHS = {
+    "train.steps": "train.epochs",
+    "validation.every": "validation.every_epochs",
+    "sample.every": "sample.every_epochs",
+    "save.every": "save.every_epochs",
+}
+"""Settings in steps, and those that give the same in epochs."""
+
+
+def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with the steps that its epochs come to with these images, where it asks for epochs.
+
+    Raises:
+        DatasetError: the images that are held out do not leave enough.
+        ConfigError: it would be too many steps, or there are no images to pass over.
+    """
+    asked = {steps: config.get(epochs) for steps, epochs in EPOCHS.items() if config.get(epochs)}
+    if asked and config.slider.on:
+        names = ", ".join(EPOCHS[steps] for steps in asked)
+        raise ConfigError(f"A slider has no images to count epochs of; set {names} to 0.")
+    if not asked or not dataset.records:
+        return config
+    train, base = config.train, lookup_base(config.model.base)
+    images, _ = split_holdout(dataset.records, config.validation.pictures, config.seed)
+    images += repeat_reg(dataset.reg, sum(record.repeats for record in images))
+    shape = train.resolution or base.resolution, base.multiple
+    epoch = num_batches(images, shape, train.batch_size) / train.gradient_accumulation_steps
+    found = {steps: max(1, math.ceil(epochs * epoch)) for steps, epochs in asked.items()}
+    most = int((limits_of("train.steps") or (0, math.inf))[1])
+    for steps, count in found.items():
+        if count > most:
+            raise ConfigError(
+                f"{EPOCHS[steps]} = {asked[steps]:,} comes to {count:,} steps, more than {most:,}; lower it."
+            )
+    return config.changed(found)
+
+
+def num_batches(images: Iterable[ImageRecord], shape: tuple[int, int], size: int) -> int:
+    """Micro-batches of `size` images in an epoch: each bucket has its own, the last one filled up.
+
+    `shape` is the resolution, and what a bucket's sides are divisible by, in pixels.
+    """
+    members: Counter[Bucket] = Counter()
+    for record in images:
+        members[choose_bucket(record.width, record.height, *shape)] += record.repeats
+    return sum(math.ceil(count / size) for count in members.values())
 
 
 def num_holdout(count: int, pictures: float) -> int:

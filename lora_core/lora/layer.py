@@ -308,6 +308,19 @@ class LoraLayer(nn.Module):
         """The trained parameters, in the order of their names."""
         return [getattr(self, name) for name in self.factor_names]
 
+    def limit_norm(self, limit: float) -> None:
+        """Scale both factors alike so that the norm of the whole update is at most `limit`.
+
+        |up down|^2 = <up^T up, down down^T> needs no product as large as the weight. Source: max-norm
+        regularization, Srivastava et al. 2014, section 5.1, of the update, as kohya's `scale_weight_norms`.
+        """
+        down, up = self.down.detach().flatten(1), self.up.detach().flatten(1)
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0.0)
+        norm = squared.sqrt() * (self.spec.alpha / self.spec.rank)
+        factor = (limit / norm).clamp(max=1.0).sqrt()
+        down.mul_(factor)
+        up.mul_(factor)
+
     def layer_weights(self) -> LayerWeights:
         """A detached copy of the factors, on the CPU."""
         return LayerWeights(self.down.detach().cpu().clone(), self.up.detach().cpu().clone(), self.spec.alpha)

@@ -15,7 +15,7 @@ from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import OPTIMIZERS, SLIDER_STRENGTHS, TARGETS, chosen, last_matches, rows
+from lora_core.settings.schema import SLIDER_STRENGTHS, TARGETS, last_matches, rows
 from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
@@ -57,14 +57,13 @@ _HALF, _FULL = 2, 4
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """About how large one checkpoint is."""
-    state = chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name").state
-    copies = 1.0 + state + (1.0 if config.save.ema else 0.0)
+    copies = num_adapters(config) + config.optimizer.row.state
     return int(copies * parameters * _FULL) + _HEADERS
 
 
 def num_adapters(config: RunConfig) -> int:
     """How many adapters a run samples and exports: its own, and the average where one is kept."""
-    return 2 if config.save.ema else 1
+    return 2 if config.save.ema or config.optimizer.row.averages else 1
 
 
 def preview_bytes(config: RunConfig) -> int:
@@ -214,7 +213,7 @@ def _card_phases(
     made = row.largest * width * larger if int8 else 0
     text = row.text * width * larger
     encoders = text if trains_text_encoder(config) or (varied and TEXT_ON_CPU not in applied) else 0
-    state = 0.5 if OPTIMIZER_8BIT in applied else OPTIMIZERS[config.optimizer.name].state
+    state = 0.5 if OPTIMIZER_8BIT in applied else config.optimizer.row.state
     copies = 2 + state + (1 if width == 2 else 0) + (1 if config.save.ema else 0)
     vae = 0 if VAE_ON_CPU in applied else row.vae * 4 * larger
     held = CONTEXT + unet + made + encoders + vae + trained * 4 * copies

@@ -4,6 +4,7 @@ Presets are TOML files in `assets/presets`. A LoRA may come from anywhere: each 
 as if a user had typed it, and what cannot be used is listed in a sentence each.
 """
 
+import ast
 import contextlib
 import functools
 import json
@@ -29,8 +30,9 @@ from lora_core.settings.config import (
     label_of,
     load_toml,
     retired,
+    takes_class,
 )
-from lora_core.settings.schema import OPTIMIZERS
+from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
 from lora_core.system.files import PRESETS, parse_json, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
@@ -73,6 +75,7 @@ CONFIG_KEY = "lora_easel.config"
 PLACES = ("name", "dataset.path", "model.base", "model.vae", "adapter.init")
 """Settings that name files of the machine that the LoRA was made on."""
 LONGEST = 80
+_LONGEST_ARGUMENTS = 1000
 Texts = Mapping[str, str]
 
 
@@ -172,7 +175,9 @@ def _from_our_header(text: str) -> LoraSettings:
     for name, value in values.items():
         if name in PLACES:
             continue
-        if name in FIELDS:
+        if name in FIELDS and takes_class(name) and ":" in str(value):
+            found.left.append(f"{label_of(name)} was {_short(value)}; choose it yourself.")
+        elif name in FIELDS:
             found.take(name, value)
         elif name in RETIRED:
             found.left += retired([(name, value)])
@@ -297,15 +302,50 @@ def _first_dataset(texts: Texts) -> dict[str, str]:
 
 
 def _take_optimizer(text: str, found: LoraSettings) -> None:
-    """The optimizer of a class and its arguments, `bitsandbytes.optim.AdamW8bit(weight_decay=0.1)`."""
-    name = re.split(r"[(\s]", text)[0].rpartition(".")[2].lower()
+    """The optimizer of a class and its arguments, `bitsandbytes.optim.AdamW8bit(weight_decay=0.1)`.
+
+    One whose package is not installed is left for the plain one of its kind.
+    """
+    path, _, arguments = text.partition("(")
+    name = path.strip().rpartition(".")[2].lower()
     plain = name.removesuffix("8bit").removeprefix("paged")
-    key = next((known for known in (name, plain) if known in OPTIMIZERS), "")
+    known = kohya_header()["words"]["optimizers"].get(name, name)
+    here = [key for key in (known, plain) if key in OPTIMIZERS]
+    key = next((key for key in here if _is_installed(OPTIMIZERS[key])), "".join(here[:1]))
     if key:
         found.take("optimizer.name", key)
-    if name and key != name:
+    if name and key != known:
+        why = "has no package here" if known in here else "is not known here"
         instead = f"; {OPTIMIZERS[key].title} is used instead" if key else ""
-        found.left.append(f"The optimizer {_short(name)} is not known here{instead}.")
+        found.left.append(f"The optimizer {_short(name)} {why}{instead}.")
+    if key and arguments:
+        _take_arguments(key, arguments.rpartition(")")[0], found)
+
+
+def _is_installed(row: OptimizerChoice) -> bool:
+    try:
+        row.require()
+    except ConfigError:
+        return False
+    return True
+
+
+def _take_arguments(optimizer: str, text: str, found: LoraSettings) -> None:
+    """The arguments `weight_decay=0.1,betas=(0.9, 0.99)` that the optimizer here has too."""
+    taken: dict[str, Any] = {}
+    for name, value in re.findall(r"(\w+)\s*=\s*(\([^)]*\)|\[[^]]*\]|[^,]*)", text[:_LONGEST_ARGUMENTS]):
+        try:
+            read = ast.literal_eval(value)
+            one = {name: list(read) if isinstance(read, tuple) else read}
+            problem = OptimizerSection(name=optimizer, args=one).argument_problem()
+        except (ValueError, SyntaxError, RecursionError, TypeError) as error:
+            problem = str(error)
+        if problem:
+            found.left.append(f"The optimizer's argument {_short(name)} = {_short(value)} is not used here.")
+        else:
+            taken |= one
+    if taken:
+        found.take("optimizer.args", taken)
 
 
 def _take_huber(texts: Texts, found: LoraSettings) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from lora_core.data.dataset import EPOCHS, run_dataset, with_epochs
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.events import Progress, open_for_append, read_events, write_line
 from lora_core.settings.config import (
@@ -84,9 +85,14 @@ class RunFolder:
         A run of that name that failed before its first step holds nothing to go on with and is replaced: who
         has mended what was wrong can give the same command again.
 
+        Epochs become steps here, of the images that there are now.
+
         Raises:
             RunError: the name is taken, or the folder cannot be made.
+            DatasetError, ConfigError: its length is in epochs, and the images do not tell how long those are.
         """
+        if any(config.get(epochs) for epochs in EPOCHS.values()):
+            config = with_epochs(config, run_dataset(config, path.parent.parent / "cache" / "datasets"))
         making = cls(path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}.making"))
         with wrap_os_errors(RunError, f"The run folder {path} cannot be made"):
             try:

@@ -21,9 +21,18 @@ from lora_core.data.dataset import (
     run_dataset,
     split_holdout,
     summarize_notes,
+    with_epochs,
 )
 from lora_core.data.images import Dataset, ImageRecord, choose_bucket
-from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError, clip_message
+from lora_core.errors import (
+    AdapterFileError,
+    ConfigError,
+    DatasetError,
+    LoraError,
+    ModelFileError,
+    RunError,
+    clip_message,
+)
 from lora_core.model_files import sizes
 from lora_core.model_files.detect import (
     SINGLE_FILES,
@@ -36,14 +45,7 @@ from lora_core.model_files.families import Family, family_of_version, named_targ
 from lora_core.model_files.header import check_vae_path, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import (
-    OPTIMIZERS,
-    TARGETS,
-    DatasetSection,
-    LossSection,
-    chosen,
-    require_package,
-)
+from lora_core.settings.schema import TARGETS, DatasetSection, LossSection, require_package
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
@@ -63,9 +65,9 @@ class RunProblem:
     """A problem that is in the way, or that a user should know before Start.
 
     Attributes:
-        kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            slider, dataset, picture, masks, regularisation, caption, resolution, validation, or the kind of a
-            note on the dataset.
+        kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
+            busy, slider, dataset, picture, masks, regularisation, caption, resolution, validation, or the
+            kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -112,6 +114,10 @@ def preflight(
             found += [*_masks([*records, *dataset.reg], config), *_regularisation(dataset, config)]
     except DatasetError as error:
         found = [RunProblem("dataset", str(error)), *found]
+    try:
+        config = with_epochs(config, dataset or Dataset([], []))
+    except LoraError as error:
+        found += [] if isinstance(error, DatasetError) else [RunProblem("epochs", str(error))]
     family = facts.family if facts else None
     if facts is not None:
         found += _resolution(config.train.resolution, facts.multiple)
@@ -169,15 +175,15 @@ def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
 
 
 def require_packages(config: RunConfig) -> None:
-    """Check that the optional packages that the settings need are installed.
+    """Check that the optional packages that the settings need are installed, and that the optimizer takes
+    its arguments.
 
     Raises:
-        ConfigError: one is missing; the message says how to install it.
+        ConfigError: one is missing; the message says how to install it. Or an argument is unknown or wrong.
     """
-    optimizer = OPTIMIZERS[config.optimizer.name]
-    if optimizer.package:
-        feature = f"optimizer.name = {config.optimizer.name}"
-        require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
+    config.optimizer.row.require()
+    if problem := config.optimizer.argument_problem():
+        raise ConfigError(problem)
     if config.save.tensorboard:
         require_package("save.tensorboard = true", "tensorboard", "tensorboard")
 
@@ -232,6 +238,25 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
         if getattr(loss, name) != getattr(usual, name):
             sentence = f"loss.{name} plays no part where loss.type is {loss.type}; it is for huber."
             found.append(RunProblem("loss", sentence, False))
+    for name in ("timestep_mean", "timestep_std") if loss.timesteps != "logit_normal" else ():
+        if getattr(loss, name) != getattr(usual, name):
+            sentence = f"loss.{name} plays no part where loss.timesteps is {loss.timesteps}."
+            found.append(RunProblem("loss", sentence, False))
+    if loss.multires_discount != usual.multires_discount and not loss.multires_noise:
+        sentence = "loss.multires_discount plays no part where loss.multires_noise is 0."
+        found.append(RunProblem("loss", sentence, False))
+    if config.slider.on and loss.input_perturbation:
+        sentence = "loss.input_perturbation plays no part in a slider, which makes its inputs itself."
+        found.append(RunProblem("loss", sentence, False))
+    if loss.multires_noise and loss.noise_offset:
+        sentence = "loss.multires_noise takes the place of loss.noise_offset; set one of them to 0."
+        found.append(RunProblem("loss", sentence))
+    if loss.min_timestep >= loss.max_timestep:
+        sentence = (
+            f"loss.min_timestep = {loss.min_timestep} is not below loss.max_timestep = {loss.max_timestep};"
+            " nothing between them is left to train on."
+        )
+        found.append(RunProblem("loss", sentence))
     velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
     if velocity and loss.gamma("v_prediction"):
         sentence = (
@@ -249,13 +274,19 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
         config: of the run to come.
         family: of its base, where that is known.
     """
-    optim, row = config.optimizer, chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name")
+    optim, row = config.optimizer, config.optimizer.row
     rates = _part_rates(config, family)
     wrong = ""
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
         wrong = (
             "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
             " optimizer.text_encoder_lr and optimizer.block_lr."
+        )
+    elif row.averages and config.save.ema:
+        wrong = f"{row.title} averages the adapter itself; set save.ema to 0."
+    elif row.averages and config.adapter.max_norm:
+        wrong = (
+            f"{row.title} averages the adapter itself, so its norm has no limit; set adapter.max_norm to 0."
         )
     elif row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
         wrong = (
@@ -275,6 +306,12 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     low, high = row.rates
     scale, product = (1.0, "") if row.one_rate else (config.adapter.scale, " x alpha / rank")
     found = []
+    if row.averages and optim.schedule != "constant":
+        sentence = (
+            f"{row.title} is made for a constant learning rate, and optimizer.schedule is {optim.schedule};"
+            " set optimizer.schedule to constant."
+        )
+        found.append(RunProblem("rate", sentence, False))
     for name, rate in rates.items():
         effective = rate * scale
         if not low <= effective <= high:

@@ -4,10 +4,12 @@ The settings themselves are declared in `settings/schema.py`.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
 import itertools
+import json
 import logging
 import math
 import stat
@@ -102,7 +104,7 @@ class RunConfig(schema.Section):
         problems: list[str] = []
         unknown: list[str] = []
         tables = self.to_dict()
-        for name, value in with_switches(current_names(changes)):
+        for name, value in self._with_usual(with_switches(current_names(changes))):
             section, _, key = name.rpartition(".")
             if name in RETIRED:
                 problems += retired([(name, value)])
@@ -120,6 +122,18 @@ class RunConfig(schema.Section):
         if problems:
             raise ConfigError(" ".join(problems))
         return config
+
+    def _with_usual(self, changes: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """The changes, with what another optimizer is usually given where they name one and no learning
+        rate."""
+        given = dict(changes)
+        yield from given.items()
+        name = given.get("optimizer.name")
+        if isinstance(name, str) and "optimizer.lr" not in given:
+            with contextlib.suppress(ConfigError):  # said by the validation of the name
+                if schema.optimizer_row(name) != self.optimizer.row:
+                    usual = {f"optimizer.{key}": one for key, one in self.optimizer.usual_for(name).items()}
+                    yield from ((key, one) for key, one in usual.items() if key not in given)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables with every setting written out."""
@@ -199,9 +213,19 @@ def takes_auto(name: str) -> bool:
     return schema.Auto in typing.get_args(FIELDS[name].annotation)
 
 
+def takes_class(name: str) -> bool:
+    """Whether a setting names a row or, as "module:Class", a class of an installed package."""
+    return any(isinstance(mark, schema.RowOf) and mark.classes for mark in FIELDS[name].metadata)
+
+
+def is_table(name: str) -> bool:
+    """Whether a setting is itself a table: of patterns, or of an optimizer's arguments."""
+    return typing.get_origin(FIELDS[name].annotation) is dict
+
+
 def is_pattern_table(name: str) -> bool:
     """Whether a setting is a table of pattern to number, such as `adapter.block_ranks`."""
-    return typing.get_origin(FIELDS[name].annotation) is dict
+    return is_table(name) and typing.get_args(FIELDS[name].annotation)[1] is not Any
 
 
 def checked_value(name: str, value: Any, called: str = "") -> Any:
@@ -301,9 +325,26 @@ def retired(changes: Iterable[tuple[str, Any]]) -> list[str]:
     return found
 
 
-def pattern_lines(table: Mapping[str, float]) -> str:
-    """A table of patterns as a user types it, one `pattern = number` a line."""
-    return "\n".join(f"{pattern} = {number}" for pattern, number in table.items())
+def pattern_lines(table: Mapping[str, Any]) -> str:
+    """A table as a user types it, one `pattern = number` or `argument = value` a line."""
+    return "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in table.items())
+
+
+def arguments_of_lines(name: str, text: str) -> dict[str, Any]:
+    """Parse the lines of `pattern_lines` for arguments, whose values are TOML.
+
+    Raises:
+        ConfigError: a line is not TOML; `name` is the setting's.
+    """
+    table: dict[str, Any] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        try:
+            table |= parse_toml(line, name)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"{name} has the line {in_short(line)}, which should read: argument = value."
+            ) from error
+    return table
 
 
 def patterns_of_lines(name: str, text: str) -> dict[str, float]:
@@ -366,7 +407,7 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
     for key, value in values.items():
         old = f"{prefix}{key}"
         name = OLD_NAMES.get(old, old)
-        if isinstance(value, Mapping) and not (name in FIELDS and is_pattern_table(name)):
+        if isinstance(value, Mapping) and not (name in FIELDS and is_table(name)):
             yield from _leaves(value, f"{old}.")
         else:
             yield old, value

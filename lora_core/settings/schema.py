@@ -10,6 +10,8 @@ torch can list them all. The price: editors cannot follow the reference, so `tes
 resolves every row.
 """
 
+import ast
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -18,6 +20,9 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -55,6 +60,10 @@ MOST_PATTERNS = 100
 """Patterns of one table."""
 _TO_RE2 = re.compile(r"\\Z|\{,(?=\d*\})|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
 """What RE2 spells otherwise than `re`, and the escapes and character classes to skip."""
+CLASS_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""A class of an installed package, "module:Class"."""
+OWN_ARGUMENTS = ("params", "lr")
+"""Arguments of an optimizer's constructor that other settings give."""
 T = TypeVar("T")
 
 
@@ -87,9 +96,17 @@ class Implementation(Choice):
             ConfigError: the optional package is not installed.
         """
         module, _, attribute = self.load.partition(":")
-        if self.package:
-            require_package(self.title, module, self.package)
+        self.require()
         return getattr(importlib.import_module(module), attribute)
+
+    def require(self) -> None:
+        """Check that the package is installed, without importing it.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.package:
+            require_package(self.title, self.load.partition(":")[0].partition(".")[0], self.package)
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,9 @@ class OptimizerChoice(Implementation):
     """An optimizer.
 
     Attributes:
-        one_rate: it works with one learning rate for everything that it trains.
+        lr: its learning rate where AdamW's is 1e-4; for one that finds its own rate, the setting itself.
+        one_rate: it works with one learning rate for everything that it trains, and finds that itself.
+        averages: it trains one point and is used at another, the mean of a sequence (schedule-free).
         state: values that it keeps for each parameter.
         by_matrix: it looks at rows and columns, so that each factor has to be a tensor of its own.
         fused: one of torch whose step is one kernel on a card (`fused=True`).
@@ -105,7 +124,9 @@ class OptimizerChoice(Implementation):
             that finds its own rate, the setting alone. Wide: ten times what guides and peers use, either way.
     """
 
+    lr: float = 1e-4
     one_rate: bool = False
+    averages: bool = False
     state: float = 2.0
     by_matrix: bool = False
     fused: bool = False
@@ -137,12 +158,76 @@ def require_package(feature: str, module: str, package: str) -> None:
     Raises:
         ConfigError: it is not installed; the message has the command that installs it into this environment.
     """
-    if importlib.util.find_spec(module) is None:
+    if _find_module(module) is None:
         python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
         raise ConfigError(
             f"{feature} needs the package {package}, which is not installed. Install it with"
             f" `{python} -m pip install {package}`."
         )
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # one without a file, such as `__main__`
+        return None
+
+
+def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
+    """The arguments of a class's constructor with their defaults, `...` where one has none or computes it.
+
+    Read from the source, since the window and the checks before a start import no torch.
+
+    Args:
+        load: "module:class"; the class may be imported there from another module.
+        depth: how many modules further it is looked for.
+
+    Returns:
+        None where the source does not tell.
+    """
+    module, _, name = load.partition(":")
+    top, *inner = module.split(".")
+    spec = _find_module(top)
+    if not depth or spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    place = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            makers = (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
+            maker = next(makers, None)
+            if maker is not None:
+                return _argument_defaults(maker.args)
+            base = ast.unparse(node.bases[0]) if node.bases else ""
+            return constructor_defaults(f"{module}:{base}", depth - 1)
+        if isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(filter(None, (above, node.module)))
+            for one in node.names:
+                known = one.name == "*" or name == (one.asname or one.name)
+                wanted = name if one.name == "*" else one.name
+                if known and (found := constructor_defaults(f"{source}:{wanted}", depth - 1)) is not None:
+                    return found
+    return None
+
+
+def _argument_defaults(arguments: ast.arguments) -> dict[str, Any]:
+    """Without the first, `self`."""
+    names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    missing = [None] * (len(names) - len(arguments.defaults) - len(arguments.kw_defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    found: dict[str, Any] = {}
+    for argument, default in list(zip(names, defaults, strict=True))[1:]:
+        try:
+            found[argument.arg] = ... if default is None else ast.literal_eval(default)
+        except ValueError:
+            found[argument.arg] = ...
+    return found
 
 
 PARTS = ("unet", "text")
@@ -166,6 +251,7 @@ HUBER_SCHEDULES = _table("huber_schedules", Implementation)
 FORMATS = _table("formats", Implementation)
 SAMPLERS = _table("samplers", Implementation)
 PREDICTIONS = _table("predictions", Choice)
+TIMESTEPS = _table("timesteps", Implementation)
 ZERO_TERMINAL_SNR = _table("zero_terminal_snr", Choice)
 PRECISIONS = _table("precisions", Choice)
 MASKS = _table("masks", Choice)
@@ -179,6 +265,20 @@ TARGETS = {
 QUANTIZED = {
     key: (Implementation if "load" in row else Choice)(**row) for key, row in rows()["quantized"].items()
 }
+
+
+def optimizer_row(name: str) -> OptimizerChoice:
+    """The row of an optimizer, or one for a class by its "module:Class", which any could be: it gets each
+    factor as a tensor of its own.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if not CLASS_NAME.fullmatch(name):
+        return chosen(OPTIMIZERS, name, "optimizer.name")
+    return OptimizerChoice(
+        name, "", name, package=name.partition(":")[0].partition(".")[0], lr=1e-4, by_matrix=True
+    )
 
 
 def find_key(table: Table, name: str) -> str | None:
@@ -275,9 +375,11 @@ Auto = Annotated[Literal["auto"], BeforeValidator(_lower)]
 
 @dataclass(frozen=True)
 class RowOf:
-    """Marks a text as the key of a table; a row's title is accepted for its key, in any case."""
+    """Marks a text as the key of a table; a row's title is accepted for its key, in any case, and a
+    "module:Class" if `classes`."""
 
     table: Table
+    classes: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Have pydantic look the text up."""
@@ -285,8 +387,11 @@ class RowOf:
 
     def _key(self, name: str) -> str:
         key = find_key(self.table, name)
+        if key is None and self.classes and CLASS_NAME.fullmatch(name.strip()):
+            return name.strip()
         if key is None:
-            raise ValueError(f"is not known; choose one of {', '.join(self.table)}")
+            more = ", or give a class as module:Class" if self.classes else ""
+            raise ValueError(f"is not known; choose one of {', '.join(self.table)}{more}")
         return key
 
 
@@ -318,9 +423,38 @@ def _check_patterns(table: Any) -> Any:
 
 
 Patterns = BeforeValidator(_check_patterns)
+
+
+def _check_arguments(table: Any) -> Any:
+    """Names with numbers, true or false, texts, or lists of these."""
+    if not isinstance(table, dict):
+        raise PydanticCustomError("patterns", "should be a table, such as {weight_decay = 0.1}")
+    for name, value in table.items():
+        parts = value if isinstance(value, list) else [value]
+        wrong = ""
+        if not re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII):
+            wrong = "which is not the name of an argument"
+        elif not all(isinstance(part, bool | int | float | str) for part in parts):
+            wrong = "which should be a number, true or false, a text, or a list of numbers"
+        elif any(part != clean_text(part) for part in parts if isinstance(part, str)):
+            wrong = "which holds bytes that are not UTF-8"
+        elif not all(math.isfinite(part) for part in parts if isinstance(part, float)):
+            wrong = "which is not a number that can be used"
+        if wrong:
+            text = f"has {name[:64]!r}, {wrong}"
+            raise PydanticCustomError("patterns", "{text}", {"text": text})
+    return table
+
+
+Arguments = BeforeValidator(_check_arguments)
 Rank = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(gt=0.0)]
-Rate = Annotated[float, Field(ge=0.0, le=10.0)]
+MAX_TIMESTEP = 1000
+"""In which settings count timesteps, whatever the base's own number is."""
+MAX_RATE = 10.0
+RATES = ("lr", "text_encoder_lr", "text_encoder_2_lr")
+"""Settings of the optimizer that are a part's learning rate."""
+Rate = Annotated[float, Field(ge=0.0, le=MAX_RATE)]
 
 
 class ModelSection(Section):
@@ -366,6 +500,9 @@ class AdapterSection(Section):
     """Share of the rank's directions dropped at each step."""
     module_dropout: float = Field(0.0, title="Module dropout", ge=0.0, le=0.99)
     """Probability that a layer's whole update is dropped at a step."""
+    max_norm: float = Field(0.0, title="Max. norm of weights", ge=0.0, le=1000.0)
+    """Each layer's update is scaled down to this norm after a step, which keeps an adapter from burning and
+    lets it mix better with others; 1 is usual. 0: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -461,6 +598,8 @@ class TrainSection(Section):
 
     steps: int = Field(800, title="Steps", ge=1, le=1_000_000)
     """100 per image is a good start (800 to 3,000)."""
+    epochs: int = Field(0, title="Epochs", ge=0, le=100_000)
+    """Length in passes over all training images, in place of steps. 0: as many steps as set."""
     batch_size: int = Field(1, title="Batch size", ge=1, le=256)
     """Images that go through the model at once."""
     gradient_accumulation_steps: int = Field(1, title="Gradient accumulation", ge=1, le=1024)
@@ -490,12 +629,21 @@ class TrainSection(Section):
     max_token_length: Literal[75, 150, 225] = Field(75, title="Caption tokens")
     """How much of a caption is read: 75, 150 or 225 tokens."""
 
+    def describe_epoch(self, step: int) -> str:
+        """The epoch of a step of the run, such as "epoch 3 of 10"; "" where its length is in steps."""
+        passed = max(0, step - 1) * self.epochs // self.steps
+        return f"epoch {min(self.epochs, 1 + passed)} of {self.epochs}" if self.epochs else ""
+
 
 class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
-    name: Annotated[str, RowOf(OPTIMIZERS)] = Field("adamw", title="Optimizer")
-    """AdamW is the safe default; Prodigy finds its own learning rate."""
+    name: Annotated[str, RowOf(OPTIMIZERS, classes=True)] = Field("adamw", title="Optimizer")
+    """AdamW is the safe default; Prodigy finds its own learning rate. Or a class of an installed package, as
+    module:Class. Another one brings its usual learning rate with it, unless that is set too."""
+    args: Annotated[dict[str, Any], Arguments] = Field({}, title="Optimizer arguments")
+    """What the optimizer's class takes besides the learning rate, such as weight_decay = 0.1 or
+    betas = [0.9, 0.99]; the rest keeps its default."""
     lr: Rate = Field(1e-4, title="Learning rate")
     """Of the UNet's adapter. What counts is this times alpha / rank."""
     range_test: bool = Field(False, title="Auto learning rate")
@@ -520,6 +668,61 @@ class OptimizerSection(Section):
     max_grad_norm: float = Field(1.0, title="Gradient clipping", ge=0.0, le=1000.0)
     """Largest norm of the gradient. 0: no clipping."""
 
+    @property
+    def row(self) -> OptimizerChoice:
+        """The row of the optimizer."""
+        return optimizer_row(self.name)
+
+    def usual_for(self, name: str, lr: float | None = None) -> dict[str, Any]:
+        """What the optimizer `name` is usually given in place of this one: learning rates, and the schedule
+        where it has its own.
+
+        Args:
+            name: a row's, or a class.
+            lr: its learning rate; None for one as far from its usual rate as this is from the usual rate of
+                this optimizer. The other rates keep their ratio to it; what is not trained stays so.
+        """
+        old, new = self.row, optimizer_row(name)
+        factor = lr / self.lr if lr and self.lr else new.lr / old.lr
+        found: dict[str, Any] = {}
+        for key in RATES:
+            rate = (lr or new.lr) if new.one_rate else float(f"{getattr(self, key) * factor:.6g}")
+            found[key] = min(MAX_RATE, rate) if getattr(self, key) else 0.0
+        return found | ({"schedule": "constant"} if new.averages else {})
+
+    def argument_problem(self) -> str:
+        """What is wrong with `args` for this optimizer, in a sentence, or ""."""
+        row, found = self.row, []
+        known = constructor_defaults(row.load) if self.args else None
+        for name, value in self.args.items():
+            if name in OWN_ARGUMENTS:
+                found.append(f"optimizer.args cannot have {name}: it is set by optimizer.lr.")
+            elif known is not None and name not in known:
+                takes = [one for one in known if one not in OWN_ARGUMENTS]
+                close = difflib.get_close_matches(name, takes, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(takes)}."
+                found.append(f"optimizer.args has {name!r}, which {row.title} does not take{hint}")
+            elif known is not None and (kind := _other_kind(value, known[name])):
+                found.append(f"optimizer.args has {name} = {value!r}, which should be {kind}.")
+        return " ".join(found)
+
+
+def _other_kind(value: Any, usual: Any) -> str:
+    """What an argument with the default `usual` should be, where `value` is something else; "" where it
+    fits, or where the default does not tell."""
+    match usual:
+        case bool():
+            return "" if isinstance(value, bool) else "true or false"
+        case int() | float():
+            return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+        case str():
+            return "" if isinstance(value, str) else "a text"
+        case tuple() | list():
+            fits = isinstance(value, list | tuple) and len(value) == len(usual)
+            fits = fits and not any(map(_other_kind, value, usual))
+            return "" if fits else f"a list of {len(usual)} numbers"
+    return ""
+
 
 class LossSection(Section):
     """What is minimised."""
@@ -532,9 +735,47 @@ class LossSection(Section):
     """How Huber's delta follows the noise level; it is larger at little noise. Only for Huber."""
     min_snr: Annotated[float, Field(ge=0.0, le=100.0)] | Auto = Field(AUTO, title="Min-SNR")
     """Evens out the weight of the noise levels (gamma of Hang et al. 2023). `auto`: 5 for a base that
-    predicts noise, off for one that predicts velocity. 0: off."""
+    predicts noise, off for one that predicts velocity or with debiased estimation. 0: off."""
+    debias: bool = Field(False, title="Debiased estimation")
+    """Weights the noise levels by 1 / sqrt(SNR) (Yu et al. 2023): more weight on what is drawn first, the
+    composition."""
     noise_offset: float = Field(0.0, title="Noise offset", ge=0.0, le=1.0)
     """Lets very dark and very bright images be learned; 0.05 is usual. 0: off."""
+    multires_noise: int = Field(0, title="Multi-resolution noise", ge=0, le=10)
+    """How many coarser noises are added to the noise (pyramid noise), in place of a noise offset; 6 to 10 is
+    usual. 0: off."""
+    multires_discount: float = Field(0.3, title="Multi-resolution discount", ge=0.0, le=1.0)
+    """How strong each of the coarser noises is, as a multiple of the one before. Only for multi-resolution
+    noise."""
+    input_perturbation: float = Field(0.0, title="Input perturbation", ge=0.0, le=1.0)
+    """Adds so much more noise to the input than is to be predicted, against errors that add up while
+    sampling; 0.1 is usual. 0: off."""
+    timesteps: Annotated[str, RowOf(TIMESTEPS)] = Field("uniform", title="Timesteps")
+    """Which noise levels are trained on most."""
+    timestep_mean: float = Field(0.0, title="Timestep mean", ge=-5.0, le=5.0)
+    """Above 0 for more noise, below 0 for less: 1 centres on timestep 730, -1 on 270. Only for
+    logit-normal."""
+    timestep_std: float = Field(1.0, title="Timestep spread", ge=0.05, le=5.0)
+    """A small spread keeps to few noise levels. Only for logit-normal."""
+    timestep_shift: float = Field(1.0, title="Timestep shift", ge=0.05, le=20.0)
+    """Above 1 trains on more noise, below 1 on less, whatever the distribution; 3 is what large images ask
+    for (Esser et al. 2024). 1: as it is."""
+    min_timestep: int = Field(0, title="Least timestep", ge=0, le=999)
+    """The least noise that is trained on, of 1,000. Above 0 leaves fine detail to the base."""
+    max_timestep: int = Field(1000, title="Greatest timestep", ge=1, le=1000)
+    """The most noise that is trained on, of 1,000. Below 1,000 leaves composition to the base."""
+
+    def timestep_at(self, quantile: float) -> float:
+        """The timestep that `quantile` in [0, 1) of all draws are below, as a share of the base's timesteps,
+        in [0, 1).
+
+        Source: Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1 (logit-normal) and
+        equation 23 (shift).
+        """
+        share: float = chosen(TIMESTEPS, self.timesteps, "loss.timesteps").resolve()(quantile, self)
+        share = self.timestep_shift * share / (1.0 + (self.timestep_shift - 1.0) * share)
+        low, high = self.min_timestep / MAX_TIMESTEP, self.max_timestep / MAX_TIMESTEP
+        return low + (high - low) * share
 
     unmasked_weight: float = Field(0.1, title="Weight outside masks", ge=0.0, le=1.0)
     """What the part outside of an image's mask counts beside the part inside. 0: it is not learned at all;
@@ -547,8 +788,20 @@ class LossSection(Section):
         last timestep of a schedule with zero terminal SNR no weight at all.
         """
         if isinstance(self.min_snr, str):
-            return MIN_SNR if prediction == "epsilon" else 0.0
+            return MIN_SNR if prediction == "epsilon" and not self.debias else 0.0
         return self.min_snr
+
+
+def uniform_timestep(quantile: float, rules: LossSection) -> float:
+    """Each timestep as often."""
+    return quantile
+
+
+def logit_normal_timestep(quantile: float, rules: LossSection) -> float:
+    """The logistic function of a normal variable."""
+    # Neither end has a finite normal variable; the ends are farther out than any draw of a run.
+    normal = NormalDist(rules.timestep_mean, rules.timestep_std).inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
+    return 1.0 / (1.0 + math.exp(-normal))
 
 
 class ValidationSection(Section):
@@ -556,6 +809,8 @@ class ValidationSection(Section):
 
     every: int = Field(100, title="Validate every", ge=0, le=1_000_000)
     """Steps between two validations. 0: never."""
+    every_epochs: int = Field(0, title="Validate every (epochs)", ge=0, le=100_000)
+    """The same in epochs. 0: as the steps say."""
     pictures: float = Field(0.1, title="Held-out images", ge=0.0, le=10_000.0)
     """Kept out of training and used to measure: a share below 1, or a number. 0: none."""
     draws_per_image: int = Field(4, title="Noise draws per image", ge=1, le=1000)
@@ -576,6 +831,8 @@ class SampleSection(Section):
 
     every: int = Field(100, title="Sample every", ge=0, le=1_000_000)
     """Steps between two rounds of samples. 0: never."""
+    every_epochs: int = Field(0, title="Sample every (epochs)", ge=0, le=100_000)
+    """The same in epochs. 0: as the steps say."""
     prompts: list[str] = Field([], title="Sample prompts")
     """One per line. Empty: captions of held-out or training images."""
     seed: int = Field(0, title="Sample seed", ge=0, le=2**32 - 1)
@@ -596,6 +853,8 @@ class SaveSection(Section):
 
     every: int = Field(100, title="Save every", ge=0, le=1_000_000)
     """Steps between two checkpoints. 0: only at the end."""
+    every_epochs: int = Field(0, title="Save every (epochs)", ge=0, le=100_000)
+    """The same in epochs. 0: as the steps say."""
     keep_last: int = Field(3, title="Keep last", ge=1, le=1000)
     """How many of the newest checkpoints are kept."""
     keep_best: bool = Field(True, title="Keep best")

@@ -38,7 +38,7 @@ from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import decode_latents
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import OPTIMIZERS, TrainSection, require_package
+from lora_core.settings.schema import TrainSection, require_package
 from lora_core.system.files import free_bytes
 from lora_core.train import setup
 from lora_core.train.data import Batch, Batches, PromptCache, SliderBatches
@@ -54,8 +54,6 @@ from lora_core.train.loop import (
 )
 from lora_core.train.validation import at_strength
 
-_LEAST_IN_8_BITS = 4096
-"""Parameters of a tensor from which on bitsandbytes keeps its state in 8 bits."""
 TIMED_STEPS = 4
 """The first one warms up and does not count."""
 MAX_SECONDS = 20.0
@@ -190,6 +188,7 @@ def _halve_chunks(memory: MemoryFallback) -> None:
 def _can_use_8bit_adamw(memory: MemoryFallback) -> bool:
     optimizer = memory.state.optimizer
     fresh = type(optimizer) is torch.optim.AdamW and not optimizer.state
+    fresh = fresh and not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
     return fresh and _has_8bit_adamw(memory.state.flat_params.data.device)
 
 
@@ -198,10 +197,8 @@ def _has_8bit_adamw(device: torch.device) -> bool:
     for."""
     if importlib.util.find_spec(sizes.BITSANDBYTES) is None:
         return False
-    values = torch.nn.Parameter(torch.zeros(_LEAST_IN_8_BITS, device=device))
-    values.grad = torch.ones_like(values)
     try:
-        _class_8bit_adamw()([values]).step()
+        values = setup.try_step(_class_8bit_adamw(), device)
     except (ImportError, OSError, RuntimeError, AttributeError, NameError):
         return False
     return bool(values.isfinite().all() and values.all())
@@ -390,7 +387,7 @@ def autotune(
         plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
     if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
         on_progress("Trying the heaviest step", 0, 1)
-        warnings, peak = fit_memory(session, memory, settings, OPTIMIZERS[optim.name].state)
+        warnings, peak = fit_memory(session, memory, settings, optim.row.state)
         found += [events.Warned(message=warning) for warning in warnings]
         plan = replace(plan, rungs=memory.applied, tried=True, peak=peak)
     if optim.range_test and plan.octave is None:

@@ -12,8 +12,9 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,17 @@ SLIDER_CFG = 3.0
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """What is random in one batch, on the CPU: `timesteps` (B,) and `noise` (B, 4, h, w)."""
+    """What is random in one batch, on the CPU: `timesteps` (B,), `noise` (B, 4, h, w), and the noise of the
+    input where that is perturbed."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
+    perturbed: torch.Tensor | None = None
 
     def rows(self, rows: slice) -> "NoiseSample":
         """The draw of some of the images."""
-        return NoiseSample(self.timesteps[rows], self.noise[rows])
+        perturbed = None if self.perturbed is None else self.perturbed[rows]
+        return NoiseSample(self.timesteps[rows], self.noise[rows], perturbed)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class TrainState:
     one is kept.
 
     Attributes:
+        max_norm: of each layer's update; 0 for no limit.
         chunks: how many parts a micro-batch goes through the model in; they add up to the same gradient.
         group: the processes that train together.
     """
@@ -106,7 +111,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     flat_params: FlatParams
     scaler: torch.amp.GradScaler
-    average: "EMA | None" = None
+    average: "Average | None" = None
+    max_norm: float = 0.0
     chunks: int = 1
     group: SingleProcess = field(default_factory=SingleProcess)
 
@@ -155,7 +161,7 @@ def sample_batch(
     batch, config = batches.batch(number), settings.config
     generator = torch.Generator().manual_seed(_noise_seed(config.seed, number))
     timesteps = state.base.noise.num_timesteps
-    return batch, sample_noise(batch.latents, timesteps, config.loss.noise_offset, generator)
+    return batch, sample_noise(batch.latents, timesteps, config.loss, generator)
 
 
 def backward_micro_batch(
@@ -219,6 +225,8 @@ def optimizer_step(
             if factor < 1.0:
                 grads.mul_(factor)
             state.flat_params.step(state.optimizer)
+            if state.max_norm:
+                limit_norms(state)
             scaler.update()
             if state.average is not None:
                 state.average.update(step)
@@ -229,6 +237,14 @@ def optimizer_step(
     if scaler.is_enabled():
         scaler.update()
     return losses, searching
+
+
+def limit_norms(state: TrainState) -> None:
+    """Scale down the update of each trained layer whose norm is above `state.max_norm`."""
+    with state.flat_params.mutate():
+        for layer in state.injected.layers.values():
+            if layer.param_view is not None:
+                layer.limit_norm(state.max_norm)
 
 
 def mean_loss(losses: list[torch.Tensor]) -> float:
@@ -242,23 +258,49 @@ def _noise_seed(seed: int, number: int) -> int:
 
 
 def sample_noise(
-    latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator
+    latents: torch.Tensor, timesteps: int, rules: LossSection, generator: torch.Generator
 ) -> NoiseSample:
     """Draw timesteps, stratified over the batch, and noise for `latents` (B, 4, h, w), on the CPU so that
     every device draws the same.
 
-    Stratification keeps each of the base's `timesteps` equally likely and makes the loss of a batch less
+    Stratification keeps the distribution of the base's `timesteps` and makes the loss of a batch less
     noisy (Kingma et al. 2021, section I.1). The noise offset adds a constant to each channel (N. Guttenberg
-    2023).
+    2023). Input perturbation adds noise that is not to be predicted (Ning et al. 2023, "Input Perturbation
+    Reduces Exposure Bias in Diffusion Models", algorithm 1).
     """
     count = len(latents)
     strata = torch.randperm(count, generator=generator).double()
     position = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
     noise = torch.randn(latents.shape, generator=generator)
-    if noise_offset:
-        noise = noise + noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    chosen_timesteps = (position * timesteps).long().clamp(max=timesteps - 1)
-    return NoiseSample(chosen_timesteps, noise)
+    if rules.noise_offset:
+        noise = noise + rules.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+    if rules.multires_noise:
+        noise = add_coarser_noise(noise, rules.multires_noise, rules.multires_discount, generator)
+    perturbed = None
+    if rules.input_perturbation:
+        perturbed = noise + rules.input_perturbation * torch.randn(noise.shape, generator=generator)
+    shares = [rules.timestep_at(quantile) for quantile in position.tolist()]
+    drawn = (torch.tensor(shares, dtype=torch.float64) * timesteps).long().clamp(max=timesteps - 1)
+    return NoiseSample(drawn, noise, perturbed)
+
+
+def add_coarser_noise(
+    noise: torch.Tensor, levels: int, discount: float, generator: torch.Generator
+) -> torch.Tensor:
+    """`noise` (B, 4, h, w) with up to `levels` noises added, each 2 to 4 times coarser than the one before,
+    enlarged, and `discount` times as strong; each image has a standard deviation of 1 again.
+
+    Source: J. Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
+    """
+    size = noise.shape[2:]
+    for level in range(levels):
+        ratio = 2.0 + 2.0 * float(torch.rand((), generator=generator, dtype=torch.float64))
+        coarse_size = [max(1, int(side / ratio**level)) for side in size]
+        coarse = torch.randn(*noise.shape[:2], *coarse_size, generator=generator)
+        noise = noise + discount**level * F.interpolate(coarse, size=size, mode="bilinear")
+        if 1 in coarse_size:
+            break
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True)
 
 
 def diffusion_loss(
@@ -276,7 +318,8 @@ def diffusion_loss(
         sizes: (B, 6) on the CPU, see `NoisePredictor.predict_noise`.
         weights: what the error of each latent counts, (B, 1, h, w) on the CPU; None for 1.
     """
-    noisy = base.noise.add_noise(latents, draw.noise, draw.timesteps)
+    added = draw.noise if draw.perturbed is None else draw.perturbed
+    noisy = base.noise.add_noise(latents, added, draw.timesteps)
     target = base.noise.target(latents, draw.noise, draw.timesteps)
     return prediction_loss(base, (noisy, target), draw.timesteps, text, rules, sizes, weights)
 
@@ -293,11 +336,14 @@ def prediction_loss(
     kernels.
     """
     gamma = rules.gamma(base.noise.objective)
+    weight = min_snr_weight(base.noise, timesteps, gamma)
+    if rules.debias:
+        weight = weight * debiased_weight(base.noise, timesteps)
     numbers = {
         "noisy": pair[0],
         "target": pair[1],
         "timesteps": timesteps.float(),
-        "weight": min_snr_weight(base.noise, timesteps, gamma),
+        "weight": weight,
     }
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
@@ -309,7 +355,17 @@ def prediction_loss(
     predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     errors: torch.Tensor = error(predicted, sent["target"], delta)
     losses = (errors * sent["weights"] if weights is not None else errors).flatten(1).mean(1)
-    return losses * sent["weight"] if gamma else losses
+    return losses * sent["weight"] if gamma or rules.debias else losses
+
+
+def debiased_weight(noise: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(SNR) for epsilon, 1 / (SNR + 1) for velocity, (B,), with SNR at most 1,000 as in kohya's
+    trainer, and at least 1 / 1,000.
+
+    Source: Yu et al. 2023, "Debias the Training of Diffusion Models", section 3.
+    """
+    snr = noise.snr(timesteps).clamp(1e-3, 1e3)
+    return snr.rsqrt() if noise.objective == "epsilon" else 1.0 / (snr + 1.0)
 
 
 def slider_loss(
@@ -482,15 +538,60 @@ def cosine_restarts(progress: float) -> float:
     return cosine(progress * RESTARTS % 1.0) if progress < 1.0 else 0.0
 
 
-class EMA:
-    """Exponential moving average of an adapter, steadier than its last step: validated, sampled and exported
-    in its place."""
+class Average:
+    """An average of an adapter, steadier than its last step: validated, sampled and exported in its place."""
+
+    def __init__(self, injected: Injected, flat_params: FlatParams) -> None:
+        """Average the adapter `injected`, which `flat_params` holds."""
+        self._injected = injected
+        self._flat_params = flat_params
+
+    def update(self, step: int) -> None:
+        """Take in the adapter after optimizer step `step`, counted from 1."""
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Put the average into the adapter's place while the context is open; both keep their bits."""
+        raise NotImplementedError
+
+    def weights(self) -> AdapterWeights:
+        """The average as an adapter."""
+        with self.in_place():
+            return adapter_weights(self._injected)
+
+    def load(self, weights: AdapterWeights) -> None:
+        """Restore a saved average, bit for bit."""
+
+
+class ScheduleFree(Average):
+    """What a schedule-free optimizer trains for: it takes gradients at one point, y, and is to be used at
+    another, x, which follows from y and its state. Source: Defazio et al. 2024, "The Road Less Scheduled"."""
+
+    def __init__(self, injected: Injected, flat_params: FlatParams, optimizer: Any) -> None:
+        """Average as `optimizer` does, whose `eval` puts x into the place of y."""
+        super().__init__(injected, flat_params)
+        self._optimizer = optimizer
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put x into the place of y. The way back is a copy: that of the optimizer would round."""
+        with self._flat_params.mutate() as live:
+            kept = live.clone()
+            self._optimizer.eval()
+        try:
+            yield
+        finally:
+            with self._flat_params.mutate() as live:
+                self._optimizer.train()
+                live.copy_(kept)
+
+
+class EMA(Average):
+    """Exponential moving average of an adapter."""
 
     def __init__(self, injected: Injected, flat_params: FlatParams, decay: float) -> None:
         """Start at the adapter as it is; `decay` is below 1."""
-        self._injected = injected
+        super().__init__(injected, flat_params)
         self._decay = decay
-        self._flat_params = flat_params
         self._mean = flat_params.data.detach().clone()
 
     def update(self, step: int) -> None:
@@ -510,11 +611,6 @@ class EMA:
             yield
         finally:
             self._swap()
-
-    def weights(self) -> AdapterWeights:
-        """The average as an adapter."""
-        with self.in_place():
-            return adapter_weights(self._injected)
 
     def load(self, weights: AdapterWeights) -> None:
         """Restore a saved average, bit for bit."""

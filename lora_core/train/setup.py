@@ -8,6 +8,7 @@ hashed at its start; a resume names what has changed since.
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ from lora_core.settings import schema
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, SliderBatches, TrainImage
-from lora_core.train.loop import EMA, TrainState
+from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState
 from lora_core.train.validation import (
     ForgettingSet,
     ValidationSets,
@@ -66,6 +67,8 @@ FRESH = "default"
 SAMPLE_PROMPTS = 2
 ROOMIER = 1.1
 """From how many times the memory of before fewer fallbacks are tried."""
+TRIED_SIDE = 64
+"""Its square is the least size of a tensor whose state bitsandbytes keeps in 8 bits."""
 LARGE = 10**8
 """Parameters of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
@@ -409,8 +412,7 @@ def build_optimizer(
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
-    row = schema.chosen(schema.OPTIMIZERS, optim.name, "optimizer.name")
-    own = part_rates(base.family, optim)
+    row, own = optim.row, part_rates(base.family, optim)
     members: list[list[LoraLayer]] = []
     groups: list[dict[str, Any]] = []
     for part in injected.parts():
@@ -437,14 +439,61 @@ def build_optimizer(
             factors = [getattr(layer, name) for layer in layers for name in names]
             own_factors = factors if row.by_matrix else [whole]
             parts.append({**group, "lr": rate, "initial_lr": rate, "params": own_factors})
-    how = dict(row.defaults)
-    if row.fused and base.device.type == "cuda":
-        how["fused"] = True
+    return make_optimizer(optim, parts, base.device), storage
+
+
+def make_optimizer(
+    optim: schema.OptimizerSection, groups: list[dict[str, Any]], device: torch.device
+) -> torch.optim.Optimizer:
+    """Make the optimizer of parameter groups with their rates.
+
+    Raises:
+        ConfigError: its package is missing, its arguments are wrong, or it cannot take a step on `device`.
+    """
+    row = optim.row
+    how: dict[str, Any] = {"fused": True} if row.fused and device.type == "cuda" else {}
+    how |= {name: tuple(one) if isinstance(one, list) else one
+            for name, one in {**row.defaults, **optim.args}.items()}  # fmt: skip
     try:
-        optimizer: torch.optim.Optimizer = row.resolve()(parts, lr=groups[0]["lr"], **how)
-    except (ValueError, RuntimeError) as error:
+        found = row.resolve()
+        if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+            raise ConfigError(f"optimizer.name = {optim.name} is not an optimizer as torch.optim has them.")
+        make: Callable[..., torch.optim.Optimizer] = found
+        optimizer = make(groups, lr=groups[0]["lr"], **how)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"optimizer.name = {optim.name} cannot be used: {error}.") from error
+    except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
-    return optimizer, storage
+    if row.package:
+        try:
+            try_step(lambda parameters: make(parameters, lr=groups[0]["lr"], **how), device)
+        except Exception as error:
+            raise ConfigError(
+                f"{row.title} cannot take a step on the device {device}; choose another optimizer.name."
+                f" It ended with {type(error).__name__}: {error}"
+            ) from error
+    if average_of_its_own(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def try_step(
+    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device
+) -> torch.Tensor:
+    """Have a new optimizer of a matrix of zeros take a step: some lack code for a device, others want more
+    than a gradient. Returns the matrix; raises what the optimizer does."""
+    values = torch.nn.Parameter(torch.zeros(TRIED_SIDE, TRIED_SIDE, device=device))
+    values.grad = torch.ones_like(values)
+    optimizer: Any = make([values])
+    if average_of_its_own(optimizer):
+        optimizer.train()
+    optimizer.step()
+    return values.detach()
+
+
+def average_of_its_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is schedule-free: it can be put into a mode for use."""
+    return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
 
 
 @dataclass
@@ -581,8 +630,13 @@ def build_train_state(
         prepack(module, weights)
     optimizer, storage = build_optimizer(injected, layout, base, config.optimizer)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    average = EMA(injected, storage, config.save.ema) if config.save.ema else None
-    return TrainState(base, injected, optimizer, storage, scaler, average), notes
+    average: Average | None = EMA(injected, storage, config.save.ema) if config.save.ema else None
+    if average_of_its_own(optimizer):
+        if average is not None:
+            raise ConfigError(f"{config.optimizer.row.title} averages the adapter itself; set save.ema to 0.")
+        average = ScheduleFree(injected, storage, optimizer)
+    max_norm = config.adapter.max_norm
+    return TrainState(base, injected, optimizer, storage, scaler, average, max_norm), notes
 
 
 def assign_buckets(

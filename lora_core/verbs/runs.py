@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_core.data.dataset import run_dataset
-from lora_core.errors import ConfigError, DatasetError, ModelFileError, RunError
+from lora_core.data.dataset import run_dataset, with_epochs
+from lora_core.errors import ConfigError, DatasetError, LoraError, ModelFileError, RunError
 from lora_core.generate.grid import split_values
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
 from lora_core.model_files.starting_settings import LEVELS, settings_from_lora, starting_settings
@@ -108,7 +108,8 @@ def run_config(
         own = "demo" if asked.get("model.base", "demo") == "demo" else "balanced"
         preset = f"slider-{preset or own}" if preset in ("", *LEVELS) else preset
     start = preset or ("demo" if demo else "")
-    config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
+    # In two steps: a preset's rate is one for the preset's optimizer.
+    config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base")))).changed(asked)
     config = config.changed({place: _in_full(config.get(place)) for place in PLACES})
     stem = re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or ("slider" if slider else "dataset")
     name = name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
@@ -172,6 +173,8 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
     runs = ((run.progress(), run.config_or_none()) for run in all_runs(place))
     records = dataset.records if dataset else []
     gpu = hardware.gpu(card.free() if card else None)
+    with contextlib.suppress(LoraError):  # `preflight` says it
+        config = with_epochs(config, dataset) if dataset else config
     found = forecast_run(config, facts, records, runs, costs, gpu)
     return asdict(found) | {"problems": [asdict(problem) for problem in problems]}
 

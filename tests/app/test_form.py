@@ -26,7 +26,8 @@ from lora_core.settings.config import FIELDS, RunConfig, help_of, label_of, pars
 
 def test_every_setting_has_a_place() -> None:
     placed = {name for group in GROUPS for name in group_fields(group)}
-    elsewhere = {"name", "dataset.path", "dataset.trigger", "model.base", "train.steps", "train.resolution"}
+    elsewhere = {"name", "dataset.path", "dataset.trigger", "model.base", "train.steps", "train.epochs"}
+    elsewhere.add("train.resolution")
     assert placed | elsewhere == set(FIELDS)
 
 

@@ -2,10 +2,20 @@
 
 from pathlib import Path
 
+import pytest
+
 from app.state import AppState, take_snapshot
 from app.templates import with_labels
-from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
-from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
+from app.train.form import FORM, Plan, current_values, group_fields, keep_changed_values, widget_values
+from app.train.train_form import (
+    FOLDED,
+    UNMATCHED,
+    _changed,
+    _group_note,
+    _rates_note,
+    choose_optimizer,
+    search_settings,
+)
 from app.train.view import do_run_action
 from lora_core.projects.project import Project
 
@@ -80,6 +90,37 @@ def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
     assert (config.optimizer.warmup, config.adapter.rank) == (snapshot.plan.preset.optimizer.warmup, 3)
     do_run_action(app_state, "reset", "all")
     assert Plan(app_state.project).config.adapter.rank == snapshot.plan.preset.adapter.rank
+
+
+def test_choosing_an_optimizer_sets_its_usual_rate_and_can_be_undone(app_state: AppState) -> None:
+    project = app_state.project
+
+    def choose(name: str, **typed: object) -> tuple[float, float]:
+        before = Plan(project)
+        project.update_draft(values=current_values(project) | {"optimizer.name": name})
+        choose_optimizer(project, before)
+        return rates()
+
+    def rates() -> tuple[float, float]:
+        optim = Plan(project).config.optimizer
+        return optim.lr, optim.text_encoder_lr
+
+    start = rates()
+    assert choose("lion") == (pytest.approx(0.3 * start[0]), pytest.approx(0.3 * start[1]))
+    note = _rates_note(take_snapshot(app_state))
+    assert f"Back to {start[0]:g}" in note
+    do_run_action(app_state, "rates", "")
+    assert rates() == start
+    assert f"Use {0.3 * start[0]:g}" in _rates_note(take_snapshot(app_state))
+    do_run_action(app_state, "rates", "")
+    assert choose("prodigy") == (1.0, 1.0 if start[1] else 0.0)
+    assert choose("adamw") == start
+    # A rate that was typed stays, and the usual one is offered.
+    project.update_draft(values=current_values(project) | {"optimizer.lr": 7e-4})
+    assert choose("came")[0] == 7e-4
+    assert f"Use {2 * start[0]:g}" in _rates_note(take_snapshot(app_state))
+    assert choose("adamw")[0] == 7e-4
+    assert choose("not an optimizer")[0] == 7e-4
 
 
 def test_problems_call_settings_as_the_form_does() -> None:

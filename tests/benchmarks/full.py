@@ -129,7 +129,7 @@ def _loss(base: BaseModel, rows: list[tuple[torch.Tensor, PromptEmbeds]], number
     generator = torch.Generator().manual_seed(number)
     latents = torch.stack([latents for latents, _ in rows])
     text = PromptEmbeds.cat([condition for _, condition in rows])
-    draw = sample_noise(latents, base.noise.num_timesteps, 0.0, generator)
+    draw = sample_noise(latents, base.noise.num_timesteps, LossSection(), generator)
     return diffusion_loss(base, latents, text, draw, PLAIN).mean()
 
 

@@ -76,7 +76,7 @@ def test_train_says_the_forecast_and_may_wait_in_the_queue(
 def test_settings_of_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = lora(
         tmp_path / "a.safetensors", ss_network_dim="12", ss_network_alpha="6", ss_max_train_steps="77",
-        ss_optimizer="bitsandbytes.optim.adamw.AdamW8bit", ss_ip_noise_gamma="0.1",
+        ss_optimizer="bitsandbytes.optim.adamw.AdamW8bit", ss_adaptive_noise_scale="0.1",
     )  # fmt: skip
     words = ["train", "demo", "--like", str(file), "--set", "train.steps=5"]
     config = parse(words).arguments()["training"].run_config()
@@ -84,6 +84,6 @@ def test_settings_of_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*words, "--queue", "--name", "like"]) == 0
     said = capsys.readouterr().out
     assert "Like a.safetensors: " in said
-    assert "Note: Input perturbation (0.1) is not known here." in said
+    assert "Note: Adaptive noise scale (0.1) is not known here." in said
     assert main(["train", "demo", "--like", str(tmp_path / "no.safetensors"), "--queue"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -44,6 +44,22 @@ def test_the_update_is_alpha_over_rank_times_up_times_down(base):
     assert not torch.allclose(frozen, merged)
 
 
+@pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, padding=1)])
+def test_the_norm_of_the_update_is_limited_and_its_direction_kept(base):
+    layer = LoraLayer(base, "unet/x", LoraSpec(2, 6.0), DropoutState(), seed=1)
+    with torch.no_grad():
+        layer.up.normal_()
+    before = layer.layer_weights().delta()
+    layer.limit_norm(2 * float(before.norm()))
+    assert torch.equal(layer.layer_weights().delta(), before)
+    layer.limit_norm(0.5)
+    torch.testing.assert_close(layer.layer_weights().delta(), 0.5 * before / before.norm())
+    with torch.no_grad():
+        layer.up.zero_()
+    layer.limit_norm(0.5)
+    assert float(layer.layer_weights().delta().norm()) == 0.0
+
+
 def test_the_start_follows_from_seed_and_name_alone():
     starts = [LoraLayer(nn.Linear(6, 5), name, LoraSpec(3, 3.0), DropoutState(), seed).down for name, seed in
               (("a", 1), ("a", 1), ("b", 1), ("a", 2))]  # fmt: skip

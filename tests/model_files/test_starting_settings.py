@@ -96,6 +96,9 @@ KOHYA = {
     "ss_shuffle_caption": "True",
     "ss_sd_model_name": "some base.safetensors",
     "ss_multires_noise_iterations": "6",
+    "ss_debiased_estimation": "True",
+    "ss_scale_weight_norms": "1.0",
+    "ss_ip_noise_gamma_random_strength": "True",
     "ss_seed": "42",
     "ss_loss_type": "huber",
     "ss_huber_schedule": "exponential",
@@ -122,6 +125,7 @@ def test_kohya_s_header(tmp_path: Path) -> None:
         "optimizer.lr": 2e-4,
         "optimizer.text_encoder_lr": 5e-5,
         "optimizer.name": "adamw",
+        "optimizer.args": {"weight_decay": 0.1},
         "optimizer.schedule": "cosine_restarts",
         "optimizer.warmup": 0.05,
         "train.steps": 2000,
@@ -134,16 +138,19 @@ def test_kohya_s_header(tmp_path: Path) -> None:
         "loss.type": "huber",
         "loss.huber_schedule": "exponential",
         "loss.huber_delta": 0.2,
+        "loss.multires_noise": 6,
+        "loss.debias": True,
+        "adapter.max_norm": 1.0,
         "dataset.keep_tags": 1,
         "dataset.shuffle_tags": True,
         "seed": 42,
     }
     assert like.base == "some base.safetensors"
     said = " ".join(like.left)
-    assert "adamw8bit" in said
+    assert "The optimizer adamw8bit has no package here; AdamW is used instead." in said
     assert "block_dims = 1,2" in said
     assert "zero terminal SNR; set that by hand" in said
-    assert "Multi-resolution noise (6)" in said
+    assert "Input perturbation of random strength (True) is not known here" in said
     # What those say is legal together.
     RunConfig().changed(like.values)
 

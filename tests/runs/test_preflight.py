@@ -253,6 +253,45 @@ def test_rates(config: RunConfig, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("adamw", {"weight_decay": 0.1, "betas": [0.9, 0.99], "amsgrad": True}, ""),
+        (
+            "adamw",
+            {"weight_decays": 0.1},
+            "'weight_decays', which AdamW does not take; did you mean weight_decay",
+        ),
+        ("adamw", {"rate": 1}, "which AdamW does not take; it takes betas, eps, weight_decay, amsgrad"),
+        ("adamw", {"betas": 0.9}, "betas = 0.9, which should be a list of 2 numbers"),
+        ("adamw", {"betas": [0.9, "x"]}, "should be a list of 2 numbers"),
+        ("adamw", {"amsgrad": 1}, "amsgrad = 1, which should be true or false"),
+        ("adamw", {"eps": True}, "eps = True, which should be a number"),
+        ("sgd", {"lr": 1.0}, "cannot have lr: it is set by optimizer.lr"),
+        ("prodigy", {"d_coef": 2.0}, ""),
+        ("lion", {"d_coef": 2.0}, "which Lion does not take"),
+        ("torch.optim:Adamax", {"betas": [0.9, 0.99]}, ""),
+        ("torch.optim:Adamax", {"momentum": 0.9}, "which torch.optim:Adamax does not take"),
+    ],
+)
+def test_arguments_of_the_optimizer_are_checked_by_its_signature(
+    name: str, args: dict[str, object], words: str, config: RunConfig, tmp_path: Path
+) -> None:
+    problems = found(config, tmp_path, optimizer__name=name, optimizer__args=args)
+    problems = [one for one in problems if one.kind == "package"]
+    assert bool(problems) == bool(words)
+    assert all(one.blocking and words in one.sentence for one in problems)
+
+
+def test_what_does_not_go_with_schedule_free(config: RunConfig, tmp_path: Path) -> None:
+    own = {"optimizer__name": "adamw_schedule_free"}
+    problems = found(config, tmp_path, **own, save__ema=0.9)
+    assert any("averages the adapter itself; set save.ema to 0" in one.sentence for one in problems)
+    problems = found(config, tmp_path, **own, optimizer__schedule="cosine")
+    (note,) = [one for one in problems if one.kind == "rate"]
+    assert "optimizer.schedule is cosine; set optimizer.schedule to constant" in note.sentence
+
+
 def test_name_and_neighbours(config: RunConfig, tmp_path: Path) -> None:
     taken = RunFolder.create(runs_folder(tmp_path) / "mine", config)
     (problem,) = found(config, tmp_path)
@@ -352,6 +391,27 @@ def test_a_loss_that_leaves_out_the_last_timestep_is_said(config: RunConfig, tmp
     assert "loss.min_snr = 5 gives the last timestep no weight" in one.sentence
     assert found(config, tmp_path, loss__min_snr=5.0, model__zero_terminal_snr="off") == []
     assert found(config, tmp_path, loss__min_snr=0) == found(config, tmp_path, loss__min_snr="auto") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "blocking"),
+    [
+        (
+            {"loss__timestep_mean": 1.0},
+            "plays no part where loss.timesteps is uniform",
+            False,
+        ),
+        ({"loss__multires_discount": 0.5}, "plays no part where loss.multires_noise is 0", False),
+        ({"loss__multires_noise": 6, "loss__noise_offset": 0.05}, "set one of them to 0", True),
+        ({"loss__min_timestep": 500, "loss__max_timestep": 500}, "is not below loss.max_timestep", True),
+        ({"loss__timesteps": "logit_normal", "loss__timestep_std": 0.5}, "", False),
+    ],
+)
+def test_settings_of_the_loss_that_do_not_go_together(
+    changes: dict[str, object], words: str, blocking: bool, config: RunConfig, tmp_path: Path
+) -> None:
+    problems = found(config, tmp_path, **changes)
+    assert [(words in one.sentence, one.blocking) for one in problems] == [(True, blocking)] * bool(words)
 
 
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:

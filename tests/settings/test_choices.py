@@ -34,10 +34,17 @@ def test_the_row_is_real(table: str, key: str) -> None:
     assert row.title
     assert row.help.endswith(".")
     if isinstance(row, Implementation):
+        if row.package:
+            pytest.importorskip(row.load.partition(":")[0])
         found = row.resolve()
         if inspect.isclass(found):  # a misspelt keyword would come to light only when the row is used
             known = inspect.signature(found).parameters
             assert set(row.defaults) <= set(known)
+            # What is read from the source without importing it.
+            read = schema.constructor_defaults(row.load)
+            assert read is None or set(read) == {n for n, one in known.items() if one.kind != one.VAR_KEYWORD}
+        if isinstance(row, OptimizerChoice):
+            assert row.rates[0] <= row.lr <= row.rates[1]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -81,7 +88,7 @@ def test_optional_packages_are_those_that_the_launcher_installs() -> None:
     """Also: no sentence leads to a package on the index that is not the one meant."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    installed = [need for extra in install.EXTRAS for need in extras[extra]]
+    installed = [need for extra in (*install.EXTRAS, *install.CARD_EXTRAS) for need in extras[extra]]
     packages = {
         row.package
         for table in TABLES.values()

@@ -12,6 +12,7 @@ from lora_core.errors import LONGEST_SENTENCE, ConfigError
 from lora_core.settings.config import (
     FIELDS,
     RunConfig,
+    arguments_of_lines,
     checked_value,
     flattened,
     help_of,
@@ -205,6 +206,38 @@ def test_a_table_as_lines() -> None:
     for line in ("mid_block", "mid_block = many", "mid_block ="):
         with pytest.raises(ConfigError, match=r"x has the line 'mid_block.*pattern = number"):
             patterns_of_lines("x", line)
+
+
+def test_arguments_as_lines() -> None:
+    table = {"betas": [0.9, 0.99], "weight_decay": 0.1, "amsgrad": True, "mode": "x"}
+    assert arguments_of_lines("x", pattern_lines(table)) == table
+    with pytest.raises(ConfigError, match=r"x has the line 'betas 0\.9'.*argument = value"):
+        arguments_of_lines("x", "betas 0.9")
+    for value in (5, {"a b": 1}, {"a": [[1]]}, {"a": float("nan")}, {"a": {"b": 1}}, {"a": "\udc80"}):
+        with pytest.raises(ConfigError, match=r"optimizer\.args "):
+            RunConfig().changed({"optimizer.args": value})
+
+
+def test_another_optimizer_brings_its_usual_rate() -> None:
+    """Unless a rate is given with it; a rate ten times the usual one stays ten times the usual one."""
+
+    def rates(config: RunConfig) -> tuple[float, float]:
+        return config.optimizer.lr, config.optimizer.text_encoder_lr
+
+    usual = RunConfig()
+    assert rates(usual.changed({"optimizer.name": "lion"})) == (3e-5, 1.5e-5)
+    assert rates(usual.changed({"optimizer.name": "Prodigy"})) == (1.0, 1.0)
+    assert rates(usual.changed({"optimizer.name": "adamw"})) == rates(usual)
+    hot = usual.changed({"optimizer.lr": 1e-3, "optimizer.text_encoder_lr": 0.0})
+    assert rates(hot.changed({"optimizer.name": "came"})) == (2e-3, 0.0)
+    assert rates(hot.changed({"optimizer.name": "prodigy"})) == (1.0, 0.0)
+    assert rates(hot.changed({"optimizer.name": "lion", "optimizer.lr": 5e-5})) == (5e-5, 0.0)
+    assert rates(usual.changed({"optimizer.name": "torch.optim:Adamax"})) == rates(usual)
+    free = usual.changed({"optimizer.name": "adamw_schedule_free"})
+    assert (free.optimizer.lr, free.optimizer.schedule) == (2.5e-4, "constant")
+    # A complete file, as a run folder has it, is taken as it is.
+    odd = usual.changed({"optimizer.name": "lion", "optimizer.lr": 1e-4})
+    assert RunConfig.from_dict(odd.to_dict()) == odd
 
 
 @pytest.mark.parametrize(("rank", "rslora", "scale"), [(16, False, 0.5), (16, True, 2.0), (4, True, 4.0)])

@@ -92,7 +92,7 @@ def stepping(base: BaseModel, side: int, targets: str, checkpointing: bool) -> C
 
     def step() -> None:
         storage.zero_grad()
-        draw = sample_noise(latents, base.noise.num_timesteps, 0.0, torch.Generator())
+        draw = sample_noise(latents, base.noise.num_timesteps, LossSection(), torch.Generator())
         diffusion_loss(base, latents, text, draw, LossSection(), sizes).sum().backward()
         storage.flush_grads()
         norm = nn.utils.get_total_norm([storage.grads])

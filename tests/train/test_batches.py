@@ -1,10 +1,13 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lora_core.data.dataset import num_batches, open_dataset, with_epochs
 from lora_core.data.images import ImageRecord
-from lora_core.errors import DatasetError
+from lora_core.errors import ConfigError, DatasetError
+from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
 from lora_core.train.setup import all_views, assign_buckets
@@ -51,6 +54,40 @@ def test_each_epoch_shows_each_picture_as_often_as_it_repeats(tmp_path):
         names = Counter(name for n in range(4) for name in batches.batch(4 * epoch + n).names)
         assert sum(names.values()) == 8
         assert names == {"0.png": 3, "1.png": 3, "2.png": 2}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_an_epoch_has_the_number_of_batches_that_its_length_is_planned_with(tmp_path, size):
+    records = _records(tmp_path, [(128, 128)] * 3, repeats=3) + _records(tmp_path / "x", [(256, 128)] * 5)
+    batches, count = _batches(records, size=size), num_batches(records, (128, 32), size)
+    for epoch in range(2):
+        rows = [name for n in range(count) for name in batches.batch(epoch * count + n).names]
+        seen = Counter(rows)
+        # Batches are filled up from their bucket, by less than one batch each.
+        assert all(seen[f"{n}.png"] >= 3 for n in range(3))
+        assert 14 <= len(rows) < 14 + 2 * size
+
+
+def test_epochs_become_steps_when_a_run_is_made(own_toy):
+    """Four pictures in batches of two."""
+    how = {"train__epochs": 3, "save__every_epochs": 2, "sample__every_epochs": 1, "validation__every": 7}
+    config = own_toy.run("plain", **how).config()
+    assert (config.train.steps, config.save.every, config.sample.every) == (6, 4, 2)
+    assert (config.train.epochs, config.validation.every) == (3, 7)
+    config = own_toy.run("accumulated", **how, train__gradient_accumulation_steps=4).config()
+    assert (config.train.steps, config.save.every, config.sample.every) == (2, 1, 1)
+    assert [config.train.describe_epoch(step) for step in (0, 1, 2)] == [
+        "epoch 1 of 3", "epoch 1 of 3", "epoch 2 of 3",
+    ]  # fmt: skip
+    assert own_toy.run("steps").config().train.describe_epoch(3) == ""
+    dataset = open_dataset(str(own_toy.pictures), own_toy.home)
+    dataset = replace(dataset, records=dataset.records * 6)
+    many = RunConfig().changed({"train.epochs": 100_000, "train.batch_size": 2, "validation.pictures": 0})
+    with pytest.raises(ConfigError, match=r"train\.epochs = 100,000 comes to 1,200,000 steps"):
+        with_epochs(many, dataset)
+    slider = many.changed({"slider.positive": "red", "slider.negative": "blue"})
+    with pytest.raises(ConfigError, match=r"A slider has no images.*train\.epochs to 0"):
+        with_epochs(slider, dataset)
 
 
 def test_a_batch_is_of_one_bucket_and_always_full(tmp_path):

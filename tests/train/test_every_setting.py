@@ -43,6 +43,7 @@ FIRST: Changes = {"dataset.shuffle_tags": True}
 SLIDER: Changes = {"slider.positive": "a red dot", "slider.negative": "a blue dot"}
 MASKED: Changes = {"dataset.path": "<masked>"}
 HUBER: Changes = {"loss.type": "huber"}
+LOGIT: Changes = {"loss.timesteps": "logit_normal"}
 CASES: dict[str, tuple[Any, Changes]] = {
     "name": ("another", {}),
     "seed": (1, {}),
@@ -61,6 +62,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "adapter.dropout": (0.3, {}),
     "adapter.rank_dropout": (0.3, {}),
     "adapter.module_dropout": (0.3, {}),
+    "adapter.max_norm": (1e-4, {}),
     "dataset.path": ("<pictures>", {}),
     "dataset.trigger": ("zwx", {}),
     "dataset.flip": (True, {}),
@@ -77,6 +79,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "slider.preserve": (["plain"], SLIDER),
     "slider.guidance": (3.0, SLIDER),
     "train.steps": (3, {}),
+    "train.epochs": (3, {}),
     "train.batch_size": (1, {}),
     "train.gradient_accumulation_steps": (2, {}),
     "train.resolution": (32, {}),
@@ -89,6 +92,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "train.clip_skip": (2, {}),
     "train.max_token_length": (150, {}),
     "optimizer.name": ("sgd", {}),
+    "optimizer.args": ({"weight_decay": 10.0}, {}),
     "optimizer.lr": (1e-2, {}),
     "optimizer.range_test": (True, {}),
     "optimizer.text_encoder_lr": (1e-3, {}),
@@ -103,9 +107,20 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "loss.huber_delta": (0.5, HUBER),
     "loss.huber_schedule": ("constant", HUBER),
     "loss.min_snr": (1.0, {}),
+    "loss.debias": (True, {}),
     "loss.noise_offset": (0.1, {}),
     "loss.unmasked_weight": (0.5, MASKED),
+    "loss.multires_noise": (3, {}),
+    "loss.multires_discount": (0.8, {"loss.multires_noise": 3}),
+    "loss.input_perturbation": (0.1, {}),
+    "loss.timesteps": ("logit_normal", {}),
+    "loss.timestep_mean": (2.0, LOGIT),
+    "loss.timestep_std": (0.1, LOGIT),
+    "loss.timestep_shift": (3.0, {}),
+    "loss.min_timestep": (900, {}),
+    "loss.max_timestep": (100, {}),
     "validation.every": (2, HELD),
+    "validation.every_epochs": (2, {**HELD, "train.steps": 6}),
     "validation.pictures": (2, HELD),
     "validation.draws_per_image": (2, HELD),
     # After the first validation there has to be a step whose time counts.
@@ -114,6 +129,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "validation.forgetting": (0, HELD),
     "validation.patience": (1, HOT),
     "sample.every": (0, SAMPLED),
+    "sample.every_epochs": (1, {**SAMPLED, "train.steps": 4}),
     "sample.prompts": (["two dots"], SAMPLED),
     "sample.seed": (5, SAMPLED),
     "sample.steps": (2, SAMPLED),
@@ -121,6 +137,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "sample.cfg_rescale": (0.0, {**SAMPLED, **V, "model.zero_terminal_snr": "on"}),
     "sample.sampler": ("euler_a", {**SAMPLED, "sample.steps": 2}),
     "save.every": (1, {}),
+    "save.every_epochs": (1, {"train.steps": 6}),
     "save.keep_last": (1, {"save.every": 1}),
     "save.keep_best": (False, {**HOT, "save.every": 1, "save.keep_last": 1}),
     "save.ema": (0.5, {}),

@@ -263,7 +263,7 @@ def test_settings_that_cannot_work_together_are_told(tmp_path, config):
     with pytest.raises(ConfigError, match="Nothing would be trained"):
         _session(tmp_path, config.changed({"optimizer.lr": 0.0, "optimizer.text_encoder_lr": 0.0}))
     with pytest.raises(ConfigError, match="one learning rate"):
-        _session(tmp_path, config.changed({"optimizer.name": "prodigy"}), "other")
+        _session(tmp_path, config.changed({"optimizer.name": "prodigy", "optimizer.lr": 1.0}), "other")
 
 
 def test_only_the_parts_with_a_rate_are_trained(tmp_path, config):

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import os
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -19,12 +20,13 @@ from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
 from lora_core.train.autotune import FALLBACKS, MemoryFallback
+from lora_core.train.checkpoint import load_checkpoint
 from lora_core.train.loop import EMA, TrainState, optimizer_step
 from lora_core.train.setup import AdapterPlan, RuntimePlan, build_optimizer
 from tests.train.runs import Toy, asked_at, notes, result, trained, trouble
 
 KEY = ("unet", "x")
-RATES = {"prodigy": 1.0}
+RATES = {name: 1.0 for name, row in OPTIMIZERS.items() if row.one_rate} | {"came": 0.02}
 STEPS = 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -130,10 +132,11 @@ def learned(state: TrainState, steps: int = STEPS) -> float:
 def test_learns(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in ODD:
         monkeypatch.setitem(OPTIMIZERS, row, ODD[row])
+    pytest.importorskip(OPTIMIZERS[name].load.partition(":")[0])
     assert learned(trainee_of(name, PRECISIONS[precision], RATES.get(name, 0.1))) < 0.2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.load.startswith("torch.")])
 def test_a_card_takes_a_fused_step_where_there_is_one(name: str) -> None:
     kinds = [bool(trainee_of(name, torch.float32, 0.1, on=on).optimizer.defaults.get("fused"))
              for on in ("cpu", "cuda")]  # fmt: skip
@@ -216,6 +219,18 @@ def test_a_run_with_bitsandbytes_resumes_bit_for_bit(bitsandbytes: Any, own_toy:
         assert "AdamW in 8 bits, which this run has begun with, needs the package" in trouble(again)
 
 
+def test_a_run_that_chose_8_bits_resumes_bit_for_bit(bitsandbytes: Any, own_toy: Toy) -> None:
+    how: dict[str, object] = {"train__steps": 4, "save__every": 2, "adapter__rank": 32}
+    how |= {"optimizer__name": "adamw_8bit", "optimizer__args": {"betas": [0.9, 0.99]}}
+    whole, broken = own_toy.run("whole", **how), own_toy.run("broken", **how)
+    trained(whole)
+    asked_at(broken, "pause", 3)
+    kept = load_file(broken.checkpoint(3) / "optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in kept.values()}
+    trained(broken)
+    assert result(broken) == result(whole)
+
+
 def test_an_8_bit_optimizer_without_code_for_the_device_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class WithoutKernel(Replaced):
         def write(self, p, grad, lr):
@@ -269,3 +284,69 @@ def test_a_run_that_changes_nothing_says_so(own_toy: Toy) -> None:
     assert not [note for note in notes(moved) if note.startswith("The adapter")]
     assert [note for note in notes(still) if note.startswith("The adapter changes nothing: ")]
     assert [note for note in notes(continued) if note.startswith("The adapter is unchanged since the start")]
+
+
+SCHEDULE_FREE = {"optimizer__name": "adamw_schedule_free", "optimizer__schedule": "constant"}
+
+
+@pytest.mark.parametrize("name", ["adamw_schedule_free", "dadapt_adam", "came", "adafactor"])
+def test_a_run_with_an_optimizer_and_its_arguments_resumes_bit_for_bit(name: str, own_toy: Toy) -> None:
+    row = OPTIMIZERS[name]
+    pytest.importorskip(row.load.partition(":")[0])
+    how = {
+        "train__steps": 4,
+        "save__every": 2,
+        "optimizer__name": name,
+        "optimizer__args": {"weight_decay": 0.1},
+    }
+    if not row.one_rate:
+        how["optimizer__lr"] = 1e-2
+    whole, broken = own_toy.run("whole", **how), own_toy.run("broken", **how)
+    trained(whole)
+    asked_at(broken, "pause", 3)
+    trained(broken)
+    assert result(broken) == result(whole)
+    groups = load_checkpoint(whole.checkpoint(4))[1].optimizer["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.1}
+
+
+def test_schedule_free_is_measured_and_exported_where_it_averages_to(own_toy: Toy) -> None:
+    """x = y + (1 - 1 / beta1) (z - y) (Defazio et al. 2024, equation 3), and looking at x changes no bit of
+    y."""
+    pytest.importorskip("pytorch_optimizer")
+    seldom = own_toy.run("seldom", train__steps=4, **SCHEDULE_FREE)
+    often = own_toy.run(
+        "often", train__steps=4, save__every=1, **SCHEDULE_FREE, sample__every=1, validation__every=1,
+        validation__pictures=1,
+    )  # fmt: skip
+    both = own_toy.run("both", train__steps=4, save__every=1, validation__pictures=1, **SCHEDULE_FREE)
+    for run in (seldom, often, both):
+        trained(run)
+    assert result(often) == result(both)
+    folder = often.checkpoint(4)
+    y, x = (load_file(folder / name) for name in ("factors.safetensors", "adapter.safetensors"))
+    (z,) = [t for name, t in load_file(folder / "optimizer.safetensors").items() if name.endswith("z")]
+    flat = torch.cat([y[name].flatten() for name in y if not name.endswith("alpha")])
+    assert flat.numel() == z.numel()
+    assert float(flat.double().sum()) != float(z.double().sum())
+    factors = {name: tensor for name, tensor in x.items() if not name.endswith("alpha")}
+    moved = torch.cat([factors[name].flatten() for name in factors])
+    wanted = flat.double().sum() + (1 - 1 / 0.9) * (z.double().sum() - flat.double().sum())
+    assert float(moved.double().sum()) == pytest.approx(float(wanted), rel=1e-4)
+    exported = load_file(next(often.exports.glob("often.safetensors")))
+    assert all(torch.equal(exported[name], x[name].half()) for name in factors)
+
+
+def test_a_class_by_name_is_trained_with_or_refused_in_a_sentence(own_toy: Toy) -> None:
+    run = own_toy.run("class", train__steps=2, optimizer__name="torch.optim:Adamax", optimizer__lr=1e-2)
+    trained(run)
+    assert run.status() == "done"
+    for name, words in (
+        ("torch.optim:LBFGS", "cannot take a step on the device cpu"),
+        ("torch.optim:NoSuch", "has no attribute 'NoSuch'"),
+        ("json:JSONDecoder", "is not an optimizer"),
+        ("no_such_package:Adam", "needs the package no_such_package"),
+    ):
+        sentence = trouble(own_toy.run(re.sub(r"\W", "-", name), train__steps=1, optimizer__name=name))
+        assert words in sentence
+        assert name in sentence

@@ -5,6 +5,7 @@ from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.schema import LossSection
 from lora_core.train.loop import (
     absolute_error,
+    debiased_weight,
     huber_delta,
     huber_error,
     lr_factor,
@@ -54,7 +55,7 @@ def test_min_snr_weights_are_those_of_the_paper():
 def test_timesteps_are_stratified_over_the_batch_and_uniform():
     counts = torch.zeros(10)
     for seed in range(500):
-        draw = sample_noise(torch.zeros(4, 4, 2, 2), 1000, 0.0, torch.Generator().manual_seed(seed))
+        draw = sample_noise(torch.zeros(4, 4, 2, 2), 1000, LossSection(), torch.Generator().manual_seed(seed))
         assert sorted((draw.timesteps // 250).tolist()) == [0, 1, 2, 3]
         counts += torch.bincount(draw.timesteps // 100, minlength=10)
     assert counts.min() > 150
@@ -63,11 +64,75 @@ def test_timesteps_are_stratified_over_the_batch_and_uniform():
 
 def test_the_noise_offset_shifts_whole_channels():
     generator = torch.Generator().manual_seed(0)
-    plain = sample_noise(torch.zeros(64, 4, 8, 8), 1000, 0.0, generator).noise
-    shifted = sample_noise(torch.zeros(64, 4, 8, 8), 1000, 0.5, generator).noise
+    plain = sample_noise(torch.zeros(64, 4, 8, 8), 1000, LossSection(), generator).noise
+    shifted = sample_noise(torch.zeros(64, 4, 8, 8), 1000, LossSection(noise_offset=0.5), generator).noise
     # The mean of 64 pixels has deviation 1/8; the offset adds 0.5: sqrt(1/64 + 1/4) = 0.515.
     assert plain.mean((2, 3)).std() == pytest.approx(0.125, abs=0.02)
     assert shifted.mean((2, 3)).std() == pytest.approx(0.515, abs=0.06)
+
+
+def test_debiased_weights_are_those_of_the_paper():
+    # SNR is 9, 1, 1/9, 0. epsilon: 1 / sqrt(SNR), here up to 1 / sqrt(0.001); velocity: 1 / (SNR + 1).
+    timesteps = torch.arange(4)
+    epsilon = debiased_weight(_schedule("epsilon"), timesteps)
+    assert epsilon.tolist() == pytest.approx([1 / 3, 1.0, 3.0, 31.623], rel=1e-4)
+    velocity = debiased_weight(_schedule("v_prediction"), timesteps)
+    assert velocity.tolist() == pytest.approx([0.1, 0.5, 0.9, 0.999], rel=1e-3)
+    # In place of min-SNR, unless that is asked for too.
+    assert LossSection(debias=True).gamma("epsilon") == 0.0
+    assert LossSection(debias=True, min_snr=5.0).gamma("epsilon") == 5.0
+
+
+def test_multi_resolution_noise_adds_coarse_structure_of_the_same_strength():
+    latents = torch.zeros(64, 4, 16, 16)
+    draws = [
+        sample_noise(latents, 1000, LossSection(multires_noise=many), torch.Generator().manual_seed(0)).noise
+        for many in (0, 1, 6)
+    ]
+    plain, one, many = (float(torch.nn.functional.avg_pool2d(draw, 8).std()) for draw in draws)
+    # The mean of 64 independent pixels has deviation 1/8; one level adds only noise of the same size.
+    assert plain == pytest.approx(0.125, abs=0.01)
+    assert one == pytest.approx(plain, abs=0.01)
+    assert many > 1.2 * plain
+    for draw in draws[1:]:
+        assert torch.allclose(draw.std(dim=(1, 2, 3)), torch.ones(64), atol=1e-4)
+
+
+def test_input_perturbation_is_in_the_input_and_not_in_the_target():
+    rules = LossSection(input_perturbation=0.1)
+    draw = sample_noise(torch.zeros(64, 4, 8, 8), 1000, rules, torch.Generator().manual_seed(0))
+    plain = sample_noise(torch.zeros(64, 4, 8, 8), 1000, LossSection(), torch.Generator().manual_seed(0))
+    assert torch.equal(draw.noise, plain.noise)
+    assert plain.perturbed is None
+    assert float((draw.perturbed - draw.noise).std()) == pytest.approx(0.1, rel=0.02)
+    part = draw.rows(slice(3, 5))
+    assert torch.equal(part.perturbed, draw.perturbed[3:5])
+
+
+@pytest.mark.parametrize(
+    ("rules", "quartiles"),
+    [
+        ({}, (0.25, 0.5, 0.75)),
+        ({"min_timestep": 200, "max_timestep": 600}, (0.3, 0.4, 0.5)),
+        # The logistic function of -0.6745, 0 and 0.6745, the quartiles of a normal variable.
+        ({"timesteps": "logit_normal"}, (0.33748, 0.5, 0.66252)),
+        (
+            {"timesteps": "logit_normal", "timestep_mean": 1.0, "timestep_std": 0.5},
+            (0.65985, 0.73106, 0.79204),
+        ),
+        # s u / (1 + (s - 1) u) at s = 3.
+        ({"timestep_shift": 3.0}, (0.5, 0.75, 0.9)),
+    ],
+)
+def test_timesteps_follow_the_distribution_that_is_set(rules, quartiles):
+    section = LossSection(**rules)
+    found = tuple(section.timestep_at(share) for share in (0.25, 0.5, 0.75))
+    assert found == pytest.approx(quartiles, abs=1e-4)
+    assert 0.0 <= section.timestep_at(0.0) < section.timestep_at(1 - 2**-53) <= 1.0
+    latents = torch.zeros(400, 4, 1, 1)
+    drawn = sample_noise(latents, 1000, section, torch.Generator().manual_seed(0)).timesteps.double()
+    shares = torch.quantile(drawn / 1000, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert shares.tolist() == pytest.approx(quartiles, abs=0.01)
 
 
 def test_min_snr_by_default_depends_on_the_prediction():
