@@ -64,9 +64,10 @@
 
   // What is folded says what it holds.
   const summarize = () => {
-    const { sampler, steps, cfg, width, height, negative } = form().elements;
+    const { sampler, steps, cfg, width, height, negative, image } = form().elements;
     const size = width.value && height.value ? `, ${width.value} × ${height.value}` : "";
-    const words = { negative: negative.value.slice(0, 40) || "none", sampling: `${sampler.selectedOptions[0]?.textContent}, ${steps.value} steps, guidance ${cfg.value}${size}` };
+    const from = image.value ? ", from an image" : "";
+    const words = { negative: negative.value.slice(0, 40) || "none", sampling: `${sampler.selectedOptions[0]?.textContent}, ${steps.value} steps, guidance ${cfg.value}${size}${from}` };
     for (const place of all("[data-summary]")) if (place.textContent !== words[place.dataset.summary]) place.textContent = words[place.dataset.summary];
   };
   const fill = (fields, strip) => {
@@ -296,6 +297,12 @@
       const answer = await post("preview/forget", { file: data.forget });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
       else window.easel.toast("Image moved to the trash.", "", () => post("preview/bring-back", answer));
+    }
+    else if (data.startFrom) {
+      hold();
+      const answer = await post("preview/start", { file: data.startFrom });
+      take(answer.form);
+      report(answer);
     }
     else if (target.id === "send-to-form") window.easel.useSettings(infotext);
     else if (data.compare) setMode(data.compare);

@@ -112,7 +112,16 @@ def add_lora(project: Project, file: Path) -> Path:
         LoraError: it is no safetensors file, or the disk refuses.
     """
     read_header(file)
-    target = unused_path(project.path / ADDED, Path(safe_name(file.name).name).stem, ".safetensors")
+    return keep_file(file, project.path / ADDED)
+
+
+def keep_file(file: Path, folder: Path) -> Path:
+    """Move a file that was sent by a page to a folder of the project; returns its new path.
+
+    Raises:
+        DatasetError: the disk refuses.
+    """
+    target = unused_path(folder, Path(safe_name(file.name).name).stem, file.suffix.lower())
     try:
         target.parent.mkdir(exist_ok=True)
         shutil.move(file, target)

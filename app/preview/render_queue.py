@@ -232,7 +232,8 @@ class RenderQueue:
         return path if path is not None and path.is_relative_to(self._folder()) and path.is_file() else None
 
     def _key(self, shot: GenerationRequest) -> ImageKey:
-        return shot, tuple(self._times.setdefault(one.file, file_time(one.file)) for one in shot.loras)
+        files = (*(one.file for one in shot.loras), *filter(None, [shot.image]))
+        return shot, tuple(self._times.setdefault(file, file_time(file)) for file in files)
 
     def _next(self) -> tuple[str, GenerationRequest | None] | None:
         """Where the next image is shown, and its request: shown image, base beside it, strip, grid, sheet."""

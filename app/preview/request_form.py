@@ -2,7 +2,6 @@
 that it makes."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,16 @@ from app.state import Snapshot
 from app.templates import render
 from lora_core.errors import ConfigError
 from lora_core.generate.grid import Axis, make_axis, split_values
-from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
+from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest, WeightedLora
 from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.project import Project
 from lora_core.runs.events import Progress
-from lora_core.settings.config import RunConfig
+from lora_core.settings.config import RunConfig, parse_cfg_rescale, sample_fields
 from lora_core.settings.schema import AUTO, NumberOrAuto
 
 # Not in the demo's training set, so the result shows generalization.
 DEMO_PROMPT = "house, duskprint style, on a sky blue background"
-SAMPLE_FIELDS = ("sampler", "steps", "cfg", "cfg_rescale", "seed")
-"""Fields that a run's settings of its samples have, too."""
 SEED = 1234
 LARGEST_RANDOM = 2**32
 GRID_SIDES = {"rows": "seed", "columns": "strength"}
@@ -41,13 +38,14 @@ def load_fields(snapshot: Snapshot) -> dict[str, Any]:
     """The tab's fields: the draft over defaults that suit the shown run."""
     project, sample = snapshot.app_state.project, snapshot.plan.config.sample
     draft = project.draft().get("preview") or {}
-    usual = {name: getattr(sample, name) for name in SAMPLE_FIELDS} | {"seed": SEED, "negative": ""}
-    usual["prompt"] = DEMO_PROMPT if project.uses_demo else _first_prompt(snapshot.progress)
+    usual = sample_fields(sample, DEMO_PROMPT if project.uses_demo else _first_prompt(snapshot.progress))
+    usual |= {"seed": SEED, "denoising_strength": DENOISING_STRENGTH}
+    usual |= {side: usual[side] or None for side in ("width", "height")}
     return {name: draft[name] if draft.get(name) not in (None, "") else usual.get(name) for name in FIELDS}
 
 
 def _first_prompt(progress: Progress) -> str:
-    """The first prompt of a run's samples, or ""."""
+    """The first prompt of a run's samples with its options, or ""."""
     return next((sample.prompts[0] for sample in progress.previews[:1] if sample.prompts), "")
 
 
@@ -106,6 +104,8 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
     config = settings_for(snapshot, loras)
     base = base_for(snapshot, loras)
     seed = int(_number(given, "seed"))
+    image = str(given.get("image") or "").strip().strip('"')
+    denoising_strength = _number(given, "denoising_strength") if image else DENOISING_STRENGTH
     return GenerationRequest(
         **vars(config.model), cfg_rescale=_rescale(given),
         prompt=str(given.get("prompt") or ""), negative=str(given.get("negative") or ""),
@@ -113,7 +113,8 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
         steps=int(_number(given, "steps")), cfg=_number(given, "cfg"),
         sampler=str(given.get("sampler") or "ddim"),
         width=_side(given, "width", base), height=_side(given, "height", base),
-        clip_skip=config.train.clip_skip, tokens=config.train.max_token_length, loras=tuple(loras),
+        clip_skip=config.train.clip_skip, tokens=config.train.max_token_length, image=image,
+        denoising_strength=denoising_strength, loras=tuple(loras),
     )  # fmt: skip
 
 
@@ -124,6 +125,7 @@ def _rescale(given: dict[str, Any]) -> NumberOrAuto:
 
 _NUMBERS: dict[str, tuple[str, float, float, float]] = {
     "seed": ("The seed", SEED, -1, 2**63 - 1), "steps": ("Steps", 20, 1, 200),
+    "denoising_strength": ("The denoising strength", DENOISING_STRENGTH, 0.01, 1),
     "cfg": ("Guidance", 5.0, 1, 30), "width": ("The width", 0, 0, 4096), "height": ("The height", 0, 0, 4096),
 }  # fmt: skip
 """What each number is called, its usual value, and its range."""
@@ -166,7 +168,7 @@ def save_request(project: Project, shot: GenerationRequest) -> None:
 
 
 def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
-    """A run's export at its own first sample prompt, with the sampler and seed of its samples.
+    """A run's export at its own first sample prompt, with the sampler, seed and size of that sample.
 
     Raises:
         ConfigError: there is no such run, or it has no file yet.
@@ -176,10 +178,9 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     if run_view is None or not files:
         raise ConfigError(f"The run {name} has no file yet; try it after its first checkpoint.")
     sample = (run_view.config() or snapshot.plan.config).sample
-    fields = load_fields(snapshot) | {name: getattr(sample, name) for name in SAMPLE_FIELDS}
-    fields |= {"width": None, "height": None, "negative": ""}
-    shot = build_request(snapshot, fields, [WeightedLora(str(files[0].file))])
-    return replace(shot, prompt=_first_prompt(run_view.progress) or str(fields["prompt"]))
+    asked = sample_fields(sample, _first_prompt(run_view.progress))
+    asked["prompt"] = asked["prompt"] or load_fields(snapshot)["prompt"]
+    return build_request(snapshot, asked, [WeightedLora(str(files[0].file))])
 
 
 def _values_key(side: str) -> str:

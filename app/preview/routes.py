@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, Response
 from PIL import Image, UnidentifiedImageError
 
 from app.preview.history import GridState, HistoryEntry
-from app.preview.loras import add_lora, lora_groups
+from app.preview.loras import add_lora, keep_file, lora_groups
 from app.preview.request_form import (
     axis_data,
     base_for,
@@ -40,6 +40,7 @@ from app.preview.view import working_words
 from app.routes import FRESH, Answer, add_actions, receive_file
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import note_html, render
+from lora_core.data.images import open_rgb
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import NEGATIVE, WeightedLora
@@ -76,7 +77,7 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.post("/easel/preview/file")
     async def file(request: Request, name: str) -> Response:
-        path = await receive_file(request, app_state.workspace / "tmp" / "opened", name)
+        path = await receive_file(request, opened_folder(app_state), name)
         return Answer(await asyncio.to_thread(open_file, app_state, path))
 
     @app.get("/easel/preview/strip.png")
@@ -174,6 +175,8 @@ def strip_sheet(app_state: AppState) -> Path:
 # `infotext_utils.py`, the extra networks' `<lora:name:te:unet>`, and "CFG Rescale" of its extension
 # CFG_Rescale_webui.
 
+STARTS = "starts"
+"""The folder of a project for images that others start from."""
 LONGEST_SHOWN = 600
 LONGEST = 200_000
 """Characters that are parsed; no image tool writes more."""
@@ -198,24 +201,53 @@ class Infotext:
     loras: tuple[WeightedLora, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
     cfg_rescale: float | None = None
+    denoising_strength: float | None = None
+
+
+def opened_folder(app_state: AppState) -> Path:
+    """Where files go that a page sends."""
+    return app_state.workspace / "tmp" / "opened"
 
 
 def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
-    """Take a file that was sent to the tab: a LoRA is added, the settings in a PNG are shown.
+    """Take a file that was sent to the tab: a LoRA is added, the settings of an image are shown.
 
     Raises:
         LoraError: it is neither.
     """
-    try:
-        if file.suffix.lower() != ".safetensors":
+    if file.suffix.lower() != ".safetensors":
+        open_rgb(file)
+        text, info, problem = "", Infotext(), ""
+        try:
             text, info = read_infotext(file)
-            return {"html": infotext_table(file.name, info), "text": text}
+        except DatasetError as error:
+            problem = str(error)
+        sent = file.relative_to(opened_folder(app_state)).as_posix()
+        return {"html": infotext_table(file.name, info, sent, problem), "text": text}
+    try:
         added = add_lora(app_state.project, file)
     finally:
         file.unlink(missing_ok=True)
     rows, kept = lora_rows(take_snapshot(app_state))
     save_form(app_state.project, [*rows, WeightedLora(str(added))], bool(kept.get("apart")))
     return {"html": note_html(f"{added.stem} is added."), "form": form_data(take_snapshot(app_state))}
+
+
+def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Keep an image that was opened in the project, and put it into the form as what images start from.
+
+    Raises:
+        RunError: it is no longer there.
+    """
+    folder, name = opened_folder(app_state), str(sent.get("file"))
+    file = next((path for path in folder.glob("*/*") if path.relative_to(folder).as_posix() == name), None)
+    if file is None:
+        raise RunError("This image is no longer there; open it again.")
+    start, snapshot = keep_file(file, app_state.project.path / STARTS), take_snapshot(app_state)
+    rows, kept = lora_rows(snapshot)
+    save_form(app_state.project, rows, bool(kept.get("apart")), load_fields(snapshot) | {"image": str(start)})
+    note = note_html(f"Images start from {start.name}; empty its field to start from noise again.")
+    return {"html": note, "form": form_data(take_snapshot(app_state))}
 
 
 def read_infotext(file: Path) -> tuple[str, Infotext]:
@@ -239,20 +271,21 @@ def read_infotext(file: Path) -> tuple[str, Infotext]:
 def use_infotext(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Put an infotext into the form."""
     missing = apply_infotext(take_snapshot(app_state), parse_infotext(str(sent.get("text", ""))))
-    lost = f" Not found: {', '.join(missing)}; drop the LoRA file to add it." if missing else ""
+    lost = f" Not found: {', '.join(missing)}; drop the file to add it." if missing else ""
     form = form_data(take_snapshot(app_state))
     return {"html": note_html(f"Its settings are in the form.{lost}"), "form": form}
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
-    """Put an image's infotext into the form; returns the LoRAs that were not found."""
+    """Put an image's infotext into the form; returns the files that were not found."""
     project = snapshot.app_state.project
     fields = load_fields(snapshot)
     sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
     said = {
         "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
         "cfg_rescale": (info.cfg_rescale or 0.0) if info.cfg is not None else None,
-        "width": info.width, "height": info.height,
+        "width": info.width, "height": info.height, "denoising_strength": info.denoising_strength,
+        "image": "" if info.cfg is not None and info.denoising_strength is None else None,
     }  # fmt: skip
     fields |= {name: value for name, value in said.items() if value is not None}
     fields |= {"prompt": info.prompt, "negative": info.negative}
@@ -261,7 +294,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
         for _, file in files:
             names.setdefault(WeightedLora(file).name.casefold(), file)
     rows: list[WeightedLora] = []
-    missing: list[str] = []
+    missing = ["the image that it started from"] if said["denoising_strength"] and not fields["image"] else []
     for tag in info.loras:
         found = names.get(tag.name.casefold())
         if found is None:
@@ -276,9 +309,11 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
     return missing
 
 
-def infotext_table(name: str, info: Infotext) -> str:
-    """The infotext of an image as a table, with a button that puts it into the form."""
-    return render("preview/infotext.html", name=name, info=info, most=LONGEST_SHOWN)
+def infotext_table(name: str, info: Infotext, sent: str = "", problem: str = "") -> str:
+    """The infotext of an image as a table, or why there is none, with buttons that put it or the image `sent`
+    into the form."""
+    shown = {"name": name, "info": info, "most": LONGEST_SHOWN, "sent": sent, "problem": problem}
+    return render("preview/infotext.html", **shown)
 
 
 def parse_infotext(text: str) -> Infotext:
@@ -298,10 +333,16 @@ def parse_infotext(text: str) -> Infotext:
         prompt=re.sub(r" ?<lora:[^<>]+>", "", prompt).strip() if loras else prompt.strip(),
         negative=negative, steps=_parse_int(found.get("Steps")), sampler=_parse_sampler(found),
         cfg=_parse_float(found.get("CFG scale")), cfg_rescale=_parse_float(found.get("CFG Rescale")),
-        seed=_parse_int(found.get("Seed")), width=int(size[1]) if size else None,
-        height=int(size[2]) if size else None, model=found.get("Model", ""),
-        clip_skip=_parse_int(found.get("Clip skip")), loras=loras, extra=found,
+        denoising_strength=_denoising(found), seed=_parse_int(found.get("Seed")),
+        width=int(size[1]) if size else None, height=int(size[2]) if size else None,
+        model=found.get("Model", ""), clip_skip=_parse_int(found.get("Clip skip")), loras=loras, extra=found,
     )  # fmt: skip
+
+
+def _denoising(found: Mapping[str, str]) -> float | None:
+    """The denoising strength of an image that started from another; that of A1111's second pass is none."""
+    strength = None if "Hires upscale" in found else _parse_float(found.get("Denoising strength"))
+    return strength if strength and 0.0 < strength <= 1.0 else None
 
 
 def _unquote(value: str) -> str:
@@ -359,5 +400,6 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     ),
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
+    "start": start_from,
 }
 """What a page may post below /easel/preview/."""

@@ -35,6 +35,7 @@ from lora_core.settings.config import (
     in_short,
     load_toml,
     parsed_assignment,
+    read_prompts,
 )
 from lora_core.system import processes
 from lora_core.system.files import clean_text, file_bytes
@@ -191,7 +192,7 @@ class Training:
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         config: a TOML file of settings.
         preset: quick, balanced, high, or goal-level such as style-high.
-        set: one setting.
+        set: one setting; sample.prompts may be a text file of prompts.
         like: a LoRA file or a configuration of another trainer, whose settings are taken.
     """
 
@@ -213,6 +214,8 @@ class Training:
         if self.base:
             asked["model.base"] = self.base
         asked |= dict(parsed_assignment(text) for text in self.set)
+        if isinstance(prompts := asked.get("sample.prompts"), str) and prompts.lower().endswith(".txt"):
+            asked["sample.prompts"] = read_prompts(Path(prompts))
         return api.run_config(self.dataset, self.name, asked, self.preset, self.like)
 
     def say_like(self) -> None:

@@ -24,8 +24,9 @@ from lora_core.api import VERBS
 from lora_core.cli.terminal import say, slow_notes, write
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.generate.grid import KINDS, Axis, parse_axis
-from lora_core.generate.request import WeightedLora, parse_cfg_rescale
+from lora_core.generate.request import WeightedLora
 from lora_core.runs.folder import find_run, is_run_folder
+from lora_core.settings.config import parse_cfg_rescale
 from lora_core.settings.schema import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.verbs import CHECKPOINT, GROUPS
 
@@ -33,7 +34,8 @@ NEEDED = inspect.Parameter.empty
 LORA = "FILE[:STRENGTH[:TEXT_STRENGTH]]"
 COMMANDS: dict[str, Callable[..., Any]] = {}
 """Functions that the command line has in place of a verb's own."""
-SPELLINGS = {"loras": f"--lora {LORA}", "cfg_rescale": "--cfg-rescale PHI", "rows": "--rows KIND=V,V,...",
+SPELLINGS = {"loras": f"--lora {LORA}", "cfg_rescale": "--cfg-rescale PHI", "image": "--image FILE",
+             "denoising_strength": "--strength SHARE", "rows": "--rows KIND=V,V,...",
              "columns": "--columns KIND=V,V,..."}  # fmt: skip
 """Of fields and parameters whose annotations do not say it."""
 CHOICES = {"prediction": tuple(PREDICTIONS), "zero_terminal_snr": tuple(ZERO_TERMINAL_SNR)}

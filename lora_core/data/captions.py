@@ -1,4 +1,5 @@
-"""Captions: read and written on disk, sampled for each draw, and their tokens counted.
+"""Captions: read and written on disk, sampled for each draw, and their tokens counted; and the weights that
+prompts of images may have.
 
 On disk they are a text file beside each image, or one table for a folder. To sample, only
 `Random.random` is used: it alone is guaranteed to give the same values in every version of Python, and a run
@@ -8,16 +9,18 @@ resumed after an update must see the same captions.
 import csv
 import functools
 import io
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from lora_core.data.images import ImageRecord, check_regular_file
-from lora_core.errors import DatasetError, ModelFileError, wrap_os_errors
+from lora_core.errors import ConfigError, DatasetError, ModelFileError, wrap_os_errors
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically
 
@@ -27,6 +30,7 @@ CAPTION_BYTES = 1_000_000
 TABLE_BYTES = 50_000_000
 """Larger captions and tables of captions are refused, not read."""
 _MOST_FAULTS = 100
+_EXCERPT = 60
 _LONGEST_NAME = 1000
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -46,6 +50,15 @@ CHUNK = 75
 """Tokens that a CLIP text encoder reads at once, its begin and end marks not counted."""
 WRAP = 20
 """How many tokens back a full chunk looks for a comma to end at."""
+Prompt = tuple[tuple[str, float], ...]
+"""Parts of a prompt with their weights."""
+BREAK = ("BREAK", -1.0)
+"""The part that ends a chunk."""
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_EMPHASIS = 1.1
+_PROMPT_TOKENS = re.compile(r"\\[\\()\[\]]?|:\s*(?P<number>[+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+")
+_SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)(?<!\\)\]")
+_WHEN = re.compile(r"\s*[+-]?[.\d]+\s*")
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -185,6 +198,72 @@ def split_chunks(ids: list[int], comma: int, chunks: int) -> list[list[int]]:
         rows.append(row)
         start += len(row)
     return rows
+
+
+def parse_prompt(text: str) -> str | Prompt:
+    """A prompt of an image as A1111 reads it; the plain text where nothing is weighted and nothing breaks.
+
+    `(x)` multiplies the weight of x by 1.1, `[x]` divides by it, `(x:1.3)` multiplies by 1.3. They nest, and
+    what is not closed reaches to the end. A backslash makes a bracket or a backslash ordinary text. BREAK
+    ends a chunk of 75 tokens; in brackets it is a word, as there.
+
+    Captions of training are not read so: their brackets are text.
+    Source: A1111's `prompt_parser.py`.
+
+    Raises:
+        ConfigError: a weight is no number.
+    """
+    parts: list[list[Any]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(bracket: str, factor: float) -> None:
+        for part in parts[opened[bracket].pop() :]:
+            part[1] *= factor
+
+    for found in _PROMPT_TOKENS.finditer(text):
+        token, number = found[0], found["number"]
+        if token.startswith("\\"):
+            parts.append([token[1:], 1.0])
+        elif token in opened:
+            opened[token].append(len(parts))
+        elif opened["("] and (number or token == ")"):
+            close("(", _weight(number) if number else _EMPHASIS)
+        elif opened["["] and token == "]":
+            close("[", 1 / _EMPHASIS)
+        else:
+            first, *more = _BREAK.split(token)
+            parts.append([first, 1.0])
+            parts += [part for words in more for part in (list(BREAK), [words, 1.0])]
+    for bracket, factor in (("(", _EMPHASIS), ("[", 1 / _EMPHASIS)):
+        while opened[bracket]:
+            close(bracket, factor)
+    runs = itertools.groupby(parts, itemgetter(1))
+    prompt = tuple(("".join(words for words, _ in run), weight) for weight, run in runs)
+    return prompt if any(weight != 1.0 for _, weight in prompt) else "".join(words for words, _ in prompt)
+
+
+def _weight(number: str) -> float:
+    try:
+        return float(number)
+    except ValueError as error:
+        raise ConfigError(f"The weight {number!r} of a prompt is no number; write (word:1.2).") from error
+
+
+def check_prompt(text: str) -> None:
+    """Raise a ConfigError for what A1111 reads in a prompt and `parse_prompt` does not."""
+    parse_prompt(text)
+    for found in _SQUARE.finditer(text):
+        _, colon, last = found[1].rpartition(":")
+        if "|" in found[1] or (colon and _WHEN.fullmatch(last)):
+            raise ConfigError(
+                f"{found[0][:_EXCERPT]!r} would change the prompt while an image is sampled, which is not"
+                " supported; write \\[ and \\] for brackets that are text."
+            )
+
+
+def escape_prompt(caption: str) -> str:
+    """A caption as a prompt of a sample that is read as the same text."""
+    return re.sub(r"([\\()\[\]]|(?<=\bBREA)K\b|(?<!\S)--(?=[A-Za-z]))", r"\\\1", caption)
 
 
 @functools.lru_cache(maxsize=8)

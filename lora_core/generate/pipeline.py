@@ -23,19 +23,19 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch.overrides import TorchFunctionMode
 
+from lora_core.data.images import Bucket, open_rgb
 from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.formats.io import load_adapter
 from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
-from lora_core.models.device import out_of_memory, release_failed
-from lora_core.models.encode import encode_negative_prompt, encode_prompt
+from lora_core.models.device import WithoutWaiting, out_of_memory, release_failed
+from lora_core.models.encode import encode_prompts
 from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
-from lora_core.models.vae import decode_latents
+from lora_core.models.vae import decode_latents, encode_image, to_pixels
 from lora_core.settings.schema import SAMPLERS, chosen
 from lora_core.system.files import write_atomically
 
@@ -53,48 +53,21 @@ def make_scheduler(base: BaseModel, name: str) -> Any:
     return row.resolve().from_config(base.facts.scheduler, **row.defaults)
 
 
-def image_size(base: BaseModel, request: GenerationRequest) -> tuple[int, int]:
-    """Width and height in pixels.
-
-    Raises:
-        ConfigError: the base cannot make that size.
-    """
-    multiple = base.size_multiple
-    size = (request.width or base.resolution, request.height or base.resolution)
-    for word, side in zip(("width", "height"), size, strict=True):
-        if side < multiple or side > 4096 or side % multiple:
-            raise ConfigError(
-                f"{word} = {side} cannot be made; take a multiple of {multiple} between {multiple} and 4096."
-            )
-    return size
-
-
-class _WithoutWaiting(TorchFunctionMode):
-    """Lets a scheduler copy coefficients and noise to a card asynchronously, and solve UniPC's systems of two
-    equations without reading back whether they are singular. The results are the same."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.linalg.solve:
-            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
-        tensor, device = args if func is torch.Tensor.to and not kwargs and len(args) == 2 else (None, None)
-        if isinstance(tensor, torch.Tensor) and isinstance(device, torch.device) and not tensor.is_cuda:
-            return to_device(device, tensor)[0]
-        return func(*args, **(kwargs or {}))
-
-
 def sample_latents(
     base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
-    on_step: OnStep | None = None, on_latents: OnLatents | None = None,
+    on_step: OnStep | None = None, on_latents: OnLatents | None = None, start: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Latents (1, C, h, w) after the last sampler step. No step waits for the device.
 
-    Source: Ho and Salimans 2022, equation 6, for the guidance.
+    With `start`, the latents of an image (1, C, h, w) on the CPU, noise is laid over them and only the last
+    steps are done, the request's share of all.
+    Source: Ho and Salimans 2022, equation 6, for the guidance; Meng et al. 2022 (SDEdit) for the start.
 
     Raises:
         ConfigError: a value is out of range, or the base cannot make that size.
     """
     request.check()
-    width, height = image_size(base, request)
+    width, height = base.image_size(request.width, request.height)
     scheduler = make_scheduler(base, request.sampler)
     try:
         # On the CPU: schedulers read them one by one, which would synchronize with a card.
@@ -107,17 +80,22 @@ def sample_latents(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    timesteps = scheduler.timesteps
+    if start is None:
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        timesteps = _last_timesteps(scheduler, request)
+        latents = scheduler.add_noise(start, noise, timesteps[:1])
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
     both = PromptEmbeds.cat([negative, text]) if guided else text
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
-    (on_device,) = to_device(base.device, scheduler.timesteps)
-    noise, sizes = to_device(base.device, noise, default_time_ids(len(both.context), height, width))
-    latents = noise * scheduler.init_noise_sigma
+    (on_device,) = to_device(base.device, timesteps)
+    latents, sizes = to_device(base.device, latents, default_time_ids(len(both.context), height, width))
     on_card = base.device.type == "cuda"
     with torch.no_grad():
-        for done, timestep in enumerate(scheduler.timesteps, start=1):
+        for done, timestep in enumerate(timesteps, start=1):
             at = on_device[done - 1]
             scaled = scheduler.scale_model_input(latents, timestep)
             if guided:
@@ -127,13 +105,22 @@ def sample_latents(
                     output = rescale_guidance(output, with_text, phi)
             else:
                 output = base.predict_noise(scaled, at, both, sizes)
-            with _WithoutWaiting() if on_card else contextlib.nullcontext():
+            with WithoutWaiting() if on_card else contextlib.nullcontext():
                 latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
-                on_step(done, len(scheduler.timesteps))
+                on_step(done, len(timesteps))
             if on_latents is not None:
                 on_latents(functools.partial(predict_clean, base, scaled, output, timestep))
     return latents
+
+
+def _last_timesteps(scheduler: Any, request: GenerationRequest) -> torch.Tensor:
+    """The timesteps that are done where an image is the start, at least one; the scheduler begins there."""
+    left_out = scheduler.order * (request.steps - max(1, int(request.steps * request.denoising_strength)))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(left_out)
+    timesteps: torch.Tensor = scheduler.timesteps[left_out:]
+    return timesteps
 
 
 def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) -> torch.Tensor:
@@ -153,31 +140,38 @@ def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) 
 
 def sample_image(
     base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
-    on_step: OnStep | None = None, on_latents: OnLatents | None = None,
+    on_step: OnStep | None = None, on_latents: OnLatents | None = None, start: torch.Tensor | None = None,
 ) -> Image.Image:  # fmt: skip
-    """The image (RGB) of conditions that are encoded already, with whatever adapter is in the base."""
-    latents = sample_latents(base, request, text, negative, on_step, on_latents)
+    """The image (RGB) of what is encoded already, with whatever adapter is in the base."""
+    latents = sample_latents(base, request, text, negative, on_step, on_latents, start)
     pixels = decode_latents(base, latents)[0].permute(1, 2, 0).numpy()
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
-    """The image (RGB) of a request's prompts, with whatever adapter is in the base."""
-    return sample_image(base, request, *encode_conditions(base, request), on_step)
+    """The image (RGB) of a request, with whatever adapter is in the base."""
+    start = encode_start(base, request)
+    return sample_image(base, request, *encode_conditions(base, request), on_step, start=start)
+
+
+def encode_start(base: BaseModel, request: GenerationRequest) -> torch.Tensor | None:
+    """The latents (1, C, h, w) of the image that a request starts from, cropped and scaled to its size."""
+    if not request.image:
+        return None
+    size = Bucket(*base.image_size(request.width, request.height))
+    return encode_image(base, to_pixels(open_rgb(Path(request.image)), size))[None]
 
 
 def encode_conditions(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """The conditions of a request's prompt and of its negative prompt."""
-    options = request.clip_skip, request.tokens
+    """The conditions of a request's prompt and of its negative prompt, with the weights of `parse_prompt`."""
     with torch.no_grad():
-        text = encode_prompt(base, [request.prompt], *options)
-        return text, encode_negative_prompt(base, request.negative, *options)
+        return encode_prompts(base, request.prompt, request.negative, request.clip_skip, request.tokens)
 
 
 def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, str] | None = None) -> str:
     """Prompt and settings in the form of A1111, with the size and CFG rescale that `base` uses, and with
     more settings, name to value."""
-    width, height = image_size(base, request)
+    width, height = base.image_size(request.width, request.height)
     phi = base.facts.cfg_rescale(request.cfg_rescale) if request.cfg > 1 else 0.0
     return replace(request, base=base.name, width=width, height=height).infotext(phi, extra or {})
 
@@ -228,6 +222,7 @@ class Pipeline:
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)
+        self._start = keep(lambda version, image: encode_start(base, image))
         self.ready_in = 0.0
         """Seconds from the last request to the first step of its sampler: merging and encoding the prompt."""
 
@@ -265,18 +260,19 @@ class Pipeline:
         began = time.monotonic()
         self.set_adapters(request.loras)
         # As long as no adapter changes the text encoders, the conditions stay.
-        asked = self._merged_text, request.prompt, request.negative, request.clip_skip, request.tokens
-        text, negative = self._conditions(*asked)
+        asked = {name: getattr(request, name) for name in ("prompt", "negative", "clip_skip", "tokens")}
+        text, negative = self._conditions(self._merged_text, GenerationRequest(**asked))
+        image = GenerationRequest(image=request.image, width=request.width, height=request.height)
+        start = self._start(_version(request.image), image)
         self.ready_in = time.monotonic() - began
-        return sample_image(self.base, request, text, negative, on_step, on_latents)
+        return sample_image(self.base, request, text, negative, on_step, on_latents, start)
 
     def _encode_prompts(
-        self, merged: tuple[object, ...], prompt: str, negative: str, clip_skip: int, tokens: int
+        self, merged: tuple[object, ...], request: GenerationRequest
     ) -> tuple[PromptEmbeds, PromptEmbeds]:
         if self.kept != RESIDENT:
             # The largest text encoder takes more than the VAE.
             self.base.put("vae", torch.device("cpu"))
-        request = GenerationRequest(prompt=prompt, negative=negative, clip_skip=clip_skip, tokens=tokens)
         found = encode_conditions(self.base, request)
         self.base.put("vae", self.base.device)
         return found
@@ -309,8 +305,12 @@ class Pipeline:
 
     def _load(self, lora: WeightedLora) -> tuple[tuple[object, ...], AdapterWeights]:
         """The adapter in a file, read again where the file has changed, and what identifies it."""
-        path = Path(lora.file)
-        status = path.stat() if path.is_file() else None
-        version = (str(path), status.st_mtime_ns if status else 0, status.st_size if status else 0)
+        version = _version(lora.file)
         weights = self._truncated(lora.rank, *version) if lora.rank else self._read(*version)
         return (*version, lora.rank), weights
+
+
+def _version(file: str) -> tuple[str, int, int]:
+    """A file with what changes when it is written anew."""
+    status = Path(file).stat() if Path(file).is_file() else None
+    return file, status.st_mtime_ns if status else 0, status.st_size if status else 0

@@ -17,10 +17,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lora_core.errors import ConfigError
 from lora_core.model_files.families import is_text_encoder
+from lora_core.settings.config import parse_cfg_rescale
 from lora_core.settings.schema import AUTO, SAMPLERS, NumberOrAuto, find_key
 
 Value = str | int | float
 LARGEST_SEED = 2**63 - 1
+DENOISING_STRENGTH = 0.6
 NEGATIVE = "Negative prompt:"
 """What the negative prompt begins with in the text of a PNG."""
 
@@ -95,6 +97,8 @@ class GenerationRequest:
         sampler: a key or title of `choices.SAMPLERS`.
         width, height: in pixels; 0 for the base's own.
         tokens: length of the prompt in tokens, a multiple of 75.
+        image: the file of an image to start from, "" to start from noise.
+        denoising_strength: how much of it is made anew: the share of the steps that are done.
         loras: adapters, all on at once.
     """
 
@@ -113,6 +117,8 @@ class GenerationRequest:
     height: int = 0
     clip_skip: int = 1
     tokens: int = 75
+    image: str = ""
+    denoising_strength: float = DENOISING_STRENGTH
     loras: tuple[WeightedLora, ...] = ()
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
@@ -146,6 +152,7 @@ class GenerationRequest:
             ("steps", 1 <= self.steps <= 1000, "it must be between 1 and 1,000"),
             ("cfg", math.isfinite(self.cfg), "take a number such as 5"),
             ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it must be between 0 and 1"),
+            ("denoising_strength", 0.0 < self.denoising_strength <= 1.0, "it must be above 0 and at most 1"),
         ):
             if not legal:
                 raise ConfigError(f"{name} = {getattr(self, name)} is out of range; {hint}.")
@@ -204,6 +211,7 @@ class GenerationRequest:
             "CFG Rescale": f"{cfg_rescale:g}" if cfg_rescale else None,
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
+            "Denoising strength": f"{self.denoising_strength:g}" if self.image else None,
             "Model": Path(self.base).stem or None,
             "Clip skip": self.clip_skip if self.clip_skip > 1 else None,
             **{f"LoRA rank of {lora.name}": lora.rank for lora in self.loras if lora.rank},
@@ -224,20 +232,3 @@ def sampler_title(name: str) -> str:
     """A sampler's name in A1111."""
     key = find_key(SAMPLERS, name)
     return name if key is None else SAMPLERS[key].title
-
-
-def parse_cfg_rescale(value: Any) -> NumberOrAuto:
-    """CFG rescale from a form, an option or JSON.
-
-    Raises:
-        ConfigError: it is neither `auto` nor a number from 0 to 1.
-    """
-    if isinstance(value, str) and value.strip().lower() == AUTO:
-        return AUTO
-    try:
-        number = float(str(value).replace(",", "."))
-    except ValueError as error:
-        raise ConfigError(f"CFG rescale {str(value)[:40]!r} should be a number or {AUTO}.") from error
-    if not 0.0 <= number <= 1.0:
-        raise ConfigError(f"CFG rescale {number:g} is out of range; it must be between 0 and 1.")
-    return number

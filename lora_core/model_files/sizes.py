@@ -14,7 +14,7 @@ from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
-from lora_core.settings.config import RunConfig
+from lora_core.settings.config import RunConfig, sample_fields
 from lora_core.settings.schema import SLIDER_STRENGTHS, TARGETS, last_matches, rows
 from lora_core.system.files import MARGIN
 
@@ -66,11 +66,18 @@ def num_adapters(config: RunConfig) -> int:
     return 2 if config.save.ema or config.optimizer.row.averages else 1
 
 
+def sample_pixels(config: RunConfig, own: int) -> list[int]:
+    """How many pixels each sample has; `own` is the usual side. Two where captions are the prompts."""
+    lines = config.sample.prompts or ["", ""]
+    samples = [sample_fields(config.sample, line) for line in lines]
+    return [(sample["width"] or own) * (sample["height"] or own) for sample in samples]
+
+
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
     side = config.train.resolution or _USUAL_SIDE
-    images = max(2, len(config.sample.prompts)) * (len(SLIDER_STRENGTHS) if config.slider.on else 1)
-    return int(images * side * side * _PIXEL) * num_adapters(config)
+    pixels = max(2 * side * side, sum(sample_pixels(config, side)))
+    return int(pixels * (len(SLIDER_STRENGTHS) if config.slider.on else 1) * _PIXEL) * num_adapters(config)
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
@@ -219,8 +226,11 @@ def _card_phases(
     held = CONTEXT + unet + made + encoders + vae + trained * 4 * copies
     # Activations grow with the width of the layers, weights with its square.
     activation = math.sqrt(larger) * width / 2
-    side, own_side = train.resolution or facts.resolution, facts.resolution
-    pixels, own_pixels = (side / 8) ** 2, (own_side / 8) ** 2
+    side, drawn = (
+        train.resolution or facts.resolution,
+        math.sqrt(max(sample_pixels(config, facts.resolution))),
+    )
+    pixels = (side / 8) ** 2
     plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
     if train.gradient_checkpointing or CHECKPOINTING in applied:
         a_pixel: float = checkpointed
@@ -235,8 +245,8 @@ def _card_phases(
     # Images that do not fit are encoded on the processor.
     encoding = CONTEXT + row.vae * 4 * larger + row.encode * pixels * math.sqrt(larger)
     before = [CONTEXT + text] + ([] if applied else [encoding])
-    decoded = [own_side, *(tile for tile in DECODE_TILES if tile < own_side)]
-    guided = 2 * row.guided * own_pixels * activation
+    decoded = [drawn, *(tile for tile in DECODE_TILES if tile < drawn)]
+    guided = 2 * row.guided * (drawn / 8) ** 2 * activation
     # A sample can be asked for at any time; a VAE that waits on the CPU comes to the card for it, if it fits.
     moved = 0 if vae else row.vae * 4 * larger
     samples = [moved + row.decode * (one / 8) ** 2 * math.sqrt(larger) for one in decoded]

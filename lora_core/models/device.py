@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.overrides import TorchFunctionMode
 
 from lora_core.backends.onednn import supports_bf16
 from lora_core.errors import ConfigError
 from lora_core.model_files.sizes import CARD_SPARE
+from lora_core.models.unet import to_device
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import has_tensor_cores
@@ -323,3 +325,17 @@ def limited(device: torch.device) -> bool:
 def memory_of(device: torch.device) -> str:
     """The memory of `device` in messages."""
     return "memory" if device.type in ("cpu", "mps") else "graphics memory"
+
+
+class WithoutWaiting(TorchFunctionMode):
+    """Lets a scheduler copy coefficients and noise to a card asynchronously, and solve UniPC's systems of two
+    equations without reading back whether they are singular. The results are the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do what `func` does."""
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        tensor, device = args if func is torch.Tensor.to and not kwargs and len(args) == 2 else (None, None)
+        if isinstance(tensor, torch.Tensor) and isinstance(device, torch.device) and not tensor.is_cuda:
+            return to_device(device, tensor)[0]
+        return func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from lora_core.backends.compact import WeightPolicy, quantize_int8
-from lora_core.errors import ModelFileError, OutOfMemory
+from lora_core.errors import ConfigError, ModelFileError, OutOfMemory
 from lora_core.model_files.detect import (
     UNET,
     VAE,
@@ -165,6 +165,20 @@ class BaseModel(NoisePredictor):
     def resolution(self) -> int:
         """The side in pixels that the base was trained at."""
         return self.facts.resolution
+
+    def image_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image in pixels; in place of 0, the base's own.
+
+        Raises:
+            ConfigError: the base cannot make that size.
+        """
+        least, size = self.size_multiple, (width or self.resolution, height or self.resolution)
+        for word, side in zip(("width", "height"), size, strict=True):
+            if side < least or side > 4096 or side % least:
+                raise ConfigError(
+                    f"{word} = {side} cannot be made; take a multiple of {least} between {least} and 4096."
+                )
+        return size
 
     @property
     def latent_channels(self) -> int:

@@ -19,9 +19,14 @@ def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torc
     Raises:
         DatasetError: the file can no longer be read.
     """
-    pixels = np.asarray(resize_and_crop(open_image(record), bucket), dtype=np.float32) / 127.5 - 1.0
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    tensor = to_pixels(open_image(record), bucket)
     return tensor.flip(-1) if flip else tensor
+
+
+def to_pixels(image: Image.Image, bucket: Bucket) -> torch.Tensor:
+    """An image cropped and scaled to `bucket`, (3, H, W) in [-1, 1], fp32."""
+    pixels = np.asarray(resize_and_crop(image, bucket), dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def weigh_latents(record: ImageRecord, bucket: Bucket, factor: int) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.runs.events import Progress, best_of, known_error
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
-from lora_core.settings.config import FIELDS, RunConfig
+from lora_core.settings.config import FIELDS, RunConfig, sample_fields
 from lora_core.settings.schema import AUTO, SLIDER_IMAGES, SLIDER_STRENGTHS
 from lora_core.system.files import check_fields, file_bytes, read_json, write_atomically
 from lora_core.system.hardware import Gpu
@@ -248,17 +248,20 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
         images: how many there are.
     """
     steps, preview, validation = config.train.steps, config.sample, config.validation
-    slider = config.slider.on
-    prompts = len(preview.prompts) or min(USUAL_PROMPTS, USUAL_PROMPTS if slider else images)
-    prompts *= len(SLIDER_STRENGTHS) if slider else 1
-    sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * sizes.num_adapters(config)
+    slider, own = config.slider.on, lookup_base(config.model.base).resolution
+    lines = preview.prompts or [""] * min(USUAL_PROMPTS, USUAL_PROMPTS if slider else images)
+    drawn: float = sum(
+        sample_fields(preview, line)["steps"] * each / own**2
+        for line, each in zip(lines, sizes.sample_pixels(config, own), strict=False)
+    )
+    drawn *= len(SLIDER_STRENGTHS) if slider else 1
+    sampling = num_rounds(steps, preview.every) * drawn * draw * sizes.num_adapters(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
     rated = sizes.num_adapters(config) + (1 if validation.memorization else 0)
     if slider:  # at strength 1 and -1
         held, rated = max(SLIDER_IMAGES, len(config.slider.preserve)), 2 * sizes.num_adapters(config)
     passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
-    own = lookup_base(config.model.base).resolution
     share = ((config.train.resolution or own) / own) ** 2
     measuring = num_rounds(steps, validation.every) * passes * draw / 2 * share / steps
     if validation.max_time_share:

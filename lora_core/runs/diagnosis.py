@@ -379,7 +379,7 @@ def _known_words(run: RunFolder | None, workspace: Path) -> list[tuple[str, str]
                 instead = f"<{name}>{suffix if suffix in ('.safetensors', '.ckpt', '.zip') else ''}"
                 pairs += [(form, instead) for form in _json_forms(value)]
         pairs.append((config.dataset.trigger, "<trigger>"))
-        pairs += [(prompt, "<prompt>") for prompt in config.sample.prompts]
+        pairs += [(prompt, "<prompt>") for prompt in (*config.sample.prompts, config.sample.negative_prompt)]
     progress = run.progress()
     pairs += [(prompt, "<prompt>") for event in progress.previews for prompt in event.prompts]
     return pairs + _image_names(run, progress.changed)
@@ -411,7 +411,7 @@ def _settings(run: RunFolder) -> str:
     if config is None:
         return ""
     values = config.to_dict()
-    values["name"] = values["dataset"]["trigger"] = ""
+    values["name"] = values["dataset"]["trigger"] = values["sample"]["negative_prompt"] = ""
     values["sample"]["prompts"] = [f"<prompt {n}>" for n, _ in enumerate(config.sample.prompts, 1)]
     return tomli_w.dumps(values)
 

@@ -4,6 +4,7 @@ All checks run and all problems are reported together. A problem blocks where th
 note.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.captions import CHUNK, truncated_part, varies_by_draw, with_trigger
+from lora_core.data.captions import CHUNK, check_prompt, truncated_part, varies_by_draw, with_trigger
 from lora_core.data.dataset import (
     AUDIT_ONLY,
     apply_settings,
@@ -44,7 +45,7 @@ from lora_core.model_files.detect import (
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import check_vae_path, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.config import RunConfig
+from lora_core.settings.config import RunConfig, in_short, parse_sample
 from lora_core.settings.schema import TARGETS, DatasetSection, LossSection, require_package
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
@@ -66,8 +67,8 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
-            busy, slider, dataset, picture, masks, regularisation, caption, resolution, validation, or the
-            kind of a note on the dataset.
+            busy, slider, dataset, picture, masks, regularisation, caption, resolution, sample, validation, or
+            the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -134,6 +135,7 @@ def preflight(
             " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
         )
         found.append(RunProblem("validation", sentence, False))
+    found += _samples(config, facts.multiple if facts else 1)
     found += _loss(config, facts)
     found += rate_problems(config, family)
     if facts is not None and family is not None:
@@ -448,6 +450,25 @@ def _resolution(asked: int, multiple: int) -> list[RunProblem]:
         f" {multiple} pixels."
     )
     return [RunProblem("resolution", sentence, False)]
+
+
+def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
+    """Sample prompts whose options or weights cannot be used."""
+    section = config.sample
+
+    def check(line: str) -> None:
+        fields = parse_sample(section, line)
+        check_prompt(fields["prompt"])
+        check_prompt(fields["negative"])
+        for letter, name in (("w", "width"), ("h", "height")):
+            if (side := fields[name]) % multiple:
+                near = ", ".join(str(n * multiple) for n in (side // multiple, side // multiple + 1) if n)
+                called = f"--{letter} in the sample prompt {in_short(line)}"
+                raise ConfigError(f"{called} is no multiple of {multiple}; take {near}.")
+
+    lines = (*section.prompts, "")
+    found = [problem for line in lines for problem in _found_by(functools.partial(check, line), "sample")]
+    return list(dict.fromkeys(found))
 
 
 def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import stat
 import tomllib
 import typing
@@ -249,6 +250,76 @@ def checked_value(name: str, value: Any, called: str = "") -> Any:
         raise ConfigError(" ".join(_sentences(error, tables, called))) from error
 
 
+def parse_cfg_rescale(value: Any) -> schema.NumberOrAuto:
+    """CFG rescale from a form, an option or JSON.
+
+    Raises:
+        ConfigError: it is neither `auto` nor a number from 0 to 1.
+    """
+    if isinstance(value, str) and value.strip().lower() == schema.AUTO:
+        return schema.AUTO
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError as error:
+        raise ConfigError(f"CFG rescale {str(value)[:40]!r} should be a number or {schema.AUTO}.") from error
+    if not 0.0 <= number <= 1.0:
+        raise ConfigError(f"CFG rescale {number:g} is out of range; it must be between 0 and 1.")
+    return number
+
+
+SAMPLE_OPTIONS = {
+    "n": ("negative", "sample.negative_prompt"), "w": ("width", "train.resolution"),
+    "h": ("height", "train.resolution"), "d": ("seed", "sample.seed"), "l": ("cfg", "sample.cfg"),
+    "s": ("steps", "sample.steps"), "ss": ("sampler", "sample.sampler"),
+}  # fmt: skip
+"""Options of a sample prompt, as in kohya's `train_util.py`: the field of a generation request that each
+sets, and a setting with the same legal values."""
+_SAMPLE_OPTION = re.compile(r"(?<!\S)--([A-Za-z]+)(?:\s+|$)")
+
+
+def split_sample(line: str) -> tuple[str, str]:
+    """A line of `sample.prompts` as the prompt, and the options at its end or ""."""
+    found = _SAMPLE_OPTION.search(line)
+    return (line[: found.start()].rstrip(), line[found.start() :]) if found else (line, "")
+
+
+def parse_sample(section: schema.SampleSection, line: str) -> dict[str, Any]:
+    """What a line of `sample.prompts` asks for, as fields of a generation request: the section's values, and
+    in their place those of the line's own options. A size of 0 is the base's own.
+
+    Raises:
+        ConfigError: an option is unknown, or its value is wrong.
+    """
+    prompt, rest = split_sample(line)
+    fields: dict[str, Any] = {
+        "prompt": prompt, "negative": section.negative_prompt, "width": 0, "height": 0, "seed": section.seed,
+        "steps": section.steps, "cfg": section.cfg, "cfg_rescale": section.cfg_rescale,
+        "sampler": section.sampler,
+    }  # fmt: skip
+    _, *options = _SAMPLE_OPTION.split(rest)
+    for letter, text in zip(options[::2], options[1::2], strict=True):
+        called = f"--{letter} in the sample prompt {in_short(line)}"
+        if letter.lower() not in SAMPLE_OPTIONS:
+            known = ", ".join(f"--{each}" for each in SAMPLE_OPTIONS)
+            raise ConfigError(f"{called} is not known; there are {known}.")
+        name, setting = SAMPLE_OPTIONS[letter.lower()]
+        value: str | float = text.strip()
+        if name not in ("negative", "sampler"):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+                value = int(value) if value.is_integer() else value
+        fields[name] = checked_value(setting, value, called)
+    return fields
+
+
+def sample_fields(section: schema.SampleSection, line: str) -> dict[str, Any]:
+    """As `parse_sample`, but a line with a wrong option is all prompt, as in runs of earlier versions."""
+    try:
+        return parse_sample(section, line)
+    except ConfigError:
+        return {**parse_sample(section, ""), "prompt": line}
+
+
 def _sentences(error: ValidationError, tables: Mapping[str, Any], called: str = "") -> list[str]:
     """A sentence for each setting that pydantic refused."""
     found: dict[str, str] = {}
@@ -456,20 +527,36 @@ def load_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not TOML.
     """
-    with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
+    text = _read_small(path, f"The config {path}")
+    try:
+        return parse_toml(text, f"The config {path}")
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The config {path} is not valid TOML: {error}.") from error
+
+
+def _read_small(path: Path, called: str) -> str:
+    with wrap_os_errors(ConfigError, f"{called} cannot be read"):
         # Opening a pipe would wait for its writer, and a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"The config {path} is not a regular file.")
+            raise ConfigError(f"{called} is not a regular file.")
         with open(path, "rb") as file:
             data = file.read(MAX_TOML_BYTES + 1)
     if len(data) > MAX_TOML_BYTES:
-        raise ConfigError(f"The config {path} is larger than {MAX_TOML_BYTES / 1e6:.0f} MB.")
+        raise ConfigError(f"{called} is larger than {MAX_TOML_BYTES / 1e6:.0f} MB.")
     try:
-        return parse_toml(data.decode("utf-8-sig"), f"The config {path}")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"The config {path} cannot be read: it is not UTF-8 text.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"The config {path} is not valid TOML: {error}.") from error
+        raise ConfigError(f"{called} cannot be read: it is not UTF-8 text.") from error
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of sample prompts as kohya reads it: not those that are empty or begin with #.
+
+    Raises:
+        ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not UTF-8 text.
+    """
+    lines = _read_small(path, f"The file of sample prompts {path}").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:

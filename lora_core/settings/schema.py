@@ -834,7 +834,11 @@ class SampleSection(Section):
     every_epochs: int = Field(0, title="Sample every (epochs)", ge=0, le=100_000)
     """The same in epochs. 0: as the steps say."""
     prompts: list[str] = Field([], title="Sample prompts")
-    """One per line. Empty: captions of held-out or training images."""
+    """One per line. Empty: captions of held-out or training images. `(word:1.2)`, `[word]` and BREAK act as
+    in A1111. A line may end with kohya's options: `--n` negative prompt, `--w` width, `--h` height, `--d`
+    seed, `--l` guidance, `--s` steps."""
+    negative_prompt: str = Field("", title="Negative prompt")
+    """What samples should not show, unless their line has `--n`."""
     seed: int = Field(0, title="Sample seed", ge=0, le=2**32 - 1)
     """The same noise in every round, so that only the adapter differs."""
     steps: int = Field(20, title="Sampler steps", ge=1, le=200)

@@ -455,23 +455,25 @@ def _try_step(session: setup.TrainSession, settings: StepSettings, optimizer_sta
         largest = max(session.validation_sets.held_out, key=lambda image: image.latents.numel())
         eval_losses(base, [largest], session.text.embed)
     if session.validation_sets.forgetting is not None:
-        _guided_pass(session, session.validation_sets.forgetting.side)
+        side = session.validation_sets.forgetting.side
+        _guided_pass(session, side, side)
     del held
 
 
 def _try_sample(session: setup.TrainSession) -> None:
-    """Allocate what a sample takes: guided predictions, and decoded latents."""
+    """Allocate what the largest sample takes: guided predictions, and decoded latents."""
     base = session.state.base
-    latents = _guided_pass(session, base.resolution)
+    sizes = [base.image_size(sample.width, sample.height) for sample in session.samples]
+    latents = _guided_pass(session, *max(sizes, key=math.prod))
     decode_latents(base, latents)
 
 
-def _guided_pass(session: setup.TrainSession, side: int) -> torch.Tensor:
-    """Predict with and without a prompt, as classifier-free guidance does, for an image of `side` pixels;
-    returns the latents, (1, C, h, w)."""
+def _guided_pass(session: setup.TrainSession, width: int, height: int) -> torch.Tensor:
+    """Predict with and without a prompt, as classifier-free guidance does, for an image of `width` x `height`
+    pixels; returns the latents, (1, C, h, w)."""
     base = session.state.base
-    edge = side // base.vae_scale_factor
-    latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
+    factor = base.vae_scale_factor
+    latents = torch.zeros(1, base.latent_channels, height // factor, width // factor, device=base.device)
     text = PromptEmbeds.cat([session.text.embed_negative(), session.text.embed("")])
     with torch.no_grad():
         base.predict_noise(torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)

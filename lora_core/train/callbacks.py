@@ -25,7 +25,7 @@ from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.formats.io import load_adapter
 from lora_core.generate.grid import Axis, grid_settings, make_image_grid
 from lora_core.generate.pipeline import infotext, sample_image, save_png
-from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
@@ -33,7 +33,7 @@ from lora_core.runs import events
 from lora_core.runs.events import Progress, describe_average
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SLIDER_STRENGTHS, SampleSection, ValidationSection
+from lora_core.settings.schema import SLIDER_STRENGTHS, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.system.processes import StopRequest
 from lora_core.tools.shrink import MeasuredCut, automatic_ranks
@@ -509,7 +509,6 @@ class Sample(Callback):
         """Nothing is drawn yet."""
         super().__init__(context, config.sample.every)
         self._session = session
-        self._section = config.sample
         self._strengths = SLIDER_STRENGTHS if config.slider.on else (1.0,)
         self._size = preview_bytes(config)
 
@@ -526,11 +525,11 @@ class Sample(Callback):
         report = self.context.working(step, "Sampling", images * (1 + has_raw))
         stem = run.previews / f"step-{step:06d}"
         name = run.name if step else ""
-        files = draw_samples(session, self._section, stem, name, report, self._strengths)
+        files = draw_samples(session, stem, name, report, self._strengths)
         raw: list[Path] = []
         if has_raw:
             stem, name = stem.with_name(f"{stem.name}{RAW_SUFFIX}"), f"{name}{RAW_SUFFIX}"
-            raw = draw_samples(session, self._section, stem, name, report, self._strengths, averaged=False)
+            raw = draw_samples(session, stem, name, report, self._strengths, averaged=False)
         relative, relative_raw = ([self.context.relative(path) for path in paths] for paths in (files, raw))
         self.context.emit(
             events.PreviewDone(step=step, files=relative, prompts=session.prompts, raw_files=relative_raw)
@@ -538,33 +537,29 @@ class Sample(Callback):
 
 
 def draw_samples(
-    session: TrainSession, section: SampleSection, stem: Path, name: str, on_step: OnStep,
-    strengths: tuple[float, ...] = (1.0,), averaged: bool = True,
+    session: TrainSession, stem: Path, name: str, on_step: OnStep, strengths: tuple[float, ...] = (1.0,),
+    averaged: bool = True,
 ) -> list[Path]:  # fmt: skip
-    """Draw one image for each of the session's prompts, all with the section's seed, to `stem`-0.png, ...
+    """Draw the session's samples to `stem`-0.png, ...
 
     `name` of the adapter is for the images' metadata, "" for images of the base without it; `averaged` puts
     the average in the adapter's place, if there is one. With several `strengths` each is a strip of them.
     """
-    state = session.state
-    request = GenerationRequest(
-        seed=section.seed, steps=section.steps, cfg=section.cfg, cfg_rescale=section.cfg_rescale,
-        sampler=section.sampler, loras=(WeightedLora(name),) if name else (),
-    )  # fmt: skip
+    state, loras = session.state, (WeightedLora(name),) if name else ()
     strengths = strengths if name else (0.0,)
     strip = Axis("strength", strengths) if len(strengths) > 1 else None
     files = []
     with evaluating(state, averaged), torch.no_grad():
-        for number, prompt in enumerate(session.prompts):
+        for number, sample in enumerate(session.samples):
             images = []
             for strength in strengths:
                 with at_strength(state.injected, strength):
-                    text, negative = session.text.embed(prompt), session.text.embed_negative()
-                    images.append(sample_image(state.base, request, text, negative, on_step))
+                    conditions = session.text.embed_prompts(sample.prompt, sample.negative)
+                    images.append(sample_image(state.base, sample, *conditions, on_step))
             image = make_image_grid([images], [], strip.labels()) if strip else images[0]
             path = stem.with_name(f"{stem.name}-{number}.png")
             extra = grid_settings(None, strip) if strip else {}
-            save_png(image, path, infotext(state.base, replace(request, prompt=prompt), extra))
+            save_png(image, path, infotext(state.base, replace(sample, loras=loras), extra))
             files.append(path)
     return files
 

@@ -13,10 +13,17 @@ from pathlib import Path
 
 import torch
 
-from lora_core.data.captions import CHUNK, sample_record_caption
+from lora_core.data.captions import CHUNK, Prompt, sample_record_caption
 from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import as_negative_prompt, encode_batches, encode_prompt, token_chunks
+from lora_core.models.encode import (
+    as_negative_prompt,
+    encode_batches,
+    encode_prompt,
+    parse_prompts,
+    token_chunks,
+    token_weights,
+)
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds, default_time_ids
 from lora_core.models.vae import encode_image, load_pixels
@@ -207,7 +214,7 @@ class PromptCache:
         self._folder = folder
         self._trained = trained
         self._options = (clip_skip, tokens)
-        self._fixed: dict[str, PromptEmbeds] = {}
+        self._fixed: dict[object, PromptEmbeds] = {}
         self._random: OrderedDict[str, PromptEmbeds] = OrderedDict()
         self._room = DRAWN_CAPTIONS_BYTES
         self._encoders = "" if trained else "/".join(map(base.digest, base.text_encoders))
@@ -237,17 +244,28 @@ class PromptCache:
 
     def embed(self, caption: str) -> PromptEmbeds:
         """Embed one fixed caption, B = 1, on the base's device; kept on disk."""
-        if self._trained:
-            return encode_prompt(self._base, [caption], *self._options)
-        if caption not in self._fixed:
-            path = self._folder / f"{self._key(caption)}.safetensors"
-            found = load_or_compute(path, lambda: _tensors(self._encode(caption)))
-            self._fixed[caption] = PromptEmbeds(found["value"], found.get("pooled"))
-        return self._fixed[caption].to(self._base.device)
+        return self._embed_fixed(caption, self._options[1])
+
+    def embed_prompts(self, prompt: str, negative: str = "") -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Embed the prompts of a sample, which may have weights, as `embed` does."""
+        parsed, length = parse_prompts(self._base, (prompt, negative), self._options[1])
+        text, without = (self._embed_fixed(one, length) for one in parsed)
+        return text, as_negative_prompt(self._base, negative, without)
 
     def embed_negative(self) -> PromptEmbeds:
         """Embed the empty negative prompt, B = 1."""
         return as_negative_prompt(self._base, "", self.embed(""))
+
+    def _embed_fixed(self, caption: str | Prompt, tokens: int) -> PromptEmbeds:
+        options = (self._options[0], tokens)
+        if self._trained:
+            return encode_prompt(self._base, [caption], *options)
+        known = caption if options == self._options else (caption, tokens)
+        if known not in self._fixed:
+            path = self._folder / f"{self._key(caption, *options)}.safetensors"
+            found = load_or_compute(path, lambda: _tensors(self._encode(caption, *options)))
+            self._fixed[known] = PromptEmbeds(found["value"], found.get("pooled"))
+        return self._fixed[known].to(self._base.device)
 
     def release(self) -> None:
         """Free the text encoders: every caption that can come up is in memory now."""
@@ -257,7 +275,7 @@ class PromptCache:
         if caption in self._fixed:
             return self._fixed[caption]
         if caption not in self._random:
-            self._keep_random(caption, self._encode(caption))
+            self._keep_random(caption, self._encode(caption, *self._options))
         self._random.move_to_end(caption)
         return self._random[caption]
 
@@ -270,19 +288,20 @@ class PromptCache:
     def _unknown(self, captions: list[str]) -> dict[str, None]:
         return {one: None for one in captions if one not in self._fixed and one not in self._random}
 
-    def _key(self, caption: str) -> str:
+    def _key(self, caption: str | Prompt, clip_skip: int, tokens: int) -> str:
         """A hash of all that embeddings depend on; token ids stand for the tokenizers and their padding."""
-        clip_skip, tokens = self._options
         encoders = self._base.family.text_encoders
-        tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
-        ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
+        tokenizers = [self._base.tokenizers[encoder.part] for encoder in encoders]
+        chunks = tokens // CHUNK
+        ids = [token_chunks(tokenizer, caption, chunks).tolist() for tokenizer in tokenizers]
         numbers = (self._base.device.type, self._base.dtype)
-        return short_digest(self._encoders, encoders, ids, clip_skip, *numbers)
+        weights = [] if isinstance(caption, str) else [token_weights(tokenizers[0], caption, chunks).tolist()]
+        return short_digest(self._encoders, encoders, ids, clip_skip, *numbers, *weights)
 
-    def _encode(self, caption: str) -> PromptEmbeds:
+    def _encode(self, caption: str | Prompt, clip_skip: int, tokens: int) -> PromptEmbeds:
         """One at a time, so that its bits never depend on its neighbours."""
         with torch.no_grad():
-            return encode_prompt(self._base, [caption], *self._options).to(torch.device("cpu"))
+            return encode_prompt(self._base, [caption], clip_skip, tokens).to(torch.device("cpu"))
 
 
 def _tensors(embeds: PromptEmbeds) -> dict[str, torch.Tensor]:

@@ -19,12 +19,13 @@ import torch
 
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
-from lora_core.data.captions import plain_caption, varies_by_draw, with_trigger
+from lora_core.data.captions import escape_prompt, plain_caption, varies_by_draw, with_trigger
 from lora_core.data.dataset import apply_settings, repeat_reg, require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
+from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected, LayerPlan, init_from_lora, inject_layers, plan_layers
 from lora_core.lora.layer import FlatParams, LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey
@@ -48,7 +49,7 @@ from lora_core.models.vae import weigh_latents
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
 from lora_core.settings import schema
-from lora_core.settings.config import RunConfig
+from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, SliderBatches, TrainImage
 from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState
@@ -498,9 +499,10 @@ def average_of_its_own(optimizer: torch.optim.Optimizer) -> bool:
 
 @dataclass
 class TrainSession:
-    """A run ready to train: `prompts` are those of the samples, `notes` what a user should know before it
-    starts; the base may be offloaded to the drive of `offload_folder`; `fallbacks` are those that it was
-    loaded with because memory is short, but for what `RuntimePlan.rungs` names."""
+    """A run ready to train: `prompts` are those of the samples with their options, `samples` what these ask
+    for, `notes` what a user should know before it starts; the base may be offloaded to the drive of
+    `offload_folder`; `fallbacks` are those that it was loaded with because memory is short, but for what
+    `RuntimePlan.rungs` names."""
 
     state: TrainState
     batches: Batches
@@ -508,6 +510,7 @@ class TrainSession:
     validation_sets: ValidationSets
     train_items: list[TrainImage]
     prompts: list[str]
+    samples: list[GenerationRequest]
     notes: list[str]
     offload_folder: Path
     fallbacks: list[str]
@@ -553,22 +556,13 @@ def prepare(
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
     text = PromptCache(base, cache / "text", layout.encoders_trained, clip_skip, max_token_length)
-    rules = config.dataset
     prompts = sample_prompts(config, held or train, base.family)
+    samples = sample_requests(base, config.sample, prompts)
     identity = short_digest(sorted(more.items()))
     if section.forgetting and section.every and section.pictures:
         sets.forgetting = ForgettingSet(base, text, cache / "prior", identity, section.forgetting, resolution)
     if not layout.encoders_trained:
-        fixed = [record for record in (*train, *reg) if not varies_by_draw(record.caption, rules)]
-        captions = [plain_caption(one.caption, "" if one.reg else rules.trigger) for one in fixed]
-        captions += [one.caption for one in (*sets.held_out, *sets.training)]
-        captions += [*slider.captions(), *prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
-        captions = list(dict.fromkeys(captions))
-        for done, caption in enumerate(captions):
-            say("Encoding captions", done, len(captions))
-            text.embed(caption)
-        if len(fixed) == len(train) + len(reg):
-            text.release()
+        _encode_captions(text, config, [*train, *reg], sets, samples, say)
     waiting = _load_denoiser(base, layout)
     state, notes = build_train_state(base, layout, config, plan.layout)
     fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
@@ -576,7 +570,7 @@ def prepare(
     sets.slider = build_slider_set(state, text, batches, config, (cache / "slider", identity), say)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
-    return TrainSession(state, batches, text, sets, items, prompts, sentences, cache, fallbacks)
+    return TrainSession(state, batches, text, sets, items, prompts, samples, sentences, cache, fallbacks)
 
 
 def build_batches(
@@ -659,16 +653,52 @@ def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bo
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
-    """The prompts of samples: the user's, with the trigger word added, else captions of `records`; for a
-    concept slider those that it acts on, else what the family's bases generate well."""
+    """The prompts of samples: the user's, with the trigger word added, else captions of `records`, whose
+    brackets stay text; for a concept slider those that it acts on, else what the family's bases generate
+    well."""
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
-        own = [target for target, _, _ in slider.prompts() if target]
+        own = [escape_prompt(target) for target, _, _ in slider.prompts() if target]
         return config.sample.prompts or (own or list(family.prior_prompts))[:SAMPLE_PROMPTS]
     if config.sample.prompts:
-        return [with_trigger(prompt, trigger) for prompt in config.sample.prompts]
+        parts = map(split_sample, config.sample.prompts)
+        return [with_trigger(words, trigger) + (f" {options}" if options else "") for words, options in parts]
     captions = dict.fromkeys(plain_caption(record.caption, trigger) for record in records)
-    return list(captions)[:SAMPLE_PROMPTS]
+    return list(map(escape_prompt, captions))[:SAMPLE_PROMPTS]
+
+
+def sample_requests(
+    base: BaseModel, section: schema.SampleSection, prompts: list[str]
+) -> list[GenerationRequest]:
+    """What the prompts of samples ask for.
+
+    Raises:
+        ConfigError: the base cannot make a size.
+    """
+    requests = [GenerationRequest(**sample_fields(section, prompt)) for prompt in prompts]
+    for request in requests:
+        base.image_size(request.width, request.height)
+    return requests
+
+
+def _encode_captions(
+    text: PromptCache, config: RunConfig, records: list[ImageRecord], sets: ValidationSets,
+    samples: list[GenerationRequest], say: OnProgress,
+) -> None:  # fmt: skip
+    """Encode every caption and prompt that comes again; free the text encoders where no other can come."""
+    rules = config.dataset
+    fixed = [record for record in records if not varies_by_draw(record.caption, rules)]
+    captions = [plain_caption(one.caption, "" if one.reg else rules.trigger) for one in fixed]
+    captions += [one.caption for one in (*sets.held_out, *sets.training)]
+    captions += [*config.slider.captions(), *(sets.forgetting.prompts if sets.forgetting else []), ""]
+    captions = list(dict.fromkeys(captions))
+    for done, caption in enumerate(captions):
+        say("Encoding captions", done, len(captions))
+        text.embed(caption)
+    for one in samples:
+        text.embed_prompts(one.prompt, one.negative)
+    if len(fixed) == len(records):
+        text.release()
 
 
 def _encode_pictures(

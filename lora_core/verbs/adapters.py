@@ -60,7 +60,7 @@ def generate(
     """
     if not 1 <= count <= 1000:
         raise ConfigError(f"--count {count} is out of range; it must be between 1 and 1,000.")
-    shot.check()
+    _check([shot])
     target = Path(out) if out else None
     if target:
         _check_png(target)
@@ -112,8 +112,8 @@ def grid(
         raise ConfigError(
             "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
         )
-    shot.check()
     shots, target = grid_requests(shot, rows, columns), Path(out)
+    _check([one for row in shots for one in row])
     _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
     from lora_core.generate.pipeline import save_png
@@ -135,8 +135,20 @@ def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pip
     return open_pipeline(shot, truncate_adapter, precision)
 
 
-def _check_png(path: Path) -> None:
+def _check(shots: Sequence[GenerationRequest]) -> None:
     """Refuse before the work rather than after it."""
+    from lora_core.data.captions import check_prompt
+    from lora_core.data.images import open_rgb
+
+    for image in {shot.image for shot in shots if shot.image}:
+        open_rgb(Path(image))
+    for shot in shots:
+        shot.check()
+        check_prompt(shot.prompt)
+        check_prompt(shot.negative)
+
+
+def _check_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--out {path} should end in .png.")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())

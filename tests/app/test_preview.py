@@ -15,13 +15,26 @@ from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
 from app.preview.loras import ADDED, lora_groups
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.routes import Infotext, apply_infotext, generate, infotext_table, open_tab, read_infotext
+from app.preview.routes import (
+    STARTS,
+    Infotext,
+    apply_infotext,
+    generate,
+    infotext_table,
+    open_file,
+    open_tab,
+    opened_folder,
+    parse_infotext,
+    read_infotext,
+    start_from,
+)
 from app.preview.sent_form import take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.projects.workspace import list_trash, restore
+from lora_core.runs.events import EventWriter, PreviewDone
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import unused_path
@@ -284,7 +297,7 @@ def test_settings_of_a_picture_go_into_the_form(app_state: AppState) -> None:
     snapshot = take_snapshot(app_state)
     assert preview_form.load_fields(snapshot) == {
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
-        "cfg_rescale": 0.0, "width": 96, "height": 128,
+        "cfg_rescale": 0.0, "width": 96, "height": 128, "image": None, "denoising_strength": 0.6,
     }  # fmt: skip
     assert preview_form.lora_rows(snapshot)[0] == [WeightedLora(str(file), 0.8, 0.4)]
 
@@ -355,6 +368,47 @@ def test_a_picture_without_settings_and_no_picture_are_sentences(tmp_path: Path)
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png", pnginfo=info)
     with pytest.raises(DatasetError, match=r"\.$"):
         read_infotext(tmp_path / "bomb.png")
+
+
+def test_images_start_from_one_that_was_opened(app_state: AppState) -> None:
+    opened = open_file(app_state, picture(opened_folder(app_state) / "1", "start.png"))
+    assert "holds no settings" in opened["html"]
+    assert 'data-start-from="1/start.png"' in opened["html"]
+    with pytest.raises(RunError, match="open it again"):
+        start_from(app_state, {"file": "../draft.json"})
+    fields = start_from(app_state, {"file": "1/start.png"})["form"]["fields"]
+    kept = app_state.project.path / STARTS / "start.png"
+    assert (fields["image"], fields["denoising_strength"]) == (str(kept), 0.6)
+    assert kept.is_file()
+    snapshot = take_snapshot(app_state)
+    shot = preview_form.build_request(snapshot, fields | {"denoising_strength": "0.35"}, [])
+    assert (shot.image, shot.denoising_strength) == (str(kept), 0.35)
+    with pytest.raises(ConfigError, match="denoising strength 2 is out of range"):
+        preview_form.build_request(snapshot, fields | {"denoising_strength": 2}, [])
+    # Without an image, the number beside it plays no part.
+    assert preview_form.build_request(snapshot, {"denoising_strength": 2}, []) == preview_form.build_request(
+        snapshot, {}, []
+    )
+    # Settings of an image from noise take the image out of the form; others name what is missing.
+    text = shot.infotext(0.0, {})
+    assert apply_infotext(snapshot, parse_infotext(text)) == []
+    assert preview_form.load_fields(take_snapshot(app_state))["denoising_strength"] == 0.35
+    assert apply_infotext(snapshot, parse_infotext(replace(shot, image="").infotext(0.0, {}))) == []
+    snapshot = take_snapshot(app_state)
+    assert not preview_form.load_fields(snapshot)["image"]
+    assert apply_infotext(snapshot, parse_infotext(text)) == ["the image that it started from"]
+    assert parse_infotext(f"{text}, Hires upscale: 2").denoising_strength is None
+
+
+def test_a_run_s_sample_is_tried_with_its_own_options(app_state: AppState) -> None:
+    run, _ = run_with_file(app_state)
+    line = "a house --n trees, fog --w 64 --h 96 --d 11 --l 4 --s 3"
+    writer = EventWriter(run.events_file)
+    writer.write(PreviewDone(step=0, files=["a"], prompts=[line]))
+    writer.close()
+    shot = preview_form.build_run_request(take_snapshot(app_state), run.name)
+    assert (shot.prompt, shot.negative, shot.width, shot.height) == ("a house", "trees, fog", 64, 96)
+    assert (shot.seed, shot.cfg, shot.steps) == (11, 4.0, 3)
 
 
 # ---- HTML

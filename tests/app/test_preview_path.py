@@ -23,8 +23,9 @@ HELPERS = {
     "lora_core/generate/latent_preview.py": {"previewer", "latent_preview", "predict_clean"},
     "lora_core/models/device.py": {"best_device", "use_device"},
     "lora_core/models/load.py": {
-        "BaseModel.component", "BaseModel.latent_channels", "BaseModel.on_device", "BaseModel.resolution",
-        "BaseModel.size_multiple", "BaseModel.vae_scale_factor", "_DivideByOne.__rtruediv__",
+        "BaseModel.component", "BaseModel.image_size", "BaseModel.latent_channels", "BaseModel.on_device",
+        "BaseModel.resolution", "BaseModel.size_multiple", "BaseModel.vae_scale_factor",
+        "_DivideByOne.__rtruediv__",
     },
 }  # fmt: skip
 """Small functions of other files: whether a run needs the memory, where the image is noted, properties of the

@@ -3,16 +3,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
-from lora_core.errors import ConfigError
-from lora_core.generate.pipeline import generate_image, infotext, make_scheduler, rescale_guidance, save_png
+from lora_core.errors import ConfigError, DatasetError
+from lora_core.generate.pipeline import (
+    Pipeline,
+    encode_start,
+    generate_image,
+    infotext,
+    make_scheduler,
+    rescale_guidance,
+    save_png,
+)
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
 from lora_core.settings.schema import SAMPLERS
-from lora_core.system.files import DEMO_BASE
+from lora_core.system.files import DEMO_BASE, DEMO_TRAIN
+from lora_core.tools.svd import truncate_adapter
 
 CPU = torch.device("cpu")
 
@@ -44,6 +53,63 @@ def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sam
     difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean()
     assert difference < 1.0, f"{difference} of 255"
     assert ours.size == (128, 128)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return str(min(path for path in DEMO_TRAIN.iterdir() if path.suffix != ".txt"))
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_each_sampler_starts_from_an_image_as_in_diffusers(base, pipeline, image, sampler):
+    request = GenerationRequest(
+        prompt="owl", seed=5, steps=8, cfg=1.0, sampler=sampler, image=image, denoising_strength=0.4,
+        width=64, height=64,
+    )  # fmt: skip
+    ours = generate_image(base, request)
+    theirs = StableDiffusionImg2ImgPipeline.from_pipe(pipeline, torch_dtype=torch.float32)
+    theirs.scheduler = make_scheduler(base, sampler)
+    theirs.set_progress_bar_config(disable=True)
+    drawn = theirs(
+        "owl", image=encode_start(base, request), strength=0.4, num_inference_steps=8, guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    assert np.abs(np.asarray(ours, float) - np.asarray(drawn, float)).mean() < 1.0
+
+
+def test_the_strength_says_how_much_of_an_image_is_made_anew(base, image):
+    how = GenerationRequest(prompt="an owl", seed=5, steps=10, cfg=1.0, image=image, width=64, height=64)
+    with Image.open(image) as opened:
+        source = np.asarray(opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS), float)
+    away, steps = [], []
+    for strength in (0.01, 0.3, 0.6, 1.0):
+        done = []
+        made = generate_image(
+            base, replace(how, denoising_strength=strength), lambda *at, to=done: to.append(at)
+        )
+        away.append(np.abs(np.asarray(made, float) - source).mean())
+        steps.append(len(done))
+    assert away == sorted(away)
+    assert away[0] < 0.5 * away[-1]
+    assert steps == [1, 3, 6, 10]
+
+
+def test_an_open_pipeline_starts_from_the_image_as_it_is_now(base, image, tmp_path):
+    file = tmp_path / "start.png"
+    how = GenerationRequest(prompt="owl", steps=2, cfg=1.0, image=str(file), width=64, height=64)
+    opened = Pipeline(base, truncate_adapter)
+    Image.new("RGB", (80, 64), "red").save(file)
+    first = np.asarray(opened(how))
+    assert (first == np.asarray(generate_image(base, how))).all()
+    assert (first == np.asarray(opened(how))).all()
+    Image.new("RGB", (96, 64), "blue").save(file)
+    assert (first != np.asarray(opened(how))).any()
+    assert "Size: 64x64, Denoising strength: 0.6, " in opened.infotext(how)
+    assert "Denoising" not in opened.infotext(replace(how, image=""))
+    with pytest.raises(DatasetError, match="gone"):
+        opened(replace(how, image=str(tmp_path / "gone.png")))
+    with pytest.raises(ConfigError, match="denoising_strength = 2 is out of range"):
+        replace(how, denoising_strength=2).check()
 
 
 def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):

@@ -16,7 +16,7 @@ from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import encode_negative_prompt, encode_prompt
+from lora_core.models.encode import as_negative_prompt, encode_prompt
 from lora_core.models.load import load_base
 from tests.checkpoints import components, original_names, scheduler_config, write_folder, write_single
 
@@ -53,6 +53,11 @@ def made(tmp_path_factory):
 
     yield pair
     shutil.rmtree(root)
+
+
+def _without(base):
+    """The empty negative prompt."""
+    return as_negative_prompt(base, "", encode_prompt(base, [""]))
 
 
 def opened(path: Path, dtype: torch.dtype = torch.float32, **more):
@@ -117,7 +122,7 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
         torch.testing.assert_close(encode_prompt(base, [caption]).context, context)
     how = GenerationRequest(seed=5, steps=2, cfg=4.0, width=128, height=64)
     with torch.no_grad():
-        mine = sample_latents(base, how, encode_prompt(base, ["an owl"]), encode_negative_prompt(base, ""))
+        mine = sample_latents(base, how, encode_prompt(base, ["an owl"]), _without(base))
     noise = torch.randn(mine.shape, generator=torch.Generator().manual_seed(5))
     theirs = pipeline(
         "an owl",

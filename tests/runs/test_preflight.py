@@ -20,6 +20,7 @@ from lora_core.model_files import sizes
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.model_files.starting_settings import preset, preset_names
+from lora_core.runs.costs import num_rounds, seconds_between_steps
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.preflight import (
     RunProblem,
@@ -445,3 +446,35 @@ def test_a_path_that_is_too_long_is_a_problem(
     (problem,) = found(config, tmp_path, **{setting: "a" * 100_000})
     assert (problem.kind, problem.blocking) == (kind, True)
     assert len(problem.sentence) < 500
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a cat --w 100", "--w in the sample prompt 'a cat --w 100' is no multiple of 32; take 96, 128."),
+        ("a cat --h 16", "take 32."),
+        ("a cat --q 3", "--q in the sample prompt 'a cat --q 3' is not known"),
+        ("a (cat:1.2.3)", "'1.2.3' of a prompt is no number"),
+        ("a cat --n [a:b:0.5]", "not supported"),
+    ],
+)
+def test_a_sample_prompt_that_cannot_be_used_blocks(
+    config: RunConfig, tmp_path: Path, line: str, words: str
+) -> None:
+    (problem,) = found(config, tmp_path, sample__prompts=["a dog --w 64", line])
+    assert (problem.kind, problem.blocking) == ("sample", True)
+    assert words in problem.sentence
+
+
+def test_the_largest_sample_is_what_memory_and_time_are_counted_for(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    facts = read_base_facts("demo")
+    small = config.changed({"sample.prompts": ["a"], "sample.steps": 10})
+    large = config.changed({"sample.prompts": ["a", "b --w 512 --h 256 --s 20"], "sample.steps": 10})
+    assert sizes.sample_pixels(large, facts.resolution) == [128 * 128, 512 * 256]
+    assert sizes.preview_bytes(large) > sizes.preview_bytes(small.changed({"train.resolution": 128}))
+    own, asked = (seconds_between_steps(one, 1.0, 1.0, 4) for one in (small, large))
+    # 20 steps of eight times the pixels, beside 10 of one.
+    sampling = num_rounds(small.train.steps, small.sample.every) * 10 / small.train.steps
+    assert asked - own == pytest.approx(16 * sampling)

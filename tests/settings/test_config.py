@@ -18,11 +18,15 @@ from lora_core.settings.config import (
     help_of,
     label_of,
     load_toml,
+    parse_sample,
     parsed_assignment,
     pattern_lines,
     patterns_of_lines,
+    read_prompts,
+    sample_fields,
     to_toml,
 )
+from lora_core.settings.schema import SampleSection
 
 
 def refusal(**changes: object) -> str:
@@ -364,3 +368,62 @@ def test_messages_clip_what_is_too_long() -> None:
         f"The base {'a' * 200}…{'a' * 49}z is not there."
     )
     assert len(str(ConfigError("a b " * 100_000))) == LONGEST_SENTENCE
+
+
+SAMPLED = SampleSection(negative_prompt="blurry", seed=3, steps=9, cfg=4.0, sampler="euler")
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("a cat", {"prompt": "a cat"}),
+        ("a cat -- and a dog, e-mail", {"prompt": "a cat -- and a dog, e-mail"}),
+        # As in kohya's documents.
+        (
+            "1girl, upper body --n low quality, bad anatomy --w 768 --h 1024 --d 1 --l 7.5 --s 28",
+            {"prompt": "1girl, upper body", "negative": "low quality, bad anatomy",
+             "width": 768, "height": 1024, "seed": 1, "cfg": 7.5, "steps": 28},
+        ),
+        ("a cat --N  a  b  --ss euler_a", {"prompt": "a cat", "negative": "a  b", "sampler": "euler_a"}),
+        ("a cat --n", {"prompt": "a cat", "negative": ""}),
+    ],
+)  # fmt: skip
+def test_a_sample_prompt_has_options_of_its_own(line: str, changes: dict[str, object]) -> None:
+    usual = {
+        "negative": "blurry", "width": 0, "height": 0, "seed": 3, "steps": 9, "cfg": 4.0,
+        "cfg_rescale": "auto", "sampler": "euler",
+    }  # fmt: skip
+    assert parse_sample(SAMPLED, line) == sample_fields(SAMPLED, line) == usual | changes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--s many", "--s in the sample prompt 'a cat --s many' = 'many' should be a whole number"),
+        ("--s 201", "200"),
+        ("--s 2.5", "whole number"),
+        ("--d -1", "0"),
+        ("--l 0.5", "--l in the sample prompt"),
+        ("--w 5000", "= 5000 is out of range; it must be between 0 and 4,096"),
+        ("--h", "--h in the sample prompt"),
+        ("--ss dpm", "dpmpp_2m"),
+        ("--ar 16:9", "--ar in the sample prompt 'a cat --ar 16:9' is not known; there are --n, --w"),
+    ],
+)
+def test_a_wrong_option_of_a_sample_prompt_is_a_sentence(options: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.$") as error:
+        parse_sample(SAMPLED, f"a cat {options}")
+    assert words in str(error.value)
+    # A run of an earlier version, where all of it was text, goes on.
+    assert sample_fields(SAMPLED, f"a cat {options}")["prompt"] == f"a cat {options}"
+
+
+def test_a_file_of_kohyas_prompts_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# samples\n\na cat --s 5\n  a dog  \n", encoding="utf-8-sig")
+    assert read_prompts(file) == ["a cat --s 5", "a dog"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_prompts(file)
+    with pytest.raises(ConfigError, match="gone"):
+        read_prompts(tmp_path / "gone.txt")

@@ -29,7 +29,7 @@ from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.encode import encode_negative_prompt, encode_prompt
+from lora_core.models.encode import encode_prompts
 from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
 from lora_core.models.vae import decode_latents
@@ -77,7 +77,7 @@ def on_processor() -> BaseModel:
 def test_a_step_of_a_sampler_waits_for_nothing(on_processor: BaseModel) -> None:
     def latents(base: BaseModel, name: str) -> torch.Tensor:
         with torch.no_grad():
-            text, negative = encode_prompt(base, ["owl"]), encode_negative_prompt(base, "")
+            text, negative = encode_prompts(base, "owl")
         card.clear()
         request = GenerationRequest(
             seed=3, steps=4, cfg=3.0, sampler=name, width=64, height=64, cfg_rescale=0.7
@@ -117,8 +117,8 @@ def test_a_new_strength_copies_no_weights_and_reads_no_prompt_again(
     on_processor: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = module.encode_prompt
-    monkeypatch.setattr(module, "encode_prompt", lambda *a: (read.append(a[1][0]), real(*a))[1])
+    real = module.encode_prompts
+    monkeypatch.setattr(module, "encode_prompts", lambda *a: (read.append(a[1]), real(*a))[1])
     for parts, again in ((("unet",), 1), (("unet", "text_encoder"), 2)):
         with SimulatedDevice() as card:
             pipeline = pipeline_with(

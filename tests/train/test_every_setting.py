@@ -131,6 +131,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "sample.every": (0, SAMPLED),
     "sample.every_epochs": (1, {**SAMPLED, "train.steps": 4}),
     "sample.prompts": (["two dots"], SAMPLED),
+    "sample.negative_prompt": ("red", SAMPLED),
     "sample.seed": (5, SAMPLED),
     "sample.steps": (2, SAMPLED),
     "sample.cfg": (9.0, SAMPLED),

@@ -172,6 +172,6 @@ def test_validation_and_samples(tmp_path, config, rates):
     assert 0.0 not in (gain.gain, gain.train_gain, gain.prior)
     assert gain.against_best == pytest.approx(gain.gain)
     assert gain.base_loss == pytest.approx(gain.adapted_loss + gain.gain)
-    (file,) = draw_samples(session, config.sample, tmp_path / "sample", "x", lambda *_: None)
+    (file,) = draw_samples(session, tmp_path / "sample", "x", lambda *_: None)
     with Image.open(file) as image:
         assert image.size == (64, 64)

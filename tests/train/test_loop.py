@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -256,7 +257,29 @@ def test_a_frozen_text_encoder_leaves_memory_once_no_caption_can_be_new(tmp_path
     session = _session(tmp_path, config)
     assert bool(session.state.base.text_encoders) == shuffle
     _trained(session, config, 0, 1)
-    assert draw_samples(session, config.sample, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
+    assert draw_samples(session, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3], ids=["frozen text encoder", "trained text encoder"])
+def test_each_sample_is_drawn_as_its_line_says(tmp_path, config, rate):
+    lines = ["dot --n (red:1.3) --w 32 --h 64 --d 9 --l 3 --s 2", "(a: BREAK dot", "dot"]
+    changes = {"sample.prompts": lines, "sample.negative_prompt": "blue", "sample.steps": 2}
+    session = _session(
+        tmp_path, config.changed({**changes, "optimizer.text_encoder_lr": rate, "dataset.trigger": "tri"})
+    )
+    files = draw_samples(session, tmp_path / "sample", "x", lambda *_: None)
+    opened = [Image.open(file) for file in files]
+    assert [image.size for image in opened] == [(32, 64), (128, 128), (128, 128)]
+    texts = [image.text["parameters"] for image in opened]
+    assert texts[0].startswith("tri, dot <lora:x:1>\nNegative prompt: (red:1.3)\nSteps: 2, ")
+    assert "CFG scale: 3, Seed: 9, Size: 32x64" in texts[0]
+    assert texts[2].startswith("tri, dot <lora:x:1>\nNegative prompt: blue\nSteps: ")
+    assert session.prompts[0] == "tri, dot --n (red:1.3) --w 32 --h 64 --d 9 --l 3 --s 2"
+    # Each as if it were the only one.
+    for number, sample in enumerate(list(session.samples)):
+        session.samples[:] = [sample]
+        (alone,) = draw_samples(session, tmp_path / "alone", "x", lambda *_: None)
+        assert np.array_equal(np.asarray(Image.open(alone)), np.asarray(opened[number]))
 
 
 def test_settings_that_cannot_work_together_are_told(tmp_path, config):
