@@ -40,7 +40,7 @@ BROKEN = re.compile(
 )
 """What pip's log says after a connection broke: of a page of the index or a wheel that was cut short, older
 versions of pip only notice what it lacks. Other failures would only repeat."""
-EXTRAS = ("optimizers", "tensorboard")
+EXTRAS = ("optimizers", "tensorboard", "kinds")
 """Extras of pyproject.toml that every installation gets: the window offers what they bring."""
 CARD_EXTRAS = ("eight-bit",)
 """Extras that need an NVIDIA card."""

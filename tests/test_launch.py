@@ -365,7 +365,8 @@ def test_a_failed_installation_says_what_to_do_and_leaves_no_stamp(
 
 
 @pytest.mark.parametrize(
-    ("card", "extras"), [(False, "optimizers,tensorboard"), (True, "optimizers,tensorboard,eight-bit")]
+    ("card", "extras"),
+    [(False, "optimizers,tensorboard,kinds"), (True, "optimizers,tensorboard,kinds,eight-bit")],
 )
 def test_what_the_window_offers_is_installed(
     card: bool, extras: str, place: Path, monkeypatch: pytest.MonkeyPatch
@@ -401,7 +402,7 @@ def test_one_process_sets_up_and_the_other_finds_it_done(
     first.start()
     first.join()
     second.join()
-    assert installed == [("--editable", ".[optimizers,tensorboard,test]")]
+    assert installed == [("--editable", ".[optimizers,tensorboard,kinds,test]")]
     assert json.loads((place / ".venv" / "launch.json").read_text())["extra"] == "test"
 
 

@@ -93,4 +93,5 @@ def tiny_output(unet: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         latents = torch.randn(1, 4, 8, 8, generator=generator)
-        return unet(latents, torch.tensor([500]), torch.randn(1, 7, 32, generator=generator)).sample
+        width = unet.config["cross_attention_dim"]
+        return unet(latents, torch.tensor([500]), torch.randn(1, 7, width, generator=generator)).sample

@@ -202,8 +202,8 @@ def offload_store_for(device: torch.device, folder: Path) -> OffloadStore:
 Quantized = tuple[torch.Tensor, torch.Tensor]
 """A weight in 8 bits, and its scale for each output, shaped to be multiplied with it."""
 
-Update = tuple[torch.Tensor, torch.Tensor, float]
-"""up (out, r), down (r, in) and the factor of their product."""
+Update = tuple[torch.Tensor, torch.Tensor | None, float]
+"""up (out, r), down (r, in) and the factor of their product; or a matrix (out, in), None and its factor."""
 
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 """Where in a UNet layers are made compact: its first and last ones and those of the timestep are small, and
@@ -247,7 +247,7 @@ class CompactLayer(FrozenModule):
         self.register_buffer("scale", None, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CompactLayer":
-        self.updates = [(fn(up), fn(down), factor) for up, down, factor in self.updates]
+        self.updates = [(fn(up), down if down is None else fn(down), s) for up, down, s in self.updates]
         result: CompactLayer = super()._apply(fn, recurse)
         return result
 
@@ -261,7 +261,9 @@ class CompactLayer(FrozenModule):
         """The full weight, computed each time: W + sum of factor * up @ down."""
         weight = self.dequantize()
         for up, down, factor in self.updates:
-            weight = torch.addmm(weight.flatten(1), up, down, alpha=factor).view(self.shape)
+            flat = weight.flatten(1)
+            added = flat.add(up, alpha=factor) if down is None else flat.addmm(up, down, alpha=factor)
+            weight = added.view(self.shape)
         return weight
 
     weight: Any = property(materialize)

@@ -405,7 +405,7 @@ def measure_run_images(
     config, step = run.config(), run.step_of(which)
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
     base = (open_base or _load_base)(config.model)
-    weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
+    weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family, plain=False)
     reg = dataset.reg if config.dataset.reg_weight else []
     rows = image_rows(base, dataset.records, weights, config, draws, on_progress, reg)
     found = {"step": step, "triples": draws, "rows": rows}

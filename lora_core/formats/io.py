@@ -9,9 +9,11 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +26,15 @@ from lora_core.formats import kinds
 from lora_core.formats.layers import (
     Tensors,
     check_finite,
+    is_finite,
+    kernel_of,
+    layer_from_tensors,
+    read_alpha,
     reshape_adapter,
+    tensors_by_layer,
 )
-from lora_core.formats.peft import HEADER_KEY, add_peft_config
-from lora_core.lora.weights import AdapterWeights
+from lora_core.formats.peft import HEADER_KEY, add_peft_config, apply_header_alphas
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Update
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
@@ -40,6 +47,9 @@ AS_IT_IS = "as it is"
 CONVERTIBLE = ("LoHa", "LoKr", "DoRA")
 """Kinds of adapters that `tools/shrink.py` turns into plain LoRAs."""
 
+_LARGEST = 2**25
+"""Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
+
 _WRITER_KEYS = {
     HEADER_KEY, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format",
 }  # fmt: skip
@@ -48,18 +58,21 @@ _WRITER_KEYS = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
+def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -> AdapterWeights:
     """The adapter in a file of any known format; `family` is the base's, if it is to be used with one.
 
+    `plain`: whether a LoHa, a LoKr or a DoRA is refused; else its layers are in `others`.
+
     Raises:
-        AdapterFileError: the file is broken, holds no plain LoRA, holds values that are not finite, or is for
-            another family.
+        AdapterFileError: the file is broken, of a kind that cannot be used, holds values that are not finite,
+            or is for another family.
     """
     header = read_header(path)
     kind = kinds.detect_kind(header.shapes)
     if kind != "unknown":
         check_family(path, header)
-    if kind not in (kinds.LORA, kinds.LOCON):
+    is_plain = kind in (kinds.LORA, kinds.LOCON)
+    if not is_plain and (plain or kind not in CONVERTIBLE):
         what = kinds.describe_kind(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
         base, offer = " --base BASE" if kind == kinds.DORA else "", ""
         if kind in CONVERTIBLE:
@@ -69,13 +82,19 @@ def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
     tensors, texts = read_tensors(path)
     metadata = add_peft_config(path, tensors, texts)
     format = kinds.file_format(tensors)
-    if format not in FORMATS:
+    if is_plain and format not in FORMATS:
         raise AdapterFileError(f"{path} cannot be used: its tensors are named like no known format.")
+    if not is_plain and family is None:
+        family = kinds.require_family(path, header.shapes, header.metadata, "it cannot be used")
     other = kinds.mismatch(header.shapes, metadata, family) if family else ""
     if family and other:
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     try:
-        weights: AdapterWeights = _translator(format).from_tensors(tensors, metadata)
+        if is_plain:
+            weights: AdapterWeights = _translator(format).from_tensors(tensors, metadata)
+        else:
+            assert family is not None
+            weights = _mixed_weights(tensors, metadata, family)
         check_finite(weights)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
@@ -83,6 +102,64 @@ def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
     if family and extra:
         raise AdapterFileError(f"{path} adapts {', '.join(extra)}, which the {family.title} does not have.")
     return weights
+
+
+def _mixed_weights(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> AdapterWeights:
+    """The adapter in a file with LoHa, LoKr or DoRA in it, beside plain pairs."""
+    extras = kinds.extra_keys(tensors)
+    others: dict[LayerKey, Update] = {}
+    pairs: dict[LayerKey, LayerWeights] = {}
+    magnitudes, own_alphas = {}, set()
+    found = tensors_by_layer({key: t for key, t in tensors.items() if key not in extras}, family)
+    for layer, (name, roles) in found.items():
+        if "magnitude" in roles:
+            magnitudes[layer] = kinds.magnitude_from_tensor(name, roles.pop("magnitude"))
+            if not roles.keys() - {"alpha"}:
+                raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
+        factors = {role: tensor for role, tensor in roles.items() if role.startswith(("hada_", "lokr_"))}
+        if factors:
+            others[layer] = _lycoris_update(name, layer, factors, roles.get("alpha"), family)
+        else:
+            pairs[layer] = layer_from_tensors(name, roles)
+            own_alphas |= {layer} if "alpha" in roles else set()
+    plain = reshape_adapter(apply_header_alphas(pairs, metadata, own_alphas), family)
+    for layer, magnitude in magnitudes.items():
+        update = others.get(layer) or Update(".".join(layer), plain.layers.pop(layer))
+        others[layer] = replace(update, magnitude=magnitude)
+    return AdapterWeights(plain.layers, plain.metadata, others)
+
+
+def _lycoris_update(
+    name: str, layer: LayerKey, roles: Tensors, alpha: torch.Tensor | None, family: Family
+) -> Update:
+    if alpha is None and "." in name:
+        raise AdapterFileError(
+            f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
+            " with PEFT first."
+        )
+    kinds.check_lycoris_factors(name, roles)
+    update = Update(".".join(layer), None, roles, kernel=kernel_of(layer, family) or ())
+    # Without a rank, as in a LoKr of two full matrices, alpha means nothing.
+    scale = 1.0
+    if alpha is not None and update.rank:
+        if alpha.numel() != 1:
+            raise AdapterFileError(
+                f"{name!r} has an alpha of shape {list(alpha.shape)}; it must be one number."
+            )
+        scale = read_alpha(alpha) / update.rank
+    update = replace(update, scale=scale)
+    if not (math.isfinite(scale) and all(map(is_finite, roles.values()))):
+        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
+    try:
+        size = update.weight_shape
+    except RuntimeError as error:
+        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in roles.items())
+        raise AdapterFileError(f"{name!r} has shapes that do not fit together: {shapes}.") from error
+    if len(size) not in (2, 4) or torch.Size(size).numel() > _LARGEST:
+        raise AdapterFileError(
+            f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
+        )
+    return update
 
 
 def save_adapter(
@@ -114,7 +191,7 @@ def save_adapter(
     check_finite(weights)
     translator = _translator(format)
     tensors = {
-        name: tensor if name.endswith(".alpha") else _cast(name, tensor, dtype)
+        name: tensor if name.endswith((".alpha", ".dora_scale")) else _cast(name, tensor, dtype)
         for name, tensor in translator.to_tensors(weights, family, keep_alphas).items()
     }
     given = weights.metadata if metadata is None else metadata

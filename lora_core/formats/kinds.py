@@ -252,25 +252,3 @@ def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:
         raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
     columns = "." not in name and stored.dim() > 1 and stored.shape[0] == 1
     return stored.reshape(1, -1) if columns else stored.reshape(-1, 1)
-
-
-def dora_update(
-    weight: torch.Tensor, product: torch.Tensor, magnitude: torch.Tensor, norm: str = ""
-) -> torch.Tensor:
-    """m (W0 + update) / |V| - W0 in fp32, Liu et al. 2024, equation 5.
-
-    Args:
-        weight: W0, (out, in) or (out, in, k, k).
-        product: the update before magnitudes, with as many elements.
-        magnitude: m, (out, 1) or (1, in).
-        norm: what |V| is: "rows" or "columns" of W0 + update, or "base rows", those of W0 alone; "" for
-            the axis of the magnitudes.
-    """
-    merged = weight + product.reshape(weight.shape)
-    norm = norm or ("rows" if magnitude.shape[1] == 1 else "columns")
-    normed = (weight if norm == "base rows" else merged).reshape(*weight.shape[:2], -1)
-    lengths = normed.norm(dim=(0, 2) if norm == "columns" else (1, 2)).reshape(
-        (1, -1) if norm == "columns" else (-1, 1)
-    )
-    factor = magnitude.float() / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-    return merged * factor.reshape(*factor.shape, *(1,) * (weight.dim() - 2)) - weight

@@ -1,4 +1,5 @@
-"""The kohya format: `<prefix>.lora_down.weight`, `.lora_up.weight`, `.alpha`. All tools read it.
+"""The kohya format: `<prefix>.lora_down.weight`, `.lora_up.weight`, `.alpha`. All tools read it. Layers of
+other kinds have the names that LyCORIS gives them: `.hada_w1_a`, `.lokr_w1`, `.dora_scale`.
 
 One alpha for the whole file, because diffusers 0.42 takes the most frequent alpha of a component for most
 layers; where layers differ, `lora_up` is scaled instead. Ranks may differ.
@@ -33,7 +34,7 @@ def file_alpha(weights: AdapterWeights) -> float:
     """
     counts = Counter(layer.alpha for layer in weights.layers.values() if layer.alpha != 0)
     if not counts:
-        return float(next(iter(weights.layers.values())).rank)
+        return float(next((layer.rank for layer in weights.layers.values()), 0))
     return counts.most_common(1)[0][0]
 
 
@@ -46,11 +47,16 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
         strength.
 
     Raises:
-        AdapterFileError: a layer has no name in this format, or is no plain LoRA.
+        AdapterFileError: a layer has no name in this format, or there is none.
     """
-    check_plain(weights)
+    tensors: Tensors = {
+        f"{prefix_of_layer(part, path, family)}.{end}": tensor
+        for (part, path), update in weights.others.items()
+        for end, tensor in update.tensors().items()
+    }
+    if not weights.others:
+        check_plain(weights)
     common = file_alpha(weights)
-    tensors: Tensors = {}
     for (part, path), layer in weights.layers.items():
         prefix = prefix_of_layer(part, path, family)
         kept = layer.alpha == common or keep_alphas
@@ -67,12 +73,17 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
 
 
 def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
-    """The header entries that other tools need to treat the file correctly."""
-    rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(file_alpha(weights)),
+    """The header entries that other tools need to treat the file correctly. LyCORIS' `network_args` and the
+    rank of the kinds other than LoRA follow from a run's settings, see `metadata.export_metadata`."""
+    network = {"ss_network_module": "lycoris.kohya"}
+    if weights.layers:
+        rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
+        network = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(file_alpha(weights)),
+        }
+    return network | {
         "ss_base_model_version": family.base_version,
         "ss_v2": str(family.base_version.startswith("sd_v2")),
         "modelspec.sai_model_spec": "1.0.0",

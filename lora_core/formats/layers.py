@@ -44,7 +44,7 @@ def reshape_adapter(weights: AdapterWeights, family: Family) -> AdapterWeights:
         elif down.dim() == 4 and kernel == () and down.shape[2:] == (1, 1):
             layer = replace(layer, down=down.flatten(1), up=up.flatten(1))
         layers[key] = layer
-    return AdapterWeights(layers, weights.metadata)
+    return replace(weights, layers=layers)
 
 
 def norm_layers(layout: Layout) -> list[LayerKey]:
@@ -343,29 +343,27 @@ def check_finite(weights: AdapterWeights) -> None:
     Raises:
         AdapterFileError: names the first layer with such a value, and how many there are.
     """
+    layers = weights.every_layer()
     bad = [
-        f"{part}.{path}"
-        for (part, path), layer in weights.layers.items()
-        if not (is_finite(layer.down) and is_finite(layer.up) and math.isfinite(layer.alpha))
+        ".".join(key) for key, layer in layers.items() if not all(map(is_finite, layer.tensors().values()))
     ]
     if bad:
         raise AdapterFileError(
-            f"{len(bad)} of {len(weights.layers)} layers hold numbers that are not finite (NaN or infinity),"
+            f"{len(bad)} of {len(layers)} layers hold numbers that are not finite (NaN or infinity),"
             f" the first is {bad[0]}; the adapter is broken."
         )
 
 
 def check_plain(weights: AdapterWeights) -> None:
-    """Refuse what cannot be written as a plain LoRA.
+    """Refuse what is no plain LoRA.
 
     Raises:
-        AdapterFileError: there is no layer, or one has DoRA magnitudes.
+        AdapterFileError: there is no layer, or one of another kind.
     """
-    if not weights.layers:
+    if not weights.every_layer():
         raise AdapterFileError("The adapter has no layer, so there is nothing to write.")
-    dora = [f"{part}.{path}" for (part, path), layer in weights.layers.items() if layer.magnitude is not None]
-    if dora:
+    if weights.others:
         raise AdapterFileError(
-            f"{dora[0]} has DoRA magnitudes, which tools read in different ways; only a plain LoRA can be"
-            " written."
+            f"{'.'.join(next(iter(weights.others)))} is a LoHa, a LoKr or a DoRA, and this takes a plain LoRA"
+            " alone; merge it into one with --rank, or keep to the kohya format."
         )

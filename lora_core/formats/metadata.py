@@ -24,6 +24,7 @@ from lora_core.formats.kinds import detect_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.starting_settings import CONFIG_KEY, kohya_header
 from lora_core.settings.config import RunConfig, to_toml
+from lora_core.settings.schema import ADAPTER_KINDS
 from lora_core.system.files import parse_json, write_atomically
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def export_metadata(
     """
     section, objective = config.adapter, base.noise.objective
     trigger = "" if config.slider.on else config.dataset.trigger
+    kind = ADAPTER_KINDS[section.kind]
     family, name, side = base.family, _last_name(config.name), config.train.resolution or base.resolution
     title = base.family.title if base.name == "demo" else Path(base.name).name
     folder = "demo" if config.dataset.path == "demo" else Path(_last_name(config.dataset.path)).stem
@@ -63,7 +65,7 @@ def export_metadata(
         "ss_v2": str(family.base_version.startswith("sd_v2")),
         "ss_sd_model_name": _last_name(title),
         "ss_clip_skip": str(max(1, config.train.clip_skip)),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if kind.network_args else "networks.lora",
         "ss_network_dim": str(section.rank),
         "ss_network_alpha": str(float(section.alpha)),
         "ss_training_started_at": str(times[0]),
@@ -96,7 +98,9 @@ def export_metadata(
 
 def _kind(config: RunConfig) -> str:
     slider = config.slider
-    return f"Slider from “{slider.negative}” (-1) to “{slider.positive}” (1)" if slider.on else "LoRA adapter"
+    if slider.on:
+        return f"Slider from “{slider.negative}” (-1) to “{slider.positive}” (1)"
+    return f"{ADAPTER_KINDS[config.adapter.kind].title} adapter"
 
 
 def _settings_texts(config: RunConfig) -> dict[str, str]:
@@ -105,6 +109,9 @@ def _settings_texts(config: RunConfig) -> dict[str, str]:
     network_args: dict[str, Any] = {"targets": section.targets, "dropout": section.dropout}
     unusual = ("rslora", "block_ranks", "block_alphas")
     network_args |= {name: value for name in unusual if (value := getattr(section, name))}
+    network_args |= ADAPTER_KINDS[section.kind].network_args
+    own = {"conv_dim": section.conv_rank, "conv_alpha": section.conv_alpha}
+    network_args |= {name: str(value) for name, value in own.items() if value}
     settings = _shareable(tomllib.loads(to_toml(config)))
     texts = {"ss_network_args": json.dumps(network_args), CONFIG_KEY: tomli_w.dumps(settings)}
     for key, dotted in kohya_header()["write"].items():

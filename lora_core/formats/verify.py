@@ -18,7 +18,7 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds, peft
 from lora_core.formats.io import check_family, file_hashes, read_tensors
-from lora_core.formats.kinds import check_lycoris_factors, dora_update, magnitude_from_tensor
+from lora_core.formats.kinds import check_lycoris_factors, magnitude_from_tensor
 from lora_core.formats.layers import (
     PAIR_ROLES,
     Tensors,
@@ -32,7 +32,7 @@ from lora_core.formats.layers import (
     split_key,
 )
 from lora_core.formats.loaders import KRON, LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, dora_update
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
@@ -273,7 +273,10 @@ def run_loaders(
     # Of the file itself only the scales matter.
     products: Products = {key: (1.0, layer.scale, layer.scale**2) for key, layer in meant.layers.items()}
     if live is not None:
+        # Layers of other kinds were compared when they were written; what counts is how a tool reads them.
+        others = {key: products[key] for key in live.others if key in products}
         products = {key: _inner_products(meant.layers.get(key), own) for key, own in live.layers.items()}
+        products |= others
     expected = Expected(meant, products, magnitudes, weight_of)
     return {tool: _run(loader, file, expected) for tool, loader in LOADERS.items()}
 

@@ -217,8 +217,8 @@ class Pipeline:
         self.kept = kept
         self._merger = Merger(base.modules)
         keep = functools.lru_cache(MOST_ADAPTERS)
-        self._read = read = keep(lambda file, time, size: load_adapter(Path(file), base.family))
-        self._truncated = keep(lambda rank, *version: truncate(read(*version), rank))
+        self._read = keep(lambda file, time, size: load_adapter(Path(file), base.family, plain=False))
+        self._truncated = keep(lambda rank, file, *_: truncate(load_adapter(Path(file), base.family), rank))
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)

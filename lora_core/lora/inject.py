@@ -14,14 +14,18 @@ from torch import nn
 
 from lora_core.backends.base import Adaptable, replace_submodule
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, layer_by_path
+from lora_core.lora.kinds import layer_maker
+from lora_core.lora.layer import AdaptedLayer, DropoutState, LoraLayer
+from lora_core.lora.weights import (
+    AdapterWeights,
+    LayerKey,
+    LayerWeights,
+    LoraSpec,
+    Update,
+    layer_by_path,
+)
 from lora_core.model_files.families import Targets, canonical_path
-from lora_core.settings.schema import AdapterSection, compile_pattern, last_matches
-
-ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
-"""Kinds of adapters that can be trained, by `LoraSpec.kind`. With a second one, `adapter.kind` becomes a
-setting."""
+from lora_core.settings.schema import ADAPTER_KINDS, AdapterSection, chosen, compile_pattern, last_matches
 
 
 def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
@@ -57,7 +61,8 @@ def plan_layers(
 
     A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept`, those of an
     adapter to continue, and another layer of its part is trained. With rsLoRA the scale is alpha / sqrt(rank)
-    instead of alpha / rank (Kalajdzievski 2023).
+    instead of alpha / rank (Kalajdzievski 2023). Convolutions larger than 1 x 1 have a rank and an alpha of
+    their own, unless those are 0.
 
     Raises:
         ConfigError: a pattern matches no layer, a trained part has no such layer, or
@@ -79,12 +84,20 @@ def plan_layers(
     )
     rate_of = {key: own_rates.get(key, rates[key[0]]) for key in found}
     trained = {part for part, _ in (key for key in found if rate_of[key] > 0 and ranks.get(key, 1) > 0)}
+
+    def is_large(key: LayerKey) -> bool:
+        layer = (layer_by_path(modules[key[0]], key[1]) or ("", None))[1]
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
     plans: dict[LayerKey, LayerPlan] = {}
     for key in found:
-        rank = int(ranks.get(key, section.rank))
+        larger = (section.conv_rank, section.conv_alpha) if is_large(key) else (0, 0.0)
+        rank = int(ranks.get(key, larger[0] or section.rank))
         if rank > 0 and (rate_of[key] > 0 or (key in kept and key[0] in trained)):
-            alpha = alphas.get(key, section.alpha) * (math.sqrt(rank) if section.rslora else 1.0)
-            spec = LoraSpec(rank, alpha, section.dropout, section.rank_dropout, section.module_dropout)
+            alpha = alphas.get(key, larger[1] or section.alpha)
+            alpha *= math.sqrt(rank) if section.rslora else 1.0
+            dropouts = section.dropout, section.rank_dropout, section.module_dropout
+            spec = LoraSpec(rank, alpha, *dropouts, section.kind)
             plans[key] = LayerPlan(spec, rate_of[key])
     for setting, table in tables.items():
         _check_patterns(setting, table, found, plans)
@@ -125,7 +138,7 @@ def _check_patterns(
 class Injected:
     """Trainable layers in a base, by (part, module path)."""
 
-    layers: dict[LayerKey, LoraLayer]
+    layers: dict[LayerKey, AdaptedLayer]
     dropout_state: DropoutState
 
     def parameters(self) -> list[nn.Parameter]:
@@ -163,19 +176,22 @@ def inject(
 def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSpec], seed: int) -> Injected:
     """Replace each layer that `specs` names by a trainable one around it; arguments as of `inject`."""
     state = DropoutState(seed)
-    layers: dict[LayerKey, LoraLayer] = {}
+    layers: dict[LayerKey, AdaptedLayer] = {}
     for (part, name), spec in specs.items():
         located = layer_by_path(modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
-        layers[part, name] = ADAPTERS[spec.kind](base, f"{part}/{name}", spec, state, seed)
+        make = layer_maker(chosen(ADAPTER_KINDS, spec.kind, "adapter.kind").resolve())
+        layers[part, name] = make(base, f"{part}/{name}", spec, state, seed)
         replace_submodule(modules[part], path, layers[part, name])
     return Injected(layers, state)
 
 
 def adapter_weights(injected: Injected) -> AdapterWeights:
     """The canonical form of what was trained."""
-    return AdapterWeights({key: layer.layer_weights() for key, layer in injected.layers.items()})
+    found = {key: layer.layer_weights() for key, layer in injected.layers.items()}
+    plain = {key: layer for key, layer in found.items() if isinstance(layer, LayerWeights)}
+    return AdapterWeights(plain, others={key: one for key, one in found.items() if isinstance(one, Update)})
 
 
 def load_weights(injected: Injected, weights: AdapterWeights) -> None:
@@ -184,14 +200,16 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
     Raises:
         AdapterFileError: the two do not have the same layers and shapes.
     """
-    if set(weights.layers) != set(injected.layers):
-        odd = sorted(set(weights.layers) ^ set(injected.layers))[0]
+    every_layer = weights.every_layer()
+    if set(every_layer) != set(injected.layers):
+        odd = sorted(set(every_layer) ^ set(injected.layers))[0]
         raise AdapterFileError(
             f"The saved adapter does not have the layers of this run; they differ at {' '.join(odd)}."
         )
     for key, layer in injected.layers.items():
-        saved = weights.layers[key]
-        if saved.down.numel() != layer.down.numel() or saved.up.numel() != layer.up.numel():
+        saved = every_layer[key]
+        given = zip(layer.trained(), layer.factors_of(saved), strict=False)
+        if any(own.numel() != one.numel() for own, one in given):
             raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
         layer.from_layer_weights(saved)
 
@@ -200,6 +218,7 @@ def act_as(injected: Injected, weights: AdapterWeights) -> None:
     """Have trainable layers act as `weights`, of at most their ranks; those that it lacks do nothing."""
     for key, layer in injected.layers.items():
         own, given = layer.layer_weights(), weights.layers.get(key)
+        assert isinstance(own, LayerWeights)
         fitted = fit_to_rank(given, own)[0] if given else replace(own, up=torch.zeros_like(own.up))
         layer.from_layer_weights(fitted)
 
@@ -214,24 +233,34 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
     Raises:
         AdapterFileError: nothing of it fits, or a layer has another shape than the base's.
     """
-    common = [key for key in injected.layers if key in weights.layers]
+    every_layer = weights.every_layer()
+    common = [key for key in injected.layers if key in every_layer]
     if not common:
         raise AdapterFileError(
             f"{name} adapts none of the layers that are to be trained; see adapter.targets."
         )
     energy, lost_energy, truncated = 0.0, 0.0, 0
     for key in common:
-        layer, given = injected.layers[key], weights.layers[key]
+        layer, given = injected.layers[key], every_layer[key]
         wanted, size = tuple(layer.base.weight.shape), given.weight_shape
         if size[0] != wanted[0] or math.prod(size) != math.prod(wanted):
             raise AdapterFileError(
                 f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
                 f" {list(wanted)}; it is for another base."
             )
+        low = given if isinstance(given, LayerWeights) else given.low
+        if low is None or not isinstance(layer, LoraLayer):
+            _take_over(layer, given, f"{name} cannot be continued: its layer {'.'.join(key)}")
+            continue
+        if isinstance(given, Update) and given.magnitude is not None and given.magnitude.shape[0] != 1:
+            raise AdapterFileError(
+                f"{name} cannot be continued: its DoRA magnitudes are of rows, as PEFT has them, and those"
+                " trained here are of columns; make a plain LoRA of it first, with `merge --rank`."
+            )
         fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.spec.alpha)
-        fitted, kept, lost = fit_to_rank(given, fresh)
-        layer.from_layer_weights(fitted)
-        if given.rank > fresh.rank:
+        fitted, kept, lost = fit_to_rank(low, fresh)
+        layer.from_layer_weights(fitted if isinstance(given, LayerWeights) else replace(given, low=fitted))
+        if low.rank > fresh.rank:
             energy, lost_energy, truncated = energy + kept + lost, lost_energy + lost, truncated + 1
     notes = []
     if truncated:
@@ -240,13 +269,25 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
             f"{truncated} layers of {name} have a higher rank than this run; their best approximation holds"
             f" {100 * share:.1f}% of their energy."
         )
-    left = len(weights.layers) - len(common)
+    left = len(every_layer) - len(common)
     if left:
         notes.append(
-            f"{left} of the {len(weights.layers)} layers of {name} are not continued, because this run does"
+            f"{left} of the {len(every_layer)} layers of {name} are not continued, because this run does"
             " not train them; its result is without them."
         )
     return notes
+
+
+def _take_over(layer: AdaptedLayer, given: LayerWeights | Update, its_layer: str) -> None:
+    """Have a fresh layer act as an update of its kind, whose factors have to be as large as its own."""
+    own, found = layer.layer_weights().tensors(), given.tensors()
+    sizes, wanted = ({name: tensor.numel() for name, tensor in each.items()} for each in (found, own))
+    if sizes != wanted or given.scale != layer.layer_weights().scale:
+        raise AdapterFileError(
+            f"{its_layer} has the factors {sizes} at the scale {given.scale:g}, and this run {wanted} at"
+            f" {layer.layer_weights().scale:g}; set adapter.kind, rank and alpha to those of the file."
+        )
+    layer.from_layer_weights(given)
 
 
 def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.backends.base import Adaptable, conv2d_grads, frozen_layer
-from lora_core.lora.weights import LayerWeights
+from lora_core.lora.weights import LayerWeights, LoraSpec, Update
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,32 @@ class FlatParams:
         data: (N,), fp32; its `grad` is never None.
         groups: one trained tensor for each group, a view of `data`; its `grad` is a view of that of `data`.
             With `split_a_b` two: the group's down factors, then all others.
-        factor_names: names of the parameters that each of a group's tensors holds.
+        factors: the layers' parameters that each of them holds.
     """
 
-    def __init__(self, groups: Sequence[Sequence["LoraLayer"]], split_a_b: bool = False) -> None:
+    def __init__(self, groups: Sequence[Sequence["AdaptedLayer"]], split_a_b: bool = False) -> None:
         """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
         factors = [factor for group in groups for layer in group for factor in layer.trained()]
         self.data = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
         self.grads = self.data.grad = torch.zeros_like(self.data)
         self.groups: list[nn.Parameter] = []
-        first, *others = groups[0][0].factor_names
-        self.factor_names = ((first,), tuple(others)) if split_a_b else ((first, *others),)
+        self.factors: list[list[nn.Parameter]] = []
         self._casts: dict[torch.dtype, _CastCopy] = {}
         self._homes: dict[int, tuple[int, torch.Tensor]] = {}
         end = 0
         for group in groups:
-            starts: dict[tuple[int, str], int] = {}
-            for names in self.factor_names:
-                start = end
-                for number, layer in enumerate(group):
-                    for name in names:
-                        starts[number, name] = end
-                        end = self._move(layer, name, end)
+            starts: list[dict[str, int]] = [{} for _ in group]
+            for part in (slice(1), slice(1, None)) if split_a_b else (slice(None),):
+                start, moved = end, []
+                for layer, places in zip(group, starts, strict=True):
+                    for name in layer.factor_names[part]:
+                        places[name] = end
+                        moved.append(self._move(layer, name, end))
+                        end += moved[-1].numel()
                 self.groups.append(self._part(start, end))
-            for number, layer in enumerate(group):
-                sizes = len(layer.down), layer.down[0].numel(), layer.up.shape[0]
-                layer.param_view = ParamView(self, starts[number, "down"], starts[number, "up"], *sizes)
+                self.factors.append(moved)
+            for layer, places in zip(group, starts, strict=True):
+                layer.bind(self, places)
 
     def checksum(self) -> int:
         """The sum of the bits of all parameters, to tell whether anything was written to them."""
@@ -119,14 +119,13 @@ class FlatParams:
             copy.stale = False
         return copy
 
-    def _move(self, layer: "LoraLayer", name: str, start: int) -> int:
+    def _move(self, layer: "AdaptedLayer", name: str, start: int) -> nn.Parameter:
         factor: nn.Parameter = getattr(layer, name)
-        end = start + factor.numel()
-        moved = self._part(start, end, factor.shape)
+        moved = self._part(start, start + factor.numel(), factor.shape)
         with torch.no_grad():
             moved.copy_(factor)
-        setattr(layer, name, moved)
-        return end
+        layer.set_factor(name, moved)
+        return moved
 
     def _part(self, start: int, end: int, shape: torch.Size | None = None) -> nn.Parameter:
         shape = shape or torch.Size([end - start])
@@ -176,24 +175,6 @@ class _CastCopy:
         self.stale = True
 
 
-@dataclass(frozen=True)
-class LoraSpec:
-    """What all layers of one adapter share: rank, alpha, the probabilities of three kinds of dropout, and
-    the kind, a key of `inject.ADAPTERS`."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    kind: str = "lora"
-
-    @property
-    def drops(self) -> bool:
-        """Whether any dropout is on."""
-        return max(self.dropout, self.rank_dropout, self.module_dropout) > 0
-
-
 @dataclass
 class DropoutState:
     """Position in training, set before each micro-batch: dropout masks follow from it alone, so a layer in a
@@ -208,23 +189,12 @@ class DropoutState:
     rows: int = 0
 
 
-class LoraLayer(nn.Module):
-    """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
+class AdaptedLayer(nn.Module):
+    """A frozen layer with a trained update; the kinds of adapters are subclasses, with a row in
+    `assets/choices.toml`. They name their parameters in `factor_names`, compute `forward`, and translate
+    themselves to and from what files hold."""
 
-    down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
-    so that training starts at the base exactly. Both are fp32 whatever the base's dtype is. A layer whose
-    factors are in a `FlatParams` is fused, unless a dropout is on.
-
-    Other kinds of adapters subclass it and have a row in `inject.ADAPTERS`. They name their parameters in
-    `factor_names`, which all layers of an adapter share, change `forward`, and translate themselves to and
-    from a plain LoRA.
-
-    Source: Hu et al. 2021, section 4.1, equation 3.
-    """
-
-    factor_names: ClassVar[tuple[str, ...]] = ("down", "up")
-    param_view: ParamView | None = None
-    """Set once a `FlatParams` holds the parameters."""
+    factor_names: tuple[str, ...]
 
     def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
         """Wrap `base`; `name` and `seed` decide the random start and the dropout masks."""
@@ -233,15 +203,9 @@ class LoraLayer(nn.Module):
         self.name = name
         self.spec = spec
         self.dropout_state = state
+        self.drops = max(spec.dropout, spec.rank_dropout, spec.module_dropout) > 0
         self.strength = 1.0
-        weight = base.weight
-        generator = torch.Generator().manual_seed(_hash_seed(seed, name))
-        down = torch.empty(spec.rank, *weight.shape[1:])
-        # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the start of PyTorch's linear layers and of the reference LoRA.
-        down.uniform_(-1.0, 1.0, generator=generator).div_(down[0].numel() ** 0.5)
-        up = torch.zeros(weight.shape[0], spec.rank, *[1] * (weight.dim() - 2))
-        self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(up.to(weight.device))
+        self.flat: FlatParams | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -253,10 +217,75 @@ class LoraLayer(nn.Module):
         """The frozen bias."""
         return self.base.bias
 
+    def trained(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of their names."""
+        return [getattr(self, name) for name in self.factor_names]
+
+    def set_factor(self, name: str, factor: nn.Parameter) -> None:
+        """Replace a trained parameter."""
+        setattr(self, name, factor)
+
+    def bind(self, flat: FlatParams, starts: dict[str, int]) -> None:
+        """Note the `FlatParams` that holds the parameters, and where each begins in it."""
+        self.flat = flat
+
+    def limit_norm(self, limit: float) -> None:
+        """Scale the update so that its norm is at most `limit`."""
+        raise NotImplementedError
+
+    def layer_weights(self) -> LayerWeights | Update:
+        """A detached copy of the update, on the CPU."""
+        raise NotImplementedError
+
+    def factors_of(self, weights: LayerWeights | Update) -> list[torch.Tensor]:
+        """What the trained parameters are where the layer acts as `weights`, in their order."""
+        raise NotImplementedError
+
+    def from_layer_weights(self, weights: LayerWeights | Update) -> None:
+        """Take over an update of the same kind, rank and alpha, bit for bit."""
+        with torch.no_grad():
+            for factor, given in zip(self.trained(), self.factors_of(weights), strict=False):
+                factor.copy_(given.reshape(factor.shape))
+        if self.flat is not None:
+            self.flat.mark_changed()
+
+
+class LoraLayer(AdaptedLayer):
+    """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
+
+    down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
+    so that training starts at the base exactly. Both are fp32 whatever the base's dtype is. A layer whose
+    factors are in a `FlatParams` is fused, unless a dropout is on.
+
+    Source: Hu et al. 2021, section 4.1, equation 3.
+    """
+
+    factor_names: tuple[str, ...] = ("down", "up")
+    param_view: ParamView | None = None
+    """Set once a `FlatParams` holds the parameters."""
+
+    def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
+        """See `AdaptedLayer`."""
+        super().__init__(base, name, spec, state, seed)
+        weight = base.weight
+        generator = torch.Generator().manual_seed(hash_seed(seed, name))
+        down = torch.empty(spec.rank, *weight.shape[1:])
+        # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the start of PyTorch's linear layers and of the reference LoRA.
+        down.uniform_(-1.0, 1.0, generator=generator).div_(down[0].numel() ** 0.5)
+        up = torch.zeros(weight.shape[0], spec.rank, *[1] * (weight.dim() - 2))
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(up.to(weight.device))
+
+    def bind(self, flat: FlatParams, starts: dict[str, int]) -> None:
+        """Compute with views of `flat` from now on."""
+        super().bind(flat, starts)
+        sizes = len(self.down), self.down[0].numel(), self.up.shape[0]
+        self.param_view = ParamView(flat, starts["down"], starts["up"], *sizes)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
         scale = self.strength * self.spec.alpha / self.spec.rank
-        dropping = self.training and self.spec.drops
+        dropping = self.training and self.drops
         if self.param_view is not None and scale and not dropping:
             fused = _LoraConv2d if isinstance(self.base, nn.Conv2d) else _LoraLinear
             # Autograd is given the factors only so that y has a gradient.
@@ -280,7 +309,7 @@ class LoraLayer(nn.Module):
     def _dropped_update(self, x: torch.Tensor) -> torch.Tensor:
         """The update, masks drawn from (seed, micro-batch, layer), kept values scaled by 1 / (1 - p)."""
         state, spec = self.dropout_state, self.spec
-        seed = _hash_seed(state.seed, f"{state.micro_batch}/{self.name}")
+        seed = hash_seed(state.seed, f"{state.micro_batch}/{self.name}")
         draw = torch.Generator(x.device).manual_seed(seed)
         keep_module = torch.rand((), generator=draw, device=x.device) >= spec.module_dropout
         keep_rank = torch.rand(spec.rank, generator=draw, device=x.device) >= spec.rank_dropout
@@ -304,10 +333,6 @@ class LoraLayer(nn.Module):
         full = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
         return full[each * state.first : each * state.last]
 
-    def trained(self) -> list[nn.Parameter]:
-        """The trained parameters, in the order of their names."""
-        return [getattr(self, name) for name in self.factor_names]
-
     def limit_norm(self, limit: float) -> None:
         """Scale both factors alike so that the norm of the whole update is at most `limit`.
 
@@ -321,17 +346,14 @@ class LoraLayer(nn.Module):
         down.mul_(factor)
         up.mul_(factor)
 
-    def layer_weights(self) -> LayerWeights:
-        """A detached copy of the factors, on the CPU."""
+    def layer_weights(self) -> LayerWeights | Update:
+        """See `AdaptedLayer`."""
         return LayerWeights(self.down.detach().cpu().clone(), self.up.detach().cpu().clone(), self.spec.alpha)
 
-    def from_layer_weights(self, weights: LayerWeights) -> None:
-        """Take over factors of the same rank and alpha, bit for bit."""
-        with torch.no_grad():
-            self.down.copy_(weights.down.reshape(self.down.shape))
-            self.up.copy_(weights.up.reshape(self.up.shape))
-        if self.param_view is not None:
-            self.param_view.flat.mark_changed()
+    def factors_of(self, weights: LayerWeights | Update) -> list[torch.Tensor]:
+        """See `AdaptedLayer`."""
+        assert isinstance(weights, LayerWeights)
+        return [weights.down, weights.up]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -419,6 +441,6 @@ class _LoraConv2d(torch.autograd.Function):
         return (x_grad, *(None,) * 5)
 
 
-def _hash_seed(seed: int, text: str) -> int:
+def hash_seed(seed: int, text: str) -> int:
     """A 63-bit integer that follows from both."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8], "little") >> 1

@@ -5,7 +5,7 @@ where that is short."""
 import functools
 import importlib.util
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import RunConfig, sample_fields
-from lora_core.settings.schema import SLIDER_STRENGTHS, TARGETS, last_matches, rows
+from lora_core.settings.schema import ADAPTER_KINDS, SLIDER_STRENGTHS, TARGETS, last_matches, rows
 from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
@@ -96,11 +96,45 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     )
 
 
+def count_lora(rank: int, shape: Sequence[int]) -> int:
+    """The parameters of a LoRA on a weight (out, in) or (out, in, k, k); also of the other kinds below."""
+    return rank * (shape[0] + math.prod(shape[1:]))
+
+
+def count_dora(rank: int, shape: Sequence[int]) -> int:
+    """A LoRA and a magnitude for each input channel."""
+    return count_lora(rank, shape) + shape[1]
+
+
+def count_loha(rank: int, shape: Sequence[int]) -> int:
+    """Two LoRAs."""
+    return 2 * count_lora(rank, shape)
+
+
+def count_lokr(rank: int, shape: Sequence[int]) -> int:
+    """A matrix of the smaller factors of both sides, and one of the larger ones, which is a product where
+    that is smaller. Each side is split as evenly as it can be. Source: LyCORIS, Yeh et al. 2023."""
+    (out_1, out_2), (in_1, in_2) = (
+        next((d, side // d) for d in range(math.isqrt(side), 0, -1) if side % d == 0) for side in shape[:2]
+    )
+    kernel = math.prod(shape[2:])
+    low = rank < max(out_2, in_2) / 2
+    return out_1 * in_1 + (rank * (out_2 + in_2 * kernel) if low else out_2 * in_2 * kernel)
+
+
 def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     """About how large the exported fp16 file is. None where the base does not say."""
-    family = facts.family
+    adapted = adapted_shapes(facts, config)
+    kind = ADAPTER_KINDS[config.adapter.kind]
+    parameters = sum(kind.count_parameters(rank, shape) for rank, shape in adapted)
+    return parameters * _HALF + len(adapted) * HEADER_A_LAYER or None
+
+
+def adapted_shapes(facts: BaseFacts, config: RunConfig) -> list[tuple[int, Sequence[int]]]:
+    """The rank of each layer to adapt and the shape of its weight; empty where the base does not say."""
+    family, section = facts.family, config.adapter
     if family is None:
-        return None
+        return []
     rates = (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr)
     trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
     try:
@@ -108,15 +142,16 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
         targets = named_targets(config.adapter.targets, family)
         patterns = {part: pattern for part in trained if (pattern := targets.pattern(part))}
         adapted = {
-            f"{part}.{path}": shape[0] + math.prod(shape[1:])
+            f"{part}.{path}": shape
             for (part, path), shape in layout.items()
             if part in patterns and patterns[part].fullmatch(path)
         }
-        ranks = last_matches(config.adapter.block_ranks, adapted)
+        ranks = last_matches(section.block_ranks, adapted)
     except (OSError, LoraError, ValueError, KeyError):
-        return None
-    parameters = sum(ranks.get(name, config.adapter.rank) * sides for name, sides in adapted.items())
-    return parameters * _HALF + len(adapted) * HEADER_A_LAYER or None
+        return []
+    usual = {name: section.conv_rank if math.prod(shape[2:]) > 1 else 0 for name, shape in adapted.items()}
+    found = ((ranks.get(name, usual[name] or section.rank), shape) for name, shape in adapted.items())
+    return [(rank, shape) for rank, shape in found if rank]
 
 
 def count_base_parameters(facts: BaseFacts) -> int | None:
@@ -205,6 +240,22 @@ def trains_text_encoder(config: RunConfig) -> bool:
     return bool(TARGETS[config.adapter.targets].text and (optim.text_encoder_lr or optim.text_encoder_2_lr))
 
 
+def _kept_by_kind(
+    config: RunConfig, facts: BaseFacts, checkpointed: bool, width: int, of_rank: float
+) -> float:
+    """Bytes that a step keeps for the backward pass with another kind of adapter than a LoRA; `of_rank` are
+    those of one value for each token of each layer."""
+    kind, shapes = ADAPTER_KINDS[config.adapter.kind], [shape for _, shape in adapted_shapes(facts, config)]
+    kept = 0.0
+    if kind.keeps_update:
+        updates = [math.prod(shape) for shape in shapes]
+        kept += width * (max(updates) if checkpointed else sum(updates))
+    if kind.keeps_input and not checkpointed:
+        # Where layers are twice as wide, there are a quarter of the tokens.
+        kept += of_rank * sum(1 / shape[1] for shape in shapes) / sum(shape[1] ** -2 for shape in shapes)
+    return kept
+
+
 def _card_phases(
     config: RunConfig, facts: BaseFacts, counts: tuple[int, int], varied: bool, applied: Collection[str]
 ) -> tuple[float, float, list[float]]:
@@ -232,12 +283,10 @@ def _card_phases(
     )
     pixels = (side / 8) ** 2
     plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
-    if train.gradient_checkpointing or CHECKPOINTING in applied:
-        a_pixel: float = checkpointed
-    else:
-        a_pixel = plain + of_rank * (config.adapter.rank - 16)
-    rows = math.ceil(train.batch_size / 2 ** list(applied).count(HALVES))
-    passing = [a_pixel * rows * pixels * activation]
+    recomputed = train.gradient_checkpointing or CHECKPOINTING in applied
+    a_pixel: float = checkpointed if recomputed else plain + of_rank * (config.adapter.rank - 16)
+    passed = math.ceil(train.batch_size / 2 ** list(applied).count(HALVES)) * pixels * activation
+    passing = [a_pixel * passed + _kept_by_kind(config, facts, recomputed, width, of_rank * passed)]
     if config.validation.every and config.validation.pictures:
         passing.append(min(LOOKS, config.validation.draws_per_image) * row.guided * pixels * activation)
     if varied and not encoders:  # one after the other, for some captions

@@ -32,7 +32,7 @@ from lora_core.settings.config import (
     retired,
     takes_class,
 )
-from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
+from lora_core.settings.schema import ADAPTER_KINDS, OPTIMIZERS, OptimizerChoice, OptimizerSection
 from lora_core.system.files import PRESETS, parse_json, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
@@ -256,7 +256,6 @@ def _read(kind: str, text: str) -> Any:
 
 
 _NOTHING = ("", "none", "0", "0.0", "false", "{}")
-_CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 """What kohya gives `conv_dim` to: convolutions wider than one pixel."""
 
 
@@ -375,17 +374,21 @@ def _take_network(text: str, found: LoraSettings) -> None:
         arguments = {}
     given = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
-    kind = given.pop("algo", "")
-    if kind.lower() not in ("", "lora", "locon"):
+    kind = given.pop("algo", "").lower().replace("locon", "lora") or "lora"
+    if given.pop("dora_wd", "") and kind == "lora":
+        kind = "dora"
+    if kind not in ADAPTER_KINDS:
         found.left.append(f"It is of the kind {_short(kind)}; here a LoRA of that rank is trained.")
+    elif kind != "lora":
+        found.take("adapter.kind", kind)
     found.take("adapter.targets", "kohya")
     for name in ("rank_dropout", "module_dropout"):
         found.take_text(f"adapter.{name}", given.pop(name, ""), _number)
     rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1")
     if rank:
         found.take("adapter.targets", "locon")
-        found.take_text("adapter.block_ranks", rank, lambda text: {_CONVOLUTIONS: int(_number(text))})
-        found.take_text("adapter.block_alphas", alpha, lambda text: {_CONVOLUTIONS: _number(text)})
+        found.take_text("adapter.conv_rank", rank, lambda text: int(_number(text)))
+        found.take_text("adapter.conv_alpha", alpha, _number)
     for name, value in given.items():
         if name not in ("preset", "dropout"):
             found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")

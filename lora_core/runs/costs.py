@@ -121,6 +121,9 @@ def cost_key(config: RunConfig) -> str:
     train["resolution"] = train["resolution"] or lookup_base(base).resolution
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
+    if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
+        # Not for these, so that what was measured before there was a choice still counts.
+        adapted += more
     own = [["slider", config.slider.passes()]] if config.slider.on else []
     return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0, *own])
 

@@ -43,10 +43,10 @@ from lora_core.model_files.detect import (
     read_base_facts,
 )
 from lora_core.model_files.families import Family, family_of_version, named_targets
-from lora_core.model_files.header import check_vae_path, read_header, what_is_there
+from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig, in_short, parse_sample
-from lora_core.settings.schema import TARGETS, DatasetSection, LossSection, require_package
+from lora_core.settings.schema import ADAPTER_KINDS, TARGETS, DatasetSection, LossSection, require_package
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
@@ -129,6 +129,7 @@ def preflight(
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
     found += _found_by(lambda: _check_adapter(config.adapter.init.strip(), family), "adapter")
+    found += _found_by(lambda: check_kind(config), "adapter")
     if config.adapter.auto_rank and not (config.validation.every and config.validation.pictures):
         sentence = (
             "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
@@ -183,6 +184,7 @@ def require_packages(config: RunConfig) -> None:
     Raises:
         ConfigError: one is missing; the message says how to install it. Or an argument is unknown or wrong.
     """
+    ADAPTER_KINDS[config.adapter.kind].require()
     config.optimizer.row.require()
     if problem := config.optimizer.argument_problem():
         raise ConfigError(problem)
@@ -229,6 +231,32 @@ def _check_adapter(name: str, family: Family | None) -> None:
         raise AdapterFileError(
             f"The LoRA {file} that adapter.init names is for {own.title}, and the base is {family.title};"
             " choose another file or another base."
+        )
+
+
+def check_kind(config: RunConfig) -> None:
+    """The kind of adapter knows the settings that are set, and can continue the file that is named.
+
+    Raises:
+        ConfigError: names what it does not know.
+    """
+    kind, row = config.adapter.kind, ADAPTER_KINDS[config.adapter.kind]
+    usual = RunConfig()
+    unknown = [f"{name} = {config.get(name)}" for name in row.unused if config.get(name) != usual.get(name)]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} means nothing to adapter.kind = {kind}; leave it at its default, or set"
+            " adapter.kind to lora."
+        )
+    file = expand_home(config.adapter.init.strip())
+    if config.adapter.init.strip() in ("", "default") or not file.is_file():
+        return
+    if (found := first_match("adapters", read_header(file).shapes)) not in (*row.continues, ""):
+        able = [key for key, one in ADAPTER_KINDS.items() if found in one.continues]
+        advice = f"set adapter.kind to {' or '.join(able)}" if able else "choose another file"
+        raise ConfigError(
+            f"The file {file} that adapter.init names is a {found}, which a {row.title} cannot continue;"
+            f" {advice}."
         )
 
 

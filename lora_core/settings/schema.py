@@ -95,9 +95,8 @@ class Implementation(Choice):
         Raises:
             ConfigError: the optional package is not installed.
         """
-        module, _, attribute = self.load.partition(":")
         self.require()
-        return getattr(importlib.import_module(module), attribute)
+        return _attribute(self.load)
 
     def require(self) -> None:
         """Check that the package is installed, without importing it.
@@ -133,6 +132,31 @@ class OptimizerChoice(Implementation):
     rates: Sequence[float] = (0.0, math.inf)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterKind(Implementation):
+    """A kind of adapter.
+
+    Attributes:
+        count: "module:attribute" of the function from a rank and the shape of a weight to parameters.
+        continues: the kinds of files that it can start from.
+        unused: settings that mean nothing to it.
+        keeps_update, keeps_input: whether a step keeps an update as large as the weight, or an input of the
+            layer's own, for the backward pass.
+        network_args: LyCORIS' `ss_network_args` of its files, empty for a plain LoRA.
+    """
+
+    count: str
+    continues: Sequence[str]
+    unused: Sequence[str] = ()
+    keeps_update: bool = False
+    keeps_input: bool = False
+    network_args: Mapping[str, str] = field(default_factory=dict)
+
+    def count_parameters(self, rank: int, shape: Sequence[int]) -> int:
+        """The trained parameters of a layer whose weight has this shape."""
+        return int(_attribute(self.count)(rank, shape))
+
+
 @dataclass(frozen=True)
 class LayerSet(Choice):
     """A set of layers to adapt.
@@ -145,6 +169,12 @@ class LayerSet(Choice):
     unet: str
     text: str
     blocks: str = ""
+
+
+def _attribute(reference: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def require_package(feature: str, module: str, package: str) -> None:
@@ -244,6 +274,7 @@ def _table(name: str, kind: type[Row]) -> dict[str, Row]:
     return {key: kind(**row) for key, row in rows()[name].items()}
 
 
+ADAPTER_KINDS = _table("adapter_kinds", AdapterKind)
 OPTIMIZERS = _table("optimizers", OptimizerChoice)
 SCHEDULES = _table("schedules", Implementation)
 LOSSES = _table("losses", Implementation)
@@ -474,6 +505,8 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The trained low-rank layers."""
 
+    kind: Annotated[str, RowOf(ADAPTER_KINDS)] = Field("lora", title="Kind")
+    """How the update of a layer is made of what is trained."""
     rank: int = Field(16, title="Rank (size)", ge=1, le=1024)
     """How many directions each layer may learn. A higher rank learns more detail and makes a larger file."""
     auto_rank: bool = Field(False, title="Auto rank")
@@ -485,10 +518,15 @@ class AdapterSection(Section):
     rslora: bool = Field(False, title="rsLoRA scaling")
     """Scales by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as strongly as small
     ones (rsLoRA)."""
+    conv_rank: int = Field(0, title="Rank of convolutions", ge=0, le=1024)
+    """Rank of the convolutions larger than 1 x 1, where `targets` has them. 0: as the others."""
+    conv_alpha: float = Field(0.0, title="Alpha of convolutions", ge=0.0, le=1e6)
+    """Alpha of the convolutions larger than 1 x 1. 0: as the others."""
     targets: Annotated[str, RowOf(TARGETS)] = Field("attention", title="Layers")
     """Which layers of the base are adapted."""
     init: str = Field("default", title="Continue from LoRA")
-    """The file of a LoRA, of any rank, to continue training; `default` starts from scratch."""
+    """The file of a LoRA, of any rank, to continue training, or of another kind that `kind` names; `default`
+    starts from scratch."""
     block_ranks: Annotated[dict[str, Rank], Patterns] = Field({}, title="Ranks by block")
     """Rank for the layers whose path matches a pattern, such as "mid_block" = 4 or "unet.*attn2" = 32; 0
     leaves them out. If several patterns match, the last one counts."""

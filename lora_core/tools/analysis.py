@@ -32,12 +32,11 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.io import AS_IT_IS, load_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora, Update
 from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.tools.delta import (
     BaseWeights,
     Rewrite,
-    Update,
     Updates,
     check_out,
     shared_family,
@@ -285,7 +284,8 @@ def measure_stack(loras: Sequence[WeightedLora], family: Family, measure: Measur
         more than the best alone, each with the paired standard error; `sentence`.
     """
     adapters = [
-        LoadedLora(load_adapter(Path(lora.file), family), lora.strength, lora.text_strength) for lora in loras
+        LoadedLora(load_adapter(Path(lora.file), family, plain=False), lora.strength, lora.text_strength)
+        for lora in loras
     ]
     alone = [measure([adapter]) for adapter in adapters]
     together = measure(adapters)

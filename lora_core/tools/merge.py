@@ -27,7 +27,7 @@ from lora_core.formats import kinds
 from lora_core.formats.io import as_bytes, encode_header
 from lora_core.formats.layers import check_plain
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora, Update
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
@@ -36,7 +36,6 @@ from lora_core.settings.schema import PatternError, compile_pattern, last_matche
 from lora_core.system.files import expand_home, parse_json, read_object, sync_folder
 from lora_core.tools.delta import (
     BaseWeights,
-    Update,
     Updates,
     check_out,
     file_record,

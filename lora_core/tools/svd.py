@@ -22,10 +22,10 @@ import torch
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import kinds
 from lora_core.formats.io import load_adapter
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Update
 from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.model_files.header import read_header
-from lora_core.tools.delta import Update, Updates, file_updates
+from lora_core.tools.delta import Updates, file_updates
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(up, down) whose product is an update; the scale is in `up`."""
@@ -249,7 +249,7 @@ def truncate_adapter(weights: AdapterWeights, rank: int) -> AdapterWeights:
             layers[key] = layer
             continue
         (up, down), _, _ = truncate_pair((layer.up.double() * layer.scale, layer.down), rank)
-        layers[key] = LayerWeights(down, up.float(), float(down.shape[0]), layer.magnitude)
+        layers[key] = LayerWeights(down, up.float(), float(down.shape[0]))
     return AdapterWeights(layers, weights.metadata)
 
 
@@ -285,7 +285,7 @@ def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> N
     Raises:
         AdapterFileError: they differ in width.
     """
-    one, two = first.size, second.size
+    one, two = first.weight_shape, second.weight_shape
     if one[0] != two[0] or torch.Size(one).numel() != torch.Size(two).numel():
         raise AdapterFileError(
             f"{names[0]} and {names[1]} give {first.name} the shapes {list(one)} and {list(two)}; they are"

@@ -284,7 +284,7 @@ def describe_nonfinite(session: TrainSession, settings: StepSettings, step: Step
     bad = (
         f"gradient of {' '.join(key)}"
         for key, layer in session.state.injected.layers.items()
-        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in (layer.down, layer.up))
+        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.trained())
     )
     what = "loss" if in_loss else next(bad, "gradient")
     more = f" and {len(images) - NAMED} more" if len(images) > NAMED else ""
@@ -606,7 +606,7 @@ class Export:
         if unchanged:
             name = self.config.optimizer.name
             self.context.warn(step, f"{unchanged}. Look at optimizer.lr and optimizer.name ({name}).")
-        parameters = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
+        parameters = sum(factor.numel() for factor in state.injected.parameters())
         require_room(run.path, (2 if average else 1) * 2 * parameters, "The exported file")
         if self.config.adapter.auto_rank and changed:
             return self._export_checkpoint(step, step, measure)

@@ -84,7 +84,7 @@ def save_checkpoint(
         try:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
-            average, one_alpha = state.average, len({layer.alpha for layer in weights.layers.values()}) == 1
+            average, one_alpha = state.average, len({layer.alpha for layer in weights.layers.values()}) <= 1
             save_adapter(average or weights, making / ADAPTER, family, metadata=header)
             if not one_alpha or average is not None:
                 save_adapter(weights, making / FACTORS, family, metadata=header, keep_alphas=True)
@@ -112,10 +112,9 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
     record = verify_checkpoint(path)
     names = record["sha256"]
     try:
-        weights = load_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
-        average = (
-            load_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
-        )
+        weights = load_adapter(path / (FACTORS if FACTORS in names else ADAPTER), plain=False)
+        averaged = path / (AVERAGE if AVERAGE in names else ADAPTER)
+        average = load_adapter(averaged, plain=False) if record.get("average") else None
         optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
         return weights, CheckpointState(
             record["step"], optimizer, record["scaler"], record["best"], average, record.get("health", {}),

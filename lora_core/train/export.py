@@ -81,8 +81,8 @@ def write_export(
 
 
 def changes_anything(weights: AdapterWeights) -> bool:
-    """Whether any up factor is not 0."""
-    return any(layer.up.count_nonzero() for layer in weights.layers.values())
+    """Whether any up factor is not 0; of other kinds than LoRA that is not told."""
+    return bool(weights.others) or any(layer.up.count_nonzero() for layer in weights.layers.values())
 
 
 def write_raw(
@@ -164,7 +164,7 @@ def export_checkpoint(
     folder = run.checkpoint(step)
     record = verify_checkpoint(folder) if (folder / STATE).exists() else {}
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
-    weights = load_adapter(folder / "adapter.safetensors")
+    weights = load_adapter(folder / "adapter.safetensors", plain=False)
     family = next(
         (f for f in FAMILIES.values() if f.base_version == header.get("ss_base_model_version")), None
     )
@@ -181,14 +181,14 @@ def export_checkpoint(
     target = run.exports / f"{stem}.safetensors"
     raw: Path | None = None
     if record.get("average"):
-        factors = load_adapter(folder / FACTORS)
+        factors = load_adapter(folder / FACTORS, plain=False)
         raw = write_raw(factors, target, how, family, header, latest_sample(run, step, raw=True))
     path = write_export(weights, target, how, family, header, latest_sample(run, step))
     return {
         "file": str(path),
         "raw": str(raw or ""),
         "bytes": path.stat().st_size,
-        "modules": len(weights.layers),
+        "modules": len(weights.every_layer()),
         "sha256": file_hashes(path)["sha256"],
         "cut": cut,
         "works_in": verify_adapter(path, family, live=weights),

@@ -243,7 +243,7 @@ def limit_norms(state: TrainState) -> None:
     """Scale down the update of each trained layer whose norm is above `state.max_norm`."""
     with state.flat_params.mutate():
         for layer in state.injected.layers.values():
-            if layer.param_view is not None:
+            if layer.flat is not None:
                 layer.limit_norm(state.max_norm)
 
 

@@ -27,7 +27,7 @@ from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected, LayerPlan, init_from_lora, inject_layers, plan_layers
-from lora_core.lora.layer import FlatParams, LoraLayer
+from lora_core.lora.layer import AdaptedLayer, FlatParams
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets
@@ -48,6 +48,7 @@ from lora_core.models.load import BaseModel, open_base
 from lora_core.models.vae import weigh_latents
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
+from lora_core.runs.preflight import check_kind
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
@@ -356,8 +357,10 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
         raise AdapterFileError(
             f"The LoRA {file} that adapter.init names {what_is_there(file)}; choose another file."
         )
-    start = load_adapter(file, base.family) if file is not None else None
-    kept = start.layers if start else ()
+    check_kind(config)
+    plain = section.kind == RunConfig().adapter.kind
+    start = load_adapter(file, base.family, plain) if file is not None else None
+    kept = start.every_layer() if start else ()
     layers = plan_layers(base.modules, rates, targets, section, optim.block_lr, kept)
     notes = [
         f"adapter.targets = {section.targets} names no layer of the {part.replace('_', ' ')}, so that is not"
@@ -414,10 +417,10 @@ def build_optimizer(
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
     row, own = optim.row, part_rates(base.family, optim)
-    members: list[list[LoraLayer]] = []
+    members: list[list[AdaptedLayer]] = []
     groups: list[dict[str, Any]] = []
     for part in injected.parts():
-        by_rate: dict[float, list[LoraLayer]] = {own[part]: []}
+        by_rate: dict[float, list[AdaptedLayer]] = {own[part]: []}
         for key, layer in injected.layers.items():
             if key[0] == part and plan.layers[key].rate > 0:
                 by_rate.setdefault(plan.layers[key].rate, []).append(layer)
@@ -432,14 +435,12 @@ def build_optimizer(
             f" ({optim.lr:g}) or to 0, optimizer.lora_plus to 1, and leave optimizer.block_lr empty."
         )
     storage = FlatParams(members, split_a_b=optim.lora_plus != 1.0)
-    wholes = iter(storage.groups)
-    parts = []
-    for group, layers in zip(groups, members, strict=True):
-        for names, ratio in zip(storage.factor_names, (1.0, optim.lora_plus), strict=False):
-            rate, whole = group["lr"] * ratio, next(wholes)
-            factors = [getattr(layer, name) for layer in layers for name in names]
-            own_factors = factors if row.by_matrix else [whole]
-            parts.append({**group, "lr": rate, "initial_lr": rate, "params": own_factors})
+    ratios = (1.0, optim.lora_plus) if optim.lora_plus != 1.0 else (1.0,)
+    rates = [{**group, "lr": group["lr"] * ratio} for group in groups for ratio in ratios]
+    tensors = storage.factors if row.by_matrix else [[whole] for whole in storage.groups]
+    parts = [
+        {**group, "initial_lr": group["lr"], "params": own} for group, own in zip(rates, tensors, strict=True)
+    ]
     return make_optimizer(optim, parts, base.device), storage
 
 

@@ -174,7 +174,8 @@ def validate(
     files = checked_loras(loras)
     base, records = measure.load()
     adapters = [
-        LoadedLora(load_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
+        LoadedLora(load_adapter(Path(f.file), base.family, plain=False), f.strength, f.text_strength)
+        for f in files
     ]
     return validation_report(base, records, adapters, measure.triples, measure.seed, shuffle_captions)
 

@@ -119,8 +119,8 @@ def test_kohya_s_header(tmp_path: Path) -> None:
         "adapter.rank": 32,
         "adapter.alpha": 16.0,
         "adapter.targets": "locon",
-        "adapter.block_ranks": {r"\.conv[12]$|samplers.*\.conv$": 8},
-        "adapter.block_alphas": {r"\.conv[12]$|samplers.*\.conv$": 4.0},
+        "adapter.conv_rank": 8,
+        "adapter.conv_alpha": 4.0,
         "adapter.rank_dropout": 0.1,
         "optimizer.lr": 2e-4,
         "optimizer.text_encoder_lr": 5e-5,
@@ -186,7 +186,7 @@ def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[obje
 def test_an_older_header_of_ours_with_retired_settings(tmp_path: Path) -> None:
     text = "[adapter]\nkind = 'lora'\nrank = 4\n[dataset]\nrepeats = 10\n"
     like = settings_from_lora(lora(tmp_path, {"lora_easel.config": text}))
-    assert like.values == {"adapter.rank": 4}
+    assert like.values == {"adapter.kind": "lora", "adapter.rank": 4}
     assert len(like.left) == 1
     assert "dataset.repeats = 10 cannot be used" in like.left[0]
 

@@ -2,19 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lora_core.lora.inject import ADAPTERS, Injected, adapter_weights, inject, load_weights
+from lora_core.lora.inject import Injected, adapter_weights, inject, load_weights
 from lora_core.lora.layer import FlatParams, LoraLayer, LoraSpec
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.families import FAMILIES, Targets
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
-from lora_core.settings.schema import LossSection
+from lora_core.settings.schema import ADAPTER_KINDS, AdapterKind, LossSection
 from lora_core.train.loop import NoiseSample, diffusion_loss
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ class ToyDiT(nn.Module):
 class GainLora(LoraLayer):
     """A toy kind: LoRA with a trained gain for each of its directions, which files fold into `up`."""
 
-    factor_names: ClassVar[tuple[str, ...]] = ("down", "up", "gain")
+    factor_names = ("down", "up", "gain")
 
     def __init__(self, base: Any, name: str, spec: LoraSpec, *more: Any) -> None:
         super().__init__(base, name, spec, *more)
@@ -121,8 +121,8 @@ def test_flow_goes_in_a_straight_line_from_image_to_noise() -> None:
 
 
 def test_another_kind_of_adapter_trains(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, "gain", GainLora)
-    injected, losses = train(base, replace(SPEC, kind="gain"))
+    monkeypatch.setattr(AdapterKind, "resolve", lambda row: GainLora)
+    injected, losses = train(base, replace(SPEC, kind=list(ADAPTER_KINDS)[-1]))
     assert losses[-1] < 0.7 * losses[0]
     layers = list(injected.layers.values())
     assert all(isinstance(layer, GainLora) and not layer.gain.allclose(torch.ones(4)) for layer in layers)

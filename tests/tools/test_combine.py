@@ -1,12 +1,10 @@
 """Sums of adapters against dense sums worked out with nothing of the code between."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Update
 from lora_core.tools.merge import merge_adapters, parse_block_weights
 
 BLOCK = "transformer_blocks.0"
@@ -157,7 +155,7 @@ def test_a_rank_that_no_layer_can_have(rank):
 
 
 def test_dora_is_refused():
-    dora = AdapterWeights({TO_K: dataclasses.replace(first().layers[TO_K], magnitude=torch.ones(24))})
+    dora = AdapterWeights({}, others={TO_K: Update("x", first().layers[TO_K], magnitude=torch.ones(1, 24))})
     with pytest.raises(AdapterFileError, match="DoRA"):
         merge_adapters([LoadedLora(dora)])
 

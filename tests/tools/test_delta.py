@@ -93,7 +93,7 @@ def test_updates_are_those_of_peft(path, name, layer):
     assert family is TINY
     ((key, update),) = updates.items()
     assert key == layer
-    assert update.size == tuple(expected.shape)
+    assert update.weight_shape == tuple(expected.shape)
     torch.testing.assert_close(update.delta(None), expected, rtol=1e-4, atol=1e-4)
     if "whole" not in name:
         # Half the alpha is half the update.
@@ -292,7 +292,7 @@ def test_a_file_that_does_not_say_its_family_needs_a_base(path):
     write(path, {key: torch.ones(shape) for key, shape in zip(keys, shapes, strict=True)}, {})
     with pytest.raises(AdapterFileError, match="name its base with --base"):
         file_updates(path)
-    assert file_updates(path, TINY)[0][NARROW].size[2:] == (1, 1)
+    assert file_updates(path, TINY)[0][NARROW].weight_shape[2:] == (1, 1)
 
 
 def test_a_file_for_another_family_is_refused(path):

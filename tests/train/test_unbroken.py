@@ -30,6 +30,23 @@ WAYS = {
         "validation.every": 5,
     },
     "average, alphas by block": {"save.ema": 0.9, "adapter.block_alphas": {"mid_block": 1.0}},
+    "DoRA, average, factors by themselves": {
+        "adapter.kind": "dora",
+        "save.ema": 0.9,
+        "optimizer.name": "adafactor",
+        "adapter.dropout": 0.2,
+    },
+    "LoHa of convolutions, lion": {
+        "adapter.kind": "loha",
+        "adapter.targets": "locon",
+        "adapter.conv_rank": 1,
+        "optimizer.name": "lion",
+    },
+    "LoKr, average, checkpointing": {
+        "adapter.kind": "lokr",
+        "save.ema": 0.9,
+        "train.gradient_checkpointing": True,
+    },
     "checkpointing, captions that vary": {
         "train.gradient_checkpointing": True,
         "adapter.dropout": 0.2,
