@@ -552,7 +552,9 @@ def test_wheels_are_those_of_this_machine(
     assert verb == "download"
     assert first[2] == "torch>=2.8"
     assert first[3:] == (["--index-url", install.TORCH_INDEX + "cpu"] if index else [])
-    assert {".[optimizers,tensorboard]", "hatchling>=1", "editables", "pip", "--find-links"} <= set(second)
+    assert {".[optimizers,tensorboard,kinds]", "hatchling>=1", "editables", "pip", "--find-links"} <= set(
+        second
+    )
 
 
 def test_repair_makes_the_environment_afresh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +566,7 @@ def test_repair_makes_the_environment_afresh(place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(install, "find_cards", install.Cards)
     monkeypatch.setattr(install, "pip", lambda *arguments: made.append(arguments[1]) or True)
     assert launch.main(["repair"]) == 0
-    assert made == ["made", ".[optimizers,tensorboard,test]"]
+    assert made == ["made", ".[optimizers,tensorboard,kinds,test]"]
 
 
 def test_what_removes_the_environment_runs_outside_of_it(

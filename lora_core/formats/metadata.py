@@ -51,7 +51,6 @@ def export_metadata(
     """
     section, objective = config.adapter, base.noise.objective
     trigger = "" if config.slider.on else config.dataset.trigger
-    kind = ADAPTER_KINDS[section.kind]
     family, name, side = base.family, _last_name(config.name), config.train.resolution or base.resolution
     title = base.family.title if base.name == "demo" else Path(base.name).name
     folder = "demo" if config.dataset.path == "demo" else Path(_last_name(config.dataset.path)).stem
@@ -65,7 +64,6 @@ def export_metadata(
         "ss_v2": str(family.base_version.startswith("sd_v2")),
         "ss_sd_model_name": _last_name(title),
         "ss_clip_skip": str(max(1, config.train.clip_skip)),
-        "ss_network_module": "lycoris.kohya" if kind.network_args else "networks.lora",
         "ss_network_dim": str(section.rank),
         "ss_network_alpha": str(float(section.alpha)),
         "ss_training_started_at": str(times[0]),
@@ -105,15 +103,18 @@ def _kind(config: RunConfig) -> str:
 
 def _settings_texts(config: RunConfig) -> dict[str, str]:
     """The settings as A1111 shows them, and whole, as TOML."""
-    section = config.adapter
+    section, lycoris = config.adapter, ADAPTER_KINDS[config.adapter.kind].network_args
     network_args: dict[str, Any] = {"targets": section.targets, "dropout": section.dropout}
     unusual = ("rslora", "block_ranks", "block_alphas")
     network_args |= {name: value for name in unusual if (value := getattr(section, name))}
-    network_args |= ADAPTER_KINDS[section.kind].network_args
     own = {"conv_dim": section.conv_rank, "conv_alpha": section.conv_alpha}
-    network_args |= {name: str(value) for name, value in own.items() if value}
+    network_args |= {**lycoris, **{name: str(value) for name, value in own.items() if value}}
     settings = _shareable(tomllib.loads(to_toml(config)))
-    texts = {"ss_network_args": json.dumps(network_args), CONFIG_KEY: tomli_w.dumps(settings)}
+    texts = {
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+        "ss_network_args": json.dumps(network_args),
+        CONFIG_KEY: tomli_w.dumps(settings),
+    }
     for key, dotted in kohya_header()["write"].items():
         table, _, name = dotted.partition(".")
         if (value := settings.get(table, {}).get(name)) is not None:

@@ -128,8 +128,7 @@ def preflight(
         found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
-    found += _found_by(lambda: _check_adapter(config.adapter.init.strip(), family), "adapter")
-    found += _found_by(lambda: check_kind(config), "adapter")
+    found += _found_by(lambda: _check_adapter(config, family), "adapter")
     if config.adapter.auto_rank and not (config.validation.every and config.validation.pictures):
         sentence = (
             "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
@@ -215,9 +214,12 @@ def _check_vae(name: str) -> None:
         raise ModelFileError(f"The VAE {name} lacks its config.json or its weights.")
 
 
-def _check_adapter(name: str, family: Family | None) -> None:
-    """The LoRA to start from exists, is whole, and is for a base of this family where its header says so."""
+def _check_adapter(config: RunConfig, family: Family | None) -> None:
+    """The kind of adapter is possible; the LoRA to start from exists, is whole, and is for a base of this
+    family where its header says so."""
+    name = config.adapter.init.strip()
     file = expand_home(name)
+    check_kind(config)
     if name in ("", "default"):
         return
     if not file.is_file():
