@@ -1,9 +1,9 @@
 """Recipes at equal time: the gain of adapter kinds, optimizers, losses and noise levels beside the preset's.
 
-    python -m tests.benchmarks.recipes [demo|second|subject] [SECONDS] [SEEDS] [GROUP ...] > table.md
+    python -m tests.benchmarks.recipes [demo|second|subject] [STEPS] [SEEDS] [GROUP ...] > table.md
 
-Each recipe is the demo's preset with something changed, takes as many steps as fit into the same seconds of
-training (30 unless given), and goes through the product's own queue and comparison. Its gain on the held-out
+Each recipe is the demo's preset with something changed. It takes as many steps as the preset would take time
+for its own (60 unless given), and goes through the product's queue and comparison. Its gain on the held-out
 images of the run comes with the difference to the preset, paired by image and noise; a column beside it has
 the gain on images of things that no run saw, by `tests/evaluator.py`, which shares no code with the trainer.
 What the machine cannot run (an optional package is missing) is named below the table. See docs/recipes.md.
@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_core.errors import LoraError
 from lora_core.model_files.starting_settings import starting_settings
-from lora_core.runs.costs import Trial, compare_trials
+from lora_core.runs.costs import Trial, compare_trials, cost_key
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import preflight, require_none_blocking
 from lora_core.runs.queue import Queue, run_queue
@@ -29,9 +29,9 @@ from tests.evaluator import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, DEMO = ROOT / "assets" / "base", ROOT / "assets" / "demo"
-SECONDS, SEEDS = 30.0, 1
-EVERY = 6
-"""Validations of a run."""
+STEPS, SEEDS = 60, 1
+VALIDATIONS, TIMINGS = 4, 2
+"""Of each run; of each step that is timed, of which the shorter counts."""
 SAME: dict[str, Any] = {
     **starting_settings("demo", None), "sample.every": 0, "save.every": 0, "validation.patience": 0,
     "validation.draws_per_image": 16,
@@ -40,7 +40,7 @@ ONE_EACH = {
     "adapter": ("adapter.kind", "adapter.targets"),
     "optimizer": ("optimizer.name", "optimizer.schedule"),
     "loss": ("loss.type",),
-    "timesteps": ("timesteps.distribution", "train.timesteps"),
+    "timesteps": ("loss.timesteps",),
 }
 """Settings of which each choice is a recipe, by group, where there are such settings."""
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -50,6 +50,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "rank auto": {"adapter.rank": "auto"},
         "rsLoRA": {"adapter.rslora": True},
         "dropout 0.1": {"adapter.dropout": 0.1},
+        "norm of weights at most 1": {"adapter.max_norm": 1.0},
     },
     "optimizer": {
         "LoRA+ 4": {"optimizer.lora_plus": 4.0, "optimizer.lr": 1.5e-3},
@@ -59,7 +60,16 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "loss": {
         "min-SNR off": {"loss.min_snr": 0.0},
         "min-SNR 1": {"loss.min_snr": 1.0},
+        "debiased": {"loss.debias": True},
         "noise offset 0.05": {"loss.noise_offset": 0.05},
+        "multi-resolution noise, 6": {"loss.multires_noise": 6},
+        "input perturbation 0.1": {"loss.input_perturbation": 0.1},
+    },
+    "timesteps": {
+        "shift 3": {"loss.timestep_shift": 3.0},
+        "shift 1/3": {"loss.timestep_shift": 1 / 3},
+        "not below 200": {"loss.min_timestep": 200},
+        "not above 800": {"loss.max_timestep": 800},
     },
 }
 
@@ -70,35 +80,46 @@ def recipes(group: str) -> dict[str, dict[str, Any]]:
     for setting in ONE_EACH[group]:
         for key, row in (choices_of(setting) or {}).items() if setting in FIELDS else ():
             if key != SAME.get(setting, RunConfig().get(setting)):
-                found[row.title] = {setting: key, **usual_rate(setting, row)}
+                found[row.title] = {setting: key}
     return found | OTHERS.get(group, {})
 
 
-def usual_rate(setting: str, row: Any) -> dict[str, Any]:
-    """An optimizer's own rate, by as much above AdamW's as the preset's is."""
-    if setting != "optimizer.name":
-        return {}
-    alone = getattr(row, "one_rate", False)
-    rate = getattr(row, "lr", 1e-4) * (1.0 if alone else SAME["optimizer.lr"] / 1e-4)
-    return {"optimizer.lr": rate, "optimizer.text_encoder_lr": rate}
-
-
-def at_equal_time(name: str, pictures: Path, changes: Mapping[str, Any], seconds: float) -> RunConfig:
-    """The settings of a recipe, with as many steps as take so long."""
+def settings_of(name: str, pictures: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings of a recipe; changed after the preset, so that an optimizer brings its usual rate."""
     where = {"name": name, "dataset.path": str(pictures / "train")}
-    config = RunConfig().changed({**SAME, **changes, **where})
-    with tempfile.TemporaryDirectory() as folder:
-        steps = max(EVERY, round(seconds / float(time_steps(config, Path(folder))["step"])))
-    return config.changed({"train.steps": steps, "validation.every": max(1, steps // EVERY)})
+    return RunConfig().changed({**SAME, **where}).changed(changes)
 
 
-def compared(group: str, pictures: Path, seconds: float, seeds: int, home: Path) -> None:
-    """Train the recipes of a group, and print their table and what is better beyond the error."""
+class Clock:
+    """Seconds of a step, measured once for all settings that cost the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+
+    def seconds(self, config: RunConfig) -> float:
+        """Of one step."""
+        key = cost_key(config)
+        if key not in self._known:
+            with tempfile.TemporaryDirectory() as folder:
+                times = [float(time_steps(config, Path(folder))["step"]) for _ in range(TIMINGS)]
+            self._known[key] = min(times)
+        return self._known[key]
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The settings for so many steps."""
+    return config.changed({"train.steps": steps, "validation.every": max(1, steps // VALIDATIONS)})
+
+
+def compared(group: str, pictures: Path, steps: int, seeds: int, home: Path, clock: Clock) -> None:
+    """Train the recipes of a group, and print their table."""
     names, missing, queue = dict[str, str](), list[str](), Queue(home)
+    usual = clock.seconds(settings_of("usual", pictures, {}))
     for number, (title, changes) in enumerate(recipes(group).items()):
         try:
-            config = at_equal_time(f"{group}-{number}", pictures, changes, seconds)
+            config = settings_of(f"{group}-{number}", pictures, changes)
             require_none_blocking(preflight(config, home))
+            config = with_steps(config, max(VALIDATIONS, round(steps * usual / clock.seconds(config))))
         except LoraError as error:
             missing.append(f"{title}: {error}")
             continue
@@ -147,15 +168,16 @@ def row_of(own: list[Trial], preset: list[Trial]) -> tuple[str, str]:
 def main() -> None:
     """Print the tables of a set."""
     words = sys.argv[1:]
-    numbers = [float(word) for word in words if word.replace(".", "").isdigit()]
-    seconds, seeds = (numbers + [SECONDS, SEEDS][len(numbers) :])[:2]
+    numbers = [int(word) for word in words if word.isdigit()]
+    steps, seeds = (numbers + [STEPS, SEEDS][len(numbers) :])[:2]
     with tempfile.TemporaryDirectory() as folder:
         made = {"second": drawn_set, "subject": subject_set}
         name = next((word for word in words if word in made), "demo")
         pictures = made[name](Path(folder) / name) if name in made else DEMO
-        sys.stdout.write(f"{machine()}; {seconds:g} s of training each, {seeds:g} seeds, the {name} set\n\n")
+        sys.stdout.write(f"{machine()}; the time of {steps} steps, {seeds} seeds, the {name} set\n\n")
+        clock = Clock()
         for group in [one for one in ONE_EACH if one in words] or ONE_EACH:
-            compared(group, pictures, seconds, int(seeds), Path(folder) / group)
+            compared(group, pictures, steps, seeds, Path(folder) / group, clock)
 
 
 if __name__ == "__main__":
