@@ -2,11 +2,11 @@
 file, and the rank that it turns out to need.
 
     python -m tests.slow.rank_table [FOLDER]
-    python -m tests.slow.rank_table auto
+    python -m tests.slow.rank_table auto [STEPS]
 
 Prints the tables of docs/rank.md, the second that of `adapter.rank = auto` on three sets, with the demo's
-preset. The gains are those of `tests/evaluator.py`, which shares no code with the trainer; the needed rank is
-what `shrink --intrinsic` finds, on the same pictures with looks of its own.
+preset, all of its steps or STEPS. The gains are those of `tests/evaluator.py`, which shares no code with the
+trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of its own.
 """
 
 import json
@@ -38,7 +38,7 @@ def said(*words: object) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def automatic(home: Path) -> None:
+def automatic(home: Path, steps: list[str]) -> None:
     """Train with `adapter.rank = auto` on three sets; its file beside that of all ranks."""
     out = sys.stdout.write
     out("| set | rank 16 | auto | share | gain of rank 16 (standard error) | auto keeps | by the run |\n")
@@ -49,7 +49,7 @@ def automatic(home: Path) -> None:
         "subject": subject_set(home / "subject"),
     }
     for name, pictures in sets.items():
-        words = ["--preset", "demo", "--set", "adapter.rank=auto", "--set", "sample.every=0"]
+        words = ["--preset", "demo", "--set", "adapter.rank=auto", "--set", "sample.every=0", *steps]
         lines = said("train", pictures / "train", "--name", name, "--workspace", home, *words)
         cut = Path(lines.strip().splitlines()[-1])
         run = RunFolder(cut.parents[1])
@@ -75,7 +75,8 @@ def main() -> None:
     """Train, measure, print."""
     if "auto" in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            automatic(Path(folder))
+            steps = [f"train.steps={word}" for word in sys.argv[1:] if word.isdigit()]
+            automatic(Path(folder), [word for one in steps for word in ("--set", one)])
         return
     home = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     judge = Evaluator(ROOT / "assets" / "base", HELD_OUT)
