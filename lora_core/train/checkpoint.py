@@ -354,6 +354,10 @@ class CheckpointManager:
         current = self._train_state
         load_weights(current.injected, weights)
         current.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        for group in current.optimizer.param_groups:
+            # `load_state_dict` moves the state to the device, and not what an optimizer keeps in its groups.
+            kept = {key: one for key, one in group.items() if isinstance(one, torch.Tensor)}
+            group.update({key: one.to(current.flat_params.data.device) for key, one in kept.items()})
         if state.scaler:
             current.scaler.load_state_dict(state.scaler)
         if current.average is not None:

@@ -73,9 +73,9 @@ CASES = {
     "sgd": case(1, 5, 375, optimizer__name="sgd", optimizer__lora_plus=4.0),
     "lion": case(1, 5, 385, train__precision="bf16", optimizer__name="lion"),
     "prodigy": case(3, 5, 382, optimizer__name="prodigy", optimizer__lr=1.0),
-    "dadapt_adam": case(9, 5, 400, optimizer__name="dadapt_adam"),
-    "came": case(9, 5, 2000, optimizer__name="came"),
-    "schedule free": case(9, 5, 400, train__precision="bf16", optimizer__name="adamw_schedule_free"),
+    "dadapt_adam": case(5, 5, 388, optimizer__name="dadapt_adam"),
+    "came": case(1, 5, 965, optimizer__name="came"),
+    "schedule free": case(1, 5, 385, train__precision="bf16", optimizer__name="adamw_schedule_free"),
 }  # fmt: skip
 
 
