@@ -330,15 +330,18 @@ def _is_installed(row: OptimizerChoice) -> bool:
 
 
 def _take_arguments(optimizer: str, text: str, found: LoraSettings) -> None:
-    """The arguments `weight_decay=0.1,betas=(0.9, 0.99)` that the optimizer here has too."""
+    """The arguments `weight_decay=0.1,betas=(0.9, 0.99)` or `betas=0.9,0.99` that the optimizer has here
+    too."""
     taken: dict[str, Any] = {}
-    for name, value in re.findall(r"(\w+)\s*=\s*(\([^)]*\)|\[[^]]*\]|[^,]*)", text[:_LONGEST_ARGUMENTS]):
+    for name, value in re.findall(r"(\w+)\s*=\s*(.*?)\s*(?=,\s*\w+\s*=|$)", text[:_LONGEST_ARGUMENTS]):
         try:
             read = ast.literal_eval(value)
             one = {name: list(read) if isinstance(read, tuple) else read}
             problem = OptimizerSection(name=optimizer, args=one).argument_problem()
         except (ValueError, SyntaxError, RecursionError, TypeError) as error:
             problem = str(error)
+        if f"{name}={value}" in kohya_header()["usual_arguments"]:
+            continue
         if problem:
             found.left.append(f"The optimizer's argument {_short(name)} = {_short(value)} is not used here.")
         else:
@@ -400,6 +403,8 @@ CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".p
 """Of configurations; the last five hold a command line."""
 _OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
 _MOST_SENTENCES = 30
+_UNITS = {"%": 0.01, "x1000": 1000.0}
+"""What a number is multiplied by where a table gives a unit."""
 
 
 def _from_trainer(path: Path) -> LoraSettings:
@@ -507,6 +512,10 @@ class _Translation:
                 self.left.append(f"Of the resolutions {_short(value)} the largest is taken.")
             sizes = [size for size in map(_plain, value) if isinstance(size, int | float)]
             self.texts[name] = str(max(sizes, default=_short(value)))
+        elif name.startswith("ss_optimizer_args."):
+            if not _is_off(value):
+                before = self.texts.get("ss_optimizer_args", "")
+                self.texts["ss_optimizer_args"] = f"{before} {name.rpartition('.')[2]}={value}"
         elif name.startswith("ss_"):
             self.texts[name] = " ".join(map(str, _list_of(value)))
         elif name not in FIELDS:
@@ -516,7 +525,8 @@ class _Translation:
             self.ours.setdefault(name, []).extend(map(str, _list_of(value)))
         else:
             plain = _plain(value)
-            self.ours[name] = plain * 0.01 if unit == "%" and isinstance(plain, int | float) else plain
+            is_number = isinstance(plain, int | float) and unit
+            self.ours[name] = round(plain * _UNITS[unit], 9) if is_number else plain
 
     def settings(self, title: str) -> LoraSettings:
         """The legal ones of the values, and a sentence for each that is not."""

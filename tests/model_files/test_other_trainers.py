@@ -145,6 +145,8 @@ ONETRAINER_FULL = {
     "sample_after": 50,
     "sample_after_unit": "STEP",
     "timestep_distribution": "LOGIT_NORMAL",
+    "noising_bias": 0.5,
+    "max_noising_strength": 0.7,
 }
 AI_TOOLKIT = """
 job: extension
@@ -283,6 +285,7 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "adapter.rank": 8,
             "optimizer.warmup": 0.0,
             "adapter.targets": "kohya",
+            "loss.max_timestep": 600,
         },
         [],
     ),
@@ -334,6 +337,10 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "adapter.rank": 16,
             "adapter.alpha": 1,
             "optimizer.name": "adafactor",
+            "optimizer.args": {"weight_decay": 0.01},
+            "loss.timesteps": "logit_normal",
+            "loss.timestep_mean": 0.5,
+            "loss.max_timestep": 700,
             "train.precision": "bf16",
             "train.gradient_checkpointing": True,
             "loss.min_snr": 5,

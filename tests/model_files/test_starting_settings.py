@@ -113,6 +113,22 @@ def lora(
     return write_header(path / "a lora.safetensors", layers or LAYERS, metadata)
 
 
+def test_arguments_of_an_optimizer_are_taken_where_it_has_them_here(tmp_path: Path) -> None:
+    text = (
+        "transformers.optimization.Adafactor(scale_parameter=False,relative_step=False,beta2_decay=-0.7,x=1)"
+    )
+    like = settings_from_lora(lora(tmp_path, KOHYA | {"ss_optimizer": text}))
+    assert like.values["optimizer.name"] == "adafactor"
+    assert like.values["optimizer.args"] == {"beta2_decay": -0.7}
+    assert [one for one in like.left if "argument" in one and "network" not in one] == [
+        "The optimizer's argument x = 1 is not used here."
+    ]
+    text = "torch.optim.adamw.AdamW(betas=0.9,0.99,amsgrad=yes)"
+    like = settings_from_lora(lora(tmp_path, KOHYA | {"ss_optimizer": text}))
+    assert like.values["optimizer.args"] == {"betas": [0.9, 0.99]}
+    assert "The optimizer's argument amsgrad = yes is not used here." in like.left
+
+
 def test_kohya_s_header(tmp_path: Path) -> None:
     like = settings_from_lora(lora(tmp_path, KOHYA))
     assert like.values == {
