@@ -60,9 +60,11 @@ class Bindings:
         return [clean_value(value()) for _, value in self.initial]
 
 
-def html_block(value: str = "", **options: Any) -> Any:
-    """An HTML component without Gradio's frame and typography."""
-    return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
+def html_block(shows: Callable[[], str] = str, **options: Any) -> Any:
+    """An HTML component without Gradio's frame; it shows what `shows` gives in the page's language."""
+    made: Any = gr.HTML(shows(), padding=False, apply_default_css=False, js_on_load=None, **options)
+    made.shows = shows
+    return made
 
 
 def text_field(label: str, name: str, placeholder: str, **options: Any) -> Any:

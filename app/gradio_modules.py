@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import gradio
@@ -78,7 +78,8 @@ def _redirect(name: str, text: str, bundled: Iterable[str]) -> str:
     return text
 
 
-def serve_page(template: str) -> None:
-    """Have Gradio fill this template with its settings in place of its own."""
+def serve_page(template: str, functions: Mapping[str, Callable[[], str]]) -> None:
+    """Have Gradio fill this template with its settings in place of its own; it may call `functions`."""
     assert templates.env.loader is not None
+    templates.env.globals |= functions
     templates.env.loader = ChoiceLoader([DictLoader({"frontend/index.html": template}), templates.env.loader])

@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.templates import render
+from app.templates import _, render
 from lora_core.model_files.header import MAX_HEADER
 
 COOKIE = "lora_easel_login"
@@ -78,17 +78,17 @@ class Login:
         if request.scope["path"] == "/easel/login" and request.method == "POST":
             address = _network(request.client.host if request.client else "")
             if address in self._waiting:
-                return _page("Another attempt from your address is being checked; wait for it.", 429)
+                return _page(_("Another attempt from your address is being checked; wait for it."), 429)
             self._waiting.add(address)
             try:
                 return await self._guessed(request)
             except TimeoutError:
-                return _page("The password came too slowly.", 408)
+                return _page(_("The password came too slowly."), 408)
             finally:
                 self._waiting.discard(address)
         if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
             return _page("", 200)
-        return _page("Please log in.", 401)
+        return _page(_("Please log in."), 401)
 
     async def _guessed(self, request: Request) -> Response:
         async with asyncio.timeout(SLOWEST_FORM):
@@ -99,7 +99,7 @@ class Login:
             await asyncio.sleep(self._pause)
             if not hmac.compare_digest(given.encode("utf-8", "replace"), self.password):
                 self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
-                return _page("Wrong password.", 401)
+                return _page(_("Wrong password."), 401)
             self._pause = 0.0
         key = secrets.token_urlsafe(32)
         self._keys.add(key)

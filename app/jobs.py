@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.templates import _
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.projects.project import read_title
 from lora_core.projects.workspace import move_to_trash
@@ -101,7 +102,9 @@ class RunView:
         if reason:
             return reason
         said = last_log_line(self.run.log_file)
-        return f"The training process ended before it could say why. Its last words: {said}" if said else ""
+        return (
+            _("The training process ended before it could say why. Its last words: {}", said) if said else ""
+        )
 
     def resume_info(self) -> ResumeInfo:
         """What an ended run left; read from disk only where it went on meanwhile."""
@@ -211,7 +214,9 @@ class Jobs:
             self.created(run)
         except OSError as error:
             shutil.rmtree(run.path, ignore_errors=True)
-            raise RunError(f"The run folder {run.path} cannot be made: {error.strerror or error}.") from error
+            raise RunError(
+                _("The run folder {} cannot be made: {}.", run.path, error.strerror or error)
+            ) from error
         return run
 
     def start(self, config: RunConfig) -> RunFolder:
@@ -233,7 +238,7 @@ class Jobs:
         """
         run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
         if run.live_process() is not None:
-            raise RunError(f"The run {name} is still running; stop it before it is deleted.")
+            raise RunError(_("The run {name} is still running; stop it before it is deleted.", name=name))
         move_to_trash(run.path, self.workspace)
         with self._lock:
             self._views.pop(run.path, None)
@@ -270,13 +275,13 @@ class Jobs:
         """
         live = self.live()
         if live is None:
-            raise RunError("No run is active.")
+            raise RunError(_("No run is active."))
         live.run.request(do)
 
     def _refuse_beside_another(self) -> None:
         live = self.live()
         if live is not None:
-            raise RunError(f"The run {live.run.name} is still running; pause or stop it first.")
+            raise RunError(_("The run {name} is still running; pause or stop it first.", name=live.run.name))
 
     def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:
@@ -382,7 +387,7 @@ class QueueClient:
         """
         waiting = [job.run for job in self.queue.stored_jobs() if job.state == WAITING]
         if name not in waiting:
-            raise RunError(f"The run {name} is no longer in the queue.")
+            raise RunError(_("The run {name} is no longer in the queue.", name=name))
         self.queue.move(name, waiting.index(name) + 1 + by)
 
     def remove(self, name: str) -> None:

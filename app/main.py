@@ -90,7 +90,7 @@ def build_app(app_state: AppState, allowed: list[str], password: str = "") -> An
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, app_state)
     add_live_route(app, app_state.live)
-    app.add_middleware(Traffic, live=app_state.live)
+    app.add_middleware(Traffic, app_state=app_state)
     add_project_routes(app, app_state)
     for tab in tabs.TABS:
         tab.add_routes(app, app_state)

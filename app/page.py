@@ -17,11 +17,11 @@ from app import top_bar
 from app import top_bar as project_picker
 from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
 from app.gradio_modules import bundle_modules, serve_page
-from app.routes import add_assets
+from app.routes import BadRequest, add_actions, add_assets
 from app.state import AppState, take_snapshot
-from app.templates import render
+from app.templates import LANGUAGES, WORDS, _, language_tag, preferred_language, render, script_words
 from lora_core.projects.project import DEMO_TITLE, Project
-from lora_core.system.files import clean_value
+from lora_core.system.files import clean_value, write_atomically
 
 REST = 2.0
 Found = TypeVar("Found")
@@ -47,18 +47,19 @@ def _header(bindings: Bindings) -> Any:
     """Lay out the header; returns the block that lets the page's script trigger events of Gradio."""
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
-            html_block(top_bar.brand())
+            html_block(top_bar.brand)
             bindings.follow(html_block(), project_picker.project_button)
-        html_block(render("header.html", part="tabs", tabs=registry.TABS), elem_id="tabs")
+        html_block(lambda: render("header.html", part="tabs", tabs=registry.TABS), elem_id="tabs")
         bindings.follow(html_block(elem_id="run-bar", elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
             bindings.follow(html_block(), top_bar.memory_usage)
-            html_block(render("header.html", part="tools", has_password=bindings.app_state.has_password))
-    hub = html_block(render("header.html", part="notes"))
+            tools = {"has_password": bindings.app_state.has_password, "languages": LANGUAGES}
+            html_block(lambda: render("header.html", part="tools", **tools))
+    hub = html_block(lambda: render("header.html", part="notes"))
     hub.js_on_load = MOUNTED.format(name="hub")
     bindings.follow(html_block(), top_bar.draft_note)
-    html_block(render("projects.html", part="dialog"))
+    html_block(lambda: render("projects.html", part="dialog"))
     return hub
 
 
@@ -71,13 +72,13 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             snapshot = take_snapshot(app_state)
             parts = {name: shows(snapshot) for name, shows in bindings.parts.items()}
             fields = [zlib.crc32(repr(shows(snapshot)).encode()) for _, shows in bindings.updates]
-            return {**parts, "fields": fields, "version": version}, snapshot.busy
+            return {**parts, "fields": fields, "version": f"{version} {WORDS.language}"}, snapshot.busy
 
         return _retry_without_draft(app_state.project, shown)
 
     def filled_in() -> list[Any]:
         values = bindings.initial_values()
-        for (component, _), value in zip(bindings.initial, values, strict=True):
+        for (component, _value), value in zip(bindings.initial, values, strict=True):
             if not isinstance(value, dict):
                 # Values a field cannot show fail here, where the draft can be set aside.
                 component.postprocess(value)
@@ -97,7 +98,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             for at, (_, shows) in enumerate(updates)
         ]
 
-    # An open page of another version loads itself anew.
+    # An open page of another version, or in another language, loads itself anew.
     version = zlib.crc32(b"".join(registry.list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
@@ -137,19 +138,63 @@ def slow_queue_polling(page: gr.Blocks) -> None:
             setattr(queue, name, REST)
 
 
+TEXTS = ("label", "info", "placeholder", "choices")
+"""Attributes of Gradio's components that are texts of ours."""
+
+
+def follow_language(app: Any, app_state: AppState, page: gr.Blocks) -> None:
+    """Let the page speak another language: the first browser's own, until one is chosen."""
+    file = app_state.workspace / "language.txt"
+    blocks: list[Any] = list(page.blocks.values())
+    texts = [(block, name) for block in blocks for name in TEXTS if getattr(block, name, None)]
+    # A field's value is what a user typed; a button's is a text of ours.
+    texts += [(block, "value") for block in blocks if isinstance(block, gr.Button)]
+    english = [(block, name, getattr(block, name)) for block, name in texts]
+
+    def speak(language: str) -> None:
+        if language not in LANGUAGES:
+            raise BadRequest("no such language")
+        WORDS.speak(language)
+        for block, name, text in english:
+            setattr(block, name, [(_(title), key) for title, key in text] if name == "choices" else _(text))
+        for block in blocks:
+            if hasattr(block, "shows"):
+                block.value = block.shows()
+        page.config = page.get_config_file()
+
+    def choose(sent: dict[str, Any]) -> None:
+        speak(str(sent.get("language")))
+        write_atomically(file, WORDS.language.encode())
+
+    def greet(header: str) -> None:
+        if header and not file.exists():
+            choose({"language": preferred_language(header)})
+
+    add_actions(app, {"language": choose})
+    with contextlib.suppress(OSError, ValueError, BadRequest):
+        speak(file.read_text("utf-8"))
+    app_state.greet = greet
+
+
 def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     """Mount the page on a FastAPI app with all of Gradio's network features turned off."""
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    WORDS.speak("en")
     page = build_page(app_state)
     slow_queue_polling(page)
+    follow_language(app, app_state, page)
     bundle = bundle_modules(block.get_block_name() for block in page.blocks.values())
     files = registry.list_assets() | bundle
     add_assets(app, files)
     # Their addresses change when they do.
     values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": registry.TABS}
     if bundle:
-        serve_page(render("page.html", title=top_bar.TITLE, **values))
+        scripts = files["page.js"].decode()
+        serve_page(
+            render("page.html", title=top_bar.TITLE, **values),
+            {"language": language_tag, "script_words": lambda: script_words(WORDS.language, scripts)},
+        )
     return gr.mount_gradio_app(
         app,
         page,

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 import brotli
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,8 +28,8 @@ from app.dataset.gallery import count_caption_tokens
 from app.dataset.uploads import ROOM_LEFT
 from app.export.file_manager import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback, read_body
-from app.live import LiveStream
 from app.state import AppState
+from app.templates import _
 from app.train.form import Plan
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
@@ -102,7 +102,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
     async def same_project(request: Request) -> None:
         meant = request.headers.get("x-easel-project")
         if meant is not None and unquote(meant) != app_state.project.path.name:
-            raise RunError("Another page has opened another project, so nothing was changed here.")
+            raise RunError(_("Another page has opened another project, so nothing was changed here."))
 
     # Applies to all routes added from here on.
     app.router.dependencies.append(Depends(same_project))
@@ -169,9 +169,9 @@ class Traffic:
     """Compresses the page, lets browsers keep Gradio's files, which are named by their content, and has pages
     look at the state after each POST."""
 
-    def __init__(self, app: ASGIApp, live: LiveStream) -> None:
+    def __init__(self, app: ASGIApp, app_state: AppState) -> None:
         """Wrap `app`."""
-        self.app, self.live, self.compressing = app, live, GZipMiddleware(app, minimum_size=1000)
+        self.app, self.state, self.compressing = app, app_state, GZipMiddleware(app, minimum_size=1000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and the answer back."""
@@ -182,13 +182,15 @@ class Traffic:
                 MutableHeaders(scope=message)["Cache-Control"] = KEEP["Cache-Control"]
             await send(message)
 
+        if path == "/":
+            self.state.greet(Headers(scope=scope).get("accept-language", ""))
         try:
             await (self.compressing if path in COMPRESSED or path.startswith("/easel/assets/") else self.app)(
                 scope, receive, answer
             )
         finally:
             if scope.get("method") == "POST":
-                self.live.wake()
+                self.state.live.wake()
 
 
 def _answer_problems(app: FastAPI) -> None:
@@ -199,10 +201,10 @@ def _answer_problems(app: FastAPI) -> None:
         # The page is about to update by itself.
         NotFound: lambda request, error: Response(status_code=204),
         # The page shows the sentence; an error status would only log to the console.
-        LoraError: lambda request, error: Answer({"problem": str(error)}),
+        LoraError: lambda request, error: Answer({"problem": _(str(error))}),
         OSError: _disk_problem,
         # The traceback goes to the server's log.
-        Exception: lambda request, error: Answer({"problem": fault}, status_code=500),
+        Exception: lambda request, error: Answer({"problem": _(fault)}, status_code=500),
     }
     for kind, answer in answers.items():
         app.add_exception_handler(kind, answer)
@@ -210,7 +212,7 @@ def _answer_problems(app: FastAPI) -> None:
 
 def _disk_problem(request: Request, error: OSError) -> Response:
     logging.getLogger(__name__).warning("%s %s: %r", request.method, request.url.path, error)
-    return Answer({"problem": f"A file or folder cannot be used: {error.strerror or error}."})
+    return Answer({"problem": _("A file or folder cannot be used: {}.", error.strerror or error)})
 
 
 class Answer(JSONResponse):
@@ -302,7 +304,7 @@ async def receive_file(request: Request, folder: Path, name: str) -> Path:
         async for chunk in request.stream():
             room -= len(chunk)
             if room < 0:
-                raise RunError(f"{name} is too large; give its path instead.")
+                raise RunError(_("{name} is too large; give its path instead.", name=name))
             file.write(chunk)
     return path
 

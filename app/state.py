@@ -18,6 +18,7 @@ from app.export.file_manager import FileManager
 from app.jobs import LIVE, Jobs, QueueClient, RunView
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
+from app.templates import _
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
 from app.worker_client import CARDS, WorkerClient
@@ -69,7 +70,7 @@ class OtherTools:
     def lora_folders(self) -> list[tuple[str, Path]]:
         """LoRA folders of the tools as (tool, folder), each folder once."""
         found: dict[Path, tuple[str, Path]] = {}
-        for tool, _ in self._shelves:
+        for tool, _bases in self._shelves:
             if tool.loras is not None:
                 found.setdefault(tool.loras.resolve(), (tool.name, tool.loras))
         return list(found.values())
@@ -115,6 +116,7 @@ class AppState:
         self.queue = QueueClient(workspace, self.jobs)
         self.checks = Checks(workspace, self.free_on_card)
         self.on_quit: Callable[[], None] = lambda: None
+        self.greet: Callable[[str], None] = lambda languages: None
         self.like_said = ""
         self.has_password = False
         self.places = RecentPaths(workspace / "places.json")
@@ -139,8 +141,8 @@ class AppState:
         """Why nothing can be measured now, "" if it can."""
         run = self._live_run()
         if run:
-            return f"The run {run} is still running; measure once it has ended."
-        return "The queue is running." if self.queue.is_running else ""
+            return _("The run {run} is still running; measure once it has ended.", run=run)
+        return _("The queue is running.") if self.queue.is_running else ""
 
     def free_on_card(self) -> int | None:
         """Bytes of the card that a run finds free once worker and live run have ended; None for none."""
@@ -166,17 +168,17 @@ class AppState:
             and (config.train.device == "cpu" or self.hardware.card(config.train.device) is not card)
         ):
             return ""
-        until = f"It is done when the run {live.run.name} has ended or is paused."
+        until = _("It is done when the run {name} has ended or is paused.", name=live.run.name)
         base = str(request.get("base", "")) if live.progress.stepping else ""
         numbers = parameters_of(lookup_base(base)) if base else None
         if card is None or numbers is None:
-            return f"Waiting for the GPU. {until}"
+            return _("Waiting for the GPU. {until}", until=until)
         free, needed = card.total - card.used, numbers * BYTES_A_NUMBER + BESIDE_BASE
         if needed <= free:
             return ""
-        return (
-            f"It does not fit beside the run: about {needed / 1e9:.1f} GB are needed on the GPU,"
-            f" {free / 1e9:.1f} GB are free. {until}"
+        return _(
+            "It does not fit beside the run: about {:.1f} GB are needed on the GPU, {:.1f} GB are free. {}",
+            *(needed / 1e9, free / 1e9, until),
         )
 
     def _live_run(self) -> str:

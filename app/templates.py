@@ -3,9 +3,14 @@
 `render("train/run.html", ...)` reads `app/train/templates/run.html`; names without a folder are in
 `app/templates`. In every template `ui` holds the macros of `parts.html`, `plots` the figures of reports, and
 the functions that format are filters named by what they return: `{{ size|bytes }}`.
+
+Words are English in the code and translated where they are shown, by gettext: `_("Step {step}", step=7)`. All
+pages of a window show one project, in one language: what is rendered is shared by them, as is all state.
 """
 
 import functools
+import gettext
+import json
 import math
 import re
 from collections.abc import Callable
@@ -16,9 +21,17 @@ import jinja2
 
 from lora_core.report import plots
 from lora_core.runs.events import Validated, best_of, known_error
-from lora_core.settings.config import FIELDS, OLD_NAMES, label_of
+from lora_core.settings import config
+from lora_core.settings.config import FIELDS, OLD_NAMES
+from lora_core.system.files import ASSETS
 
 FOLDER = Path(__file__).parent
+LOCALE = ASSETS / "locale"
+LANGUAGES = {"en": "English"} | {
+    file.parents[1].name: gettext.translation("easel", LOCALE, [file.parents[1].name]).gettext("English")
+    for file in sorted(LOCALE.glob("*/LC_MESSAGES/easel.mo"))
+}
+"""What each language calls itself: its catalogue's translation of "English"."""
 _NAMES = re.compile(
     "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
 )
@@ -38,6 +51,73 @@ STATES = {
     "done": ("Done", "good"),
     "failed": ("Failed", "bad"),
 }
+
+
+class Words:
+    """What the window says, in the language that it speaks now."""
+
+    def __init__(self) -> None:
+        """Speak English."""
+        self.speak("en")
+
+    def speak(self, language: str) -> None:
+        """Speak one of `LANGUAGES`."""
+        self.language = language
+        self.catalogue = gettext.translation("easel", LOCALE, [language], fallback=True)
+
+
+WORDS = Words()
+
+
+def _(text: str, *values: object, **named: object) -> str:
+    """A text in the window's language; the values fill its {} and {placeholders}."""
+    said = WORDS.catalogue.gettext(text) if text else ""
+    return said.format(*values, **named) if values or named else said
+
+
+def pluralize(count: int, one: str, more: str | None = None) -> str:
+    """ "1 image", "24 images"."""
+    said = WORDS.catalogue.ngettext(f"{{count}} {one}", f"{{count}} {more or one + 's'}", count)
+    return said.format(count=f"{count:,}")
+
+
+def label_of(name: str) -> str:
+    """What the form calls a setting."""
+    return _(config.label_of(name))
+
+
+def help_of(name: str) -> str:
+    """What the form says about a setting."""
+    return _(config.help_of(name))
+
+
+def language_tag() -> str:
+    """The language as HTML writes it: zh-CN."""
+    return WORDS.language.replace("_", "-")
+
+
+def preferred_language(header: str) -> str:
+    """The first language of an Accept-Language header that there is a catalogue for, else English."""
+    for wanted in header.lower().replace("-", "_").split(","):
+        tag = wanted.partition(";")[0].strip()
+        for known in LANGUAGES:
+            if tag.partition("_")[0] == known.partition("_")[0]:
+                return known
+    return "en"
+
+
+@functools.lru_cache(maxsize=1)
+def script_words(language: str, scripts: str) -> str:
+    """JSON of what the catalogue has of the literals in the page's scripts; "" in English."""
+    found = {}
+    for literal in re.findall(r'"(?:[^"\\\n]|\\["\\n])*"', scripts):
+        text = json.loads(literal)
+        found[text] = _(text)
+        # What `easel.plural` counts.
+        one, more = f"{{count}} {text}", f"{{count}} {text}s"
+        found |= {msgid: WORDS.catalogue.ngettext(one, more, n) for n, msgid in ((1, one), (2, more))}
+    changed = {text: said for text, said in found.items() if said != text}
+    return json.dumps(changed, ensure_ascii=False).replace("<", "\\u003c") if changed else ""
 
 
 def format_clock(seconds: float | None) -> str:
@@ -76,11 +156,6 @@ def format_scientific(value: float) -> str:
     """Format a learning rate as 1.0e-4."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def pluralize(count: int, one: str, more: str | None = None) -> str:
-    """ "1 image", "24 images"."""
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def format_share(value: float, of: Validated) -> str:
@@ -127,6 +202,7 @@ FILTERS = {
     "labels": with_labels,
     "changes": describe_changes,
     "thousands": "{:,}".format,
+    "translate": _,
 }
 
 
@@ -144,9 +220,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        extensions=["jinja2.ext.i18n"],
     )
     made.filters |= FILTERS
     made.globals |= {
+        "_": _,
+        "gettext": _,
+        "language": language_tag,
         "STATES": STATES,
         "UNKNOWN": UNKNOWN,
         "RESUMABLE": RESUMABLE,

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from app.routes import BadRequest, add_actions, add_reads
 from app.state import AppState, ShownRun, Snapshot
-from app.templates import STATES, format_bytes, format_clock, format_duration, problem_html, render
+from app.templates import STATES, _, format_bytes, format_clock, format_duration, problem_html, render
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO_TITLE
 from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, restore, trash_folder
@@ -40,16 +40,20 @@ def describe_left(run: ShownRun) -> str:
     left = run.progress.seconds_left(run.view.config() if run.view else None)
     if left is None or len(run.progress.losses) >= FEW_STEPS:
         return format_clock(left)
-    low, _, unit = format_duration(left).partition(" ")
+    low, unit = format_duration(left).split(" ")
     high = format_duration(2 * left)
-    return f"{low} to {high}" if high.endswith(f" {unit}") else f"{low} {unit} to {high}"
+    return (
+        _("{low} to {high}", low=low, high=high)
+        if high.endswith(f" {unit}")
+        else _("{low} {unit} to {high}", low=low, unit=unit, high=high)
+    )
 
 
 def describe_phase(progress: Progress) -> str:
     """What the run does now, in a sentence."""
     if not progress.phase:
-        return "Training." if progress.stepping else "Starting."
-    return f"{progress.phase}, {int(100 * progress.phases.get(progress.phase, 0.0))}%."
+        return _("Training.") if progress.stepping else _("Starting.")
+    return _("{}, {}%.", _(progress.phase), int(100 * progress.phases.get(progress.phase, 0.0)))
 
 
 def describe_run(run: ShownRun) -> str:
@@ -57,19 +61,19 @@ def describe_run(run: ShownRun) -> str:
     progress = run.progress
     match run.state:
         case "none":
-            return "No run yet"
+            return _("No run yet")
         case "preparing":
-            return f"Preparing: {describe_phase(progress)[:-1]}"
+            return _("Preparing: {phase}", phase=describe_phase(progress)[:-1])
         case "running" | "pausing" | "stopping":
-            verb = "" if run.state == "running" else f"{STATES[run.state][0]}, "
-            left = f", {describe_left(run)} left" if run.state == "running" else ""
-            return f"{verb}{run.percent}%, step {progress.step:,} of {progress.steps:,}{left}"
+            verb = "" if run.state == "running" else f"{_(STATES[run.state][0])}, "
+            left = _(", {time} left", time=describe_left(run)) if run.state == "running" else ""
+            return _("{}{}%, step {:,} of {:,}{}", verb, run.percent, progress.step, progress.steps, left)
         case "done":
-            return f"{run.name}: done, {progress.step:,} steps"
+            return _("{name}: done, {step:,} steps", name=run.name, step=progress.step)
         case _:
-            at = f" at step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
-            early = " early" if run.state == "stopped" and progress.stopped_early else ""
-            return f"{run.name}: {STATES[run.state][0].lower()}{early}{at}"
+            at = _(" at step {:,} of {:,}", progress.step, progress.steps) if progress.steps else ""
+            early = _(" early") if run.state == "stopped" and progress.stopped_early else ""
+            return f"{run.name}: {_(STATES[run.state][0]).lower()}{early}{at}"
 
 
 def draft_note(snapshot: Snapshot) -> str:
@@ -84,7 +88,7 @@ def page_title(snapshot: Snapshot) -> str:
     if run.state in ("running", "pausing", "stopping"):
         return f"{run.percent}% \N{MIDDLE DOT} {run.name}"
     if run.state in ("preparing", "done", "failed", "interrupted"):
-        return f"{STATES[run.state][0]} \N{MIDDLE DOT} {run.name}"
+        return f"{_(STATES[run.state][0])} \N{MIDDLE DOT} {run.name}"
     return TITLE
 
 
@@ -98,7 +102,7 @@ def run_bar(snapshot: Snapshot) -> str:
         run=run,
         title=page_title(snapshot),
         words=describe_run(run),
-        badges={"Dataset": f"{images:,}" if images else "", "Train": f"{run.percent}%" if run.live else ""},
+        badges={"dataset": f"{images:,}" if images else "", "train": f"{run.percent}%" if run.live else ""},
     )
 
 
@@ -169,7 +173,7 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Apply an action of the picker; the page reloads if another project is open afterwards."""
     do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
     if app_state.importer.working:
-        raise RunError("Images are being imported; wait until that is done.")
+        raise RunError(_("Images are being imported; wait until that is done."))
     before, projects = app_state.project.path, app_state.projects
     said = ""
     match do:
@@ -182,11 +186,11 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         case "delete":
             projects.delete(key)
         case "clean":
-            said = f"{format_bytes(clean_caches(app_state.workspace))} freed."
+            said = _("{size} freed.", size=format_bytes(clean_caches(app_state.workspace)))
         case "empty":
             size = folder_bytes(trash_folder(app_state.workspace))
             empty_trash(app_state.workspace)
-            said = f"{format_bytes(size)} freed."
+            said = _("{size} freed.", size=format_bytes(size))
         case "restore":
             said = _restored(app_state, key)
         case _:
@@ -205,11 +209,11 @@ def _restored(app_state: AppState, place: str) -> str:
     """
     one = next((one for one in list_trash(app_state.workspace) if one.place.name == place), None)
     if one is None:
-        raise RunError("It is no longer in the trash.")
+        raise RunError(_("It is no longer in the trash."))
     path = restore(one, app_state.workspace)
     if path.name == one.name:
-        return f"{one.name} is restored."
-    return f"{one.name} is restored as {path.name}, because its name is taken."
+        return _("{name} is restored.", name=one.name)
+    return _("{name} is restored as {other}, because its name is taken.", name=one.name, other=path.name)
 
 
 def _shelves(app_state: AppState) -> dict[str, Any]:

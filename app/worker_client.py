@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from app.templates import _, pluralize
 from lora_core.settings.schema import AUTO
 from lora_core.system.processes import detached, last_log_line
 
@@ -113,7 +114,7 @@ class WorkerClient:
         """Queue a request and wait for its result."""
         reply = self.submit(request)
         if not reply.finished.wait(timeout):
-            reply.state, reply.message = "error", f"No answer came within {timeout:.0f} seconds."
+            reply.state, reply.message = "error", _("No answer came within {:.0f} seconds.", timeout)
         return reply
 
     def cancel(self, reply: Reply) -> None:
@@ -141,8 +142,8 @@ class WorkerClient:
             may_begin = [one for one in list(self.waiting) if not one.message]
             ahead = next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
             if ahead:
-                return f"Waiting: {ahead} {'request' if ahead == 1 else 'requests'} before this one."
-        return reply.message
+                return _("Waiting: {} before this one.", pluralize(ahead, "request"))
+        return _(reply.message)
 
     def release(self) -> None:
         """Free the worker's memory, on a GPU by ending the process."""
@@ -216,7 +217,7 @@ class WorkerClient:
         self._gave_way = False
         process = self._running_process()
         if process is None:
-            self._end(reply, "error", self._death("it could not be started"))
+            self._end(reply, "error", self._death(_("it could not be started")))
             return
         if not self._may_begin(reply):
             # The device is known only now.
@@ -241,7 +242,7 @@ class WorkerClient:
         self.ready = False
         code = process.wait()
         if not self._gave_way:
-            self._end(reply, "error", self._death(f"it ended with code {code}"))
+            self._end(reply, "error", self._death(_("it ended with code {code}", code=code)))
         elif reply.dropped:
             self._end(reply, "error", CANCELLED)
         else:
@@ -311,7 +312,7 @@ class WorkerClient:
 
     def _death(self, reason: str) -> str:
         said = last_log_line(self.log_file)
-        return f"The worker process ended: {reason}. It restarts with the next request. {said}".strip()
+        return _("The worker process ended: {}. It restarts with the next request. {}", reason, said).strip()
 
 
 def _messages(stream: IO[bytes] | None) -> Any:

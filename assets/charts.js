@@ -9,6 +9,8 @@
     made.append(...inside);
     return made;
   };
+  // A report speaks English.
+  const t = window.easel?.t ?? ((text) => text);
   const token = (name) => getComputedStyle(document.body).getPropertyValue(`--${name}`).trim();
   const family = getComputedStyle(document.body).fontFamily;
   const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
@@ -35,16 +37,16 @@
     constructor(node) {
       Object.assign(this, { node, charts: [], shown: 0, at: null, hidden: new Set(), index: -1 });
       const button = (textContent, onclick, more = {}) => make("button", { type: "button", className: "own quiet", textContent, onclick, ...more });
-      this.choice = make("div", { className: "seg", role: "group", ariaLabel: "Chart" });
-      this.logs = button("Log scale", () => { kept.log = !kept.log; this.draw(); });
-      const slider = make("input", { type: "range", min: 0, max: 200, step: 5, value: kept.steps, ariaLabel: "Smoothing of the loss, in steps" });
+      this.choice = make("div", { className: "seg", role: "group", ariaLabel: t("Chart") });
+      this.logs = button(t("Log scale"), () => { kept.log = !kept.log; this.draw(); });
+      const slider = make("input", { type: "range", min: 0, max: 200, step: 5, value: kept.steps, ariaLabel: t("Smoothing of the loss, in steps") });
       slider.oninput = () => {
         kept.steps = Number(slider.value);
         if (window.easel) localStorage.setItem("easel-smoothing", kept.steps);
         this.draw();
       };
-      this.smoothing = make("label", { className: "small smoothing" }, "Smoothing ", slider);
-      this.whole = button("Show all", () => { this.reset(); this.box.focus(); }, { hidden: true, title: "Double click or Escape" });
+      this.smoothing = make("label", { className: "small smoothing" }, `${t("Smoothing")} `, slider);
+      this.whole = button(t("Show all"), () => { this.reset(); this.box.focus(); }, { hidden: true, title: t("Double click or Escape") });
       this.keys = make("p", { className: "keys small" });
       this.box = make("div", { className: "chart-box", tabIndex: 0, role: "slider", onkeydown: (event) => this.press(event), onblur: () => this.leave() });
       this.tip = make("div", { className: "chart-tip", ariaHidden: "true", hidden: true });
@@ -143,7 +145,7 @@
     controls() {
       const curves = this.chart?.curves ?? [], noisy = curves.some((curve) => curve.noisy);
       const key = ({ name, style, error }) => make("button", {
-        type: "button", className: `key ${style}`, textContent: error.length ? `${name} \u00b1 2 SE` : name, ariaPressed: !this.hidden.has(name), title: "Show or hide",
+        type: "button", className: `key ${style}`, textContent: error.length ? `${name} \u00b1 2 SE` : name, ariaPressed: !this.hidden.has(name), title: t("Show or hide"),
         onclick: () => { if (!this.hidden.delete(name)) this.hidden.add(name); const at = curves.findIndex((curve) => curve.name === name); this.draw(); this.keys.children[at].focus(); },
       });
       this.smoothing.hidden = !noisy;
@@ -215,14 +217,14 @@
       if (this.chart.x === "Step") this.node.dispatchEvent(new CustomEvent("chart-step", { bubbles: true, detail: x }));
     }
 
-    title(x) { return `${this.chart.x} ${number(x)}${this.chart.mark?.x === x ? ", best" : ""}`; }
+    title(x) { return `${t(this.chart.x)} ${number(x)}${this.chart.mark?.x === x ? t(", best") : ""}`; }
 
     // The values at x of the chart shown, then of the others at the same place.
     facts(x) {
       const shown = [this.chart, ...this.charts.filter((chart) => chart !== this.chart && chart.x === this.chart.x)];
       return shown.flatMap((chart) => chart.curves.filter(({ name }) => !this.hidden.has(name)).map((curve) => {
         const at = nearest(curve.x, x), error = curve.error[at], y = curve.noisy ? average(curve, kept.steps)[at] : curve.y[at];
-        const name = curve.noisy ? `${curve.name}, smoothed` : curve.name;
+        const name = curve.noisy ? `${curve.name}${t(", smoothed")}` : curve.name;
         return [chart === this.chart || curve.noisy ? name : `${chart.title}, ${name}`, `${number(y)}${chart.unit}${error ? ` \u00b1 ${error.toPrecision(2)}` : ""}`];
       }));
     }

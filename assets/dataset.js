@@ -2,11 +2,11 @@
 //
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
-  const { one, all, get, post, make, plural, toast } = window.easel;
+  const { one, all, get, post, make, plural, t, toast } = window.easel;
   const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
-    none: ["No images yet", "Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned."],
-    filter: ["Nothing matches", "No image fits this filter. Choose All, or clear the search field."],
+    none: [t("No images yet"), t("Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned.")],
+    filter: [t("Nothing matches"), t("No image fits this filter. Choose All, or clear the search field.")],
   };
 
   let shelf = { mark: "", pictures: [], left_out: [], fixed: false };
@@ -52,10 +52,10 @@
   const describe = (picture) => {
     const cell = cells.get(picture.name), marks = [];
     if (bare(picture)) marks.push("uncaptioned");
-    if (picture.held) marks.push("validation");
-    if (picture.small) marks.push("small");
-    if (twins.has(picture.name)) marks.push("duplicate");
-    if (doubts.has(picture.name)) marks.unshift("in doubt");
+    if (picture.held) marks.push(t("validation"));
+    if (picture.small) marks.push(t("small"));
+    if (twins.has(picture.name)) marks.push(t("duplicate"));
+    if (doubts.has(picture.name)) marks.unshift(t("in doubt"));
     // Two chips fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
@@ -111,7 +111,7 @@
     one("#dataset-tools").hidden = !shelf.pictures.length;
     one("#bulk").hidden = one("#check").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
     one("#dataset-drop").dataset.some = any;
-    one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "image") : "Drop images, a folder or a .zip";
+    one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "image") : t("Drop images, a folder or a .zip");
     showSelection();
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
@@ -122,16 +122,16 @@
     if (!chip) return;
     chip.dataset.state = state;
     chip.textContent = text;
-    chip.className = `chip ${{ saved: text === "Saved" ? "good" : "", saving: "", error: "bad" }[state]}`;
+    chip.className = `chip ${{ saved: text === t("Saved") ? "good" : "", saving: "", error: "bad" }[state]}`;
   };
 
   const showTokens = ({ tokens = null, limit = 75, cut = "" } = {}) => {
     const place = one("#caption-tokens"), rest = one("#caption-cut");
     if (!place) return;
-    place.textContent = tokens == null ? "" : `${tokens} of ${limit} tokens`;
+    place.textContent = tokens == null ? "" : t("{tokens} of {limit} tokens", { tokens, limit });
     place.classList.toggle("over", Boolean(cut));
     rest.hidden = !cut;
-    rest.textContent = rest.title = cut ? `Not read: ${cut}` : "";
+    rest.textContent = rest.title = cut ? t("Not read: {cut}", { cut }) : "";
   };
 
   let counting = 0;
@@ -142,12 +142,12 @@
 
   const facts = (picture) => {
     const [width, height] = picture.size, [wide, high] = picture.bucket;
-    const more = picture.repeats > 1 ? `, ${picture.repeats} repeats` : "";
+    const more = picture.repeats > 1 ? t(", {count} repeats", { count: picture.repeats }) : "";
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
-    const steps = share === undefined ? "" : `, ${(100 * share).toFixed(1)}% of the steps`;
-    const learned = gain ? `, ${Math.round(100 * gain.learned)}% of its loss gained by the last run` : "";
-    const cropped = picture.box ? ` of ${picture.whole.join(" × ")}` : "", shown = picture.mask ? "crop and mask" : "crop";
-    return `${width} × ${height}${cropped}, trained at ${wide} × ${high}${more}${steps}${learned}, ${shown} shown`;
+    const steps = share === undefined ? "" : t(", {share}% of the steps", { share: (100 * share).toFixed(1) });
+    const learned = gain ? t(", {share}% of its loss gained by the last run", { share: Math.round(100 * gain.learned) }) : "";
+    const cropped = picture.box ? t(" of {whole}", { whole: picture.whole.join(" × ") }) : "", shown = picture.mask ? t("crop and mask") : t("crop");
+    return t("{width} × {height}{cropped}, trained at {wide} × {high}{more}, {shown} shown", { width, height, cropped, wide, high, more: more + steps + learned, shown });
   };
 
   const showNothing = () => {
@@ -155,7 +155,7 @@
     one("#picture-big img").hidden = one("#picture-big .crop").hidden = true;
     showMask();
     one("#caption textarea").value = "";
-    one("#picture-facts").textContent = "Choose an image to see it large and to write its caption.";
+    one("#picture-facts").textContent = t("Choose an image to see it large and to write its caption.");
     one("#picture-name").textContent = one("#caption-state").textContent = "";
     one("#caption-undo").hidden = true;
     showTokens();
@@ -175,8 +175,8 @@
     place.hidden = !chosen || area.readOnly || area.disabled || tags.length < 2 || area.value.includes("\n");
     if (place.hidden) return place.replaceChildren();
     const chips = tags.map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
-      make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": `Remove the tag ${tag}` } })));
-    window.easel.redraw(place, ...chips, make("input", { type: "text", id: "tag-in", placeholder: "Add a tag", autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": "Add a tag" } }));
+      make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": t("Remove the tag {tag}", { tag }) } })));
+    window.easel.redraw(place, ...chips, make("input", { type: "text", id: "tag-in", placeholder: t("Add a tag"), autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": t("Add a tag") } }));
   };
   const putTags = (tags) => {
     const area = one("#caption textarea");
@@ -200,26 +200,26 @@
     one("#grid-keys").parentElement.hidden = Boolean(count);
     one("#grid-keys").hidden = !shown().length;
     const members = [...picked].map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
-    one("#selection-count").textContent = count ? `${count.toLocaleString("en")} selected` : "";
-    for (const [does, words, hidden] of [["captions", "Edit captions", out || shelf.fixed], ["validation", held ? "Use for training" : "Use for validation", out || shelf.fixed], ["exclude", out ? "Include" : "Exclude", shelf.fixed]]) {
+    one("#selection-count").textContent = count ? t("{count} selected", { count: count.toLocaleString("en") }) : "";
+    for (const [does, words, hidden] of [["captions", t("Edit captions"), out || shelf.fixed], ["validation", held ? t("Use for training") : t("Use for validation"), out || shelf.fixed], ["exclude", out ? t("Include") : t("Exclude"), shelf.fixed]]) {
       const button = one(`[data-select=${does}]`, bar);
       button.textContent = words;
       button.hidden = hidden;
     }
     const note = one("#picture-several"), tags = count > 1 ? commonTags(members) : [];
     note.hidden = count < 2;
-    one("b", note).textContent = `${plural(count, "image")} selected`;
-    one("#common-tags").replaceChildren(make("span", { className: "small", textContent: tags.length ? "In all captions:" : "Their captions have no tag in common." }),
+    one("b", note).textContent = t("{images} selected", { images: plural(count, "image") });
+    one("#common-tags").replaceChildren(make("span", { className: "small", textContent: tags.length ? t("In all captions:") : t("Their captions have no tag in common.") }),
       ...tags.slice(0, 12).map((tag) => make("span", { className: "chip", dir: "auto", textContent: tag })));
-    one("#caption > span").textContent = count > 1 ? "Caption of this image alone" : "Caption";
+    one("#caption > span").textContent = count > 1 ? t("Caption of this image alone") : t("Caption");
   };
 
   const showButtons = () => {
     const picture = named(chosen), out = filter === "out", count = picked.size ? ` ${picked.size}` : "";
     const leave = one("#leave-out"), hold = one("#hold-out"), held = picked.size ? [...picked].every((name) => named(name)?.held) : picture?.held;
-    leave.textContent = `${out ? "Include" : "Exclude"}${count}`;
-    hold.textContent = `${held ? "Use for training" : "Use for validation"}${count}`;
-    if (picture) leave.title = out ? "Puts it back among the images" : "Moves it aside within the project; Excluded shows it";
+    leave.textContent = `${out ? t("Include") : t("Exclude")}${count}`;
+    hold.textContent = `${held ? t("Use for training") : t("Use for validation")}${count}`;
+    if (picture) leave.title = out ? t("Puts it back among the images") : t("Moves it aside within the project; Excluded shows it");
     leave.hidden = shelf.fixed;
     hold.hidden = one("#crop-start").hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
@@ -247,7 +247,7 @@
     for (const button of all("button", panel)) {
       if (button.id === "detail-close") continue;
       button.disabled = !picture;
-      button.title = picture ? button.dataset.tip ?? button.getAttribute("aria-label") ?? "" : "No image is chosen.";
+      button.title = picture ? button.dataset.tip ?? button.getAttribute("aria-label") ?? "" : t("No image is chosen.");
     }
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
@@ -271,7 +271,7 @@
     area.readOnly = fixed;
     one("#caption-undo").hidden = fixed || !edits.get(name)?.past.length;
     try { sessionStorage.setItem(KEPT, JSON.stringify([window.easel.project, name])); } catch { /* storage is off */ }
-    if (!waiting.has(name)) say("saved", fixed ? "Read only" : text ? "Saved" : "Uncaptioned");
+    if (!waiting.has(name)) say("saved", fixed ? t("Read only") : text ? t("Saved") : t("Uncaptioned"));
     countTokens(name, text);
     showTags();
     showButtons();
@@ -330,12 +330,12 @@
       // Nothing else changed meanwhile, so the images need not be reloaded.
       const [revision, ...rest] = shelf.mark.split(" ");
       if (revision === String(answer.before)) shelf.mark = [answer.revision, ...rest].join(" ");
-      if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
+      if (name === chosen && !waiting.has(name)) { say("saved", t("Saved")); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
       return;
     }
     // Without an answer it is tried again; a refusal is told.
     if (away) entry.timer = setTimeout(() => save(name), RETRY);
-    if (name === chosen) say("error", away ? "Not saved yet, retrying" : `Not saved: ${problem}`);
+    if (name === chosen) say("error", away ? t("Not saved yet, retrying") : t("Not saved: {problem}", { problem }));
   };
 
   const write = (name, text, goingBack = false) => {
@@ -344,7 +344,7 @@
     clearTimeout(entry?.timer);
     if (!edits.has(name)) edits.set(name, { past: [], future: [], base: picture.caption });
     waiting.set(name, { text, goingBack, timer: setTimeout(() => save(name), 300) });
-    if (name === chosen) say("saving", "Saving");
+    if (name === chosen) say("saving", t("Saving"));
     picture.caption = text;
     describe(picture);
     // The image stays visible until another is selected, even if it no longer matches the filter.
@@ -383,14 +383,14 @@
     await Promise.all(names.map((name) => save(name)));
     const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await load(); return true; };
     forget();
-    if (await send(does)()) window.easel.did(`${plural(names.length, "image")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
+    if (await send(does)()) window.easel.did(t(back ? "{images} included." : "{images} excluded.", { images: plural(names.length, "image") }), send(undoes), send(does));
   };
 
   const holdOut = () => inTurn(async () => {
     const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
     const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await load(); return true; };
-    if (await send(on)()) window.easel.did(`${plural(names.length, "image")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
+    if (await send(on)()) window.easel.did(t(on ? "{images} used for validation." : "{images} used for training.", { images: plural(names.length, "image") }), send(!on), send(on));
   });
 
   // ---- the crop: a box over the image, as shares of its sides, that is dragged or moved by keys -------------------
@@ -400,7 +400,7 @@
   const drawBox = () => {
     const place = one("#picture-big .crop"), [left, top, right, bottom] = box.map((edge) => 100 * edge);
     place.style.inset = `${top}% ${100 - right}% ${100 - bottom}% ${left}%`;
-    place.setAttribute("aria-label", `Crop, from ${Math.round(left)}% to ${Math.round(right)}% across and from ${Math.round(top)}% to ${Math.round(bottom)}% down`);
+    place.setAttribute("aria-label", t("Crop, from {left}% to {right}% across and from {top}% to {bottom}% down", { left: Math.round(left), right: Math.round(right), top: Math.round(top), bottom: Math.round(bottom) }));
   };
   // Moves these edges (left, top, right, bottom) by shares of the sides; all four keep the size of the box.
   const moveEdges = (from, edges, by) => {
@@ -438,7 +438,7 @@
     const name = chosen, before = named(name).box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
     if (!(await send(edges)())) return;
     stopCropping();
-    window.easel.did(edges ? "1 image cropped." : "1 image trained on as a whole.", send(before), send(edges));
+    window.easel.did(edges ? t("1 image cropped.") : t("1 image trained on as a whole."), send(before), send(edges));
   });
   const pointAt = ({ clientX, clientY }) => {
     const frame = one("#picture-big").getBoundingClientRect();
@@ -485,7 +485,7 @@
     if (!entry) return;
     if (!(await entry[forward ? "redo" : "undo"]())) { from.push(entry); return; }
     into.push(entry);
-    toast(`${forward ? "Done again" : "Undone"}: ${entry.text}`, "", forward ? () => step(false) : null);
+    toast(t(forward ? "Done again: {text}" : "Undone: {text}", { text: entry.text }), "", forward ? () => step(false) : null);
   });
   document.addEventListener("keydown", (event) => {
     const key = event.key.toLowerCase(), writes = event.target.closest?.("input:not([type=checkbox]), textarea, select");
@@ -517,7 +517,7 @@
         render();
       } while (again);
     })().catch((error) => {
-      say("error", error instanceof TypeError ? "The window does not answer" : error.message);
+      say("error", error instanceof TypeError ? t("The window does not answer") : error.message);
       setTimeout(load, 3000);
     }).finally(() => { loading = null; });
     return loading;

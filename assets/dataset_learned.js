@@ -2,7 +2,7 @@
 // says about captions and trigger words, and what the last run learned of each image.
 (() => {
   const easel = window.easel;
-  const { one, get, post, plural } = easel;
+  const { one, get, post, plural, t } = easel;
 
   let state = {};             // of /easel/insights
   let odd = [];               // images that are told by the check to have a wrong caption
@@ -13,12 +13,12 @@
     const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
     if (!place) return;
     button.hidden = check.state !== "idle" && check.state !== "failed";
-    if (check.state === "working") line.textContent = `Checking ${check.done} of ${plural(check.total, "image")}`;
+    if (check.state === "working") line.textContent = t("Checking {done} of {images}", { done: check.done, images: plural(check.total, "image") });
     else if (check.state === "failed") line.textContent = check.problem;
-    else if (check.state === "idle") line.textContent = `Checking ${plural(easel.shelf().pictures.length, "image")} takes a while.`;
+    else if (check.state === "idle") line.textContent = t("Checking {images} takes a while.", { images: plural(easel.shelf().pictures.length, "image") });
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
-    one("#learned > summary").textContent = `What will be learned${check.told && !easel.shelf().fixed ? `, ${plural(check.told, "note")}` : ""}`;
+    one("#learned > summary").textContent = `${t("What will be learned")}${check.told && !easel.shelf().fixed ? `, ${plural(check.told, "note")}` : ""}`;
     easel.fill(place, check.html.learned);
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
     marked();
@@ -41,7 +41,7 @@
     for (const [what, { line: text, found, most }] of Object.entries(state.html)) {
       const now = state[what], button = one(BUTTONS[what]), line = one(LINES[what]), place = one(PLACES[what]), working = now.state === "working";
       button.disabled = working || Boolean(now.why);
-      button.title = working ? "It is being measured" : now.why || button.dataset.tip;
+      button.title = working ? t("It is being measured") : now.why || button.dataset.tip;
       one(`[data-insight-cancel=${what}]`).hidden = !working;
       line.className = now.state === "failed" ? "problem" : "small";
       if (line.textContent !== text) line.textContent = text;

@@ -1,7 +1,7 @@
 // The Dataset tab's tools: import, bulk edit of captions, checks.
 (() => {
   const easel = window.easel;
-  const { one, all, get, post, make, plural } = easel;
+  const { one, all, get, post, make, plural, t } = easel;
 
   // ---- import: file by file, so that errors name the file and folders stay folders -----
   const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
@@ -46,17 +46,17 @@
     request.onload = () => {
       let answer = {};
       try { answer = JSON.parse(request.responseText); } catch { /* said below */ }
-      if (answer.received) { seen(body.size); resolve(); } else reject(new Error(answer.problem || "The window did not take the file."));
+      if (answer.received) { seen(body.size); resolve(); } else reject(new Error(answer.problem || t("The window did not take the file.")));
     };
-    request.onerror = () => reject(new Error("The window does not answer; nothing was added."));
+    request.onerror = () => reject(new Error(t("The window does not answer; nothing was added.")));
     request.send(body);
   });
 
   // `files`: [{ file, path }], the path including dropped folders.
   const take = async (files) => {
     easel.openTab("Dataset");
-    if (sending) return note("Another import is running; wait until it is done.", true);
-    if (!files.length) return note("There is nothing in that folder.", true);
+    if (sending) return note(t("Another import is running; wait until it is done."), true);
+    if (!files.length) return note(t("There is nothing in that folder."), true);
     sending = { stopped: false };
     const own = easel.project, mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
     let next = 0, done = 0, batch = null;
@@ -67,14 +67,14 @@
       const worker = async () => {
         while (next < wanted.length && !mine.stopped) {
           const index = next++;
-          const show = () => progress(`Reading ${done.toLocaleString("en")} of ${plural(files.length, "file")}`, 0.5 * Math.min(1, loaded.reduce((a, b) => a + b, 0) / total), true);
+          const show = () => progress(t("Reading {done} of {files}", { done: done.toLocaleString("en"), files: plural(files.length, "file") }), 0.5 * Math.min(1, loaded.reduce((a, b) => a + b, 0) / total), true);
           await send(`/easel/upload/${batch}`, wanted[index], (bytes) => { loaded[index] = bytes; show(); });
           done += wanted[index].length;
           show();
         }
       };
       await Promise.all(Array.from({ length: AT_ONCE }, worker));
-      if (mine.stopped) throw new Error("The import was cancelled; nothing was added.");
+      if (mine.stopped) throw new Error(t("The import was cancelled; nothing was added."));
       const answer = await startImport(`upload/${batch}`, {});
       if (answer.problem) throw new Error(answer.problem);
       batch = null;
@@ -108,7 +108,7 @@
       const { done } = followed, lost = state.state === "idle";
       followed = null;
       easel.load().then(() => {
-        note(lost ? "LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped." : "", lost);
+        note(lost ? t("LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped.") : "", lost);
         done();
         easel.tell("import");
       });
@@ -130,8 +130,8 @@
     }
     const share = state.total ? state.done / state.total : 0;
     // Reading the images takes most of the time, moving them the rest.
-    const part = { Checking: share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
-    progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, followed.from + (1 - followed.from) * part, false);
+    const part = { "Looking": 0, "Checking": share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
+    progress(state.total ? t("{phase}, {done} of {total}", { phase: t(state.phase), done: state.done.toLocaleString("en"), total: state.total.toLocaleString("en") }) : t(state.phase), followed.from + (1 - followed.from) * part, false);
   });
 
   const fromPath = async () => {
@@ -181,20 +181,20 @@
     if (!form) return;
     const replace = one("#bulk-do").value === "replace";
     all("[data-for=replace]", form).forEach((node) => { node.hidden = !replace; });
-    one("#bulk-put-title").textContent = replace ? "Replace with" : "Text";
-    const scope = easel.scope(), whom = scope ? plural(scope.length, "image") : "all images";
+    one("#bulk-put-title").textContent = replace ? t("Replace with") : t("Text");
+    const scope = easel.scope(), whom = scope ? plural(scope.length, "image") : t("all images");
     if (!edit()[replace ? "find" : "put"]) {
-      allow(false, "Type first what is to be found or added");
-      return bulkSay(`For ${whom}. Type to see what would change.`);
+      allow(false, t("Type first what is to be found or added"));
+      return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }
     const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
     if (number !== looked) return;
-    allow(!answer.problem && answer.changed > 0, answer.problem ?? "No caption would change");
+    allow(!answer.problem && answer.changed > 0, answer.problem ?? t("No caption would change"));
     if (answer.problem) return bulkSay(answer.problem, true);
-    bulkSay(`${plural(answer.changed, "caption")} of ${answer.asked.toLocaleString("en")} would change${scope ? ` (${whom})` : ""}.`);
+    bulkSay(t(scope ? "{captions} of {count} would change ({images})." : "{captions} of {count} would change.", { captions: plural(answer.changed, "caption"), count: answer.asked.toLocaleString("en"), images: whom }));
     const more = answer.changed - answer.rows.length;
     one("#bulk-preview").append(make("ul", { className: "changes" }, ...answer.rows.map(rowOf)));
-    if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
+    if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: t("And {count} more.", { count: more.toLocaleString("en") }) }));
   };
 
   // One change at a time: the next one waits; pressing Undo twice undoes one step.
@@ -206,7 +206,7 @@
     }
     let done;
     changing = new Promise((resolve) => { done = resolve; });
-    allow(false, "The captions are being changed");
+    allow(false, t("The captions are being changed"));
     try { return await work(...given); } finally { changing = null; done(); }
   };
 
@@ -219,7 +219,7 @@
     // What was applied is not offered again.
     if ("regex" in body) for (const name of ["#bulk-find", "#bulk-put"]) one(name).value = "";
     preview();
-    const words = answer.changed ? `${plural(answer.changed, "caption")} changed.` : "No caption had to be changed.";
+    const words = answer.changed ? t("{captions} changed.", { captions: plural(answer.changed, "caption") }) : t("No caption had to be changed.");
     tell(words);
     if (answer.changed && !again) easel.did(words, undo, () => change(body, outcome, true));
     return true;
@@ -231,14 +231,14 @@
     if (answer.problem) { soon(); outcome(answer.problem, true); return false; }
     await easel.load();
     await tags();
-    const kept = answer.kept ? ` ${plural(answer.kept, "caption")} changed since then and left as they are.` : "";
-    outcome(`${plural(answer.undone, "caption")} restored.${kept}`);
+    const kept = answer.kept ? ` ${t("{captions} changed since then and left as they are.", { captions: plural(answer.kept, "caption") })}` : "";
+    outcome(`${t("{captions} restored.", { captions: plural(answer.undone, "caption") })}${kept}`);
     preview();
     return true;
   });
 
   // Pressed twice is done once, though its turn may come later.
-  const apply = (...given) => { allow(false, "The captions are being changed"); return easel.inTurn(() => change(...given)); };
+  const apply = (...given) => { allow(false, t("The captions are being changed")); return easel.inTurn(() => change(...given)); };
   const addTrigger = () => apply({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
 
   // For the selected images, from the bar above the grid.
@@ -256,14 +256,14 @@
     if (!one("#bulk")?.open) return;
     const { html, undo } = await get("tags"), button = one("#bulk-undo");
     button.hidden = !undo;
-    button.title = undo ? `Takes back: ${undo}` : "";
+    button.title = undo ? t("Takes back: {what}", { what: undo }) : "";
     easel.fill(one("#bulk-tags"), html);
   };
 
   const renameTag = (button) => {
     const row = button.parentElement, tag = button.dataset.tag;
     const field = make("input", { type: "text", value: tag });
-    field.setAttribute("aria-label", `New name of the tag ${tag}`);
+    field.setAttribute("aria-label", t("New name of the tag {tag}", { tag }));
     row.replaceChildren(make("label", { className: "entry grow" }, field));
     field.focus();
     field.select();
@@ -280,14 +280,14 @@
     if (!line) return;
     easel.showLearned(state);
     button.disabled = state.state === "working";
-    button.title = button.disabled ? "The images are being checked" : "";
-    button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
+    button.title = button.disabled ? t("The images are being checked") : "";
+    button.textContent = state.state === "done" && !state.fresh ? t("Check again") : t("Check now");
     button.hidden = state.state === "done" && state.fresh;
-    if (state.state === "working") line.textContent = `Checking ${state.done} of ${plural(state.total, "image")}`;
+    if (state.state === "working") line.textContent = t("Checking {done} of {images}", { done: state.done, images: plural(state.total, "image") });
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
-    line.textContent = state.things ? `${plural(state.things, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the images.";
-    one("#check > summary").textContent = state.things ? `Issues (${state.things.toLocaleString("en")})` : "Check the images";
+    line.textContent = state.things ? t(state.fresh ? "{things} to look at." : "{things} to look at, before the last changes.", { things: plural(state.things, "thing") }) : t("Nothing is wrong with the images.");
+    one("#check > summary").textContent = state.things ? t("Issues ({count})", { count: state.things.toLocaleString("en") }) : t("Check the images");
     easel.setTwins(state.twins);
     easel.fill(one("#issues"), state.html.issues);
     easel.fill(one("#check-found"), state.html.check);
@@ -340,7 +340,7 @@
   // Only a previewed change can be applied: a response still in flight is out of date.
   const soon = () => {
     looked += 1;
-    allow(false, "What would change is being looked up");
+    allow(false, t("What would change is being looked up"));
     clearTimeout(typing);
     typing = setTimeout(preview, 150);
   };

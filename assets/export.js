@@ -1,6 +1,6 @@
 // Client of the Export tab: the choice of run and checkpoint, writing and copying the file, the report.
 (() => {
-  const { one, post, make } = window.easel;
+  const { one, post, make, t } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
@@ -30,7 +30,7 @@
 
   const write = async (button, path, note) => {
     const words = button.textContent, focused = document.activeElement === button, mine = turn;
-    Object.assign(button, { disabled: true, textContent: "Writing…", title: "The file is being written." });
+    Object.assign(button, { disabled: true, textContent: t("Writing…"), title: t("The file is being written.") });
     const said = await post(path, choice());
     Object.assign(button, { disabled: false, textContent: words, title: "" });
     // A disabled element loses the keyboard focus.
@@ -62,7 +62,7 @@
     place.classList.toggle("problem", state === "error");
     if (text.textContent !== words) text.textContent = words;
     one("#report-cancel").hidden = state !== "working";
-    if (button?.dataset.reportRun) { button.disabled = state === "working"; button.title = state === "working" ? "A report is being made." : ""; }
+    if (button?.dataset.reportRun) { button.disabled = state === "working"; button.title = state === "working" ? t("A report is being made.") : ""; }
   };
   window.easel.on("report", (now) => {
     const first = revision === -1;
@@ -78,7 +78,7 @@
   });
   const makeReport = async ({ reportRun: run, reportQuick }) => {
     quick = reportQuick !== undefined;
-    if (quick) window.easel.toast(`The report of ${run} is being made.`);
+    if (quick) window.easel.toast(t("The report of {run} is being made.", { run }));
     tell("working", "");
     const box = one("#report-measure");
     const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled });

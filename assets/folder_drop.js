@@ -56,7 +56,7 @@
   let depth = 0;
   const mark = (on, count = 0) => {
     document.documentElement.classList.toggle("dropping", on);
-    document.body.dataset.drop = previewDrop() ? "Drop a LoRA to add it, an image to reuse its settings" : `Drop ${count > 1 ? `${count.toLocaleString("en")} things ` : ""}to add to your images`;
+    document.body.dataset.drop = previewDrop() ? window.easel.t("Drop a LoRA to add it, an image to reuse its settings") : count > 1 ? window.easel.t("Drop {count} things to add to your images", { count: count.toLocaleString("en") }) : window.easel.t("Drop to add to your images");
   };
   addEventListener("dragenter", (event) => { if (holdsFiles(event)) { depth += 1; mark(true, event.dataTransfer.items.length); } }, true);
   addEventListener("dragleave", (event) => { if (holdsFiles(event)) { depth = Math.max(0, depth - 1); mark(depth > 0); } }, true);

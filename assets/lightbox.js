@@ -3,7 +3,7 @@
 // place (of samples the first of the row, which is the base's), `data-words` the caption. What an image was made with is read
 // from its file and can be used again.
 (() => {
-  const { one, all, make, openTab } = window.easel;
+  const { one, all, make, openTab, t } = window.easel;
   const kind = (node) => (node.dataset.large !== undefined ? "large" : "zoom");
   const rowOf = (node) => all(`[data-${kind(node)}="${CSS.escape(node.dataset[kind(node)])}"]`);
   const addressOf = (node) => node.dataset.src || node.getAttribute("href") || node.getAttribute("src");
@@ -18,7 +18,7 @@
     return "";
   };
   const readSettings = (address) => fetch(address).then((answer) => answer.arrayBuffer()).then(settingsIn).catch(() => "");
-  const ZOOMS = [["Fit", 0], ["1:1", 1], ["4×", 4]];
+  const ZOOMS = [[t("Fit"), 0], ["1:1", 1], ["4×", 4]];
 
   const open = (node) => {
     const row = rowOf(node), image = make("img"), words = make("p", { className: "small" }), made = make("p", { className: "small num" });
@@ -30,9 +30,9 @@
       flipped &&= Boolean(base);
       image.src = flipped ? base : addressOf(row[at]);
       image.alt = said || row[at].alt || "";
-      words.textContent = `${flipped ? "Base. " : ""}${image.alt}`;
-      flip.textContent = flipped ? "Show LoRA" : "Show base";
-      Object.assign(flip, { hidden: !base, title: "Space" });
+      words.textContent = `${flipped ? t("Base. ") : ""}${image.alt}`;
+      flip.textContent = flipped ? t("Show LoRA") : t("Show base");
+      Object.assign(flip, { hidden: !base, title: t("Space") });
       for (const step of [earlier, later]) step.hidden = row.length < 2;
       scale();
       const reading = settings = readSettings(image.src), found = await reading;
@@ -47,10 +47,10 @@
       for (const each of zooms) each.setAttribute("aria-pressed", Number(each.dataset.scale) === zoom);
     };
     const go = (by) => { at = Math.max(0, Math.min(row.length - 1, at + by)); show(); };
-    const [back, on] = kind(node) === "large" ? ["Earlier", "Later"] : ["Previous", "Next"];
-    const earlier = button(back, () => go(-1), { title: "Left arrow" }), later = button(on, () => go(1), { title: "Right arrow" });
-    const turn = () => { flipped = !flipped; show(); }, flip = button("Show base", turn);
-    const useIt = button("Use these settings", async () => {
+    const [back, on] = kind(node) === "large" ? [t("Earlier"), t("Later")] : [t("Previous"), t("Next")];
+    const earlier = button(back, () => go(-1), { title: t("Left arrow") }), later = button(on, () => go(1), { title: t("Right arrow") });
+    const turn = () => { flipped = !flipped; show(); }, flip = button(t("Show base"), turn);
+    const useIt = button(t("Use these settings"), async () => {
       const text = await settings;
       if (!text) return;
       box.close();
@@ -59,9 +59,9 @@
     }, { hidden: true });
     const zooms = ZOOMS.map(([text, value]) => button(text, () => { zoom = value; scale(); }, { className: "" }));
     zooms.forEach((each, index) => { each.dataset.scale = ZOOMS[index][1]; });
-    const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": "Image, enlarged" } }, image);
-    const bar = make("div", { className: "row" }, earlier, later, make("div", { className: "seg", attributes: { role: "group", "aria-label": "Size" } }, ...zooms), flip, useIt, button("Close", () => box.close(), { className: "own primary" }));
-    const box = window.easel.dialog("Image", frame, words, made, bar);
+    const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": t("Image, enlarged") } }, image);
+    const bar = make("div", { className: "row" }, earlier, later, make("div", { className: "seg", attributes: { role: "group", "aria-label": t("Size") } }, ...zooms), flip, useIt, button(t("Close"), () => box.close(), { className: "own primary" }));
+    const box = window.easel.dialog(t("Image"), frame, words, made, bar);
     box.className = "easel-dialog lightbox";
     image.addEventListener("load", scale);
     image.addEventListener("click", () => { zoom = ZOOMS[(ZOOMS.findIndex(([, value]) => value === zoom) + 1) % ZOOMS.length][1]; scale(); });

@@ -3,7 +3,7 @@
 // The form is drawn and filled here, so that no response replaces a control that is in use. The server's state of it
 // comes with a revision; each change made here gets the next one.
 (() => {
-  const { one, all, get, post, make, refocus } = window.easel;
+  const { one, all, get, post, make, t, refocus } = window.easel;
   // Least, middle and most of a strength.
   const USUAL = [0, 1, 1.5], SLIDER = [-2, 0, 2];
   const root = document.documentElement;
@@ -27,18 +27,18 @@
     if (select.selectedIndex < 0) select.value = "";
     select.title = path.value = row.file;
     path.hidden = select.value !== "";
-    label(path, `Path of LoRA ${number}`);
+    label(path, t("Path of LoRA {number}", { number }));
     away.dataset.removeLora = index;
-    label(away, `Remove LoRA ${number}`);
+    label(away, t("Remove LoRA {number}", { number }));
     const marks = sliders.includes(row.file) ? SLIDER : USUAL, [least, , largest] = marks;
     const at = (value) => `${(100 * (value - least)) / (largest - least)}%`;
     const most = best[row.file], star = own(".best"), set = own("[data-set-best]");
     star.hidden = set.hidden = !(most > 0 && most <= largest);
     star.style.left = at(most);
-    set.textContent = `Set to best, ${most}`;
+    set.textContent = t("Set to best, {strength}", { strength: most });
     set.dataset.setBest = index;
     for (const dial of all(".dial", made)) {
-      const { part } = dial.dataset, words = part === "text" ? "Text encoder" : apart ? "UNet" : "Strength", name = rows.length > 1 ? `${words} of LoRA ${number}` : words;
+      const { part } = dial.dataset, words = part === "text" ? t("Text encoder") : apart ? "UNet" : t("Strength"), name = rows.length > 1 ? t("{part} of LoRA {number}", { part: words, number }) : words;
       one("span", dial).textContent = words;
       all(".ticks [data-mark]", dial).forEach((tick, place) => { tick.textContent = marks[place]; tick.style.left = at(marks[place]); });
       Object.assign(one("input[type=range]", dial), { min: least, max: largest });
@@ -54,10 +54,10 @@
 
   const show = () => {
     const place = one("#loras");
-    const add = make("button", { type: "button", className: "own quiet", id: "add-lora", textContent: rows.length ? "Add another LoRA" : "Add a LoRA" });
+    const add = make("button", { type: "button", className: "own quiet", id: "add-lora", textContent: rows.length ? t("Add another LoRA") : t("Add a LoRA") });
     const box = make("input", { type: "checkbox", checked: apart, id: "text-apart" });
-    const note = rows.length ? [] : [make("p", { className: "small", textContent: "Without a LoRA only the base generates." })];
-    const more = rows.length ? [make("label", { className: "tick small" }, box, "Separate text encoder strength")] : [];
+    const note = rows.length ? [] : [make("p", { className: "small", textContent: t("Without a LoRA only the base generates.") })];
+    const more = rows.length ? [make("label", { className: "tick small" }, box, t("Separate text encoder strength"))] : [];
     refocus(place, () => place.replaceChildren(...rows.map(rowOf), ...note, make("div", { className: "row apart" }, add, ...more)));
     place.dataset.ready = "1";
   };
@@ -66,8 +66,8 @@
   const summarize = () => {
     const { sampler, steps, cfg, width, height, negative, image } = form().elements;
     const size = width.value && height.value ? `, ${width.value} × ${height.value}` : "";
-    const from = image.value ? ", from an image" : "";
-    const words = { negative: negative.value.slice(0, 40) || "none", sampling: `${sampler.selectedOptions[0]?.textContent}, ${steps.value} steps, guidance ${cfg.value}${size}${from}` };
+    const from = image.value ? t(", from an image") : "";
+    const words = { negative: negative.value.slice(0, 40) || t("none"), sampling: t("{sampler}, {steps} steps, guidance {cfg}", { sampler: sampler.selectedOptions[0]?.textContent, steps: steps.value, cfg: cfg.value }) + size + from };
     for (const place of all("[data-summary]")) if (place.textContent !== words[place.dataset.summary]) place.textContent = words[place.dataset.summary];
   };
   const fill = (fields, strip) => {
@@ -169,7 +169,7 @@
     if (!state) return;
     Object.assign(state.dataset, { state: "working", busy: "1" });
     state.className = "small num";
-    state.textContent = "Generating";
+    state.textContent = t("Generating");
     if (cancel) { cancel.disabled = false; cancel.title = ""; }
   };
 
@@ -296,7 +296,7 @@
     } else if (data.forget !== undefined) {
       const answer = await post("preview/forget", { file: data.forget });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
-      else window.easel.toast("Image moved to the trash.", "", () => post("preview/bring-back", answer));
+      else window.easel.toast(t("Image moved to the trash."), "", () => post("preview/bring-back", answer));
     }
     else if (data.startFrom) {
       hold();

@@ -1,13 +1,13 @@
 // The project picker: a dialog that lists the projects and what they take on disk, as the server renders it.
 (() => {
-  const { one, all, get, post, make } = window.easel;
+  const { one, all, get, post, make, t } = window.easel;
   const say = (text) => { one("#projects-note").textContent = text; };
 
   const show = ({ html }) => {
     const place = one("#projects-shelves"), open = one("#projects-trash")?.open;
     window.easel.refocus(place, () => { place.innerHTML = html; });
     if (open && one("#projects-trash")) one("#projects-trash").open = true;
-    for (const when of all("time", place)) when.textContent = new Date(1000 * when.dataset.time).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
+    for (const when of all("time", place)) when.textContent = new Date(1000 * when.dataset.time).toLocaleString(document.documentElement.lang, { dateStyle: "medium", timeStyle: "short" });
   };
 
   const open = async () => {
@@ -16,7 +16,7 @@
     // The previous list would be replaced while the user acts on it.
     one("#projects-shelves").replaceChildren();
     one("#projects").showModal();
-    try { show(await get("projects")); } catch { say("The window does not answer."); }
+    try { show(await get("projects")); } catch { say(t("The window does not answer.")); }
   };
 
   const act = async (body) => {
@@ -33,7 +33,7 @@
   // Asked in the row itself, next to its item.
   const askIn = (target, field, words, sends, tone = "primary") => {
     const place = target.closest(".row.apart"), yes = make("button", { className: `own ${tone}`, textContent: words });
-    const no = make("button", { type: "button", className: "own", textContent: "Cancel", onclick: async () => show(await get("projects")) });
+    const no = make("button", { type: "button", className: "own", textContent: t("Cancel"), onclick: async () => show(await get("projects")) });
     const onsubmit = (event) => { event.preventDefault(); act(sends()); };
     place.replaceChildren(make("form", { className: "row grow", onsubmit }, field, yes, no));
     (field.matches?.("label") ? one("input", field) : yes).focus();
@@ -48,10 +48,10 @@
     else if (target.id === "projects-close") one("#projects").close();
     else if (["open", "clean", "restore"].includes(does)) act({ do: does, project });
     else if (does === "rename") {
-      const input = make("input", { type: "text", value: title, attributes: { "aria-label": `New name of ${title}` } });
-      askIn(target, make("label", { className: "entry grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
-    } else if (does === "delete") askIn(target, words(`Delete “${title}”? Its images go to the trash, where Trash below restores them; runs are kept.`), "Delete", () => ({ do: "delete", project }), "danger");
-    else if (does === "empty") askIn(target, words("Delete everything in the trash for good?"), "Delete for good", () => ({ do: "empty" }), "danger");
+      const input = make("input", { type: "text", value: title, attributes: { "aria-label": t("New name of {title}", { title }) } });
+      askIn(target, make("label", { className: "entry grow" }, input), t("Rename"), () => ({ do: "rename", project, title: input.value }));
+    } else if (does === "delete") askIn(target, words(t("Delete “{title}”? Its images go to the trash, where Trash below restores them; runs are kept.", { title })), t("Delete"), () => ({ do: "delete", project }), "danger");
+    else if (does === "empty") askIn(target, words(t("Delete everything in the trash for good?")), t("Delete for good"), () => ({ do: "empty" }), "danger");
   });
 
   document.addEventListener("submit", (event) => {

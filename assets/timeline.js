@@ -1,7 +1,7 @@
 // Samples and charts of the Train tab share one time axis and one cursor: the scrubber, the columns of samples and the cursor
 // of the chart show the same step.
 (() => {
-  const { one, all, later } = window.easel;
+  const { one, all, later, t } = window.easel;
   const PAUSE = 1000;
   let at = null, run = "", last = [];
 
@@ -15,7 +15,7 @@
     if (!steps.length) return;
     const index = step === null ? steps.length - 1 : steps.reduce((best, each, i) => (Math.abs(each - step) < Math.abs(steps[best] - step) ? i : best), 0);
     if (Number(scrubber.value) !== index) scrubber.value = index;
-    scrubber.setAttribute("aria-valuetext", steps[index] ? `step ${steps[index].toLocaleString("en")}` : "base");
+    scrubber.setAttribute("aria-valuetext", steps[index] ? t("step {step}", { step: steps[index].toLocaleString("en") }) : t("base"));
     for (const figure of all("#samples figure")) figure.classList.toggle("on", Number(figure.dataset.step) === steps[index]);
     const scroll = one(".samples-scroll"), figure = one("#samples figure.on"), pinned = one("#samples figure.pinned");
     if (!figure) return;

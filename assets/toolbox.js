@@ -1,7 +1,7 @@
 // Client of the Toolbox: files, tool, the tool's fields, progress. Results come as HTML, escaped by the server, and are
 // kept by tool.
 (() => {
-  const { one, all, get, post, refill, make, openTab } = window.easel;
+  const { one, all, get, post, refill, make, t, openTab } = window.easel;
   const answers = {};
   const OTHER = "\u0000other", FOLDER = "\u0000folder";
   let offered = { groups: [], runs: [], bases: [] }, tool = "check", rows = [{ file: "", strength: 1 }];
@@ -14,16 +14,16 @@
   // ---- the files ---------------------------------------------------------------------------------------------------
   const fileRow = (row, index) => {
     const listed = known(row.file), typed = row.file && !listed || row.other;
-    const select = make("select", { className: "field", data: { part: "file" }, title: row.file, attributes: { "aria-label": `LoRA file ${index + 1}` } }, option("Choose a file", "", !row.file));
+    const select = make("select", { className: "field", data: { part: "file" }, title: row.file, attributes: { "aria-label": t("LoRA file {number}", { number: index + 1 }) } }, option(t("Choose a file"), "", !row.file));
     for (const group of offered.groups) {
       const box = make("optgroup", { label: group.heading });
       for (const file of group.files) box.append(option(file.title, file.path, file.path === row.file && !typed));
       select.append(box);
     }
-    select.append(option("Another file: type its path", OTHER, Boolean(typed)));
-    const path = make("input", { type: "text", className: "field", value: row.file, hidden: !typed, placeholder: "Path of a .safetensors file", spellcheck: false, data: { part: "path" }, attributes: { "aria-label": `Path of file ${index + 1}` } });
-    const strength = make("input", { type: "text", inputMode: "decimal", className: "field", value: row.strength, hidden: !needs().includes("strengths"), data: { part: "strength" }, attributes: { "aria-label": `Strength of file ${index + 1}`, title: "Strength" } });
-    const remove = make("button", { type: "button", className: "own quiet", textContent: "Remove", hidden: rows.length < 2, data: { part: "remove" }, attributes: { "aria-label": `Remove file ${index + 1}` } });
+    select.append(option(t("Another file: type its path"), OTHER, Boolean(typed)));
+    const path = make("input", { type: "text", className: "field", value: row.file, hidden: !typed, placeholder: t("Path of a .safetensors file"), spellcheck: false, data: { part: "path" }, attributes: { "aria-label": t("Path of file {number}", { number: index + 1 }) } });
+    const strength = make("input", { type: "text", inputMode: "decimal", className: "field", value: row.strength, hidden: !needs().includes("strengths"), data: { part: "strength" }, attributes: { "aria-label": t("Strength of file {number}", { number: index + 1 }), title: t("Strength") } });
+    const remove = make("button", { type: "button", className: "own quiet", textContent: t("Remove"), hidden: rows.length < 2, data: { part: "remove" }, attributes: { "aria-label": t("Remove file {number}", { number: index + 1 }) } });
     return make("div", { className: "toolbox-file", data: { index } }, select, strength, remove, path);
   };
   const showFiles = () => { one("#toolbox-files").replaceChildren(...rows.map(fileRow)); };
@@ -39,15 +39,15 @@
   const runOf = () => known(chosen()[0]?.file)?.run || "";
   const baseOf = () => offered.runs.find((run) => run.name === runOf())?.base;
   const fillFields = () => {
-    const measured = offered.runs.map((run) => [`what ${run.name} held out`, run.name]);
-    const optional = needs().includes("measure?") ? [["nothing, from the files alone", ""]] : [];
+    const measured = offered.runs.map((run) => [t("what {run} held out", { run: run.name }), run.name]);
+    const optional = needs().includes("measure?") ? [[t("nothing, from the files alone"), ""]] : [];
     const measure = one("#toolbox-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
-    fill(measure, [...optional, ...measured, ["a folder of images", FOLDER]], kept);
+    fill(measure, [...optional, ...measured, [t("a folder of images"), FOLDER]], kept);
     const base = one("#toolbox-base"), bases = offered.bases.map((row) => [row.title, row.name]);
     // A base that only a DoRA needs stays empty until one is chosen for this tool.
-    const free = needs().includes("base?"), none = free ? [["none: only a DoRA needs it", ""]] : [];
+    const free = needs().includes("base?"), none = free ? [[t("none: only a DoRA needs it"), ""]] : [];
     const given = free ? base.dataset.touched === tool : base.dataset.touched;
-    fill(base, [...none, ...bases, ["another, by its path", OTHER]], given ? base.value : free ? "" : baseOf() || bases[0]?.[1]);
+    fill(base, [...none, ...bases, [t("another, by its path"), OTHER]], given ? base.value : free ? "" : baseOf() || bases[0]?.[1]);
   };
   const show = () => {
     const wanted = new Set(needs().map((need) => need.replace("?", "")));
@@ -55,7 +55,7 @@
     if (wanted.has("base") && one("#toolbox-base").value === OTHER) wanted.add("other-base");
     if (wanted.has("size")) wanted.add("by").add(one("#toolbox-by").value === "energy" ? "energy" : "rank");
     for (const each of all("#toolbox [data-field]")) each.hidden = !wanted.has(each.dataset.field);
-    one("#toolbox-rank").placeholder = needs().includes("rank?") ? "empty: exact, ranks add" : "";
+    one("#toolbox-rank").placeholder = needs().includes("rank?") ? t("empty: exact, ranks add") : "";
     for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
     for (const each of all("#toolbox-files [data-part=strength]")) each.hidden = !wanted.has("strengths");
     all("#toolbox-files .toolbox-file").forEach((each, index) => { each.hidden = most() < 2 && index >= most(); });
@@ -71,11 +71,11 @@
   };
   const why = () => {
     const low = Number(button().dataset.low), high = Number(button().dataset.high), count = chosen().length;
-    const few = low === 1 ? "Choose a file first." : `${low === high ? "Two files are needed" : "Two files or more are needed"}: add another.`;
-    const text = count < low ? few : high > 1 && count > high ? `At most ${high} files: remove the others.` : "";
+    const few = low === 1 ? t("Choose a file first.") : low === high ? t("Two files are needed: add another.") : t("Two files or more are needed: add another.");
+    const text = count < low ? few : high > 1 && count > high ? t("At most {count} files: remove the others.", { count: high }) : "";
     const go = one("#toolbox-go"), working = one("#toolbox-state").dataset.state === "working";
     go.disabled = Boolean(text) || working;
-    go.title = working ? "A tool is running." : text;
+    go.title = working ? t("A tool is running.") : text;
     one("#toolbox-why").textContent = working ? "" : text;
   };
   const choose = (name) => {
@@ -171,7 +171,7 @@
     start();
   };
   window.easel.openLora = async (file) => {
-    if (seen) tell("working", `${file.name} is being read`);
+    if (seen) tell("working", t("{name} is being read", { name: file.name }));
     const said = await window.easel.upload("toolbox/file", file);
     if (!said.problem) return inspect(said.file);
     if (seen) tell("error", said.problem); else window.easel.toast(said.problem, "bad");

@@ -2,7 +2,7 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, make, dialog, refill, toast } = window.easel;
+  const { one, all, make, dialog, refill, t, toast } = window.easel;
 
   // Problems are told; null then.
   const told = (said) => {
@@ -14,22 +14,25 @@
   // ---- confirmation ----------------------------------------------------
   const ask = (text, yes) => new Promise((resolve) => {
     const button = (textContent, tone, value) => make("button", { className: `own ${tone}`, textContent, value });
-    dialog(text, make("p", { textContent: text }), make("form", { className: "row", method: "dialog" }, button(yes, "primary", "yes"), button("Cancel", "", "")))
+    dialog(text, make("p", { textContent: text }), make("form", { className: "row", method: "dialog" }, button(yes, "primary", "yes"), button(t("Cancel"), "", "")))
       .addEventListener("close", ({ target }) => resolve(target.returnValue === "yes"));
   });
 
   // ---- notifications -----------------------------------------------------------------------------------
   const LIVE = ["preparing", "running", "pausing", "stopping"];
-  const ENDS = { done: "is done", stopped: "was stopped", paused: "is paused", failed: "failed", interrupted: "was interrupted" };
+  const ENDS = {
+    done: t("The run {name} is done"), stopped: t("The run {name} was stopped"), paused: t("The run {name} is paused"),
+    failed: t("The run {name} failed"), interrupted: t("The run {name} was interrupted"),
+  };
   const bell = {
     get on() { return localStorage.getItem("easel-tell") === "1" && "Notification" in window && Notification.permission === "granted"; },
     async toggle() {
       if (this.on) localStorage.removeItem("easel-tell");
       else if (!("Notification" in window)) return toast("This browser has no notifications; the page's title shows the state.");
       else if (await Notification.requestPermission() === "granted") localStorage.setItem("easel-tell", "1");
-      else return toast("The browser does not allow notifications for this page; its settings can change that.", "bad");
+      else return toast(t("The browser does not allow notifications for this page; its settings can change that."), "bad");
       this.show();
-      toast(this.on ? "You get a notification when a run ends, while this page is open." : "No notification when a run ends.");
+      toast(this.on ? t("You get a notification when a run ends, while this page is open.") : t("No notification when a run ends."));
     },
     show() {
       const place = one("#tell-end");
@@ -42,8 +45,8 @@
     if (!bar) return;
     const now = bar.dataset.runState, name = bar.dataset.runName;
     if (before && LIVE.includes(before.state) && before.name === name && ENDS[now]) {
-      window.easel.lastEnd = `${name} ${ENDS[now]}`;
-      if (bell.on) new Notification("LoRA Easel", { body: `The run ${name} ${ENDS[now]}.`, icon: "/easel/assets/icon.svg" });
+      window.easel.lastEnd = ENDS[now];
+      if (bell.on) new Notification("LoRA Easel", { body: `${ENDS[now].replace("{name}", name)}${t(".")}`, icon: "/easel/assets/icon.svg" });
     }
     before = { state: now, name };
   };
@@ -57,7 +60,7 @@
     }
     const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
     if (!file.size || file.size < 8 || length > Math.min(file.size - 8, 2 ** 24)) {
-      return toast(`${file.name} is not a safetensors file.`, "bad");
+      return toast(t("{name} is not a safetensors file.", { name: file.name }), "bad");
     }
     if (told(await window.easel.send(`like?${query}`, await file.slice(0, 8 + length).arrayBuffer()))) refill();
   };
@@ -65,12 +68,12 @@
   // ---- quitting -------------------------------------------------------------------------------------------------------------
   const quit = async () => {
     const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
-    const goesOn = live ? ` The run ${name} continues.` : "";
-    if (!await ask(`Quit LoRA Easel?${goesOn}`, "Quit")) return;
+    const goesOn = live ? ` ${t("The run {name} continues.", { name })}` : "";
+    if (!await ask(`${t("Quit LoRA Easel?")}${goesOn}`, t("Quit"))) return;
     const said = await post("quit", {});
     if (!said) return;
-    const runs = said.run ? `The run ${said.run} continues${said.queue ? ", and so does the queue" : ""}. ` : "";
-    const box = dialog("Closed", make("p", { textContent: `LoRA Easel is closed. ${runs}Start it again to come back; this page can be closed.` }));
+    const runs = said.run ? `${t(said.queue ? "The run {name} continues, and so does the queue." : "The run {name} continues.", { name: said.run })} ` : "";
+    const box = dialog(t("Closed"), make("p", { textContent: t("LoRA Easel is closed. {runs}Start it again to come back; this page can be closed.", { runs }) }));
     box.id = "closed";
     box.addEventListener("cancel", (event) => event.preventDefault());
   };
@@ -124,7 +127,7 @@
     if (!answer) return;
     const before = former = { ...answer.before, project: window.easel.project };
     refill();
-    toast(`The form has the settings of ${run}: ${window.easel.plural(answer.new, "setting")} changed.`, "", () => giveBack(before));
+    toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(before));
   });
   // What is changed by hand since then is not taken back by a key.
   document.addEventListener("focusin", ({ target }) => { if (target.closest(".page-train .side")) former = null; });
@@ -151,7 +154,7 @@
       if (answer.problem) return values.focus();
       one("#sweep").open = false;
       one("#sweep summary").focus();
-      toast(`In the queue: ${answer.names}.`);
+      toast(t("In the queue: {names}.", { names: answer.names }));
     });
   });
 

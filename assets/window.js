@@ -12,12 +12,12 @@
       const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options, headers: { ...ownProject(), ...options.headers } });
       const text = await answer.text(), said = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
       return answer.ok || said.problem ? said : { problem: text };
-    } catch { return { problem: "The window does not answer; is it still open?", away: true }; }
+    } catch { return { problem: t("The window does not answer; is it still open?"), away: true }; }
   };
   const post = (path, body, options) => send(path, JSON.stringify(body), { headers: { "Content-Type": "application/json" }, ...options });
   const upload = async (path, file) => {
     const said = await send(`${path}?name=${encodeURIComponent(file.name)}`, file);
-    return said.away ? { problem: `${file.name} did not arrive; try again.` } : said;
+    return said.away ? { problem: t("{name} did not arrive; try again.", { name: file.name }) } : said;
   };
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
   // An element with properties, `data-*` values and other attributes, and children.
@@ -29,7 +29,10 @@
     made.append(...inside);
     return made;
   };
-  const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  // A text in the page's language, which the server has sent where it is not English; `values` fill its {placeholders}.
+  const words = JSON.parse(one("#words")?.textContent ?? "{}");
+  const t = (text, values = {}) => (words[text] ?? text).replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+  const plural = (count, word) => t(count === 1 ? `{count} ${word}` : `{count} ${word}s`, { count: count.toLocaleString("en") });
   const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
   // Makes calls of `look` run one after the other; one that waits is enough, as it is newer than all before it.
@@ -73,8 +76,8 @@
   const toast = (text, tone = "", undo = null) => {
     const place = one("#easel-toast") ?? one(".gradio-container").appendChild(make("div", { id: "easel-toast", attributes: { role: "status" } }));
     const close = () => place.classList.remove("on");
-    const buttons = [make("button", { type: "button", textContent: "×", onclick: close, attributes: { "aria-label": "Dismiss" } })];
-    if (undo) buttons.unshift(make("button", { type: "button", onclick: undo }, "Undo ", make("kbd", { textContent: "Ctrl+Z" })));
+    const buttons = [make("button", { type: "button", textContent: "×", onclick: close, attributes: { "aria-label": t("Dismiss") } })];
+    if (undo) buttons.unshift(make("button", { type: "button", onclick: undo }, `${t("Undo")} `, make("kbd", { textContent: "Ctrl+Z" })));
     place.replaceChildren(make("span", { textContent: text }), ...buttons);
     place.dataset.tone = tone;
     toast.undo = undo;
@@ -101,7 +104,7 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { one, all, get, send, post, upload, make, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
+  window.easel = { one, all, get, send, post, upload, make, t, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
@@ -111,13 +114,13 @@
 
   // Browsers have a clipboard only at localhost and over https.
   const copy = async (button, text) => {
-    try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { toast("The browser allows no copying at this address; select the text instead.", "bad"); }
+    try { await navigator.clipboard.writeText(text); button.textContent = t("Copied"); } catch { toast(t("The browser allows no copying at this address; select the text instead."), "bad"); }
   };
 
   // What is right and wrong with this computer, as the server renders it.
   const diagnose = async () => {
-    const shown = dialog("Doctor", make("p", { textContent: "Checking this computer takes some seconds.", attributes: { role: "status" } }));
-    const { html, problem } = await get("doctor").catch(() => ({ problem: "The window does not answer." }));
+    const shown = dialog(t("Doctor"), make("p", { textContent: t("Checking this computer takes some seconds."), attributes: { role: "status" } }));
+    const { html, problem } = await get("doctor").catch(() => ({ problem: t("The window does not answer.") }));
     if (html) shown.innerHTML = html;
     else shown.replaceChildren(make("p", { className: "problem", textContent: problem }));
   };
@@ -136,6 +139,12 @@
     }
   });
 
+  document.addEventListener("change", async ({ target }) => {
+    if (target.id !== "language") return;
+    const { problem } = await post("language", { language: target.value });
+    if (problem) toast(problem, "bad"); else location.reload();
+  });
+
   // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
   const place = () => {
     // An address is typed or linked from anywhere: one that is not encoded right is taken as it is.
@@ -148,7 +157,7 @@
     const [name] = place(), tabs = all("[role=tab]"), wanted = `#${name === "run" ? "train" : name}`;
     const tab = tabs.find((each) => each.hash === wanted) ?? tabs[0];
     for (const each of tabs) each.setAttribute("aria-selected", each === tab);
-    for (const each of all(".tabitem")) Object.assign(each, { role: "tabpanel", ariaLabel: each.id.slice(5) });
+    for (const each of all(".tabitem")) Object.assign(each, { role: "tabpanel", ariaLabel: one(`[aria-controls=${each.id}]`)?.textContent });
     if (tab) page.dataset.tab = tab.hash.slice(1);
   };
   const follow = () => {
@@ -325,7 +334,7 @@
   const showBadges = () => {
     const badges = JSON.parse(one("[data-badges]")?.dataset.badges ?? "{}");
     for (const tab of all("[role=tab]")) {
-      const badge = badges[tab.textContent.trim()] ?? "";
+      const badge = badges[tab.hash.slice(1)] ?? "";
       if ((tab.dataset.badge ?? "") !== badge) tab.dataset.badge = badge;
     }
   };

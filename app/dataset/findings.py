@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import Jobs, RunView
+from app.templates import _
 from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import Looks, TrainingView, audit
@@ -219,11 +220,11 @@ class DatasetInsights:
             return busy
         records = self.project.dataset().records
         if not records:
-            return "There are no images yet; add some."
+            return _("There are no images yet; add some.")
         if what == "pictures":
-            return "" if self._run() else "No run on these images has a checkpoint yet; train one first."
+            return "" if self._run() else _("No run on these images has a checkpoint yet; train one first.")
         if what == "captions" and len({record.caption for record in records if record.caption}) < 2:
-            return "Checking captions needs two images with different captions; write some first."
+            return _("Checking captions needs two images with different captions; write some first.")
         plan = Plan(self.project)
         return "" if plan.base.facts is not None else plan.base.problem
 
@@ -310,4 +311,6 @@ class DatasetInsights:
         try:
             write_atomically(file, json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         except OSError as error:
-            self._problems[what] = f"The results cannot be saved ({error.strerror}); free some disk space."
+            self._problems[what] = _(
+                "The results cannot be saved ({}); free some disk space.", error.strerror
+            )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.templates import pluralize
+from app.templates import _, pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
@@ -136,11 +136,12 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     if not cut:
         return ""
     limit, most = plan.config.train.max_token_length, LIMITS[-1]
-    advice = "shorten them" if limit == most else f"shorten them, or raise Caption tokens to up to {most}"
-    named = ", ".join(cut[:3]) + (" and others" if len(cut) > 3 else "")
-    return (
-        f"{pluralize(len(cut), 'caption')} longer than the {limit} tokens that are read ({named}): {advice}."
+    advice = (
+        _("shorten them") if limit == most else _("shorten them, or raise Caption tokens to up to {}", most)
     )
+    named = ", ".join(cut[:3]) + (_(" and others") if len(cut) > 3 else "")
+    captions = pluralize(len(cut), "caption")
+    return _("{} longer than the {} tokens that are read ({}): {}.", captions, limit, named, advice)
 
 
 def meter_version(plan: Plan) -> str:
@@ -251,14 +252,14 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
     masked = sum(record.mask is not None for record in dataset.records)
     unused = sum(note.kind in UNUSED for note in dataset.notes)
     counts = [
-        (len(dataset.records) - bare, pluralize(len(dataset.records) - bare, "image") + " ready", "good"),
-        (bare, f"{bare} without caption", "warn"),
-        (held, f"{held} for validation", ""),
-        (masked, f"{masked} with a mask", ""),
-        (len(dataset.reg), f"{len(dataset.reg)} for regularisation", ""),
+        (len(dataset.records) - bare, _("{} ready", pluralize(len(dataset.records) - bare, "image")), "good"),
+        (bare, _("{count} without caption", count=bare), "warn"),
+        (held, _("{count} for validation", count=held), ""),
+        (masked, _("{count} with a mask", count=masked), ""),
+        (len(dataset.reg), _("{count} for regularisation", count=len(dataset.reg)), ""),
         (len(dataset.problems), pluralize(len(dataset.problems), "problem"), "bad"),
-        (unused, f"{pluralize(unused, 'file')} not used", "warn"),
-        (demo, "Demo images (read-only)", ""),
+        (unused, _("{files} not used", files=pluralize(unused, "file")), "warn"),
+        (demo, _("Demo images (read-only)"), ""),
     ]
     found = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *summarize_notes(skipped)]
     return {

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from app.templates import pluralize
+from app.templates import _, pluralize
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
@@ -45,13 +45,13 @@ class _BodyReader:
         """
         while b"\n" not in self.held and len(self.held) < LONGEST_LIST:
             self.held += await anext(self.chunks, b"\n")
-        line, _, self.held = self.held.partition(b"\n")
+        line, self.held = self.held.split(b"\n", 1)
         try:
             listed = [(int(index), str(name), int(size)) for index, name, size in parse_json(line)]
         except (ValueError, TypeError, OverflowError) as error:
-            raise DatasetError("The list of files did not arrive; drop them again.") from error
+            raise DatasetError(_("The list of files did not arrive; drop them again.")) from error
         if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
-            raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")
+            raise DatasetError(_("More than {:,} files cannot be taken at once; drop fewer.", MOST_FILES))
         return listed
 
     async def bytes(self, size: int, name: str) -> AsyncIterator[bytes]:
@@ -64,7 +64,7 @@ class _BodyReader:
             if not self.held:
                 self.held = await anext(self.chunks, b"")
             if not self.held:
-                raise DatasetError(f"{name} did not arrive completely; drop it again.")
+                raise DatasetError(_("{name} did not arrive completely; drop it again.", name=name))
             part, self.held = self.held[:size], self.held[size:]
             size -= len(part)
             yield part
@@ -111,7 +111,7 @@ class Importer:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            raise DatasetError(f"The folder {folder} cannot be made ({error.strerror}).") from error
+            raise DatasetError(_("The folder {} cannot be made ({}).", folder, error.strerror)) from error
         self._batches[folder.name] = {}
         return folder.name
 
@@ -132,17 +132,17 @@ class Importer:
         for index, name, size in listed:
             most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
             if size > most:
-                raise DatasetError(f"{name} is larger than {most / 1e6:.0f} MB; leave it out.")
+                raise DatasetError(_("{} is larger than {:.0f} MB; leave it out.", name, most / 1e6))
             room -= size
             if room < 0:
-                raise DatasetError(f"The disk is too full for {name}; free some space.")
+                raise DatasetError(_("The disk is too full for {name}; free some space.", name=name))
             try:
                 with open(folder / f"{index:05}", "wb") as file:
                     async for part in parcel.bytes(size, name):
                         file.write(part)
             except OSError as error:
                 raise DatasetError(
-                    f"{name} cannot be written ({error.strerror}); free some space."
+                    _("{} cannot be written ({}); free some space.", name, error.strerror)
                 ) from error
             names[index] = name
         return len(listed)
@@ -186,13 +186,13 @@ class Importer:
         """
         where = expand_home(text.strip().strip('"'))
         if not text.strip():
-            raise DatasetError("Type the path of a folder of images first.")
+            raise DatasetError(_("Type the path of a folder of images first."))
         try:
             is_folder, is_file = where.is_dir(), where.is_file()
         except (OSError, ValueError):
             is_folder = is_file = False
         if not is_folder and not is_file:
-            raise DatasetError(f"There is no folder at {where}.")
+            raise DatasetError(_("There is no folder at {where}.", where=where))
         self._refuse_two()
         self._leave_demo()
         if link:
@@ -245,7 +245,7 @@ class Importer:
         except LoraError as error:
             note = str(error)
         except OSError as error:
-            note = f"The images cannot be imported ({error.strerror or error}); try it again."
+            note = _("The images cannot be imported ({}); try it again.", error.strerror or error)
         finally:
             self._state = {**self._state, "state": state, "note": note}
 
@@ -255,14 +255,14 @@ def _summarize(imported: Imported) -> tuple[str, str]:
     pictures = sum(path.suffix.casefold() in IMAGE_SUFFIXES for path in imported.added)
     captions = len(imported.added) - pictures
     counts = [(pictures, "image"), (captions, "caption")]
-    added = " and ".join(pluralize(count, word) for count, word in counts if count)
+    added = _(" and ").join(pluralize(count, word) for count, word in counts if count)
     same = sum(one.kind == "same picture" for one in imported.skipped)
     others = [one for one in imported.skipped if one.kind not in ("same picture", "already there")]
-    parts = [f"{added} added." if added else "" if same else "Nothing was added."]
+    parts = [_("{added} added.", added=added) if added else "" if same else _("Nothing was added.")]
     if same:
-        parts.append(f"{pluralize(same, 'image is', 'images are')} already here, skipped.")
+        parts.append(_("{images} already here, skipped.", images=pluralize(same, "image is", "images are")))
     if len(others) == 1:
-        parts.append(f"1 file skipped: {others[0].sentence}")
+        parts.append(_("1 file skipped: {sentence}", sentence=others[0].sentence))
     elif others:
-        parts.append(f"{len(others)} files skipped, see below.")
+        parts.append(_("{count} files skipped, see below.", count=len(others)))
     return "done" if added or same else "failed", " ".join(filter(None, parts))

@@ -18,7 +18,7 @@ from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url
 from app.state import AppState, Snapshot
-from app.templates import note_html, render
+from app.templates import _, note_html, render
 from app.train.form import Plan
 from lora_core.data.captions import count_tags
 from lora_core.errors import DatasetError
@@ -53,17 +53,17 @@ def build_dataset(bindings: Bindings) -> None:
     app_state.importer.after = imported
     with gr.Row(elem_classes="page page-dataset"):
         with gr.Column(elem_classes="main"):
-            html_block(render("dataset/import.html"))
+            html_block(lambda: render("dataset/import.html"))
             _welcome(bindings)
             bindings.follow(html_block(elem_id="dataset-notes"), status)
             with gr.Row(elem_classes="toolbar"):
-                html_block(render("dataset/toolbar.html", filters=FILTERS), elem_classes="grow")
+                html_block(lambda: render("dataset/toolbar.html", filters=FILTERS), elem_classes="grow")
                 _trigger(bindings)
-                html_block(render("dataset/trigger.html"), elem_classes="beside")
-            html_block(render("dataset/words.html"))
-            html_block(render("dataset/tools.html"))
-            html_block(render("dataset/grid.html"), elem_id="dataset-grid")
-        html_block(render("dataset/detail.html"), elem_classes="side")
+                html_block(lambda: render("dataset/trigger.html"), elem_classes="beside")
+            html_block(lambda: render("dataset/words.html"))
+            html_block(lambda: render("dataset/tools.html"))
+            html_block(lambda: render("dataset/grid.html"), elem_id="dataset-grid")
+        html_block(lambda: render("dataset/detail.html"), elem_classes="side")
     bindings.follow(
         html_block(elem_id="dataset-bar"),
         lambda snap: render("dataset/summary.html", **summary.read(project, snap.plan)),
@@ -74,8 +74,8 @@ def _welcome(bindings: Bindings) -> None:
     """The demo, offered on the first visit."""
     drawings = sorted(file.name for file in DEMO_TRAIN.glob("*.png"))
     with gr.Row(elem_id="welcome", visible=False) as row:
-        words = render("dataset/welcome.html", drawings=drawings[::3], count=len(drawings))
-        html_block(words, elem_classes="grow")
+        values = {"drawings": drawings[::3], "count": len(drawings)}
+        html_block(lambda: render("dataset/welcome.html", **values), elem_classes="grow")
         bindings.use_demo = gr.Button("Try the demo", elem_id="use-demo", min_width=0, scale=0)
     bindings.follow(row, lambda snap: gr.update(visible=snap.app_state.is_new()))
 
@@ -203,7 +203,7 @@ def measured(app_state: AppState) -> dict[str, Any]:
                 for order in ("found", "most") if what == "pictures" else ("found",):
                     html[what][order] = _findings(app_state, what, now=now, most=order == "most")
             except (jinja2.UndefinedError, TypeError):
-                html[what]["found"] = note_html("This was found by another version; measure again.")
+                html[what]["found"] = note_html(_("This was found by another version; measure again."))
     return {**states, "html": html}
 
 
@@ -227,7 +227,7 @@ def _edit_captions(project: Project, sent: dict[str, Any]) -> dict[str, Any]:
     if do == "trigger":
         put = put.strip() or Plan(project).trigger
         if not put:
-            raise DatasetError("No trigger word yet; type one first.")
+            raise DatasetError(_("No trigger word yet; type one first."))
     edit = bulk.Edit(do, str(sent.get("find", "")), put, bool(sent.get("regex")), bool(sent.get("any_case")))
     if not sent.get("apply"):
         return bulk.preview(project, edit, only)

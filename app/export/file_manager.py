@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.templates import render
+from app.templates import _, render
 from lora_core.errors import RunError
 from lora_core.system.processes import detached
 
@@ -47,11 +47,11 @@ class FileManager:
         """
         file = Path(name)
         if name not in self._named:
-            raise RunError("This file was not written by the window, so it is not shown.")
+            raise RunError(_("This file was not written by the window, so it is not shown."))
         if self.problem:
             raise RunError(self.problem)
         if not file.exists():
-            raise RunError(f"{file} no longer exists.")
+            raise RunError(_("{file} no longer exists.", file=file))
         threading.Thread(target=_run, args=(commands(file, sys.platform),), daemon=True).start()
 
 
@@ -60,9 +60,9 @@ def lacking(platform: str, environment: Mapping[str, str]) -> str:
     if platform in ("darwin", "win32"):
         return ""
     if not environment.get("DISPLAY") and not environment.get("WAYLAND_DISPLAY"):
-        return "No desktop session is running; copy the path."
+        return _("No desktop session is running; copy the path.")
     if not shutil.which("dbus-send") and not shutil.which("xdg-open"):
-        return "No file manager was found (dbus-send or xdg-open); copy the path."
+        return _("No file manager was found (dbus-send or xdg-open); copy the path.")
     return ""
 
 

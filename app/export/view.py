@@ -16,7 +16,7 @@ from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
 from app.routes import FRESH, BadRequest, add_actions, below, run_url
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import note_html, render
+from app.templates import _, note_html, render
 from app.toolbox.tools import BackgroundTask, add_task, check_memory_is_free
 from app.toolbox.view import compatibility_card
 from lora_core.errors import LoraError, RunError
@@ -37,14 +37,14 @@ def build_export(bindings: Bindings) -> None:
     with gr.Row(elem_classes="page page-export"):
         with gr.Column(elem_classes="main card"):
             bindings.follow(html_block(), checkpoint_cards)
-            html_block(render("export/form.html", formats=formats, precisions=PRECISIONS))
+            html_block(lambda: render("export/form.html", formats=formats, precisions=PRECISIONS))
             bindings.follow(html_block(elem_classes="sticky-actions"), export_buttons)
-            html_block(render("export/written.html"))
+            html_block(lambda: render("export/written.html"))
         with gr.Column(elem_classes="main"):
-            html_block(compatibility_card(None), elem_id="works-in")
+            html_block(lambda: compatibility_card(None), elem_id="works-in")
             with gr.Column(elem_classes="card"):
                 bindings.follow(html_block(), report_card)
-                html_block(render("export/report_state.html"))
+                html_block(lambda: render("export/report_state.html"))
 
 
 def runs_with_checkpoints(snapshot: Snapshot) -> list[RunView]:
@@ -75,11 +75,11 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
         return render("export/cards.html", run=None, runs=runs)
     steps, chosen = run_view.run.checkpoint_steps(), chosen_checkpoint(snapshot, run_view)
     best, last = run_view.progress.best_step, steps[-1]
-    cards = [("Best and last" if best == last else "Best", "best", best)] if best in steps else []
+    cards = [(_("Best and last") if best == last else _("Best"), "best", best)] if best in steps else []
     if last != best:
-        cards.append(("Last", "last", last))
+        cards.append((_("Last"), "last", last))
     if chosen in map(str, steps):
-        cards.append(("Step", chosen, int(chosen)))
+        cards.append((_("Step"), chosen, int(chosen)))
     return render(
         "export/cards.html",
         run=run_view.run,
@@ -106,7 +106,7 @@ def export_buttons(snapshot: Snapshot) -> str:
     ]
     return render(
         "export/buttons.html",
-        why="" if chosen_run(snapshot) else "No checkpoint yet. Train a run first.",
+        why="" if chosen_run(snapshot) else _("No checkpoint yet. Train a run first."),
         choices=choices,
         usual=usual,
         own_lists=list(dict.fromkeys(names)),
@@ -128,9 +128,9 @@ def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     run_view, result = write_export(app_state, sent)
     file = Path(str(result["file"]))
     link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
-    places = [app_state.files.place(file, "Saved to")]
+    places = [app_state.files.place(file, _("Saved to"))]
     if result.get("raw"):
-        words = "It holds the EMA weights; the raw ones are at"
+        words = _("It holds the EMA weights; the raw ones are at")
         places.append(app_state.files.place(Path(result["raw"]), words))
     return {
         "written": written_line(result, str(sent.get("precision")), link, places),
@@ -168,7 +168,7 @@ def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, di
     run, checkpoint, name, form, precision = (str(sent.get(key) or "") for key in names)
     run_view = next((w for w, _ in take_snapshot(app_state).runs if w.run.name == run), None)
     if run_view is None:
-        raise LoraError("Choose a run first; none has a checkpoint yet.")
+        raise LoraError(_("Choose a run first; none has a checkpoint yet."))
     stem = check_run_name(name.strip().removesuffix(".safetensors") or run_view.run.name)
     request = {"run": str(run_view.run.path), "checkpoint": checkpoint or "last", "name": stem}
     reply = app_state.worker.ask({"do": "export", **request, "format": form, "precision": precision})
@@ -206,10 +206,10 @@ def check_folder(text: str | None) -> Path:
     """
     name = (text or "").strip().strip('"')
     if not name:
-        raise RunError("Choose a folder to copy to, or type its path.")
+        raise RunError(_("Choose a folder to copy to, or type its path."))
     folder = expand_home(name)
     if not folder.is_dir():
-        raise RunError(f"There is no folder at {folder}; make it first, or choose another.")
+        raise RunError(_("There is no folder at {folder}; make it first, or choose another.", folder=folder))
     return folder.absolute()
 
 
@@ -217,7 +217,7 @@ def copied_line(app_state: AppState, done: CopiedFile) -> str:
     """What was copied, and where it is."""
     tools = [name for name, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()]
     kept = [file.name for file in done.kept]
-    place = app_state.files.place(done.file, "Saved to")
+    place = app_state.files.place(done.file, _("Saved to"))
     return render("export/copied.html", done=done, tool=tools[0] if tools else "", kept=kept, place=place)
 
 
@@ -266,4 +266,4 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
     if sent.get("measure"):
         check_memory_is_free(app_state)
     request = {"do": "report", "run": str(run_view.run.path), "measure": bool(sent.get("measure"))}
-    job.start("Report", request, lambda result: note_html(f"The report of {name} is made."))
+    job.start("Report", request, lambda result: note_html(_("The report of {name} is made.", name=name)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.templates import _
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis
 from lora_core.generate.request import GenerationRequest
@@ -87,7 +88,7 @@ class History:
         with self._lock:
             found = next((one for one in self._kept if one.file.name == name), None)
         if found is None:
-            raise RunError(f"The image {name!r} no longer exists.")
+            raise RunError(_("The image {name!r} no longer exists.", name=name))
         return found
 
     def add(self, kept: HistoryEntry) -> None:
@@ -130,7 +131,7 @@ class History:
         kept = self._removed.pop(str(place), None)
         item = next((one for one in list_trash(workspace) if one.place.name == place), None)
         if kept is None or item is None:
-            raise RunError("This image is no longer in the trash.")
+            raise RunError(_("This image is no longer in the trash."))
         self.add(dataclasses.replace(kept, file=restore(item, workspace)))
 
     def _read(self) -> list[HistoryEntry]:

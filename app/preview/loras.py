@@ -10,6 +10,7 @@ from pathlib import Path
 from app.jobs import RunView
 from app.preview.history import file_time
 from app.state import Snapshot
+from app.templates import _
 from lora_core.errors import DatasetError
 from lora_core.model_files.header import read_header
 from lora_core.projects.project import Project
@@ -50,9 +51,9 @@ def list_run_loras(run_view: RunView) -> list[FoundLora]:
         title = run.name if file.stem == run.name else f"{run.name}, {file.stem}"
         found.append(FoundLora(title, file, run_view))
     for step in reversed(run.checkpoint_steps()):
-        best = ", best" if step == run_view.progress.best_step else ""
+        best = _(", best") if step == run_view.progress.best_step else ""
         file = run.checkpoint(step) / "adapter.safetensors"
-        found.append(FoundLora(f"{run.name}, step {step:,}{best}", file, run_view))
+        found.append(FoundLora(_("{}, step {:,}{}", run.name, step, best), file, run_view))
     return found
 
 
@@ -99,10 +100,10 @@ def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
     best = run_view.progress.best_step
     choices = []
     if best in steps:
-        choices.append((f"Best, step {best:,}", "best"))
+        choices.append((_("Best, step {step:,}", step=best), "best"))
     if steps:
-        choices.append((f"Last, step {steps[-1]:,}", "last"))
-    return choices + [(f"Step {step:,}", str(step)) for step in reversed(steps)]
+        choices.append((_("Last, step {step:,}", step=steps[-1]), "last"))
+    return choices + [(_("Step {step:,}", step=step), str(step)) for step in reversed(steps)]
 
 
 def add_lora(project: Project, file: Path) -> Path:
@@ -126,5 +127,5 @@ def keep_file(file: Path, folder: Path) -> Path:
         target.parent.mkdir(exist_ok=True)
         shutil.move(file, target)
     except OSError as error:
-        raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error
+        raise DatasetError(_("{} cannot be kept: {}.", file.name, error.strerror or error)) from error
     return target

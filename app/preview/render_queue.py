@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.preview.history import GridState, History, HistoryEntry, file_time
+from app.templates import _
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.generate.request import GenerationRequest
 
@@ -280,7 +281,7 @@ class RenderQueue:
         path = Path(str((reply.result.get("files") or [""])[0]))
         if reply.state != "error" and not path.is_file():
             # Retrying would loop: a worker that finishes without an image has a bug.
-            reply.state, reply.message = "error", "The worker ended without an image; see the logs folder."
+            reply.state, reply.message = "error", _("The worker ended without an image; see the logs folder.")
         if reply.state == "error":
             self._fail(job)
         elif job.shot is None or job.key is None:

@@ -9,7 +9,7 @@ from app.jobs import RunView
 from app.preview.loras import find_loras, find_owner, list_run_loras, lora_groups
 from app.preview.sent_form import FIELDS, parse_rows, row_data, save_form, strip_values
 from app.state import Snapshot
-from app.templates import render
+from app.templates import _, render
 from lora_core.errors import ConfigError
 from lora_core.generate.grid import Axis, make_axis, split_values
 from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest, WeightedLora
@@ -123,7 +123,7 @@ def _rescale(given: dict[str, Any]) -> NumberOrAuto:
     return parse_cfg_rescale(AUTO if value in (None, "") else value)
 
 
-_NUMBERS: dict[str, tuple[str, float, float, float]] = {
+NUMBERS: dict[str, tuple[str, float, float, float]] = {
     "seed": ("The seed", SEED, -1, 2**63 - 1), "steps": ("Steps", 20, 1, 200),
     "denoising_strength": ("The denoising strength", DENOISING_STRENGTH, 0.01, 1),
     "cfg": ("Guidance", 5.0, 1, 30), "width": ("The width", 0, 0, 4096), "height": ("The height", 0, 0, 4096),
@@ -132,13 +132,15 @@ _NUMBERS: dict[str, tuple[str, float, float, float]] = {
 
 
 def _number(given: dict[str, Any], name: str) -> float:
-    value, (title, usual, lowest, highest) = given.get(name), _NUMBERS[name]
+    value, (title, usual, lowest, highest) = given.get(name), NUMBERS[name]
     try:
         number = usual if value is None or value == "" else float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.") from error
+        raise ConfigError(_("{} should be a number, not {!r}.", title, str(value)[:40])) from error
     if not lowest <= number <= highest:
-        raise ConfigError(f"{title} {number:g} is out of range; it must be between {lowest} and {highest}.")
+        raise ConfigError(
+            _("{} {:g} is out of range; it must be between {} and {}.", title, number, lowest, highest)
+        )
     return number
 
 
@@ -148,8 +150,10 @@ def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:
     multiple = base.multiple
     if value % multiple:
         below, above = value // multiple * multiple, (value // multiple + 1) * multiple
-        near = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"{_NUMBERS[name][0]} {value} is no multiple of {multiple}; take {near}.")
+        near = _("{below} or {above}", below=below, above=above) if below else str(above)
+        raise ConfigError(
+            _("{} {} is no multiple of {}; take {}.", _(NUMBERS[name][0]), value, multiple, near)
+        )
     return value
 
 
@@ -176,7 +180,7 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     run_view: RunView | None = next((w for w, _ in snapshot.runs if w.run.name == name), None)
     files = list_run_loras(run_view) if run_view else []
     if run_view is None or not files:
-        raise ConfigError(f"The run {name} has no file yet; try it after its first checkpoint.")
+        raise ConfigError(_("The run {name} has no file yet; try it after its first checkpoint.", name=name))
     sample = (run_view.config() or snapshot.plan.config).sample
     asked = sample_fields(sample, _first_prompt(run_view.progress))
     asked["prompt"] = asked["prompt"] or load_fields(snapshot)["prompt"]

@@ -39,7 +39,7 @@ from app.preview.sent_form import (
 from app.preview.view import working_words
 from app.routes import FRESH, Answer, add_actions, receive_file
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import note_html, render
+from app.templates import _, note_html, render
 from lora_core.data.images import open_rgb
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
@@ -159,7 +159,7 @@ def strip_sheet(app_state: AppState) -> Path:
     view = render_queue.view()
     shots = view.strip_shots()
     if view.shot is None or not shots or any(shot not in view.images for shot in shots):
-        raise RunError("The strip is not generated yet; generate it first.")
+        raise RunError(_("The strip is not generated yet; generate it first."))
     columns = make_axis("strength", list(view.strip))
     first = view.images[shots[0]]
     out = first.with_name(f"{first.stem}-strip.png")
@@ -230,7 +230,10 @@ def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
         file.unlink(missing_ok=True)
     rows, kept = lora_rows(take_snapshot(app_state))
     save_form(app_state.project, [*rows, WeightedLora(str(added))], bool(kept.get("apart")))
-    return {"html": note_html(f"{added.stem} is added."), "form": form_data(take_snapshot(app_state))}
+    return {
+        "html": note_html(_("{stem} is added.", stem=added.stem)),
+        "form": form_data(take_snapshot(app_state)),
+    }
 
 
 def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
@@ -242,11 +245,11 @@ def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     folder, name = opened_folder(app_state), str(sent.get("file"))
     file = next((path for path in folder.glob("*/*") if path.relative_to(folder).as_posix() == name), None)
     if file is None:
-        raise RunError("This image is no longer there; open it again.")
+        raise RunError(_("This image is no longer there; open it again."))
     start, snapshot = keep_file(file, app_state.project.path / STARTS), take_snapshot(app_state)
     rows, kept = lora_rows(snapshot)
     save_form(app_state.project, rows, bool(kept.get("apart")), load_fields(snapshot) | {"image": str(start)})
-    note = note_html(f"Images start from {start.name}; empty its field to start from noise again.")
+    note = note_html(_("Images start from {}; empty its field to start from noise again.", start.name))
     return {"html": note, "form": form_data(take_snapshot(app_state))}
 
 
@@ -260,10 +263,10 @@ def read_infotext(file: Path) -> tuple[str, Infotext]:
         with Image.open(file) as opened:
             text: Any = opened.info.get("parameters")
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{file.name} is not a readable image.") from error
+        raise DatasetError(_("{name} is not a readable image.", name=file.name)) from error
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(
-            f"{file.name} holds no settings; sites and chats strip them when they re-encode images."
+            _("{} holds no settings; sites and chats strip them when they re-encode images.", file.name)
         )
     return text, parse_infotext(text)
 
@@ -271,9 +274,9 @@ def read_infotext(file: Path) -> tuple[str, Infotext]:
 def use_infotext(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Put an infotext into the form."""
     missing = apply_infotext(take_snapshot(app_state), parse_infotext(str(sent.get("text", ""))))
-    lost = f" Not found: {', '.join(missing)}; drop the file to add it." if missing else ""
+    lost = _(" Not found: {}; drop the file to add it.", ", ".join(missing)) if missing else ""
     form = form_data(take_snapshot(app_state))
-    return {"html": note_html(f"Its settings are in the form.{lost}"), "form": form}
+    return {"html": note_html(_("Its settings are in the form.{lost}", lost=lost)), "form": form}
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
@@ -290,11 +293,13 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
     fields |= {name: value for name, value in said.items() if value is not None}
     fields |= {"prompt": info.prompt, "negative": info.negative}
     names: dict[str, str] = {}
-    for _, files in lora_groups(snapshot):
-        for _, file in files:
+    for _heading, files in lora_groups(snapshot):
+        for _title, file in files:
             names.setdefault(WeightedLora(file).name.casefold(), file)
     rows: list[WeightedLora] = []
-    missing = ["the image that it started from"] if said["denoising_strength"] and not fields["image"] else []
+    missing = (
+        [_("the image that it started from")] if said["denoising_strength"] and not fields["image"] else []
+    )
     for tag in info.loras:
         found = names.get(tag.name.casefold())
         if found is None:

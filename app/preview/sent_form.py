@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.state import AppState
+from app.templates import _
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generate.grid import make_axis, split_values
 from lora_core.generate.request import WeightedLora
@@ -45,7 +46,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
         ConfigError: the list of LoRAs is missing.
     """
     if not isinstance(sent.get("rows"), list):
-        raise ConfigError("The LoRAs of the form did not arrive; try again.")
+        raise ConfigError(_("The LoRAs of the form did not arrive; try again."))
     rows = parse_rows(sent["rows"])
     more: dict[str, Any] = {}
     fields, strip = sent.get("fields"), sent.get("strip")

@@ -14,7 +14,7 @@ from app.preview.render_queue import PreviewState
 from app.preview.request_form import GRID_KINDS, base_for, form_data, lora_rows
 from app.routes import image_url
 from app.state import Snapshot
-from app.templates import render
+from app.templates import _, render
 from app.train.train_form import base_choices
 from lora_core.generate.request import GenerationRequest, sampler_title
 from lora_core.settings.schema import SAMPLERS
@@ -25,16 +25,16 @@ def build_preview(bindings: Bindings) -> None:
     with gr.Row(elem_classes="page page-preview"):
         with gr.Column(elem_classes="side card"):
             samplers = {key: row.title for key, row in SAMPLERS.items()}
-            html_block(render("preview/form.html", samplers=samplers))
+            html_block(lambda: render("preview/form.html", samplers=samplers))
             bindings.follow(html_block(), state_line)
-            html_block(render("preview/file.html"))
+            html_block(lambda: render("preview/file.html"))
             bindings.follow(html_block(), form_note)
         with gr.Column(elem_classes="main card"):
-            html_block(render("preview/views.html"))
+            html_block(lambda: render("preview/views.html"))
             bindings.follow(html_block(elem_id="stage", elem_classes="view-stage"), comparison)
-            html_block(render("preview/strip_form.html"), elem_classes="view-strip")
+            html_block(lambda: render("preview/strip_form.html"), elem_classes="view-strip")
             bindings.follow(html_block(elem_id="strength-strip", elem_classes="view-strip"), strength_strip)
-            html_block(render("preview/grid_form.html", kinds=GRID_KINDS), elem_classes="view-grid")
+            html_block(lambda: render("preview/grid_form.html", kinds=GRID_KINDS), elem_classes="view-grid")
             bindings.follow(html_block(elem_id="grid", elem_classes="view-grid"), grid_result)
             bindings.follow(html_block(), history)
 
@@ -43,7 +43,7 @@ def form_note(snapshot: Snapshot) -> str:
     """The form as data for the page's script, and the base that is used."""
     base = base_for(snapshot, lora_rows(snapshot)[0])
     titles = {value: words for words, value in base_choices(snapshot.app_state)}
-    name = titles.get(base.name) or Path(base.name).name or "Embedded base (tiny)"
+    name = titles.get(base.name) or Path(base.name).name or _("Embedded base (tiny)")
     data = json.dumps(form_data(snapshot))
     return render("preview/note.html", base=base, name=name, data=data, mark=zlib.crc32(data.encode()))
 
@@ -57,7 +57,7 @@ def working_words(view: PreviewState) -> str:
     """Progress of the current image, or why it has not started."""
     if view.message:
         return view.message
-    return f"Generating, step {view.done} of {view.total}" if view.total else "Generating"
+    return _("Generating, step {} of {}", view.done, view.total) if view.total else _("Generating")
 
 
 def _render(snapshot: Snapshot, template: str, **values: Any) -> str:
@@ -84,7 +84,7 @@ def comparison(snapshot: Snapshot) -> str:
 def strength_label(shot: GenerationRequest) -> str:
     """The strength of a single LoRA, or how many LoRAs there are."""
     if len(shot.loras) != 1:
-        return f"{len(shot.loras)} LoRAs" if shot.loras else "base"
+        return _("{count} LoRAs", count=len(shot.loras)) if shot.loras else _("base")
     lora = shot.loras[0]
     text = "" if lora.text_strength in (None, lora.strength) else f" / {lora.text_strength:.2f}"
     return f"{lora.strength:.2f}{text}"

@@ -15,7 +15,7 @@ from app.live import LiveStream
 from app.preview.loras import ADDED, find_owner, lora_groups
 from app.routes import add_actions
 from app.state import AppState, take_snapshot
-from app.templates import format_bytes, problem_html
+from app.templates import _, format_bytes, problem_html
 from app.train.train_form import base_choices
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
@@ -171,8 +171,9 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
 def _needs_files(tool: LoraTool) -> str:
     low, high = tool.files
     if (low, high) == (1, 1):
-        return "Choose a LoRA file first."
-    return f"{tool.title} needs {'two files' if low == high else 'two files or more'}; add another."
+        return _("Choose a LoRA file first.")
+    needed = "{} needs two files; add another." if low == high else "{} needs two files or more; add another."
+    return _(needed, _(tool.title))
 
 
 def _files(rows: Any) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def _files(rows: Any) -> list[dict[str, Any]]:
         if name:
             path = expand_home(name)
             if not path.is_file():
-                raise AdapterFileError(f"There is no file at {path}; choose another.")
+                raise AdapterFileError(_("There is no file at {path}; choose another.", path=path))
             found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), "A strength")})
     return found
 
@@ -191,9 +192,9 @@ def _number(value: Any, title: str) -> float:
     try:
         number = float(str(value).replace(",", "."))
     except ValueError as error:
-        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.") from error
+        raise ConfigError(_("{} should be a number, not {!r}.", title, str(value)[:40])) from error
     if not abs(number) < 1e6:
-        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.")
+        raise ConfigError(_("{title} should be a number, not {value!r}.", title=title, value=str(value)[:40]))
     return number
 
 
@@ -205,9 +206,9 @@ def _text(sent: dict[str, Any], key: str, problem: str) -> str:
 
 
 def _rank(value: Any) -> int:
-    number = _number(value, "The rank")
+    number = _number(value, _("The rank"))
     if number != int(number) or not 1 <= number <= 4096:
-        raise ConfigError(f"The rank should be a whole number from 1 on, not {str(value)[:40]!r}.")
+        raise ConfigError(_("The rank should be a whole number from 1 on, not {!r}.", str(value)[:40]))
     return int(number)
 
 
@@ -215,23 +216,25 @@ def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
     """Block weights in the syntax of `merge --blocks`."""
     text = str(sent.get("blocks") or "").strip()
     if len(text) > LONGEST_TABLE:
-        raise ConfigError(f"The weights of blocks are longer than {LONGEST_TABLE:,} letters; use fewer rows.")
+        raise ConfigError(
+            _("The weights of blocks are longer than {:,} letters; use fewer rows.", LONGEST_TABLE)
+        )
     return {"blocks": text} if text else {}
 
 
 def _format(sent: dict[str, Any]) -> str:
     name = str(sent.get("format") or "")
     if name not in FORMATS:
-        raise ConfigError(f"Choose a format: {' or '.join(FORMATS)}.")
+        raise ConfigError(_("Choose a format: {formats}.", formats=_(" or ").join(FORMATS)))
     return name
 
 
 def _size(sent: dict[str, Any]) -> dict[str, Any]:
     """A rank, or a share of the energy in percent."""
     if sent.get("by") == "energy":
-        share = _number(sent.get("energy") or "", "The share of the energy")
+        share = _number(sent.get("energy") or "", _("The share of the energy"))
         if not 0 < share <= 100:
-            raise ConfigError(f"The share of the energy is from above 0 to 100 percent, not {share:g}.")
+            raise ConfigError(_("The share of the energy is from above 0 to 100 percent, not {:g}.", share))
         return {"energy": share / 100}
     return {"rank": _rank(sent.get("rank") or "")}
 
@@ -243,7 +246,7 @@ def check_memory_is_free(app_state: AppState) -> None:
         RunError: a run is going on.
     """
     if app_state.jobs.live() is not None:
-        raise RunError("A run is using the memory; measure once it has ended.")
+        raise RunError(_("A run is using the memory; measure once it has ended."))
 
 
 def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
@@ -254,7 +257,7 @@ def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
     if name:
         run_view = next((w for w in app_state.jobs.all() if w.run.name == check_run_name(name)), None)
         if run_view is None:
-            raise ConfigError(f"There is no run named {name}; choose another.")
+            raise ConfigError(_("There is no run named {name}; choose another.", name=name))
         return {"run": str(run_view.run.path)}
     dataset = _text(sent, "dataset", "Choose what to measure on: a run, or a folder of images with captions.")
     return {"dataset": str(expand_home(dataset)), "base": _text(sent, "base", "Choose the base.")}
@@ -287,9 +290,9 @@ def _base_place(app_state: AppState, base: str, source: str) -> Path:
     size = path.stat().st_size if path.is_file() else folder_bytes(path.resolve())
     free = free_bytes(folder)
     if size + MARGIN > free:
+        needed, room = format_bytes(size), format_bytes(free)
         raise ModelFileError(
-            f"A copy of the base takes {format_bytes(size)}, and {format_bytes(free)} are free in {folder};"
-            " make room."
+            _("A copy of the base takes {}, and {} are free in {}; make room.", needed, room, folder)
         )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{path.stem[:60]}-{default_stem(app_state, Path(source))[:60]}"
@@ -352,8 +355,8 @@ class BackgroundTask:
             reply, shown = self._reply, {"words": "", "name": self._name}
             if reply is not None and not reply.finished.is_set():
                 said = reply.phase or self._worker.describe(reply)
-                count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
-                words = f"{self._title}: {said[:1].lower() + said[1:]}{count}" if said else self._title
+                count = _(", {:,} of {:,}", reply.done, reply.total) if reply.total > 1 else ""
+                words = f"{_(self._title)}: {said[:1].lower() + said[1:]}{count}" if said else _(self._title)
                 progress = {"done": reply.done, "total": reply.total, "words": words}
                 return {**shown, "state": "working", "revision": self._revision, **progress}
             if reply is not None and not self._told:

@@ -19,7 +19,7 @@ from app.bindings import Bindings, html_block
 from app.preview.loras import ADDED
 from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
 from app.state import AppState
-from app.templates import pluralize, render
+from app.templates import _, pluralize, render
 from app.toolbox.tools import (
     CHECKPOINT,
     TOOLS,
@@ -52,8 +52,8 @@ WRITERS = (
 
 def build_toolbox(bindings: Bindings) -> None:
     """Lay out the tab."""
-    formats = {key: row.title for key, row in FORMATS.items()}
-    html_block(render("toolbox/page.html", tools=TOOLS, formats=formats), elem_classes="page page-toolbox")
+    values = {"tools": TOOLS, "formats": {key: row.title for key, row in FORMATS.items()}}
+    html_block(lambda: render("toolbox/page.html", **values), elem_classes="page page-toolbox")
 
 
 def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
@@ -123,7 +123,7 @@ class Toolbox:
         do = str(sent.get("do"))
         tool = {"shrink": "intrinsic", "bake": "strength"}.get(do, "")
         if tool not in self._results:
-            raise RunError("Measure first; there is no result to make a file from.")
+            raise RunError(_("Measure first; there is no result to make a file from."))
         asked, result, before = self._results[tool]
         found = result[tool]
         if do == "shrink":
@@ -133,7 +133,7 @@ class Toolbox:
         out = free_path(self._app_state, asked["file"], suffix)
         request = {"do": do, "file": asked["file"], "out": str(out), **more}
         self.task.start(
-            "Writing the file", request, lambda result: written_html(self._linked(result)) + before, tool
+            _("Writing the file"), request, lambda result: written_html(self._linked(result)) + before, tool
         )
 
     def _keep_best(self, file: str, strengths: list[float]) -> None:
@@ -151,7 +151,7 @@ class Toolbox:
         link = f"/easel/made/{quote(file.name)}" if file.parent.name == ADDED else ""
         if file.is_relative_to(runs):
             link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
-        return {**result, "link": link, "place": self._app_state.files.place(file, "Saved to")}
+        return {**result, "link": link, "place": self._app_state.files.place(file, _("Saved to"))}
 
 
 def train_on(app_state: AppState, sent: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def train_on(app_state: AppState, sent: dict[str, Any]) -> None:
     """
     file = Path(str(sent.get("file", "")))
     if not file.is_file():
-        raise AdapterFileError(f"There is no file at {file}; choose another.")
+        raise AdapterFileError(_("There is no file at {file}; choose another.", file=file))
     values = dict(app_state.project.draft().get("values") or {})
     app_state.project.update_draft(values={**values, "adapter.init": str(file)})
 
@@ -183,7 +183,7 @@ def result_html(tool: str, request: Row, result: Row) -> str:
         return file_facts(names[0], result)
     values: dict[str, Any] = {}
     if tool == "spectrum":
-        values["about"] = file_facts("The file", {"report": result.get("report"), "problem": " "})
+        values["about"] = file_facts(_("The file"), {"report": result.get("report"), "problem": " "})
     elif tool == "compare":
         values["bars"] = _similarity_bars(result["compare"]["layers"])
     elif tool == "stack":
@@ -205,9 +205,9 @@ def _similarity_bars(layers: list[Row]) -> str:
     half = MOST_BARS // 2
     shown = ordered if len(ordered) <= MOST_BARS else [*ordered[:half], *ordered[-half:]]
     bars = [Bar(row["module"], row["phi"], 0.0, f"{row['phi']:.2f} ({row['baseline']:.2f})") for row in shown]
-    title = "Most and least alike layers" if len(ordered) > len(shown) else "By layer"
-    note = "Of the directions that they read; in brackets what chance alone would give."
-    return figure(title, bars_plot("Similarity of single layers", bars), note)
+    title = _("Most and least alike layers") if len(ordered) > len(shown) else _("By layer")
+    note = _("Of the directions that they read; in brackets what chance alone would give.")
+    return figure(title, bars_plot(_("Similarity of single layers"), bars), note)
 
 
 def written_html(result: Row) -> str:
@@ -227,13 +227,19 @@ def file_facts(name: str, result: Row) -> str:
     metadata: dict[str, str] = dict(report.get("metadata") or {})
     family = str(report.get("family", "unknown"))
     rows = [
-        ("For", FAMILIES[family].title if family in FAMILIES else family),
-        ("Kind", f"{report.get('kind', '')}, {report.get('format', '')} format"),
-        ("Written by", find_writer(metadata) or "unknown"),
-        ("Rank", _numbers(report.get("ranks"))),
-        ("Alpha", _numbers(report.get("alphas"))),
-        ("Layers", f"{report.get('modules', 0):,}, {report.get('parameters', 0):,} parameters"),
-        ("Trained", describe_training(metadata) or "unknown"),
+        (_("For"), FAMILIES[family].title if family in FAMILIES else family),
+        (
+            _("Kind"),
+            _("{kind}, {format} format", kind=report.get("kind", ""), format=report.get("format", "")),
+        ),
+        (_("Written by"), find_writer(metadata) or _("unknown")),
+        (_("Rank"), _numbers(report.get("ranks"))),
+        (_("Alpha"), _numbers(report.get("alphas"))),
+        (
+            _("Layers"),
+            _("{:,}, {:,} parameters", report.get("modules", 0), report.get("parameters", 0)),
+        ),
+        (_("Trained"), describe_training(metadata) or _("unknown")),
     ]
     return render(
         "toolbox/facts.html",
@@ -249,7 +255,7 @@ def file_facts(name: str, result: Row) -> str:
 def _numbers(values: Any) -> str:
     """Distinct numbers: all of a few, else first and last."""
     found = [f"{float(value):g}" for value in values or []]
-    return ", ".join(found) if len(found) <= 4 else f"{found[0]} to {found[-1]}, {len(found)} values"
+    return ", ".join(found) if len(found) <= 4 else _("{} to {}, {} values", found[0], found[-1], len(found))
 
 
 def find_writer(metadata: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.templates import with_labels
+from app.templates import _, with_labels
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.images import Dataset
 from lora_core.errors import LoraError, RunError
@@ -82,7 +82,7 @@ class Checks:
             self.now(config, dataset)
         except (LoraError, OSError) as error:
             with self._lock:
-                self._found = [RunProblem("check", f"The check before Start failed: {error}", False)]
+                self._found = [RunProblem("check", _("The check before Start failed: {}", error), False)]
         finally:
             self._busy = False
 
@@ -154,10 +154,10 @@ class Downloads:
         with self._lock:
             busy = next((one.repo for one in self._offers.values() if one.state == "downloading"), "")
             if busy:
-                raise RunError(f"{busy} is being downloaded; wait for it, or cancel it.")
+                raise RunError(_("{busy} is being downloaded; wait for it, or cancel it.", busy=busy))
             offer = self._offers.get(repo)
             if offer is None or offer.found is None:
-                raise RunError(f"The hub has not said yet how large {repo} is.")
+                raise RunError(_("The hub has not said yet how large {repo} is.", repo=repo))
             offer.state, offer.problem = "downloading", ""
             self._cancelled.clear()
         self._begin(offer, self._download)
@@ -317,7 +317,7 @@ class Prober:
 
         def gives_way() -> str:
             others = any(one is not reply for one in list(self._worker.waiting))
-            return "Something else is asked for." if self._wanted != key or others else self._occupied()
+            return _("Something else is asked for.") if self._wanted != key or others else self._occupied()
 
         self._worker.follow(reply, gives_way, functools.partial(self._keep, config, reply))
 
@@ -330,7 +330,7 @@ class Prober:
             elif reply.message != CANCELLED:
                 self._problems[key] = reply.message
         except (OSError, KeyError, TypeError, ValueError) as error:
-            self._problems[key] = f"What was measured could not be kept: {error}."
+            self._problems[key] = _("What was measured could not be kept: {error}.", error=error)
         with self._lock:
             self._current_key, self._reply = "", None
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
+from app.templates import _, help_of, label_of
 from lora_core.errors import ConfigError
 from lora_core.model_files.detect import EMBEDDED, BaseFacts, lookup_base
 from lora_core.model_files.families import Family
@@ -26,10 +27,8 @@ from lora_core.settings.config import (
     arguments_of_lines,
     checked_value,
     choices_of,
-    help_of,
     is_pattern_table,
     is_table,
-    label_of,
     pattern_lines,
     patterns_of_lines,
     retired,
@@ -169,7 +168,7 @@ def from_widget_value(name: str, value: Any) -> Any:
     """
     kind, title = FIELDS[name].annotation, label_of(name)
     if value is None:
-        raise ConfigError(f"{title} is empty.")
+        raise ConfigError(_("{title} is empty.", title=title))
     if is_pattern_table(name):
         value = patterns_of_lines(title, str(value))
     elif is_table(name):
@@ -245,17 +244,18 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     """One line on a folded group: how many settings were changed, else its most important values."""
     changed = len(changed_names(config, base, group_fields(group)))
     if changed:
-        return f"{changed} changed from preset"
+        return _("{count} changed from preset", count=changed)
     adapter = config.adapter
-    rate = "rate found by a test" if config.optimizer.range_test else f"{config.optimizer.lr:g}"
+    rate = _("rate found by a test") if config.optimizer.range_test else f"{config.optimizer.lr:g}"
+    rank = _("auto") if adapter.auto_rank else adapter.rank
     telling = {
         "Base model": "",
         "Slider": "",
-        "Adapter": f"rank {'auto' if adapter.auto_rank else adapter.rank}, alpha {adapter.alpha:g}",
+        "Adapter": _("rank {rank}, alpha {alpha:g}", rank=rank, alpha=adapter.alpha),
         "Learning": f"{row_title('optimizer.name', config)}, {rate}",
-        "Data": "mirrored" if config.dataset.flip else "",
-        "Memory and speed": f"batch {config.train.batch_size}",
-        "Samples and saving": f"every {config.save.every} steps" if config.save.every else "",
+        "Data": _("mirrored") if config.dataset.flip else "",
+        "Memory and speed": _("batch {size}", size=config.train.batch_size),
+        "Samples and saving": _("every {count} steps", count=config.save.every) if config.save.every else "",
     }
     return telling[group]
 

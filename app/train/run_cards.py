@@ -11,7 +11,7 @@ from app.export.view import REPORT
 from app.jobs import LIVE, LOWER_RATE, RunView
 from app.routes import run_url
 from app.state import ShownRun, Snapshot
-from app.templates import format_gain, format_share, render
+from app.templates import _, format_gain, format_share, label_of, render
 from app.top_bar import describe_left, describe_phase
 from app.train.form import row_title
 from lora_core.errors import RunError
@@ -32,7 +32,7 @@ from lora_core.runs.events import (
     with_gain,
 )
 from lora_core.runs.queue import FAILED, WAITING, QueuedRun
-from lora_core.settings.config import FIELDS, label_of
+from lora_core.settings.config import FIELDS
 from lora_core.settings.schema import PRECISIONS
 from lora_core.system.files import file_bytes
 from lora_core.system.processes import log_tail
@@ -93,9 +93,9 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
         share = max(progress.phases.get(phase, 0.0) for phase in phases)
         percent = {"done": 100, "now": int(100 * share)}.get(state, 0)
         counted = state == "now" and progress.phase in phases and progress.phase_total > 1
-        note = f"{progress.phase_done:,} of {progress.phase_total:,}" if counted else ""
+        note = _("{:,} of {:,}", progress.phase_done, progress.phase_total) if counted else ""
         found.append({"name": name, "state": state, "percent": percent, "note": note})
-    note = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
+    note = _("{done:,} of {total:,}", done=progress.step, total=progress.steps) if progress.steps else ""
     percent = int(100 * progress.step / max(progress.steps, 1))
     return [*found, {"name": "Train", "state": "now" if stepping else "", "percent": percent, "note": note}]
 
@@ -110,7 +110,7 @@ def charts(snapshot: Snapshot) -> str:
     run_view, rate = snapshot.run_view, snapshot.progress.rate
     if run_view is None:
         return ""
-    title = f"Learning rate {rate.rate:.2g}, found by a range test" if rate else ""
+    title = _("Learning rate {rate:.2g}, found by a range test", rate=rate.rate) if rate else ""
     plot = rate_html(rate) if rate else ""
     return render(
         "train/charts.html", run=run_view.run.name, second=snapshot.second.name, title=title, plot=plot
@@ -123,12 +123,17 @@ def charts_data(run_views: Sequence[RunView]) -> dict[str, Any]:
     found = run_charts({run_view.run.name: run_view.progress for run_view in run_views})
     config = first.config()
     every = config.validation.every if config else 0
-    note = f"Improvement is first measured at step {every:,}." if every else "Validation is off."
+    note = _("Improvement is first measured at step {:,}.", every) if every else _("Validation is off.")
     if any(with_gain(run_view.progress.validations) for run_view in run_views):
         note = ""
     elif not found:
-        note = "The curve begins with the first steps."
-    return {"charts": [chart.document() for chart in found], "tables": chart_tables(found), "note": note}
+        note = _("The curve begins with the first steps.")
+    documents = [chart.document() for chart in found]
+    for chart in documents:
+        chart["title"] = _(chart["title"])
+        for curve in chart["curves"]:
+            curve["name"] = _(curve["name"])
+    return {"charts": documents, "tables": chart_tables(found), "note": note}
 
 
 def verdicts(run: ShownRun) -> list[dict[str, Any]]:
@@ -143,10 +148,10 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
     if math.isfinite(last.gauge) and last.train_gain > 0:
         share = last.gauge / last.train_gain if last.gauge > SURE * known_error(last.gauge_error) else 0.0
         grade = 1 + (share >= MEMORIZED) + (share >= 1)
-        why = describe_memorization(last) or "Held-out images improve as well."
+        why = describe_memorization(last) or _("Held-out images improve as well.")
         stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
         act = (stop if run.state == "running" else see) if grade == 3 else None
-        figures = f"Gap {format_gain(last.gauge, last.gauge_error)}"
+        figures = _("Gap {gap}", gap=format_gain(last.gauge, last.gauge_error))
         graded.append(_verdict("Overfitting", grade, ("Low", "Medium", "High")[grade - 1], why, figures, act))
     if math.isfinite(last.prior):
         share = 0.0
@@ -154,11 +159,11 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
             share = -last.prior / last.gain if last.gain > 0 else math.inf
         grade = 1 + (share >= 1) + (share == math.inf)
         word = "High" if grade > 1 else "Normal" if share < A_LITTLE else "Some"
-        why = describe_forgetting(last) or "The base's own images stay as they were."
+        why = describe_forgetting(last) or _("The base's own images stay as they were.")
         if A_LITTLE <= share < math.inf:
-            why += " Usual for a style; lower the strength if it bothers you."
+            why += _(" Usual for a style; lower the strength if it bothers you.")
         act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
-        figures = f"Gain on the base's own images {format_gain(last.prior, last.prior_error)}"
+        figures = _("Gain on the base's own images {gain}", gain=format_gain(last.prior, last.prior_error))
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
     return [*graded, _verdict("EMA of weights", 1, "Measured", average)] if average else graded
@@ -173,19 +178,20 @@ def _verdict(
 def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     """Whether held-out images improve, with the error of the difference to the best step."""
     last, best = found[-1], best_of(found)
-    figures = f"Gain {format_gain(last.gain, last.standard_error)}"
+    figures = _("Gain {gain}", gain=format_gain(last.gain, last.standard_error))
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return _verdict("Improvement", 3, "Worse", "The base alone does better.", figures)
-        return _verdict("Improvement", 2, "None yet", f"Nothing certain up to step {last.step:,}.", figures)
-    why, grade = f"Best so far: step {best.step:,}.", 1
+            return _verdict("Improvement", 3, "Worse", _("The base alone does better."), figures)
+        why = _("Nothing certain up to step {:,}.", last.step)
+        return _verdict("Improvement", 2, "None yet", why, figures)
+    why, grade = _("Best so far: step {step:,}.", step=best.step), 1
     if last.step != best.step:
         error = known_error(last.against_best_error)
         if last.against_best < -SURE * error:
             grade = 2
-            why += f" It is better than step {last.step:,} by {-last.against_best:.4f} ± {error:.4f}."
+            why += _(" It is better than step {:,} by {:.4f} ± {:.4f}.", last.step, -last.against_best, error)
         else:
-            why += " No certain difference since."
+            why += _(" No certain difference since.")
     return _verdict("Improvement", grade, format_share(best.gain, best), why, figures)
 
 

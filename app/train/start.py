@@ -12,13 +12,7 @@ import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block, text_field
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import (
-    format_speed,
-    note_html,
-    problem_html,
-    render,
-    with_labels,
-)
+from app.templates import _, format_speed, label_of, note_html, problem_html, render, with_labels
 from app.train.form import (
     BASIC,
     FORM,
@@ -41,7 +35,7 @@ from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.preflight import caption_bytes
 from lora_core.runs.queue import sweep_configs
-from lora_core.settings.config import FIELDS, RunConfig, in_short, is_table, label_of
+from lora_core.settings.config import FIELDS, RunConfig, in_short, is_table
 from lora_core.settings.schema import AUTO
 from lora_core.system.files import expand_home
 from lora_core.system.hardware import card_problem
@@ -68,7 +62,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
         bindings.follow(html_block(elem_id="facts", elem_classes="grow"), facts)
         with gr.Row(elem_classes="start-row"):
             note = html_block(elem_id="start-note")
-            html_block(render("train/sweep.html", groups=_sweepable()))
+            html_block(lambda: render("train/sweep.html", groups=_sweepable()))
             queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
             start = gr.Button(
                 "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
@@ -93,7 +87,7 @@ def start_button(snapshot: Snapshot) -> Any:
     """Start is the primary act, unless the run shown can be resumed."""
     second = _can_resume(snapshot)
     return gr.update(
-        value="Start a new run" if second else "Start training",
+        value=_("Start a new run") if second else _("Start training"),
         variant="secondary" if second else "primary",
         interactive=not blockers(snapshot),
     )
@@ -118,7 +112,7 @@ def _pressed(
         config = ready_config(app_state, (run_name or "").strip(), do)
         if do == "queue":
             (run,) = app_state.queue.add(config)
-            return "", note_html(f"{run.name} waits in the queue.")
+            return "", note_html(_("{name} waits in the queue.", name=run.name))
         # A run needs the memory more than an image does; the worker loads again when it is asked.
         app_state.worker.release()
         app_state.jobs.start(config)
@@ -196,7 +190,7 @@ def blockers(snapshot: Snapshot) -> list[str]:
     found = start_problems(snapshot)
     if snapshot.active.live:
         name = snapshot.active.name
-        found.append(f"{name} is training; pause or stop it first, or add this one to the queue.")
+        found.append(_("{} is training; pause or stop it first, or add this one to the queue.", name))
     return found
 
 
@@ -209,9 +203,9 @@ def start_problems(snapshot: Snapshot) -> list[str]:
     elif not plan.is_slider and not dataset.records and not dataset.problems:
         found.append(NO_IMAGES)
     if plan.base.remote:
-        found.append("The base model is not on this computer yet; download it, below its name.")
+        found.append(_("The base model is not on this computer yet; download it, below its name."))
     elif plan.base.problem:
-        found.append("Fix the base model first: the reason is below its name.")
+        found.append(_("Fix the base model first: the reason is below its name."))
     known = snapshot.app_state.checks.known(plan.config, dataset)
     bad_base = bool(plan.base.problem)
     found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
@@ -233,11 +227,11 @@ def notes(snapshot: Snapshot) -> list[str]:
     hardware = snapshot.app_state.hardware
     card, worker = hardware.card(hidden=True), snapshot.app_state.worker
     if card is not None and worker.device == "cpu" and plan.config.train.device == AUTO:
-        found.insert(0, card_problem(card, worker.found) + " Until then training runs on the CPU.")
+        found.insert(0, card_problem(card, worker.found) + _(" Until then training runs on the CPU."))
     elif hardware.known and not hardware.has_gpu and not plan.base.embedded and plan.base.facts:
-        slow = "With a base of this size it takes hours; the embedded base takes minutes."
+        slow = _("With a base of this size it takes hours; the embedded base takes minutes.")
         chosen = plan.config.train.device == "cpu"
-        why = "Training on the CPU, as chosen." if chosen else "No GPU found: training on the CPU."
+        why = _("Training on the CPU, as chosen.") if chosen else _("No GPU found: training on the CPU.")
         found.insert(0, f"{why} {slow}")
     return found
 
@@ -280,15 +274,15 @@ def _measuring(snapshot: Snapshot, expected: RunForecast) -> tuple[str, str]:
         return "working", f"Trying some steps{f', {done} of {total}' if total else ''}."
     tried = prober.known(config)
     if tried and expected.source == PROBED:
-        return "known", f"Some steps were tried on this computer: {format_speed(tried.step)}."
+        return "known", _("Some steps were tried on this computer: {speed}.", speed=format_speed(tried.step))
     if expected.source == MEASURED:
-        return "known", f"A run like it took {format_speed(expected.seconds_a_step)}, samples included."
+        return "known", _("A run like it took {}, samples included.", format_speed(expected.seconds_a_step))
     if not snapshot.plan.base.facts or snapshot.plan.problems:
-        return "off", "The time is measured once the settings can be used."
+        return "off", _("The time is measured once the settings can be used.")
     ready = config.slider.on or images_of(snapshot)
     if ready and not snapshot.active.live and prober.schedule(config):
-        return "soon", "The time is measured in a moment."
-    unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
+        return "soon", _("The time is measured in a moment.")
+    unknown = _("The time is an estimate.") if expected.seconds else _("The time is not known yet.")
     return "offered", prober.problem(config) or unknown
 
 
@@ -318,7 +312,7 @@ def command(snapshot: Snapshot) -> str:
 def build_like(bindings: Bindings) -> None:
     """Import settings from a LoRA or a configuration, dropped or given by its path."""
     with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
-        html_block(render("train/like.html"))
+        html_block(lambda: render("train/like.html"))
         bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_said)
 
 
@@ -327,7 +321,7 @@ def import_settings(app_state: AppState, path: str) -> None:
     name = path.strip().strip('"')
     try:
         if not name:
-            raise ConfigError("Choose a file, or type its path first.")
+            raise ConfigError(_("Choose a file, or type its path first."))
         found = settings_from_lora(expand_home(name))
         app_state.like_said = take_settings(app_state.project, found, Path(name).name)
     except (LoraError, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ import gradio as gr
 
 from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
 from app.state import AppState, Snapshot
-from app.templates import note_html, pluralize, render
+from app.templates import _, help_of, label_of, note_html, pluralize, render
 from app.train.form import (
     FORM,
     GROUPS,
@@ -33,7 +33,6 @@ from app.train.form import (
 from lora_core.model_files.detect import EMBEDDED, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
-from lora_core.settings.config import help_of, label_of
 from lora_core.settings.schema import LossSection
 from lora_core.system.files import expand_home
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
@@ -132,8 +131,9 @@ class TrainForm:
     def _build_advanced(self, made: dict[str, Any]) -> Any:
         with gr.Column(elem_classes="group advanced"):
             self.bindings.follow(html_block(elem_id="changed"), _changed)
-            words = "Find a setting: rank, clip skip, warm-up ..."
-            search = text_field("Find a setting", "find-setting", words)
+            search = text_field(
+                "Find a setting", "find-setting", "Find a setting: rank, clip skip, warm-up ..."
+            )
             self.none = html_block(elem_id="find-none")
         for group in FOLDED:
             with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):
@@ -311,7 +311,7 @@ def _own_size(snapshot: Snapshot) -> int:
 
 def _resolutions(own: int) -> list[tuple[str, int]]:
     """The sizes to choose from; 0 is what the base was trained at."""
-    words = f"{own} (the base)" if own else "As the base"
+    words = _("{own} (the base)", own=own) if own else _("As the base")
     return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 
 
@@ -349,7 +349,7 @@ def base_choices(app_state: AppState) -> list[tuple[str, str]]:
     seen = {_key(name): name for name in app_state.places.read("bases") if _there(name)}
     before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
     return [
-        ("Embedded base (tiny)", EMBEDDED),
+        (_("Embedded base (tiny)"), EMBEDDED),
         *before,
         *(choice for key, choice in titles.items() if key not in seen),
     ]
@@ -370,11 +370,11 @@ def _details_note(snapshot: Snapshot) -> str:
     facts, vae = snapshot.plan.base.facts, snapshot.plan.config.model.vae
     if facts is None or facts.family is None:
         return ""
-    predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
-    guess = ", a guess" if facts.guessed else ""
-    snr = ", zero terminal SNR" if facts.zero_terminal_snr else ""
-    text = f"{predicts}{guess}{snr}{', own VAE' if vae else ''}"
-    return render("train/form.html", part="group", text=text, changed=False)
+    predicts = _("velocity") if facts.prediction == "v_prediction" else _("noise")
+    guess = _(", a guess") if facts.guessed else ""
+    snr = _(", zero terminal SNR") if facts.zero_terminal_snr else ""
+    own_vae = _(", own VAE") if vae else ""
+    return render("train/form.html", part="group", text=f"{predicts}{guess}{snr}{own_vae}", changed=False)
 
 
 def _asks(snapshot: Snapshot) -> bool:
@@ -450,7 +450,8 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
         return ""
     app_state.places.keep("folders", str(folder.absolute()))
     app_state.tools.look(wait=True)
-    return f"{pluralize(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."
+    models = pluralize(sum(found.values()), "model")
+    return _("{models} found in {folder}: open the list above to choose one.", models=models, folder=folder)
 
 
 def base_note(snapshot: Snapshot) -> str:

@@ -20,7 +20,7 @@ from app.bindings import QUIET, Bindings, html_block, text_field
 from app.guard import is_loopback, read_body
 from app.routes import Answer, BadRequest, add_actions
 from app.state import AppState
-from app.templates import note_html, problem_html, render
+from app.templates import _, note_html, problem_html, render
 from app.train import run_cards
 from app.train import run_cards as rail
 from app.train.form import Plan
@@ -54,7 +54,7 @@ def build_notifications(bindings: Bindings) -> None:
     """Lay out the field with its Save and Try buttons."""
     workspace = bindings.app_state.workspace
     with gr.Column(elem_classes="group"), gr.Accordion("Notifications", open=False, elem_id="telling"):
-        html_block(render("train/form.html", part="notifications"))
+        html_block(lambda: render("train/form.html", part="notifications"))
         words, is_free = "https://ntfy.sh/my-own-topic, or a command", VARIABLE not in os.environ
         whom = text_field("Command or web address", "tell-whom", words, interactive=is_free)
         with gr.Row(elem_classes="tell-row"):
@@ -69,11 +69,11 @@ def build_notifications(bindings: Bindings) -> None:
             checked(text, request)
             if not tries:
                 write_recipient(workspace, text or "")
-                return note_html("Saved." if (text or "").strip() else "Saved: no notifications.")
+                return note_html(_("Saved.") if (text or "").strip() else _("Saved: no notifications."))
         except (LoraError, OSError) as error:
             return problem_html(error)
         said = send_test(text or "")
-        return problem_html(said) if said else note_html("A message was sent: look whether it arrived.")
+        return problem_html(said) if said else note_html(_("A message was sent: look whether it arrived."))
 
     def save(text: str, request: gr.Request) -> str:
         return act(False, text, request)
@@ -247,7 +247,7 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
     takes no space.
     """
     if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:
-        raise RunError("The size of the dropped file does not fit its header.")
+        raise RunError(_("The size of the dropped file does not fit its header."))
     folder = app_state.workspace / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     suffix = Path(name).suffix.casefold()
@@ -259,7 +259,7 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
             made.truncate(int(size))
         found = settings_from_lora(file)
     except OSError as error:
-        raise RunError(f"The dropped file could not be read: {error.strerror or error}.") from error
+        raise RunError(_("The dropped file could not be read: {}.", error.strerror or error)) from error
     except LoraError as error:
         raise type(error)(str(error).replace(str(file), name).replace(file.name, name)) from error
     finally:

@@ -401,6 +401,7 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/projects"): lambda evil: [
         ("/easel/projects", {"do": do, "project": evil, "title": "t"}) for do in ("open", "rename", "delete")
     ],
+    ("POST", "/easel/language"): lambda evil: [("/easel/language", {"language": evil})],
     ("POST", "/easel/like"): lambda evil: [(f"/easel/like?size=9&name={quote(evil, safe='')}", {})],
     ("PUT", "/easel/upload/{batch}"): lambda evil: [(f"/easel/upload/{evil}", {})],
     ("POST", "/easel/upload/{batch}"): lambda evil: [
