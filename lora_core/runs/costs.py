@@ -262,7 +262,7 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
     rated = sizes.num_adapters(config) + (1 if validation.memorization else 0)
     if slider:  # at strength 1 and -1
-        held, rated = max(SLIDER_IMAGES, len(config.slider.preserve)), 2 * sizes.num_adapters(config)
+        held, rated = max(SLIDER_IMAGES, len(config.slider.target)), 2 * sizes.num_adapters(config)
     passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
     share = ((config.train.resolution or own) / own) ** 2

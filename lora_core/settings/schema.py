@@ -48,7 +48,7 @@ SLIDER_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Of a concept slider: its range in the preview, and the images of its samples."""
 SLIDER_IMAGES = 4
 """Images at least that a slider is measured along."""
-SLIDER_STEPS = 8
+SLIDER_STEPS = 5
 """Sampler steps to the noisy latents of a slider's micro-batch: fewer than the 50 of Concept Sliders, as each
 costs a prediction, or two."""
 MIN_SNR = 5.0
@@ -595,16 +595,16 @@ class SliderSection(Section):
     """
 
     positive: str = Field("", title="More of")
-    """A prompt with what strength 1 adds, such as "a very old man". With it and its opposite a slider is
-    trained from prompts alone, without images."""
+    """Words for what strength 1 adds, such as "very old". With them and their opposite a slider is trained
+    from prompts alone, without images."""
     negative: str = Field("", title="Less of")
-    """The opposite prompt, such as "a very young man": what strength -1 adds."""
-    target: str = Field("", title="Acts on")
-    """A prompt of what the slider changes, such as "a man". Empty: any image."""
-    preserve: list[str] = Field([], title="Keep")
-    """What must stay as it is while the dial moves, such as "a bearded person": one a line, each put before
-    all three prompts in turn."""
-    guidance: float = Field(2.0, title="Slider guidance", gt=0.0, le=100.0)
+    """The opposite words, such as "very young": what strength -1 adds."""
+    target: list[str] = Field([], title="Acts on")
+    """What the slider changes, such as "a man": prompts, one a line, that the two above are put behind.
+    Empty: any image."""
+    preserve: list[str] = Field([], title="Leaves alone")
+    """Prompts whose images must stay as they are, one a line."""
+    guidance: float = Field(1.0, title="Slider guidance", gt=0.0, le=100.0)
     """How far strength 1 goes, in differences between the two prompts (eta of Gandikota et al. 2023)."""
 
     @property
@@ -613,22 +613,26 @@ class SliderSection(Section):
         return bool(self.positive or self.negative)
 
     def prompts(self) -> list[tuple[str, str, str]]:
-        """Target, positive and negative prompt, once for each line of `preserve`."""
-        own = (self.target, self.positive, self.negative)
-        joined = [
-            [", ".join(filter(None, (kept, prompt))) for prompt in own] for kept in self.preserve or [""]
-        ]
-        return [(target, positive, negative) for target, positive, negative in joined]
+        """Each target, with the positive and with the negative words."""
+
+        def behind(target: str, words: str) -> str:
+            return f"{target}, {words}" if target else words
+
+        targets = self.target or [""]
+        return [(one, behind(one, self.positive), behind(one, self.negative)) for one in targets]
+
+    def kept(self) -> list[tuple[str, str, str]]:
+        """Each prompt that is left alone, as its own opposite: the change that it asks for is none."""
+        return [(prompt, prompt, prompt) for prompt in self.preserve]
 
     def captions(self) -> list[str]:
         """All texts that training reads, the negative prompt of guidance included; none where it is off."""
-        prompts = ["", *(prompt for three in self.prompts() for prompt in three)]
+        prompts = ["", *(prompt for three in (*self.prompts(), *self.kept()) for prompt in three)]
         return list(dict.fromkeys(prompts)) if self.on else []
 
     def passes(self) -> int:
         """Predictions without a gradient that a micro-batch takes beside its training step."""
-        guided = any(target for target, _, _ in self.prompts())
-        return 3 + SLIDER_STEPS * (1 + guided)
+        return 3 + SLIDER_STEPS * (1 + bool(self.target or self.preserve))
 
 
 class TrainSection(Section):

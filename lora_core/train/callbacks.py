@@ -215,12 +215,14 @@ class DivergenceGuard:
         rollbacks: how many there were.
         nonfinite: steps in a row that were not finite.
         losses: the last 110 that were.
+        nothing: the loss of predicting nothing; a slider's is that of its prompts, so that it is not known.
     """
 
     lr_scale: float = 1.0
     rollbacks: int = 0
     nonfinite: int = 0
     losses: list[float] = field(default_factory=list)
+    nothing: float = PREDICT_NOTHING
 
     def update(self, loss: float, problem: str) -> str:
         """Take in a step's loss, and what of the step was not finite, or ""; returns why the run has to roll
@@ -266,7 +268,7 @@ class DivergenceGuard:
     def _level(self) -> float:
         before = self.losses[:-RECENT]
         known = len(before) >= RECENT
-        return min(PREDICT_NOTHING, math.fsum(before) / len(before)) if known else PREDICT_NOTHING
+        return min(self.nothing, math.fsum(before) / len(before)) if known else self.nothing
 
 
 def describe_nonfinite(session: TrainSession, settings: StepSettings, step: Step) -> str:

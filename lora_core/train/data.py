@@ -30,6 +30,8 @@ from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.settings.schema import DatasetSection, SliderSection
 
+KEPT = 0.5
+"""Share of a slider's rows that are prompts to leave alone, where there are any."""
 AHEAD = 64
 """Captions that are encoded together where text encoders have to be moved to the device for it."""
 
@@ -156,20 +158,21 @@ class SliderBatches(Batches):
         edge = side // base.vae_scale_factor
         self._latents = torch.zeros(batch_size, base.latent_channels, edge, edge)
         self._sizes = default_time_ids(batch_size, side, side)
-        self._prompts, self._captions_read = section.prompts(), section.captions()
+        self._section = section
         self._seed = seed
 
     def batch(self, number: int) -> SliderBatch:
         """Micro-batch `number`, counted from 0 over the whole run."""
-        draw = random.Random(f"{self._seed}/slider/{number}")
-        rows = draw.choices(self._prompts, k=len(self._latents))
+        draw, kept = random.Random(f"{self._seed}/slider/{number}"), self._section.kept()
+        sources = [kept if kept and draw.random() < KEPT else self._section.prompts() for _ in self._latents]
+        rows = [draw.choice(source) for source in sources]
         target, positive, negative = (list(column) for column in zip(*rows, strict=True))
         direction = -1.0 if number % 2 else 1.0
         return SliderBatch(self._latents, target, target, self._sizes, positive, negative, direction)
 
     def captions(self, number: int) -> list[str]:
         """All prompts."""
-        return self._captions_read
+        return self._section.captions()
 
     def heaviest(self) -> int:
         """The number of a micro-batch; all are as heavy."""

@@ -659,8 +659,8 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family
     well."""
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
-        own = [escape_prompt(target) for target, _, _ in slider.prompts() if target]
-        return config.sample.prompts or (own or list(family.prior_prompts))[:SAMPLE_PROMPTS]
+        own = [escape_prompt(target) for target in slider.target] or list(family.prior_prompts)
+        return config.sample.prompts or own[:SAMPLE_PROMPTS]
     if config.sample.prompts:
         parts = map(split_sample, config.sample.prompts)
         return [with_trigger(words, trigger) + (f" {options}" if options else "") for words, options in parts]

@@ -7,6 +7,7 @@ pause or to stop. With several processes the main one runs a `Trainer`, and the 
 """
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -139,7 +140,9 @@ class Trainer:
         self._session = session
         self._state = state
         self._memory = memory
-        self._guard = callbacks.DivergenceGuard()
+        self._guard = callbacks.DivergenceGuard(
+            nothing=math.inf if config.slider.on else callbacks.PREDICT_NOTHING
+        )
         timer = self._timer = callbacks.StepTimer()
         self._stop_reason = ""
         self._retried_at = -1

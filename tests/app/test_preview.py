@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from app.preview import request_form as preview_form
 from app.preview import sent_form
@@ -33,6 +35,7 @@ from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.workspace import list_trash, restore
 from lora_core.runs.events import EventWriter, PreviewDone
 from lora_core.runs.folder import RunFolder
@@ -471,3 +474,20 @@ def test_axes_are_typed_or_picked(app_state: AppState) -> None:
     choices, picked = preview_form.list_axis_values(take_snapshot(app_state), "checkpoint")
     assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]
+
+
+def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_path: Path) -> None:
+    """As its header says, until the user types other strengths for the strip."""
+    files = {}
+    for name, settings in (("slider", "[slider]\npositive = 'old'"), ("lora", "[slider]\npositive = ''")):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file({"x.lora_down.weight": torch.zeros(1)}, files[name], {"lora_easel.config": settings})
+    assert [is_slider(file) for file in files.values()] == [True, False]
+    assert not is_slider(tmp_path / "none.safetensors")
+    rows = [WeightedLora(str(files["slider"])), WeightedLora(str(files["lora"]))]
+    sent_form.save_form(app_state.project, rows, False)
+    data = preview_form.form_data(take_snapshot(app_state))
+    assert (data["sliders"], data["strip"]["values"]) == ([str(files["slider"])], "-2, -1, 0, 1, 2")
+    assert sent_form.strip_values(app_state.project, rows[1:]) == sent_form.STRIP
+    app_state.project.update_draft(preview_strip_at={"values": [0.0, 3.0]})
+    assert sent_form.strip_values(app_state.project, rows) == (0.0, 3.0)

@@ -6,7 +6,16 @@ import pytest
 
 from app.state import AppState, take_snapshot
 from app.templates import with_labels
-from app.train.form import FORM, Plan, current_values, group_fields, keep_changed_values, widget_values
+from app.train.form import (
+    FORM,
+    Plan,
+    command_line,
+    current_values,
+    group_fields,
+    keep_changed_values,
+    widget_values,
+)
+from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems
 from app.train.train_form import (
     FOLDED,
     UNMATCHED,
@@ -138,3 +147,27 @@ def test_an_older_draft_names_what_is_no_longer_used_until_it_is_changed(tmp_pat
     assert (plan.problems, plan.config.loss.min_snr) == ([], 5.0)
     keep_changed_values(project, None, widget_values(project))
     assert Plan(project).notes == []
+
+
+def test_a_slider_needs_two_prompts_and_no_images(app_state: AppState) -> None:
+    """The goal Slider asks for prompts in place of images; they make the run, which the command repeats."""
+    app_state.project.update_draft(goal="slider", level="quick", trigger="zwx")
+    assert start_problems(take_snapshot(app_state)) == [NO_PROMPTS]
+    seen = widget_values(app_state.project)
+    words = {
+        "slider__positive": "very old",
+        "slider__negative": "very young",
+        "slider__target": "a man\na dog",
+    }
+    keep_changed_values(app_state.project, seen, changed(seen, **words))
+    snapshot = take_snapshot(app_state)
+    plan = snapshot.plan
+    assert start_problems(snapshot) == []
+    assert plan.config.slider.target == ["a man", "a dog"]
+    assert (plan.config.train.steps, plan.config.dataset.trigger) == (300, "")
+    assert "from prompts alone in 300 steps" in details(snapshot)
+    line = command_line(plan.config, plan.goal, plan.level)
+    assert line.startswith("lora-easel train --preset slider-quick --set ")
+    assert """--set 'slider.target=["a man", "a dog"]'""" in line
+    app_state.project.update_draft(goal="style", values={})
+    assert start_problems(take_snapshot(app_state)) == [NO_IMAGES]

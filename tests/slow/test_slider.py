@@ -18,8 +18,13 @@ from lora_core.settings.schema import SLIDER_STRENGTHS
 from lora_core.tools.svd import truncate_adapter
 
 SEEDS = range(20)
-THINGS = ["dog, noto style", "car, noto style", "apple, noto style", "house, noto style"]
-UNSEEN = "tree, noto style"
+TARGET = "palm tree, noto style"
+ALONE = [
+    "fox, noto style, on a pink background", "cake, noto style, on a grey background",
+    "key, noto style, on a white background", "owl, noto style, on a sky blue background",
+    "drum, noto style, on a black background", "castle, noto style",
+]  # fmt: skip
+"""None of them is among the prompts that forgetting is measured on."""
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +46,9 @@ def trained(home: Path, dataset: str = "", **settings: object) -> RunFolder:
 
 
 def forgetting(run: RunFolder) -> float:
-    """How much worse the base's own images are predicted at the end, as a share of the base's loss."""
-    last = [event for event in events.read_events(run.events_file)[0] if isinstance(event, events.Validated)][
-        -1
-    ]
+    """How much worse the base's own images are predicted at the end."""
+    story = events.read_events(run.events_file)[0]
+    *_, last = (event for event in story if isinstance(event, events.Validated))
     return -last.prior
 
 
@@ -64,9 +68,9 @@ def brightness(file: Path, prompt: str) -> np.ndarray:
 def test_a_slider_of_brightness(tmp_path: Path) -> None:
     run = trained(
         tmp_path, slider__positive="on a white background", slider__negative="on a black background",
-        slider__preserve=THINGS,
+        slider__target=[TARGET], slider__preserve=ALONE,
     )  # fmt: skip
-    means = brightness(next(run.exports.glob("*.safetensors")), UNSEEN)
+    means = brightness(next(run.exports.glob("*.safetensors")), TARGET)
     assert (np.diff(means.mean(0)) > 0).all(), means.mean(0)
     demo = trained(tmp_path, "demo")
     assert forgetting(run) < forgetting(demo)

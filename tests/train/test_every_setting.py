@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.reg_weight": (0.5, MASKED),
     "slider.positive": ("a red dot", {"slider.negative": "a blue dot"}),
     "slider.negative": ("a blue dot", {"slider.positive": "a red dot"}),
-    "slider.target": ("a dot", SLIDER),
+    "slider.target": (["a dot"], SLIDER),
     "slider.preserve": (["plain"], SLIDER),
     "slider.guidance": (3.0, SLIDER),
     "train.steps": (3, {}),

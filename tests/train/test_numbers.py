@@ -300,6 +300,10 @@ def test_what_counts_as_running_away() -> None:
     found = [wild.update(100.0 * step, "") for step in range(1, 11)]
     assert found[:-1] == [""] * 9
     assert "risen from 1 to" in found[-1]
+    # A slider's losses are as large as the change that its prompts ask for.
+    slider = DivergenceGuard(nothing=math.inf)
+    assert [slider.update(8.0, "") for _ in range(20)] == [""] * 20
+    assert [bool(slider.update(80.0, "")) for _ in range(6)] == [False] * 4 + [True] * 2
 
 
 def test_health_comes_back_from_its_record_and_is_calm_only_when_well() -> None:

@@ -17,7 +17,7 @@ from lora_core.report.report import run_evaluator
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SLIDER_STRENGTHS, SliderSection
+from lora_core.settings.schema import SLIDER_STEPS, SLIDER_STRENGTHS, SliderSection
 from lora_core.train.data import SliderBatch
 from lora_core.train.loop import sample_batch, slider_loss
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
@@ -38,13 +38,27 @@ def opened(toy: Toy, **changes: object) -> tuple[RunConfig, TrainSession]:
     return config, prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
 
 
-def test_what_is_kept_stands_before_all_three_prompts() -> None:
-    section = SliderSection(positive="old", negative="young", target="", preserve=["a man", "a woman"])
+def test_the_opposites_stand_behind_what_it_acts_on_and_what_is_left_alone_is_its_own_opposite() -> None:
+    section = SliderSection(positive="old", negative="young", target=["a man", "a woman"], preserve=["a dog"])
     assert section.prompts() == [
         ("a man", "a man, old", "a man, young"), ("a woman", "a woman, old", "a woman, young"),
     ]  # fmt: skip
+    assert section.kept() == [("a dog", "a dog", "a dog")]
     assert SliderSection(positive="old", negative="young").prompts() == [("", "old", "young")]
     assert not SliderSection().captions()
+
+
+def test_half_of_the_rows_are_prompts_to_leave_alone(own_toy: Toy) -> None:
+    _, session = opened(own_toy, slider__target=["a dot"], slider__preserve=["plain", "striped"])
+    batches = [session.batches.batch(number) for number in range(100)]
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert set(captions) == {"a dot", "plain", "striped"}
+    assert 70 < captions.count("a dot") < 130
+    assert all(
+        (one.positive[row] == one.negative[row]) == (one.captions[row] != "a dot")
+        for one in batches if isinstance(one, SliderBatch) for row in range(2)
+    )  # fmt: skip
+    assert session.batches.batch(7) == session.batches.batch(7)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -87,7 +101,7 @@ def test_the_loss_is_the_distance_from_the_shifted_prediction(
 
     monkeypatch.setattr(type(base), "predict_noise", lambda self, *how: noted(*how))
     found = slider_loss(state, session.text, batch, slice(0, 2), draw, config)
-    assert [strength for strength, _ in seen] == [-1.0] * 8 + [0.0] * 3 + [-1.0]
+    assert [strength for strength, _ in seen] == [-1.0] * SLIDER_STEPS + [0.0] * 3 + [-1.0]
     noisy, at = seen[-1][1][:2]
     with torch.no_grad():
         texts = {words: session.text.embed_batch([words] * 2) for words in ("", "a red dot", "a blue dot")}
@@ -143,7 +157,7 @@ def test_before_start(tmp_path: Path) -> None:
         ({**PROMPTS, "adapter__auto_rank": True}, "give adapter.rank a number", True),
         ({**PROMPTS, "optimizer__text_encoder_lr": 1e-4}, "changes other prompts too", False),
         ({**PROMPTS, "dataset__flip": True, "dataset__trigger": "zwx"}, "trigger, dataset.flip can", False),
-        ({**PROMPTS, "slider__target": "very " * 90}, "longer than the 75 tokens", False),
+        ({**PROMPTS, "slider__target": ["very " * 90]}, "longer than the 75 tokens", False),
         ({"slider__preserve": ["a"]}, "slider.preserve plays no part", False),
     ):  # fmt: skip
         ((sentence, blocking),) = problems(tmp_path, **changes)
