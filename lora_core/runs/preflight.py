@@ -45,7 +45,7 @@ from lora_core.model_files.detect import (
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.config import RunConfig, in_short, parse_sample
+from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample
 from lora_core.settings.schema import ADAPTER_KINDS, TARGETS, DatasetSection, LossSection, require_package
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
@@ -376,19 +376,6 @@ def _images(dataset: Dataset) -> list[RunProblem]:
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
-UNUSED_BY_SLIDERS = (
-    "trigger",
-    "flip",
-    "tag_dropout",
-    "shuffle_tags",
-    "keep_tags",
-    "masks",
-    "background",
-    "reg_weight",
-)
-"""Settings of a dataset that say how its images and captions are drawn."""
-
-
 def _slider(config: RunConfig) -> list[RunProblem]:
     """What keeps a concept slider from having a direction, and what plays no part for it, or without it."""
     slider, usual = config.slider, RunConfig()
@@ -412,12 +399,10 @@ def _slider(config: RunConfig) -> list[RunProblem]:
             " leaves them alone."
         )
         found.append(RunProblem("slider", sentence, False))
-    names = [
-        name for name in UNUSED_BY_SLIDERS if getattr(config.dataset, name) != getattr(usual.dataset, name)
-    ]
-    if names:
-        listed = ", ".join(f"dataset.{name}" for name in names)
-        sentence = f"A slider is trained without images, so that {listed} can do nothing."
+    unused = [name for name in FIELDS if name.startswith("dataset.") and name != "dataset.path"]
+    unused = [n for n in (*unused, "loss.input_perturbation") if config.get(n) != usual.get(n)]
+    if unused:
+        sentence = f"A slider is trained without images, so that {', '.join(unused)} can do nothing."
         found.append(RunProblem("slider", sentence, False))
     return found
 
