@@ -99,7 +99,7 @@ BAT = """@echo off
 rem train_network.py --network_dim=99
 accelerate launch --num_cpu_threads_per_process 2 train_network.py ^
   --pretrained_model_name_or_path="C:/sd/base.safetensors" --network_dim=8 --network_alpha 4 ^
-  --learning_rate=1e-4 --flip_aug --network_args "conv_dim=4" "conv_alpha=1" --lowram ^
+  --learning_rate=1e-4 --flip_aug --masked_loss --prior_loss_weight=0.5 --network_args "conv_dim=4" "conv_alpha=1" --lowram ^
   --network_module=networks.lora --max_train_steps=300
 """
 SH = """#!/bin/bash
@@ -300,6 +300,8 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "dataset.flip": True,
             "adapter.targets": "locon",
             "train.steps": 300,
+            "loss.unmasked_weight": 0,
+            "dataset.reg_weight": 0.5,
         },
         ["here: num_cpu_threads_per_process, lowram"],
     ),
@@ -351,8 +353,10 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "sample.prompts": ["a cat", "a dog"],
             "sample.every": 50,
             "optimizer.schedule": "cosine_restarts",
+            "dataset.masks": "on",
+            "loss.unmasked_weight": 0.1,
         },
-        ["lora_decompose = True", "masked_training = True"],
+        ["lora_decompose = True"],
     ),
     "ai-toolkit": (
         "a.yaml",
