@@ -74,6 +74,16 @@ def with_trigger(caption: str, trigger: str) -> str:
     return "\n".join(line if word.search(line) else _join_tags([trigger, line]) for line in lines)
 
 
+def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
+    """What the captions say without the trigger word, each once; none without a trigger, and no empty one."""
+    trigger, found = trigger.strip(), []
+    for caption in captions if trigger else ():
+        word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+        words = word.sub(" ", plain_caption(caption, ""))
+        found.append(_join_tags([" ".join(tag.split()) for tag in split_tags(words)]))
+    return [caption for caption in dict.fromkeys(found) if caption]
+
+
 def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> str:
     """The caption of one look; it depends on the arguments only.
 

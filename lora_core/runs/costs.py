@@ -124,7 +124,7 @@ def cost_key(config: RunConfig) -> str:
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
         # Not for these, so that what was measured before there was a choice still counts.
         adapted += more
-    own = [["slider", config.slider.passes()]] if config.slider.on else []
+    own = [["slider", config.slider.passes()]] if config.slider.on else ["prior"] * config.keeps_prior
     return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0, *own])
 
 
@@ -165,6 +165,7 @@ def step_passes(config: RunConfig) -> float:
     images = config.train.batch_size * config.train.gradient_accumulation_steps
     passes = CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS
     passes += config.slider.passes() if config.slider.on else 0
+    passes += (1 + passes) * config.keeps_prior
     return passes * images * float(side) ** 2
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.captions import CHUNK, check_prompt, truncated_part, varies_by_draw, with_trigger
+from lora_core.data.captions import (
+    CHUNK,
+    check_prompt,
+    class_captions,
+    truncated_part,
+    varies_by_draw,
+    with_trigger,
+)
 from lora_core.data.dataset import (
     AUDIT_ONLY,
     apply_settings,
@@ -46,7 +53,14 @@ from lora_core.model_files.families import Family, family_of_version, named_targ
 from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample
-from lora_core.settings.schema import ADAPTER_KINDS, TARGETS, DatasetSection, LossSection, require_package
+from lora_core.settings.schema import (
+    ADAPTER_KINDS,
+    PRIOR_IMAGES,
+    TARGETS,
+    DatasetSection,
+    LossSection,
+    require_package,
+)
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
@@ -67,8 +81,8 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
-            busy, slider, dataset, picture, masks, regularisation, caption, resolution, sample, validation, or
-            the kind of a note on the dataset.
+            busy, slider, dataset, picture, masks, regularisation, prior, caption, resolution, sample,
+            validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -137,6 +151,7 @@ def preflight(
         found.append(RunProblem("validation", sentence, False))
     found += _samples(config, facts.multiple if facts else 1)
     found += _loss(config, facts)
+    found += _prior(records, config)
     found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
@@ -260,6 +275,22 @@ def check_kind(config: RunConfig) -> None:
             f"The file {file} that adapter.init names is a {found}, which a {row.title} cannot continue;"
             f" {advice}."
         )
+
+
+def _prior(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
+    """What prior preservation does before the run and in it."""
+    if not config.loss.prior_preservation:
+        return []
+    if not config.keeps_prior:
+        sentence = "loss.prior_preservation plays no part for a slider, which keeps the base as it is."
+        return [RunProblem("prior", sentence, False)]
+    prompts = class_captions((record.caption for record in records), config.dataset.trigger)
+    what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
+    sentence = (
+        f"Prior preservation: the base makes {PRIOR_IMAGES} images first, of {what}; a step takes about twice"
+        " as long."
+    )
+    return [RunProblem("prior", sentence, False)]
 
 
 def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:

@@ -72,6 +72,11 @@ class RunConfig(schema.Section):
     sample: schema.SampleSection = Field(default_factory=schema.SampleSection)
     save: schema.SaveSection = Field(default_factory=schema.SaveSection)
 
+    @property
+    def keeps_prior(self) -> bool:
+        """Whether steps keep the base's predictions on images of its own; a concept slider does it itself."""
+        return self.loss.prior_preservation > 0 and not self.slider.on
+
     @classmethod
     def from_dict(
         cls, values: Mapping[str, Any], say: bool = True, absent: Mapping[str, Any] | None = None

@@ -46,6 +46,8 @@ AUTO_RANK = 16
 """The least that `adapter.rank = auto` trains at: a style needs 2 or 3, 32 gains 2% more (docs/rank.md)."""
 SLIDER_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Of a concept slider: its range in the preview, and the images of its samples."""
+PRIOR_IMAGES = 16
+"""So many images of the base's own are trained on for prior preservation."""
 SLIDER_IMAGES = 4
 """Images at least that a slider is measured along."""
 SLIDER_STEPS = 5
@@ -819,6 +821,9 @@ class LossSection(Section):
         low, high = self.min_timestep / MAX_TIMESTEP, self.max_timestep / MAX_TIMESTEP
         return low + (high - low) * share
 
+    prior_preservation: float = Field(0.0, title="Prior preservation", ge=0.0, le=10.0)
+    """How much the base's own predictions are kept, on images that it makes of the captions without the
+    trigger word, or of plain things. 1 is usual; a step takes about twice as long. 0: off."""
     unmasked_weight: float = Field(0.1, title="Weight outside masks", ge=0.0, le=1.0)
     """What the part outside of an image's mask counts beside the part inside. 0: it is not learned at all;
     1: as without masks."""

@@ -41,7 +41,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import TrainSection, require_package
 from lora_core.system.files import free_bytes
 from lora_core.train import setup
-from lora_core.train.data import Batch, Batches, PromptCache, SliderBatches
+from lora_core.train.data import Batch, Batches, PriorBatches, PromptCache, SliderBatches
 from lora_core.train.loop import (
     StepSettings,
     TrainState,
@@ -537,6 +537,9 @@ def _time_steps(
         else _Noise(base, bucket, train.batch_size)
     )
     state, _ = setup.build_train_state(base, layout, config, "")
+    if config.keeps_prior:
+        noise = batches.batch(0)
+        state.prior = PriorBatches([(noise.latents[0], CAPTION)], noise.sizes[0], train.batch_size, 0)
     seconds: list[float] = []
     for step in training_steps(state, batches, text, StepSettings(config, TIMED_STEPS), 0):
         seconds.append(step.seconds)

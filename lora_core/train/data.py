@@ -137,6 +137,25 @@ class Batches:
         return batches
 
 
+class PriorBatches(Batches):
+    """Micro-batches of images that the base made itself, by number."""
+
+    def __init__(
+        self, images: list[tuple[torch.Tensor, str]], sizes: torch.Tensor, batch_size: int, seed: int
+    ) -> None:
+        """Draw `batch_size` of the images, latents (4, h, w) and caption each; `sizes` is (6,), see
+        `size_conditioning`."""
+        self._made = images
+        self._sizes = sizes.expand(batch_size, -1)
+        self._seed = seed
+
+    def batch(self, number: int) -> Batch:
+        """What goes with micro-batch `number`, counted from 0 over the whole run."""
+        draw = random.Random(f"{self._seed}/prior/{number}")
+        latents, captions = zip(*draw.choices(self._made, k=len(self._sizes)), strict=True)
+        return Batch(torch.stack(latents), list(captions), ["prior"] * len(captions), self._sizes)
+
+
 @dataclass(frozen=True)
 class SliderBatch(Batch):
     """One micro-batch of a concept slider: `captions` are what it acts on, with B prompts of each opposite,

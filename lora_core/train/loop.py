@@ -33,7 +33,7 @@ from lora_core.settings.schema import (
     LossSection,
     chosen,
 )
-from lora_core.train.data import Batch, Batches, PromptCache, SliderBatch
+from lora_core.train.data import Batch, Batches, PriorBatches, PromptCache, SliderBatch
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm when clipping, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -102,6 +102,7 @@ class TrainState:
 
     Attributes:
         max_norm: of each layer's update; 0 for no limit.
+        prior: images of the base's own, on which its predictions are to be kept.
         chunks: how many parts a micro-batch goes through the model in; they add up to the same gradient.
         group: the processes that train together.
     """
@@ -113,6 +114,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     average: "Average | None" = None
     max_norm: float = 0.0
+    prior: PriorBatches | None = None
     chunks: int = 1
     group: SingleProcess = field(default_factory=SingleProcess)
 
@@ -189,6 +191,9 @@ def backward_micro_batch(
             found = diffusion_loss(state.base, batch.latents[rows], embeds, draw, config.loss, sizes, weights)
         state.scaler.scale(found.sum() / total if total > 1 else found.sum()).backward()
         losses.append(found.detach())
+        if state.prior is not None:
+            kept = prior_loss(state, text, state.prior.batch(number), rows, number, config)
+            state.scaler.scale(kept.sum() / total).backward()
     if isinstance(batch, SliderBatch):
         state.injected.set_strength(1.0)
     state.flat_params.flush_grads()
@@ -366,6 +371,30 @@ def debiased_weight(noise: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tens
     """
     snr = noise.snr(timesteps).clamp(1e-3, 1e3)
     return snr.rsqrt() if noise.objective == "epsilon" else 1.0 / (snr + 1.0)
+
+
+def prior_loss(
+    state: TrainState, text: PromptCache, batch: Batch, rows: slice, number: int, config: RunConfig
+) -> torch.Tensor:
+    """The error against the base's own prediction for some rows of a micro-batch of its images, (B,), times
+    `loss.prior_preservation`.
+
+    Source: Ruiz et al. 2023 ("DreamBooth", section 3.3) for images that the base makes itself; the base's
+    prediction in place of their noise is the prior prediction of OneTrainer, and has less variance.
+    """
+    base, injected = state.base, state.injected
+    generator = torch.Generator().manual_seed(_noise_seed(config.seed + 2**32, number))
+    draw = sample_noise(batch.latents, base.noise.num_timesteps, config.loss, generator).rows(rows)
+    noisy = base.noise.add_noise(batch.latents[rows], draw.noise, draw.timesteps)
+    captions, sizes = batch.captions[rows], batch.sizes[rows]
+    with torch.no_grad():
+        injected.set_strength(0.0)
+        sent, at = to_device(base.device, noisy, draw.timesteps.float())
+        target = base.predict_noise(sent, at, text.embed_batch(captions), sizes).cpu()
+        injected.set_strength(1.0)
+    embeds, pair = text.embed_batch(captions), (noisy, target)
+    found = prediction_loss(base, pair, draw.timesteps, embeds, config.loss, sizes)
+    return config.loss.prior_preservation * found
 
 
 def slider_loss(

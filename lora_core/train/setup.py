@@ -55,10 +55,12 @@ from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, SliderBatches, TrainImage
 from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState
 from lora_core.train.validation import (
-    ForgettingSet,
     ValidationSets,
+    build_prior,
     build_slider_set,
     build_validation_sets,
+    forgetting_set,
+    prior_set,
 )
 
 OnProgress = Callable[[str, int, int], None]
@@ -560,14 +562,17 @@ def prepare(
     prompts = sample_prompts(config, held or train, base.family)
     samples = sample_requests(base, config.sample, prompts)
     identity = short_digest(sorted(more.items()))
-    if section.forgetting and section.every and section.pictures:
-        sets.forgetting = ForgettingSet(base, text, cache / "prior", identity, section.forgetting, resolution)
+    own = (base, text, (cache / "prior", identity), resolution)
+    sets.forgetting, prior = forgetting_set(*own, config), prior_set(*own, config, train)
     if not layout.encoders_trained:
-        _encode_captions(text, config, [*train, *reg], sets, samples, say)
+        own_prompts = [prompt for one in (sets.forgetting, prior) if one for prompt in one.prompts]
+        _encode_captions(text, config, [*train, *reg], sets, (samples, own_prompts), say)
     waiting = _load_denoiser(base, layout)
     state, notes = build_train_state(base, layout, config, plan.layout)
     fallbacks = _put_back(base, waiting, [name for name, step in plan.rungs if step == 0])
     batches = build_batches(config, base, trained, latents)
+    if prior is not None:
+        state.prior = build_prior(state, prior, config.train.batch_size, config.seed, say)
     sets.slider = build_slider_set(state, text, batches, config, (cache / "slider", identity), say)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
@@ -684,14 +689,16 @@ def sample_requests(
 
 def _encode_captions(
     text: PromptCache, config: RunConfig, records: list[ImageRecord], sets: ValidationSets,
-    samples: list[GenerationRequest], say: OnProgress,
+    prompts: tuple[list[GenerationRequest], list[str]], say: OnProgress,
 ) -> None:  # fmt: skip
-    """Encode every caption and prompt that comes again; free the text encoders where no other can come."""
+    """Encode every caption and prompt that comes again, of samples and of the base's own images too; free
+    the text encoders where no other can come."""
+    samples, own_prompts = prompts
     rules = config.dataset
     fixed = [record for record in records if not varies_by_draw(record.caption, rules)]
     captions = [plain_caption(one.caption, "" if one.reg else rules.trigger) for one in fixed]
     captions += [one.caption for one in (*sets.held_out, *sets.training)]
-    captions += [*config.slider.captions(), *(sets.forgetting.prompts if sets.forgetting else []), ""]
+    captions += [*config.slider.captions(), *own_prompts, ""]
     captions = list(dict.fromkeys(captions))
     for done, caption in enumerate(captions):
         say("Encoding captions", done, len(captions))

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 
 from lora_core.backends.compact import is_quantized
-from lora_core.data.captions import plain_caption
-from lora_core.data.images import choose_bucket, hash_file
+from lora_core.data.captions import class_captions, plain_caption
+from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected, act_as, adapter_weights, load_weights
 from lora_core.lora.weights import LoadedLora
 from lora_core.models.load import BaseModel
+from lora_core.models.unet import default_time_ids
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SLIDER_IMAGES
-from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
+from lora_core.settings.schema import PRIOR_IMAGES, SLIDER_IMAGES
+from lora_core.train.data import Batches, LatentCache, PriorBatches, PromptCache, TrainImage
 from lora_core.train.loop import TrainState, partial_denoise, slider_target
 
 OnStep = Callable[[int, int], None]
@@ -50,10 +51,14 @@ CROSSED = (
 _STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
 
 
+PRIOR_SEED = 1_000_000
+"""The first seed of these, far from those that forgetting is measured on."""
+
+
 class ForgettingSet:
     """Images of the base's own, on which training should change nothing.
 
-    Latents sampled from plain prompts with the adapter off, made when they are first measured and cached.
+    Latents sampled from plain prompts with the adapter off, made when they are first asked for and cached.
 
     Attributes:
         side: of the images, in pixels.
@@ -61,19 +66,16 @@ class ForgettingSet:
     """
 
     def __init__(
-        self, base: BaseModel, text: PromptCache, folder: Path, identity: str, count: int, side: int
-    ) -> None:
-        """Nothing is sampled yet; `identity` is a hash of the base, `folder` that of the cache.
-
-        Of `count` images, those beyond the number of prompts have these again with the next seed.
-        """
+        self, base: BaseModel, text: PromptCache, kept: tuple[Path, str], requests: list[tuple[str, int]],
+        side: int,
+    ) -> None:  # fmt: skip
+        """Nothing is sampled yet; `kept` are the folder of the cache and a hash of the base, `requests` the
+        prompts and seeds, see `repeat_prompts`."""
         self._base = base
         self._text = text
-        self._folder = folder
-        self._identity = identity
+        self._folder, self._identity = kept
         self.side = choose_bucket(side, side, side, base.size_multiple).width
-        own = base.family.prior_prompts
-        self._requests = [(own[number % len(own)], number // len(own)) for number in range(count)]
+        self._requests = requests
         self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._requests))
         self._images: list[validator.EvalImage] = []
 
@@ -85,12 +87,15 @@ class ForgettingSet:
     def images(self, draws: int, seed: int, on_step: OnStep) -> list[validator.EvalImage]:
         """The images with `draws` noise draws each; `on_step` is called while they are sampled."""
         if not self._images:
-            latents = [self._latents(prompt, number, on_step) for prompt, number in self._requests]
-            for own, (prompt, number) in zip(latents, self._requests, strict=True):
+            for own, (prompt, number) in zip(self.latents(on_step), self._requests, strict=True):
                 steps = self._base.noise.num_timesteps
                 noise = validator.eval_noise(f"{prompt}/{number}", own, draws, seed, steps)
                 self._images.append(validator.EvalImage(own, noise, prompt))
         return self._images
+
+    def latents(self, on_step: OnStep) -> list[torch.Tensor]:
+        """Of each image, (4, h, w) on the CPU; sampled with the adapter as it is, which has to be off."""
+        return [self._latents(prompt, number, on_step) for prompt, number in self._requests]
 
     def _latents(self, prompt: str, number: int, on_step: OnStep) -> torch.Tensor:
         base = self._base
@@ -107,6 +112,48 @@ class ForgettingSet:
             return {"value": made[0].float().cpu()}
 
         return load_or_compute(self._folder / f"{name}.safetensors", sample)["value"]
+
+
+def repeat_prompts(prompts: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """Prompts and seeds of `count` images; those beyond the number of prompts have these again with the next
+    seed."""
+    return [(prompts[number % len(prompts)], seed + number // len(prompts)) for number in range(count)]
+
+
+def forgetting_set(
+    base: BaseModel, text: PromptCache, kept: tuple[Path, str], side: int, config: RunConfig
+) -> ForgettingSet | None:
+    """The images that forgetting is measured on; None where it is not."""
+    section = config.validation
+    if not (section.forgetting and section.every and section.pictures):
+        return None
+    return ForgettingSet(
+        base, text, kept, repeat_prompts(base.family.prior_prompts, section.forgetting), side
+    )
+
+
+def prior_set(
+    base: BaseModel, text: PromptCache, kept: tuple[Path, str], side: int, config: RunConfig,
+    records: Sequence[ImageRecord],
+) -> ForgettingSet | None:  # fmt: skip
+    """The images on which the base's predictions are to be kept, of the captions of `records` without the
+    trigger word, or of plain things where it has none; None where that is off, and for a concept slider."""
+    if not config.keeps_prior:
+        return None
+    prompts = class_captions((record.caption for record in records), config.dataset.trigger)
+    prompts = prompts or list(base.family.prior_prompts)
+    prompts = random.Random(f"{config.seed}/prior").sample(prompts, min(PRIOR_IMAGES, len(prompts)))
+    return ForgettingSet(base, text, kept, repeat_prompts(prompts, PRIOR_IMAGES, PRIOR_SEED), side)
+
+
+def build_prior(
+    state: TrainState, made: ForgettingSet, count: int, seed: int, say: Callable[[str, int, int], None]
+) -> PriorBatches:
+    """The images on which a run keeps the base's predictions, `count` a micro-batch."""
+    with evaluating(state), at_strength(state.injected, 0.0):
+        latents = made.latents(functools.partial(say, "Generating prior images"))
+    pairs = list(zip(latents, (prompt for prompt, _ in made.missing), strict=True))
+    return PriorBatches(pairs, default_time_ids(1, made.side, made.side)[0], count, seed)
 
 
 @dataclass

@@ -99,7 +99,8 @@ BAT = """@echo off
 rem train_network.py --network_dim=99
 accelerate launch --num_cpu_threads_per_process 2 train_network.py ^
   --pretrained_model_name_or_path="C:/sd/base.safetensors" --network_dim=8 --network_alpha 4 ^
-  --learning_rate=1e-4 --flip_aug --masked_loss --prior_loss_weight=0.5 --network_args "conv_dim=4" "conv_alpha=1" --lowram ^
+  --learning_rate=1e-4 --flip_aug --masked_loss --prior_loss_weight=0.5 ^
+  --network_args "conv_dim=4" "conv_alpha=1" --lowram ^
   --network_module=networks.lora --max_train_steps=300
 """
 SH = """#!/bin/bash

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "loss.min_snr": (1.0, {}),
     "loss.debias": (True, {}),
     "loss.noise_offset": (0.1, {}),
+    "loss.prior_preservation": (1.0, {}),
     "loss.unmasked_weight": (0.5, MASKED),
     "loss.multires_noise": (3, {}),
     "loss.multires_discount": (0.8, {"loss.multires_noise": 3}),
