@@ -109,6 +109,23 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.wait_for_selector("#like-note .problem")
 
 
+def test_a_slider_is_asked_for_in_two_prompts_and_no_images(page) -> None:
+    open_tab(page, "Train")
+    page.wait_for_selector("#start-why [data-field=no-images]")
+    assert not page.locator("#slider").is_visible()
+    page.click("#goal input")
+    page.get_by_role("option", name="Slider", exact=True).click()
+    for name, words in (("positive", "very old"), ("negative", "very young")):
+        field = f"#slider-{name} :is(input, textarea)"
+        page.wait_for_selector(field)
+        frames(page)
+        page.fill(field, words)
+        page.press(field, "Tab")
+    said = "document.querySelector('#command pre')?.textContent"
+    page.wait_for_function(f"/--preset slider-.*slider.negative=very young/s.test({said})")
+    page.wait_for_selector("#start:enabled")
+
+
 @pytest.mark.own_window
 @pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
