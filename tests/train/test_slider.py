@@ -13,7 +13,7 @@ from lora_core.errors import ConfigError, DatasetError
 from lora_core.model_files.header import read_header
 from lora_core.model_files.starting_settings import is_slider
 from lora_core.models.unet import NoiseSchedule
-from lora_core.report.report import run_evaluator
+from lora_core.report.report import collect_data, run_evaluator, summary
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
@@ -138,6 +138,8 @@ def test_a_run_learns_the_shift_in_both_directions_and_draws_strips(own_toy: Toy
     with pytest.raises(DatasetError, match="trained without images"):
         run_evaluator(run, run.config())
     assert notes(run) == []
+    verdict = summary(collect_data(run, False, lambda *_: None))[0]
+    assert verdict.startswith("It learned: the wanted change is predicted")
 
 
 def problems(tmp_path: Path, **changes: object) -> list[tuple[str, bool]]:
