@@ -469,14 +469,13 @@ def image_rows(
     rows: list[dict[str, Any]] = []
     for number, (record, share) in enumerate(zip(records, step_shares(records, training), strict=True)):
         gain, error = _difference(before[number] - after[number])
-        helps, helps_error = _difference(bare[number] - after[number])
-        captioned, base_loss = bool(plain_caption(record.caption, "")), before[number].mean()
+        captioned, base_loss = plain_caption(record.caption, ""), float(before[number].mean())
+        helps, helps_error = _difference(bare[number] - after[number]) if captioned else (None, None)
         rows.append(
             {
                 "picture": str(record.path), "gain": gain, "standard_error": error,
-                "base_loss": float(base_loss), "adapted_loss": float(after[number].mean()),
-                "learned": gain / max(float(base_loss), 1e-12),
-                "helps": helps if captioned else None, "helps_error": helps_error if captioned else None,
+                "base_loss": base_loss, "adapted_loss": float(after[number].mean()),
+                "learned": gain / max(base_loss, 1e-12), "helps": helps, "helps_error": helps_error,
                 "share": share, "held_out": record.path in held_out, "suspect": False, "sentence": "",
             }
         )  # fmt: skip

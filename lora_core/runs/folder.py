@@ -155,10 +155,6 @@ class RunFolder:
         except ConfigError:
             return None
 
-    def has_setting(self, name: str) -> bool:
-        """Whether the file has a setting; that of an earlier version lacks newer ones."""
-        return name in flattened(load_toml(self.config_file), say=False)
-
     def retired_settings(self) -> list[str]:
         """A sentence for each setting of the file that an earlier version used and this one does not."""
         flat = flattened(load_toml(self.config_file), say=False)
