@@ -531,7 +531,7 @@ class _Translation:
     def settings(self, title: str) -> LoraSettings:
         """The legal ones of the values, and a sentence for each that is not."""
         texts = dict(self.texts)
-        arguments = ",".join(texts.pop("ss_optimizer_args", "").split())
+        arguments = re.sub(r"\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
         if arguments and texts.get("ss_optimizer"):
             texts["ss_optimizer"] += f"({arguments})"
         found = _from_kohya(texts | ({"ss_network_args": json.dumps(self.network)} if self.network else {}))
@@ -548,15 +548,16 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     """What the keys of a trainer's configuration say."""
     read = _Translation(trainer.get("leaf", False))
     text_of = {key: str(found[0]).casefold() for key, found in values.items()}
-    unused = {key for key, other, text in trainer["unless"] if text_of.get(other) == text}
+    instead = {row[0]: "".join(row[3:]) for row in trainer["unless"] if text_of.get(row[1]) == row[2]}
     told = {key for key, text, *_ in trainer["when"] if text_of.get(key) == text}
     aside: dict[str, list[str]] = {"places": [], "moot": []}
     for key, found in values.items():
-        name, words = trainer["names"].get(key, ""), trainer.get("words", {}).get(key, {})
+        name = instead.get(key, trainer["names"].get(key, ""))
+        words = trainer.get("words", {}).get(key, {})
         if len(set(map(str, found))) > 1 and ".N." not in key:
             read.left.append(f"{key} has several values; {_short(found[0])} is used.")
         for value in found if name == "sample.prompts" else found[:1]:
-            if key in unused or value in (None, ""):
+            if value in (None, "") or instead.get(key) == "":
                 continue
             if name:
                 read.give(name, words.get(str(value).casefold(), value), key)

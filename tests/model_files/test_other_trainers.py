@@ -27,7 +27,8 @@ network_args = ["conv_dim=8", "conv_alpha=4"]
 unet_lr = 2e-4
 text_encoder_lr = [5e-5, 1e-5]
 [optimizer_arguments]
-optimizer_type = "Prodigy"
+optimizer_type = "AdamW"
+optimizer_args = ["weight_decay=0.1", "betas=[0.9, 0.95]"]
 lr_scheduler = "cosine_with_restarts"
 lr_warmup_steps = 100
 [training_arguments]
@@ -215,7 +216,8 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "adapter.rank": 32,
             "adapter.alpha": 16,
             "adapter.targets": "locon",
-            "optimizer.name": "prodigy",
+            "optimizer.name": "adamw",
+            "optimizer.args": {"weight_decay": 0.1, "betas": [0.9, 0.95]},
             "optimizer.text_encoder_lr": 5e-5,
             "optimizer.text_encoder_2_lr": 1e-5,
             "optimizer.warmup": 0.05,
