@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.dataset import scan
+from lora_core.data.images import save_png
 from lora_core.errors import AdapterFileError, ConfigError, OutOfMemory
 from lora_core.evaluate.caption_scores import measure_run_images, propose_triggers, score_captions
 from lora_core.evaluate.validator import Evaluator
 from lora_core.generate.grid import make_image_grid
-from lora_core.generate.pipeline import save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.generate.server import Answer, ImageWorker, Reporter, Request, Result, serve
 from lora_core.model_files.header import read_header

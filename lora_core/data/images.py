@@ -34,8 +34,9 @@ from typing import NamedTuple
 import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from lora_core.errors import DatasetError, wrap_os_errors
+from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
 Crop = tuple[float, float, float, float]
@@ -336,6 +337,21 @@ def make_thumbnail(path: Path, side: int = 256) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, parameters: str) -> None:
+    """Write a PNG with its settings inside, completely or not at all.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=info)
+    with wrap_os_errors(ConfigError, f"The image cannot be written to {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data.getvalue())
 
 
 def hash_file(path: Path, most: int = sys.maxsize) -> str:

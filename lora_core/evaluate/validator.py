@@ -11,14 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
-from lora_core.data.images import ImageRecord, choose_bucket, hash_file, size_conditioning
+from lora_core.data.images import (
+    Bucket,
+    ImageRecord,
+    choose_bucket,
+    crop_box,
+    hash_file,
+    open_mask,
+    size_conditioning,
+)
+from lora_core.errors import DatasetError
 from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
-from lora_core.models.vae import encode_image, load_pixels, weigh_latents
+from lora_core.models.vae import encode_image, load_pixels
 from lora_core.runs.events import Validated
 
 BATCH = 4
@@ -59,6 +70,34 @@ def eval_noise(name: str, latents: torch.Tensor, count: int, seed: int, num_time
     halves = torch.randn((count + 1) // 2, *latents.shape, generator=generator)
     noise = torch.stack([halves, -halves], dim=1).flatten(0, 1)[:count]
     return EvalNoise((strata * num_timesteps).long().clamp(max=num_timesteps - 1), noise)
+
+
+def weigh_latents(record: ImageRecord, bucket: Bucket, factor: int) -> torch.Tensor | None:
+    """What each latent of an image counts in its loss, (1, H/f, W/f) in fp32 with the mean `record.weight`;
+    None where all count 1.
+
+    A mask m in [0, 1] is the mean over the pixels of each latent, cropped as the image is. The weight is
+    outside + (1 - outside) m, divided by its mean, so that the loss is a weighted mean of the errors: an
+    image with a small mask teaches as much as one without, and the loss keeps its size.
+
+    Raises:
+        DatasetError: the mask can no longer be read, or nothing of the image counts.
+    """
+    outside, size = record.outside, (bucket.width // factor, bucket.height // factor)
+    if record.mask is None or outside == 1.0:
+        return None if record.weight == 1.0 else torch.full((1, *size[::-1]), record.weight)
+    mask = open_mask(record)
+    wide, high = mask.width / record.width, mask.height / record.height
+    left, top, right, bottom = crop_box(record.width, record.height, bucket)
+    box = (left * wide, top * high, min(right * wide, mask.width), min(bottom * high, mask.height))
+    small = np.asarray(mask.resize(size, Image.Resampling.BOX, box), dtype=np.float32) / 255.0
+    if not small.any():
+        raise DatasetError(
+            f"The mask {record.mask.name} leaves nothing of its image as it is cropped for training; paint"
+            " white what should be learned, or remove it."
+        )
+    weights = outside + (1.0 - outside) * torch.from_numpy(small)[None]
+    return weights / weights.mean() * record.weight
 
 
 @dataclass(frozen=True)

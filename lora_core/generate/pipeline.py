@@ -12,7 +12,6 @@ the tools that do it import this folder.
 import contextlib
 import functools
 import inspect
-import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from lora_core.data.images import Bucket, open_rgb
-from lora_core.errors import ConfigError, wrap_os_errors
+from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
 from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
 from lora_core.generate.request import GenerationRequest, WeightedLora
@@ -37,7 +35,6 @@ from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents, encode_image, to_pixels
 from lora_core.settings.schema import SAMPLERS, chosen
-from lora_core.system.files import write_atomically
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, number of steps); an exception from it ends the image."""
@@ -84,7 +81,7 @@ def sample_latents(
     if start is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        timesteps = _last_timesteps(scheduler, request)
+        timesteps = timesteps[_begin_later(scheduler, request) :]
         latents = scheduler.add_noise(start, noise, timesteps[:1])
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
@@ -114,13 +111,12 @@ def sample_latents(
     return latents
 
 
-def _last_timesteps(scheduler: Any, request: GenerationRequest) -> torch.Tensor:
-    """The timesteps that are done where an image is the start, at least one; the scheduler begins there."""
-    left_out = scheduler.order * (request.steps - max(1, int(request.steps * request.denoising_strength)))
+def _begin_later(scheduler: Any, request: GenerationRequest) -> int:
+    """Have a scheduler begin where an image is the start, with at least one step to do; returns the index."""
+    first: int = scheduler.order * (request.steps - max(1, int(request.steps * request.denoising_strength)))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(left_out)
-    timesteps: torch.Tensor = scheduler.timesteps[left_out:]
-    return timesteps
+        scheduler.set_begin_index(first)
+    return first
 
 
 def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) -> torch.Tensor:
@@ -150,16 +146,13 @@ def sample_image(
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """The image (RGB) of a request, with whatever adapter is in the base."""
-    start = encode_start(base, request)
+    start = encode_start(base, request.image, base.image_size(request.width, request.height))
     return sample_image(base, request, *encode_conditions(base, request), on_step, start=start)
 
 
-def encode_start(base: BaseModel, request: GenerationRequest) -> torch.Tensor | None:
-    """The latents (1, C, h, w) of the image that a request starts from, cropped and scaled to its size."""
-    if not request.image:
-        return None
-    size = Bucket(*base.image_size(request.width, request.height))
-    return encode_image(base, to_pixels(open_rgb(Path(request.image)), size))[None]
+def encode_start(base: BaseModel, file: str, size: tuple[int, int]) -> torch.Tensor | None:
+    """The latents (1, C, h, w) of an image to start from, cropped and scaled to a size; None for ""."""
+    return encode_image(base, to_pixels(open_rgb(Path(file)), Bucket(*size)))[None] if file else None
 
 
 def encode_conditions(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
@@ -174,21 +167,6 @@ def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, st
     width, height = base.image_size(request.width, request.height)
     phi = base.facts.cfg_rescale(request.cfg_rescale) if request.cfg > 1 else 0.0
     return replace(request, base=base.name, width=width, height=height).infotext(phi, extra or {})
-
-
-def save_png(image: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG with its settings inside, completely or not at all.
-
-    Raises:
-        ConfigError: it cannot be written there.
-    """
-    info = PngInfo()
-    info.add_text("parameters", parameters)
-    data = io.BytesIO()
-    image.save(data, format="PNG", pnginfo=info)
-    with wrap_os_errors(ConfigError, f"The image cannot be written to {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data.getvalue())
 
 
 # A base that stays open.
@@ -222,7 +200,7 @@ class Pipeline:
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)
-        self._start = keep(lambda version, image: encode_start(base, image))
+        self._start = keep(lambda version, size: encode_start(base, version[0], size))
         self.ready_in = 0.0
         """Seconds from the last request to the first step of its sampler: merging and encoding the prompt."""
 
@@ -262,8 +240,8 @@ class Pipeline:
         # As long as no adapter changes the text encoders, the conditions stay.
         asked = {name: getattr(request, name) for name in ("prompt", "negative", "clip_skip", "tokens")}
         text, negative = self._conditions(self._merged_text, GenerationRequest(**asked))
-        image = GenerationRequest(image=request.image, width=request.width, height=request.height)
-        start = self._start(_version(request.image), image)
+        size = self.base.image_size(request.width, request.height)
+        start = self._start(_version(request.image), size)
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents, start)
 

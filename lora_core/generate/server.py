@@ -22,9 +22,10 @@ from typing import Any, ClassVar, TextIO
 
 import torch
 
+from lora_core.data.images import save_png
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generate.latent_preview import previewer
-from lora_core.generate.pipeline import Pipeline, Truncate, open_pipeline, save_png
+from lora_core.generate.pipeline import Pipeline, Truncate, open_pipeline
 from lora_core.generate.request import GenerationRequest
 from lora_core.models.device import best_device, describe_torch, out_of_memory, release_failed, use_device
 from lora_core.settings.config import checked_value

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.data.images import Bucket, ImageRecord, crop_box, open_image, open_mask, resize_and_crop
-from lora_core.errors import DatasetError
+from lora_core.data.images import Bucket, ImageRecord, open_image, resize_and_crop
 from lora_core.model_files.sizes import DECODE_TILES
 from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel
@@ -27,34 +26,6 @@ def to_pixels(image: Image.Image, bucket: Bucket) -> torch.Tensor:
     """An image cropped and scaled to `bucket`, (3, H, W) in [-1, 1], fp32."""
     pixels = np.asarray(resize_and_crop(image, bucket), dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def weigh_latents(record: ImageRecord, bucket: Bucket, factor: int) -> torch.Tensor | None:
-    """What each latent of an image counts in its loss, (1, H/f, W/f) in fp32 with the mean `record.weight`;
-    None where all count 1.
-
-    A mask m in [0, 1] is the mean over the pixels of each latent, cropped as the image is. The weight is
-    outside + (1 - outside) m, divided by its mean, so that the loss is a weighted mean of the errors: an
-    image with a small mask teaches as much as one without, and the loss keeps its size.
-
-    Raises:
-        DatasetError: the mask can no longer be read, or nothing of the image counts.
-    """
-    outside, size = record.outside, (bucket.width // factor, bucket.height // factor)
-    if record.mask is None or outside == 1.0:
-        return None if record.weight == 1.0 else torch.full((1, *size[::-1]), record.weight)
-    mask = open_mask(record)
-    wide, high = mask.width / record.width, mask.height / record.height
-    left, top, right, bottom = crop_box(record.width, record.height, bucket)
-    box = (left * wide, top * high, min(right * wide, mask.width), min(bottom * high, mask.height))
-    small = np.asarray(mask.resize(size, Image.Resampling.BOX, box), dtype=np.float32) / 255.0
-    if not small.any():
-        raise DatasetError(
-            f"The mask {record.mask.name} leaves nothing of its image as it is cropped for training; paint"
-            " white what should be learned, or remove it."
-        )
-    weights = outside + (1.0 - outside) * torch.from_numpy(small)[None]
-    return weights / weights.mean() * record.weight
 
 
 def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:

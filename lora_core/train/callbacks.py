@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lora_core.data.images import save_png
 from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.formats.io import load_adapter
 from lora_core.generate.grid import Axis, grid_settings, make_image_grid
-from lora_core.generate.pipeline import infotext, sample_image, save_png
+from lora_core.generate.pipeline import infotext, sample_image
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.sizes import preview_bytes

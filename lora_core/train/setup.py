@@ -23,6 +23,7 @@ from lora_core.data.captions import escape_prompt, plain_caption, varies_by_draw
 from lora_core.data.dataset import apply_settings, repeat_reg, require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
+from lora_core.evaluate.validator import weigh_latents
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
 from lora_core.generate.request import GenerationRequest
@@ -45,7 +46,6 @@ from lora_core.models.device import (
     use_device,
 )
 from lora_core.models.load import BaseModel, open_base
-from lora_core.models.vae import weigh_latents
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import check_kind

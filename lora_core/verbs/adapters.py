@@ -65,7 +65,7 @@ def generate(
     if target:
         _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
-    from lora_core.generate.pipeline import save_png
+    from lora_core.data.images import save_png
 
     made = []
     for number in range(count):
@@ -116,7 +116,7 @@ def grid(
     _check([one for row in shots for one in row])
     _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
-    from lora_core.generate.pipeline import save_png
+    from lora_core.data.images import save_png
 
     made = make_image_grid(
         [[pipeline(one) for one in row] for row in shots],

@@ -18,6 +18,7 @@ HELPERS = {
     "app/preview/history.py": {"History.add", "file_time"},
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
     "app/templates.py": {"_"},
+    "lora_core/data/images.py": {"save_png"},
     "lora_core/errors.py": {"wrap_os_errors"},
     "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
     # A step that takes long is looked at.
@@ -30,8 +31,8 @@ HELPERS = {
     },
 }  # fmt: skip
 """Small functions of other files: whether a run needs the memory, where the image is noted, properties of the
-base, how errors of the disk are told, the language, the strengths of the strip and the small image
-in progress, which slow steps show."""
+base, how a PNG is written and errors of the disk are told, the language, the strengths of the strip and the
+small image in progress, which slow steps show."""
 
 WORKER = """
 import json, sys, threading

@@ -7,6 +7,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
+from lora_core.data.images import save_png
 from lora_core.errors import ConfigError, DatasetError
 from lora_core.generate.pipeline import (
     Pipeline,
@@ -15,7 +16,6 @@ from lora_core.generate.pipeline import (
     infotext,
     make_scheduler,
     rescale_guidance,
-    save_png,
 )
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
@@ -71,8 +71,8 @@ def test_each_sampler_starts_from_an_image_as_in_diffusers(base, pipeline, image
     theirs.scheduler = make_scheduler(base, sampler)
     theirs.set_progress_bar_config(disable=True)
     drawn = theirs(
-        "owl", image=encode_start(base, request), strength=0.4, num_inference_steps=8, guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(5),
+        "owl", image=encode_start(base, image, (64, 64)), strength=0.4, num_inference_steps=8,
+        guidance_scale=1.0, generator=torch.Generator().manual_seed(5),
     ).images[0]  # fmt: skip
     assert np.abs(np.asarray(ours, float) - np.asarray(drawn, float)).mean() < 1.0
 

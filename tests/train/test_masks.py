@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from lora_core.data.dataset import apply_settings, crop_record, require_clean, scan
 from lora_core.data.images import Bucket, Crop, ImageRecord
 from lora_core.errors import DatasetError, InputsChanged
-from lora_core.evaluate.validator import EvalImage, eval_losses, eval_noise
+from lora_core.evaluate.validator import EvalImage, eval_losses, eval_noise, weigh_latents
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds
-from lora_core.models.vae import load_pixels, weigh_latents
+from lora_core.models.vae import load_pixels
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig

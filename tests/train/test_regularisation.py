@@ -10,7 +10,7 @@ from PIL import Image
 
 from lora_core.data.dataset import apply_settings, repeat_reg, scan
 from lora_core.data.images import Bucket, ImageRecord
-from lora_core.models.vae import weigh_latents
+from lora_core.evaluate.validator import weigh_latents
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
