@@ -338,7 +338,7 @@ def _take_arguments(optimizer: str, text: str, found: LoraSettings) -> None:
             read = ast.literal_eval(value)
             one = {name: list(read) if isinstance(read, tuple) else read}
             problem = OptimizerSection(name=optimizer, args=one).argument_problem()
-        except (ValueError, SyntaxError, RecursionError, TypeError) as error:
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
             problem = str(error)
         if f"{name}={value}" in kohya_header()["usual_arguments"]:
             continue
