@@ -663,7 +663,9 @@ class Export:
         compared = describe_average(measured) if measured else "Which gains more was not measured."
         name = self.context.run.name
         self.context.warn(
-            step, f"{name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one. {compared}"
+            step,
+            f"{name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one"
+            f"{', which keeps all ranks' if self.config.adapter.auto_rank else ''}. {compared}",
         )
 
 
