@@ -439,7 +439,7 @@ def automatic_ranks(
     """A small truncation of a plain LoRA that keeps a share of its gain, found in about five measurements.
 
     The largest singular values of all layers together are kept; their number is bisected on a logarithmic
-    scale. It is enough where what is kept exceeds the share by two standard errors. The smallest that is
+    scale. It is enough where what is kept exceeds the share by its standard error. The smallest that is
     enough is measured again, on the draws of `confirm`, which had no say in the choice; while it falls short
     there, a quarter more are kept.
 
@@ -455,7 +455,7 @@ def automatic_ranks(
     low = max(1, len(parts.triples) // 4)
     while high > low * _NEAR and low < (columns := round(math.sqrt(low * high))) < high:
         found = cut(pooled_ranks(parts, columns))
-        if found.kept - CLEARLY * found.standard_error >= keep:
+        if found.kept - found.standard_error >= keep:
             high = columns
         else:
             low = columns
