@@ -262,7 +262,7 @@ def pip(*arguments: str, quiet: bool = False, verb: str = "install") -> bool:
         (VENV / "pip.log").unlink(missing_ok=True)
         if run_install([*command, "--log", str(VENV / "pip.log"), verb, *arguments], quiet):
             return True
-        offline = "--no-index" in arguments or (ROOT / WHEELS).is_dir()
+        offline = "--no-index" in arguments or (verb == "install" and (ROOT / WHEELS).is_dir())
         if offline or not left or not BROKEN.search("\n".join([pip_errors(), *pip_log()[-20:]])):
             break
         say("The connection may have broken; trying again.")
@@ -488,7 +488,7 @@ def download_wheels() -> None:
     torch = next(text for text in project["project"]["dependencies"] if text.startswith("torch"))
     # uv, which is asked for the build of PyTorch elsewhere, is not needed: this build is the one that fits.
     tools = [*project["build-system"]["requires"], "editables", "pip"]
-    for packages in ([torch, *index], [wanted(cards), *tools, "--find-links", folder.as_uri()]):
+    for packages in ([torch, "--no-deps", *index], [wanted(cards), *tools, "--find-links", folder.as_uri()]):
         if not pip("--dest", str(folder), *packages, verb="download"):
             raise SetupError(f"The download failed.\n{pip_errors()}\nStart it again: it goes on from there.")
     say(f"{folder} is complete: copy it together with the project, to a computer of the same kind.")

@@ -550,11 +550,10 @@ def test_wheels_are_those_of_this_machine(
     install.download_wheels()
     (verb, *first), second = calls
     assert verb == "download"
-    assert first[2] == "torch>=2.8"
-    assert first[3:] == (["--index-url", install.TORCH_INDEX + "cpu"] if index else [])
-    assert {".[optimizers,tensorboard,kinds]", "hatchling>=1", "editables", "pip", "--find-links"} <= set(
-        second
-    )
+    assert first[2:4] == ["torch>=2.8", "--no-deps"]
+    assert first[4:] == (["--index-url", install.TORCH_INDEX + "cpu"] if index else [])
+    everything = f".[{','.join(install.EXTRAS)}]"
+    assert {everything, "hatchling>=1", "editables", "pip", "--find-links"} <= set(second)
 
 
 def test_repair_makes_the_environment_afresh(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

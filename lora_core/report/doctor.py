@@ -15,6 +15,7 @@ import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ def _torch() -> Iterator[Check]:
     except (ImportError, OSError) as error:
         yield Check("PyTorch", f"cannot be imported: {error}", REINSTALL)
         return
+    try:
+        import_module("lora_core.models.load")
+        yield Check("Engine", "diffusers and transformers can be imported")
+    except (ImportError, OSError, RuntimeError) as error:  # transformers makes the last of what it meets
+        yield Check("Engine", f"cannot be imported: {error}", REINSTALL)
     found = describe_torch()
     fix = card_problem(card, found) if card is not None and found["device"] == "cpu" else ""
     yield Check("PyTorch", f"{found['torch']}, built for {found['build']}", fix)

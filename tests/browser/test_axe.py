@@ -39,3 +39,7 @@ def assert_no_violations(page: Any, scheme: str) -> None:
     page.wait_for_selector("#projects[open] #projects-list > *")
     assert violations(page) == [], "the dialog of projects"
     page.keyboard.press("Escape")
+    page.click("#doctor")
+    page.wait_for_selector("#doctor-checks > *")
+    assert violations(page) == [], "the doctor"
+    page.keyboard.press("Escape")

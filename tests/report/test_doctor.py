@@ -254,6 +254,11 @@ BROKEN: dict[str, tuple[Callable[[Patch], object], str, str]] = {
         "PyTorch",
         "Run `python launch.py repair`",
     ),
+    "broken diffusers": (
+        lambda patch: patch.setitem(sys.modules, "lora_core.models.load", None),
+        "Engine",
+        "Run `python launch.py repair`",
+    ),
     "old package": (
         lambda patch: patch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=99"]),
         "numpy",
