@@ -1,5 +1,5 @@
-"""What masks bring where half of each image is noise: the demo trained with and without them, measured on
-clean images by an independent judge. Prints the numbers of docs/masks.md."""
+"""What masks bring where half of each image is noise, and what prior preservation keeps of the base: the
+demo trained with and without them, judged independently. Prints the numbers of docs/masks.md."""
 
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_core.runs.events import Validated, read_events
 from tests.evaluator import Evaluator, mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,3 +63,22 @@ def test_masked_training_gains_at_least_half_more_than_unmasked(tmp_path: Path) 
     assert gains["masked, 0.1 outside"] >= 1.5 * max(gains["unmasked"], 0.0)
     assert gains["masked, 0 outside"] >= 1.5 * max(gains["unmasked"], 0.0)
     assert gains["masked, 0.1 outside"] > 0
+
+
+def test_prior_preservation_halves_forgetting_and_keeps_the_gain(tmp_path: Path) -> None:
+    judge, found = Evaluator(ROOT / "assets" / "base", DEMO / "held_out"), {}
+    base, home = judge.losses(), tmp_path / "home"
+    measured = {"dataset__trigger": "duskprint style", "validation__every": 120, "validation__forgetting": 8}
+    for weight in (0.0, 1.0):
+        name = f"prior-{weight:g}"
+        file = train("demo", name, home, **measured, loss__prior_preservation=weight)
+        gain, error = mean_and_error(base - judge.losses(file))
+        events = read_events(home / "runs" / name / "events.jsonl")[0]
+        last = [event for event in events if isinstance(event, Validated)][-1]
+        found[weight] = (gain, -last.prior)
+        sys.stdout.write(
+            f"\nprior preservation {weight:g}: gain {gain:.4f} (standard error {error:.4f}), forgotten"
+            f" {-last.prior:.4f} ({last.prior_error:.4f})\n"
+        )
+    assert found[1.0][0] >= 0.9 * found[0.0][0]
+    assert found[1.0][1] <= 0.5 * found[0.0][1]
