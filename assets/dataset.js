@@ -221,7 +221,7 @@
     hold.textContent = `${held ? t("Use for training") : t("Use for validation")}${count}`;
     if (picture) leave.title = out ? t("Puts it back among the images") : t("Moves it aside within the project; Excluded shows it");
     leave.hidden = shelf.fixed;
-    hold.hidden = one("#crop-start").hidden = shelf.fixed || out;
+    hold.hidden = one("#crop-start").hidden = one("#mask-start").hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
       cell.classList.toggle("on", name === chosen);
       cell.classList.toggle("too", picked.has(name));
@@ -252,6 +252,7 @@
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
     if (leaving !== name) stopCropping();
+    window.easel.leaveMask?.(name);
     if (!picture) { showNothing(); showButtons(); return; }
     chosen = name;
     const image = one("#picture-big img"), crop = one("#picture-big .crop"), frame = one("#picture-big");
@@ -649,6 +650,7 @@
   Object.assign(window.easel, {
     load, inTurn, leaveOut, did, undone,
     shelf: () => shelf,
+    chosenPicture: () => named(chosen),
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // The images that a bulk edit applies to, null for all.

@@ -93,6 +93,7 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 the value of its `do`; and the requests of the worker. The other verbs are for the command line alone."""
 
 VIEW_STATE = {
+    "mask": "paints `NAME-masklabel.png` beside an image, as any image editor can",
     "tokens": "counts tokens while a caption is typed; `audit` names captions that are too long",
     "run see": "has the Preview tab draw a strip of a run's strengths; `grid` draws one",
     "run download": "downloads a base of the hub; every verb with --base does where it is needed",

@@ -1,7 +1,8 @@
 """The Dataset tab: import images, browse them, write captions.
 
 The templates are fixed but for `status.html` and `summary.html`; `assets/dataset.js`, `dataset_tools.js` and
-`dataset_learned.js` draw into them. Gradio holds only the trigger word, which the Train tab needs.
+`dataset_learned.js` draw into them, `dataset_mask.js` over the large image. Gradio holds only the trigger
+word, which the Train tab needs.
 """
 
 import functools
@@ -109,6 +110,10 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     def crop(sent: dict[str, Any]) -> dict[str, Any]:
         return {"before": project.crop(str(sent.get("picture", "")), sent.get("box"))}
 
+    def mask(sent: dict[str, Any]) -> dict[str, Any]:
+        project.write_mask(str(sent.get("picture", "")), sent.get("png"))
+        return {"revision": project.revision}
+
     def import_path(sent: dict[str, Any]) -> dict[str, Any]:
         importer.from_path(str(sent.get("path", "")), bool(sent.get("link")))
         return importer.state()
@@ -144,6 +149,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "take-back": lambda sent: {"taken_back": take_back(project, _names(sent))},
             "hold-out": hold_out,
             "crop": crop,
+            "mask": mask,
             "import": import_path,
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project),

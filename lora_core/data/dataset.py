@@ -48,6 +48,7 @@ from lora_core.data.images import (
     hash_file,
     is_mask,
     open_rgb,
+    same_shape,
     walk_files,
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
@@ -160,7 +161,6 @@ def _write_list(file: Path, text: str) -> None:
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
 _MASK_OF = ("_mask", "-mask", ".mask")
-_SHAPES_APART = 0.01
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS = 4
@@ -567,8 +567,7 @@ def _check_mask(image: ImageRecord, listing: _Listing) -> FileProblem | None:
         return FileProblem(mask, "black mask", f"{sentence} what should be learned, or remove it.")
     whole = listing.sizes.info(image.path, listing.shown(image.path))
     assert isinstance(whole, ImageInfo)
-    high = info.width * whole.height / whole.width
-    if abs(info.height - high) <= max(1.0, _SHAPES_APART * high):
+    if same_shape((info.width, info.height), (whole.width, whole.height)):
         return None
     sizes = f"{info.width} x {info.height} pixels, and its image {whole.width} x {whole.height}"
     sentence = f"The mask {shown} has {sizes}; give it the shape of its image, or remove it."

@@ -14,6 +14,7 @@ aspect ratio, and never enlarged. Sides are rounded to what the model accepts; o
 size, the one that crops least is taken.
 """
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -109,6 +110,7 @@ _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
 _SHOWN_NAMES = 5
+_SHAPES_APART = 0.01
 _LOOK = "; check that it is there and may be read."
 
 
@@ -324,6 +326,32 @@ def open_image(record: ImageRecord, least: int | None = None) -> Image.Image:
     least = least and math.ceil(least / min(right - left, bottom - top))
     whole = open_rgb(record.path, least, record.background)
     return whole.crop(crop_pixels(record.crop, *whole.size))
+
+
+def check_mask_png(png: str, image: "ImageInfo | FileProblem", shown: str) -> bytes:
+    """A mask that was painted, in base64, as the bytes of a grey PNG.
+
+    Raises:
+        DatasetError: it is no PNG of the image's shape, or black everywhere; names the image as `shown`.
+    """
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(png, validate=True)), formats=["PNG"]) as opened:
+            if isinstance(image, FileProblem) or not same_shape(opened.size, (image.width, image.height)):
+                raise DatasetError(f"The mask of {shown} has not the shape of its image; paint it anew.")
+            mask = to_rgb(opened, "black").convert("L")
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"The mask of {shown} is not a PNG in base64.") from error
+    if mask.getbbox() is None:
+        raise DatasetError(f"The mask of {shown} is black everywhere; paint what counts, or remove it.")
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes have the same aspect ratio, but for rounding and 1%."""
+    high = one[0] * other[1] / other[0]
+    return abs(one[1] - high) <= max(1.0, _SHAPES_APART * high)
 
 
 def make_thumbnail(path: Path, side: int = 256) -> bytes:

@@ -37,6 +37,7 @@ from lora_core.data.images import (
     FileProblem,
     ImageRecord,
     SizeCache,
+    check_mask_png,
     is_mask,
     walk_files,
 )
@@ -332,6 +333,27 @@ class Project:
             write_crops(self.image_folder, kept | ({name: changed.crop} if changed.crop else {}))
             self._replace({record.path: changed})
             return record.crop
+
+    def write_mask(self, name: str, png: str | None) -> None:
+        """Write `NAME-masklabel.png` beside an image, or remove it.
+
+        Args:
+            name: of the image, below the dataset folder.
+            png: the mask in base64, white where the image counts; None for no mask.
+
+        Raises:
+            DatasetError: it is the demo's, there is no such image, the mask is no PNG, is black everywhere or
+                of another shape, or it cannot be written.
+        """
+        self.refuse_demo()
+        with self.lock(), wrap_os_errors(DatasetError, f"The mask of {name} cannot be written"):
+            record = self.find_image(name)
+            file = record.path.with_name(f"{record.path.stem}{MASK_ENDINGS[0]}.png")
+            if png is None:
+                file.unlink(missing_ok=True)
+            else:
+                write_atomically(file, check_mask_png(png, self.sizes.info(record.path, name), name))
+            self.invalidate()
 
     def _replace(self, changed: dict[Path, ImageRecord]) -> None:
         """Put changed records in place, without reading the folder again although it was touched."""

@@ -1,5 +1,6 @@
 """The Dataset tab's routes: pictures as data, imports, leaving out, holding out, bulk edits, the check."""
 
+import base64
 import io
 import json
 import os
@@ -227,6 +228,37 @@ def test_a_crop_is_drawn_over_the_whole_image(client: TestClient, app_state: App
         assert "The crop of a.png is not" in answer["problem"]
     assert client.post("/easel/crop", json={"picture": "a.png", "box": None}).json() == {"before": box}
     assert shelf(client) == [before]
+
+
+def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppState) -> None:
+    imported(client, {"a.png": png()})
+    (before,) = shelf(client)
+    assert before["mask"] is None
+
+    def sent(image: Image.Image) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        words = base64.b64encode(buffer.getvalue()).decode()
+        return client.post("/easel/mask", json={"picture": "a.png", "png": words}).json()
+
+    wide, high = before["size"]
+    half = Image.new("RGBA", (wide // 2, high // 2), "black")
+    half.paste("white", (0, 0, 9, 9))
+    assert sent(half)["revision"]
+    file = app_state.project.image_folder / "a-masklabel.png"
+    with Image.open(file) as written:
+        assert (written.mode, written.size, written.getbbox()) == ("L", half.size, (0, 0, 9, 9))
+    (after,) = shelf(client)
+    assert after["mask"].startswith("a-masklabel.png?v=")
+    assert client.get(f"/easel/picture/dataset/{after['mask']}").headers["content-type"] == "image/webp"
+    assert "black everywhere" in sent(Image.new("L", (wide, high)))["problem"]
+    assert "shape of its image" in sent(Image.new("L", (wide, 2 * high), 255))["problem"]
+    for wrong in ("nonsense", "####", 3, [1]):
+        answer = client.post("/easel/mask", json={"picture": "a.png", "png": wrong}).json()
+        assert answer["problem"] == "The mask of a.png is not a PNG in base64."
+    assert file.is_file()
+    client.post("/easel/mask", json={"picture": "a.png", "png": None})
+    assert (file.exists(), shelf(client)) == (False, [before])
 
 
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:

@@ -384,6 +384,7 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/take-back"): lambda evil: [("/easel/take-back", {"pictures": [evil]})],
     ("POST", "/easel/hold-out"): lambda evil: [("/easel/hold-out", {"pictures": [evil], "on": True})],
     ("POST", "/easel/crop"): lambda evil: [("/easel/crop", {"picture": evil, "box": [0.0, 0.0, 0.5, 0.5]})],
+    ("POST", "/easel/mask"): lambda evil: [("/easel/mask", {"picture": evil, "png": None})],
     ("POST", "/easel/bulk"): lambda evil: [
         ("/easel/bulk", {"do": "append", "put": "x", "pictures": [evil], "apply": True})
     ],

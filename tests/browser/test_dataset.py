@@ -307,6 +307,53 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     pictures_in(page, 4)
     assert page.evaluate(focused) == after
     _crop(page, stored(window) / "crops.json")
+    _paint(page, stored(window))
+
+
+def _paint(page, folder: Path) -> None:
+    """A mask that is painted with the mouse, by keys and filled; its steps and the whole are taken back."""
+
+    def white() -> float:
+        (file,) = folder.rglob("*-masklabel.png")
+        with Image.open(file) as image:
+            return float(np.asarray(image).mean() / 255)
+
+    page.focus("#mask-start")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture-big canvas:focus")
+    page.locator("#picture-big").scroll_into_view_if_needed()
+    frame = page.locator("#picture-big").bounding_box()
+    page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] - 2, steps=4)
+    page.mouse.up()
+    page.mouse.move(frame["x"] + frame["width"] / 4, frame["y"] + frame["height"] / 2)
+    page.keyboard.press("f")
+    page.mouse.down()
+    page.mouse.up()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#mask-bar", state="hidden")
+    page.wait_for_selector("#picture-big .mask:not([hidden])")
+    filled = white()
+    assert 0.5 < filled < 0.65
+    page.focus("#mask-start")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture-big canvas:focus")
+    page.keyboard.press("e")
+    for _ in range(3):
+        page.keyboard.press("]")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Space")
+    page.keyboard.press("Control+z")
+    page.click("#mask-done")
+    page.wait_for_selector("#mask-bar", state="hidden")
+    until(page, lambda: white() < filled - 0.01)
+    page.focus(".thumb.on")
+    page.keyboard.press("Control+z")
+    until(page, lambda: white() == pytest.approx(filled, abs=0.01))
+    page.keyboard.press("Control+z")
+    until(page, lambda: not list(folder.rglob("*-masklabel.png")))
 
 
 def _crop(page, file: Path) -> None:
