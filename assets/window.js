@@ -356,6 +356,8 @@
     showBadges();
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
+    // Gradio writes the browser's own language there.
+    page.lang = one("#language [selected]")?.lang ?? page.lang;
     for (const follow of window.easel.settling) follow();
   };
   window.easel.settle = settle;

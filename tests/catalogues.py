@@ -6,6 +6,7 @@ language's `easel.po` up to date, compiles it, and says what is left to translat
 """
 
 import ast
+import datetime
 import io
 import re
 import sys
@@ -48,6 +49,8 @@ CALLS = {
 KEYWORDS = ("label", "info", "placeholder")
 SCRIPT_TEXT = re.compile(r'\bt\((?:[\w.]+ \? )?("(?:[^"\\]|\\.)+")(?: : ("(?:[^"\\]|\\.)+"))?')
 SCRIPT_COUNT = re.compile(r'\bplural\((?:[^()]|\([^()]*\))*, "(\w+)"\)')
+NO_TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+"""Of each catalogue, so that only texts make it differ."""
 PLACES = re.compile(r"\{[^{}]*\}|%\(\w+\)s")
 """Places in a text that values fill."""
 
@@ -146,7 +149,7 @@ def texts_of_tables() -> Iterator[Text]:
 
 def collect() -> Catalog:
     """All texts, each with the files that have it."""
-    found = Catalog(project="LoRA Easel", charset="utf-8", fuzzy=False)
+    found = Catalog(project="LoRA Easel", charset="utf-8", fuzzy=False, creation_date=NO_TIME)
     readers = {".py": texts_of_code, ".html": texts_of_template, ".js": texts_of_script}
     for file in sorted([*(ROOT / "app").rglob("*.*"), *ASSETS.glob("*.js")]):
         if reader := readers.get(file.suffix):
