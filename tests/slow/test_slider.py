@@ -72,5 +72,6 @@ def test_a_slider_of_brightness(tmp_path: Path) -> None:
     )  # fmt: skip
     means = brightness(next(run.exports.glob("*.safetensors")), TARGET)
     assert (np.diff(means.mean(0)) > 0).all(), means.mean(0)
+    assert (np.diff(means, axis=1) > 0).mean() > 0.95
     demo = trained(tmp_path, "demo")
     assert forgetting(run) < forgetting(demo)
