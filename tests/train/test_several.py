@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lora_core.runs import events
@@ -104,9 +106,9 @@ def check_gone(made: subprocess.Popen[str], processes: list[psutil.Process]) -> 
 @pytest.fixture(scope="module")
 def numbers(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Toy]:
     """Where two processes did all cases and runs, and where one did the runs alone, meanwhile."""
-    homes = [
-        Toy(shared_toy.base, shared_toy.pictures, tmp_path_factory.mktemp(name)) for name in ("two", "one")
-    ]
+    pictures = shutil.copytree(shared_toy.pictures, tmp_path_factory.mktemp("pictures") / "set")
+    Image.linear_gradient("L").resize((32, 32)).save(pictures / "0-masklabel.png")
+    homes = [Toy(shared_toy.base, pictures, tmp_path_factory.mktemp(name)) for name in ("two", "one")]
     for name, changes in CASES.items():
         homes[0].run(name, **changes)
     homes[0].run(BREAKS)

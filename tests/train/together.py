@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, object]] = {
     "text encoder": {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.3},
     "three images": {"train__batch_size": 3},
     "one image": {"train__batch_size": 1},
+    "prior": {"train__batch_size": 3, "loss__prior_preservation": 1.0},
     "in halves": {"train__batch_size": 4, "adapter__dropout": 0.3},
 }
 """Settings by name, for runs of the same name; the last goes through in two parts on each process."""
