@@ -61,6 +61,17 @@ def test_a_forecast_says_what_is_in_the_way(home: Path, capsys: pytest.CaptureFi
     assert "Problem: The dataset" in said
 
 
+def test_a_slider_takes_no_dataset(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["--set", "slider.positive=old", "--set", "slider.negative=young"]
+    assert main(["forecast", *prompts]) == 0
+    assert "0 images; 80 steps." in capsys.readouterr().out
+    assert main(["train", "demo", *prompts]) == 1
+    assert "leave out the dataset demo" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as wrong:
+        main(["train"])
+    assert wrong.value.code == 2
+
+
 def test_train_says_the_forecast_and_may_wait_in_the_queue(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
