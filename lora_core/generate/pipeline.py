@@ -77,11 +77,11 @@ def sample_latents(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-    timesteps = scheduler.timesteps
+    share = 1.0 if start is None else request.denoising_strength
+    timesteps = scheduler.timesteps[_begin(scheduler, request.steps, share) :]
     if start is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        timesteps = timesteps[_begin_later(scheduler, request) :]
         latents = scheduler.add_noise(start, noise, timesteps[:1])
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
@@ -111,9 +111,12 @@ def sample_latents(
     return latents
 
 
-def _begin_later(scheduler: Any, request: GenerationRequest) -> int:
-    """Have a scheduler begin where an image is the start, with at least one step to do; returns the index."""
-    first: int = scheduler.order * (request.steps - max(1, int(request.steps * request.denoising_strength)))
+def _begin(scheduler: Any, steps: int, share: float) -> int:
+    """Have a scheduler do the last `share` of its steps, at least one; returns where it begins.
+
+    It is always told, as it would look for the first timestep, which Karras sigmas may have several times.
+    """
+    first: int = scheduler.order * (steps - max(1, int(steps * share)))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return first

@@ -161,3 +161,13 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.wait_for_function("document.querySelector('#prompt textarea')?.value === 'an owl'")
     page.wait_for_function("document.querySelector('#seed input').value !== '-1'")
     has_value(page, "#sampler-steps input", "4")
+
+    # The sheet as what the next image starts from.
+    drop(page, sheet)
+    page.click("#preview-report [data-start-from]")
+    page.wait_for_function("document.querySelector('#start-image input').value.endsWith('sheet.png')")
+    page.fill("#denoising input", "0.5")
+    page.fill("#seed input", "7")
+    page.click("#generate")
+    page.wait_for_selector("#preview-facts:has-text('from an image at 0.5')")
+    page.wait_for_selector("#preview-state[data-state=idle]:has-text('Seed 7')")

@@ -177,6 +177,17 @@ def test_an_unknown_sampler_lists_the_known_ones(base):
     assert type(make_scheduler(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_karras", "dpmpp_2m_sde_karras"])
+def test_karras_sigmas_that_share_a_timestep_are_done_in_order(base, sampler):
+    scheduler = make_scheduler(base, sampler)
+    scheduler.set_timesteps(40)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    steps = []
+    how = GenerationRequest(prompt="owl", steps=40, cfg=1.0, sampler=sampler, width=32, height=32)
+    generate_image(base, how, lambda done, total: steps.append(done))
+    assert steps == list(range(1, 41))
+
+
 def test_few_steps_of_lcm_and_too_many(base):
     few = GenerationRequest(prompt="owl", steps=4, cfg=1.0, sampler="lcm")
     first, again = (np.asarray(generate_image(base, few)) for _ in range(2))
