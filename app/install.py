@@ -375,21 +375,39 @@ def install_torch(cards: Cards) -> None:
     if not answers(f"{TORCH_INDEX}{backend}/"):
         say("PyTorch's own index does not answer; its default build is taken (on Linux 3 GB to download).")
         return
-    if not uv(torch, backend) and not pip(torch, "--index-url", f"{TORCH_INDEX}{backend}"):
+    if not uv(uv_backend(backend), torch) and not pip(torch, "--index-url", f"{TORCH_INDEX}{backend}"):
         say("That failed; the default build is taken instead.")
 
 
-def uv(torch: str, backend: str) -> bool:
-    """Install the PyTorch that uv finds for this machine; returns whether it could.
+def uv_backend(backend: str) -> str:
+    """The option that has uv find the PyTorch for this machine.
 
     uv knows AMD cards and drivers, but not which cards a CUDA build lacks kernels for: if `backend` is an
     older CUDA, it is passed on.
     """
-    if not pip("uv", "--only-binary", ":all:", quiet=True):
+    return (
+        f"--torch-backend={'auto' if backend in ('cpu', 'cu130') or backend.startswith('rocm') else backend}"
+    )
+
+
+def uv(*arguments: str) -> bool:
+    """Install by uv, with a part of pip's work; returns whether it could.
+
+    It is not asked where pip is set up for another index, as it does not read that.
+    """
+    if (ROOT / WHEELS).is_dir() or has_own_index() or not pip("uv", "--only-binary", ":all:", quiet=True):
         return False
-    auto = "auto" if backend in ("cpu", "cu130") or backend.startswith("rocm") else backend
     command = [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON)]
-    return run_install([*command, f"--torch-backend={auto}", torch])
+    return run_install([*command, *arguments])
+
+
+def has_own_index() -> bool:
+    """Whether pip is set up, by its variable or a file, for an index other than the usual one."""
+    with contextlib.suppress(OSError):
+        command = [str(PYTHON), "-m", "pip", "config", "get", "global.index-url"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return True
+    return "PIP_INDEX_URL" in os.environ
 
 
 @contextlib.contextmanager
@@ -452,7 +470,8 @@ def set_up(extra: str, afresh: bool = False) -> None:
         cards = find_cards()
         install_torch(cards)
         say("Installing the project and what it needs ...")
-        if not pip("--editable", wanted(cards, extra)):
+        project = ("--editable", wanted(cards, extra))
+        if not uv(*project) and not pip(*project):
             advice = "See that the internet can be reached and that the disk is not full"
             if (ROOT / WHEELS).is_dir():
                 advice = (

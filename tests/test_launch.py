@@ -34,6 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(install, "ROOT", root)
     monkeypatch.setattr(install, "VENV", root / ".venv")
     monkeypatch.setattr(install, "PYTHON", python)
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
     return root
 
 
@@ -373,6 +374,7 @@ def test_what_the_window_offers_is_installed(
 ) -> None:
     installed: list[tuple[str, ...]] = []
     monkeypatch.setattr(install, "pip", lambda *arguments, quiet=False: installed.append(arguments) or True)
+    monkeypatch.setattr(install, "uv", lambda *arguments: False)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
     monkeypatch.setattr(install, "install_torch", lambda cards: None)
     monkeypatch.setattr(install, "find_cards", lambda: install.Cards(nvidia=card))
@@ -394,6 +396,7 @@ def test_one_process_sets_up_and_the_other_finds_it_done(
         return True
 
     monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "uv", lambda *arguments: False)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
     monkeypatch.setattr(install, "install_torch", lambda cards: None)
     first = threading.Thread(target=install.set_up, args=("test",))
@@ -560,6 +563,7 @@ def test_repair_makes_the_environment_afresh(place: Path, monkeypatch: pytest.Mo
     install.write_stamp("test", "3.11")
     made: list[str] = []
     monkeypatch.setattr(install, "make_environment", lambda: made.append("made"))
+    monkeypatch.setattr(install, "uv", lambda *arguments: False)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
     monkeypatch.setattr(install, "install_torch", lambda cards: None)
     monkeypatch.setattr(install, "find_cards", install.Cards)
@@ -679,3 +683,24 @@ def test_the_scripts_to_double_click_know_the_versions() -> None:
             range(launch.OLDEST[1], launch.NEWEST[1] + 1)
         )
     assert b"\r\n" in (ROOT / "launch.bat").read_bytes()
+
+
+def test_uv_installs_the_project_where_pip_has_no_index_of_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(install, "run_install", lambda command, quiet=False: calls.append(command) or True)
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
+    monkeypatch.setattr(install, "find_cards", install.Cards)
+    install.set_up("")
+    tool, project = calls
+    assert tool[-3:] == list(TOOL)
+    assert project[1:4] == ["-m", "uv", "pip"]
+    assert project[-2:] == ["--editable", install.wanted(install.Cards())]
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
+    calls.clear()
+    install.set_up("test")
+    ((*_, editable, _),) = calls
+    assert "uv" not in calls[0]
+    assert editable == "--editable"
