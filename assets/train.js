@@ -167,7 +167,7 @@
     await post(path, body);
     sent.delete(target);
     // What was changed in the draft comes into the form.
-    if (["reset", "ignore-unused"].includes(body.do)) refill();
+    if (["reset", "rates"].includes(body.do)) refill();
   };
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a");

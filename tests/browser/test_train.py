@@ -277,3 +277,27 @@ def test_a_sweep_is_ordered_compared_and_cloned(page) -> None:
     page.wait_for_function(command)
     page.keyboard.press("Control+z")
     page.wait_for_function(f"!{command}")
+
+
+@pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
+def test_another_optimizer_brings_its_rate_and_gives_it_back(page) -> None:
+    open_tab(page, "Train")
+    page.wait_for_selector("#start:enabled")
+    find_setting(page, "optimizer", "#optimizer-name input")
+    has_value(page, "#optimizer-lr input", "0.003")
+    page.click("#optimizer-name input")
+    page.get_by_role("option", name="Lion", exact=True).click()
+    # Three tenths of the rate of AdamW, as far above the usual rate as the preset's is.
+    has_value(page, "#optimizer-lr input", "0.0009")
+    page.wait_for_function(
+        "document.querySelector('#command pre')?.textContent.includes('optimizer.name=lion')"
+    )
+    page.click("#swap-rates")
+    has_value(page, "#optimizer-lr input", "0.003")
+    page.wait_for_selector("#swap-rates:has-text('Use 0.0009')")
+    page.click("#optimizer-name input")
+    page.fill("#optimizer-name input", "torch.optim:Adamax")
+    page.press("#optimizer-name input", "Enter")
+    page.wait_for_function(
+        "document.querySelector('#command pre')?.textContent.includes('optimizer.name=torch.optim:Adamax')"
+    )
