@@ -29,6 +29,7 @@ from app.train import form, run_cards, start, train_form
 from app.train import view as train_view
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.starting_settings import GOALS, LEVELS
+from lora_core.runs.events import HELD_OUT, WANTED_CHANGE
 from lora_core.settings import schema
 from lora_core.settings.config import FIELDS, help_of, label_of
 from lora_core.system.files import ASSETS
@@ -123,6 +124,12 @@ def texts_of_tables() -> Iterator[Text]:
         train_view.ENVIRONMENT,
     )
     yield from (worker_client.CANCELLED, worker_client.GAVE_WAY, worker_client.STARTING_TAKES)
+    # Verdicts without a figure, and what a gain was measured on.
+    yield "Memorization: its gain on training images does not carry over to others at all."
+    yield "Forgetting: it gets worse on the base's own images."
+    yield "Forgetting: it gets slightly worse on the base's own images."
+    yield "Forgetting: it loses more on the base's own images than it gains on new ones."
+    yield from (HELD_OUT, WANTED_CHANGE)
     yield "{} needs two files; add another."
     yield "{} needs two files or more; add another."
     yield "This failed because of a bug in LoRA Easel; its log has the details."

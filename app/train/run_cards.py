@@ -148,7 +148,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
     if math.isfinite(last.gauge) and last.train_gain > 0:
         share = last.gauge / last.train_gain if last.gauge > SURE * known_error(last.gauge_error) else 0.0
         grade = 1 + (share >= MEMORIZED) + (share >= 1)
-        why = describe_memorization(last) or _("Held-out images improve as well.")
+        why = _(describe_memorization(last)) or _("Held-out images improve as well.")
         stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
         act = (stop if run.state == "running" else see) if grade == 3 else None
         figures = _("Gap {gap}", gap=format_gain(last.gauge, last.gauge_error))
@@ -159,7 +159,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
             share = -last.prior / last.gain if last.gain > 0 else math.inf
         grade = 1 + (share >= 1) + (share == math.inf)
         word = "High" if grade > 1 else "Normal" if share < A_LITTLE else "Some"
-        why = describe_forgetting(last) or _("The base's own images stay as they were.")
+        why = _(describe_forgetting(last)) or _("The base's own images stay as they were.")
         if A_LITTLE <= share < math.inf:
             why += _(" Usual for a style; lower the strength if it bothers you.")
         act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
