@@ -724,14 +724,16 @@ class OptimizerSection(Section):
         Args:
             name: a row's, or a class.
             lr: its learning rate; None for one as far from its usual rate as this is from the usual rate of
-                this optimizer. The other rates keep their ratio to it; what is not trained stays so.
+                this optimizer. The other rates keep their ratio to it; what is not trained stays so, and no
+                rate leaves the range of its row that was not out of range before.
         """
         old, new = self.row, optimizer_row(name)
         factor = lr / self.lr if lr and self.lr else new.lr / old.lr
         found: dict[str, Any] = {}
         for key in RATES:
             rate = (lr or new.lr) if new.one_rate else float(f"{getattr(self, key) * factor:.6g}")
-            found[key] = min(MAX_RATE, rate) if getattr(self, key) else 0.0
+            most = new.rates[1] if getattr(self, key) <= old.rates[1] else MAX_RATE
+            found[key] = min(MAX_RATE, most, rate) if getattr(self, key) else 0.0
         return found | ({"schedule": "constant"} if new.averages else {})
 
     def argument_problem(self) -> str:

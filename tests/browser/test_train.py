@@ -287,14 +287,13 @@ def test_another_optimizer_brings_its_rate_and_gives_it_back(page) -> None:
     has_value(page, "#optimizer-lr input", "0.003")
     page.click("#optimizer-name input")
     page.get_by_role("option", name="Lion", exact=True).click()
-    # Three tenths of the rate of AdamW, as far above the usual rate as the preset's is.
-    has_value(page, "#optimizer-lr input", "0.0009")
+    has_value(page, "#optimizer-lr input", "0.0006")
     page.wait_for_function(
         "document.querySelector('#command pre')?.textContent.includes('optimizer.name=lion')"
     )
     page.click("#swap-rates")
     has_value(page, "#optimizer-lr input", "0.003")
-    page.wait_for_selector("#swap-rates:has-text('Use 0.0009')")
+    page.wait_for_selector("#swap-rates:has-text('Use 0.0006')")
     page.click("#optimizer-name input")
     page.fill("#optimizer-name input", "torch.optim:Adamax")
     page.press("#optimizer-name input", "Enter")

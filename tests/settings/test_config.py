@@ -233,6 +233,9 @@ def test_another_optimizer_brings_its_usual_rate() -> None:
     hot = usual.changed({"optimizer.lr": 1e-3, "optimizer.text_encoder_lr": 0.0})
     assert rates(hot.changed({"optimizer.name": "came"})) == (2e-3, 0.0)
     assert rates(hot.changed({"optimizer.name": "prodigy"})) == (1.0, 0.0)
+    # The demo's 3e-3 is the most that is usual with AdamW, and so is 6e-4 with Lion.
+    demo = usual.changed({"optimizer.lr": 3e-3}).changed({"optimizer.name": "lion"})
+    assert demo.optimizer.lr == 6e-4
     assert rates(hot.changed({"optimizer.name": "lion", "optimizer.lr": 5e-5})) == (5e-5, 0.0)
     assert rates(usual.changed({"optimizer.name": "torch.optim:Adamax"})) == rates(usual)
     free = usual.changed({"optimizer.name": "adamw_schedule_free"})
