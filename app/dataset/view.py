@@ -6,6 +6,7 @@ word, which the Train tab needs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -103,17 +104,6 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         "import": importer.state, "check": checker.progress, "insights": insights.progress,
     }  # fmt: skip
 
-    def hold_out(sent: dict[str, Any]) -> dict[str, Any]:
-        project.hold_out(_names(sent), bool(sent.get("on")))
-        return {"revision": project.revision}
-
-    def crop(sent: dict[str, Any]) -> dict[str, Any]:
-        return {"before": project.crop(str(sent.get("picture", "")), sent.get("box"))}
-
-    def mask(sent: dict[str, Any]) -> dict[str, Any]:
-        project.write_mask(str(sent.get("picture", "")), sent.get("png"))
-        return {"revision": project.revision}
-
     def import_path(sent: dict[str, Any]) -> dict[str, Any]:
         importer.from_path(str(sent.get("path", "")), bool(sent.get("link")))
         return importer.state()
@@ -145,11 +135,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     add_actions(
         app,
         {
-            "leave-out": lambda sent: {"left_out": leave_out(project, _names(sent))},
-            "take-back": lambda sent: {"taken_back": take_back(project, _names(sent))},
-            "hold-out": hold_out,
-            "crop": crop,
-            "mask": mask,
+            **_image_actions(project),
             "import": import_path,
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project),
@@ -160,6 +146,24 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     )
 
     _add_uploads(app, importer)
+
+
+def _image_actions(project: Project) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    def hold_out(sent: dict[str, Any]) -> dict[str, Any]:
+        project.hold_out(_names(sent), bool(sent.get("on")))
+        return {"revision": project.revision}
+
+    def mask(sent: dict[str, Any]) -> dict[str, Any]:
+        project.write_mask(str(sent.get("picture", "")), sent.get("png"))
+        return {"revision": project.revision}
+
+    return {
+        "leave-out": lambda sent: {"left_out": leave_out(project, _names(sent))},
+        "take-back": lambda sent: {"taken_back": take_back(project, _names(sent))},
+        "hold-out": hold_out,
+        "crop": lambda sent: {"before": project.crop(str(sent.get("picture", "")), sent.get("box"))},
+        "mask": mask,
+    }
 
 
 def _findings(app_state: AppState, part: str, **values: Any) -> str:
