@@ -41,7 +41,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import TrainSection, require_package
 from lora_core.system.files import free_bytes
 from lora_core.train import setup
-from lora_core.train.data import Batch, Batches, PriorBatches, PromptCache, SliderBatches
+from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import (
     StepSettings,
     TrainState,
@@ -52,6 +52,7 @@ from lora_core.train.loop import (
     sample_batch,
     training_steps,
 )
+from lora_core.train.objectives import PriorBatches, SliderBatches
 from lora_core.train.validation import at_strength
 
 TIMED_STEPS = 4

@@ -25,13 +25,11 @@ from lora_core.models.encode import (
     token_weights,
 )
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import PromptEmbeds, default_time_ids
+from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
-from lora_core.settings.schema import DatasetSection, SliderSection
+from lora_core.settings.schema import DatasetSection
 
-KEPT = 0.5
-"""Share of a slider's rows that are prompts to leave alone, where there are any."""
 AHEAD = 64
 """Captions that are encoded together where text encoders have to be moved to the device for it."""
 
@@ -135,67 +133,6 @@ class Batches:
                 batches.append([rows[i] if i < len(rows) else indices[i % len(indices)] for i in range(size)])
         draw.shuffle(batches)
         return batches
-
-
-class PriorBatches(Batches):
-    """Micro-batches of images that the base made itself, by number."""
-
-    def __init__(
-        self, images: list[tuple[torch.Tensor, str]], sizes: torch.Tensor, batch_size: int, seed: int
-    ) -> None:
-        """Draw `batch_size` of the images, latents (4, h, w) and caption each; `sizes` is (6,), see
-        `size_conditioning`."""
-        self._made = images
-        self._sizes = sizes.expand(batch_size, -1)
-        self._seed = seed
-
-    def batch(self, number: int) -> Batch:
-        """What goes with micro-batch `number`, counted from 0 over the whole run."""
-        draw = random.Random(f"{self._seed}/prior/{number}")
-        latents, captions = zip(*draw.choices(self._made, k=len(self._sizes)), strict=True)
-        return Batch(torch.stack(latents), list(captions), ["prior"] * len(captions), self._sizes)
-
-
-@dataclass(frozen=True)
-class SliderBatch(Batch):
-    """One micro-batch of a concept slider: `captions` are what it acts on, with B prompts of each opposite,
-    and a direction, 1 or -1. `latents` are zeros, for their shape."""
-
-    positive: list[str]
-    negative: list[str]
-    direction: float
-
-
-class SliderBatches(Batches):
-    """All micro-batches of a concept slider, by number: prompts in place of images, one direction after the
-    other."""
-
-    def __init__(
-        self, base: BaseModel, section: SliderSection, batch_size: int, side: int, seed: int
-    ) -> None:
-        """Draw the prompts of `batch_size` rows from those of `section`; images are `side` pixels large."""
-        edge = side // base.vae_scale_factor
-        self._latents = torch.zeros(batch_size, base.latent_channels, edge, edge)
-        self._sizes = default_time_ids(batch_size, side, side)
-        self._section = section
-        self._seed = seed
-
-    def batch(self, number: int) -> SliderBatch:
-        """Micro-batch `number`, counted from 0 over the whole run."""
-        draw, kept = random.Random(f"{self._seed}/slider/{number}"), self._section.kept()
-        sources = [kept if kept and draw.random() < KEPT else self._section.prompts() for _ in self._latents]
-        rows = [draw.choice(source) for source in sources]
-        target, positive, negative = (list(column) for column in zip(*rows, strict=True))
-        direction = -1.0 if number % 2 else 1.0
-        return SliderBatch(self._latents, target, target, self._sizes, positive, negative, direction)
-
-    def captions(self, number: int) -> list[str]:
-        """All prompts."""
-        return self._section.captions()
-
-    def heaviest(self) -> int:
-        """The number of a micro-batch; all are as heavy."""
-        return 0
 
 
 class LatentCache:

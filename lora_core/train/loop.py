@@ -8,13 +8,12 @@ state is saved. Learning-rate schedules are pure functions of progress for the s
 """
 
 import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +28,14 @@ from lora_core.settings.schema import (
     HUBER_SCHEDULES,
     LOSSES,
     SCHEDULES,
-    SLIDER_STEPS,
     LossSection,
     chosen,
 )
-from lora_core.train.data import Batch, Batches, PriorBatches, PromptCache, SliderBatch
+from lora_core.train.data import Batch, Batches, PromptCache
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm when clipping, as `torch.nn.utils.clip_grad_norm_` does."""
 RESTARTS = 3
-SLIDER_CFG = 3.0
-"""Guidance of the latents that a slider is trained on, as in LECO."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,27 @@ class SingleProcess:
         """Sum each tensor over all processes, in place."""
 
 
+def image_loss(
+    state: "TrainState", text: PromptCache, batch: Batch, rows: slice, draw: NoiseSample, config: RunConfig
+) -> torch.Tensor:
+    """The loss of some rows of a micro-batch of images, (B,)."""
+    weights = None if batch.weights is None else batch.weights[rows]
+    embeds, sizes = text.embed_batch(batch.captions[rows]), batch.sizes[rows]
+    return diffusion_loss(state.base, batch.latents[rows], embeds, draw, config.loss, sizes, weights)
+
+
+MicroBatchLoss = Callable[["TrainState", PromptCache, Batch, slice, NoiseSample, RunConfig], torch.Tensor]
+
+
+class Preserved(Protocol):
+    """What of the base is to be kept, micro-batch by micro-batch."""
+
+    def loss(
+        self, state: "TrainState", text: PromptCache, rows: slice, number: int, config: RunConfig
+    ) -> torch.Tensor:
+        """The loss of some rows of micro-batch `number`, (B,)."""
+
+
 @dataclass
 class TrainState:
     """What a step reads and changes: the base with the adapter `injected`, what trains it, and its average if
@@ -102,6 +119,7 @@ class TrainState:
 
     Attributes:
         max_norm: of each layer's update; 0 for no limit.
+        loss: of some rows of a micro-batch, (B,); one but `image_loss` may leave the adapter at any strength.
         prior: images of the base's own, on which its predictions are to be kept.
         chunks: how many parts a micro-batch goes through the model in; they add up to the same gradient.
         group: the processes that train together.
@@ -114,7 +132,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     average: "Average | None" = None
     max_norm: float = 0.0
-    prior: PriorBatches | None = None
+    loss: MicroBatchLoss = image_loss
+    prior: Preserved | None = None
     chunks: int = 1
     group: SingleProcess = field(default_factory=SingleProcess)
 
@@ -161,7 +180,7 @@ def sample_batch(
 ) -> tuple[Batch, NoiseSample]:
     """Micro-batch `number` with its timesteps and noise."""
     batch, config = batches.batch(number), settings.config
-    generator = torch.Generator().manual_seed(_noise_seed(config.seed, number))
+    generator = torch.Generator().manual_seed(noise_seed(config.seed, number))
     timesteps = state.base.noise.num_timesteps
     return batch, sample_noise(batch.latents, timesteps, config.loss, generator)
 
@@ -183,18 +202,13 @@ def backward_micro_batch(
         rows = slice(start, min(start + size, local.stop))
         dropout.micro_batch, dropout.rows = number, count
         dropout.first, dropout.last = rows.start, rows.stop
-        if isinstance(batch, SliderBatch):
-            found = slider_loss(state, text, batch, rows, noise.rows(rows), config)
-        else:
-            embeds, draw = text.embed_batch(batch.captions[rows]), noise.rows(rows)
-            sizes, weights = batch.sizes[rows], None if batch.weights is None else batch.weights[rows]
-            found = diffusion_loss(state.base, batch.latents[rows], embeds, draw, config.loss, sizes, weights)
+        found = state.loss(state, text, batch, rows, noise.rows(rows), config)
         state.scaler.scale(found.sum() / total if total > 1 else found.sum()).backward()
         losses.append(found.detach())
         if state.prior is not None:
-            kept = prior_loss(state, text, state.prior.batch(number), rows, number, config)
+            kept = state.prior.loss(state, text, rows, number, config)
             state.scaler.scale(kept.sum() / total).backward()
-    if isinstance(batch, SliderBatch):
+    if state.loss is not image_loss:
         state.injected.set_strength(1.0)
     state.flat_params.flush_grads()
     if (others := count - (local.stop - local.start)) or len(losses) != 1:
@@ -257,7 +271,7 @@ def mean_loss(losses: list[torch.Tensor]) -> float:
     return float(torch.stack([each.mean() for each in losses]).mean())
 
 
-def _noise_seed(seed: int, number: int) -> int:
+def noise_seed(seed: int, number: int) -> int:
     """A seed for each (run, micro-batch), far apart for neighbours."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
 
@@ -371,98 +385,6 @@ def debiased_weight(noise: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tens
     """
     snr = noise.snr(timesteps).clamp(1e-3, 1e3)
     return snr.rsqrt() if noise.objective == "epsilon" else 1.0 / (snr + 1.0)
-
-
-def prior_loss(
-    state: TrainState, text: PromptCache, batch: Batch, rows: slice, number: int, config: RunConfig
-) -> torch.Tensor:
-    """The error against the base's own prediction for some rows of a micro-batch of its images, (B,), times
-    `loss.prior_preservation`.
-
-    Source: Ruiz et al. 2023 ("DreamBooth", section 3.3) for images that the base makes itself; the base's
-    prediction in place of their noise is the prior prediction of OneTrainer, and has less variance.
-    """
-    base, injected = state.base, state.injected
-    generator = torch.Generator().manual_seed(_noise_seed(config.seed + 2**32, number))
-    draw = sample_noise(batch.latents, base.noise.num_timesteps, config.loss, generator).rows(rows)
-    noisy = base.noise.add_noise(batch.latents[rows], draw.noise, draw.timesteps)
-    captions, sizes = batch.captions[rows], batch.sizes[rows]
-    with torch.no_grad():
-        injected.set_strength(0.0)
-        sent, at = to_device(base.device, noisy, draw.timesteps.float())
-        target = base.predict_noise(sent, at, text.embed_batch(captions), sizes).cpu()
-        injected.set_strength(1.0)
-    embeds, pair = text.embed_batch(captions), (noisy, target)
-    found = prediction_loss(base, pair, draw.timesteps, embeds, config.loss, sizes)
-    return config.loss.prior_preservation * found
-
-
-def slider_loss(
-    state: TrainState,
-    text: PromptCache,
-    batch: SliderBatch,
-    rows: slice,
-    draw: NoiseSample,
-    config: RunConfig,
-) -> torch.Tensor:
-    """The loss of some rows of a micro-batch of a concept slider, (B,), with the adapter at the batch's
-    direction afterwards.
-
-    At strength d = 1 or -1 the adapter should predict base(target) + d eta (base(positive) -
-    base(negative)), for latents that it denoised itself from noise to a random timestep. The base's
-    predictions are those of the same weights at strength 0, so that nothing is loaded twice.
-
-    Source: Gandikota et al. 2023, equation 7, and LECO (github.com/p1atdev/LECO) for the latents.
-    """
-    base, injected = state.base, state.injected
-    with torch.no_grad():
-        injected.set_strength(batch.direction)
-        start = torch.full_like(draw.timesteps, base.noise.num_timesteps - 1)
-        targets, positives, negatives = (
-            prompts[rows] for prompts in (batch.captions, batch.positive, batch.negative)
-        )
-        noisy = partial_denoise(base, text, targets, draw.noise, (start, draw.timesteps), SLIDER_STEPS)
-        injected.set_strength(0.0)
-        target, shift = slider_target(base, text, (targets, positives, negatives), noisy, draw.timesteps)
-        wanted = target + batch.direction * config.slider.guidance * shift
-    injected.set_strength(batch.direction)
-    pair = noisy.cpu(), wanted.cpu()
-    embeds = text.embed_batch(targets)
-    return prediction_loss(base, pair, draw.timesteps, embeds, config.loss, batch.sizes[rows])
-
-
-def partial_denoise(
-    base: NoisePredictor, text: PromptCache, prompts: list[str], noisy: torch.Tensor,
-    span: tuple[torch.Tensor, torch.Tensor], steps: int,
-) -> torch.Tensor:  # fmt: skip
-    """Latents (B, 4, h, w) on the base's device, taken in so many DDIM steps from one timestep to a lower
-    one, `span` (B,) and (B,), under B prompts with guidance."""
-    first, last = span
-    guided = any(prompts)
-    embeds = text.embed_batch(prompts)
-    if guided:
-        embeds = PromptEmbeds.cat([text.embed_negative().expand(len(prompts)), embeds])
-    latents = noisy.to(base.device)
-    stops = [(first + (last - first) * done / steps).round().long() for done in range(steps + 1)]
-    for at, to in itertools.pairwise(stop.to(base.device) for stop in stops):
-        if guided:
-            without, under = base.predict_noise(latents.repeat(2, 1, 1, 1), at.repeat(2), embeds).chunk(2)
-            predicted = without + SLIDER_CFG * (under - without)
-        else:
-            predicted = base.predict_noise(latents, at, embeds)
-        latents = base.noise.denoise(latents, predicted, at, to)
-    return latents
-
-
-def slider_target(
-    base: NoisePredictor, text: PromptCache, prompts: Sequence[list[str]], noisy: torch.Tensor,
-    timesteps: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What the base, at strength 0, predicts for B target prompts, and how far apart its predictions for the
-    positive and the negative ones are, both (B, 4, h, w); `noisy` is on the base's device."""
-    at = timesteps.to(base.device)
-    target, positive, negative = (base.predict_noise(noisy, at, text.embed_batch(each)) for each in prompts)
-    return target, positive - negative
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

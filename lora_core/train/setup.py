@@ -52,8 +52,9 @@ from lora_core.runs.preflight import check_kind
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
-from lora_core.train.data import Batches, LatentCache, PromptCache, SliderBatches, TrainImage
-from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState
+from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
+from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState, image_loss
+from lora_core.train.objectives import SliderBatches, slider_loss
 from lora_core.train.validation import (
     ValidationSets,
     build_prior,
@@ -635,8 +636,8 @@ def build_train_state(
         if average is not None:
             raise ConfigError(f"{config.optimizer.row.title} averages the adapter itself; set save.ema to 0.")
         average = ScheduleFree(injected, storage, optimizer)
-    max_norm = config.adapter.max_norm
-    return TrainState(base, injected, optimizer, storage, scaler, average, max_norm), notes
+    max_norm, loss = config.adapter.max_norm, slider_loss if config.slider.on else image_loss
+    return TrainState(base, injected, optimizer, storage, scaler, average, max_norm, loss), notes
 
 
 def assign_buckets(

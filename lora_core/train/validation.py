@@ -30,8 +30,9 @@ from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import PRIOR_IMAGES, SLIDER_IMAGES
-from lora_core.train.data import Batches, LatentCache, PriorBatches, PromptCache, TrainImage
-from lora_core.train.loop import TrainState, partial_denoise, slider_target
+from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
+from lora_core.train.loop import TrainState
+from lora_core.train.objectives import PriorBatches, partial_denoise, slider_target
 
 OnStep = Callable[[int, int], None]
 """Called with (done, total); what it raises ends the work."""

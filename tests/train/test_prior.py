@@ -10,7 +10,7 @@ from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import PRIOR_IMAGES
-from lora_core.train.loop import StepSettings, accumulate_gradients, prior_loss
+from lora_core.train.loop import StepSettings, accumulate_gradients
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 from tests.train.runs import RANDOM, Toy, broken_at, result, trained
 
@@ -44,7 +44,7 @@ def test_the_loss_is_the_distance_from_the_base_and_pulls_back_to_it(own_toy: To
     assert len(state.prior._made) == PRIOR_IMAGES
 
     def loss() -> torch.Tensor:
-        return prior_loss(state, session.text, batch, slice(0, 2), 3, config)
+        return state.prior.loss(state, session.text, slice(0, 2), 3, config)
 
     assert not loss().any()
     parameters = state.flat_params.data.detach()
@@ -52,7 +52,7 @@ def test_the_loss_is_the_distance_from_the_base_and_pulls_back_to_it(own_toy: To
     first = loss()
     assert (first > 0).all()
     half = config.model_copy(update={"loss": config.loss.model_copy(update={"prior_preservation": 1.0})})
-    found = prior_loss(state, session.text, batch, slice(0, 2), 3, half)
+    found = state.prior.loss(state, session.text, slice(0, 2), 3, half)
     torch.testing.assert_close(first, 2.0 * found)
     # Its gradient is added to that of the images.
     step = (session.batches, session.text, StepSettings(config, 12), 1)
@@ -62,7 +62,7 @@ def test_the_loss_is_the_distance_from_the_base_and_pulls_back_to_it(own_toy: To
     alone = state.flat_params.grads.clone()
     assert torch.equal(torch.stack(losses), torch.stack(without))
     state.flat_params.zero_grad()
-    more = prior_loss(state, session.text, kept.batch(1), slice(0, 2), 1, config)
+    more = kept.loss(state, session.text, slice(0, 2), 1, config)
     (more.sum() / 2).backward()
     state.flat_params.flush_grads()
     torch.testing.assert_close(grads, alone + state.flat_params.grads, rtol=1e-4, atol=1e-7)

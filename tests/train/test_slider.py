@@ -18,8 +18,8 @@ from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SLIDER_STEPS, SLIDER_STRENGTHS, SliderSection
-from lora_core.train.data import SliderBatch
-from lora_core.train.loop import sample_batch, slider_loss
+from lora_core.train.loop import sample_batch
+from lora_core.train.objectives import SliderBatch, slider_loss
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 from lora_core.train.validation import at_strength
 from tests.train.runs import Toy, notes, trained

@@ -1,0 +1,174 @@
+"""What a run trains on besides its images: predictions of the base that are to be kept, and concept sliders,
+whose batches are prompts."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_core.models.load import BaseModel
+from lora_core.models.unet import NoisePredictor, PromptEmbeds, default_time_ids, to_device
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import SLIDER_STEPS, SliderSection
+from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.train.loop import NoiseSample, TrainState, noise_seed, prediction_loss, sample_noise
+
+KEPT = 0.5
+"""Share of a slider's rows that are prompts to leave alone, where there are any."""
+SLIDER_CFG = 3.0
+"""Guidance of the latents that a slider is trained on, as in LECO."""
+
+
+class PriorBatches(Batches):
+    """Micro-batches of images that the base made itself, by number."""
+
+    def __init__(
+        self, images: list[tuple[torch.Tensor, str]], sizes: torch.Tensor, batch_size: int, seed: int
+    ) -> None:
+        """Draw `batch_size` of the images, latents (4, h, w) and caption each; `sizes` is (6,), see
+        `size_conditioning`."""
+        self._made = images
+        self._sizes = sizes.expand(batch_size, -1)
+        self._seed = seed
+
+    def batch(self, number: int) -> Batch:
+        """What goes with micro-batch `number`, counted from 0 over the whole run."""
+        draw = random.Random(f"{self._seed}/prior/{number}")
+        latents, captions = zip(*draw.choices(self._made, k=len(self._sizes)), strict=True)
+        return Batch(torch.stack(latents), list(captions), ["prior"] * len(captions), self._sizes)
+
+    def loss(
+        self, state: TrainState, text: PromptCache, rows: slice, number: int, config: RunConfig
+    ) -> torch.Tensor:
+        """The error against the base's own prediction for some rows of micro-batch `number`, (B,), times
+        `loss.prior_preservation`.
+
+        Source: Ruiz et al. 2023 ("DreamBooth", section 3.3) for images that the base makes itself; the base's
+        prediction in place of their noise is the prior prediction of OneTrainer, and has less variance.
+        """
+        base, injected, batch = state.base, state.injected, self.batch(number)
+        generator = torch.Generator().manual_seed(noise_seed(config.seed + 2**32, number))
+        draw = sample_noise(batch.latents, base.noise.num_timesteps, config.loss, generator).rows(rows)
+        noisy = base.noise.add_noise(batch.latents[rows], draw.noise, draw.timesteps)
+        captions, sizes = batch.captions[rows], batch.sizes[rows]
+        with torch.no_grad():
+            injected.set_strength(0.0)
+            sent, at = to_device(base.device, noisy, draw.timesteps.float())
+            target = base.predict_noise(sent, at, text.embed_batch(captions), sizes).cpu()
+            injected.set_strength(1.0)
+        embeds, pair = text.embed_batch(captions), (noisy, target)
+        found = prediction_loss(base, pair, draw.timesteps, embeds, config.loss, sizes)
+        return config.loss.prior_preservation * found
+
+
+@dataclass(frozen=True)
+class SliderBatch(Batch):
+    """One micro-batch of a concept slider: `captions` are what it acts on, with B prompts of each opposite,
+    and a direction, 1 or -1. `latents` are zeros, for their shape."""
+
+    positive: list[str]
+    negative: list[str]
+    direction: float
+
+
+class SliderBatches(Batches):
+    """All micro-batches of a concept slider, by number: prompts in place of images, one direction after the
+    other."""
+
+    def __init__(
+        self, base: BaseModel, section: SliderSection, batch_size: int, side: int, seed: int
+    ) -> None:
+        """Draw the prompts of `batch_size` rows from those of `section`; images are `side` pixels large."""
+        edge = side // base.vae_scale_factor
+        self._latents = torch.zeros(batch_size, base.latent_channels, edge, edge)
+        self._sizes = default_time_ids(batch_size, side, side)
+        self._section = section
+        self._seed = seed
+
+    def batch(self, number: int) -> SliderBatch:
+        """Micro-batch `number`, counted from 0 over the whole run."""
+        draw, kept = random.Random(f"{self._seed}/slider/{number}"), self._section.kept()
+        sources = [kept if kept and draw.random() < KEPT else self._section.prompts() for _ in self._latents]
+        rows = [draw.choice(source) for source in sources]
+        target, positive, negative = (list(column) for column in zip(*rows, strict=True))
+        direction = -1.0 if number % 2 else 1.0
+        return SliderBatch(self._latents, target, target, self._sizes, positive, negative, direction)
+
+    def captions(self, number: int) -> list[str]:
+        """All prompts."""
+        return self._section.captions()
+
+    def heaviest(self) -> int:
+        """The number of a micro-batch; all are as heavy."""
+        return 0
+
+
+def slider_loss(
+    state: TrainState,
+    text: PromptCache,
+    batch: Batch,
+    rows: slice,
+    draw: NoiseSample,
+    config: RunConfig,
+) -> torch.Tensor:
+    """The loss of some rows of a micro-batch of a concept slider, (B,), with the adapter at the batch's
+    direction afterwards.
+
+    At strength d = 1 or -1 the adapter should predict base(target) + d eta (base(positive) -
+    base(negative)), for latents that it denoised itself from noise to a random timestep. The base's
+    predictions are those of the same weights at strength 0, so that nothing is loaded twice.
+
+    Source: Gandikota et al. 2023, equation 7, and LECO (github.com/p1atdev/LECO) for the latents.
+    """
+    base, injected = state.base, state.injected
+    assert isinstance(batch, SliderBatch)
+    with torch.no_grad():
+        injected.set_strength(batch.direction)
+        start = torch.full_like(draw.timesteps, base.noise.num_timesteps - 1)
+        targets, positives, negatives = (
+            prompts[rows] for prompts in (batch.captions, batch.positive, batch.negative)
+        )
+        noisy = partial_denoise(base, text, targets, draw.noise, (start, draw.timesteps), SLIDER_STEPS)
+        injected.set_strength(0.0)
+        target, shift = slider_target(base, text, (targets, positives, negatives), noisy, draw.timesteps)
+        wanted = target + batch.direction * config.slider.guidance * shift
+    injected.set_strength(batch.direction)
+    pair = noisy.cpu(), wanted.cpu()
+    embeds = text.embed_batch(targets)
+    return prediction_loss(base, pair, draw.timesteps, embeds, config.loss, batch.sizes[rows])
+
+
+def partial_denoise(
+    base: NoisePredictor, text: PromptCache, prompts: list[str], noisy: torch.Tensor,
+    span: tuple[torch.Tensor, torch.Tensor], steps: int,
+) -> torch.Tensor:  # fmt: skip
+    """Latents (B, 4, h, w) on the base's device, taken in so many DDIM steps from one timestep to a lower
+    one, `span` (B,) and (B,), under B prompts with guidance."""
+    first, last = span
+    guided = any(prompts)
+    embeds = text.embed_batch(prompts)
+    if guided:
+        embeds = PromptEmbeds.cat([text.embed_negative().expand(len(prompts)), embeds])
+    latents = noisy.to(base.device)
+    stops = [(first + (last - first) * done / steps).round().long() for done in range(steps + 1)]
+    for at, to in itertools.pairwise(stop.to(base.device) for stop in stops):
+        if guided:
+            without, under = base.predict_noise(latents.repeat(2, 1, 1, 1), at.repeat(2), embeds).chunk(2)
+            predicted = without + SLIDER_CFG * (under - without)
+        else:
+            predicted = base.predict_noise(latents, at, embeds)
+        latents = base.noise.denoise(latents, predicted, at, to)
+    return latents
+
+
+def slider_target(
+    base: NoisePredictor, text: PromptCache, prompts: Sequence[list[str]], noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the base, at strength 0, predicts for B target prompts, and how far apart its predictions for the
+    positive and the negative ones are, both (B, 4, h, w); `noisy` is on the base's device."""
+    at = timesteps.to(base.device)
+    target, positive, negative = (base.predict_noise(noisy, at, text.embed_batch(each)) for each in prompts)
+    return target, positive - negative
