@@ -7,6 +7,10 @@ for %%v in (3.13 3.12 3.11) do (
         exit /b
     )
 )
+python -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" >nul 2>nul && (
+    python launch.py %*
+    exit /b
+)
 rem uv fetches a Python of its own.
 where uv >nul 2>nul && (
     uv run --no-project --python 3.13 launch.py %*

@@ -454,7 +454,7 @@ def set_up(extra: str, afresh: bool = False) -> None:
     """Make .venv if it is incomplete or `afresh`, and install the project into it.
 
     Raises:
-        SetupError: something failed that a person can put right.
+        SetupError: something failed that a user can fix.
     """
     if (platform.system(), platform.machine()) == ("Darwin", "x86_64"):
         raise SetupError("On a Mac, PyTorch needs an Apple processor and a Python made for it (arm64).")
@@ -523,7 +523,9 @@ def uninstall(words: list[str]) -> None:
         raise SetupError(f"uninstall takes --workspace and --yes, not {' '.join(sorted(unknown))}.")
     home, goes = find_workspace(), [VENV] if VENV.exists() else []
     if "--workspace" in words:
-        if home is None or not (home / "projects").is_dir():
+        # A home folder may have projects of another sort, and what lies within is more than a workspace.
+        within = (Path.home(), ROOT)
+        if home is None or not (home / "projects").is_dir() or any(p.is_relative_to(home) for p in within):
             raise SetupError(f"{home or 'The workspace'} is not known as a workspace; nothing was removed.")
         goes.append(home)
     for path in goes:

@@ -615,6 +615,21 @@ def test_uninstalling_says_what_goes_and_keeps_the_workspace(
     assert home.is_dir()
 
 
+@pytest.mark.parametrize("above", ["the home folder", "the checkout"])
+def test_uninstalling_keeps_what_is_more_than_a_workspace(
+    above: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = place.parent / "home"
+    (home / "projects").mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    folder = home if above == "the home folder" else place
+    (folder / "projects").mkdir(exist_ok=True)
+    monkeypatch.setattr(install, "find_workspace", lambda: folder)
+    assert launch.main(["uninstall", "--workspace", "--yes"]) == 1
+    assert (folder / "projects").is_dir()
+    assert (place / ".venv").is_dir()
+
+
 def test_the_workspace_is_the_one_that_a_start_uses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "ROOT", ROOT)
     monkeypatch.setenv("LORA_EASEL_HOME", str(place / "elsewhere"))

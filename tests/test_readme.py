@@ -1,4 +1,4 @@
-"""README, ARCHITECTURE, CONTRIBUTING and CHANGELOG: their links and commands work."""
+"""README, ARCHITECTURE, CONTRIBUTING, CHANGELOG and docs: their links and commands work."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "assets/base/README.md",
-    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    *(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -44,7 +44,13 @@ def test_the_commands_are_those_that_there_are() -> None:
     assert named == set(VERBS)
 
 
-@pytest.mark.parametrize("command", commands())
+def lines_of_commands() -> list[str]:
+    """Those of blocks, each with what it does two spaces or more behind it."""
+    blocks = page("README.md") + page("docs/install.md")
+    return re.findall(r"^lora-easel (.+?)(?: {2,}.*)?$", blocks, re.M)
+
+
+@pytest.mark.parametrize("command", [*commands(), *lines_of_commands()])
 def test_the_command_is_understood(command: str) -> None:
     parse(shlex.split(command))
 
