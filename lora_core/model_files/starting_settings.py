@@ -409,7 +409,8 @@ _UNITS = {"%": 0.01, "x1000": 1000.0}
 
 def _from_trainer(path: Path) -> LoraSettings:
     given = _read_configuration(path)
-    if FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}:
+    ours = path.suffix.casefold() == ".toml"
+    if ours and FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}:
         return _from_our_header(path.read_text("utf-8-sig"))
     pairs = list(_leaves_of(given, ""))
     trainers = [(_by_key(pairs, trainer), trainer) for trainer in read_table("other_trainers.toml").values()]
@@ -429,14 +430,14 @@ def _read_configuration(path: Path) -> dict[str, Any]:
     suffix = path.suffix.casefold()
     if suffix == ".toml":
         return load_toml(path)
+    import yaml
+
     with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
         data = read_small_file(path)
     try:
         text = data.decode("utf-8-sig")
         if suffix not in (".json", ".yaml", ".yml"):
             return _options_of(text)
-        import yaml
-
         given = parse_json(text) if suffix == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "text" if isinstance(error, UnicodeDecodeError) else suffix[1:].upper()
@@ -459,6 +460,8 @@ def _options_of(text: str) -> dict[str, Any]:
             if word.startswith("--"):
                 name, equals, value = word[2:].partition("=")
                 options[name] = value if equals else True
+            elif word.endswith(".py"):  # what comes before are options of `accelerate launch`
+                name = ""
             elif name:
                 options[name] = word if options[name] is True else [*_list_of(options[name]), word]
     return options

@@ -479,6 +479,29 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, name: str, text: st
         settings_from_lora(tmp_path / name)
 
 
+def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    """As PowerShell writes it."""
+    for name in ("a.json", "a.sh"):
+        (tmp_path / name).write_bytes('{"lora_rank": 8}'.encode("utf-16"))
+        with pytest.raises(ConfigError, match="is not valid text"):
+            settings_from_lora(tmp_path / name)
+
+
+def test_keys_that_are_ours_too_make_no_configuration_of_ours(tmp_path: Path) -> None:
+    """`train.steps` of ai-toolkit, in the tables of a process alone."""
+    file = tmp_path / "a.yaml"
+    file.write_text("network:\n  linear: 8\ntrain:\n  steps: 500\n  batch_size: 2\n")
+    found = settings_from_lora(file)
+    assert found.source == "a configuration of ai-toolkit"
+    assert (found.values["adapter.rank"], found.values["train.steps"]) == (8, 500)
+
+
+def test_options_of_the_launcher_end_at_the_script(tmp_path: Path) -> None:
+    file = tmp_path / "a.sh"
+    file.write_text("accelerate launch --mixed_precision bf16 train_network.py --network_dim 8")
+    assert settings_from_lora(file).values["train.precision"] == "bf16"
+
+
 def test_a_missing_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"The config .*a\.json cannot be read: No such file"):
         settings_from_lora(tmp_path / "a.json")
