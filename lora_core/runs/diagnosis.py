@@ -379,7 +379,9 @@ def _known_words(run: RunFolder | None, workspace: Path) -> list[tuple[str, str]
                 instead = f"<{name}>{suffix if suffix in ('.safetensors', '.ckpt', '.zip') else ''}"
                 pairs += [(form, instead) for form in _json_forms(value)]
         pairs.append((config.dataset.trigger, "<trigger>"))
-        pairs += [(prompt, "<prompt>") for prompt in (*config.sample.prompts, config.sample.negative_prompt)]
+        slider = [config.slider.positive, config.slider.negative, *config.slider.captions()]
+        prompts = [*config.sample.prompts, config.sample.negative_prompt, *slider]
+        pairs += [(prompt, "<prompt>") for prompt in prompts]
     progress = run.progress()
     pairs += [(prompt, "<prompt>") for event in progress.previews for prompt in event.prompts]
     return pairs + _image_names(run, progress.changed)
@@ -412,7 +414,10 @@ def _settings(run: RunFolder) -> str:
         return ""
     values = config.to_dict()
     values["name"] = values["dataset"]["trigger"] = values["sample"]["negative_prompt"] = ""
-    values["sample"]["prompts"] = [f"<prompt {n}>" for n, _ in enumerate(config.sample.prompts, 1)]
+    for section, key in (("sample", "prompts"), ("slider", "target"), ("slider", "preserve")):
+        values[section][key] = [f"<prompt {n}>" for n, _ in enumerate(values[section][key], 1)]
+    for key in ("positive", "negative"):
+        values["slider"][key] = values["slider"][key] and "<prompt>"
     return tomli_w.dumps(values)
 
 

@@ -43,6 +43,10 @@ def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
         model__base="/mnt/d/models/hunter base.safetensors",
         dataset__trigger="zwxtoken",
         sample__prompts=[prompt],
+        slider__positive="Annabel grown old",
+        slider__negative="young hunter",
+        slider__target=["Annabel"],
+        slider__preserve=["secret place"],
         adapter__init="C:\\Users\\hunter\\old.safetensors",
         optimizer__lr=3e-4,
     )
