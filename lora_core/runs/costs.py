@@ -309,8 +309,12 @@ def parameters_of(base: BaseFacts) -> int | None:
 
 # The comparison of a sweep.
 
-_SAME_DRAWS = ("model", "dataset", "train.resolution", "validation.pictures", "validation.draws_per_image")
-"""Settings and sections that, with the seed, decide on which images and noise a gain is measured."""
+_SAME_DRAWS = (
+    "model", "dataset", "slider", "loss.unmasked_weight", "train.resolution", "validation.pictures",
+    "validation.draws_per_image",
+)  # fmt: skip
+"""Settings and sections that, with the seed, decide on which images, parts of them and noise a gain is
+measured, or on which change of a slider."""
 _BETTER = 2.0
 """Standard errors from which a difference is one."""
 

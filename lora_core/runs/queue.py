@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 
+from lora_core.data.dataset import EPOCHS
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence, notify_end
 from lora_core.runs.events import warn_on_stderr
@@ -195,9 +196,9 @@ class Queue:
         try:
             for config in configs:
                 made.append(create(config))
-            self.add(*made)
             if len(made) > 1:
                 self._keep_sweep(made)
+            self.add(*made)
         except BaseException:
             for run in made:
                 shutil.rmtree(run.path, ignore_errors=True)
@@ -456,6 +457,9 @@ def sweep_configs(
             if "name" in changes:
                 raise ConfigError("Runs of a sweep are named after their values; choose another setting.")
             changed = config.changed(changes)
+            for steps in EPOCHS.keys() & changes.keys():
+                if changed.get(EPOCHS[steps]):
+                    raise ConfigError(f"{steps} follows from {EPOCHS[steps]}; try values of that instead.")
         except ConfigError as error:
             problems.append(str(error))
             continue

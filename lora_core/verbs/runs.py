@@ -373,7 +373,7 @@ def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Plac
     if len(runs) > 1:
         folders = [find_run(name, place) for name in runs]
     else:
-        asked = [one for one in sweeps if not runs or runs[0] in [run.name for run in one]]
+        asked = [one for one in sweeps if one and (not runs or runs[0] in [run.name for run in one])]
         folders = asked[-1] if asked else [find_run(name, place) for name in runs]
     if not folders:
         raise RunError("There is no sweep yet; queue one with `lora-easel queue sweep RUN SETTING VALUES`.")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lora_core.__main__ import main
-from lora_core.errors import RunError
+from lora_core.errors import ConfigError, RunError
 from lora_core.model_files.header import read_header
 from lora_core.model_files.starting_settings import preset
 from lora_core.runs import events, folder
@@ -203,7 +204,6 @@ def test_a_sweep_queues_copies_of_a_run(
         found = json.loads(said(capsys, "queue", "results", *words, *where, "--json"))
         assert len(found["rows"]) == rows
         assert "nothing to compare yet" in found["sentence"]
-    assert "optimizer.lr is given twice" not in said(capsys, "queue", "results", *where)
     for wrong, words in (
         (["--by", "adapter.rank=4"], "adapter.rank is given twice"),
         (["--by", "optimizer.lr=x"], "optimizer.lr = 'x' should be a number"),
@@ -213,6 +213,14 @@ def test_a_sweep_queues_copies_of_a_run(
     ):
         assert main([*grid[:6], *wrong, *map(str, where)]) == 1
         assert words in capsys.readouterr().err
+    # A sweep of which nothing is left is as if it had never been.
+    for name in names:
+        shutil.rmtree(runs_folder(home) / name)
+    assert len(json.loads(said(capsys, "queue", "results", *where, "--json"))["rows"]) == 2
+    epochs = config.changed({"train.epochs": 2})
+    with pytest.raises(ConfigError, match=r"train\.steps follows from train\.epochs"):
+        sweep_configs(epochs, "train.steps", [10, 20], runs_folder(home))
+    assert len(sweep_configs(epochs, "train.epochs", [1, 3], runs_folder(home))) == 2
     # The queue may be run from another folder.
     (home / "other").mkdir()
     Image.new("RGB", (64, 64)).save(home / "other" / "a.png")

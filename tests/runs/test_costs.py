@@ -308,10 +308,10 @@ def test_seeds_are_rows_together_and_other_images_are_no_pairs(tmp_path: Path) -
     assert (other["against"], other["against_error"]) == (pytest.approx(-0.15), pytest.approx(0.05))
     # Two errors of 0.5, as independent; the spread of the seeds is less.
     assert other["standard_error"] == pytest.approx(0.5 / 2**0.5)
-    unpaired = compare_trials(
-        [trials[0], tried(tmp_path, 2, [0.2] * 3, **{"validation.draws_per_image": 2})]
-    )["rows"][1]
-    assert not unpaired["paired"]
+    # Other noise, other parts of the images.
+    for rank, changed in ((3, {"loss.unmasked_weight": 0.5}), (2, {"validation.draws_per_image": 2})):
+        unpaired = compare_trials([trials[0], tried(tmp_path, rank, [0.2] * 3, **changed)])["rows"][1]
+        assert not unpaired["paired"]
     assert unpaired["against_error"] == pytest.approx(0.5 * 2**0.5)
 
 
