@@ -31,6 +31,7 @@ from PIL import Image
 
 from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
 from lora_core.data.images import (
+    CROP_LIST,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MIN_SIDE,
@@ -65,7 +66,6 @@ from lora_core.system.files import (
 )
 
 HOLDOUT_LIST = "held_out.txt"
-CROP_LIST = "crops.json"
 
 
 def read_holdout_list(folder: Path) -> set[str]:

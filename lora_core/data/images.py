@@ -104,6 +104,7 @@ class Dataset:
 MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+CROP_LIST = "crops.json"
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 """Of files that go with an image: its mask, and OneTrainer's conditioning image, which is not used."""
 _MASK_FOLDER = re.compile(r"masks?")

@@ -30,6 +30,7 @@ from lora_core.data.captions import (
     write_caption,
 )
 from lora_core.data.images import (
+    CROP_LIST,
     IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     MOST_DEPTH,
@@ -82,12 +83,13 @@ class Imported:
 
 
 def is_dataset_file(name: str) -> bool:
-    """Whether a file belongs to a dataset: an image, a caption or a table of captions."""
+    """Whether a file belongs to a dataset: an image, a caption, a table of captions or the list of crops."""
     suffix = PurePosixPath(name).suffix.casefold()
     return (
         suffix in IMAGE_SUFFIXES
         or suffix in CAPTION_SUFFIXES
         or fold_name(PurePosixPath(name).name) in METADATA_NAMES
+        or name == CROP_LIST
     )
 
 

@@ -335,7 +335,7 @@ class Project:
             return record.crop
 
     def write_mask(self, name: str, png: str | None) -> None:
-        """Write `NAME-masklabel.png` beside an image, or remove it.
+        """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has.
 
         Args:
             name: of the image, below the dataset folder.
@@ -350,7 +350,7 @@ class Project:
             record = self.find_image(name)
             file = record.path.with_name(f"{record.path.stem}{MASK_ENDINGS[0]}.png")
             if png is None:
-                file.unlink(missing_ok=True)
+                (record.mask or file).unlink(missing_ok=True)
             else:
                 write_atomically(file, check_mask_png(png, self.sizes.info(record.path, name), name))
             self.invalidate()

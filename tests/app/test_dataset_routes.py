@@ -259,6 +259,12 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
     assert file.is_file()
     client.post("/easel/mask", json={"picture": "a.png", "png": None})
     assert (file.exists(), shelf(client)) == (False, [before])
+    # One of another name goes too.
+    other = file.with_name("a_mask.png")
+    half.save(other)
+    assert shelf(client)[0]["mask"].startswith("a_mask.png?v=")
+    client.post("/easel/mask", json={"picture": "a.png", "png": None})
+    assert (other.exists(), shelf(client)) == (False, [before])
 
 
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:

@@ -1,5 +1,6 @@
 """Images of which a part is trained on: the same as if the file had been cut."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from lora_core.data.audit import TrainingView, audit
-from lora_core.data.dataset import read_crops, scan, write_crops
+from lora_core.data.dataset import open_dataset, read_crops, scan, write_crops
 from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import DatasetError
 from lora_core.models.load import load_base
@@ -40,6 +41,16 @@ def test_the_same_as_a_file_that_was_cut(tmp_path: Path) -> None:
         assert (one.width, one.height) == (other.width, other.height)
         bucket = choose_bucket(one.width, one.height, 64, 8)
         assert torch.equal(load_pixels(one, bucket), load_pixels(other, bucket))
+
+
+def test_crops_come_with_a_zip(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    noise(200, 120).save(folder / "a.png")
+    write_crops(folder, {"a.png": CROP})
+    dataset = open_dataset(shutil.make_archive(str(tmp_path / "set"), "zip", folder), tmp_path / "unpacked")
+    assert [(one.crop, one.width, one.height) for one in dataset.records] == [(CROP, 100, 60)]
+    assert dataset.notes == []
 
 
 def test_reading_what_was_written(tmp_path: Path) -> None:
