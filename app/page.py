@@ -167,8 +167,10 @@ def follow_language(app: Any, app_state: AppState, page: gr.Blocks) -> None:
         write_atomically(file, WORDS.language.encode())
 
     def greet(header: str) -> None:
-        if header and not file.exists():
-            choose({"language": preferred_language(header)})
+        # Where the folder cannot be written, the page is served all the same.
+        with contextlib.suppress(OSError):
+            if header and not file.exists():
+                choose({"language": preferred_language(header)})
 
     add_actions(app, {"language": choose})
     with contextlib.suppress(OSError, ValueError, BadRequest):

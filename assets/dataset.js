@@ -51,7 +51,7 @@
 
   const describe = (picture) => {
     const cell = cells.get(picture.name), marks = [];
-    if (bare(picture)) marks.push("uncaptioned");
+    if (bare(picture)) marks.push(t("uncaptioned"));
     if (picture.held) marks.push(t("validation"));
     if (picture.small) marks.push(t("small"));
     if (twins.has(picture.name)) marks.push(t("duplicate"));
@@ -421,6 +421,7 @@
     if (!on) place.removeAttribute("aria-label");
   };
   const startCropping = () => {
+    window.easel.leaveMask();
     box = named(chosen).box ?? [0, 0, 1, 1];
     cropping(true);
     drawBox();
@@ -435,10 +436,10 @@
     if (picture) { const [left, top, right, bottom] = picture.crop; one("#picture-big .crop").style.inset = `${top}% ${right}% ${bottom}% ${left}%`; }
     if (inside) one("#crop-start").focus();
   };
-  const applyCrop = (edges) => inTurn(async () => {
-    const name = chosen, before = named(name).box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
+  const applyCrop = (edges, name = chosen) => inTurn(async () => {
+    const before = named(name)?.box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
     if (!(await send(edges)())) return;
-    stopCropping();
+    if (chosen === name) stopCropping();
     window.easel.did(edges ? t("1 image cropped.") : t("1 image trained on as a whole."), send(before), send(edges));
   });
   const pointAt = ({ clientX, clientY }) => {
@@ -598,6 +599,7 @@
     else if (target.id === "leave-out") leaveOut();
     else if (target.id === "hold-out") holdOut();
     else if (target.id === "crop-start") startCropping();
+    else if (target.id === "mask-start") stopCropping();
     else if (target.id === "crop-apply") applyCrop(box);
     else if (target.id === "crop-whole") applyCrop(null);
     else if (target.id === "crop-cancel") stopCropping();

@@ -64,8 +64,19 @@
   };
   const press = (to) => { keep(); if (paint.tool === "fill") fill(to); else line(to, to); };
 
+  // Not where another image was chosen meanwhile.
+  const enter = (state) => {
+    if (paint || easel.chosenPicture()?.name !== state.name) return;
+    paint = state;
+    one("#picture-big").classList.add("painting");
+    one("#mask-bar").hidden = canvas().hidden = false;
+    showTools();
+    canvas().focus();
+  };
   const start = async () => {
-    const picture = easel.chosenPicture(), place = canvas(), [wide, high] = picture.whole, scale = Math.min(1, MOST / Math.max(wide, high));
+    const picture = easel.chosenPicture();
+    if (!picture || paint) return;
+    const place = canvas(), [wide, high] = picture.whole, scale = Math.min(1, MOST / Math.max(wide, high));
     [place.width, place.height] = [Math.max(1, Math.round(wide * scale)), Math.max(1, Math.round(high * scale))];
     const context = place.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "black";
@@ -76,12 +87,8 @@
       await image.decode();
       context.drawImage(image, 0, 0, place.width, place.height);
     }
-    paint = { name: picture.name, context, tool: "brush", size: Math.round(Math.max(place.width, place.height) / 8), at: [place.width / 2, place.height / 2], past: [], future: [], changed: false, pen: null };
-    paint.before = picture.mask ? png() : null;
-    one("#picture-big").classList.add("painting");
-    one("#mask-bar").hidden = place.hidden = false;
-    showTools();
-    place.focus();
+    const before = picture.mask ? png() : null, size = Math.round(Math.max(place.width, place.height) / 8);
+    enter({ name: picture.name, before, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], changed: false, pen: null });
   };
 
   const leave = () => {
@@ -91,17 +98,21 @@
   };
   const send = (picture, data) => async () => {
     const answer = await post("mask", { picture, png: data });
-    if (answer.problem) { easel.toast(answer.problem); return false; }
+    if (answer.problem) { easel.toast(answer.problem, "bad"); return false; }
     await easel.load();
     return true;
   };
-  // Leaves the editor with the mask as it is painted, or without one.
-  const finish = (data) => easel.inTurn(async () => {
-    const { name, before } = paint;
+  // Leaves the editor with the mask as it is painted, or without one; comes back where it cannot be saved.
+  const finish = (data) => {
+    const state = paint, { name, before } = state, inside = document.activeElement.closest("#picture-big, #mask-bar");
     leave();
-    if (data !== before && await send(name, data)()) easel.did(data ? t("1 mask saved.") : t("1 mask removed."), send(name, before), send(name, data));
-    one("#mask-start")?.focus();
-  });
+    if (inside) one("#mask-start").focus();
+    if (data === before) return;
+    easel.inTurn(async () => {
+      if (await send(name, data)()) easel.did(data ? t("1 mask saved.") : t("1 mask removed."), send(name, before), send(name, data));
+      else enter(state);
+    });
+  };
   const save = () => finish(paint.changed ? png() : paint.before);
 
   // What else the page does with images: a mask that is being painted is kept first.

@@ -39,7 +39,7 @@
     if (mine !== turn) {
       // Another file was chosen meanwhile: what is shown is for that one.
       if (said.problem) window.easel.toast(said.problem, "bad");
-      else window.easel.toast("The file that you asked for before is written.");
+      else window.easel.toast(t("The file that you asked for before is written."));
       if (said.link) location.assign(said.link);
       return;
     }

@@ -44,7 +44,7 @@
       Object.assign(one("input[type=range]", dial), { min: least, max: largest });
       for (const input of all("input", dial)) {
         input.value = row[part] ?? row.strength;
-        label(input, input.type === "number" ? `${name}, typed` : name);
+        label(input, input.type === "number" ? `${name}${t(", typed")}` : name);
       }
     }
     if (!apart) own("[data-part=text]").remove();
@@ -299,10 +299,9 @@
       else window.easel.toast(t("Image moved to the trash."), "", () => post("preview/bring-back", answer));
     }
     else if (data.startFrom) {
-      hold();
       const answer = await post("preview/start", { file: data.startFrom });
-      take(answer.form);
       report(answer);
+      if (answer.image) { form().elements.image.value = answer.image; summarize(); changed(false, 0); }
     }
     else if (target.id === "send-to-form") window.easel.useSettings(infotext);
     else if (data.compare) setMode(data.compare);

@@ -28,7 +28,7 @@
     get on() { return localStorage.getItem("easel-tell") === "1" && "Notification" in window && Notification.permission === "granted"; },
     async toggle() {
       if (this.on) localStorage.removeItem("easel-tell");
-      else if (!("Notification" in window)) return toast("This browser has no notifications; the page's title shows the state.");
+      else if (!("Notification" in window)) return toast(t("This browser has no notifications; the page's title shows the state."));
       else if (await Notification.requestPermission() === "granted") localStorage.setItem("easel-tell", "1");
       else return toast(t("The browser does not allow notifications for this page; its settings can change that."), "bad");
       this.show();
@@ -120,7 +120,7 @@
     if (!to || to.done || to.project !== window.easel.project || !await post("settings/restore", to)) return;
     to.done = true;
     refill();
-    toast("Undone: the form is as it was.");
+    toast(t("Undone: the form is as it was."));
   });
   const clone = (run) => inTurn(async () => {
     const answer = await post("settings/take", { run });
@@ -270,7 +270,7 @@
     if (arrived !== undefined && now !== arrived) refill();
     arrived = now;
     const both = others.size > 0 && one(".gradio-container") !== null;
-    if (both && !shared) window.easel.toast("Also open in another tab. The last edit wins.");
+    if (both && !shared) window.easel.toast(t("Also open in another tab. The last edit wins."));
     shared = both;
     for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {
       const place = document.getElementById(id), text = document.getElementById(why)?.textContent ?? "";

@@ -45,8 +45,8 @@ class _BodyReader:
         """
         while b"\n" not in self.held and len(self.held) < LONGEST_LIST:
             self.held += await anext(self.chunks, b"\n")
-        line, self.held = self.held.split(b"\n", 1)
         try:
+            line, self.held = self.held.split(b"\n", 1)
             listed = [(int(index), str(name), int(size)) for index, name, size in parse_json(line)]
         except (ValueError, TypeError, OverflowError) as error:
             raise DatasetError(_("The list of files did not arrive; drop them again.")) from error

@@ -237,7 +237,7 @@ def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
 
 
 def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Keep an image that was opened in the project, and put it into the form as what images start from.
+    """Keep an image that was opened in the project; the page puts it into the form.
 
     Raises:
         RunError: it is no longer there.
@@ -246,11 +246,9 @@ def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     file = next((path for path in folder.glob("*/*") if path.relative_to(folder).as_posix() == name), None)
     if file is None:
         raise RunError(_("This image is no longer there; open it again."))
-    start, snapshot = keep_file(file, app_state.project.path / STARTS), take_snapshot(app_state)
-    rows, kept = lora_rows(snapshot)
-    save_form(app_state.project, rows, bool(kept.get("apart")), load_fields(snapshot) | {"image": str(start)})
+    start = keep_file(file, app_state.project.path / STARTS)
     note = note_html(_("Images start from {}; empty its field to start from noise again.", start.name))
-    return {"html": note, "form": form_data(take_snapshot(app_state))}
+    return {"html": note, "image": str(start)}
 
 
 def read_infotext(file: Path) -> tuple[str, Infotext]:

@@ -353,7 +353,7 @@ def sweep_card(snapshot: Snapshot) -> str:
         return ""
     found = compare_trials(trials)
     labels = [label_of(setting) for setting in found["settings"]]
-    return render("train/sweep_results.html", found=found, labels=labels, shown=name)
+    return render("train/sweep_results.html", found=found, labels=labels)
 
 
 def _exported_bytes(run: ShownRun) -> int:

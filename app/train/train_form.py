@@ -293,7 +293,7 @@ def search_settings(words: str) -> list[Any]:
 
 
 def _searched(group: str, name: str) -> str:
-    return f"{name} {name.replace('_', ' ')} {label_of(name)} {help_of(name)} {group}".lower()
+    return f"{name} {name.replace('_', ' ')} {label_of(name)} {help_of(name)} {group} {_(group)}".lower()
 
 
 def _slug(group: str) -> str:

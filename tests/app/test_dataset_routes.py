@@ -164,6 +164,7 @@ def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch
         (parcel({"a.png": b"whole"})[:-2], "did not arrive completely"),
         (b'[[0, "a.png", -5]]\n', "More than"),
         (b"x" * 100, "list of files"),
+        pytest.param(b" " * (uploads.LONGEST_LIST + 1), "list of files", id="endless"),
         (b'[[Infinity, "a.png", 3]]\n', "list of files"),
         (b'[[0, "\\ud800.png", 5]]\nabc', "\N{REPLACEMENT CHARACTER}.png did not arrive completely"),
         (b"", "list of files"),

@@ -1,5 +1,6 @@
 """The window's words: all are in the catalogues, translated, and the page speaks the chosen language."""
 
+import errno
 import gettext
 import json
 import re
@@ -118,6 +119,23 @@ def test_scripts_get_their_words_and_english_none() -> None:
         for text in ([found] if isinstance(found, str) else found)
     }
     assert all(_(text) == text for text in asked if text not in words)
+
+
+def test_notes_and_marks_of_scripts_are_translated() -> None:
+    for file in LOCALE.parent.glob("*.js"):
+        said = re.findall(r'\b(?:toast|marks\.(?:push|unshift))\((["`][^"`]*)', file.read_text("utf-8"))
+        assert said == [], file
+
+
+def test_the_page_is_served_where_its_language_cannot_be_kept(tmp_path: Path, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.page.write_atomically", full)
+    with TestClient(build_app(AppState(tmp_path / "workspace", ["no-such-program"]), [])) as client:
+        answer = client.get("/", headers={"host": "127.0.0.1", "accept-language": "ja"})
+    assert answer.status_code == 200
+    assert '<html lang="ja">' in answer.text
 
 
 def test_the_page_follows_the_browser_once_and_then_the_choice(tmp_path: Path) -> None:

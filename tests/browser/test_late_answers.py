@@ -136,6 +136,35 @@ def test_a_start_counts_although_an_older_answer_comes_after_it(page: Any, windo
     assert page.is_hidden("[data-insight-cancel=captions]")
 
 
+def test_a_mask_that_opens_or_is_saved_late_leaves_the_next_image_alone(
+    page: Any, window: Window, pictures: list[Path]
+) -> None:
+    take(page, pictures[:2])
+    pictures_in(page, 2)
+    first, second = page.query_selector_all("#dataset-grid [data-picture]")
+    first.click()
+    page.click("#mask-start")
+    page.wait_for_selector("#picture-big canvas:focus")
+    page.keyboard.press("Space")
+    with held_back(page, "**/easel/mask", "POST") as held:
+        second.click()
+        page.wait_for_selector("#mask-bar", state="hidden")
+        until(page, lambda: held)
+        page.fill(AREA, "a caption")
+    page.wait_for_selector("#easel-toast >> text=1 mask saved.")
+    assert page.evaluate(f"document.activeElement.matches('{AREA}')")
+    first.click()
+    page.wait_for_selector("#picture-big .mask:not([hidden])")
+    with held_back(page, "**/*-masklabel.png*") as held:
+        page.click("#mask-start")
+        until(page, lambda: held)
+        second.click()
+    # What opens the editor has had its turn.
+    page.evaluate("window.easel.inTurn(() => {})")
+    assert page.is_hidden("#mask-bar")
+    assert len(list(stored(window).rglob("*-masklabel.png"))) == 1
+
+
 def test_rows_arrive_in_the_order_in_which_they_were_changed(page: Any, window: Window) -> None:
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
