@@ -6,7 +6,8 @@ Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transfor
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,6 +161,17 @@ class Injected:
             layer.strength = strength
 
 
+@contextmanager
+def at_strength(injected: Injected, strength: float) -> Iterator[None]:
+    """The adapter at `strength` while the context is open."""
+    before = injected.strength
+    injected.set_strength(strength)
+    try:
+        yield
+    finally:
+        injected.set_strength(before)
+
+
 def inject(
     modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, spec: LoraSpec, seed: int
 ) -> Injected:
@@ -282,7 +294,9 @@ def _take_over(layer: AdaptedLayer, given: LayerWeights | Update, its_layer: str
     """Have a fresh layer act as an update of its kind, whose factors have to be as large as its own."""
     own, found = layer.layer_weights().tensors(), given.tensors()
     sizes, wanted = ({name: tensor.numel() for name, tensor in each.items()} for each in (found, own))
-    if sizes != wanted or given.scale != layer.layer_weights().scale:
+    # A file has alpha in fp32.
+    same = math.isclose(given.scale, layer.layer_weights().scale, rel_tol=1e-6)
+    if sizes != wanted or not same:
         raise AdapterFileError(
             f"{its_layer} has the factors {sizes} at the scale {given.scale:g}, and this run {wanted} at"
             f" {layer.layer_weights().scale:g}; set adapter.kind, rank and alpha to those of the file."

@@ -280,7 +280,7 @@ class AdapterWeights:
     @property
     def highest_rank(self) -> int:
         """The largest inner width of a layer."""
-        return max(layer.rank for layer in self.layers.values())
+        return max(layer.rank for layer in self.every_layer().values())
 
     def parts(self) -> list[str]:
         """The adapted components, in order of first appearance."""

@@ -157,6 +157,7 @@ def preflight(
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
         free = card() if card else free_card_bytes(config.train.device)
         found += targets or _room(config, workspace, facts, records, free)
+        found += _convolutions(config, facts)
     found += _busy(workspace)
     return sorted(found, key=lambda problem: not problem.blocking)
 
@@ -277,6 +278,19 @@ def check_kind(config: RunConfig) -> None:
         )
 
 
+def _convolutions(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """A rank or an alpha of convolutions where none is adapted."""
+    names = [name for name in ("conv_rank", "conv_alpha") if getattr(config.adapter, name)]
+    shapes = sizes.adapted_shapes(facts, config) if names else []
+    if not shapes or any(math.prod(shape[2:]) > 1 for _, shape in shapes):
+        return []
+    sentence = (
+        f"adapter.{names[0]} plays no part: adapter.targets = {config.adapter.targets} has no convolution"
+        " larger than 1 x 1."
+    )
+    return [RunProblem("targets", sentence, False)]
+
+
 def _prior(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     """What prior preservation does before the run and in it."""
     if not config.loss.prior_preservation:
@@ -307,9 +321,6 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
             found.append(RunProblem("loss", sentence, False))
     if loss.multires_discount != usual.multires_discount and not loss.multires_noise:
         sentence = "loss.multires_discount plays no part where loss.multires_noise is 0."
-        found.append(RunProblem("loss", sentence, False))
-    if config.slider.on and loss.input_perturbation:
-        sentence = "loss.input_perturbation plays no part in a slider, which makes its inputs itself."
         found.append(RunProblem("loss", sentence, False))
     if loss.multires_noise and loss.noise_offset:
         sentence = "loss.multires_noise takes the place of loss.noise_offset; set one of them to 0."
@@ -431,7 +442,11 @@ def _slider(config: RunConfig) -> list[RunProblem]:
         )
         found.append(RunProblem("slider", sentence, False))
     unused = [name for name in FIELDS if name.startswith("dataset.") and name != "dataset.path"]
-    unused = [n for n in (*unused, "loss.input_perturbation") if config.get(n) != usual.get(n)]
+    unused = [
+        n
+        for n in (*unused, "loss.input_perturbation", "loss.unmasked_weight")
+        if config.get(n) != usual.get(n)
+    ]
     if unused:
         sentence = f"A slider is trained without images, so that {', '.join(unused)} can do nothing."
         found.append(RunProblem("slider", sentence, False))

@@ -30,6 +30,7 @@ from lora_core.backends.onednn import PLAIN, is_prepacked, layout_of, undo_prepa
 from lora_core.data.images import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory, RunError
 from lora_core.evaluate.validator import eval_losses
+from lora_core.lora.inject import at_strength
 from lora_core.model_files import sizes
 from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import cap_memory, limited, out_of_memory, release_failed, use_device
@@ -53,7 +54,6 @@ from lora_core.train.loop import (
     training_steps,
 )
 from lora_core.train.objectives import PriorBatches, SliderBatches
-from lora_core.train.validation import at_strength
 
 TIMED_STEPS = 4
 """The first one warms up and does not count."""

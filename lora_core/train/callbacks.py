@@ -27,7 +27,7 @@ from lora_core.formats.io import load_adapter
 from lora_core.generate.grid import Axis, grid_settings, make_image_grid
 from lora_core.generate.pipeline import infotext, sample_image
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.inject import adapter_weights
+from lora_core.lora.inject import adapter_weights, at_strength
 from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
@@ -53,7 +53,7 @@ from lora_core.train.export import (
 )
 from lora_core.train.loop import Step, StepSettings, TrainState, sample_batch
 from lora_core.train.setup import TrainSession, is_on_cpu
-from lora_core.train.validation import BestStep, OnStep, Validator, at_strength, evaluating
+from lora_core.train.validation import BestStep, OnStep, Validator, evaluating
 
 EXPORT_FORMAT = ("kohya", "fp16")
 SECONDS_BETWEEN_REPORTS = 0.5

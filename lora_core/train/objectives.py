@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_core.lora.inject import at_strength
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoisePredictor, PromptEmbeds, default_time_ids, to_device
 from lora_core.settings.config import RunConfig
@@ -48,16 +49,14 @@ class PriorBatches(Batches):
         Source: Ruiz et al. 2023 ("DreamBooth", section 3.3) for images that the base makes itself; the base's
         prediction in place of their noise is the prior prediction of OneTrainer, and has less variance.
         """
-        base, injected, batch = state.base, state.injected, self.batch(number)
+        base, batch = state.base, self.batch(number)
         generator = torch.Generator().manual_seed(noise_seed(config.seed + 2**32, number))
         draw = sample_noise(batch.latents, base.noise.num_timesteps, config.loss, generator).rows(rows)
         noisy = base.noise.add_noise(batch.latents[rows], draw.noise, draw.timesteps)
         captions, sizes = batch.captions[rows], batch.sizes[rows]
-        with torch.no_grad():
-            injected.set_strength(0.0)
+        with torch.no_grad(), at_strength(state.injected, 0.0):
             sent, at = to_device(base.device, noisy, draw.timesteps.float())
             target = base.predict_noise(sent, at, text.embed_batch(captions), sizes).cpu()
-            injected.set_strength(1.0)
         embeds, pair = text.embed_batch(captions), (noisy, target)
         found = prediction_loss(base, pair, draw.timesteps, embeds, config.loss, sizes)
         return config.loss.prior_preservation * found

@@ -633,8 +633,10 @@ def build_train_state(
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average: Average | None = EMA(injected, storage, config.save.ema) if config.save.ema else None
     if average_of_its_own(optimizer):
-        if average is not None:
-            raise ConfigError(f"{config.optimizer.row.title} averages the adapter itself; set save.ema to 0.")
+        for name in ("save.ema", "adapter.max_norm"):
+            if config.get(name):
+                title = config.optimizer.row.title
+                raise ConfigError(f"{title} averages the adapter itself; set {name} to 0.")
         average = ScheduleFree(injected, storage, optimizer)
     max_norm, loss = config.adapter.max_norm, slider_loss if config.slider.on else image_loss
     return TrainState(base, injected, optimizer, storage, scaler, average, max_norm, loss), notes

@@ -22,7 +22,7 @@ from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.inject import Injected, act_as, adapter_weights, load_weights
+from lora_core.lora.inject import act_as, adapter_weights, at_strength, load_weights
 from lora_core.lora.weights import LoadedLora
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import default_time_ids
@@ -222,17 +222,6 @@ def build_validation_sets(
         sets.held_out = [to_eval(images[i], images[(i + 1) % len(images)]) for i in sorted(order)]
         sets.notes.append(CROSSED)
     return sets
-
-
-@contextmanager
-def at_strength(injected: Injected, strength: float) -> Iterator[None]:
-    """The adapter at `strength` while the context is open."""
-    before = injected.strength
-    injected.set_strength(strength)
-    try:
-        yield
-    finally:
-        injected.set_strength(before)
 
 
 @dataclass(frozen=True)

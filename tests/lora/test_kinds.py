@@ -260,6 +260,16 @@ def test_a_file_of_the_kind_is_continued(kind: str) -> None:
     again, notes = start(kind, weights)
     assert torch.equal(tiny_output(again), tiny_output(unet))
     assert not notes
+    assert weights.highest_rank == 2
+
+
+def test_alpha_of_a_file_is_that_of_the_settings_to_the_digits_of_fp32(tmp_path: Path) -> None:
+    made = inject({"unet": tiny_unet(768)}, ["unet"], SOME, LoraSpec(2, 0.3, kind="loha"), 0)
+    save_adapter(adapter_weights(made), tmp_path / "x.safetensors", FAMILIES["sd15"])
+    again = load_adapter(tmp_path / "x.safetensors", plain=False)
+    assert start("loha", again, alpha=0.3)[1] == []
+    with pytest.raises(AdapterFileError, match=r"at the scale 0\.15, and this run"):
+        start("loha", again, alpha=0.31)
 
 
 def test_a_dora_continues_a_lora_and_a_smaller_dora() -> None:

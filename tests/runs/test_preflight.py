@@ -415,6 +415,12 @@ def test_settings_of_the_loss_that_do_not_go_together(
     assert [(words in one.sentence, one.blocking) for one in problems] == [(True, blocking)] * bool(words)
 
 
+def test_a_rank_of_convolutions_where_none_is_adapted_is_said(config: RunConfig, tmp_path: Path) -> None:
+    (one,) = found(config, tmp_path, adapter__conv_rank=4, adapter__targets="attention")
+    assert one.sentence.startswith("adapter.conv_rank plays no part: adapter.targets = attention has")
+    assert found(config, tmp_path, adapter__conv_rank=4, adapter__targets="locon") == []
+
+
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, loss__huber_delta=0.5)
     assert one.sentence == "loss.huber_delta plays no part where loss.type is mse; it is for huber."

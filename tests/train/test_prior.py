@@ -1,6 +1,7 @@
 """Prior preservation without class images: the base's own predictions on images that it makes itself."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -46,6 +47,10 @@ def test_the_loss_is_the_distance_from_the_base_and_pulls_back_to_it(own_toy: To
     def loss() -> torch.Tensor:
         return state.prior.loss(state, session.text, slice(0, 2), 3, config)
 
+    short = mock.patch.object(type(session.text), "embed_batch", side_effect=MemoryError)
+    with short, pytest.raises(MemoryError):
+        loss()
+    assert state.injected.strength == 1.0, "the step is done again with less memory"
     assert not loss().any()
     parameters = state.flat_params.data.detach()
     parameters.normal_(std=0.05, generator=torch.Generator().manual_seed(0))

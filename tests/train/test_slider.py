@@ -10,6 +10,7 @@ from PIL import Image
 
 from lora_core import api
 from lora_core.errors import ConfigError, DatasetError
+from lora_core.lora.inject import at_strength
 from lora_core.model_files.header import read_header
 from lora_core.model_files.starting_settings import is_slider
 from lora_core.models.unet import NoiseSchedule
@@ -21,7 +22,6 @@ from lora_core.settings.schema import SLIDER_STEPS, SLIDER_STRENGTHS, SliderSect
 from lora_core.train.loop import sample_batch
 from lora_core.train.objectives import SliderBatch, slider_loss
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
-from lora_core.train.validation import at_strength
 from tests.train.runs import Toy, notes, trained
 
 PROMPTS = {"slider__positive": "a red dot", "slider__negative": "a blue dot"}
@@ -159,6 +159,8 @@ def test_before_start(tmp_path: Path) -> None:
         ({**PROMPTS, "adapter__auto_rank": True}, "give adapter.rank a number", True),
         ({**PROMPTS, "optimizer__text_encoder_lr": 1e-4}, "changes other prompts too", False),
         ({**PROMPTS, "dataset__flip": True, "dataset__trigger": "zwx"}, "trigger, dataset.flip can", False),
+        ({**PROMPTS, "loss__input_perturbation": 0.1}, "loss.input_perturbation can do nothing", False),
+        ({**PROMPTS, "loss__unmasked_weight": 0.5}, "loss.unmasked_weight can do nothing", False),
         ({**PROMPTS, "slider__target": ["very " * 90]}, "longer than the 75 tokens", False),
         ({"slider__preserve": ["a"]}, "slider.preserve plays no part", False),
     ):  # fmt: skip
