@@ -6,7 +6,7 @@ Each recipe is the demo's preset with something changed. It takes as many steps 
 for its own (60 unless given), and goes through the product's queue and comparison. Its gain on the held-out
 images of the run comes with the difference to the preset, paired by image and noise; a column beside it has
 the gain on images of things that no run saw, by `tests/evaluator.py`, which shares no code with the trainer.
-What the machine cannot run (an optional package is missing) is named below the table. See docs/recipes.md.
+What the machine cannot run (an optional package is missing) is named below the table.
 """
 
 import sys
