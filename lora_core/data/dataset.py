@@ -14,6 +14,7 @@ drawings half of them are near zero and their sign is chance. A 4 x 4 colour thu
 one shape in different colours.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -659,12 +660,19 @@ def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
 
     def compute(path: Path) -> Fingerprint | None:
         try:
-            return compute_fingerprint(open_rgb(path, 2 * _SIDE))
-        except DatasetError:
+            found = path.stat()
+            return _fingerprint_of(path, found.st_mtime_ns, found.st_size)
+        except (DatasetError, OSError):
             return None
 
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(compute, paths))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _fingerprint_of(path: Path, changed_at: int, size: int) -> Fingerprint:
+    """Of a file as it was at that time; a forecast in epochs asks with each change of a setting."""
+    return compute_fingerprint(open_rgb(path, 2 * _SIDE))
 
 
 def split_holdout(
@@ -730,7 +738,8 @@ def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
         return config
     train, base = config.train, lookup_base(config.model.base)
     images, _ = split_holdout(dataset.records, config.validation.pictures, config.seed)
-    images += repeat_reg(dataset.reg, sum(record.repeats for record in images))
+    if config.dataset.reg_weight:
+        images += repeat_reg(dataset.reg, sum(record.repeats for record in images))
     shape = train.resolution or base.resolution, base.multiple
     epoch = num_batches(images, shape, train.batch_size) / train.gradient_accumulation_steps
     found = {steps: max(1, math.ceil(epochs * epoch)) for steps, epochs in asked.items()}

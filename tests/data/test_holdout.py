@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from lora_core.data import images
+from lora_core.data import dataset, images
 from lora_core.data.dataset import (
     HOLDOUT_LIST,
     are_near_duplicates,
@@ -46,6 +46,17 @@ def test_one_shape_in_two_colours_is_two_pictures() -> None:
     assert are_near_duplicates(
         compute_fingerprint(disc("red")), compute_fingerprint(disc("red").resize((90, 90)))
     )
+
+
+def test_a_fingerprint_is_computed_once_until_the_file_changes(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = draw(tmp_path / "a.png", seed=1)
+    (first,) = compute_fingerprints([file])
+    monkeypatch.setattr(dataset, "open_rgb", lambda path, least: noise(256, 192, 5))
+    assert compute_fingerprints([file]) == [first]
+    draw(file, (64, 64), seed=2)
+    assert compute_fingerprints([file]) != [first]
 
 
 def test_groups_join_twins_of_twins(tmp_path: Path, draw: Draw) -> None:

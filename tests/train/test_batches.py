@@ -81,6 +81,10 @@ def test_epochs_become_steps_when_a_run_is_made(own_toy):
     ]  # fmt: skip
     assert own_toy.run("steps").config().train.describe_epoch(3) == ""
     dataset = open_dataset(str(own_toy.pictures), own_toy.home)
+    reg = replace(dataset, reg=[replace(record, reg=True) for record in dataset.records])
+    asked = RunConfig().changed({"train.epochs": 3, "validation.pictures": 0})
+    assert with_epochs(asked, reg).train.steps == 24
+    assert with_epochs(asked.changed({"dataset.reg_weight": 0}), reg).train.steps == 12
     dataset = replace(dataset, records=dataset.records * 6)
     many = RunConfig().changed({"train.epochs": 100_000, "train.batch_size": 2, "validation.pictures": 0})
     with pytest.raises(ConfigError, match=r"train\.epochs = 100,000 comes to 1,200,000 steps"):
