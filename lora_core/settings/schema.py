@@ -233,7 +233,8 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
         if isinstance(node, ast.ClassDef) and node.name == name:
             makers = (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
             maker = next(makers, None)
-            if maker is not None:
+            # One that only hands on what it is given takes what its base takes.
+            if maker is not None and (maker.args.args[1:] or maker.args.kwonlyargs or not maker.args.kwarg):
                 return _argument_defaults(maker.args)
             base = ast.unparse(node.bases[0]) if node.bases else ""
             return constructor_defaults(f"{module}:{base}", depth - 1)

@@ -22,7 +22,7 @@ SLIDER_CFG = 3.0
 """Guidance of the latents that a slider is trained on, as in LECO."""
 
 
-class PriorBatches(Batches):
+class PriorBatches:
     """Micro-batches of images that the base made itself, by number."""
 
     def __init__(

@@ -47,6 +47,25 @@ def test_the_row_is_real(table: str, key: str) -> None:
             assert row.rates[0] <= row.lr <= row.rates[1]
 
 
+def test_a_class_that_hands_its_arguments_on_takes_those_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+class Base:
+    def __init__(self, params, lr=1e-3, *, momentum=0.5, **more): ...
+class Own(Base):
+    def __init__(self, *args, **kwargs): ...
+class Unknown(somewhere.Else):
+    def __init__(self, *args, **kwargs): ...
+"""
+    (tmp_path / "handing_on.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Base", "Own"):
+        found = schema.constructor_defaults(f"handing_on:{name}")
+        assert found == {"params": ..., "lr": 1e-3, "momentum": 0.5}
+    assert schema.constructor_defaults("handing_on:Unknown") is None
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_titles_and_keys_lead_to_one_row(table: str) -> None:
     for key, row in TABLES[table].items():
