@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import statistics
 import threading
 import time
@@ -457,14 +458,14 @@ def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
         than = (f"{_describe_settings(r)} by {-r['against']:.4f} ± {r['against_error']:.4f}" for r in worse)
         words += f"; it is better beyond two standard errors than {', '.join(than)}"
     if alike:
+        words += f"; within the error {', '.join(map(_describe_settings, alike))} gained as much"
         same = [best, *alike]
-        small = min(same, key=lambda row: row["bytes"] or math.inf)
-        fast = min(same, key=lambda row: row["seconds"] or math.inf)
-        words += (
-            f"; within the error {', '.join(map(_describe_settings, alike))} gained as much; of these"
-            f" {_describe_settings(small)} makes the smallest file and"
-            f" {'' if fast is small else f'{_describe_settings(fast)} '}is fastest"
-        )
+        if all(row["bytes"] and row["seconds"] for row in same):
+            small, fast = (min(same, key=operator.itemgetter(key)) for key in ("bytes", "seconds"))
+            words += (
+                f"; of these {_describe_settings(small)} makes the smallest file and"
+                f" {'' if fast is small else f'{_describe_settings(fast)} '}is fastest"
+            )
     paired = all(row["paired"] for row in others)
     return f"{words} ({'' if paired else 'not all '}on the same held-out images and noise)."
 
