@@ -535,8 +535,8 @@ class _Translation:
         """The legal ones of the values, and a sentence for each that is not."""
         texts = dict(self.texts)
         arguments = re.sub(r"\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
-        if arguments and texts.get("ss_optimizer"):
-            texts["ss_optimizer"] += f"({arguments})"
+        if arguments:  # AdamW is what they take where none is named
+            texts["ss_optimizer"] = f"{texts.get('ss_optimizer') or 'AdamW'}({arguments})"
         found = _from_kohya(texts | ({"ss_network_args": json.dumps(self.network)} if self.network else {}))
         found.source, found.base = f"a configuration of {title}", self.base
         for name, value in self.ours.items():
@@ -557,7 +557,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     for key, found in values.items():
         name = instead.get(key, trainer["names"].get(key, ""))
         words = trainer.get("words", {}).get(key, {})
-        if len(set(map(str, found))) > 1 and ".N." not in key:
+        several = len(set(map(str, found))) > 1 and name != "sample.prompts"
+        if several and (name or ".N." not in key):
             read.left.append(f"{key} has several values; {_short(found[0])} is used.")
         for value in found if name == "sample.prompts" else found[:1]:
             if value in (None, "") or instead.get(key) == "":

@@ -496,6 +496,21 @@ def test_keys_that_are_ours_too_make_no_configuration_of_ours(tmp_path: Path) ->
     assert (found.values["adapter.rank"], found.values["train.steps"]) == (8, 500)
 
 
+def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
+    """Arguments of an optimizer that is not named, and what several datasets differ in."""
+    file = tmp_path / "a.toml"
+    file.write_text('network_dim = 8\noptimizer_args = ["weight_decay=0.2"]\n')
+    values = settings_from_lora(file).values
+    assert (values["optimizer.name"], values["optimizer.args"]) == ("adamw", {"weight_decay": 0.2})
+    file = tmp_path / "a.json"
+    sets = [{"folder_path": str(n), "caption_dropout_rate": n / 10} for n in (1, 2)]
+    process = {"type": "sd_trainer", "network": {"linear": 8}, "datasets": sets}
+    file.write_text(json.dumps({"config": {"process": [process]}}))
+    found = settings_from_lora(file)
+    assert found.values["dataset.caption_dropout"] == 0.1
+    assert "datasets.N.caption_dropout_rate has several values; 0.1 is used." in found.left
+
+
 def test_options_of_the_launcher_end_at_the_script(tmp_path: Path) -> None:
     file = tmp_path / "a.sh"
     file.write_text("accelerate launch --mixed_precision bf16 train_network.py --network_dim 8")
