@@ -4,6 +4,7 @@ To add one, write its view and routes and a script in `assets/`, and add a row h
 server and the list of served assets are made from `TABS`.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,4 +68,7 @@ def list_assets() -> dict[str, bytes]:
 
 
 def _join(names: Iterable[str]) -> bytes:
-    return b"\n".join((ASSETS / name).read_bytes() for name in names)
+    """The files without indentation and lines of comments; no text in them goes over a line's end."""
+    return b"\n".join(
+        re.sub(rb"(?m)^[ \t]+(//.*)?|^//.*", b"", (ASSETS / name).read_bytes()) for name in names
+    )

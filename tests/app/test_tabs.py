@@ -42,3 +42,22 @@ def test_a_row_adds_tab_routes_and_script(
     for words in ("Toy button", "Dataset", "Train", "Preview", "Export", "Toolbox"):
         assert words in html
     app_state.close()
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip", "identity"])
+def test_the_page_and_its_scripts_come_in_what_the_browser_reads(app_state: AppState, encoding: str) -> None:
+    client = TestClient(main.build_app(app_state, ["testserver"]))
+    for path, words in (("/", "gradio_config"), ("/easel/assets/page.js", "window.easel = {")):
+        answer = client.get(path, headers={"accept-encoding": encoding})
+        assert words in answer.text
+        assert answer.headers.get("content-encoding", "identity") == encoding
+        assert "accept-encoding" in answer.headers.get("vary", "").lower()
+    app_state.close()
+
+
+def test_no_text_of_a_script_goes_over_a_lines_end() -> None:
+    """Indentation and lines of comments can be left out."""
+    for file in tabs.ASSETS.glob("*.js"):
+        assert all(line.count("`") % 2 == 0 for line in file.read_text("utf-8").splitlines()), file
+    scripts = tabs.list_assets()["page.js"].decode()
+    assert not any(line.startswith((" ", "//")) for line in scripts.splitlines())
