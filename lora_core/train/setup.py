@@ -662,15 +662,15 @@ def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bo
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
-    """The prompts of samples: the user's, with the trigger word added, else captions of `records`, whose
-    brackets stay text; for a concept slider those that it acts on, else what the family's bases generate
+    """The prompts of samples: the user's, with the trigger word added, else captions of `records`; brackets
+    of the trigger and of captions stay text; for a concept slider those that it acts on, else what the family's bases generate
     well."""
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
         own = [escape_prompt(target) for target in slider.target] or list(family.prior_prompts)
         return config.sample.prompts or own[:SAMPLE_PROMPTS]
     if config.sample.prompts:
-        parts = map(split_sample, config.sample.prompts)
+        parts, trigger = map(split_sample, config.sample.prompts), escape_prompt(trigger)
         return [with_trigger(words, trigger) + (f" {options}" if options else "") for words, options in parts]
     captions = dict.fromkeys(plain_caption(record.caption, trigger) for record in records)
     return list(map(escape_prompt, captions))[:SAMPLE_PROMPTS]

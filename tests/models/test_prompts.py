@@ -16,6 +16,8 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import encode_prompt, encode_prompts
 from lora_core.models.load import load_base
+from lora_core.settings.config import RunConfig
+from lora_core.train.setup import sample_prompts
 
 CPU = torch.device("cpu")
 RECORDED = json.loads(Path(__file__).with_name("a1111_prompts.json").read_text(encoding="utf-8"))
@@ -60,6 +62,13 @@ def test_without_weights_nothing_changes(base):
         escaped = encode_prompts(base, escape_prompt(caption))[0]
         assert torch.equal(escaped.context, encode_prompt(base, [caption]).context)
         assert not torch.equal(escaped.context, encode_prompts(base, caption)[0].context)
+
+
+def test_brackets_of_the_trigger_stay_text_in_samples():
+    lines = [r"saber \(fate\), (smiling:1.2)", "on a beach --d 3"]
+    config = RunConfig().changed({"dataset.trigger": "saber (fate)", "sample.prompts": lines})
+    made = sample_prompts(config, [], FAMILIES["sd15"])
+    assert made == [lines[0], r"saber \(fate\), on a beach --d 3"]
 
 
 def test_both_prompts_of_an_image_have_one_length(base):
