@@ -663,7 +663,7 @@ def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bo
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
     """The prompts of samples: the user's, with the trigger word added, else captions of `records`; brackets
-    of the trigger and of captions stay text; for a concept slider those that it acts on, else what the family's bases generate
+    of both stay text. For a concept slider those that it acts on, else what the family's bases generate
     well."""
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
