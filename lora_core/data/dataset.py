@@ -35,6 +35,7 @@ from lora_core.data.images import (
     CROP_LIST,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
+    MASK_OF,
     MIN_SIDE,
     Bucket,
     Crop,
@@ -161,7 +162,6 @@ def _write_list(file: Path, text: str) -> None:
 
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
-_MASK_OF = ("_mask", "-mask", ".mask")
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS = 4
@@ -426,7 +426,7 @@ def _classify(path: Path, listing: _Listing) -> None:
 def _is_mask(path: Path, listing: _Listing) -> bool:
     """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside an image `cat`."""
     shown = listing.shown(path.with_suffix(""))
-    if is_mask(path) or fold_name(shown[-5:]) not in _MASK_OF:
+    if is_mask(path) or fold_name(shown[-5:]) not in MASK_OF:
         return is_mask(path)
     return _find_first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]) is not None
 
@@ -444,7 +444,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
     for mask in sorted(ranks, key=ranks.__getitem__):
         *folders, stem = fold_name(listing.shown(mask.with_suffix(""))).split("/")
         above = [part for part in folders if folder_kind(f"{part}/") != "mask"]
-        stems = [stem.removesuffix(ending) for ending in ("", MASK_ENDINGS[0], *_MASK_OF)]
+        stems = [stem.removesuffix(ending) for ending in ("", MASK_ENDINGS[0], *MASK_OF)]
         owners = next((own for one in stems if (own := images.get("/".join([*above, one])))), [])
         if not owners and len(above) < len(folders):
             owners = next((own for one in stems if len(own := images.get(f"*/{one}", [])) == 1), [])

@@ -107,6 +107,8 @@ _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 CROP_LIST = "crops.json"
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 """Of files that go with an image: its mask, and OneTrainer's conditioning image, which is not used."""
+MASK_OF = ("_mask", "-mask", ".mask")
+"""Of masks where there is an image of the name before it; else such a file is an image itself."""
 _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")

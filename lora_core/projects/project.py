@@ -32,6 +32,7 @@ from lora_core.data.dataset import (
 from lora_core.data.images import (
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
+    MASK_OF,
     Crop,
     Dataset,
     FileProblem,
@@ -457,7 +458,8 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
 
 def _set_of(image: Path) -> list[Path]:
     """An image, its captions and its masks."""
-    ends = [f"{ending}{suffix}" for ending in MASK_ENDINGS for suffix in sorted(IMAGE_SUFFIXES)]
+    endings = (*MASK_ENDINGS, *MASK_OF)
+    ends = [f"{ending}{suffix}" for ending in endings for suffix in sorted(IMAGE_SUFFIXES)]
     names = [image.name, *(f"{image.stem}{end}" for end in (*CAPTION_SUFFIXES, *ends))]
     return [file for file in map(image.with_name, names) if file.is_file()]
 

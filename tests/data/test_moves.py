@@ -48,6 +48,16 @@ def together(project: Project) -> dict[str, str]:
     return found
 
 
+def test_a_mask_of_any_name_goes_with_its_image(project: Project, draw: Draw) -> None:
+    """Left behind, it would be an image to train on."""
+    draw(project.image_folder / "c_mask.png", (16, 16), 8)
+    leave_out(project, ["c.png"])
+    assert [record.path.name for record in project.dataset().records] == ["a.png", "b.png"]
+    take_back(project, ["c.png"])
+    masks = {record.path.name: record.mask and record.mask.name for record in project.dataset().records}
+    assert masks == {"a.png": "a-masklabel.png", "b.png": None, "c.png": "c_mask.png"}
+
+
 # Forks one child for each kill, as starting an interpreter for each would take a second.
 KILLED = """
 import json, os, random, signal, sys, time
