@@ -181,13 +181,14 @@ def describe_changes(names: list[str]) -> str:
         names: as the trainer calls them; an image stands for its caption too.
     """
     images = [
-        f"the image {name[12:]} or its caption" if name.startswith("the picture ") else name for name in names
+        _("the image {} or its caption", name[12:]) if name.startswith("the picture ") else name
+        for name in names
     ]
     shown = [
-        "its settings (config.toml)" if name == "config.toml" else name for name in images[:CHANGED_SHOWN]
+        _("its settings (config.toml)") if name == "config.toml" else name for name in images[:CHANGED_SHOWN]
     ]
-    more = f" and {len(names) - CHANGED_SHOWN:,} more" if len(names) > CHANGED_SHOWN else ""
-    return f"Since this run began, this has changed: {', '.join(shown)}{more}."
+    more = _(" and {:,} more", len(names) - CHANGED_SHOWN) if len(names) > CHANGED_SHOWN else ""
+    return _("Since this run began, this has changed: {}{}.", ", ".join(shown), more)
 
 
 FILTERS = {

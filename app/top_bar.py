@@ -151,7 +151,7 @@ def _diagnose(workspace: Path, *options: str) -> dict[str, Any]:
         )  # fmt: skip
         return dict(json.loads(done.stdout))
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        raise RunError("The doctor does not answer; run `lora-easel doctor` to see why.") from error
+        raise RunError(_("The doctor does not answer; run `lora-easel doctor` to see why.")) from error
 
 
 def _checks(workspace: Path) -> dict[str, str]:

@@ -271,7 +271,9 @@ class WorkerClient:
                 self._end(reply, "done", "")
                 return True
             case "error":
-                self._end(reply, "error", str(message.get("message", "It failed without giving a reason.")))
+                self._end(
+                    reply, "error", str(message.get("message", _("It failed without giving a reason.")))
+                )
                 return True
         return False
 

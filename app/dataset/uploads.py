@@ -149,7 +149,7 @@ class Importer:
 
     def _names(self, batch: str) -> dict[int, str]:
         if batch not in self._batches:
-            raise DatasetError("This import is over; drop the files again.")
+            raise DatasetError(_("This import is over; drop the files again."))
         return self._batches[batch]
 
     def finish(self, batch: str) -> None:
@@ -206,7 +206,7 @@ class Importer:
 
     def _refuse_two(self) -> None:
         if self.working:
-            raise DatasetError("Another import is running; wait until it is done.")
+            raise DatasetError(_("Another import is running; wait until it is done."))
 
     def _leave_demo(self) -> None:
         """Open the project of the user's own images, so that they do not mix with the demo's runs."""
@@ -229,7 +229,8 @@ class Importer:
         def said(phase: str, done: int, total: int) -> None:
             self._state = {**self._state, "phase": phase, "done": done, "total": total}
 
-        state, note = "failed", "The import failed because of a bug in LoRA Easel; its log has the details."
+        state = "failed"
+        note = _("The import failed because of a bug in LoRA Easel; its log has the details.")
         try:
             imported = work(TransferMode(how, said, project.sizes))
             project.notes = imported.skipped

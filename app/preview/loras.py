@@ -61,13 +61,13 @@ def lora_groups(snapshot: Snapshot) -> list[Group]:
     """All LoRAs on offer, grouped by location."""
     own = snapshot.app_state.jobs.own
     found = [(own(one.run_view), (one.title, str(one.file))) for one in find_loras(snapshot)]
-    groups: list[Group] = [("Runs", [file for is_own, file in found if is_own])]
+    groups: list[Group] = [(_("Runs"), [file for is_own, file in found if is_own])]
     period = int(time.monotonic() / LOOK_AGAIN)
     added = snapshot.app_state.project.path / ADDED
-    groups.append(("Added here", _in_folder(added, file_time(added), 0)))
+    groups.append((_("Added here"), _in_folder(added, file_time(added), 0)))
     for tool, folder in snapshot.app_state.tools.lora_folders():
         groups.append((tool, _in_folder(folder, 0, period)))
-    groups.append(("Runs of other projects", [file for is_own, file in found if not is_own]))
+    groups.append((_("Runs of other projects"), [file for is_own, file in found if not is_own]))
     return [(heading, files) for heading, files in groups if files]
 
 

@@ -136,10 +136,10 @@ def _number(given: dict[str, Any], name: str) -> float:
     try:
         number = usual if value is None or value == "" else float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(_("{} should be a number, not {!r}.", title, str(value)[:40])) from error
+        raise ConfigError(_("{} should be a number, not {!r}.", _(title), str(value)[:40])) from error
     if not lowest <= number <= highest:
         raise ConfigError(
-            _("{} {:g} is out of range; it must be between {} and {}.", title, number, lowest, highest)
+            _("{} {:g} is out of range; it must be between {} and {}.", _(title), number, lowest, highest)
         )
     return number
 

@@ -184,7 +184,7 @@ def _files(rows: Any) -> list[dict[str, Any]]:
             path = expand_home(name)
             if not path.is_file():
                 raise AdapterFileError(_("There is no file at {path}; choose another.", path=path))
-            found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), "A strength")})
+            found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), _("A strength"))})
     return found
 
 

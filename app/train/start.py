@@ -161,8 +161,8 @@ def queue_sweep(app_state: AppState, axes: Sequence[tuple[str, str]], name: str,
     base = Plan(app_state.project).config.changed({"name": name.strip()})
     (setting, values), *by = [(one, re.split("[,;\n]", text)) for one, text in axes]
     by = [(one, texts) for one, texts in by if any(map(str.strip, texts))]
-    if not re.fullmatch("[0-9]{1,3}", str(seeds).strip()):
-        raise ConfigError(f"Seeds is {in_short(seeds)}, which should be a whole number, such as 1 or 3.")
+    if not re.fullmatch("[1-9][0-9]{0,2}", str(seeds).strip()):
+        raise ConfigError(_("Seeds is {}, which should be a whole number, such as 1 or 3.", in_short(seeds)))
     try:
         configs = sweep_configs(base, setting, values, runs_folder(app_state.workspace), by, int(seeds))
     except ConfigError as error:
@@ -271,7 +271,8 @@ def _measuring(snapshot: Snapshot, expected: RunForecast) -> tuple[str, str]:
     config, prober = snapshot.plan.config, snapshot.app_state.prober
     if prober.working(config):
         done, total = prober.steps_done()
-        return "working", f"Trying some steps{f', {done} of {total}' if total else ''}."
+        at = _(", {:,} of {:,}", done, total) if total else ""
+        return "working", _("Trying some steps{at}.", at=at)
     tried = prober.known(config)
     if tried and expected.source == PROBED:
         return "known", _("Some steps were tried on this computer: {speed}.", speed=format_speed(tried.step))
