@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from lora_core.data.captions import (
 from lora_core.data.images import (
     CROP_LIST,
     IMAGE_SUFFIXES,
+    MASK_OF,
     MAX_FILE_BYTES,
     MOST_DEPTH,
     FileProblem,
@@ -349,6 +350,14 @@ class _Incoming:
         in_masks = folder_kind(str(self.name)) == "mask"
         return self.suffix in IMAGE_SUFFIXES and not self.is_mask and not in_masks
 
+    def join_image(self, set_names: Container[str]) -> "_Incoming":
+        """`cat_mask.png`, where an image `cat` comes too, under the name that keeps both together."""
+        image = self.name.stem[: -len(MASK_OF[0])]
+        ours = self.is_picture and fold_name(self.name.stem).endswith(MASK_OF)
+        if not (ours and image and fold_name((self.name.parent / image).as_posix()) in set_names):
+            return self
+        return replace(self, name=self.name.with_name(f"{image}{_MASK}{self.name.suffix}"))
+
 
 class _Import:
     """One import into a dataset folder."""
@@ -377,7 +386,8 @@ class _Import:
         """Add images with their masks and captions, and then what tables say of them."""
         sets: dict[str, list[_Incoming]] = {}
         tables: list[_Incoming] = []
-        for one in incoming:
+        pictures = {one.set_name for one in incoming if one.is_picture}
+        for one in (each.join_image(pictures) for each in incoming):
             if fold_name(one.name.name) in METADATA_NAMES:
                 tables.append(one)
             elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:

@@ -58,6 +58,22 @@ def test_taken_names_get_a_number_together_with_their_caption(tmp_path: Path, dr
     assert captions == {"cat.png": "first", "Cat-2.png": "no. 2", "Cat-3.png": "no. 3"}
 
 
+def test_a_mask_of_another_name_keeps_to_its_image(tmp_path: Path, draw: Draw) -> None:
+    """Where the image gets a number, and where the dataset holds a mask of the same bytes."""
+    into = tmp_path / "into"
+    draw(into / "cat.png", seed=1)
+    for seed, name in ((2, "cat"), (3, "dog")):
+        files = [draw(tmp_path / name / f"{name}.png", seed=seed)]
+        files.append(draw(tmp_path / name / f"{name}_mask.png", seed=9))
+        files.append(draw(tmp_path / name / "gas_mask.png", seed=10 + seed))
+        assert import_files(files, into).skipped == []
+    masks = {record.path.name: record.mask and record.mask.name for record in scan(into).records}
+    assert masks == {
+        "cat.png": None, "cat-2.png": "cat-2-masklabel.png", "dog.png": "dog-masklabel.png",
+        "gas_mask.png": None, "gas_mask-2.png": None,
+    }  # fmt: skip
+
+
 def test_a_caption_that_comes_later(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "into" / "a.png")
     (tmp_path / "a.txt").write_text("late")
