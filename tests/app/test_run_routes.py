@@ -166,7 +166,7 @@ def test_a_sweep_queues_a_run_for_each_value_or_none(app_state: AppState, say: S
     assert 'data-runs="dog-rank-4 dog-rank-16"' in shown
     assert "nothing to compare yet" in shown
     wrong = say("settings/sweep", setting="adapter.rank", values="4", seeds="0")
-    assert "Seeds is 'x'" in str(wrong["problem"])
+    assert "Seeds is '0'" in str(wrong["problem"])
     say("settings/sweep", setting="adapter.rank", values="4", by="train.steps", by_values="5; 6", seeds="2")
     assert len(app_state.queue.jobs()) == 8
     for job in app_state.queue.jobs()[4:]:
