@@ -118,7 +118,7 @@ def cost_key(config: RunConfig) -> str:
     """All settings that decide the time and memory of a step."""
     optim, adapter, base = config.optimizer, config.adapter, config.model.base
     # All of the section, so that a setting that is added to it later counts by itself.
-    train = config.train.model_dump(exclude={"steps"})
+    train = config.train.model_dump(exclude={"steps", "epochs"})
     train["resolution"] = train["resolution"] or lookup_base(base).resolution
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]

@@ -56,7 +56,14 @@ def test_what_costs_time_has_another_key(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train.steps", 7), ("seed", 3), ("optimizer.lr", 3e-4), ("dataset.trigger", "sks"), ("name", "x")],
+    [
+        ("train.steps", 7),
+        ("train.epochs", 3),
+        ("seed", 3),
+        ("optimizer.lr", 3e-4),
+        ("dataset.trigger", "sks"),
+        ("name", "x"),
+    ],
 )
 def test_what_costs_none_has_the_same(name: str, value: object) -> None:
     assert cost_key(RunConfig()) == cost_key(RunConfig().changed({name: value}))
