@@ -385,15 +385,17 @@ def _take_network(text: str, found: LoraSettings) -> None:
     elif kind != "lora":
         found.take("adapter.kind", kind)
     found.take("adapter.targets", "kohya")
-    for name in ("rank_dropout", "module_dropout"):
-        found.take_text(f"adapter.{name}", given.pop(name, ""), _number)
+    for name in ("rank_dropout", "module_dropout", "dropout"):
+        # kohya's trainer adds the last one for LyCORIS, beside its own.
+        text = given.pop(name, "")
+        found.take_text(f"adapter.{name}", "" if f"adapter.{name}" in found.values else text, _number)
     rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1")
     if rank:
         found.take("adapter.targets", "locon")
         found.take_text("adapter.conv_rank", rank, lambda text: int(_number(text)))
         found.take_text("adapter.conv_alpha", alpha, _number)
     for name, value in given.items():
-        if name not in ("preset", "dropout"):
+        if name != "preset":
             found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")
 
 
@@ -510,11 +512,9 @@ class _Translation:
             self.network[name.rpartition(".")[2]] = str(value).rpartition("/")[2]
         elif name == "ss_network_args":
             self.network.update(str(part).partition("=")[::2] for part in _list_of(value))
-        elif name == "ss_resolution" and not self.leaf and isinstance(value, list):
-            if len(value) > 1:
-                self.left.append(f"Of the resolutions {_short(value)} the largest is taken.")
-            sizes = [size for size in map(_plain, value) if isinstance(size, int | float)]
-            self.texts[name] = str(max(sizes, default=_short(value)))
+        elif name == "ss_resolution" and not self.leaf and len(several := _sizes_of(value)) > 1:
+            self.left.append(f"Of the resolutions {_short(value)} the largest is taken.")
+            self.texts[name] = str(max(several))
         elif name.startswith("ss_optimizer_args."):
             if not _is_off(value):
                 before = self.texts.get("ss_optimizer_args", "")
@@ -583,6 +583,12 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
 
 def _is_off(value: Any) -> bool:
     return str(value).casefold() in _OFF
+
+
+def _sizes_of(value: Any) -> list[float]:
+    """The numbers of a list, or of `512,768`."""
+    parts = value.split(",") if isinstance(value, str) else _list_of(value)
+    return [size for size in map(_plain, parts) if isinstance(size, int | float)]
 
 
 def _list_of(value: Any) -> list[Any]:

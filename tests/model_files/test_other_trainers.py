@@ -502,7 +502,14 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     file.write_text('network_dim = 8\noptimizer_args = ["weight_decay=0.2"]\n')
     values = settings_from_lora(file).values
     assert (values["optimizer.name"], values["optimizer.args"]) == ("adamw", {"weight_decay": 0.2})
+    file.write_text('network_dim = 8\nnetwork_args = ["dropout=0.3"]\n')
+    assert settings_from_lora(file).values["adapter.dropout"] == 0.3
     file = tmp_path / "a.json"
+    file.write_text('{"lora_rank": 8, "resolution": "512,768"}')
+    found = settings_from_lora(file)
+    assert (found.values["train.resolution"], found.left) == (
+        768, ["Of the resolutions 512,768 the largest is taken."],
+    )  # fmt: skip
     sets = [{"folder_path": str(n), "caption_dropout_rate": n / 10} for n in (1, 2)]
     process = {"type": "sd_trainer", "network": {"linear": 8}, "datasets": sets}
     file.write_text(json.dumps({"config": {"process": [process]}}))
