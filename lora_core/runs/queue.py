@@ -25,7 +25,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -453,13 +453,7 @@ def sweep_configs(
     taken = {fold_name(path.name) for path in runs.glob("*")}
     for chosen in itertools.product(*texts):
         try:
-            changes = dict(parsed_assignment(f"{n}={text}") for n, text in zip(names, chosen, strict=True))
-            if "name" in changes:
-                raise ConfigError("Runs of a sweep are named after their values; choose another setting.")
-            changed = config.changed(changes)
-            for steps in EPOCHS.keys() & changes.keys():
-                if changed.get(EPOCHS[steps]):
-                    raise ConfigError(f"{steps} follows from {EPOCHS[steps]}; try values of that instead.")
+            changed = _with_values(config, zip(names, chosen, strict=True))
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -477,6 +471,22 @@ def sweep_configs(
     if problems or not found:
         raise ConfigError(" ".join(dict.fromkeys(problems)) or "Give at least one value, such as 4, 8, 16.")
     return found
+
+
+def _with_values(config: RunConfig, chosen: Iterable[tuple[str, str]]) -> RunConfig:
+    """The settings of a sweep's run.
+
+    Raises:
+        ConfigError: a value is not legal, or would change nothing.
+    """
+    changes = dict(parsed_assignment(f"{name}={text}") for name, text in chosen)
+    if "name" in changes:
+        raise ConfigError("Runs of a sweep are named after their values; choose another setting.")
+    changed = config.changed(changes)
+    for steps in EPOCHS.keys() & changes.keys():
+        if changed.get(EPOCHS[steps]):
+            raise ConfigError(f"{steps} follows from {EPOCHS[steps]}; try values of that instead.")
+    return changed
 
 
 def ensure_runner(workspace: Path) -> bool:
