@@ -150,8 +150,7 @@ def preflight(
         )
         found.append(RunProblem("validation", sentence, False))
     found += _samples(config, facts.multiple if facts else 1)
-    found += _loss(config, facts)
-    found += _prior(records, config)
+    found += [*_loss(config, facts), *_prior(records, config)]
     found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
