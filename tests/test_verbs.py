@@ -99,6 +99,7 @@ VIEW_STATE = {
     "run download": "downloads a base of the hub; every verb with --base does where it is needed",
     "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "run download-ask": "asks the hub again how large a base is",
+    "run rates": "swaps the learning rates of the Train form for the optimizer's; `train --set optimizer.lr`",
     "run reset": "puts fields of the Train form back; `train --preset`",
     "run retry": "starts a failed run again with another value; `train --set`",
     "settings/take": "fills the Train form with the settings of a run; `train --config RUN/config.toml`",

@@ -420,6 +420,9 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/preview/file"): lambda evil: [
         (f"/easel/preview/file?name={quote(evil, safe='')}", {"not": "an image"})
     ],
+    ("POST", "/easel/preview/start"): lambda evil: [
+        (f"/easel/preview/start?name={quote(evil, safe='')}", {"not": "an image"})
+    ],
     ("POST", "/easel/toolbox/file"): lambda evil: [
         (f"/easel/toolbox/file?name={quote(evil, safe='')}", {"kept": "under its last name alone"})
     ],

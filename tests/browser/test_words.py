@@ -9,7 +9,8 @@ SAID = """() => [...document.querySelectorAll("body *")].filter((node) => node.o
   ...[...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.data),
   ...["title", "placeholder", "aria-label", "alt"].map((name) => node.getAttribute(name) ?? "")])"""
 SAME = re.compile(
-    r"LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr"
+    r"\S*[/\\].*\.safetensors"
+    r"|LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr"
     r"|DoRA|Ctrl|Enter|Space|Shift|Delete|Esc|Alt|PNG|HEIC|CFG|\.safetensors|\.zip|[\w-]+\.png|velocity"
     r"|clip skip|diffusers|hub|id|owner/name|ntfy[\w./-]*|https?:\S+|Slack|Discord|Mattermost|lora-easel .*"
     r"|OneTrainer|ai-toolkit|SimpleTuner|(apple|house), duskprint[\w ,]*"

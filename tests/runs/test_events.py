@@ -29,6 +29,7 @@ SAMPLES = [
     events.Started(steps=10, pid=1, device="cpu", threads=2, versions={"torch": "2.8"}),
     events.Preparing(phase="Reading images", done=1, total=3),
     events.Working(phase="Drawing samples", done=1, total=3),
+    events.RanksChosen(sentence="Less is enough.", trained=16, rank=4, parameters=0.3),
     events.RateFound(rate=2e-4, rates=[1e-4, 2e-4], shares=[0.1, 0.2]),
     StepDone(step=3, loss=0.25, lr=1e-4, seconds=0.5),
     events.Validated(step=3, gain=0.1, standard_error=0.01, base_loss=1.0, adapted_loss=0.9, best=True),

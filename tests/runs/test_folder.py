@@ -336,10 +336,7 @@ def test_what_is_neither_says_where_it_was_looked_for(name: str, tmp_path: Path)
 def test_a_folder_of_an_earlier_version_names_what_is_no_longer_used(run: RunFolder) -> None:
     assert run.retired_settings() == []
     text = run.config_file.read_text(encoding="utf-8")
-    older = text.replace("[adapter]", '[adapter]\nkind = "lora"').replace(
-        "[dataset]", "[dataset]\nrepeats = 10"
-    )
-    run.config_file.write_text(older, encoding="utf-8")
+    run.config_file.write_text(text.replace("[dataset]", "[dataset]\nrepeats = 10"), encoding="utf-8")
     assert run.config().adapter.rank == 4
     (sentence,) = run.retired_settings()
     assert sentence.startswith("dataset.repeats = 10 cannot be used: it changes nothing that is learned")

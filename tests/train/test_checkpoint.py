@@ -36,8 +36,10 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_an_optimizer_goes_on_bit_for_bit(run, name):
+def test_an_optimizer_goes_on_bit_for_bit(run, name, request):
     row = OPTIMIZERS[name]
+    if row.package == "bitsandbytes":
+        request.getfixturevalue("bitsandbytes")
     pytest.importorskip(row.load.partition(":")[0])
     generator = random.Random(0)
 

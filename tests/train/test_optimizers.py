@@ -1,7 +1,6 @@
 """Every optimizer learns with a base in every number format, however it writes what it has learned."""
 
 import importlib.machinery
-import os
 import re
 import sys
 import types
@@ -129,9 +128,13 @@ def learned(state: TrainState, steps: int = STEPS) -> float:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *ODD])
-def test_learns(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learns(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     for row in ODD:
         monkeypatch.setitem(OPTIMIZERS, row, ODD[row])
+    if OPTIMIZERS[name].package == "bitsandbytes":
+        request.getfixturevalue("bitsandbytes")
     pytest.importorskip(OPTIMIZERS[name].load.partition(":")[0])
     assert learned(trainee_of(name, PRECISIONS[precision], RATES.get(name, 0.1))) < 0.2
 
@@ -161,26 +164,6 @@ def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     MemoryFallback(state, 1, [("8-bit optimizer", 0)]).apply_until(0)
     assert isinstance(state.optimizer, Replaced)
     assert learned(state) < 0.2
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    """The real bitsandbytes, which tests/conftest.py hides; it may be in a folder of its own."""
-    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
-    with pytest.MonkeyPatch.context() as patch:
-        if own:
-            patch.syspath_prepend(own)
-        try:
-            # Since 0.50 it takes its steps on a processor too.
-            return pytest.importorskip("bitsandbytes", "0.50")
-        finally:
-            sys.modules["bitsandbytes"] = hidden
-
-
-@pytest.fixture
-def bitsandbytes(package: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    return package
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
