@@ -45,9 +45,11 @@
     context.arc(...to, paint.size / 2, 0, 2 * Math.PI);
     context.fill();
   };
+  // A stroke may end outside of the image.
+  const within = (at) => at.map((value, axis) => Math.min([canvas().width, canvas().height][axis] - 1, Math.max(0, value)));
   // Fills what surrounds a point and is on its side of grey, with white, or with black where it is white.
-  const fill = ([x, y]) => {
-    const image = snapshot(), { width, height, data } = image, start = Math.floor(y) * width + Math.floor(x);
+  const fill = (at) => {
+    const image = snapshot(), { width, height, data } = image, [x, y] = within(at).map(Math.floor), start = y * width + x;
     const white = data[4 * start] > 127, value = white ? 0 : 255, waiting = [start], inside = (index) => data[4 * index] > 127 === white;
     while (waiting.length) {
       let left = waiting.pop();
@@ -142,7 +144,7 @@
 
   document.addEventListener("keydown", (event) => {
     if (!paint || !event.target.closest?.("#picture-big, #mask-bar")) return;
-    const key = event.key.toLowerCase(), control = event.ctrlKey || event.metaKey, { width, height } = canvas();
+    const key = event.key.toLowerCase(), control = event.ctrlKey || event.metaKey;
     const by = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] }[key], tool = TOOLS.find((name) => name[0] === key);
     const onCanvas = event.target === canvas();
     if (control && (key === "z" || key === "y")) stepBack(key === "y" || event.shiftKey);
@@ -152,7 +154,7 @@
     else if (key === "[" || key === "]") resize(paint.size * (key === "[" ? 0.8 : 1.25));
     else if (onCanvas && key === "enter") save();
     else if (onCanvas && key === " ") press(paint.at);
-    else if (onCanvas && by) paint.at = paint.at.map((at, axis) => Math.min([width, height][axis] - 1, Math.max(0, at + by[axis] * Math.max(2, paint.size / 4))));
+    else if (onCanvas && by) paint.at = within(paint.at.map((at, axis) => at + by[axis] * Math.max(2, paint.size / 4)));
     else return;
     event.preventDefault();
     event.stopPropagation();

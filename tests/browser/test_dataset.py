@@ -326,7 +326,11 @@ def _paint(page, folder: Path) -> None:
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + 2)
     page.mouse.down()
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] - 2, steps=4)
+    page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] - 40)
     page.mouse.up()
+    # Where the stroke ended, outside of the image.
+    for key in ("f", "Space", "Control+z"):
+        page.keyboard.press(key)
     page.mouse.move(frame["x"] + frame["width"] / 4, frame["y"] + frame["height"] / 2)
     page.keyboard.press("f")
     page.mouse.down()
