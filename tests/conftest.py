@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,23 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     passed = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", [])
     if not any("browser" in report.keywords for report in passed):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="module")
+def package() -> Any:
+    """The real bitsandbytes, which is hidden above; it may be in a folder of its own."""
+    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
+    with pytest.MonkeyPatch.context() as patch:
+        if own:
+            patch.syspath_prepend(own)
+        try:
+            # Since 0.50 it takes its steps on a processor too.
+            return pytest.importorskip("bitsandbytes", "0.50")
+        finally:
+            sys.modules["bitsandbytes"] = hidden
+
+
+@pytest.fixture
+def bitsandbytes(package: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    return package

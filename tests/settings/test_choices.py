@@ -29,11 +29,13 @@ ROWS = [(name, key) for name, table in TABLES.items() for key in table]
 
 
 @pytest.mark.parametrize(("table", "key"), ROWS)
-def test_the_row_is_real(table: str, key: str) -> None:
+def test_the_row_is_real(table: str, key: str, request: pytest.FixtureRequest) -> None:
     row = TABLES[table][key]
     assert row.title
     assert row.help.endswith(".")
     if isinstance(row, Implementation):
+        if row.package == "bitsandbytes":
+            request.getfixturevalue("bitsandbytes")
         if row.package:
             pytest.importorskip(row.load.partition(":")[0])
         found = row.resolve()

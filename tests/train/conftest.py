@@ -1,9 +1,6 @@
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -56,23 +53,3 @@ def own_toy(shared_toy: Toy, tmp_path: Path) -> Iterator[Toy]:
     nothing."""
     with one_thread():
         yield Toy(shared_toy.base, shared_toy.pictures, tmp_path / "home")
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    """The real bitsandbytes, which tests/conftest.py hides; it may be in a folder of its own."""
-    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
-    with pytest.MonkeyPatch.context() as patch:
-        if own:
-            patch.syspath_prepend(own)
-        try:
-            # Since 0.50 it takes its steps on a processor too.
-            return pytest.importorskip("bitsandbytes", "0.50")
-        finally:
-            sys.modules["bitsandbytes"] = hidden
-
-
-@pytest.fixture
-def bitsandbytes(package: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    return package

@@ -142,8 +142,8 @@ def test_accumulating_equals_a_larger_batch(tmp_path, config):
 
 def _noise_of(number):
     """Make micro-batch 0 draw the noise of micro-batch `number`."""
-    original = loop._noise_seed
-    return mock.patch.object(loop, "_noise_seed", lambda seed, _: original(seed, number))
+    original = loop.noise_seed
+    return mock.patch.object(loop, "noise_seed", lambda seed, _: original(seed, number))
 
 
 def test_it_learns(tmp_path, config):
