@@ -101,7 +101,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def package() -> Any:
     """The real bitsandbytes, which is hidden above; it may be in a folder of its own."""
     hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
