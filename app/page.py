@@ -103,7 +103,8 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
     demo.load(opened, None, filled, **QUIET)
-    hub.submit(bindings.initial_values, None, filled, **QUIET)
+    # One that is asked for while another is under way brings newer values: it comes after it.
+    hub.submit(bindings.initial_values, None, filled, **TYPING)
     # Fields that change during an update are asked for after it.
     hub.change(update, None, [component for component, _ in bindings.updates], **TYPING)
 

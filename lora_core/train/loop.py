@@ -24,13 +24,7 @@ from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import (
-    HUBER_SCHEDULES,
-    LOSSES,
-    SCHEDULES,
-    LossSection,
-    chosen,
-)
+from lora_core.settings.schema import HUBER_SCHEDULES, LOSSES, SCHEDULES, LossSection, chosen
 from lora_core.train.data import Batch, Batches, PromptCache
 
 CLIP_EPSILON = 1e-6

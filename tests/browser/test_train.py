@@ -291,8 +291,7 @@ def test_another_optimizer_brings_its_rate_and_gives_it_back(page) -> None:
     page.wait_for_function(
         "document.querySelector('#command pre')?.textContent.includes('optimizer.name=lion')"
     )
-    # A note that is drawn anew between the two halves of a click would lose it.
-    page.press("#swap-rates", "Enter")
+    page.click("#swap-rates")
     has_value(page, "#optimizer-lr input", "0.003")
     page.wait_for_selector("#swap-rates:has-text('Use 0.0006')")
     page.click("#optimizer-name input")
