@@ -3,11 +3,9 @@ keeps the best; trained well it does not stop while it still gains. Judged by lo
 
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.runs import events
@@ -26,15 +24,7 @@ TOO_LONG = WATCHED | {
 }  # fmt: skip
 WELL = WATCHED | {"validation.every": 10, "save.every": 40}
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 
 @pytest.fixture(scope="module")

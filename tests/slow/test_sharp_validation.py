@@ -4,7 +4,6 @@ demo's style, drawn and printed as the demo's own were."""
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,7 @@ DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
 SETS, PICTURES, LOOKS = 40, 20, 4
 DIVISIONS = 200
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 
 @pytest.fixture(scope="module")

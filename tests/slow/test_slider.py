@@ -2,12 +2,10 @@
 20 seeds, and what they are not to change stays nearer to the base than after the demo's training."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lora_core import api
 from lora_core.generate.pipeline import open_pipeline
@@ -26,15 +24,7 @@ ALONE = [
 ]  # fmt: skip
 """None of them is among the prompts that forgetting is measured on."""
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 
 def trained(home: Path, dataset: str = "", **settings: object) -> RunFolder:
