@@ -108,7 +108,7 @@ def current_values(project: Project) -> dict[str, Any]:
     return dict(zip(FORM, widget_values(project), strict=True))
 
 
-def keep_changed_values(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
+def keep_changed_values(project: Project, seen: list[Any] | None, values: list[Any]) -> None:
     """Put into the draft what was typed on a page, but not what was merely displayed there.
 
     Args:
@@ -117,12 +117,13 @@ def keep_changed_values(project: Any, seen: list[Any] | None, values: list[Any])
         values: what its fields hold now.
     """
     given = dict(zip(FORM, values, strict=True))
-    if seen is not None and len(seen) == len(values):
-        before = dict(zip(FORM, seen, strict=True))
-        given = current_values(project) | {
-            name: value for name, value in given.items() if value != before[name]
-        }
-    project.update_draft(values=given)
+    with project.editing():
+        if isinstance(seen, list) and len(seen) == len(values):
+            before = dict(zip(FORM, seen, strict=True))
+            given = current_values(project) | {
+                name: value for name, value in given.items() if value != before[name]
+            }
+        project.update_draft(values=given)
 
 
 def group_fields(group: str) -> list[str]:

@@ -64,8 +64,9 @@ class TrainForm:
         self.widgets = {name: made[name] for name in FORM}
         self.fields = list(self.widgets.values())
         # What this page was filled with: only what differs from it was typed here. Without it, a second page
-        # would overwrite newer values of the first with its old ones.
-        self.seen = gr.State(None)
+        # would overwrite newer values of the first with its old ones. The page holds it, so that each event
+        # brings it as it was when the fields were read: an answer on its way changes neither.
+        self.seen = gr.HTML(None, html_template="", padding=False, apply_default_css=False)
         for name, field in self.widgets.items():
             bindings.fill_on_load(field, functools.partial(self._value, name))
         bindings.fill_on_load(self.goal, lambda: chosen_preset(self.project.draft())[0])
@@ -183,9 +184,10 @@ class TrainForm:
         given = dict(zip(FORM, values, strict=True))
         if seen is not None and seen[FORM.index("optimizer.name")] == given["optimizer.name"]:
             return [gr.skip()] * (1 + len(FORM))
-        before = Plan(self.project)
-        keep_changed_values(self.project, seen, list(values))
-        fresh = choose_optimizer(self.project, before)
+        with self.project.editing():
+            before = Plan(self.project)
+            keep_changed_values(self.project, seen, list(values))
+            fresh = choose_optimizer(self.project, before)
         return [list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
 
     def _choose_base(self, seen: list[Any] | None, *values: Any) -> list[Any]:
@@ -197,18 +199,20 @@ class TrainForm:
         old_level = chosen_preset(self.project.draft())[1]
         said, level, changed = choose_base(self.bindings.app_state, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
-        keep_changed_values(self.project, seen, list(values))
-        self.project.update_draft(values=current_values(self.project) | fresh, level=level)
+        with self.project.editing():
+            keep_changed_values(self.project, seen, list(values))
+            self.project.update_draft(values=current_values(self.project) | fresh, level=level)
         shown = [note_html(said) if said else "", gr.skip() if level == old_level else level]
         return [*shown, list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
 
 
 def reset_settings(project: Project, group: str) -> None:
     """Reset the settings of a folded group to the preset, of all where `group` is none."""
-    preset = form_values(Plan(project).preset)
-    names = group_fields(group) if group in FOLDED else [name for name in FORM if name != "model.base"]
-    own = {name: value for name, value in zip(FORM, preset, strict=True) if name in names}
-    project.update_draft(values=current_values(project) | own)
+    with project.editing():
+        preset = form_values(Plan(project).preset)
+        names = group_fields(group) if group in FOLDED else [name for name in FORM if name != "model.base"]
+        own = {name: value for name, value in zip(FORM, preset, strict=True) if name in names}
+        project.update_draft(values=current_values(project) | own)
 
 
 def choose_optimizer(project: Project, before: Plan) -> dict[str, Any]:
@@ -236,10 +240,11 @@ def _named(values: dict[str, Any]) -> dict[str, Any]:
 
 def swap_rates(project: Project) -> None:
     """Take the usual rates of the chosen optimizer, or put those of before back."""
-    swap, config = project.draft().get("rates") or {}, Plan(project).config
-    if swap.get("optimizer") == config.optimizer.name:
-        taken = all(config.get(name) == value for name, value in swap["to"].items())
-        project.update_draft(values=current_values(project) | swap["from" if taken else "to"])
+    with project.editing():
+        swap, config = project.draft().get("rates") or {}, Plan(project).config
+        if swap.get("optimizer") == config.optimizer.name:
+            taken = all(config.get(name) == value for name, value in swap["to"].items())
+            project.update_draft(values=current_values(project) | swap["from" if taken else "to"])
 
 
 def _rates_note(snapshot: Snapshot) -> str:
@@ -435,10 +440,11 @@ def _fitted(draft: dict[str, Any]) -> str:
 
 def adopt_downloaded_base(app_state: AppState, name: str) -> None:
     """Fill the form with a downloaded base's starting values if it is still chosen."""
-    values = current_values(app_state.project)
-    if values["model.base"] == name:
-        _, level, changed = choose_base(app_state, values)
-        app_state.project.update_draft(values=changed, level=level)
+    with app_state.project.editing():
+        values = current_values(app_state.project)
+        if values["model.base"] == name:
+            _, level, changed = choose_base(app_state, values)
+            app_state.project.update_draft(values=changed, level=level)
 
 
 def _added_folder(app_state: AppState, folder: Path) -> str:

@@ -167,6 +167,12 @@ class Project:
                 write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
 
     @contextmanager
+    def editing(self) -> Iterator[None]:
+        """While the context is open, no other thread changes the draft: what is read of it holds."""
+        with self._lock:
+            yield
+
+    @contextmanager
     def without_draft(self) -> Iterator[None]:
         """An empty draft while the context is open."""
         with self._lock:

@@ -232,10 +232,14 @@ class StopRequest:
         """Have a signal end what is done while the context is open, such as an import, by a
         KeyboardInterrupt.
 
+        An import ends where the next module would be searched for: raised at any other point of it, the
+        KeyboardInterrupt may pass through the C++ that initializes torch, which aborts the process.
+
         Raises:
             KeyboardInterrupt: a signal came, also where a library passed over it or made another error of it.
         """
         self._raises = True
+        sys.meta_path.insert(0, self)
         try:
             self._raise_if_came()
             yield
@@ -244,6 +248,11 @@ class StopRequest:
             raise
         finally:
             self._raises = False
+            sys.meta_path.remove(self)
+        self._raise_if_came()
+
+    def find_spec(self, *asked: object) -> None:
+        """As a finder of modules, which `raising` makes of it: finds none, but ends the import."""
         self._raise_if_came()
 
     def _raise_if_came(self) -> None:
@@ -256,8 +265,15 @@ class StopRequest:
                 os._exit(INTERRUPTED)
             self._by_key = True
         self.came = True
-        if self._raises:
+        if self._raises and not _is_importing():
             raise KeyboardInterrupt
+
+
+def _is_importing() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def limit_spinning(kind: str) -> None:

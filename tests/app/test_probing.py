@@ -62,8 +62,10 @@ def app_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppSt
 
 
 def asked(tmp_path: Path) -> list[dict[str, Any]]:
+    """What the worker was asked; a line that it is still writing does not count."""
     file = tmp_path / "asked"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def state(app_state: AppState) -> str:

@@ -1,11 +1,13 @@
 """The Train tab's form: its search, its resets, and two pages that type into it."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from app.state import AppState, take_snapshot
 from app.templates import with_labels
+from app.train import form
 from app.train.form import (
     FORM,
     Plan,
@@ -76,6 +78,31 @@ def test_two_pages_do_not_undo_each_other(tmp_path: Path) -> None:
     keep_changed_values(project, now, changed(now, train__steps=first[FORM.index("train.steps")]))
     plan = Plan(project)
     assert (plan.config.train.steps, plan.config.adapter.rank) == (first[FORM.index("train.steps")], 4)
+
+
+def test_two_events_at_once_do_not_undo_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a list says twice that another optimizer was chosen, each time with all fields."""
+    project = Project(tmp_path / "project")
+    seen = widget_values(project)
+    read, written = threading.Event(), threading.Event()
+
+    def slow_values(project: Project) -> dict[str, object]:
+        values = current_values(project)
+        read.set()
+        written.wait(0.3)
+        return values
+
+    monkeypatch.setattr(form, "current_values", slow_values)
+    typed = changed(seen, optimizer__name="lion")
+    thread = threading.Thread(target=keep_changed_values, args=(project, seen, typed))
+    thread.start()
+    read.wait()
+    with project.editing():
+        project.update_draft(values=current_values(project) | {"train.steps": 77})
+    written.set()
+    thread.join()
+    config = Plan(project).config
+    assert (config.optimizer.name, config.train.steps) == ("lion", 77)
 
 
 def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Signals in a real process: taken while a context is open, as they were afterwards."""
 
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,23 @@ def test_within_an_import_it_ends_it_however_that_is_taken(error: Exception | No
             raise AssertionError("it is not begun")
     with pytest.raises(ImportError), StopRequest().raising():
         raise ImportError("its own")
+
+
+def test_an_import_ends_where_the_next_module_is_searched_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not within a module, which may be called by C++ that lets nothing pass."""
+    for name, code in (
+        ("first_of_two", "os.kill(os.getpid(), signal.SIGTERM)"),
+        ("second_of_two", "raise AssertionError('it is not begun')"),
+    ):
+        made = tmp_path / f"{name}.py"
+        made.write_text(
+            f"import os, signal\n{code}\nopen(__file__ + '.done', 'w').close()\nimport second_of_two"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    wish = StopRequest()
+    with wish.taken(), pytest.raises(KeyboardInterrupt), wish.raising():
+        importlib.import_module("first_of_two")
+    assert [file.name for file in tmp_path.glob("*.done")] == ["first_of_two.py.done"]
+    assert wish not in sys.meta_path
