@@ -50,6 +50,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(folder, filter="data")
     unpacked = folder / source.name.removesuffix(".tar.gz")
     assert (unpacked / "tests" / "conftest.py").is_file()
+    (unpacked / "site" / "assets").mkdir(parents=True)
+    for name in ("index.html", "assets/site.js.map"):
+        (unpacked / "site" / name).touch()
     subprocess.run([*build, "wheel"], cwd=unpacked, check=True, capture_output=True)
     (built,) = folder.glob("*.whl")
     return built
@@ -133,6 +136,8 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     missing = [name for name in vendor if f"assets/vendor/{name}.LICENSE" not in ours]
     assert missing == []
     assert not [name for name in names if "/make/" in name or name.endswith(("install.py", ".pyc"))]
+    site = [name for name in names if "/site/" in name]
+    assert site == ["lora_core/assets/site/index.html"]
     tables = {path.name for path in (ROOT / "assets").glob("*.toml")}
     assert tables <= {Path(name).name for name in names if name.startswith("lora_core/assets/")}
 
@@ -229,11 +234,12 @@ def test_a_release_is_of_the_version_that_its_tag_says(tag: str, code: int, tmp_
     shutil.copy(ROOT / ".ci" / "package", tmp_path / ".ci")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$3" = version ] && echo 1.2.0 || mkdir "$5"\n')
+    answers = '"hatchling version") echo 1.2.0;; "hatchling build") mkdir "$5";; "mkdocs build") mkdir site;;'
+    python.write_text(f'#!/bin/sh\ncase "$2 $3" in {answers} *) exit 2;; esac\n')
     python.chmod(0o755)
     done = subprocess.run([tmp_path / ".ci" / "package", tag], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert (tmp_path / "dist").is_dir() == (code == 0)
+    assert (tmp_path / "dist").is_dir() == (tmp_path / "site").is_dir() == (code == 0)
     assert ("v1.3.0 is not that of version 1.2.0" in done.stderr) == (code == 1)
 
 

@@ -1,15 +1,25 @@
-"""README, ARCHITECTURE, CONTRIBUTING, CHANGELOG and docs: their links and commands work."""
+"""README, ARCHITECTURE, CONTRIBUTING, CHANGELOG and docs: links and commands work, and the site builds."""
 
+import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
+import webbrowser
 from pathlib import Path
 
 import pytest
 
 from app.main import build_parser as window_parser
-from lora_core.api import VERBS
+from lora_core.api import VERBS, docs
+from lora_core.cli import main
 from lora_core.cli.parser import parameters, parse
-from lora_core.verbs import GROUPS
+from lora_core.errors import LoraError
+from lora_core.settings.config import FIELDS, load_toml
+from lora_core.verbs import GROUPS, datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -31,6 +41,46 @@ def commands() -> list[str]:
     return re.findall(r"`lora-easel ([^`]+)`", page("docs/commands.md"))
 
 
+def lines_of_commands() -> list[str]:
+    """All commands of blocks for a shell; of other blocks and of the text those of ours, but for mere names.
+
+    A line may end with what it does, two spaces or more behind it.
+    """
+    found: dict[str, None] = {}
+    for text in map(page, PAGES):
+        for kind, block in re.findall(r"^ *```(\w+)\n(.*?)^ *```", text, re.M | re.S):
+            lines = [re.sub(r"  +.*", "", line.strip()) for line in block.splitlines()]
+            ours = re.compile("" if kind == "sh" else "lora-easel" if kind == "text" else "$.")
+            found |= dict.fromkeys(one for line in lines if ours.match(line) for one in line.split(" && "))
+        found |= dict.fromkeys(re.findall(r"`((?:lora-easel|python -m tests)[ .][^`]+)`", text))
+    return [one for one in found if one.removeprefix("lora-easel ") not in VERBS]
+
+
+def check_command(words: list[str]) -> None:
+    """Check that a command of a page is one: its program, and the words behind it.
+
+    Raises:
+        AssertionError, SystemExit: it is not.
+    """
+    program, *rest = words
+    if program == "lora-easel":
+        parse(rest)
+    elif program == "lora-easel-window" or words == ["python", "launch.py"]:
+        window_parser().parse_args(rest[1:])
+    elif program == "python" and rest[0] == "launch.py":
+        assert f"launch.py {rest[1]} " in page("launch.py")
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]) is not None
+    elif program == "python":
+        script = page(rest[0])
+        assert [word for word in rest if word.startswith("--") and f'"{word}"' not in script] == []
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+    else:
+        tools = tomllib.loads(page("pyproject.toml"))["project"]["optional-dependencies"]["test"]
+        assert any(re.match(rf"{program}\b", tool) for tool in tools), program
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page(name))
@@ -44,15 +94,20 @@ def test_the_commands_are_those_that_there_are() -> None:
     assert named == set(VERBS)
 
 
-def lines_of_commands() -> list[str]:
-    """Those of blocks, each with what it does two spaces or more behind it."""
-    blocks = page("README.md") + page("docs/install.md")
-    return re.findall(r"^lora-easel (.+?)(?: {2,}.*)?$", blocks, re.M)
-
-
-@pytest.mark.parametrize("command", [*commands(), *lines_of_commands()])
+@pytest.mark.parametrize(
+    "command", sorted({*(f"lora-easel {one}" for one in commands()), *lines_of_commands()})
+)
 def test_the_command_is_understood(command: str) -> None:
-    parse(shlex.split(command))
+    check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["lora-easel trian demo", "lora-easel train --nme a demo", "python launch.py tset", "python -m tests.no"],
+)
+def test_a_wrong_command_would_be_found(command: str) -> None:
+    with pytest.raises((SystemExit, AssertionError)):
+        check_command(shlex.split(command))
 
 
 def test_options_that_are_spoken_of_exist() -> None:
@@ -66,3 +121,67 @@ def test_the_two_commands_stand_at_the_start() -> None:
         "python launch.py",
         "python launch.py test",
     ]
+
+
+def test_the_first_lora_is_made_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All commands of the page, of which three do less here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_EASEL_HOME", str(tmp_path / "workspace"))
+    short = (
+        "train.steps=2",
+        "train.batch_size=1",
+        "train.resolution=64",
+        "validation.every=0",
+        "sample.every=0",
+    )
+    less = {
+        "train": [word for one in short for word in ("--set", one)],
+        "generate": ["--steps", "2"],
+        "report": ["--no-measure"],
+    }
+    (block,) = re.findall(r"```sh\n(.*?)```", page("docs/first.md"), re.S)
+    for line in block.splitlines():
+        words = shlex.split(line)[1:]
+        assert main([*words, *less.get(words[0], [])]) == 0, (line, capsys.readouterr().err)
+    made = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert {".png", ".html", ".safetensors"} <= made
+
+
+def test_the_file_of_settings_is_read(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", page("docs/settings.md"), re.S)
+    (tmp_path / "settings.toml").write_text(block, encoding="utf-8")
+    assert load_toml(tmp_path / "settings.toml")["adapter"]["rank"] == 8
+
+
+def test_the_site_has_every_page_verb_and_setting(tmp_path: Path) -> None:
+    """Built with warnings as errors: of links, anchors, and pages that the navigation lacks."""
+    pytest.importorskip("material", reason="the extra `docs` brings mkdocs-material: python launch.py test")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    around = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=around, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    titles = {(one["location"].partition("#")[0], one["title"]) for one in index}
+    assert {("commands.html", verb) for verb in VERBS} <= titles
+    settings = (tmp_path / "settings.html").read_text(encoding="utf-8")
+    assert [name for name in FIELDS if f"<code>{name}</code>" not in settings] == []
+    # It is read without a network: nothing is fetched from elsewhere.
+    for made in tmp_path.rglob("*.html"):
+        text = made.read_text(encoding="utf-8")
+        assert re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?https?:", text) == [], made
+
+
+def test_docs_opens_the_site_else_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(datasets, "SITE", tmp_path / "index.html")
+    assert docs() == ROOT / "README.md"
+    (tmp_path / "index.html").touch()
+    assert docs() == docs(no_browser=True) == tmp_path / "index.html"
+    assert opened == [(ROOT / "README.md").as_uri(), (tmp_path / "index.html").as_uri()]
+    (tmp_path / "index.html").unlink()
+    monkeypatch.setattr(datasets, "IS_CHECKOUT", False)
+    with pytest.raises(LoraError, match="without its documents"):
+        docs()

@@ -31,6 +31,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 IS_CHECKOUT = not (PACKAGE / "assets").is_dir()
 """Whether launch.py and the sources lie beside the packages; a wheel has the assets inside this one."""
 ASSETS = (PACKAGE.parent if IS_CHECKOUT else PACKAGE) / "assets"
+SITE = (PACKAGE.parent if IS_CHECKOUT else ASSETS) / "site" / "index.html"
+"""The first page of the documents, where `mkdocs build` made them."""
 DEMO_BASE = ASSETS / "base"
 DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"

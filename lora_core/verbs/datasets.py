@@ -1,15 +1,16 @@
 """Verbs about images and captions, the projects that hold them, and what else a workspace keeps."""
 
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_core.errors import DatasetError, RunError
+from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
-from lora_core.system.files import expand_home
+from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import File, Found, Measure, Place, Progress, load_images, verb
 
@@ -392,6 +393,27 @@ def _pictures_of(dataset: File, workspace: Place) -> "Project":
     from lora_core.projects.workspace import open_images
 
     return open_images(str(dataset), workspace_folder(workspace))
+
+
+@verb
+def docs(no_browser: bool = False) -> Path:
+    """Open the documents in the browser: the site, or the README where it was not built.
+
+    Args:
+        no_browser: only say where they are.
+
+    Raises:
+        LoraError: they were not installed.
+    """
+    page = SITE if SITE.is_file() else PACKAGE.parent / "README.md"
+    if not (SITE.is_file() or IS_CHECKOUT):
+        raise LoraError(
+            "This installation was built without its documents: read them in the folder docs of the sources;"
+            " `lora-easel VERB --help` has the options of each command."
+        )
+    if not no_browser:
+        webbrowser.open(page.as_uri())
+    return page
 
 
 @verb
