@@ -21,8 +21,9 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     assert [one["base"] for one in kept.values()] == ["demo"]
 
     page.click("#telling button:has-text('Notifications')")
-    frames(page)
     field = page.locator("#tell-whom input, #tell-whom textarea")
+    field.wait_for()
+    frames(page)
     field.fill("say 'hello")
     page.click("#tell-save")
     page.wait_for_selector("#tell-note .problem >> text=No closing quotation")
@@ -37,7 +38,6 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     page.reload()
     open_tab(page, "Train")
     page.click("#telling button:has-text('Notifications')")
-    frames(page)
     page.wait_for_function(
         "document.querySelector('#tell-whom input, #tell-whom textarea')?.value.length > 9"
     )

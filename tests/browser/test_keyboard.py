@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import frames, has_value, state_is
+from tests.browser.pages import has_value, state_is
 
 MOST_STOPS = 120
 # Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
@@ -66,8 +66,7 @@ def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> N
     page.focus("#save-now")
     page.keyboard.press("Space")
     page.wait_for_selector("#save-now:enabled")
-    frames(page)
-    assert page.evaluate("document.activeElement.id") == "save-now"
+    page.wait_for_function("document.activeElement.id === 'save-now'")
     unseen += tab_to(page, "#stop", "Shift+Tab")
     page.keyboard.press("Space")
     state_is(page, "stopped")
