@@ -154,7 +154,7 @@ def test_choosing_an_optimizer_sets_its_usual_rate_and_can_be_undone(app_state: 
     # A rate that was typed stays, and the usual one is offered.
     project.update_draft(values=current_values(project) | {"optimizer.lr": 7e-4})
     assert choose("came")[0] == 7e-4
-    assert f"Use {2 * start[0]:g}" in _rates_note(take_snapshot(app_state))
+    assert f"Use {0.3 * start[0]:g}" in _rates_note(take_snapshot(app_state))
     assert choose("adamw")[0] == 7e-4
     assert choose("not an optimizer")[0] == 7e-4
 

@@ -13,6 +13,7 @@ from lora_core.generate.pipeline import Pipeline
 from lora_core.generate.request import GenerationRequest
 from lora_core.models.load import load_base
 
+DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
 TILE = 8
 GROUND = ("white", "sky blue", "pink", "yellow")
 TRAIN = (
@@ -25,6 +26,13 @@ HELD_OUT = ("horse", "pig", "cow", "chicken", "grapes", "pizza", "airplane", "st
 
 GROUNDS = ("white", "sky blue", "pink", "yellow", "lime green", "orange", "grey", "purple")
 SUBJECT_TRAIN, SUBJECT_HELD_OUT = 16, 8
+
+
+def picture_set(name: str, home: Path) -> Path:
+    """The folder of the set "demo", "second" or "subject"; these two are drawn below `home`, once."""
+    if name in SETS and not (home / name).is_dir():
+        SETS[name](home / name)
+    return home / name if name in SETS else DEMO
 
 
 def subject_set(folder: Path) -> Path:
@@ -77,3 +85,6 @@ def in_tiles(picture: Image.Image, seed: int) -> Image.Image:
     tiles = colours.repeat(TILE, 0).repeat(TILE, 1)
     tiles[::TILE] = tiles[:, ::TILE] = 235
     return Image.fromarray(tiles.clip(0, 255).round().astype(np.uint8))
+
+
+SETS = {"second": drawn_set, "subject": subject_set}

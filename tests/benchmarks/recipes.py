@@ -1,14 +1,20 @@
-"""Recipes at equal time: the gain of adapter kinds, optimizers, losses and noise levels beside the preset's.
+"""Recipes beside the preset: the gain of adapter kinds, optimizers, losses and noise levels.
 
-    python -m tests.benchmarks.recipes [demo|second|subject] [STEPS] [SEEDS] [GROUP ...] > table.md
+    python -m tests.benchmarks.recipes [demo|second|subject] [STEPS] [SEEDS] [GROUP ...] [--equal-steps]
+        [--home FOLDER] > table.md
 
 Each recipe is the demo's preset with something changed. It takes as many steps as the preset would take time
-for its own (60 unless given), and goes through the product's queue and comparison. Its gain on the held-out
-images of the run comes with the difference to the preset, paired by image and noise; a column beside it has
-the gain on images of things that no run saw, by `tests/evaluator.py`, which shares no code with the trainer.
-What the machine cannot run (an optional package is missing) is named below the table.
+for its own (60 unless given), or the same number with `--equal-steps`, where the machine has other work and
+seconds mean nothing. Its gain on the held-out images of the run comes with the difference to the preset,
+paired by image and noise; a column beside it has the gain on images of things that no run saw, by
+`tests/evaluator.py`, which shares no code with the trainer. What cannot run (an optional package is missing)
+is named below the table. Runs stay in FOLDER and are not trained again, so that a measurement can be broken
+off and gone on with.
 """
 
+import argparse
+import contextlib
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,18 +29,19 @@ from lora_core.runs.preflight import preflight, require_none_blocking
 from lora_core.runs.queue import Queue, run_queue
 from lora_core.settings.config import FIELDS, RunConfig, choices_of
 from lora_core.train.autotune import time_steps
-from tests.benchmarks.pictures import drawn_set, subject_set
+from tests.benchmarks.pictures import SETS, picture_set
 from tests.benchmarks.rows import machine
 from tests.evaluator import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE, DEMO = ROOT / "assets" / "base", ROOT / "assets" / "demo"
+BASE = ROOT / "assets" / "base"
+PRESET = "the preset"
 STEPS, SEEDS = 60, 1
-VALIDATIONS, TIMINGS = 4, 2
+VALIDATIONS, TIMINGS = 2, 2
 """Of each run; of each step that is timed, of which the shorter counts."""
 SAME: dict[str, Any] = {
     **starting_settings("demo", None), "sample.every": 0, "save.every": 0, "validation.patience": 0,
-    "validation.draws_per_image": 16,
+    "validation.draws_per_image": 8, "validation.memorization": False,
 }  # fmt: skip
 ONE_EACH = {
     "adapter": ("adapter.kind", "adapter.targets"),
@@ -58,8 +65,10 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "warm-up of 5%": {"optimizer.warmup": 0.05},
     },
     "loss": {
-        "min-SNR off": {"loss.min_snr": 0.0},
+        "Huber, constant delta": {"loss.type": "huber", "loss.huber_schedule": "constant"},
+        "Huber, exponential": {"loss.type": "huber", "loss.huber_schedule": "exponential"},
         "min-SNR 1": {"loss.min_snr": 1.0},
+        "min-SNR 5": {"loss.min_snr": 5.0},
         "debiased": {"loss.debias": True},
         "noise offset 0.05": {"loss.noise_offset": 0.05},
         "multi-resolution noise, 6": {"loss.multires_noise": 6},
@@ -76,7 +85,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
 
 def recipes(group: str) -> dict[str, dict[str, Any]]:
     """What is compared, by name: the preset first."""
-    found: dict[str, dict[str, Any]] = {"the preset": {}}
+    found: dict[str, dict[str, Any]] = {PRESET: {}}
     for setting in ONE_EACH[group]:
         for key, row in (choices_of(setting) or {}).items() if setting in FIELDS else ():
             if key != SAME.get(setting, RunConfig().get(setting)):
@@ -111,73 +120,115 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
     return config.changed({"train.steps": steps, "validation.every": max(1, steps // VALIDATIONS)})
 
 
-def compared(group: str, pictures: Path, steps: int, seeds: int, home: Path, clock: Clock) -> None:
-    """Train the recipes of a group, and print their table."""
-    names, missing, queue = dict[str, str](), list[str](), Queue(home)
-    usual = clock.seconds(settings_of("usual", pictures, {}))
-    for number, (title, changes) in enumerate(recipes(group).items()):
+def steps_of(config: RunConfig, steps: int, clock: Clock | None) -> int:
+    """The length of a recipe: `steps`, or as many as take the time of the preset's by the clock."""
+    if clock is None:
+        return steps
+    usual = settings_of("usual", Path(config.dataset.path).parent, {})
+    return max(VALIDATIONS, round(steps * clock.seconds(usual) / clock.seconds(config)))
+
+
+def add_runs(
+    group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None
+) -> tuple[dict[str, str], list[str]]:
+    """Queue the runs of a group that are not done: titles by run, and a line on each that cannot run."""
+    names, missing, queue = dict[str, str](), list[str](), Queue(given.home)
+    for title, changes in recipes(group).items():
         try:
-            config = settings_of(f"{group}-{number}", pictures, changes)
-            require_none_blocking(preflight(config, home))
-            config = with_steps(config, max(VALIDATIONS, round(steps * usual / clock.seconds(config))))
+            config = settings_of(title, pictures, changes)
+            require_none_blocking(preflight(config, given.home))
         except LoraError as error:
             missing.append(f"{title}: {error}")
             continue
-        for seed in range(seeds):
-            one = config.changed({"name": f"{config.name}-{seed}", "seed": seed})
-            (run,) = queue.add_new([one])
-            names[run.name] = title
-    run_queue(home, lambda line: sys.stderr.write(f"{line}\n") and None)
-    runs = {name: RunFolder(home / "runs" / name) for name in names}
+        config = with_steps(config, steps_of(config, given.steps, clock))
+        for seed in range(given.seeds):
+            name = f"{given.set}-{re.sub('[^a-z0-9]+', '-', title.lower())}-{given.steps}-{seed}"
+            names[name] = title
+            run = RunFolder(given.home / "runs" / name)
+            if not run.config_file.is_file():
+                queue.add_new([config.changed({"name": name, "seed": seed})])
+            elif run.progress().ending != "done":
+                queue.add(run)
+    return names, missing
+
+
+def compared(group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None) -> None:
+    """Train the recipes of a group, and print their table."""
+    names, missing = add_runs(group, pictures, given, clock)
+    run_queue(given.home, lambda line: sys.stderr.write(f"{line}\n") and None)
+    runs = {name: RunFolder(given.home / "runs" / name) for name in names}
     trials = {name: Trial(run, run.config(), run.progress()) for name, run in runs.items()}
-    preset = [trial for name, trial in trials.items() if names[name] == "the preset"]
+    preset = [trial for name, trial in trials.items() if names[name] == PRESET]
     judge = Evaluator(BASE, pictures / "held_out", looks=8)
     base = float(judge.losses().mean())
     write = sys.stdout.write
-    write(f"| {group} | steps | gain | less the preset's | on unseen things | forgotten | time | file |\n")
-    write(f"|{'---|' * 8}\n")
+    heads: tuple[str, ...] = (
+        "rate",
+        "steps",
+        "gain",
+        "share",
+        "less the preset's",
+        "on unseen things",
+        "forgotten",
+        "file",
+    )
+    heads += ("time",) if clock else ()
+    write(f"| {' | '.join((group, *heads))} |\n|{'---|' * (1 + len(heads))}\n")
     for title in dict.fromkeys(names.values()):
         own = [trial for name, trial in trials.items() if names[name] == title]
         files = [trial.run.path / trial.progress.export for trial in own if trial.progress.export]
         if not files:
             missing.append(f"{title}: {own[0].progress.reason or 'it made no file'}")
             continue
-        unseen = base - sum(float(judge.losses(file).mean()) for file in files) / len(files)
-        write(f"| {title} | {own[0].config.train.steps} | {row_of(own, preset)[0]} | {unseen:+.4f} |")
-        write(f" {row_of(own, preset)[1]} |\n")
+        config = own[0].config
+        unseen = ""
+        if config.adapter.kind == "lora":  # diffusers, which the judge uses, reads no other
+            unseen = f"{base - sum(float(judge.losses(file).mean()) for file in files) / len(files):+.4f}"
+        row = row_of(own, preset)
+        cells = [title, f"{config.optimizer.lr:g}", str(config.train.steps), row["gain"], row["share"]]
+        cells += [row["against"], unseen, row["forgotten"], row["file"], *([row["time"]] if clock else [])]
+        write(f"| {' | '.join(cells)} |\n")
         sys.stdout.flush()
     write("\n" + "".join(f"Not run: {line}\n" for line in missing))
 
 
-def row_of(own: list[Trial], preset: list[Trial]) -> tuple[str, str]:
-    """The cells of a recipe, before and after what the other judge says."""
+def row_of(own: list[Trial], preset: list[Trial]) -> dict[str, str]:
+    """The cells of a recipe that the runs themselves tell."""
     rows = compare_trials([*own, *(trial for trial in preset if trial not in own)])["rows"]
     mine = next(row for row in rows if own[0].run.name in row["runs"])
-    against = ""
+    against, share = "", 1.0
     if own[0] not in preset:
         other = next(row for row in rows if row is not mine)
         gap = mine if mine["against"] is not None else other
         sign = 1.0 if gap is mine else -1.0
         clear = "**" if abs(gap["against"]) > 2 * gap["against_error"] else ""
         against = f"{clear}{sign * gap['against']:+.4f} ± {gap['against_error']:.4f}{clear}"
-    first = f"{mine['gain']:+.4f} ± {mine['standard_error']:.4f} | {against}"
-    forgotten = f"{mine['forgetting']:+.3f} ± {mine['forgetting_error']:.3f}"
-    return first, f"{forgotten} | {mine['seconds']:.0f} s | {mine['bytes'] / 1e6:.2f} MB"
+        share = mine["gain"] / other["gain"]
+    return {
+        "gain": f"{mine['gain']:+.4f} ± {mine['standard_error']:.4f}", "against": against,
+        "share": f"{share:.0%}", "forgotten": f"{mine['forgetting']:+.3f} ± {mine['forgetting_error']:.3f}",
+        "time": f"{mine['seconds']:.0f} s", "file": f"{mine['bytes'] / 1e6:.2f} MB",
+    }  # fmt: skip
 
 
 def main() -> None:
     """Print the tables of a set."""
-    words = sys.argv[1:]
-    numbers = [int(word) for word in words if word.isdigit()]
-    steps, seeds = (numbers + [STEPS, SEEDS][len(numbers) :])[:2]
-    with tempfile.TemporaryDirectory() as folder:
-        made = {"second": drawn_set, "subject": subject_set}
-        name = next((word for word in words if word in made), "demo")
-        pictures = made[name](Path(folder) / name) if name in made else DEMO
-        sys.stdout.write(f"{machine()}; the time of {steps} steps, {seeds} seeds, the {name} set\n\n")
-        clock = Clock()
-        for group in [one for one in ONE_EACH if one in words] or ONE_EACH:
-            compared(group, pictures, steps, seeds, Path(folder) / group, clock)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--equal-steps", action="store_true")
+    parser.add_argument("--home", type=Path)
+    given = parser.parse_args()
+    numbers = [int(word) for word in given.words if word.isdigit()]
+    given.steps, given.seeds = (numbers + [STEPS, SEEDS][len(numbers) :])[:2]
+    given.set = next((word for word in given.words if word in SETS), "demo")
+    with contextlib.ExitStack() as stack:
+        given.home = given.home or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pictures = picture_set(given.set, given.home)
+        alike = "the same steps" if given.equal_steps else f"the time of {given.steps} steps"
+        sys.stdout.write(f"{machine()}; {alike}, {given.seeds} seeds, the {given.set} set\n\n")
+        clock = None if given.equal_steps else Clock()
+        for group in [one for one in ONE_EACH if one in given.words] or ONE_EACH:
+            compared(group, pictures, given, clock)
 
 
 if __name__ == "__main__":

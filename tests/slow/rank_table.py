@@ -2,11 +2,12 @@
 file, and the rank that it turns out to need.
 
     python -m tests.slow.rank_table [FOLDER]
-    python -m tests.slow.rank_table auto [STEPS]
+    python -m tests.slow.rank_table auto [STEPS] [demo|second|subject ...]
 
-Prints the tables of docs/rank.md, the second that of `adapter.rank = auto` on three sets, with the demo's
-preset, all of its steps or STEPS. The gains are those of `tests/evaluator.py`, which shares no code with the
-trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of its own.
+Prints the tables of docs/rank.md, the second that of `adapter.rank = auto` on three sets or those named, with
+the demo's preset, all of its steps or STEPS. The gains are those of `tests/evaluator.py`, which shares no
+code with the trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of
+its own.
 """
 
 import json
@@ -19,7 +20,7 @@ import torch
 
 from lora_core.runs.events import RanksChosen, read_events
 from lora_core.runs.folder import RunFolder
-from tests.benchmarks.pictures import drawn_set, subject_set
+from tests.benchmarks.pictures import SETS, picture_set
 from tests.evaluator import Evaluator, mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,17 +39,13 @@ def said(*words: object) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def automatic(home: Path, steps: list[str]) -> None:
-    """Train with `adapter.rank = auto` on three sets; its file beside that of all ranks."""
+def automatic(home: Path, steps: list[str], sets: list[str]) -> None:
+    """Train with `adapter.rank = auto` on each set; its file beside that of all ranks."""
     out = sys.stdout.write
     out("| set | rank 16 | auto | share | gain of rank 16 (standard error) | auto keeps | by the run |\n")
     out(f"|{'---|' * 7}\n")
-    sets = {
-        "demo": HELD_OUT.parent,
-        "second": drawn_set(home / "second"),
-        "subject": subject_set(home / "subject"),
-    }
-    for name, pictures in sets.items():
+    for name in sets:
+        pictures = picture_set(name, home)
         words = ["--preset", "demo", "--set", "adapter.rank=auto", "--set", "sample.every=0", *steps]
         lines = said("train", pictures / "train", "--name", name, "--workspace", home, *words)
         cut = Path(lines.strip().splitlines()[-1])
@@ -76,7 +73,8 @@ def main() -> None:
     if "auto" in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             steps = [f"train.steps={word}" for word in sys.argv[1:] if word.isdigit()]
-            automatic(Path(folder), [word for one in steps for word in ("--set", one)])
+            sets = [name for name in ("demo", *SETS) if name in sys.argv] or ["demo", *SETS]
+            automatic(Path(folder), [word for one in steps for word in ("--set", one)], sets)
         return
     home = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     judge = Evaluator(ROOT / "assets" / "base", HELD_OUT)
