@@ -25,7 +25,7 @@ from lora_core.system.processes import detached, last_log_line
 CANCELLED = "Cancelled."
 HOLDERS = ("generate", "captions", "triggers", "pictures")
 """Requests after which the worker holds a base."""
-COMPUTING = (*HOLDERS, "probe", "intrinsic", "strength", "warm")
+COMPUTING = (*HOLDERS, "caption", "probe", "intrinsic", "strength", "warm")
 """Requests that take memory of the device; others do with `measure` in them."""
 CARDS = ("cuda", "xpu")
 """Devices with memory of their own."""
@@ -202,7 +202,7 @@ class WorkerClient:
                 self._end(reply, "error", self._death(str(error)))
             self.in_hand, self._idle_since = None, time.monotonic()
             do = reply.request["do"]
-            emptied = do in ("release", "probe")
+            emptied = do in ("release", "probe", "caption")
             self.holds_memory = self.ready and (do in HOLDERS or (self.holds_memory and not emptied))
 
     def _may_begin(self, reply: Reply) -> bool:

@@ -31,23 +31,25 @@
   const look = async (asked = false) => easel.checked(await post("check", { by_itself: !asked }));
 
   // ---- measured with the base ---------------------------------------------------------------------------------------------
-  const BUTTONS = { captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
-  const LINES = { captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
+  const BUTTONS = { caption: "#caption-start", captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
+  const LINES = { caption: "#caption-line", captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
   const PLACES = { captions: "#captions-found", pictures: "#pictures-found", triggers: "#trigger-found" };
 
   let wordsOpen = false;
   const show = () => {
     if (!one("#learned") || !state.html) return;
     for (const [what, { line: text, found, most }] of Object.entries(state.html)) {
-      const now = state[what], button = one(BUTTONS[what]), line = one(LINES[what]), place = one(PLACES[what]), working = now.state === "working";
+      const now = state[what], button = one(BUTTONS[what]), line = one(LINES[what]), place = PLACES[what] && one(PLACES[what]), working = now.state === "working";
       button.disabled = working || Boolean(now.why);
       button.title = working ? t("It is being measured") : now.why || button.dataset.tip;
       one(`[data-insight-cancel=${what}]`).hidden = !working;
       line.className = now.state === "failed" ? "problem" : "small";
-      if (line.textContent !== text) line.textContent = text;
+      easel.fill(line, text);
+      if (!place) continue;
       place.hidden = !found;
       easel.fill(place, sortMost && what === "pictures" ? most : found);
     }
+    easel.showCaptioner(state.caption);
     // Words are shown next to the trigger field, and only on request.
     one("#trigger-words").hidden = !wordsOpen;
     one("#pictures-order").hidden = !state.html.pictures.found;
@@ -91,6 +93,7 @@
     if (!target) return;
     const data = target.dataset;
     if (target.id === "learned-start") look(true);
+    else if (target.id === "caption-start") { await easel.waitingSaves(); begin({ do: "begin", what: "caption", ...easel.captioner() }); }
     else if (target.id === "captions-start") { await easel.waitingSaves(); begin({ do: "begin", what: "captions" }); }
     else if (target.id === "pictures-start") begin({ do: "begin", what: "pictures" });
     else if (target.id === "trigger-propose") { wordsOpen = true; await easel.waitingSaves(); begin({ do: "begin", what: "triggers" }); }

@@ -154,6 +154,9 @@
     do: one("#bulk-do").value, find: one("#bulk-find").value, put: one("#bulk-put").value,
     regex: one("#bulk-regex").checked, any_case: one("#bulk-case").checked,
   });
+  // What is asked of a captioner: values by the names of its fields.
+  const VALUES = { checkbox: "checked", number: "valueAsNumber" };
+  const asked = () => Object.fromEntries(all("[data-captioner]").map((input) => [input.dataset.captioner, input[VALUES[input.type] ?? "value"]]));
   const scoped = (body) => { const names = easel.scope(); return names ? { ...body, pictures: names } : body; };
   const bulkSay = (text, bad = false) => one("#bulk-preview").replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
 
@@ -175,15 +178,33 @@
     button.title = on ? "" : why;
   };
 
+  // What the captioner said last counts as long as the form asks for the same.
+  let captioner = {};
+  const captioned = () => captioner.state === "done" && captioner.fresh && Object.entries(asked()).every(([key, value]) => captioner.asked[key] === value);
+  easel.captioner = () => scoped(asked());
+  easel.showCaptioner = (state) => {
+    const first = !captioner.asked, before = captioner.state;
+    captioner = state;
+    if (first) for (const input of all("[data-captioner]")) {
+      const kept = state.asked[input.dataset.captioner];
+      if (kept !== undefined) input[VALUES[input.type] === "checked" ? "checked" : "value"] = kept;
+    }
+    if (before !== state.state && one("#bulk")?.open) soon();
+  };
+
   let looked = 0;
   const preview = async () => {
     const form = one("#bulk-form"), number = ++looked;
     if (!form) return;
-    const replace = one("#bulk-do").value === "replace";
-    all("[data-for=replace]", form).forEach((node) => { node.hidden = !replace; });
+    const kind = one("#bulk-do").value, replace = kind === "replace";
+    all("[data-for]", form).forEach((node) => { node.hidden = !node.dataset.for.split(" ").includes(kind); });
     one("#bulk-put-title").textContent = replace ? t("Replace with") : t("Text");
     const scope = easel.scope(), whom = scope ? plural(scope.length, "image") : t("all images");
-    if (!edit()[replace ? "find" : "put"]) {
+    if (kind === "caption" && !captioned()) {
+      allow(false, t("Press Preview first"));
+      return bulkSay(t("For {images}. Press Preview to see what the model says of them.", { images: whom }));
+    }
+    if (kind !== "caption" && !edit()[replace ? "find" : "put"]) {
       allow(false, t("Type first what is to be found or added"));
       return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }

@@ -39,7 +39,7 @@ from lora_core.verbs.runs import (
     queue_remove, queue_results, queue_run, queue_sweep, report, resume, run_config, runs, save, stop, train,
 )
 from lora_core.verbs.datasets import (
-    audit, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,
+    audit, caption, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,
     captions_replace, captions_set, captions_suffix, captions_trigger, captions_undo, crop, docs, doctor,
     hold_out, leave_out, left_out, pictures, probe, projects_delete, projects_import, projects_list,
     projects_new, projects_open, projects_rename, take_back, trash_empty, trash_list, trash_restore,

@@ -17,13 +17,16 @@ from lora_core.data.dataset import scan
 from lora_core.data.images import save_png
 from lora_core.errors import AdapterFileError, ConfigError, OutOfMemory
 from lora_core.evaluate.caption_scores import measure_run_images, propose_triggers, score_captions
+from lora_core.evaluate.captioning import write_texts
 from lora_core.evaluate.validator import Evaluator
 from lora_core.generate.grid import make_image_grid
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.generate.server import Answer, ImageWorker, Reporter, Request, Result, serve
 from lora_core.model_files.header import read_header
-from lora_core.models.device import out_of_memory
+from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import BaseModel
+from lora_core.projects.caption_edits import Captioner
+from lora_core.projects.project import relative_name
 from lora_core.report.report import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -44,7 +47,7 @@ class Worker(ImageWorker):
         "spectrum": "Reading the file", "compare": "Layers", "stack": "Layers", "amplify": "Layers",
         "report": "Reading the run", "shrink": "Cutting the layers", "merge": "Merging the layers",
         "into-base": "Writing a copy of the base", "convert": "Writing the file",
-        "extract": "Comparing the layers of the two models",
+        "extract": "Comparing the layers of the two models", "caption": "Opening the captioner",
     }  # fmt: skip
 
     def __init__(self, answer: Answer) -> None:
@@ -81,6 +84,15 @@ class Worker(ImageWorker):
         base, records, draws = self._open_dataset(request)
         given = str(request.get("trigger", ""))
         return {"found": propose_triggers(base, records, given, *draws, on_progress=report.step)}
+
+    def do_caption(self, request: Request, report: Reporter) -> Result:
+        """What the captioner of a request says of the `pictures` in the folder `dataset`; writes nothing."""
+        folder, wanted = Path(str(request["dataset"])), set(request["pictures"])
+        records = {relative_name(record.path, folder): record for record in scan(folder).records}
+        asked = {name: record for name, record in records.items() if name in wanted}
+        self.release()
+        captioner = _call(Captioner, request, report)
+        return {"found": {"texts": write_texts(captioner, asked, best_device(), report.phase)}}
 
     def _open_dataset(self, request: Request) -> tuple[BaseModel, list[Any], tuple[int, int]]:
         """The bare base, the images, and (triples, seed) of a request."""

@@ -29,6 +29,7 @@ from app.train import form, run_cards, start, train_form
 from app.train import view as train_view
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.starting_settings import GOALS, LEVELS
+from lora_core.projects.caption_edits import HOWS
 from lora_core.runs.events import HELD_OUT, WANTED_CHANGE
 from lora_core.settings import schema
 from lora_core.settings.config import FIELDS, help_of, label_of
@@ -110,7 +111,7 @@ def texts_of_tables() -> Iterator[Text]:
     for tool in tools.TOOLS.values():
         yield from (tool.title, tool.line, tool.go)
     yield from form.GROUPS
-    for table in (GOALS, LEVELS, start.SOURCES, export_view.PRECISIONS, request_form.GRID_KINDS):
+    for table in (GOALS, LEVELS, HOWS, start.SOURCES, export_view.PRECISIONS, request_form.GRID_KINDS):
         yield from table.values()
     yield from (title for title, _tone in STATES.values())
     yield from (title for _key, title in FILTERS)

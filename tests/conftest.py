@@ -14,6 +14,8 @@ from tests import warm
 from tests.faults import Nursery
 
 TESTS = Path(__file__).parent
+OWN_PACKAGES = "LORA_EASEL_OWN_PACKAGES"
+"""A folder with packages that a part of the tests needs."""
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
 # Folders whose tests share set-ups that take long: one process runs all of such a folder.
 TOGETHER = ("tests/browser/",)
@@ -104,7 +106,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(scope="session")
 def package() -> Any:
     """The real bitsandbytes, which is hidden above; it may be in a folder of its own."""
-    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get("LORA_EASEL_BITSANDBYTES")
+    hidden, own = sys.modules.pop("bitsandbytes"), os.environ.get(OWN_PACKAGES)
     with pytest.MonkeyPatch.context() as patch:
         if own:
             patch.syspath_prepend(own)
@@ -113,6 +115,15 @@ def package() -> Any:
             return pytest.importorskip("bitsandbytes", "0.50")
         finally:
             sys.modules["bitsandbytes"] = hidden
+
+
+@pytest.fixture(scope="session")
+def onnxruntime() -> Any:
+    """What runs taggers; it may be in the same folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        if own := os.environ.get(OWN_PACKAGES):
+            patch.syspath_prepend(own)
+        return pytest.importorskip("onnxruntime", "1.20")
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hold-out": (("hold-out",), ()),
     "crop": (("crop",), ()),
     "captions set": (("caption",), ()),
+    "caption": (("insights", "bulk"), ("caption",)),
     "captions replace": (("bulk",), ()),
     "captions prefix": (("bulk",), ()),
     "captions suffix": (("bulk",), ()),

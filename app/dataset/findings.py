@@ -3,7 +3,7 @@
 Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread and are cached while the
 window is open. Measurements (captions that fit badly, trigger words, what the last run learned of each image)
 run in the warm worker and are stored in the project with a hash of their inputs, so they survive a restart
-and can be marked stale.
+and can be marked stale. So are the texts of a captioner, which an edit of captions makes use of.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_core.data.audit import Looks, TrainingView, audit
 from lora_core.data.dataset import split_holdout
 from lora_core.data.images import Dataset
 from lora_core.errors import DatasetError, LoraError, RunError
+from lora_core.projects.caption_edits import Captioner, Edit, without_captioned
 from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import read_json, write_atomically
 
@@ -138,7 +139,7 @@ def _relative(value: Any, folder: Path, key: str = "") -> Any:
     return relative_name(Path(value), folder) if is_path and value else value
 
 
-WHATS = ("captions", "triggers", "pictures")
+WHATS = ("captions", "triggers", "pictures", "caption")
 KEPT_IN = "insights.json"
 OF_A_RUN = "pictures.json"
 
@@ -170,6 +171,7 @@ class DatasetInsights:
     occupied: Callable[[], str]
     _work: dict[str, _Work] = field(default_factory=dict)
     _problems: dict[str, str] = field(default_factory=dict)
+    _pictures: set[str] | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def state(self) -> dict[str, Any]:
@@ -182,15 +184,23 @@ class DatasetInsights:
         done = {what: (work.reply.done, work.reply.message) for what, work in dict(self._work).items()}
         return {"state": "working" if done else "idle", "done": done}
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, asked: Mapping[str, Any], pictures: list[str] | None = None) -> None:
         """Start a measurement, unless it is running.
 
+        Args:
+            what: one of `WHATS`.
+            asked: the fields of a captioner, and `how`, where that is what is asked.
+            pictures: the names of the images to caption; None for all.
+
         Raises:
-            RunError: it cannot be measured now; says why.
+            LoraError: it cannot be measured now, or not so; says why.
         """
         why = self._why(what)
         if why:
             raise RunError(why)
+        if what == "caption":
+            self._keep_captioner(asked)
+            self._pictures = None if pictures is None else set(pictures)
         with self._lock:
             before = self._work.get(what)
             if before is not None and before.project == self.project.path:
@@ -221,6 +231,8 @@ class DatasetInsights:
         records = self.project.dataset().records
         if not records:
             return _("There are no images yet; add some.")
+        if what == "caption":
+            return ""
         if what == "pictures":
             return "" if self._run() else _("No run on these images has a checkpoint yet; train one first.")
         if what == "captions" and len({record.caption for record in records if record.caption}) < 2:
@@ -245,6 +257,12 @@ class DatasetInsights:
             run_view = self._run()
             assert run_view is not None
             return {"do": what, "run": str(run_view.run.path)}, run_view.run.name
+        if what == "caption":
+            kept = self.captioner
+            wanted = without_captioned(self.project.images(), str(kept.get("how") or "missing"))
+            names = [name for name in wanted if self._pictures is None or name in self._pictures]
+            mark = json.dumps(kept, sort_keys=True)
+            return {"do": what, "dataset": str(self.project.dataset_folder), "pictures": names, **kept}, mark
         plan = Plan(self.project)
         model = plan.config.model
         asked = dict(vars(model))
@@ -262,7 +280,7 @@ class DatasetInsights:
         if work is not None and work.project == self.project.path:
             reply = work.reply
             return {
-                "state": "working", "done": reply.done, "total": reply.total,
+                "state": "working", "done": reply.done, "total": reply.total, "phase": reply.phase,
                 "message": self.worker.describe(reply), "why": why,
             }  # fmt: skip
         problem = self._problems.get(what, "")
@@ -270,6 +288,35 @@ class DatasetInsights:
             return {"state": "failed", "message": problem, "why": why}
         kept = self._kept_of_run() if what == "pictures" else self._kept(what)
         return {"state": "done" if "found" in kept else "idle", "why": why, **kept}
+
+    @property
+    def captioner(self) -> dict[str, Any]:
+        """The fields of the captioner that was asked last, and `how` its texts become captions."""
+        kept = self.project.draft().get("captioner")
+        return kept if isinstance(kept, dict) else {}
+
+    def _keep_captioner(self, asked: Mapping[str, Any]) -> None:
+        self.project.refuse_demo()
+        known = {one.name for one in fields(Captioner)}
+        captioner = Captioner(**{"model": "", **{key: asked[key] for key in known & set(asked)}})
+        captioner.check()
+        how = str(asked.get("how", ""))
+        if not without_captioned(self.project.images(), how):
+            raise DatasetError(_("Every image has a caption; append to them, or replace them."))
+        self.project.update_draft(captioner={**asdict(captioner), "how": how})
+
+    def caption_edit(self, trigger: str) -> Edit:
+        """The edit that makes captions of what the captioner said last.
+
+        Raises:
+            DatasetError: it was not asked yet, or would be asked otherwise now.
+        """
+        kept, asked = self._kept("caption"), self.captioner
+        if not kept.get("fresh"):
+            raise DatasetError(_("Press Preview first: the captioner was not asked yet."))
+        texts = kept["found"]["texts"]
+        name = Captioner(str(asked["model"])).short_name
+        return Edit("caption", name, trigger, texts=texts, how=str(asked["how"]))
 
     def _kept(self, what: str) -> dict[str, Any]:
         kept = read_json(self.project.path / KEPT_IN).get(what)

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
-from app.dataset.findings import BY_ITSELF
+from app.dataset.findings import BY_ITSELF, DatasetInsights
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url
@@ -63,7 +63,7 @@ def build_dataset(bindings: Bindings) -> None:
                 _trigger(bindings)
                 html_block(lambda: render("dataset/trigger.html"), elem_classes="beside")
             html_block(lambda: render("dataset/words.html"))
-            html_block(lambda: render("dataset/tools.html"))
+            html_block(lambda: render("dataset/tools.html", hows=bulk.HOWS))
             html_block(lambda: render("dataset/grid.html"), elem_id="dataset-grid")
         html_block(lambda: render("dataset/detail.html"), elem_classes="side")
     bindings.follow(
@@ -114,8 +114,11 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         return checked(app_state)
 
     def measure(sent: dict[str, Any]) -> dict[str, Any]:
-        act = insights.cancel if sent.get("do") == "cancel" else insights.begin
-        act(str(sent.get("what", "")))
+        what = str(sent.get("what", ""))
+        if sent.get("do") == "cancel":
+            insights.cancel(what)
+        else:
+            insights.begin(what, sent, _names(sent) if "pictures" in sent else None)
         return measured(app_state)
 
     def count_all_tags() -> dict[str, Any]:
@@ -138,7 +141,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             **_image_actions(project),
             "import": import_path,
             "upload": lambda sent: {"batch": importer.begin()},
-            "bulk": functools.partial(_edit_captions, project),
+            "bulk": functools.partial(_edit_captions, project, insights),
             "bulk/undo": lambda sent: _undo_edit(project),
             "check": check,
             "insights": measure,
@@ -207,7 +210,13 @@ def measured(app_state: AppState) -> dict[str, Any]:
     states, html = app_state.insights.state(), {}
     for what, now in states.items():
         html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": "", "most": ""}
-        if "found" in now:
+        if what == "caption":
+            # The texts of many images are for the preview of the edit alone.
+            now |= {
+                "asked": app_state.insights.captioner,
+                "found": len(now.get("found", {}).get("texts", ())),
+            }
+        elif "found" in now:
             # What an older version kept may lack what is shown now.
             try:
                 for order in ("found", "most") if what == "pictures" else ("found",):
@@ -231,14 +240,18 @@ def _add_uploads(app: FastAPI, importer: Importer) -> None:
         return Answer(importer.state())
 
 
-def _edit_captions(project: Project, sent: dict[str, Any]) -> dict[str, Any]:
+def _edit_captions(project: Project, insights: DatasetInsights, sent: dict[str, Any]) -> dict[str, Any]:
     only = set(_names(sent)) if "pictures" in sent else None
     do, put = str(sent.get("do", "")), str(sent.get("put", ""))
     if do == "trigger":
         put = put.strip() or Plan(project).trigger
         if not put:
             raise DatasetError(_("No trigger word yet; type one first."))
-    edit = bulk.Edit(do, str(sent.get("find", "")), put, bool(sent.get("regex")), bool(sent.get("any_case")))
+    if do == "caption":
+        edit = insights.caption_edit(Plan(project).trigger)
+    else:
+        how = bool(sent.get("regex")), bool(sent.get("any_case"))
+        edit = bulk.Edit(do, str(sent.get("find", "")), put, *how)
     if not sent.get("apply"):
         return bulk.preview(project, edit, only)
     return {"changed": bulk.apply(project, edit, only), "undo": bulk.last_change(project)}

@@ -1,9 +1,9 @@
-"""Bases on the Hugging Face hub: size of the download, and the download into the hub's local cache.
+"""Bases and captioners on the Hugging Face hub: size of the download, and the download into the local cache.
 
 Weights are streamed here, into `blobs/<sha256>.incomplete` of the cache: huggingface_hub throws a partial
 file away, so a download of gigabytes that was cut off would begin again. huggingface_hub fetches the small
-files and links all of them. `unet/config.json`, by which the cache is recognised, comes last. No torch is
-imported.
+files and links all of them. The file by which the cache is recognised (`unet/config.json`) comes last. No
+torch is imported.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,13 +32,17 @@ from huggingface_hub.errors import HTTPError as NetworkError
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
+from lora_core.model_files.detect import UNET_CONFIG, is_hub_id, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.files import MARGIN, file_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes
 
 WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
 """Folders of a repository that are fetched; a safety checker, for instance, is not."""
+TAGGER = ("model.onnx", "selected_tags.csv")
+"""The files of a tagger."""
+LAST = (UNET_CONFIG, TAGGER[1], "config.json")
+"""By the first of these that it needs, a download in the cache is recognised as complete."""
 ANSWER_SECONDS = 15.0
 CHUNK = 2**20
 TRIES = 5
@@ -65,7 +69,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """The download of a base.
+    """The download of a base or of a captioner.
 
     Attributes:
         repo: the hub id.
@@ -81,6 +85,11 @@ class Download:
     def folder(self) -> Path:
         """The repository in the cache."""
         return Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
+
+    @property
+    def last(self) -> str:
+        """The file that comes last."""
+        return next(name for name in LAST if any(file.path == name for file in self.files))
 
     @property
     def size(self) -> int:
@@ -114,17 +123,21 @@ class Download:
         return file.size if self.is_here(file) else min(file_bytes(_partial(self.blob(file))), file.size)
 
 
-def find_download(repo: str) -> Download:
+def find_download(repo: str, needed: Callable[[str, list[str]], list[str]] | None = None) -> Download:
     """Ask the hub for the needed files of a repository and their sizes.
 
+    Args:
+        repo: the hub id.
+        needed: chooses of all paths; those of a base by default.
+
     Raises:
-        ModelFileError: the hub does not answer or refuses, or the repository holds no Stable Diffusion model.
+        ModelFileError: the hub does not answer or refuses, or the repository holds nothing of the kind.
     """
     with _in_a_sentence(repo):
         info = HfApi().model_info(repo, files_metadata=True, timeout=ANSWER_SECONDS)
     found = {file.rfilename: file for file in info.siblings or []}
     files = []
-    for path in needed_files(repo, list(found)):
+    for path in (needed or needed_files)(repo, list(found)):
         lfs = found[path].lfs
         sha = lfs.sha256 if lfs else ""
         blob = sha or str(found[path].blob_id)
@@ -161,6 +174,56 @@ def needed_files(repo: str, paths: Sequence[str]) -> list[str]:
     return needed
 
 
+def captioner_files(repo: str, paths: Sequence[str]) -> list[str]:
+    """The files of a repository that a captioner needs: of a tagger, else of a model of transformers.
+
+    Raises:
+        ModelFileError: it is neither.
+    """
+    if all(name in paths for name in TAGGER):
+        return list(TAGGER)
+    top = [path for path in paths if "/" not in path]
+    # A text encoder's weights have the names that those of other models of transformers have.
+    weights = _weights("text_encoder", top) or [name for name in top if name == "pytorch_model.bin"]
+    if "config.json" not in top or not weights:
+        raise ModelFileError(
+            f"The hub's {repo!r} is no captioner: it has neither config.json with weights, as models of"
+            f" transformers have, nor {' and '.join(TAGGER)}; choose another."
+        )
+    return [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))] + weights
+
+
+def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None) -> Path:
+    """The folder of a captioner: one on this computer, or that of a hub id in the local cache, which is
+    downloaded there only if `fetch` says so.
+
+    Raises:
+        ModelFileError: there is none, or it cannot be downloaded.
+    """
+    name = name.strip()
+    folder = expand_home(name)
+    if folder.name in TAGGER:
+        folder = folder.parent
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(name):
+        raise ModelFileError(
+            f"There is no folder {name!r}; give the folder of a captioner, or its id on the hub."
+        )
+    for last in LAST[1:]:
+        found = try_to_load_from_cache(name, last)
+        if isinstance(found, str):
+            return Path(found).parent
+    if not fetch:
+        raise ModelFileError(
+            f"The captioner {name!r} is no folder and has not been downloaded from the hub; allow its"
+            " download (--download), or give its folder."
+        )
+    wanted = find_download(name, captioner_files)
+    download(wanted, progress or _lines_on_stderr(wanted))
+    return captioner_folder(name, fetch=False)
+
+
 def _part(path: str) -> str:
     part, _, name = path.partition("/")
     return part if name and "/" not in name else ""
@@ -191,7 +254,7 @@ def fetch_base(name: str) -> None:
 
 
 def download(found: Download, progress: Progress, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Download what is missing of a base; a partial file is continued.
+    """Download what is missing of a base or a captioner; a partial file is continued.
 
     Args:
         progress: told of the bytes.
@@ -203,7 +266,7 @@ def download(found: Download, progress: Progress, cancelled: Callable[[], bool] 
     """
     if not found.fits:
         raise ModelFileError(
-            f"The base {found.repo!r} cannot be downloaded: {gigabytes(found.size - found.here)} are missing"
+            f"The model {found.repo!r} cannot be downloaded: {gigabytes(found.size - found.here)} are missing"
             f" and {gigabytes(found.free)} are free in {found.folder.parent}; make room, or set HF_HOME to"
             " another drive."
         )
@@ -216,13 +279,13 @@ def download(found: Download, progress: Progress, cancelled: Callable[[], bool] 
                 _fetch(found, file, progress, cancelled)
         progress(found.here, found.size)
         # By default the cache is asked which files to link through the branch's name, so no commit is given.
-        names = [file.path for file in found.files if file.path != UNET_CONFIG]
+        names = [file.path for file in found.files if file.path != found.last]
         snapshot_download(found.repo, allow_patterns=names)
         if cancelled():
             raise _cancelled(found)
-        snapshot_download(found.repo, allow_patterns=[UNET_CONFIG])
+        snapshot_download(found.repo, allow_patterns=[found.last])
     progress(found.size, found.size)
-    if is_remote(found.repo):
+    if found.last == UNET_CONFIG and is_remote(found.repo):
         raise ModelFileError(f"The hub's {found.repo!r} lacks files that a base needs; choose another.")
 
 
@@ -238,7 +301,7 @@ def _fetch(found: Download, file: RemoteFile, progress: Progress, cancelled: Cal
             os.replace(_partial(blob), blob)
     except Timeout as error:
         raise ModelFileError(
-            f"The base {found.repo!r} is being downloaded by another program; wait until that is done."
+            f"The model {found.repo!r} is being downloaded by another program; wait until that is done."
         ) from error
 
 
@@ -278,7 +341,7 @@ def _stream(
     if digest.hexdigest() != file.blob:
         partial.unlink()
         raise ModelFileError(
-            f"{file.path} of the base {found.repo!r} arrived damaged and was removed; download it again."
+            f"{file.path} of the model {found.repo!r} arrived damaged and was removed; download it again."
         )
 
 
@@ -314,7 +377,7 @@ def _in_a_sentence(repo: str) -> Iterator[None]:
     except ModelFileError:
         raise
     except (NetworkError, HFValidationError, OSError) as error:
-        raise ModelFileError(f"The base {repo!r} cannot be downloaded: {_reason(repo, error)}") from error
+        raise ModelFileError(f"The model {repo!r} cannot be downloaded: {_reason(repo, error)}") from error
 
 
 def _reason(repo: str, error: BaseException) -> str:

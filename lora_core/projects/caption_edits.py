@@ -9,8 +9,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ EDITS = {
     "rename tag": ("find", "tag “{0.find}” renamed to “{0.put}”"),
     "delete tag": ("find", "tag “{0.find}” deleted"),
     "trigger": ("put", "trigger word “{0.put}” added"),
+    "caption": ("find", "captions by {0.find}"),
 }
 """What may be done, the field that it needs, and the change in words."""
 PATIENCE = 5.0
@@ -39,6 +40,9 @@ sent = json.load(sys.stdin)
 pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
 json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
 
+HOWS = {"missing": "Only where missing", "append": "Append", "replace": "Replace"}
+"""What becomes of the captions that are there when a model captions the images."""
+MOST_TOKENS = 1000
 SHOWN_ROWS = 8
 MOST_KEPT = 20
 _FILE = "undo.json"
@@ -56,6 +60,9 @@ class Edit:
         put: the text, tag or trigger that is put there.
         regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
         any_case: capitals and small letters count as the same; tags are always compared so.
+        texts: what a captioner, `find`, says of images, by name; `put` is then the trigger word, which stays
+            in front.
+        how: one of `HOWS`, for these texts.
     """
 
     do: str
@@ -63,6 +70,81 @@ class Edit:
     put: str = ""
     regex: bool = False
     any_case: bool = False
+    texts: Mapping[str, str] = field(default_factory=dict)
+    how: str = "missing"
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A local model that captions images, and what it is asked for.
+
+    Attributes:
+        model: a folder or a hub id: an image-to-text model of transformers, or model.onnx and
+            selected_tags.csv.
+        prompt: what a model is asked, or begins with; empty for the usual.
+        max_tokens: of a caption.
+        threshold: probability that a tag needs.
+        character_threshold: probability that a character's name needs.
+        exclude: tags that are left out, commas between.
+        underscores: keep the underscores of tags; else they are spaces, but in emoticons.
+        download: fetch a hub id that is not on this computer.
+    """
+
+    model: str
+    prompt: str = ""
+    max_tokens: int = 120
+    threshold: float = 0.35
+    character_threshold: float = 0.85
+    exclude: str = ""
+    underscores: bool = False
+    download: bool = False
+
+    def check(self) -> None:
+        """Raise DatasetError for a value that cannot be used."""
+        texts = (self.model, self.prompt, self.exclude)
+        if not all(isinstance(text, str) for text in texts) or not self.model.strip():
+            raise DatasetError("Give the folder of a captioner, or its id on the hub, such as owner/name.")
+        for name in ("threshold", "character_threshold"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise DatasetError(f"The {name.replace('_', ' ')} {value!r} is no number from 0 to 1.")
+        if not (isinstance(self.max_tokens, int) and 1 <= self.max_tokens <= MOST_TOKENS):
+            raise DatasetError(f"A caption of {self.max_tokens!r} tokens is not from 1 to {MOST_TOKENS}.")
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the folder or hub id."""
+        return re.split(r"[\\/]", self.model.strip().rstrip("\\/"))[-1]
+
+
+def without_captioned(images: Mapping[str, ImageRecord], how: str) -> dict[str, ImageRecord]:
+    """The images that a captioner is asked about.
+
+    Raises:
+        DatasetError: `how` is none of `HOWS`.
+    """
+    if how not in HOWS:
+        raise DatasetError(f"{how!r} is no way to caption; choose one of {', '.join(HOWS)}.")
+    return {name: record for name, record in images.items() if how != "missing" or not record.caption}
+
+
+def add_text(caption: str, text: str, how: str, trigger: str) -> str:
+    """A caption with what a model says of the image; the trigger word stays, in front, where it is there.
+
+    Appended is only what a line does not say yet, so that nothing is added twice.
+    """
+    text = " ".join(text.split())
+    if not text or (how == "missing" and caption.strip()):
+        return caption
+    if how == "append" and caption.strip():
+        return _map_lines(caption, lambda line: _join_line(line, _unsaid(line, text), front=False))
+    has_it = caption.strip() and _add_trigger(caption, trigger) == caption
+    return with_trigger(text, trigger) if has_it else text
+
+
+def _unsaid(line: str, text: str) -> str:
+    there = {tag.casefold() for tag in split_tags(line)}
+    return ", ".join(tag for tag in split_tags(text) if tag.casefold() not in there)
 
 
 def apply_edit(captions: list[str], edit: Edit) -> list[str]:
@@ -263,7 +345,11 @@ def describe_edit(edit: Edit) -> str:
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
     """The captions that change, and how many were considered."""
     wanted = [(name, record) for name, record in project.images().items() if only is None or name in only]
-    after = apply_edit([record.caption for _, record in wanted], edit)
+    if edit.do == "caption":
+        texts = edit.texts
+        after = [add_text(one.caption, texts.get(name, ""), edit.how, edit.put) for name, one in wanted]
+    else:
+        after = apply_edit([record.caption for _, record in wanted], edit)
     pairs = zip(wanted, after, strict=True)
     return [(name, record, new) for (name, record), new in pairs if new != record.caption], len(wanted)
 

@@ -4,15 +4,16 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.model_files.detect import read_base_facts
+from lora_core.projects.caption_edits import HOWS, Captioner, Edit, without_captioned
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
 from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
 from lora_core.system.files import workspace as workspace_folder
-from lora_core.verbs import File, Found, Measure, Place, Progress, load_images, verb
+from lora_core.verbs import File, Found, Measure, Place, Progress, choose_device, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.projects.project import Project
@@ -333,19 +334,19 @@ def captions_replace(
         changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)
         with the kinds same, old and new.
     """
-    return _edit(dataset, dry_run, workspace, "replace", find, put, regex, any_case)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("replace", find, put, regex, any_case))
 
 
 @verb
 def captions_prefix(dataset: File, text: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Put a text in front of all captions; as `captions_replace`."""
-    return _edit(dataset, dry_run, workspace, "prepend", "", text)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("prepend", "", text))
 
 
 @verb
 def captions_suffix(dataset: File, text: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Put a text at the end of all captions; as `captions_replace`."""
-    return _edit(dataset, dry_run, workspace, "append", "", text)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("append", "", text))
 
 
 @verb
@@ -353,19 +354,56 @@ def captions_rename_tag(
     dataset: File, tag: str, new: str, dry_run: bool = False, workspace: Place = None
 ) -> Found:
     """Give a tag another name; as `captions_replace`."""
-    return _edit(dataset, dry_run, workspace, "rename tag", tag, new)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("rename tag", tag, new))
 
 
 @verb
 def captions_delete_tag(dataset: File, tag: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Delete a tag; as `captions_replace`."""
-    return _edit(dataset, dry_run, workspace, "delete tag", tag)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("delete tag", tag))
 
 
 @verb
 def captions_trigger(dataset: File, word: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Add a trigger word to all captions that lack it; as `captions_replace`."""
-    return _edit(dataset, dry_run, workspace, "trigger", "", word)
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("trigger", "", word))
+
+
+@verb
+def caption(  # noqa: PLR0913 - one option each
+    dataset: File,
+    captioner: Captioner,
+    how: Annotated[str, tuple(HOWS)] = "missing",
+    trigger: str = "",
+    device: str = "auto",
+    dry_run: bool = False,
+    workspace: Place = None,
+    note: Progress | None = None,
+) -> Found:
+    """Caption images with a local model: BLIP, Florence-2 and the like, or a tagger; as `captions_replace`.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+        captioner: the model, and what it is asked for.
+        how: only where a caption is missing, append to those that are there, or replace them.
+        trigger: a word that stays in front of captions that have it; else the project's.
+
+    Raises:
+        LoraError: the captioner is not there, broken or of another kind; no caption is changed then.
+    """
+    project = _pictures_of(dataset, workspace)
+    project.refuse_demo()
+    captioner.check()
+    asked = without_captioned(project.images(), how)
+    texts: dict[str, str] = {}
+    if asked:
+        from lora_core.evaluate.captioning import write_texts
+
+        phase = (lambda words, done, total: note(done, total)) if note else None
+        texts = write_texts(captioner, asked, choose_device(device), phase)
+    word = trigger or str(project.draft().get("trigger") or "")
+    edit = Edit("caption", captioner.short_name, word, texts=texts, how=how)
+    return _edit(project, dry_run, edit)
 
 
 @verb
@@ -377,12 +415,10 @@ def captions_undo(dataset: File, workspace: Place = None) -> dict[str, int]:
     return {"undone": undone, "kept": kept}
 
 
-def _edit(dataset: File, dry_run: bool, workspace: Place, *how: Any) -> Found:
-    """Change all captions, or show what would change; `how` are the fields of an `Edit`."""
+def _edit(project: "Project", dry_run: bool, edit: Edit) -> Found:
+    """Change all captions, or show what would change."""
     from lora_core.projects import caption_edits
-    from lora_core.projects.caption_edits import Edit
 
-    project, edit = _pictures_of(dataset, workspace), Edit(*how)
     found = caption_edits.preview(project, edit, None)
     if not dry_run:
         found["changed"] = caption_edits.apply(project, edit, None)

@@ -25,7 +25,7 @@ threading.Thread(target=read, daemon=True).start()
 say(event="ready")
 while (asked := asks.get()) is not None:
     name = asked["id"]
-    if asked["do"] == "triggers" and asked["trigger"] == "slow":
+    if "slow" in (asked.get("trigger"), asked.get("model")):
         say(id=name, event="progress", done=1, total=9)
         while name not in dropped:
             threading.Event().wait(0.01)
@@ -33,6 +33,8 @@ while (asked := asks.get()) is not None:
         say(id=name, event="error", message="Cancelled.")
     elif asked["do"] == "triggers" and asked["trigger"] == "bad":
         say(id=name, event="error", message="It is broken.")
+    elif asked["do"] == "caption":
+        say(id=name, event="done", found={"texts": {one: asked["prompt"] + one for one in asked["pictures"]}})
     else:
         rows = [{"picture": asked["dataset"] + "/picture-0.png", "asked": asked,
                  "better": {"picture": asked["dataset"] + "/picture-1.png"}, "suspect": True,
@@ -172,3 +174,68 @@ def test_the_check_says_what_will_be_learned(
     # Another batch size fills batches up in another way.
     app_state.project.update_draft(values={"train.batch_size": 4})
     assert client.get("/easel/check").json()["fresh"] is False
+
+
+CAPTIONER = {
+    "model": "owner/tagger", "prompt": "of ", "max_tokens": 9, "threshold": 0.5, "character_threshold": 1,
+    "exclude": "", "underscores": False, "download": False,
+}  # fmt: skip
+
+
+def captioned(client: TestClient, how: str, **other: Any) -> dict[str, Any]:
+    """What a captioner comes to that is asked so."""
+    sent = {"do": "begin", "what": "caption", "how": how, **CAPTIONER, **other}
+    problem = client.post("/easel/insights", json=sent).json().get("problem")
+    return {"problem": problem} if problem else settled(client, "caption")
+
+
+def test_a_captioner_is_asked_previewed_applied_and_taken_back(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
+    app_state.project.update_draft(trigger="a plain field")
+    bulk = {"do": "caption"}
+    assert "Press Preview first" in client.post("/easel/bulk", json=bulk).json()["problem"]
+    state = captioned(client, "missing")
+    assert (state["state"], state["fresh"], state["found"]) == ("done", True, 1)
+    assert state["asked"] == {**CAPTIONER, "how": "missing"}
+    # Another window finds the texts, and what was asked.
+    seen = client.post("/easel/bulk", json=bulk).json()
+    assert (seen["changed"], seen["asked"]) == (1, 3)
+    assert captioned(client, "replace", pictures=["picture-0.png", "picture-2.png"])["found"] == 2
+    assert client.post("/easel/bulk", json={**bulk, "pictures": ["picture-1.png"]}).json()["changed"] == 0
+    texts = [path.with_suffix(".txt") for path in pictures]
+    before = [text.read_bytes() if text.exists() else None for text in texts]
+    answer = client.post("/easel/bulk", json={**bulk, "apply": True}).json()
+    assert answer == {"changed": 2, "undo": "captions by tagger"}
+    assert texts[0].read_text() == "a plain field, of picture-0.png"
+    assert texts[1].read_bytes() == before[1]
+    assert texts[2].read_text() == "of picture-2.png"
+    assert client.post("/easel/bulk/undo").json()["undone"] == 2
+    assert [text.read_bytes() if text.exists() else None for text in texts] == before
+
+
+def test_a_captioner_that_is_cancelled_or_cannot_be_asked_changes_nothing(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
+    for wrong, sentence in (
+        ({"model": " "}, "Give the folder"), ({"model": 5}, "Give the folder"),
+        ({"threshold": None}, "The threshold None is no number"), ({"max_tokens": 2.5}, "2.5 tokens"),
+        ({"how": "over"}, "is no way to caption"),
+    ):  # fmt: skip
+        assert sentence in captioned(client, **{"how": "append", **wrong})["problem"]
+    client.post(
+        "/easel/insights",
+        json={"do": "begin", "what": "caption", "how": "append", **CAPTIONER, "model": "slow"},
+    )
+    working(client, "caption")
+    assert ask(client, "caption", "cancel")
+    assert settled(client, "caption")["state"] == "idle"
+    assert (
+        "Press Preview first"
+        in client.post("/easel/bulk", json={"do": "caption", "apply": True}).json()["problem"]
+    )
+    pictures[2].with_suffix(".txt").write_text("now it has one")
+    app_state.project.invalidate()
+    assert "Every image has a caption" in captioned(client, "missing")["problem"]
+    app_state.project.update_draft(dataset="demo")
+    assert "The demo's images stay as they are" in captioned(client, "append")["problem"]

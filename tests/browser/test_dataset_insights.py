@@ -1,5 +1,5 @@
 """What will be learned, in a real browser with the real worker: findings lead to pictures, the base finds
-swapped captions, a word is proposed and taken, and a run's pictures are measured."""
+swapped captions, a word is proposed and taken, a run's pictures are measured, and a model captions them."""
 
 import shutil
 from pathlib import Path
@@ -16,6 +16,7 @@ from lora_core.system.files import DEMO_BASE
 from tests.browser.pages import unfold
 from tests.browser.test_axe import violations
 from tests.browser.windows import Window
+from tests.captioners import write_blip
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
@@ -46,7 +47,7 @@ def chosen(page) -> str:
     return page.get_attribute("#dataset-grid .thumb.on", "data-picture")
 
 
-def test_what_will_be_learned(page, window: Window) -> None:
+def test_what_will_be_learned(page, window: Window, tmp_path: Path) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
     unfold(page, "#learned")
     page.wait_for_selector("#learned-found >> text=of the steps")
@@ -84,6 +85,24 @@ def test_what_will_be_learned(page, window: Window) -> None:
     last.click()
     assert chosen(page) == name
     assert "of its loss gained by the last run" in page.inner_text("#picture-facts")
+
+    # A model captions the images: shown first, changed on request, taken back; a wrong folder is a sentence.
+    unfold(page, "#bulk")
+    page.select_option("#bulk-do", "caption")
+    for field, value in (("model", str(write_blip(tmp_path / "tiny-blip"))), ("max_tokens", "4")):
+        page.fill(f"[data-captioner={field}]", value)
+    page.select_option("[data-captioner=how]", "replace")
+    page.wait_for_selector("#bulk-preview >> text=Press Preview")
+    page.click("#caption-start:enabled")
+    page.wait_for_selector("#bulk-preview >> text=5 captions of 5 would change")
+    page.click("#bulk-apply:enabled")
+    page.wait_for_selector("#bulk-said >> text=5 captions changed")
+    page.click("#bulk-undo")
+    page.wait_for_selector("#bulk-said >> text=5 captions restored")
+    page.fill("[data-captioner=model]", "/nowhere/at all")
+    page.click("#caption-start:enabled")
+    page.wait_for_selector("#caption-line.problem >> text=There is no folder")
+    assert page.is_disabled("#bulk-apply")
 
     # A word is proposed, and a click makes it the trigger word.
     page.click("#trigger-propose:enabled")

@@ -173,7 +173,7 @@ def test_a_refusal_says_what_to_do(hub: Hub, status: int, code: str, words: str)
     hub.refusals["owner/base"] = (status, code)
     with pytest.raises(ModelFileError, match=words) as refused:
         fetch_base("owner/base")
-    assert str(refused.value).startswith("The base 'owner/base' cannot be downloaded: ")
+    assert str(refused.value).startswith("The model 'owner/base' cannot be downloaded: ")
     assert "\n" not in str(refused.value)
 
 
