@@ -23,9 +23,11 @@ import numpy as np
 from PIL import Image
 
 from lora_core.data.captions import count_tags, count_tokens
-from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates, repeat_reg
+from lora_core.data.concepts import balance_looks, concept_of, read_concepts
+from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
 from lora_core.data.images import (
     Bucket,
+    Concept,
     Crop,
     Dataset,
     FileProblem,
@@ -323,8 +325,23 @@ def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[
     filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
     for ceil(n / batch) * batch, and an image for its part of that.
     """
-    shown = sum(record.repeats for record in records if training.trains_on(record))
-    every = [*records, *repeat_reg(training.reg, shown)]
+    return [look.share for look in _epoch_looks(records, training)[: len(records)]]
+
+
+@dataclass(frozen=True)
+class _ImageLooks:
+    """An image with its repeats and its share of an epoch's looks, none of both where it is held out."""
+
+    record: ImageRecord
+    repeats: int
+    share: float
+
+
+def _epoch_looks(records: Sequence[ImageRecord], training: TrainingView) -> list[_ImageLooks]:
+    """Of `records` in their order, and of the images for regularisation behind them."""
+    balanced, reg = balance_looks([one for one in records if training.trains_on(one)], training.reg)
+    shown = iter(balanced)
+    every = [*(next(shown) if training.trains_on(one) else one for one in records), *reg]
     buckets = _buckets(every, training)
     looks: Counter[Bucket] = Counter()
     for record, bucket in zip(every, buckets, strict=True):
@@ -334,9 +351,39 @@ def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[
     filled = {bucket: -(-count // size) * size for bucket, count in looks.items()}
     total = max(1, sum(filled.values()))
     return [
-        0.0 if bucket is None else record.repeats / looks[bucket] * filled[bucket] / total
-        for record, bucket in zip(records, buckets, strict=False)
+        _ImageLooks(record, 0, 0.0)
+        if bucket is None
+        else _ImageLooks(record, record.repeats, record.repeats / looks[bucket] * filled[bucket] / total)
+        for record, bucket in zip(every, buckets, strict=True)
     ]
+
+
+def concept_rows(dataset: Dataset, training: TrainingView) -> list[dict[str, Any]]:
+    """The concepts of a dataset, as plain values; without a `dataset.toml` they are its folders.
+
+    Returns:
+        Rows {number (in the file, 0 without one), name, folder, role, trigger (its own, None for the run's),
+        images (that are trained on), num_repeats and asked (the share), as they are set, repeats (of its
+        images in an epoch: least, most), share (of all looks)}.
+    """
+    root = dataset.root or Path()
+    listed = read_concepts(root) if dataset.root else None
+    groups: dict[Concept, list[_ImageLooks]] = {one: [] for one in (listed.concepts if listed else ())}
+    for look in _epoch_looks(dataset.records, training):
+        groups.setdefault(concept_of(look.record, root), []).append(look)
+    rows = []
+    for concept, looks in groups.items():
+        repeats = sorted({look.repeats for look in looks if look.repeats}) or [0]
+        rows.append(
+            {
+                "number": concept.number, "name": concept.name, "folder": concept.folder,
+                "role": concept.role, "trigger": dict(concept.rules).get("trigger"),
+                "images": sum(look.repeats > 0 for look in looks), "num_repeats": concept.repeats,
+                "asked": concept.share, "repeats": [repeats[0], repeats[-1]],
+                "share": sum(look.share for look in looks),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def report_bias(
@@ -348,9 +395,10 @@ def report_bias(
     """What training will pick up, a row each: kind, name, sentence, the `pictures` to look at, `counts`.
 
     Kinds: `absorbed` (most images show it, few captions say it), `named` (most show it, and captions say
-        so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
-        background than all like it), `wording` (words that some captions have), `share` (an image with far
-        more steps than others), `bucket` (one image has a bucket for itself).
+        so), both of images that are not of a style; `meaning` (words for a background that mean another one
+        here), `odd` (a caption that says another background than all like it), `wording` (words that some
+        captions have), `share` (an image with far more steps than others), `bucket` (one image has a bucket
+        for itself).
 
     Args:
         names: how each is named in sentences.
@@ -366,7 +414,11 @@ def report_bias(
     if len(used) >= MIN_IMAGES:
         seen, called, looks = (list(column) for column in zip(*used, strict=True))
         found = find_attributes(looks)
-        rows += _common_attributes(seen, found, training.trigger)
+        own = [number for number, one in enumerate(seen) if not (one.concept and one.concept.role == "style")]
+        # What images of a style have in common is what is to be learned.
+        of_own = found if len(own) == len(seen) else find_attributes([looks[number] for number in own])
+        if len(own) >= MIN_IMAGES:
+            rows += _common_attributes([seen[number] for number in own], of_own, training.trigger)
         rows += check_background_captions(seen, called, background_colours(found, len(seen)))
         rows += _wording(seen, training.trigger)
     return [
@@ -520,7 +572,8 @@ def audit(
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
         where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag,
-        images; `shares`: picture, its share of the steps; `learned`: the rows of `report_bias`.
+        images; `shares`: picture, its share of the steps; `concepts`: see `concept_rows`; `learned`: the rows
+        of `report_bias`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
@@ -555,6 +608,7 @@ def audit(
         ],
         "tags": [{"tag": tag, "pictures": count} for tag, count in count_tags(captions).items()],
         "shares": [{"picture": clean_text(str(r.path)), "share": share} for r, share in shares],
+        "concepts": concept_rows(dataset, training),
         "learned": report_bias(records, names, [look.thumb for look in looks], training),
     }
 

@@ -74,6 +74,18 @@ def with_trigger(caption: str, trigger: str) -> str:
     return "\n".join(line if word.search(line) else _join_tags([trigger, line]) for line in lines)
 
 
+def rules_of(record: ImageRecord, rules: DatasetSection) -> DatasetSection:
+    """The settings of an image: its concept's in place of the run's, and no trigger for regularisation."""
+    own = dict(record.concept.rules) if record.concept else {}
+    own |= {"trigger": ""} if record.reg else {}
+    return rules.model_copy(update=own) if own else rules
+
+
+def triggers_of(records: Iterable[ImageRecord], rules: DatasetSection) -> list[str]:
+    """The trigger words of images, each once."""
+    return [word for word in dict.fromkeys(rules_of(one, rules).trigger.strip() for one in records) if word]
+
+
 def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
     """What the captions say without the trigger word, each once; none without a trigger, and no empty one."""
     trigger, found = trigger.strip(), []
@@ -82,6 +94,12 @@ def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
         words = word.sub(" ", plain_caption(caption, ""))
         found.append(_join_tags([" ".join(tag.split()) for tag in split_tags(words)]))
     return [caption for caption in dict.fromkeys(found) if caption]
+
+
+def record_class_captions(records: Iterable[ImageRecord], rules: DatasetSection) -> list[str]:
+    """What the captions of images say without their trigger words, as `class_captions`."""
+    found = (class_captions([one.full_caption], rules_of(one, rules).trigger) for one in records)
+    return list(dict.fromkeys(caption for captions in found for caption in captions))
 
 
 def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> str:
@@ -107,14 +125,23 @@ def plain_caption(caption: str, trigger: str) -> str:
 
 
 def sample_record_caption(record: ImageRecord, rules: DatasetSection, draw: random.Random) -> str:
-    """The caption of one look at an image: as `sample_caption`, without the trigger for regularisation."""
-    return sample_caption(
-        record.caption, rules.model_copy(update={"trigger": ""}) if record.reg else rules, draw
-    )
+    """The caption of one look at an image: as `sample_caption`, by the rules of its concept."""
+    return sample_caption(record.full_caption, rules_of(record, rules), draw)
 
 
-def varies_by_draw(caption: str, rules: DatasetSection) -> bool:
-    """Whether a caption reads differently from look to look, other than by being left out."""
+def triggered_caption(record: ImageRecord, rules: DatasetSection) -> str:
+    """An image's caption with its alternatives and its own trigger in each line."""
+    return with_trigger(record.full_caption, rules_of(record, rules).trigger)
+
+
+def plain_record_caption(record: ImageRecord, rules: DatasetSection) -> str:
+    """The caption of an image with nothing left to chance: as `plain_caption`, with its own trigger."""
+    return plain_caption(record.full_caption, rules_of(record, rules).trigger)
+
+
+def varies_by_draw(record: ImageRecord, rules: DatasetSection) -> bool:
+    """Whether an image's caption reads differently from look to look, other than by being left out."""
+    caption, rules = record.full_caption, rules_of(record, rules)
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
 

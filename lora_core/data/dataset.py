@@ -20,7 +20,6 @@ import json
 import math
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +29,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
+from lora_core.data.captions import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    read_metadata_captions,
+    read_text,
+    rules_of,
+)
+from lora_core.data.concepts import (
+    ConceptList,
+    assign_concepts,
+    balance_looks,
+    kohya_folder,
+    read_concepts,
+)
 from lora_core.data.images import (
+    CONCEPT_LIST,
     CROP_LIST,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MASK_OF,
     MIN_SIDE,
     Bucket,
+    Concept,
     Crop,
     Dataset,
     FileProblem,
@@ -161,13 +175,12 @@ def _write_list(file: Path, text: str) -> None:
             file.unlink(missing_ok=True)
 
 
-_REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS = 4
 AUDIT_ONLY = ("hidden", "link", "unread caption")
 """Notes that only the audit needs: a problem says it too, or nothing is lost."""
-UNUSED = ("mask", "caption without picture", "second caption", "other file")
+UNUSED = ("no concept", "mask", "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
     "mask": "{} masks belong to no image or to one that has another mask, and are not used ({}).",
@@ -177,13 +190,15 @@ _SUMMARIES = {
     "second caption": "{} captions are not used, as their images have another one ({}).",
     "shared caption": "{} captions are shared by images of the same name ({}).",
     "other file": "{} other files are not used ({}).",
+    "no concept": "{} images are in no concept of dataset.toml, and are not used ({}).",
+    "reg folder": "{} images are in a folder for regularisation, but their concepts are not is_reg ({}).",
     "same picture": "{} images are already here and were skipped ({}).",
     "already there": "{} captions or masks are already here and were left as they are ({}).",
 }
 """What many notes of a kind come to: how many there are, and the names of some."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Listing:
     """The files of a folder in order, by their path relative to it: as it is, and folded. `pictures`,
     `masks`, `texts` and `tables` of them count; `notes` says why the others do not."""
@@ -200,6 +215,7 @@ class _Listing:
     notes: list[FileProblem] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
     crops: dict[str, Crop] = field(default_factory=dict)
+    concepts: dict[Path, Concept] | None = None
 
     def shown(self, path: Path) -> str:
         """How a file is named in messages."""
@@ -221,7 +237,8 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv`
     of the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest
     folder counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or
-    alike are for regularisation. A mask is, in this order, `NAME-masklabel.png` or
+    alike are for regularisation. A `dataset.toml` takes the place of what folders' names say, see
+    `data/concepts`. A mask is, in this order, `NAME-masklabel.png` or
     `NAME_mask.png` beside the image, or its namesake in a `mask` folder. Nothing is raised for a file that is
     wrong; it becomes a problem. Each file or row that is not used is a problem or a note; hidden files share
     one. Without `sizes`, what is known from before, every image is decoded.
@@ -234,6 +251,8 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
         found = list(threads.map(lambda path: _read_record(path, listing, tables, masks), listing.pictures))
         every = [one for one in found if isinstance(one, ImageRecord)]
         unfit = [one for one in threads.map(lambda record: _check_mask(record, listing), every) if one]
+    loose = [] if listing.concepts is None else [one for one in every if one.concept is None]
+    every = [one for one in every if one.concept] if listing.concepts is not None else every
     records, reg = ([one for one in every if one.reg is kind] for kind in (False, True))
     problems = [*(one for one in found if isinstance(one, FileProblem)), *unfit]
     for record in every:
@@ -244,7 +263,7 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
             listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
     _note_texts(every, listing)
     _note_rows(every, rows_of, listing)
-    return Dataset(records, [*listing.problems, *problems], listing.notes, reg)
+    return Dataset(records, [*listing.problems, *problems], listing.notes, reg, loose, folder)
 
 
 def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()) -> list[FileProblem]:
@@ -265,28 +284,14 @@ def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()
 
 def apply_settings(records: Iterable[ImageRecord], config: RunConfig) -> list[ImageRecord]:
     """The images with the masks, weights and backgrounds that the settings give them."""
-    rules, found = config.dataset, []
+    found = []
     for record in records:
+        rules = rules_of(record, config.dataset)
         mask = record.mask or (record.path if rules.masks == "alpha" and record.transparent else None)
         mask, outside = (None, 1.0) if rules.masks == "off" else (mask, config.loss.unmasked_weight)
         weight = rules.reg_weight if record.reg else 1.0
         found.append(replace(record, mask=mask, outside=outside, background=rules.background, weight=weight))
     return found
-
-
-def repeat_reg(reg: Sequence[ImageRecord], looks: int) -> list[ImageRecord]:
-    """The images for regularisation with as many repeats as it takes for `looks` at them, as many as at the
-    others; those beyond are left out.
-
-    Source: kohya-ss/sd-scripts, library/train_util.py, DreamBoothDataset.
-    """
-    repeats: Counter[int] = Counter()
-    while reg and repeats.total() < looks:
-        for index, record in enumerate(reg):
-            repeats[index] += 1 if repeats[index] else record.repeats
-            if repeats.total() >= looks:
-                break
-    return [replace(reg[index], repeats=count) for index, count in repeats.items()]
 
 
 def run_dataset(config: RunConfig, unpack_into: Path) -> Dataset:
@@ -344,7 +349,8 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     dataset = scan(folder)
     dataset = replace(dataset, notes=[*notes, *dataset.notes])
     if not dataset.records and not any(
-        problem.path.suffix.casefold() in IMAGE_SUFFIXES for problem in dataset.problems
+        problem.path.suffix.casefold() in IMAGE_SUFFIXES or problem.kind == "concepts"
+        for problem in dataset.problems
     ):
         why = "".join(f" {note.sentence}" for note in summarize_notes(dataset.notes, AUDIT_ONLY))
         if dataset.reg:
@@ -386,6 +392,10 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
             listing.notes.append(replace(found, blocking=False))
     for path in listing.exact.values():
         _classify(path, listing)
+    if (said := read_concepts(root)) is not None:
+        shown = {path: listing.shown(path) for path in listing.pictures}
+        listing.concepts = assign_concepts(shown, said, root) if said.concepts else None
+        _note_concepts(said, listing)
     if not any(f"held_out{suffix}" in listing.folded for suffix in IMAGE_SUFFIXES):
         try:
             listing.held_out.update(read_holdout_list(root))
@@ -407,6 +417,21 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
     return listing
 
 
+def _note_concepts(found: ConceptList, listing: _Listing) -> None:
+    """What is wrong with `dataset.toml`, what of it has no effect, and which images it leaves out."""
+    file = listing.root / CONCEPT_LIST
+    listing.problems.extend(FileProblem(file, "concepts", sentence) for sentence in found.problems)
+    listing.notes.extend(FileProblem(file, "concepts", sentence, False) for sentence in found.notes)
+    concepts = listing.concepts
+    for path in listing.pictures if concepts is not None else ():
+        shown, concept = listing.shown(path), (concepts or {}).get(path)
+        if concept is None:
+            listing.note(path, "no concept", f"is in no concept of {CONCEPT_LIST}; it is not used.")
+        elif folder_kind(shown) == "regularisation" and concept.role != "regularisation":
+            sentence = f"is in a folder for regularisation, but its concept in {CONCEPT_LIST} is not is_reg."
+            listing.note(path, "reg folder", sentence)
+
+
 def _classify(path: Path, listing: _Listing) -> None:
     """Find out what a file is for."""
     suffix, shown = path.suffix.casefold(), listing.shown(path)
@@ -419,7 +444,7 @@ def _classify(path: Path, listing: _Listing) -> None:
         listing.tables.append(path)
     elif suffix in CAPTION_SUFFIXES and not kind:
         listing.texts.append(path)
-    elif shown != CROP_LIST:
+    elif shown not in (CROP_LIST, CONCEPT_LIST):
         listing.note(path, "other file", "is neither an image nor a caption; it is not used.")
 
 
@@ -538,17 +563,23 @@ def _read_record(
         if path in masks:
             listing.note(masks[path], "unread caption", "is the mask of an image that cannot be used.")
         return info
-    repeats, name = _kohya_folder(path, listing.root)
-    sidecar = _find_sidecar(path, listing)
+    concept = (listing.concepts or {}).get(path)
+    repeats, name = kohya_folder(path, listing.root)
+    if concept:
+        repeats, name = concept.repeats, concept.class_tokens
+    sidecar = _find_sidecar(path, listing, concept.caption_extension if concept else "")
     try:
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
         return FileProblem(path, "caption", str(error))
     folded = fold_name(listing.shown(path))
     seen = (info.transparent, info.animated)
-    reg = folder_kind(listing.shown(path)) == "regularisation"
+    reg = (
+        concept.role == "regularisation" if concept else folder_kind(listing.shown(path)) == "regularisation"
+    )
     by_hand, size = folded in listing.held_out and not reg, (info.width, info.height)
     record = ImageRecord(path, *size, caption.strip(), repeats, by_hand, *seen, mask=masks.get(path), reg=reg)
+    record = replace(record, concept=concept) if concept else record
     try:
         return crop_record(record, listing.crops[folded]) if folded in listing.crops else record
     except DatasetError as error:
@@ -575,23 +606,15 @@ def _check_mask(image: ImageRecord, listing: _Listing) -> FileProblem | None:
     return FileProblem(mask, "mask shape", sentence)
 
 
-def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:
-    """The text file beside an image."""
+def _find_sidecar(picture: Path, listing: _Listing, first: str = "") -> Path | None:
+    """The text file beside an image, if there are several the one with the ending `first`."""
     stem = listing.shown(picture.with_suffix(""))
-    return _find_first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
+    endings = dict.fromkeys([first, *CAPTION_SUFFIXES]) if first else CAPTION_SUFFIXES
+    return _find_first(listing, [stem + suffix for suffix in endings])
 
 
 def _find_first(listing: _Listing, names: list[str]) -> Path | None:
     return next((found for name in names if (found := listing.find(name))), None)
-
-
-def _kohya_folder(path: Path, root: Path) -> tuple[int, str]:
-    """Repeats and the caption of last resort, of the nearest `10_name` folder below the root; (1, "") without
-    one."""
-    for parent in reversed(path.relative_to(root).parts[:-1]):
-        if match := _REPEATED.fullmatch(parent):
-            return int(match[1]), match[2].replace("_", " ").strip()
-    return 1, ""
 
 
 # Near-duplicates, and the images to measure on.
@@ -738,10 +761,9 @@ def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
         return config
     train, base = config.train, lookup_base(config.model.base)
     images, _ = split_holdout(dataset.records, config.validation.pictures, config.seed)
-    if config.dataset.reg_weight:
-        images += repeat_reg(dataset.reg, sum(record.repeats for record in images))
+    images, reg = balance_looks(images, dataset.reg if config.dataset.reg_weight else [])
     shape = train.resolution or base.resolution, base.multiple
-    epoch = num_batches(images, shape, train.batch_size) / train.gradient_accumulation_steps
+    epoch = num_batches([*images, *reg], shape, train.batch_size) / train.gradient_accumulation_steps
     found = {steps: max(1, math.ceil(epochs * epoch)) for steps, epochs in asked.items()}
     most = int((limits_of("train.steps") or (0, math.inf))[1])
     for steps, count in found.items():

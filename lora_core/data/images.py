@@ -30,7 +30,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pillow_heif
@@ -44,6 +44,41 @@ Crop = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class Concept:
+    """Images with rules of their own: a folder of the dataset, or part of one.
+
+    Attributes:
+        folder: its path below the dataset folder, with forward slashes; "" is that folder itself.
+        images: patterns of the names below the folder that belong to it; none where all do.
+        role: one of `ROLES`.
+        repeats: how often each image is shown in an epoch.
+        share: the part of the looks that it gets, beside the shares of the other concepts; 0 where repeats
+            count.
+        class_tokens: the caption of images without one.
+        prefix, suffix: what stands around each caption.
+        rules: settings of the section `dataset` that it has in place of the run's.
+        number: its place in `dataset.toml`, from 1; 0 where it only stands for what a folder's name says.
+    """
+
+    name: str
+    folder: str = ""
+    images: tuple[str, ...] = ()
+    role: str = "subject"
+    repeats: int = 1
+    share: float = 0.0
+    class_tokens: str = ""
+    caption_extension: str = ""
+    prefix: str = ""
+    suffix: str = ""
+    rules: tuple[tuple[str, Any], ...] = ()
+    number: int = 0
+
+
+ROLES = ("subject", "style", "regularisation")
+"""What a concept's images are for: what is to be learned, how it is to look, or the class beside it."""
+
+
+@dataclass(frozen=True)
 class ImageRecord:
     """One usable image.
 
@@ -54,6 +89,7 @@ class ImageRecord:
     of which the first is trained on. `mask` is the file that says which parts of it count: white ones in
     full, black ones `outside` of that. `background` is the colour that it is laid on. An image for
     regularisation (`reg`) is of the class, without what is to be learned; `weight` is what its loss counts.
+    `concept` has the rules that `dataset.toml` gives it; None where there is no such file.
     """
 
     path: Path
@@ -70,6 +106,20 @@ class ImageRecord:
     background: str = "white"
     reg: bool = False
     weight: float = 1.0
+    concept: Concept | None = None
+
+    @property
+    def full_caption(self) -> str:
+        """The caption as it is trained on: with its concept's prefix and suffix around each line.
+
+        Source: kohya-ss/sd-scripts, library/train_util.py, `process_caption`.
+        """
+        concept = self.concept
+        if concept is None or not (concept.prefix or concept.suffix):
+            return self.caption
+        lines = [line.strip() for line in self.caption.splitlines() if line.strip()] or [""]
+        parts = ((concept.prefix, line, concept.suffix) for line in lines)
+        return "\n".join(" ".join(filter(None, part)) for part in parts)
 
     @property
     def own_background(self) -> list[str]:
@@ -92,19 +142,22 @@ class FileProblem:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable images in order of path, problems of the rest, notes on unused files, and the images for
-    regularisation."""
+    """The usable images in order of path, problems of the rest, notes on unused files, the images for
+    regularisation, and those that `dataset.toml` leaves out, which are `loose`; `root` is their folder."""
 
     records: list[ImageRecord]
     problems: list[FileProblem]
     notes: list[FileProblem] = field(default_factory=list)
     reg: list[ImageRecord] = field(default_factory=list)
+    loose: list[ImageRecord] = field(default_factory=list)
+    root: Path | None = field(default=None, compare=False)
 
 
 MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 CROP_LIST = "crops.json"
+CONCEPT_LIST = "dataset.toml"
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 """Of files that go with an image: its mask, and OneTrainer's conditioning image, which is not used."""
 MASK_OF = ("_mask", "-mask", ".mask")

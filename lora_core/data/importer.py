@@ -30,6 +30,7 @@ from lora_core.data.captions import (
     write_caption,
 )
 from lora_core.data.images import (
+    CONCEPT_LIST,
     CROP_LIST,
     IMAGE_SUFFIXES,
     MASK_OF,
@@ -84,13 +85,14 @@ class Imported:
 
 
 def is_dataset_file(name: str) -> bool:
-    """Whether a file belongs to a dataset: an image, a caption, a table of captions or the list of crops."""
+    """Whether a file belongs to a dataset: an image, a caption, a table of captions, the list of crops or of
+    concepts."""
     suffix = PurePosixPath(name).suffix.casefold()
     return (
         suffix in IMAGE_SUFFIXES
         or suffix in CAPTION_SUFFIXES
         or fold_name(PurePosixPath(name).name) in METADATA_NAMES
-        or name == CROP_LIST
+        or name in (CROP_LIST, CONCEPT_LIST)
     )
 
 
@@ -390,6 +392,8 @@ class _Import:
         for one in (each.join_image(pictures) for each in incoming):
             if fold_name(one.name.name) in METADATA_NAMES:
                 tables.append(one)
+            elif one.name == PurePosixPath(CONCEPT_LIST):
+                self._add_concepts(one)
             elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
                 sets.setdefault(one.set_name, []).append(one)
             else:
@@ -507,6 +511,17 @@ class _Import:
         for one in members:
             if one not in firsts:
                 self._add_set([one])
+
+    def _add_concepts(self, one: _Incoming) -> None:
+        """Add the list of concepts, whose folders keep their names, where there is none yet."""
+        target = self.into / CONCEPT_LIST
+        if os.path.lexists(target):
+            self.skip(one, "already there", "is there already and was left as it is; change it in its place.")
+            return
+        try:
+            transfer_file(one.source, target, self.way)
+        except OSError as error:
+            self.skip(one, "unreadable", f"cannot be copied ({error.strerror}); try it again.")
 
     def _add_table(self, table: _Incoming) -> None:
         """Write the rows of a table as text files beside the images that have none."""

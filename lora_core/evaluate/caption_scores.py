@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_core.data.audit import TrainingView, step_shares, words_of
-from lora_core.data.captions import plain_caption, split_tags
+from lora_core.data.captions import plain_caption, plain_record_caption, split_tags
 from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
 from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import DatasetError
@@ -449,7 +449,7 @@ def image_rows(
     advance = _counter(on_progress, 4 * len(records))
     images = []
     for record in apply_settings(records, config):
-        caption = plain_caption(record.caption, config.dataset.trigger)
+        caption = plain_record_caption(record, config.dataset)
         images.append(encode_eval_image(base, record, caption, draws, config.seed, train.resolution))
         advance()
 
@@ -469,7 +469,7 @@ def image_rows(
     rows: list[dict[str, Any]] = []
     for number, (record, share) in enumerate(zip(records, step_shares(records, training), strict=True)):
         gain, error = _difference(before[number] - after[number])
-        captioned, base_loss = plain_caption(record.caption, ""), float(before[number].mean())
+        captioned, base_loss = plain_caption(record.full_caption, ""), float(before[number].mean())
         helps, helps_error = _difference(bare[number] - after[number]) if captioned else (None, None)
         rows.append(
             {

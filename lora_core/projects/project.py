@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_core.data.captions import CAPTION_SUFFIXES, write_caption
+from lora_core.data.concepts import read_concept_file, write_concepts
 from lora_core.data.dataset import (
     HOLDOUT_LIST,
     check_crop,
@@ -361,6 +362,23 @@ class Project:
             else:
                 write_atomically(file, check_mask_png(png, self.sizes.info(record.path, name), name))
             self.invalidate()
+
+    def change_concepts(self, change: Callable[[Path], str]) -> dict[str, str]:
+        """Write the `dataset.toml` of the images anew; returns its text `before` and `after`.
+
+        Args:
+            change: makes the new text, "" for no file; given the folder.
+
+        Raises:
+            DatasetError: it is the demo's, `change` refuses, or the file cannot be written.
+        """
+        self.refuse_demo()
+        with self.lock():
+            before = read_concept_file(self.image_folder)
+            after = change(self.image_folder)
+            write_concepts(self.image_folder, after)
+            self.invalidate()
+        return {"before": before, "after": after}
 
     def _replace(self, changed: dict[Path, ImageRecord]) -> None:
         """Put changed records in place, without reading the folder again although it was touched."""

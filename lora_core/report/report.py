@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_core.data.captions import plain_caption
+from lora_core.data.captions import plain_record_caption
 from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
@@ -78,8 +78,8 @@ def run_evaluator(
     known, now = read_json(run.inputs_file), input_hashes(run, every)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
-    trigger, model = config.dataset.trigger, config.model
-    records = [replace(record, caption=plain_caption(record.caption, trigger)) for record in held]
+    model, rules = config.model, config.dataset
+    records = [replace(one, caption=plain_record_caption(one, rules), concept=None) for one in held]
     base = load_base(
         model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
         zero_snr=model.zero_terminal_snr,

@@ -15,17 +15,18 @@ import psutil
 from lora_core.data.captions import (
     CHUNK,
     check_prompt,
-    class_captions,
+    record_class_captions,
+    rules_of,
+    triggered_caption,
     truncated_part,
     varies_by_draw,
-    with_trigger,
 )
+from lora_core.data.concepts import balance_looks
 from lora_core.data.dataset import (
     AUDIT_ONLY,
     apply_settings,
     first_problems,
     num_holdout,
-    repeat_reg,
     run_dataset,
     split_holdout,
     summarize_notes,
@@ -124,7 +125,7 @@ def preflight(
         if not config.slider.on:
             dataset = dataset or run_dataset(config, workspace / "cache" / "datasets")
             records = dataset.records
-            texts = [(one.path.name, with_trigger(one.caption, config.dataset.trigger)) for one in records]
+            texts = [(one.path.name, triggered_caption(one, config.dataset)) for one in records]
             found = [*_images(dataset), *_holdout(records, config), *found]
             found += [*_masks([*records, *dataset.reg], config), *_regularisation(dataset, config)]
     except DatasetError as error:
@@ -297,7 +298,7 @@ def _prior(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     if not config.keeps_prior:
         sentence = "loss.prior_preservation plays no part for a slider, which keeps the base as it is."
         return [RunProblem("prior", sentence, False)]
-    prompts = class_captions((record.caption for record in records), config.dataset.trigger)
+    prompts = record_class_captions(records, config.dataset)
     what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
     sentence = (
         f"Prior preservation: the base makes {PRIOR_IMAGES} images first, of {what}; a step takes about twice"
@@ -483,12 +484,15 @@ def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
     """What images for regularisation do in the run."""
     count, weight = len(dataset.reg), config.dataset.reg_weight
     images = f"{count} {'image' if count == 1 else 'images'} for regularisation"
-    shown = len(repeat_reg(dataset.reg, sum(record.repeats for record in dataset.records)))
+    train, reg = balance_looks(dataset.records, dataset.reg)
+    shown, looks = len(reg), sum(record.repeats for record in reg)
+    part = looks / max(1, looks + sum(record.repeats for record in train))
     if count and not weight:
         sentence = f"The dataset has {images}, not used, as dataset.reg_weight is 0."
     elif count:
         first = f" the first {shown} of" if shown < count else ""
-        sentence = f"Half of the steps show{first} {images}, which count {weight:g} (dataset.reg_weight)."
+        many = "Half" if not any(one.concept and one.concept.share for one in reg) else f"{part:.0%}"
+        sentence = f"{many} of the steps show{first} {images}, which count {weight:g} (dataset.reg_weight)."
     elif weight != DatasetSection().reg_weight:
         sentence = "dataset.reg_weight plays no part: there is no folder `reg` with images of the class."
     else:
@@ -629,7 +633,7 @@ def _busy(workspace: Path) -> list[RunProblem]:
 
 def captions_vary(records: Sequence[ImageRecord], config: RunConfig) -> bool:
     """Whether a caption of the images reads differently from draw to draw."""
-    return any(varies_by_draw(record.caption, config.dataset) for record in records)
+    return any(varies_by_draw(record, config.dataset) for record in records)
 
 
 def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
@@ -644,7 +648,7 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
     one = config.train.max_token_length // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
     rules, validation = config.dataset, config.validation
-    fixed = sum(not varies_by_draw(record.caption, rules) for record in records)
+    fixed = sum(not varies_by_draw(record, rules) for record in records)
     # Those that vary are measured without chance: the held-out ones, and about as many of the others.
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
@@ -656,8 +660,9 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
     """Bytes of encoded images on disk."""
     side = config.train.resolution or facts.resolution
-    draws = 2 if config.dataset.flip else 1
-    return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * draws
+    views = [2 if rules_of(record, config.dataset).flip else 1 for record in records]
+    sizes = (int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records)
+    return sum(size * count for size, count in zip(sizes, views, strict=True))
 
 
 def _size(size: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.data.captions import CHUNK, Prompt, sample_record_caption
+from lora_core.data.captions import CHUNK, Prompt, rules_of, sample_record_caption
 from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import (
@@ -67,16 +67,15 @@ class Batches:
     """All micro-batches of a run, by number."""
 
     def __init__(
-        self, images: list[TrainImage], cache: "LatentCache", captions: DatasetSection, batch_size: int,
-        flip: bool, seed: int,
+        self, images: list[TrainImage], cache: "LatentCache", rules: DatasetSection, batch_size: int,
+        seed: int,
     ) -> None:  # fmt: skip
-        """Draw `batch_size` images of one bucket, half of them mirrored if `flip`, and a caption for each by
-        the settings `captions`; all draws follow from `seed`."""
+        """Draw `batch_size` images of one bucket, mirrored or not, and a caption for each, by the settings
+        `rules` and what the images' concepts have in their place; all draws follow from `seed`."""
         self._images = images
         self._cache = cache
-        self._captions = captions
+        self._rules = rules
         self._batch_size = batch_size
-        self._flip = flip
         self._seed = seed
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._batches_per_epoch = len(self._epoch_batches(0))
@@ -113,8 +112,8 @@ class Batches:
         for row, index in enumerate(self._epoch[1][place]):
             draw = random.Random(f"{self._seed}/look/{number}/{row}")
             item = self._images[index]
-            flip = self._flip and draw.random() < 0.5
-            rows.append((item, flip, sample_record_caption(item.record, self._captions, draw)))
+            flip = rules_of(item.record, self._rules).flip and draw.random() < 0.5
+            rows.append((item, flip, sample_record_caption(item.record, self._rules, draw)))
         return rows
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import plain_caption
+from lora_core.data.captions import plain_record_caption, triggers_of
 from lora_core.errors import RunError
 from lora_core.formats import metadata
 from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
@@ -43,9 +43,12 @@ def export_header(
     config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
 ) -> dict[str, str]:
     """The texts of a file's header."""
-    captions = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
+    captions = [plain_record_caption(item.record, config.dataset) for item in items]
     buckets = Counter((item.bucket.width, item.bucket.height) for item in items)
-    return metadata.export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
+    header = metadata.export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
+    # The concepts' own, where there are some.
+    triggers = triggers_of((item.record for item in items), config.dataset)
+    return header | ({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {})
 
 
 def write_export(

@@ -19,8 +19,16 @@ import torch
 
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
-from lora_core.data.captions import escape_prompt, plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import apply_settings, repeat_reg, require_clean, run_dataset, split_holdout
+from lora_core.data.captions import (
+    escape_prompt,
+    plain_record_caption,
+    rules_of,
+    triggers_of,
+    varies_by_draw,
+    with_trigger,
+)
+from lora_core.data.concepts import balance_looks
+from lora_core.data.dataset import apply_settings, require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.evaluate.validator import weigh_latents
@@ -233,7 +241,10 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
         words += "\nheld out by hand" if record.held_out else ""
         words += f"\ncrop {record.crop}" if record.crop else ""
         words += f"\nmask {hash_file(record.mask)}" if record.mask else ""
-        name = f"the {'reg ' if record.reg else ''}picture {record.path.name}"
+        words += f"\nconcept {replace(record.concept, number=0)}" if record.concept else ""
+        # Concepts often number their images alike.
+        folder = f"{record.concept.folder}/" if record.concept and record.concept.folder else ""
+        name = f"the {'reg ' if record.reg else ''}picture {folder}{record.path.name}"
         inputs[name] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 
@@ -541,6 +552,7 @@ def prepare(
     check_inputs(run, [*records, *reg], accept_changes, more)
     slider, section = config.slider, config.validation
     train, held = split_holdout(records, 0.0 if slider.on else section.pictures, config.seed)
+    train, reg = balance_looks(train, reg)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     base = open_base_for(config, device, dtype_of(plan.precision, device), plan.rungs, cache)
@@ -551,9 +563,8 @@ def prepare(
     sides = (resolution, base.size_multiple, base.vae_scale_factor)
     items = [] if slider.on else assign_buckets(train, *sides)
     held_items = assign_buckets(held, *sides) if held else []
-    reg = repeat_reg(reg, sum(record.repeats for record in train))
     trained = [*items, *(assign_buckets(reg, *sides) if reg else [])]
-    wanted = [*all_views(trained, config.dataset.flip), *all_views(held_items, False)]
+    wanted = [*all_views(trained, config.dataset), *((item, False) for item in held_items)]
     _encode_pictures(base, latents, wanted, say)
     sets = build_validation_sets(items, held_items, latents, config, base.noise.num_timesteps)
     base.put("vae", torch.device("cpu"))
@@ -584,9 +595,9 @@ def build_batches(
     config: RunConfig, base: BaseModel, items: list[TrainImage], latents: LatentCache
 ) -> Batches:
     """The micro-batches of a run: of its images, or of a concept slider's prompts."""
-    count, slider, flip = config.train.batch_size, config.slider, config.dataset.flip
+    count, slider = config.train.batch_size, config.slider
     if not slider.on:
-        return Batches(items, latents, config.dataset, count, flip, config.seed)
+        return Batches(items, latents, config.dataset, count, config.seed)
     side = config.train.resolution or base.resolution
     bucket = choose_bucket(side, side, side, base.size_multiple)
     return SliderBatches(base, slider, count, bucket.width, config.seed)
@@ -656,9 +667,10 @@ def assign_buckets(
     ]
 
 
-def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
+def all_views(images: list[TrainImage], rules: schema.DatasetSection) -> list[tuple[TrainImage, bool]]:
     """Every (image, mirrored) that a run can ask for: what to encode before the first step."""
-    return [(image, mirrored) for image in images for mirrored in ((False, True) if flip else (False,))]
+    views = ((image, (False, True) if rules_of(image.record, rules).flip else (False,)) for image in images)
+    return [(image, mirrored) for image, both in views for mirrored in both]
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
@@ -671,8 +683,18 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family
         return config.sample.prompts or own[:SAMPLE_PROMPTS]
     if config.sample.prompts:
         parts, trigger = map(split_sample, config.sample.prompts), escape_prompt(trigger)
-        return [with_trigger(words, trigger) + (f" {options}" if options else "") for words, options in parts]
-    captions = dict.fromkeys(plain_caption(record.caption, trigger) for record in records)
+        # A prompt that names a concept is about that one.
+        others = list(map(escape_prompt, triggers_of(records, config.dataset)))
+        return [
+            (
+                words
+                if any(with_trigger(words, one) == words for one in others)
+                else with_trigger(words, trigger)
+            )
+            + (f" {options}" if options else "")
+            for words, options in parts
+        ]
+    captions = dict.fromkeys(plain_record_caption(record, config.dataset) for record in records)
     return list(map(escape_prompt, captions))[:SAMPLE_PROMPTS]
 
 
@@ -698,8 +720,8 @@ def _encode_captions(
     the text encoders where no other can come."""
     samples, own_prompts = prompts
     rules = config.dataset
-    fixed = [record for record in records if not varies_by_draw(record.caption, rules)]
-    captions = [plain_caption(one.caption, "" if one.reg else rules.trigger) for one in fixed]
+    fixed = [record for record in records if not varies_by_draw(record, rules)]
+    captions = [plain_record_caption(one, rules) for one in fixed]
     captions += [one.caption for one in (*sets.held_out, *sets.training)]
     captions += [*config.slider.captions(), *own_prompts, ""]
     captions = list(dict.fromkeys(captions))

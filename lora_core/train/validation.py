@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_core.backends.compact import is_quantized
-from lora_core.data.captions import class_captions, plain_caption
+from lora_core.data.captions import plain_record_caption, record_class_captions
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
@@ -141,7 +141,7 @@ def prior_set(
     trigger word, or of plain things where it has none; None where that is off, and for a concept slider."""
     if not config.keeps_prior:
         return None
-    prompts = class_captions((record.caption for record in records), config.dataset.trigger)
+    prompts = record_class_captions(records, config.dataset)
     prompts = prompts or list(base.family.prior_prompts)
     prompts = random.Random(f"{config.seed}/prior").sample(prompts, min(PRIOR_IMAGES, len(prompts)))
     return ForgettingSet(base, text, kept, repeat_prompts(prompts, PRIOR_IMAGES, PRIOR_SEED), side)
@@ -209,7 +209,7 @@ def build_validation_sets(
         latents = cache.latents(image.record, image.bucket, False)
         digest = hash_file(image.record.path)
         noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
-        caption = plain_caption((captioned or image).record.caption, config.dataset.trigger)
+        caption = plain_record_caption((captioned or image).record, config.dataset)
         return validator.EvalImage(latents, noise, caption, image.sizes, image.weights)
 
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED

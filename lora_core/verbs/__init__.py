@@ -46,6 +46,7 @@ FILE_PRECISIONS = tuple(name for name in PRECISIONS if name != AUTO)
 
 GROUPS = {
     "queue": "Train runs one after the other.",
+    "concepts": "Parts of a dataset with rules of their own.",
     "captions": "Change the captions of a folder or project.",
     "projects": "Projects: images, captions, settings and runs.",
     "caches": "Encoded images and captions, unpacked zips.",

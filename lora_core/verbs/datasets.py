@@ -1,16 +1,17 @@
 """Verbs about images and captions, the projects that hold them, and what else a workspace keeps."""
 
+import tomllib
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.model_files.detect import read_base_facts
 from lora_core.projects.caption_edits import HOWS, Captioner, Edit, without_captioned
 from lora_core.runs.folder import find_run
-from lora_core.settings.config import checked_value
+from lora_core.settings.config import FIELDS, checked_value, parse_toml
 from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import File, Found, Measure, Place, Progress, choose_device, load_images, verb
@@ -46,6 +47,82 @@ def audit(
     found = load_images(dataset, workspace)
     size = (side or facts.resolution, facts.multiple)
     return audited(found, TrainingView(*size, facts.tokenizer, trigger, batch, reg=found.reg))
+
+
+@verb
+def concepts_list(
+    dataset: File,
+    base: str = "demo",
+    resolution: Annotated[int, "--resolution PX"] = 0,
+    batch: int = 1,
+    pictures: float = float(str(FIELDS["validation.pictures"].default)),
+    seed: int = 0,
+    workspace: Place = None,
+) -> list[Found]:
+    """List the concepts of a dataset with their shares of the training.
+
+    Args:
+        base: the base that it is for.
+        resolution: in pixels; 0 for what the base was trained at.
+        batch: images per batch.
+        pictures: images that are held out, as `validation.pictures`.
+        seed: of the run, which images these are depends on it.
+
+    Returns:
+        Rows {number, name, folder, role, trigger, images, num_repeats, asked, repeats, share}.
+    """
+    from lora_core.data.audit import TrainingView, concept_rows
+    from lora_core.data.dataset import require_clean, split_holdout
+
+    checked_value("validation.pictures", pictures, "--pictures")
+    checked_value("train.batch_size", batch, "--batch")
+    side = checked_value("train.resolution", resolution, "--resolution")
+    facts = read_base_facts(base)
+    found = load_images(dataset, workspace)
+    require_clean(found)
+    held = frozenset(record.path for record in split_holdout(found.records, pictures, seed)[1])
+    size = (side or facts.resolution, facts.multiple)
+    return concept_rows(found, TrainingView(*size, None, "", batch, held, found.reg))
+
+
+@verb
+def concepts_make(dataset: File, workspace: Place = None) -> Path:
+    """Make a concept of each folder of images that has none, in its `dataset.toml`; returns that file.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+
+    Raises:
+        DatasetError: each image has a concept already, or the file has to be mended first.
+    """
+    from lora_core.data.concepts import propose_concepts
+    from lora_core.data.images import CONCEPT_LIST
+
+    project = _pictures_of(dataset, workspace)
+    project.change_concepts(lambda folder: propose_concepts(project.dataset(), folder))
+    return project.image_folder / CONCEPT_LIST
+
+
+@verb
+def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Place = None) -> None:
+    """Set what a concept has in place of the run's settings, in its `dataset.toml`.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+        number: of the concept, as `concepts list` shows it.
+        key: of kohya's dataset configuration, or role, share, trigger, name, masks, background or images.
+        value: as in TOML, or a text; an empty one removes the key.
+
+    Raises:
+        DatasetError: there is no such concept, or it cannot have that value.
+    """
+    from lora_core.data.concepts import edit_concept
+
+    try:
+        read: Any = parse_toml(f"value = {value}", key)["value"]
+    except tomllib.TOMLDecodeError:
+        read = value
+    _pictures_of(dataset, workspace).change_concepts(lambda folder: edit_concept(folder, number, key, read))
 
 
 @verb

@@ -76,7 +76,7 @@ def test_numbers(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "two.png", seed=2, caption="red")
     draw(tmp_path / "three.png", seed=3)
     found = audit(scan(tmp_path), TrainingView(64, 8))
-    assert list(found) == ["pictures", "captions", "problems", "tags", "shares", "learned"]
+    assert list(found) == ["pictures", "captions", "problems", "tags", "shares", "concepts", "learned"]
     assert found["pictures"] == 3
     assert found["captions"] == 2
     assert found["tags"] == [{"tag": "red", "pictures": 2}, {"tag": "big", "pictures": 1}]

@@ -18,7 +18,8 @@ from lora_core.data.audit import (
     report_bias,
     step_shares,
 )
-from lora_core.data.dataset import repeat_reg, scan
+from lora_core.data.concepts import repeat_reg
+from lora_core.data.dataset import scan
 from lora_core.data.images import ImageRecord
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
@@ -183,7 +184,7 @@ REG = [
 def test_shares_are_those_of_a_run(batch: int, reg: list[ImageRecord]) -> None:
     items = assign_buckets([*RECORDS, *repeat_reg(reg, 9)], 64, 8)
     rules = DatasetSection(caption_dropout=0.0)
-    batches = Batches(items, NoLatents(), rules, batch, False, 0)  # type: ignore[arg-type]
+    batches = Batches(items, NoLatents(), rules, batch, 0)  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()
     for number in range(epochs * batches._batches_per_epoch):

@@ -30,7 +30,8 @@ def _records(tmp_path, sizes, repeats=1):
 
 
 def _batches(records, size=2, seed=0, flip=False, rules=PLAIN):
-    return Batches(assign_buckets(records, 128, 32), Numbers(), rules, size, flip, seed)
+    rules = rules.model_copy(update={"flip": flip})
+    return Batches(assign_buckets(records, 128, 32), Numbers(), rules, size, seed)
 
 
 def test_a_batch_follows_from_seed_and_number_alone(tmp_path):
@@ -109,7 +110,7 @@ def test_flips_are_half_of_the_looks(tmp_path):
     mirrored = sum(batches.batch(n).latents.mean() < 0 for n in range(400))
     assert 150 < mirrored < 250
     items = assign_buckets(_records(tmp_path, [(128, 128)] * 2), 128, 32)
-    assert (len(all_views(items, True)), len(all_views(items, False))) == (4, 2)
+    assert [len(all_views(items, DatasetSection(flip=flip))) for flip in (True, False)] == [4, 2]
 
 
 def test_a_batch_says_the_sizes_of_its_pictures(tmp_path):

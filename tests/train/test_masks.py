@@ -237,8 +237,8 @@ def test_a_batch_has_the_weights_of_its_images_mirrored_as_they_are(tmp_path: Pa
         def latents(self, record: ImageRecord, bucket: Bucket, flip: bool) -> torch.Tensor:
             return super().latents(record, bucket, flip).expand(4, 1, 8)
 
-    rules = DatasetSection(caption_dropout=0.0)
-    batches = Batches(items, Wide(), rules, 2, True, 0)  # type: ignore[arg-type]
+    rules = DatasetSection(caption_dropout=0.0, flip=True)
+    batches = Batches(items, Wide(), rules, 2, 0)  # type: ignore[arg-type]
     seen = set()
     for number in range(20):
         batch = batches.batch(number)
@@ -250,7 +250,7 @@ def test_a_batch_has_the_weights_of_its_images_mirrored_as_they_are(tmp_path: Pa
             assert torch.equal(one, expected)
             seen.add((name, flip))
     assert len(seen) == 6
-    plain = Batches(items[:1], Wide(), rules, 2, True, 0)  # type: ignore[arg-type]
+    plain = Batches(items[:1], Wide(), rules, 2, 0)  # type: ignore[arg-type]
     assert plain.batch(0).weights is None
 
 

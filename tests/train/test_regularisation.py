@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core.data.dataset import apply_settings, repeat_reg, scan
+from lora_core.data.concepts import repeat_reg
+from lora_core.data.dataset import apply_settings, scan
 from lora_core.data.images import Bucket, ImageRecord
 from lora_core.evaluate.validator import weigh_latents
 from lora_core.runs import events
@@ -61,7 +62,7 @@ def test_half_of_an_epoch_is_class_images_without_the_trigger_and_with_their_wei
             return torch.zeros(4, 8, 8)
 
     rules = DatasetSection(caption_dropout=0.0, trigger="zwx")
-    batches = Batches(items, Square(), rules, 2, False, 0)  # type: ignore[arg-type]
+    batches = Batches(items, Square(), rules, 2, 0)  # type: ignore[arg-type]
     seen = []
     for number in range(10):
         batch = batches.batch(number)

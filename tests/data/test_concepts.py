@@ -1,0 +1,330 @@
+"""`dataset.toml`: what is read, what is refused, and how it is made and edited."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_core.data.audit import TrainingView, audit, concept_rows
+from lora_core.data.concepts import edit_concept, propose_concepts
+from lora_core.data.dataset import apply_settings, open_dataset, scan
+from lora_core.data.importer import import_folder
+from lora_core.errors import DatasetError
+from lora_core.projects.project import Project
+from lora_core.runs.preflight import preflight
+from lora_core.settings.config import RunConfig
+from lora_core.verbs.datasets import concepts_list, concepts_make, concepts_set
+
+
+def images(folder: Path, *names: str) -> Path:
+    """Images of different colours, each with its name for a caption, but for those in `bare`."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (40 * number % 256, 90, 200)).save(path)
+        if path.parent.name != "bare":
+            path.with_suffix(".txt").write_text(path.stem)
+    return folder
+
+
+def written(folder: Path, *subsets: str, above: str = "[[datasets]]") -> Path:
+    listed = "\n".join(f"[[datasets.subsets]]\n{subset}" for subset in subsets)
+    (folder / "dataset.toml").write_text(f"{above}\n{listed}\n")
+    return folder
+
+
+def sentences(folder: Path) -> list[str]:
+    return [one.sentence for one in scan(folder).problems]
+
+
+# From the documentation of sd-scripts (docs/config_README-en.md), with the folders of this test.
+KOHYA = """
+[general]
+shuffle_caption = true
+caption_extension = ".txt"
+keep_tokens = 1
+enable_bucket = true
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "hoge"
+  class_tokens = "hoge girl"
+
+  [[datasets.subsets]]
+  image_dir = 'fuga'
+  class_tokens = "fuga boy"
+  keep_tokens = 3
+  num_repeats = 10
+  flip_aug = true
+  caption_prefix = "photo of"
+
+[[datasets]]
+resolution = [768, 768]
+
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = "bare"
+  class_tokens = "human"
+  color_aug = true
+"""
+
+
+def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path) -> None:
+    images(tmp_path, "hoge/a.png", "hoge/deep/b.png", "fuga/c.png", "bare/d.png", "10_other/e.png")
+    (tmp_path / "dataset.toml").write_text(KOHYA)
+    dataset = scan(tmp_path)
+    assert dataset.problems == []
+    found = {one.path.name: one for one in (*dataset.records, *dataset.reg)}
+    assert {name: one.concept and one.concept.name for name, one in found.items()} == {
+        "a.png": "hoge", "b.png": "hoge", "c.png": "fuga", "d.png": "bare",
+    }  # fmt: skip
+    assert found["a.png"].concept is not None
+    assert found["c.png"].concept is not None
+    assert dict(found["a.png"].concept.rules) == {"shuffle_tags": True, "keep_tags": 2}
+    assert dict(found["c.png"].concept.rules) == {"shuffle_tags": True, "keep_tags": 3, "flip": True}
+    assert [(one.repeats, one.reg) for one in found.values()] == [
+        (10, False),
+        (1, False),
+        (1, False),
+        (1, True),
+    ]
+    assert (found["d.png"].caption, found["c.png"].full_caption) == ("human", "photo of c")
+    assert [one.path.name for one in dataset.loose] == ["e.png"]
+    said = " ".join(note.sentence for note in dataset.notes)
+    for part in (
+        "[general]: enable_bucket = True needs no setting here",
+        "dataset 1: batch_size = 4 has no effect here; set train.batch_size",
+        "dataset 2: resolution = [768, 768] has no effect here; set train.resolution",
+        "subset 3: color_aug = True has no effect here",
+        "10_other/e.png is in no concept of dataset.toml; it is not used.",
+    ):
+        assert part in said
+
+
+def test_a_file_that_says_what_folders_say_leads_to_the_same_images(tmp_path: Path) -> None:
+    images(tmp_path, "10_red_cat/a.png", "b.png", "reg/1_cat/bare/c.png")
+    before = scan(tmp_path)
+    (tmp_path / "dataset.toml").write_text(propose_concepts(before, tmp_path))
+    after = scan(tmp_path)
+    plain = [
+        [(one.path, one.caption, one.repeats, one.reg) for one in (*found.records, *found.reg)]
+        for found in (before, after)
+    ]
+    assert plain[0] == plain[1]
+    assert (after.problems, after.notes, after.loose) == ([], [], [])
+    assert all(one.concept for one in after.records)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "says"),
+    [
+        (['image_dir = "gone"'], "subset 1: image_dir = 'gone' is not there; make it, or remove the subset."),
+        (['image_dir = "/data/cat"'], "outside of the folder of dataset.toml; did you mean 'cat'?"),
+        (['image_dir = "../elsewhere"'], "'../elsewhere' is outside of the folder of dataset.toml; put it"),
+        (["num_repeats = 2"], "subset 1: has no image_dir; name the folder of its images."),
+        (
+            ['image_dir = "cat"\nnum_repeat = 2'],
+            "the key num_repeat is not known here; did you mean num_repeats?",
+        ),
+        (['image_dir = "cat"\nzzz = 2'], "dataset.toml, subset 1: the key zzz is not known here; remove it."),
+        (['image_dir = "cat"\nnum_repeats = 0'], "num_repeats = 0 is not a whole number from 1 to 10,000"),
+        (['image_dir = "cat"\nflip_aug = "yes"'], "subset 1: flip_aug = 'yes' should be true or false."),
+        (['image_dir = "cat"\ncaption_dropout_rate = 2'], "caption_dropout_rate"),
+        (['image_dir = "cat"\nclass_tokens = 3'], "class_tokens = 3 is no text; put it in quotes."),
+        (['image_dir = "cat"\ncaption_extension = ".tags"'], "captions are .txt or .caption."),
+        (['image_dir = "cat"\nis_reg = 1'], "is_reg = 1 is neither true nor false"),
+        (
+            ['image_dir = "cat"\ncustom_attributes = { rol = "style" }'],
+            "the key rol is not known here; did you",
+        ),
+        (
+            ['image_dir = "cat"\ncustom_attributes = { role = "styl" }'],
+            "'styl' is not one of subject, style, reg",
+        ),
+        (['image_dir = "cat"\ncustom_attributes = { share = -1 }'], "share = -1 is no number of 0 or more"),
+        (
+            ['image_dir = "cat"\ncustom_attributes = { images = ["z*"] }'],
+            "has no image of its own; put some into",
+        ),
+        (
+            ['image_dir = "cat"\ncustom_attributes = { images = ["a*", "z*"] }'],
+            "no image of cat/a*, z* is named z*",
+        ),
+        (
+            ['image_dir = "cat"\nis_reg = true\ncustom_attributes = { trigger = "x" }'],
+            "regularisation is without",
+        ),
+        (
+            ['image_dir = "cat"', 'image_dir = "./cat/"'],
+            "has an image in two concepts, cat and cat (cat/a.png)",
+        ),
+        (
+            ['image_dir = "."', 'image_dir = "cat"', 'image_dir = "dog"'],
+            "the concept . has no image of its own",
+        ),
+        (['image_dir = "empty"'], "the concept empty has no image of its own; put some into"),
+        (
+            ['image_dir = "cat"\ncustom_attributes = { share = 1 }', 'image_dir = "dog"'],
+            "gives some concepts a share and others none (dog)",
+        ),
+        ([], "lists no folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_the_start(tmp_path: Path, subsets: list[str], says: str) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "empty").mkdir()
+    written(tmp_path, *subsets)
+    found = preflight(RunConfig().changed({"dataset.path": str(tmp_path)}), tmp_path)
+    assert any(says in one.sentence and one.blocking for one in found), [one.sentence for one in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[datasets", "dataset.toml is not valid TOML"),
+        ("datasets = 3", "is no list of tables"),
+        ("[train]\nlr = 1", "dataset.toml: the key train is not known here; remove it."),
+        ("general = 3", "[general]: is no table"),
+        ("\xff", "dataset.toml is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_such_list_is_said_before_the_start(tmp_path: Path, text: str, says: str) -> None:
+    images(tmp_path, "cat/a.png")
+    (tmp_path / "dataset.toml").write_bytes(text.encode("latin-1"))
+    assert any(says in one for one in sentences(tmp_path))
+    with pytest.raises(DatasetError, match=r"dataset\.toml"):
+        concepts_list(tmp_path)
+
+
+def test_a_part_of_a_folder_is_named_by_patterns(tmp_path: Path) -> None:
+    images(tmp_path, "a1.png", "a2.png", "B1.png")
+    written(
+        tmp_path,
+        'image_dir = "."',
+        'image_dir = "."\ncustom_attributes = { images = ["b*.png"], name = "bees" }',
+    )
+    found = {one.path.name: one.concept for one in scan(tmp_path).records}
+    assert {name: one and one.name for name, one in found.items()} == {
+        "a1.png": ".",
+        "a2.png": ".",
+        "B1.png": "bees",
+    }
+
+
+def test_masks_and_background_of_a_concept_take_the_place_of_the_settings(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png", "owl/c.png")
+    for name in ("cat/a", "dog/b"):
+        Image.linear_gradient("L").resize((64, 64)).save(tmp_path / f"{name}-masklabel.png")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 100)).save(tmp_path / "owl/c.png")
+    written(
+        tmp_path,
+        'image_dir = "cat"\ncustom_attributes = { masks = "off" }',
+        'image_dir = "dog"',
+        'image_dir = "owl"\nalpha_mask = true\ncustom_attributes = { background = "black" }',
+    )
+    cat, dog, owl = apply_settings(scan(tmp_path).records, RunConfig())
+    assert (cat.mask, dog.mask, owl.mask) == (None, tmp_path / "dog/b-masklabel.png", owl.path)
+    assert (cat.background, owl.background) == ("white", "black")
+
+
+def test_what_images_of_a_style_share_is_no_finding(tmp_path: Path) -> None:
+    names = [f"cat/{n}.png" for n in range(6)]
+    images(tmp_path, *names)
+    for name in names:
+        Image.new("RGB", (64, 64), "black").save(tmp_path / name)
+    kinds = []
+    for role in ("subject", "style"):
+        written(tmp_path, f'image_dir = "cat"\ncustom_attributes = {{ role = "{role}" }}')
+        found = audit(scan(tmp_path), TrainingView(64, 8))
+        kinds.append({row["kind"] for row in found["learned"]})
+        assert [row["role"] for row in found["concepts"]] == [role]
+    assert kinds[0] - kinds[1] == {"absorbed"}
+
+
+def test_an_edit_keeps_comments_and_refuses_what_cannot_be_read(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png")
+    written(tmp_path, 'image_dir = "cat"  # mine', 'image_dir = "dog"\nis_reg = true')
+    for number, key, value in (
+        (1, "num_repeats", 4), (1, "trigger", "zwx"), (1, "role", "style"),
+        (2, "role", "subject"), (2, "share", 1.5),
+    ):  # fmt: skip
+        (tmp_path / "dataset.toml").write_text(edit_concept(tmp_path, number, key, value))
+    assert (tmp_path / "dataset.toml").read_text() == (
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cat"  # mine\nnum_repeats = 4\n'
+        'custom_attributes = {trigger = "zwx", role = "style"}\n[[datasets.subsets]]\nimage_dir = "dog"\n'
+        'custom_attributes = {role = "subject", share = 1.5}\n'
+    )
+    (tmp_path / "dataset.toml").write_text(edit_concept(tmp_path, 2, "share", ""))
+    assert sentences(tmp_path) == []
+    for number, key, value, says in (
+        (1, "num_repeats", 0, "num_repeats = 0"), (1, "rol", "x", "rol is not known"),
+        (3, "share", 1, "no concept 3"), (1, "role", "hero", "'hero' is not one of"),
+        (1, "flip_aug", "yes", "true or false"),
+    ):  # fmt: skip
+        with pytest.raises(DatasetError, match=says):
+            edit_concept(tmp_path, number, key, value)
+
+
+def test_concepts_by_commands(tmp_path: Path) -> None:
+    folder = images(
+        tmp_path / "set", *(f"10_cat/{n}.png" for n in range(4)), *(f"dog/{n}.png" for n in range(4, 8))
+    )
+    place = tmp_path / "workspace"
+    before = concepts_list(folder, pictures=0.0)
+    assert [(row["name"], row["number"], round(row["share"], 3)) for row in before] == [
+        ("10_cat", 0, 0.909), ("dog", 0, 0.091),
+    ]  # fmt: skip
+    assert concepts_make(folder, place) == folder / "dataset.toml"
+    with pytest.raises(DatasetError, match="Each image is in a concept"):
+        concepts_make(folder, place)
+    concepts_set(folder, 1, "share", "1", place)
+    concepts_set(folder, 2, "share", "3", place)
+    concepts_set(folder, 2, "trigger", "zwx", place)
+    found = concepts_list(folder, pictures=0.0)
+    assert [(row["share"], row["asked"], row["trigger"], row["repeats"]) for row in found] == [
+        (0.25, 1.0, None, [1, 1]), (0.75, 3.0, "zwx", [3, 3]),
+    ]  # fmt: skip
+
+
+def test_a_project_writes_its_concepts_and_takes_them_back(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    images(project.image_folder, "cat/a.png", "dog/b.png")
+    made = project.change_concepts(lambda folder: propose_concepts(project.dataset(), folder))
+    assert [one.concept and one.concept.name for one in project.dataset().records] == ["cat", "dog"]
+    assert made["before"] == ""
+    project.change_concepts(lambda folder: made["before"])
+    assert [one.concept for one in project.dataset().records] == [None, None]
+    assert not (project.image_folder / "dataset.toml").exists()
+
+
+def test_shares_are_zero_where_all_of_a_concept_is_held_out(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png", "cat/c.png", "dog/b.png")
+    written(
+        tmp_path, *(f'image_dir = "{name}"\ncustom_attributes = {{ share = 1 }}' for name in ("cat", "dog"))
+    )
+    rows = concept_rows(
+        open_dataset(tmp_path, tmp_path), TrainingView(64, 8, held_out={tmp_path / "dog/b.png"})
+    )
+    assert [(row["images"], row["share"]) for row in rows] == [(2, 1.0), (0, 0.0)]
+
+
+def test_the_list_comes_along_with_an_import_and_is_not_replaced(tmp_path: Path) -> None:
+    source = written(images(tmp_path / "source", "cat/a.png"), 'image_dir = "cat"\nnum_repeats = 3')
+    into = tmp_path / "into"
+    assert import_folder(source, into).skipped == []
+    assert [(one.path.name, one.repeats) for one in scan(into).records] == [("a.png", 3)]
+    written(source, 'image_dir = "cat"')
+    skipped = import_folder(source, into).skipped
+    assert "dataset.toml is there already" in " ".join(one.sentence for one in skipped)
+    assert "num_repeats = 3" in (into / "dataset.toml").read_text()
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in source.rglob("*.*"):
+            archive.write(path, path.relative_to(source))
+    assert [row["name"] for row in concepts_list(tmp_path / "set.zip", workspace=tmp_path / "home")] == [
+        "cat"
+    ]
