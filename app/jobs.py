@@ -8,8 +8,10 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from lora_core.runs.queue import (
     ensure_runner,
 )
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import require_package
 from lora_core.system.files import fold_name, folder_bytes, safe_name, unused_stem
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
 
@@ -436,3 +439,47 @@ class QueueClient:
             return any(job.run == name and job.state in (WAITING, RUNNING) for job in self.jobs())
         except RunError:
             return False
+
+
+class TensorBoard:
+    """TensorBoard on the runs of a workspace: a process for this computer only that ends with the window."""
+
+    def __init__(self, workspace: Path) -> None:
+        """Start nothing yet."""
+        self._workspace = workspace
+        self._process: subprocess.Popen[bytes] | None = None
+        self._address = ""
+        self._lock = threading.Lock()
+
+    def open(self) -> str:
+        """Open it in the browser, started if it does not run; returns its address.
+
+        Raises:
+            ConfigError: it is not installed.
+            RunError: it ended before it had an address.
+        """
+        require_package("TensorBoard", "tensorboard", "tensorboard")
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+        # On some platforms this blocks until the browser is up.
+        threading.Thread(target=webbrowser.open, args=(self._address,), daemon=True).start()
+        return self._address
+
+    def close(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _start(self) -> None:
+        log = self._workspace / "logs" / "tensorboard.txt"
+        log.unlink(missing_ok=True)
+        runs = str(runs_folder(self._workspace))
+        words = ["-m", "tensorboard.main", "--logdir", runs, "--host", "127.0.0.1", "--port", "0"]
+        self._process = start_detached([sys.executable, *words], log, self._workspace)
+        while not (found := re.search(r" at (http://\S+/)\s", log.read_text("utf-8", "replace"))):
+            if self._process.poll() is not None:
+                raise RunError(_("TensorBoard did not start: {reason}", reason=last_log_line(log)))
+            time.sleep(0.1)
+        self._address = found[1]

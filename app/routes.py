@@ -127,15 +127,24 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         whole = below(runs_folder(app_state.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
-    @app.post("/easel/show-file")
-    def show_file(request: Request, sent: Sent) -> Response:
+    def require_near(request: Request, else_: str) -> None:
+        """Refuse a page on another computer, with a sentence."""
         asker, host = request.client, request.headers.get("host", "")
         # A local proxy may speak for a remote client.
         near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
         if not near or host_name(host) not in LOOPBACK:
-            raise RunError(SHARED)
+            raise RunError(else_)
+
+    @app.post("/easel/show-file")
+    def show_file(request: Request, sent: Sent) -> Response:
+        require_near(request, SHARED)
         app_state.files.show(str(sent.get("file", "")))
         return Answer({"done": True})
+
+    @app.post("/easel/tensorboard")
+    def open_tensorboard(request: Request) -> Response:
+        require_near(request, _("TensorBoard opens only on the computer that runs this window."))
+        return Answer({"address": app_state.tensorboard.open()})
 
     def save_caption(sent: dict[str, Any]) -> dict[str, Any]:
         text, before = str(sent.get("text", "")), app_state.project.revision

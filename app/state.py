@@ -15,7 +15,7 @@ from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.file_manager import FileManager
-from app.jobs import LIVE, Jobs, QueueClient, RunView
+from app.jobs import LIVE, Jobs, QueueClient, RunView, TensorBoard
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.templates import _
@@ -123,6 +123,7 @@ class AppState:
         self.tools = OtherTools(self.places)
         self.downloads = Downloads()
         self.files = FileManager()
+        self.tensorboard = TensorBoard(workspace)
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
         self.worker = WorkerClient(command, child_environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.wanted_device = self._device
@@ -206,6 +207,7 @@ class AppState:
         self.worker.close()
         self.downloads.cancel()
         self.thumbs.close()
+        self.tensorboard.close()
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ VIEW_STATE = {
     "toolbox/go-on": "fills the Train form; `train --set adapter.init=FILE`",
     "toolbox/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "report/cancel": "drops what the page has asked for; Ctrl-C on the command line",
+    "tensorboard": "opens TensorBoard on the runs; `tensorboard --logdir RUNS`",
     "show-file": "opens the file manager; the commands print the path",
     "quit": "ends the window itself",
 }

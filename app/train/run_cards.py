@@ -71,6 +71,7 @@ def run_card(snapshot: Snapshot) -> str:
         gain=last if run.live else best_of(found) or last,
         warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),
         reported=(view.run.path / REPORT).is_file(),
+        has_tensorboard=view.run.tensorboard.is_dir(),
         read_log=functools.partial(_read_log, view),
     )
 

@@ -77,6 +77,7 @@ class RunFolder:
     checkpoints = _Below("checkpoints")  # resumable states, one folder a step
     previews = _Below("previews")  # samples taken while training
     exports = _Below("export")  # files for other tools
+    tensorboard = _Below("tensorboard")  # curves and samples for TensorBoard, if asked for
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":

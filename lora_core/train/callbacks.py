@@ -57,7 +57,6 @@ from lora_core.train.validation import BestStep, OnStep, Validator, evaluating
 
 EXPORT_FORMAT = ("kohya", "fp16")
 SECONDS_BETWEEN_REPORTS = 0.5
-TENSORBOARD = "tensorboard"
 SCALARS: dict[type[events.Event], dict[str, str]] = {
     events.StepDone: {"train/loss": "loss", "train/lr": "lr", "train/s": "seconds"},
     events.Validated: {
@@ -699,4 +698,4 @@ class TensorBoardWriter:
 
     def _open(self, done: int) -> Any:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        return writer(str(self._run.path / TENSORBOARD), purge_step=done + 1)
+        return writer(str(self._run.tensorboard), purge_step=done + 1)

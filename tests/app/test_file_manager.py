@@ -1,7 +1,10 @@
-"""Showing a file in the file manager: which command, for whom, and for which files."""
+"""What the window starts on this computer, and for whom: the file manager, for its files, and TensorBoard."""
 
+import importlib.util
 import os
 import sys
+import urllib.request
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -79,9 +82,12 @@ def test_only_for_a_page_on_this_computer(
     app_state: AppState, file: Path, near: str, host: str, headers: dict[str, str]
 ) -> None:
     app_state.files.place(file, "It is at")
-    answer = client(app_state, near, host).post("/easel/show-file", json={"file": str(file)}, headers=headers)
+    page = client(app_state, near, host)
+    answer = page.post("/easel/show-file", json={"file": str(file)}, headers=headers)
     assert "open to other computers" in answer.json()["problem"]
     assert not (file.parent / "asked").exists()
+    answer = page.post("/easel/tensorboard", json={}, headers=headers)
+    assert "only on the computer that runs this window" in answer.json()["problem"]
 
 
 def test_where_it_cannot_be_shown_the_path_stays_with_the_reason(
@@ -109,3 +115,41 @@ def test_the_commands_of_each_system() -> None:
     assert commands(file, "darwin") == [["open", "-R", str(file)]]
     assert commands(file, "win32") == [["explorer", "/select,", str(file)]]
     assert lacking("darwin", {}) == lacking("win32", {}) == ""
+
+
+def test_tensorboard_opens_once_and_ends_with_the_window(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    page = client(app_state)
+    try:
+        address = page.post("/easel/tensorboard", json={}).json()["address"]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address) as answer:
+            assert "TensorBoard" in answer.read().decode()
+        assert page.post("/easel/tensorboard", json={}).json()["address"] == address
+        wait_for(lambda: opened == [address, address])
+    finally:
+        app_state.close()
+    assert app_state.tensorboard._process is not None
+    assert app_state.tensorboard._process.poll() is not None
+
+
+def test_a_tensorboard_that_cannot_start_says_why(
+    app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    page = client(app_state)
+    problem = page.post("/easel/tensorboard", json={}).json()["problem"]
+    assert "needs the package tensorboard" in problem
+    assert "pip install tensorboard" in problem
+    monkeypatch.undo()
+    broken = tmp_path / "python"
+    broken.write_text('#!/bin/sh\necho "no module of that name" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    if importlib.util.find_spec("tensorboard"):
+        problem = page.post("/easel/tensorboard", json={}).json()["problem"]
+        assert problem == "TensorBoard did not start: no module of that name"

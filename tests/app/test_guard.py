@@ -362,7 +362,7 @@ NO_PATHS = {
     # What is kept is looked up later among what there is.
     ("POST", "/easel/export/choose"), ("GET", "/easel/preview/axes"), ("POST", "/easel/preview/infotext"),
     # Only a file that the window has named itself is shown.
-    ("POST", "/easel/show-file"),
+    ("POST", "/easel/show-file"), ("POST", "/easel/tensorboard"),
 }  # fmt: skip
 SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("GET", "/easel/assets/{name}"): lambda evil: [(f"/easel/assets/{evil}", None)],

@@ -213,6 +213,13 @@ def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
     assert "Exported; you can resume." in html
 
 
+def test_tensorboard_is_offered_where_there_is_something_to_see(app_state: AppState) -> None:
+    run = make_run(app_state, "a", started(), step(5), events.Stopped(step=5, export="", reason=""))
+    assert 'id="tensorboard"' not in card(app_state)
+    run.tensorboard.mkdir()
+    assert enabled(card(app_state), "tensorboard")
+
+
 def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(app_state: AppState) -> None:
     why = "Nothing was gained on held-out images after step 300 <b>"
     make_run(app_state, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
