@@ -295,6 +295,33 @@
     field.addEventListener("blur", () => { if (field.isConnected && field.value === tag) tags(); });
   };
 
+  // ---- concepts: what is typed in their table is written to dataset.toml ---------------------------------------
+  let listed = null;  // the revision of the images that the table is of
+  const concepts = easel.inOrder(async () => {
+    if (!one("#concepts")?.open) return;
+    listed = easel.shelf().revision;
+    easel.fill(one("#concepts-found"), (await get("concepts")).html);
+  });
+  const changeConcepts = async (body) => {
+    const answer = await post("concepts", body).catch((error) => ({ problem: error.message }));
+    // What was typed is not what is there.
+    if (answer.problem) { easel.toast(answer.problem, "bad"); one("#concepts-found").replaceChildren(); } else await easel.load();
+    await concepts();
+    return answer.problem ? null : answer;
+  };
+  const setConcepts = (body, words) => easel.inTurn(async () => {
+    const answer = await changeConcepts(body);
+    if (!answer || answer.before === answer.after) return;
+    const restore = (text, now) => async () => Boolean(await changeConcepts({ do: "restore", text, now }));
+    easel.did(words, restore(answer.before, answer.after), restore(answer.after, answer.before));
+  });
+  document.addEventListener("change", ({ target }) => {
+    const { concept, key } = target.dataset ?? {};
+    if (concept === undefined) return;
+    const value = target.type === "number" && target.value ? Number(target.value) : target.value.trim();
+    setConcepts({ do: "set", number: Number(concept), key, value }, t("Concept changed."));
+  });
+
   // ---- the check --------------------------------------------------------------------------------------------------
   const showCheck = (state) => {
     const line = one("#check-state"), button = one("#check-start");
@@ -342,6 +369,7 @@
     else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
     else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
+    else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
@@ -367,11 +395,12 @@
   };
   document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) { outcome(""); soon(); } });
   document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) apply(scoped(edit())); } });
-  document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });
+  document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); if (easel.shelf().revision !== listed) concepts(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
   document.addEventListener("toggle", (event) => {
     if (!event.target.open) return;
     if (event.target.id === "bulk") { tags(); preview(); }
     if (event.target.id === "check") watchCheck();
+    if (event.target.id === "concepts") concepts();
   }, true);
 })();

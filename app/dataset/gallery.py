@@ -21,7 +21,7 @@ from urllib.parse import quote
 from app.templates import _, pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
-from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
+from lora_core.data.captions import choose_parts, count_tokens, rules_of, truncated_part, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
 from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_bucket, crop_box, make_thumbnail
 from lora_core.errors import LoraError
@@ -106,11 +106,10 @@ class TokenCount:
     cut: str = ""
 
 
-def count_caption_tokens(caption: str, plan: Plan) -> TokenCount:
-    """Count a caption's tokens as the planned run would read it."""
-    return _counted(
-        clean_text(caption), plan.trigger, plan.config.train.max_token_length, plan.base.tokenizer
-    )
+def count_caption_tokens(caption: str, plan: Plan, trigger: str | None = None) -> TokenCount:
+    """Count a caption's tokens as the planned run would read it, with its own `trigger` if given."""
+    trigger = plan.trigger if trigger is None else trigger
+    return _counted(clean_text(caption), trigger, plan.config.train.max_token_length, plan.base.tokenizer)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,7 +131,9 @@ def _longest(line: str) -> str:
 
 def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     """A sentence about truncated captions, "" if there are none."""
-    cut = [record.path.name for record in dataset.records if count_caption_tokens(record.caption, plan).cut]
+    records, rules = dataset.records, plan.config.dataset
+    counts = [count_caption_tokens(one.full_caption, plan, rules_of(one, rules).trigger) for one in records]
+    cut = [record.path.name for record, count in zip(records, counts, strict=True) if count.cut]
     if not cut:
         return ""
     limit, most = plan.config.train.max_token_length, LIMITS[-1]
@@ -250,12 +251,14 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
     bare = sum(not record.caption for record in dataset.records)
     held = sum(record.held_out for record in dataset.records)
     masked = sum(record.mask is not None for record in dataset.records)
+    concepts = len({record.concept for record in (*dataset.records, *dataset.reg)} - {None})
     unused = sum(note.kind in UNUSED for note in dataset.notes)
     counts = [
         (len(dataset.records) - bare, _("{} ready", pluralize(len(dataset.records) - bare, "image")), "good"),
         (bare, _("{count} without caption", count=bare), "warn"),
         (held, _("{count} for validation", count=held), ""),
         (masked, _("{count} with a mask", count=masked), ""),
+        (concepts, pluralize(concepts, "concept"), ""),
         (len(dataset.reg), _("{count} for regularisation", count=len(dataset.reg)), ""),
         (len(dataset.problems), pluralize(len(dataset.problems), "problem"), "bad"),
         (unused, _("{files} not used", files=pluralize(unused, "file")), "warn"),

@@ -7,6 +7,7 @@ word, which the Train tab needs.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,14 +16,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
-from app.dataset.findings import BY_ITSELF, DatasetInsights
+from app.dataset.findings import BY_ITSELF, DatasetInsights, plan_training
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url
 from app.state import AppState, Snapshot
 from app.templates import _, note_html, render
 from app.train.form import Plan
+from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags
+from lora_core.data.concepts import edit_concept, propose_concepts, read_concept_file
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects.project import Project, leave_out, take_back
@@ -131,6 +134,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         {
             "dataset": lambda: gallery_data(project, Plan(project)),
             "tags": count_all_tags,
+            "concepts": lambda: _concepts(project),
             "check": lambda: checked(app_state),
             "insights": lambda: measured(app_state),
         },
@@ -143,6 +147,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project, insights),
             "bulk/undo": lambda sent: _undo_edit(project),
+            "concepts": lambda sent: project.change_concepts(_concepts_change(project, sent)),
             "check": check,
             "insights": measure,
         },
@@ -167,6 +172,34 @@ def _image_actions(project: Project) -> dict[str, Callable[[dict[str, Any]], dic
         "crop": lambda sent: {"before": project.crop(str(sent.get("picture", "")), sent.get("box"))},
         "mask": mask,
     }
+
+
+def _concepts(project: Project) -> dict[str, Any]:
+    """The table of concepts, as HTML."""
+    plan, dataset = Plan(project), project.dataset()
+    rows = concept_rows(dataset, plan_training(plan, dataset))
+    values = {
+        "rows": rows, "listed": any(row["number"] for row in rows), "loose": len(dataset.loose),
+        "fixed": project.uses_demo, "trigger": plan.trigger,
+        "problems": [one.sentence for one in dataset.problems if one.kind == "concepts"],
+    }  # fmt: skip
+    return {"html": render("dataset/concepts.html", **values)}
+
+
+def _concepts_change(project: Project, sent: dict[str, Any]) -> Callable[[Path], str]:
+    """The text that a page asks for: made of the folders, edited, or as it was before."""
+    do, number, value = sent.get("do"), sent.get("number"), sent.get("value")
+
+    def change(folder: Path) -> str:
+        if do == "make":
+            return propose_concepts(project.dataset(), folder)
+        if do != "restore":
+            return edit_concept(folder, number if type(number) is int else 0, str(sent.get("key")), value)
+        if read_concept_file(folder) != sent.get("now"):
+            raise DatasetError(_("dataset.toml was changed since; nothing was taken back."))
+        return str(sent.get("text", ""))
+
+    return change
 
 
 def _findings(app_state: AppState, part: str, **values: Any) -> str:

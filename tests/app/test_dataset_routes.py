@@ -395,3 +395,47 @@ def test_the_demo_is_a_project_of_its_own(app_state: AppState, client: TestClien
     assert not list((demo / "pictures").iterdir())
     app_state.projects.open_titled("Demo")
     assert (app_state.project.path, app_state.project.uses_demo) == (demo, True)
+
+
+def test_concepts_are_made_edited_and_taken_back(client: TestClient, app_state: AppState) -> None:
+    files = {f"{folder}/{n}.png": png(n + at) for folder, at in (("3_cat", 0), ("dog", 4)) for n in (0, 1)}
+    imported(client, files)
+    folder = app_state.project.image_folder
+
+    def table() -> str:
+        return client.get("/easel/concepts").json()["html"]
+
+    def change(**sent: Any) -> dict[str, Any]:
+        return client.post("/easel/concepts", json=sent).json()
+
+    assert 'id="concepts-make"' in table()
+    assert "data-concept" not in table()
+    made = change(do="make")
+    assert (made["before"], (folder / "dataset.toml").read_text()) == ("", made["after"])
+    assert "75.0%" in table()
+    shares = [change(do="set", number=number, key="share", value=1) for number in (1, 2)]
+    change(do="set", number=2, key="trigger", value=HOSTILE)
+    assert "<img" not in table()
+    assert "50.0%" in table()
+    assert [record.concept.share for record in app_state.project.dataset().records] == [1.0] * 4
+    # What was changed since is not overwritten.
+    late = change(do="restore", text=shares[1]["before"], now=shares[1]["after"])
+    assert "changed since" in late["problem"]
+    change(do="set", number=2, key="trigger", value="")
+    change(do="restore", text=shares[1]["before"], now=shares[1]["after"])
+    assert "gives some concepts a share and others none (dog)" in table()
+    for sent, says in (
+        ({"number": 1, "key": "num_repeats", "value": 0}, "num_repeats = 0 is not"),
+        ({"number": "x", "key": "role", "value": "style"}, "no concept 0"),
+        ({"number": 1, "key": "role", "value": {"a": [1]}}, "is not one of subject"),
+        ({"do": "make"}, "gives some concepts a share"),
+    ):
+        assert says in change(**sent)["problem"]
+    (folder / "late").mkdir()
+    (folder / "late" / "new.png").write_bytes(png(9))
+    change(do="restore", text=made["after"], now=shares[0]["after"])
+    assert "1 image in no concept" in table()
+    change(do="make")
+    assert [one.concept.name for one in app_state.project.dataset().records][-1] == "late"
+    change(do="restore", text="", now=(folder / "dataset.toml").read_text())
+    assert not (folder / "dataset.toml").exists()
