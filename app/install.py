@@ -517,11 +517,14 @@ def uninstall(words: list[str]) -> None:
     """Say what goes and what stays, and remove .venv, with `--workspace` the workspace too.
 
     Raises:
-        SetupError: it was not confirmed, an option is unknown, or something cannot be removed.
+        SetupError: it was not confirmed, an option is unknown, a run is going on, or something cannot be
+            removed.
     """
     if unknown := set(words) - {"--workspace", "--yes"}:
         raise SetupError(f"uninstall takes --workspace and --yes, not {' '.join(sorted(unknown))}.")
     home, goes = find_workspace(), [VENV] if VENV.exists() else []
+    if home and (live := ask_python(LIVE, str(home))):
+        raise SetupError(f"Stop first what is being trained ({live}); nothing was removed.")
     if "--workspace" in words:
         # A home folder may have projects of another sort, and what lies within is more than a workspace.
         within = (Path.home(), ROOT)
@@ -553,8 +556,19 @@ def uninstall(words: list[str]) -> None:
 
 def find_workspace() -> Path | None:
     """The workspace that a start without options uses, None where .venv cannot say."""
-    code = "from lora_core.system.files import workspace_path; print(workspace_path())"
+    said = ask_python("from lora_core.system.files import workspace_path; print(workspace_path())")
+    return Path(said) if said else None
+
+
+LIVE = """import pathlib, sys
+from lora_core.runs.folder import all_runs
+print(*(run.name for run in all_runs(pathlib.Path(sys.argv[1])) if run.live_process()), sep=", ")"""
+
+
+def ask_python(code: str, *words: str) -> str:
+    """What the Python of .venv prints for `code`, "" where it cannot."""
+    command = [str(PYTHON), "-c", code, *words]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run([str(PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        return Path(done.stdout.strip())
-    return None
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return ""

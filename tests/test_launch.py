@@ -17,6 +17,8 @@ import pytest
 
 import launch
 from app import install
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -628,6 +630,20 @@ def test_uninstalling_keeps_what_is_more_than_a_workspace(
     assert launch.main(["uninstall", "--workspace", "--yes"]) == 1
     assert (folder / "projects").is_dir()
     assert (place / ".venv").is_dir()
+
+
+def test_uninstalling_waits_for_what_is_trained(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(install, "find_workspace", lambda: place / "workspace")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = RunFolder.create(place / "workspace" / "runs" / "cat", RunConfig())
+    with run.hold():
+        assert launch.main(["uninstall", "--yes"]) == 1
+    assert "what is being trained (cat)" in capsys.readouterr().out
+    assert (place / ".venv").is_dir()
+    assert launch.main(["uninstall", "--yes"]) == 0
 
 
 def test_the_workspace_is_the_one_that_a_start_uses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

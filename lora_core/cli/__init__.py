@@ -38,7 +38,7 @@ from lora_core.settings.config import (
     read_prompts,
 )
 from lora_core.system import processes
-from lora_core.system.files import clean_text, file_bytes
+from lora_core.system.files import clean_text, expand_home, file_bytes
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import CHECKPOINT, FILE_PRECISIONS, AdapterFile, File, Measure
 
@@ -215,7 +215,7 @@ class Training:
             asked["model.base"] = self.base
         asked |= dict(parsed_assignment(text) for text in self.set)
         if isinstance(prompts := asked.get("sample.prompts"), str) and prompts.lower().endswith(".txt"):
-            asked["sample.prompts"] = read_prompts(Path(prompts))
+            asked["sample.prompts"] = read_prompts(expand_home(prompts))
         return api.run_config(self.dataset, self.name, asked, self.preset, self.like)
 
     def say_like(self) -> None:

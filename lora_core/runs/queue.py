@@ -206,8 +206,12 @@ class Queue:
         return made
 
     def _keep_sweep(self, made: Sequence[RunFolder]) -> None:
-        sweeps = [*self.sweeps(), [run.name for run in made]][-SWEEPS_KEPT:]
-        with wrap_os_errors(RunError, f"The sweeps cannot be written to {self._sweeps_file}"):
+        # Within the queue's transaction, as another process may queue a sweep too.
+        with (
+            self._transaction(),
+            wrap_os_errors(RunError, f"The sweeps cannot be written to {self._sweeps_file}"),
+        ):
+            sweeps = [*self.sweeps(), [run.name for run in made]][-SWEEPS_KEPT:]
             write_atomically(self._sweeps_file, json.dumps({"sweeps": sweeps}, ensure_ascii=False).encode())
 
     def sweeps(self) -> list[list[str]]:
