@@ -2,14 +2,26 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
     BlipForConditionalGeneration,
-    BlipImageProcessorPil,
+    BlipImageProcessor,
     BlipProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 WORDS = ("a", "red", "blue", "cat", "dog", "on", "grass", "photo", "of")
@@ -17,6 +29,15 @@ TAGS = (
     ("1girl", 0), ("long_hair", 0), ("u_u", 0), ("general", 9), ("hatsune_miku", 4), ("rem_(re:zero)", 4),
 )  # fmt: skip
 """Names and categories."""
+
+
+def _vary(model: Any) -> Any:
+    """A model whose tokens differ from image to image."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4, generator=draw)
+    return model
 
 
 def write_blip(folder: Path) -> Path:
@@ -31,16 +52,71 @@ def write_blip(folder: Path) -> Path:
         "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3, "max_position_embeddings": 64,
     }  # fmt: skip
     vision = {**sizes, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8, image_text_hidden_size=8)
-    model = BlipForConditionalGeneration(config)
-    # So that tokens differ from image to image, and a caption does not end at once.
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
+    model = _vary(BlipForConditionalGeneration(config))
+    # No caption ends at once.
     model.text_decoder.cls.predictions.bias.data[:7] = -20
     model.save_pretrained(folder)
-    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the words of `WORDS` and of the prompts, and the mark of an image."""
+    prompts = "Describe with a paragraph what is shown in the image. this image one sentence."
+    words = dict.fromkeys(("<s>", "<pad>", "</s>", "<unk>", "<image>", *WORDS, *prompts.split()))
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def write_florence(folder: Path) -> Path:
+    """A Florence-2 of random weights; its prompt is a task, which its processor puts in words."""
+    tokenizer = _word_tokenizer()
+    vision = {
+        "embed_dim": [8, 8, 8, 16], "num_heads": [1] * 4, "num_groups": [1] * 4, "depths": [1] * 4,
+        "window_size": 2, "projection_dim": 16,
+    }  # fmt: skip
+    text = {
+        "model_type": "bart", "vocab_size": len(tokenizer) + 2, "d_model": 16, "encoder_layers": 1,
+        "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64, "bos_token_id": 0,
+        "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    }  # fmt: skip
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=image_token)
+    _vary(Florence2ForConditionalGeneration(config)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    # Of 32 pixels one token is left, and one of the mean.
+    images.image_seq_length = 2
+    Florence2Processor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder: Path) -> Path:
+    """A LLaVA of random weights: a chat model, whose template has the question between two words."""
+    tokenizer = _word_tokenizer()
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=16)
+    text = LlamaConfig(
+        **sizes, vocab_size=len(tokenizer), num_hidden_layers=1, num_key_value_heads=2, bos_token_id=0,
+        pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token)
+    _vary(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "a {% for message in messages %}{% for part in message.content %}"
+        "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} of"
+    )
+    images = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

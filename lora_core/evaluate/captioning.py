@@ -83,6 +83,7 @@ def write_texts(
         image = open_image(record)
         with _in_a_sentence(f"The captioner {folder} fails on {name}", device):
             texts[name] = write(image, check)
+    tell("Captioning", len(images), len(images))
     return texts
 
 

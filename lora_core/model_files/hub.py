@@ -216,8 +216,8 @@ def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None)
             return Path(found).parent
     if not fetch:
         raise ModelFileError(
-            f"The captioner {name!r} is no folder and has not been downloaded from the hub; allow its"
-            " download (--download), or give its folder."
+            f"The captioner {name!r} is no folder and has not been downloaded from the hub; allow the"
+            " download (Download from the hub, or --download), or give a folder."
         )
     wanted = find_download(name, captioner_files)
     download(wanted, progress or _lines_on_stderr(wanted))

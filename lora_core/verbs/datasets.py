@@ -472,11 +472,17 @@ def caption(  # noqa: PLR0913 - one option each
     project.refuse_demo()
     captioner.check()
     asked = without_captioned(project.images(), how)
+    from lora_core.model_files.hub import captioner_folder
+
+    captioner_folder(captioner.model, captioner.download)
     texts: dict[str, str] = {}
     if asked:
         from lora_core.evaluate.captioning import write_texts
 
-        phase = (lambda words, done, total: note(done, total)) if note else None
+        def phase(words: str, done: int, total: int) -> None:
+            if note and total:
+                note(done, total)
+
         texts = write_texts(captioner, asked, choose_device(device), phase)
     word = trigger or str(project.draft().get("trigger") or "")
     edit = Edit("caption", captioner.short_name, word, texts=texts, how=how)

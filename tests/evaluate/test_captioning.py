@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, BlipForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration
 
 from lora_core.__main__ import main
 from lora_core.api import captions_undo
@@ -22,7 +22,7 @@ from lora_core.projects.caption_edits import Captioner, add_text
 from lora_core.system.files import DEMO_BASE
 from lora_core.verbs.datasets import caption
 from lora_core.worker import Worker
-from tests.captioners import TAGS, write_blip, write_tagger
+from tests.captioners import TAGS, write_blip, write_florence, write_llava, write_tagger
 from tests.hub import hub_of, use_hub
 
 CPU = torch.device("cpu")
@@ -76,6 +76,29 @@ def test_a_model_says_what_transformers_itself_has_it_say(
         assert made[name] == text.removeprefix(prompt).strip()
     assert all(made.values())
     assert made["a.png"] != made["b.png"]
+
+
+def test_florence_and_a_chat_model_are_asked_in_their_own_ways(
+    records: dict[str, ImageRecord], tmp_path: Path
+) -> None:
+    one = {"a.png": records["a.png"]}
+    florence, llava = write_florence(tmp_path / "florence"), write_llava(tmp_path / "llava")
+    for folder, words in (
+        (florence, "Describe with a paragraph what is shown in the image."),
+        (llava, "a <image> Describe this image in one sentence. of"),
+    ):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        images = Image.open(records["a.png"].path)
+        asked = {"text": "<MORE_DETAILED_CAPTION>" if folder == florence else words}
+        inputs = processor(images=images, return_tensors="pt", **asked)
+        assert words.split()[-1] in processor.decode(inputs["input_ids"][0])
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+        # A model that goes on from its prompt repeats it.
+        new = ids if folder == florence else ids[inputs["input_ids"].shape[1] :]
+        text = processor.decode(new, skip_special_tokens=True).strip()
+        assert text
+        assert write_texts(Captioner(str(folder), max_tokens=6), one, CPU) == {"a.png": text}
 
 
 def test_tags_by_probability_with_thresholds_and_a_black_list(
@@ -268,7 +291,7 @@ def hub(blip: Path, tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_hub_id_is_downloaded_only_where_that_is_asked_for(
     hub: Any, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ModelFileError, match="allow its download"):
+    with pytest.raises(ModelFileError, match="allow the download"):
         caption(images, Captioner("owner/blip"))
     assert hub.asked == []
     assert caption(images, Captioner("owner/blip", max_tokens=4, download=True))["changed"] == 2
