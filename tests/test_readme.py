@@ -52,7 +52,7 @@ def lines_of_commands() -> list[str]:
             lines = [re.sub(r"  +.*", "", line.strip()) for line in block.splitlines()]
             ours = re.compile("" if kind == "sh" else "lora-easel" if kind == "text" else "$.")
             found |= dict.fromkeys(one for line in lines if ours.match(line) for one in line.split(" && "))
-        found |= dict.fromkeys(re.findall(r"`((?:lora-easel|python -m tests)[ .][^`]+)`", text))
+        found |= dict.fromkeys(re.findall(r"`((?:lora-easel |python -m tests[ .])[^`]+)`", text))
     return [one for one in found if one.removeprefix("lora-easel ") not in VERBS]
 
 
