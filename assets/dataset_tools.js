@@ -183,13 +183,14 @@
   const captioned = () => captioner.state === "done" && captioner.fresh && Object.entries(asked()).every(([key, value]) => captioner.asked[key] === value);
   easel.captioner = () => scoped(asked());
   easel.showCaptioner = (state) => {
-    const first = !captioner.asked, before = captioner.state;
+    const first = !captioner.asked, of = ({ state, fresh, asked, found }) => JSON.stringify([state, fresh, asked, found]);
+    const before = of(captioner);
     captioner = state;
     if (first) for (const input of all("[data-captioner]")) {
       const kept = state.asked[input.dataset.captioner];
       if (kept !== undefined) input[VALUES[input.type] === "checked" ? "checked" : "value"] = kept;
     }
-    if (before !== state.state && one("#bulk")?.open) soon();
+    if (before !== of(state) && one("#bulk")?.open && one("#bulk-do").value === "caption") soon();
   };
 
   let looked = 0;

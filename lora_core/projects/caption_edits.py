@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import split_tags, with_trigger, write_caption
+from lora_core.data.captions import rules_of, split_tags, with_trigger, write_caption
 from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
 from lora_core.settings.config import in_short
+from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import read_json, sync_folder, write_atomically
 
 EDITS = {
@@ -60,8 +61,8 @@ class Edit:
         put: the text, tag or trigger that is put there.
         regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
         any_case: capitals and small letters count as the same; tags are always compared so.
-        texts: what a captioner, `find`, says of images, by name; `put` is then the trigger word, which stays
-            in front.
+        texts: what a captioner, `find`, says of images, by name; `put` is then the trigger word of those
+            whose concept has none, which stays in front.
         how: one of `HOWS`, for these texts.
     """
 
@@ -346,8 +347,11 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
     """The captions that change, and how many were considered."""
     wanted = [(name, record) for name, record in project.images().items() if only is None or name in only]
     if edit.do == "caption":
-        texts = edit.texts
-        after = [add_text(one.caption, texts.get(name, ""), edit.how, edit.put) for name, one in wanted]
+        rules = DatasetSection(trigger=edit.put)
+        after = [
+            add_text(one.caption, edit.texts.get(name, ""), edit.how, rules_of(one, rules).trigger)
+            for name, one in wanted
+        ]
     else:
         after = apply_edit([record.caption for _, record in wanted], edit)
     pairs = zip(wanted, after, strict=True)

@@ -223,6 +223,18 @@ def test_the_command_shows_writes_and_takes_back(
         main([*begin, "--how", "over"])
 
 
+def test_the_trigger_word_of_a_concept_stays(blip: Path, images: Path) -> None:
+    (images / "dataset.toml").write_text(
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "."\ncustom_attributes = { trigger = "zwx" }\n'
+    )
+    (images / "b.txt").write_text("zwx, by hand")
+    assert caption(images, Captioner(str(blip), max_tokens=4), "replace", "sks")["changed"] == 3
+    made = captions(images)
+    assert made["b"].startswith("zwx, ")
+    assert "by hand" not in made["b"]
+    assert "sks" not in made["a"]
+
+
 def test_a_run_that_ends_early_changes_nothing(blip: Path, images: Path) -> None:
     def note(done: int, total: int) -> None:
         if total and done == 2:
