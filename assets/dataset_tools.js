@@ -394,7 +394,13 @@
     clearTimeout(typing);
     typing = setTimeout(preview, 150);
   };
-  document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) { outcome(""); soon(); } });
+  document.addEventListener("input", (event) => {
+    if (!event.target.closest?.("#bulk-form")) return;
+    // What was typed is not filled any more with what was asked last.
+    captioner.asked ??= {};
+    outcome("");
+    soon();
+  });
   document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) apply(scoped(edit())); } });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); if (easel.shelf().revision !== listed) concepts(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
