@@ -1,10 +1,10 @@
-// Client of the Export tab: the choice of run and checkpoint, writing and copying the file, the report.
+// Client of the Export tab: the choice of run and checkpoint, writing, copying and uploading the file, the report.
 (() => {
   const { one, post, make, t } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
-    ...Object.fromEntries(["name", "format", "precision", "folder"].map((name) => [name, field(name).value])),
+    ...Object.fromEntries(["name", "format", "precision", "folder", "repo", "license"].map((name) => [name, field(name).value])),
   });
   const problem = (words) => make("p", { className: "problem", textContent: words, attributes: { role: "alert" } });
 
@@ -91,6 +91,7 @@
     const data = target.dataset;
     if (target.id === "export-download") write(target, "export/write", "#export-written");
     else if (target.id === "copy-export") write(target, "export/copy", "#copy-note");
+    else if (target.id === "upload-export") write(target, "export/upload", "#copy-note");
     else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
     else if (target.id === "report-cancel") post("report/cancel", {});
     else if (data.reportRun) makeReport(data);

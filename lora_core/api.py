@@ -47,7 +47,7 @@ from lora_core.verbs.datasets import (
 )
 from lora_core.verbs.adapters import (
     amplify, compare, convert, copy, extract, generate, grid, inspect, merge, merge_into_base, shrink,
-    shrink_intrinsic, stack, strength, validate, verify,
+    shrink_intrinsic, stack, strength, upload, validate, verify,
 )
 # fmt: on
 

@@ -80,6 +80,7 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "compare": (("toolbox/start compare",), ("compare",)),
     "stack": (("toolbox/start stack",), ("stack",)),
     "amplify": (("toolbox/start amplify",), ("amplify",)),
+    "upload": (("export/upload",), ()),
     "report": (("report/start",), ("report",)),
     "projects new": (("projects new",), ()),
     "projects import": (("import", "upload", "upload/{batch}"), ()),

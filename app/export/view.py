@@ -1,5 +1,5 @@
 """The Export tab: the values of its templates, its routes, and what its buttons do: write a checkpoint as a
-file for other tools, copy it to one of them, and make the report of a run."""
+file for other tools, copy it to one of them, upload it, and make the report of a run."""
 
 import functools
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from app.toolbox.tools import BackgroundTask, add_task, check_memory_is_free
 from app.toolbox.view import compatibility_card
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
+from lora_core.model_files.hub import files_to_upload
+from lora_core.model_files.hub import upload as upload_files
 from lora_core.report.plots import content_policy
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
@@ -158,6 +160,21 @@ def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     return {"copied": copied_line(app_state, done), "works_in": compatibility_card(result)}
 
 
+def upload(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Write the file and upload it with its model card to the hub, where nobody else sees it.
+
+    Raises:
+        LoraError: the file could not be written, nobody is logged in, or the hub refuses.
+    """
+    repo, license = (str(sent.get(key) or "").strip() for key in ("repo", "license"))
+    if not repo:
+        raise RunError(_("Type the repository to upload to, as owner/name."))
+    _run, result = write_export(app_state, sent)
+    file = Path(str(result["file"]))
+    url = upload_files(repo, files_to_upload(file, file.with_suffix(".md").read_text("utf-8"), license))
+    return {"copied": render("export/uploaded.html", url=url), "works_in": compatibility_card(result)}
+
+
 def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, dict[str, Any]]:
     """Have the worker write the file; returns the run and the worker's answer.
 
@@ -238,7 +255,7 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     report = BackgroundTask(app_state.worker)
     add_task(app, app_state.live, "report", report)
 
-    actions = {"export/choose": choose, "export/write": export, "export/copy": copy}
+    actions = {"export/choose": choose, "export/write": export, "export/copy": copy, "export/upload": upload}
     add_actions(app, {path: functools.partial(act, app_state) for path, act in actions.items()})
     add_actions(app, {"report/start": functools.partial(begin_report_task, app_state, report)})
 

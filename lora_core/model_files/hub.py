@@ -1,4 +1,5 @@
-"""Bases and captioners on the Hugging Face hub: size of the download, and the download into the local cache.
+"""Bases and captioners on the Hugging Face hub: size of the download, and the download into the local cache;
+and the upload of an adapter.
 
 Weights are streamed here, into `blobs/<sha256>.incomplete` of the cache: huggingface_hub throws a partial
 file away, so a download of gigabytes that was cut off would begin again. huggingface_hub fetches the small
@@ -14,12 +15,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -31,7 +40,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as NetworkError
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
-from lora_core.errors import ModelFileError
+from lora_core.errors import ConfigError, ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_hub_id, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
 from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes
@@ -370,24 +379,93 @@ def _cancelled(found: Download) -> DownloadCancelled:
     return DownloadCancelled(f"The download of {found.repo!r} was cancelled; what has arrived is kept.")
 
 
+def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path | bytes]:
+    """What goes to the hub with an adapter, by name: itself, its preview image if there is one, and its model
+    card as README.md.
+
+    Args:
+        license: the hub's name of one, for the card; "" states none.
+
+    Raises:
+        ConfigError: the license has no form of a name.
+    """
+    if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
+        raise ConfigError(
+            f"The licence {license!r} is no name of the hub's list, such as openrail++ or apache-2.0; see"
+            " https://huggingface.co/docs/hub/repositories-licenses."
+        )
+    if license:
+        card = card.replace("---\n", f"---\nlicense: {license}\n", 1)
+    image = file.with_name(f"{file.stem}.preview.png")
+    images = {image.name: image} if image.is_file() else {}
+    return {file.name: file, "README.md": card.encode("utf-8", "replace"), **images}
+
+
+def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -> str:
+    """Commit files to a repository for models, which is made, private, if there is none; its address.
+
+    A README.md that is there already stays. The token is huggingface_hub's own, of HF_TOKEN or `hf auth
+    login`: it is neither taken as an argument nor written anywhere.
+
+    Args:
+        repo: OWNER/NAME.
+        files: by their names there.
+        public: whether everybody may see it.
+
+    Raises:
+        ModelFileError: nobody is logged in, others can see the repository though it is not asked for, or the
+            hub does not answer or refuses.
+    """
+    if not is_hub_id(repo):
+        raise ModelFileError(f"{repo!r} is no repository of the hub; give OWNER/NAME.")
+    if not constants.HF_HUB_OFFLINE and get_token() is None:
+        raise ModelFileError(
+            "Nobody is logged in to the hub: run `hf auth login` in a terminal, or set HF_TOKEN, with a token"
+            " that may write."
+        )
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    api = HfApi()
+    with _in_a_sentence(repo, "uploaded", otherwise=""):
+        api.create_repo(repo, private=not public, exist_ok=True)
+        if not public and not api.model_info(repo, timeout=ANSWER_SECONDS).private:
+            raise ModelFileError(
+                f"{repo} is there already and everybody can see it; choose another, make it private at"
+                f" {constants.ENDPOINT}/{repo}/settings, or give --public."
+            )
+        kept = ["README.md"] if api.file_exists(repo, "README.md") else []
+        added = [CommitOperationAdd(name, data) for name, data in files.items() if name not in kept]
+        try:
+            api.create_commit(repo, added, commit_message=f"Upload {next(iter(files))}")
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error.__cause__, NetworkError):
+                raise error.__cause__ from error
+            raise ModelFileError(f"The hub did not take the files of {repo}: {error}") from error
+    return f"{constants.ENDPOINT}/{repo}"
+
+
 @contextlib.contextmanager
-def _in_a_sentence(repo: str) -> Iterator[None]:
+def _in_a_sentence(
+    repo: str, done: str = "downloaded", otherwise: str = ", or give a folder or a file"
+) -> Iterator[None]:
     try:
         yield
     except ModelFileError:
         raise
     except (NetworkError, HFValidationError, OSError) as error:
-        raise ModelFileError(f"The model {repo!r} cannot be downloaded: {_reason(repo, error)}") from error
+        raise ModelFileError(
+            f"The model {repo!r} cannot be {done}: {_reason(repo, error, otherwise)}"
+        ) from error
 
 
-def _reason(repo: str, error: BaseException) -> str:
+def _reason(repo: str, error: BaseException, otherwise: str) -> str:
     # The client wraps the error that it gives up on.
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     hub = constants.ENDPOINT
     match error:
         case OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set; unset it, or give a folder or a file."
+            return f"HF_HUB_OFFLINE is set; unset it{otherwise}."
         case GatedRepoError():
             return (
                 f"its owner asks you to accept terms first; do so at {hub}/{repo}, then log in with `hf auth"
@@ -411,8 +489,8 @@ def _reason(repo: str, error: BaseException) -> str:
             return f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}."
         case _:
             return (
-                f"{hub} cannot be reached ({type(error).__name__}); check the connection and try again, or"
-                " give a folder or a file."
+                f"{hub} cannot be reached ({type(error).__name__}); check the connection and try"
+                f" again{otherwise}."
             )
 
 

@@ -10,7 +10,7 @@ from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import base_layout, read_base_facts
-from lora_core.model_files.header import what_is_there
+from lora_core.model_files.header import read_header, what_is_there
 from lora_core.runs.folder import find_run, is_run_folder
 from lora_core.settings.schema import FORMATS, PRECISIONS
 from lora_core.system.files import expand_home, unused_path
@@ -404,7 +404,56 @@ def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Plac
     """
     from lora_core.system.other_tools import copy_export
 
-    source, target = Path(file), expand_home(folder)
+    source, target = _exported_file(file, workspace), expand_home(folder)
+    if not target.is_dir():
+        target = _tool_folder(folder, workspace_folder(workspace))
+    done = copy_export(source, target)
+    sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
+    return {"file": str(done.file), **sides, "renamed": done.renamed}
+
+
+@verb
+def upload(
+    file: File,
+    repo: Annotated[str, "OWNER/NAME"],
+    license: str = "",
+    public: bool = False,
+    workspace: Place = None,
+) -> Found:
+    """Upload an adapter with its model card to the Hugging Face hub; private unless --public.
+
+    Who you are, the hub knows by HF_TOKEN or `hf auth login`.
+
+    Args:
+        file: an adapter, or a run: its export.
+        repo: the repository; it is made if there is none.
+        license: of the hub's list, such as openrail++, for the card.
+        public: whether everybody may see it.
+
+    Returns:
+        url of the repository, and files: those that it was given; a README.md that is there stays.
+
+    Raises:
+        LoraError: there is no such file, nobody is logged in, or the hub refuses.
+    """
+    from lora_core.formats.metadata import card_file, model_card
+    from lora_core.model_files.hub import files_to_upload
+    from lora_core.model_files.hub import upload as upload_files
+
+    source = _exported_file(file, workspace)
+    header, card = read_header(source), card_file(source)
+    text = card.read_text("utf-8") if card.is_file() else model_card(header.metadata, source.name)
+    files = files_to_upload(source, text, license)
+    return {"url": upload_files(repo, files, public), "files": list(files)}
+
+
+def _exported_file(file: File, workspace: Place) -> Path:
+    """A file that is given, or the export of a run that is.
+
+    Raises:
+        LoraError: there is none.
+    """
+    source = Path(file)
     if is_run_folder(source) or (not source.exists() and not source.suffix):
         run = find_run(file, workspace)
         source = run.path / (run.progress().export or "export")
@@ -412,11 +461,7 @@ def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Plac
             raise RunError(f"The run {run.name} has no exported file; make one by `export {run.name}`.")
     if not source.is_file():
         raise AdapterFileError(f"The adapter {source} {what_is_there(source)}.")
-    if not target.is_dir():
-        target = _tool_folder(folder, workspace_folder(workspace))
-    done = copy_export(source, target)
-    sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
-    return {"file": str(done.file), **sides, "renamed": done.renamed}
+    return source
 
 
 def _tool_folder(name: str, workspace: Path) -> Path:

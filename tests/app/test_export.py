@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.export import view
 from app.export.view import (
     check_folder,
     checkpoint_cards,
@@ -16,6 +17,7 @@ from app.export.view import (
     export_buttons,
     folder_choices,
     report_card,
+    upload,
     written_line,
 )
 from app.state import AppState, OtherTools, take_snapshot
@@ -30,6 +32,7 @@ from lora_core.errors import RunError
 from lora_core.system import other_tools
 from lora_core.system.other_tools import InstalledTool, copy_export
 from tests.app.test_preview import run_with_file
+from tests.hub import hub_of, use_hub
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 
@@ -197,6 +200,27 @@ def test_what_was_copied_is_said(app_state: AppState, export: Path, loras: Path)
     assert "Copied to ComfyUI, with its side files." in said
     assert "this file is called my dög-2" in said
     assert str(loras / "my dög-2.safetensors") in said
+
+
+def test_an_upload_is_private_and_says_where_it_is(
+    app_state: AppState, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.with_suffix(".md").write_text("---\ntags: [lora]\n---\n", encoding="utf-8")
+    written = {"file": str(export), "works_in": []}
+    monkeypatch.setattr(view, "write_export", lambda app_state, sent: (None, written))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(RunError, match="Type the repository"):
+        upload(app_state, {"repo": " "})
+    with hub_of() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        hub.root = tmp_path / "uploaded"
+        hub.root.mkdir()
+        answer = upload(app_state, {"repo": "owner/dog", "license": "mit"})
+        assert f'href="{hub.address}/owner/dog"' in answer["copied"]
+        assert (hub.root / "dog" / export.name).read_bytes() == export.read_bytes()
+        assert "license: mit" in (hub.root / "dog" / "README.md").read_text("utf-8")
+        assert hub.public == set()
+    assert "hf_secret" not in json.dumps(answer)
 
 
 @pytest.mark.parametrize(

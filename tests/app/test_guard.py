@@ -358,7 +358,7 @@ NO_PATHS = {
     ("POST", "/easel/settings/sweep"),
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
     ("POST", "/easel/toolbox/go-on"),
-    ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"),
+    ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"), ("POST", "/easel/export/upload"),
     # What is kept is looked up later among what there is.
     ("POST", "/easel/export/choose"), ("GET", "/easel/preview/axes"), ("POST", "/easel/preview/infotext"),
     # Only a file that the window has named itself is shown.

@@ -7,8 +7,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
+from lora_core.cli import main
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import is_remote, read_base_facts
 from lora_core.model_files.hub import (
@@ -212,3 +217,88 @@ def test_two_programs_do_not_write_one_file(hub: Hub) -> None:
 def test_no_torch_is_imported() -> None:
     code = "import sys, lora_core.model_files.hub; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Uploads
+
+
+SECRET = "hf_neverToBeSeen"
+
+
+@pytest.fixture
+def adapter(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of a user who is logged in, with its card and image beside it."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    hub.root = tmp_path / "uploaded"
+    hub.root.mkdir()
+    file = tmp_path / "cat.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 4)}, file, {"ss_output_name": "cat"})
+    file.with_name("cat.preview.png").write_bytes(b"image")
+    return file
+
+
+def test_an_adapter_goes_to_the_hub_with_card_and_licence(
+    hub: Hub, adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["upload", str(adapter), "owner/cat", "--license", "openrail++"]) == 0
+    said = "".join(capfd.readouterr())
+    assert said == f"{hub.address}/owner/cat\n"
+    there = hub.root / "cat"
+    assert {path.name for path in there.iterdir()} == {"cat.safetensors", "README.md", "cat.preview.png"}
+    assert (there / "cat.safetensors").read_bytes() == adapter.read_bytes()
+    front = yaml.safe_load((there / "README.md").read_text("utf-8").split("---\n")[1])
+    assert front["license"] == "openrail++"
+    assert {"lora", "stable-diffusion", "text-to-image"} <= set(front["tags"])
+    assert hub.public == set()
+    assert hub.tokens == {f"Bearer {SECRET}"}
+    assert not any(SECRET.encode() in path.read_bytes() for path in there.iterdir())
+    # Again: what its owner has written there stays, the file is the new one.
+    (there / "README.md").write_text("my own words")
+    adapter.with_suffix(".md").write_text("---\ntags: []\n---\n")
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4)}, adapter)
+    assert main(["upload", str(adapter), "owner/cat"]) == 0
+    assert (there / "README.md").read_text() == "my own words"
+    assert (there / "cat.safetensors").read_bytes() == adapter.read_bytes()
+
+
+def test_what_others_see_is_asked_for(hub: Hub, adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["upload", str(adapter), "owner/cat", "--public"]) == 0
+    assert hub.public == {"owner/cat"}
+    before = (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns
+    assert main(["upload", str(adapter), "owner/cat"]) == 1
+    assert "everybody can see it" in capfd.readouterr().err
+    assert (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["cat"], "give OWNER/NAME"),
+        (["owner/cat", "--license", "My own"], "is no name of the hub's list"),
+        (["owner/shut"], "answered with error 403; log in with"),
+        (["owner/limit"], "answered with error 429; try again later"),
+    ],
+)
+def test_an_upload_that_is_refused_says_why(
+    hub: Hub, adapter: Path, words: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.refusals |= {"owner/shut": (403, ""), "owner/limit": (429, "")}
+    assert main(["upload", str(adapter), *words]) == 1
+    said = capfd.readouterr().err
+    assert reason in said
+    assert SECRET not in said
+    assert list(hub.root.iterdir()) == []
+
+
+def test_nobody_logged_in_and_no_network(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["upload", str(adapter), "owner/cat"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capfd.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(adapter.parent / "no-token"))
+    assert main(["upload", str(adapter), "owner/cat"]) == 1
+    assert "Nobody is logged in to the hub" in capfd.readouterr().err
+    assert hub.asked == []
