@@ -1,6 +1,7 @@
 """Concept sliders on the embedded base: what they are to change follows the strength in both directions, on
 20 seeds, and what they are not to change stays nearer to the base than after the demo's training."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -64,4 +65,6 @@ def test_a_slider_of_brightness(tmp_path: Path) -> None:
     assert (np.diff(means.mean(0)) > 0).all(), means.mean(0)
     assert (np.diff(means, axis=1) > 0).mean() > 0.95
     demo = trained(tmp_path, "demo")
+    sys.stdout.write(f"mean of all pixels {means.mean(0).round(1)} at strengths {SLIDER_STRENGTHS}\n")
+    sys.stdout.write(f"forgotten {forgetting(run):.4f}, after the demo {forgetting(demo):.4f}\n")
     assert forgetting(run) < forgetting(demo)
