@@ -92,7 +92,10 @@ class Worker(ImageWorker):
         asked = {name: record for name, record in records.items() if name in wanted}
         self.release()
         captioner = _call(Captioner, request, report)
-        return {"found": {"texts": write_texts(captioner, asked, best_device(), report.phase)}}
+        try:
+            return {"found": {"texts": write_texts(captioner, asked, best_device(), report.phase)}}
+        finally:
+            self.release()
 
     def _open_dataset(self, request: Request) -> tuple[BaseModel, list[Any], tuple[int, int]]:
         """The bare base, the images, and (triples, seed) of a request."""

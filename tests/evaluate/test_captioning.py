@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForCond
 
 from lora_core.__main__ import main
 from lora_core.api import captions_undo
+from lora_core.data.captions import write_caption
 from lora_core.data.dataset import scan
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError, ModelFileError
@@ -242,6 +243,26 @@ def test_a_run_that_ends_early_changes_nothing(blip: Path, images: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         caption(images, Captioner(str(blip), max_tokens=4), "replace", note=note)
+    assert captions(images) == {"a": "sks, by hand"}
+
+
+def test_what_was_written_before_an_end_is_taken_back(
+    blip: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the process were killed between two captions: the texts from before are kept first."""
+    written: list[Path] = []
+
+    def write_one(picture: Path, text: str, wait: bool) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(picture)
+        write_caption(picture, text, wait)
+
+    monkeypatch.setattr("lora_core.projects.caption_edits.write_caption", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        caption(images, Captioner(str(blip), max_tokens=4), "replace")
+    assert "by hand" not in captions(images)["a"]
+    assert captions_undo(images) == {"undone": 1, "kept": 2}
     assert captions(images) == {"a": "sks, by hand"}
 
 
