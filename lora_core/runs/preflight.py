@@ -205,6 +205,8 @@ def require_packages(config: RunConfig) -> None:
         raise ConfigError(problem)
     if config.save.tensorboard:
         require_package("save.tensorboard = true", "tensorboard", "tensorboard")
+    if config.save.wandb:
+        require_package("save.wandb = true", "wandb", "wandb")
 
 
 def _found_by(check: Callable[[], object], kind: str) -> list[RunProblem]:

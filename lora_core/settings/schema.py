@@ -923,3 +923,6 @@ class SaveSection(Section):
     adapter are both sampled, measured and exported (NAME and NAME-raw). 0: off."""
     tensorboard: bool = Field(False, title="TensorBoard")
     """Also write curves and samples for TensorBoard into the run's folder. Needs the package tensorboard."""
+    wandb: bool = Field(False, title="Weights & Biases")
+    """Also write curves and samples for Weights & Biases into the run's folder; `wandb sync` sends them, or
+    the run itself where WANDB_MODE is set to online. Needs the package wandb."""

@@ -6,6 +6,7 @@ and training goes on.
 """
 
 import contextlib
+import hashlib
 import importlib
 import math
 import os
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 from lora_core.data.images import save_png
+from lora_core.errors import ConfigError
 from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.formats.io import load_adapter
 from lora_core.generate.grid import Axis, grid_settings, make_image_grid
@@ -33,8 +35,8 @@ from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.events import Progress, describe_average
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SLIDER_STRENGTHS, ValidationSection
+from lora_core.settings.config import RunConfig, choices_of, flattened
+from lora_core.settings.schema import SLIDER_STRENGTHS, SaveSection, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.system.processes import StopRequest
 from lora_core.tools.shrink import MeasuredCut, automatic_ranks
@@ -68,7 +70,7 @@ SCALARS: dict[type[events.Event], dict[str, str]] = {
         "validation/raw gain": "raw_gain",
     },
 }
-"""What TensorBoard shows: for each kind of event, the curves and the fields that they show."""
+"""What TensorBoard and Weights & Biases show: for each kind of event, the curves and their fields."""
 MAX_NONFINITE, MAX_ROLLBACKS = 3, 3
 """After so many steps in a row that are not finite, the run rolls back; so often at most."""
 RECENT, EARLIER = 10, 100
@@ -111,29 +113,30 @@ class RunContext:
         self.run, self.goal, self.before, self.group = run, goal, before, group
         self._writer = events.EventWriter(run.events_file)
         self._on_event = on_event
-        self._tensorboard: TensorBoardWriter | None = None
+        self._boards: list[TensorBoardWriter | WandbWriter] = []
         self._last_report = 0.0
         self.stopping = stopping
         self._last_stat: tuple[int, int] | None = None
         self._pending: list[dict[str, str]] = []
 
     def emit(self, event: events.Event) -> None:
-        """Write an event, and show it to the caller and to TensorBoard."""
+        """Write an event, and show it to the caller and on the boards."""
         self._writer.write(event)
         self._on_event(event)
-        if self._tensorboard is not None:
+        for board in self._boards:
             with contextlib.suppress(OSError):
-                self._tensorboard.show(event)
+                board.show(event)
 
-    def open_tensorboard(self) -> None:
-        """Show events to TensorBoard too, from now on."""
-        self._tensorboard = TensorBoardWriter(self.run, self.before.step)
+    def open_boards(self, config: RunConfig) -> None:
+        """Show events on the boards that the settings name too, from now on."""
+        for board in chosen_boards(config.save):
+            self._boards.append(board(self.run, self.before.step))
 
     def close(self) -> None:
         """Close all files."""
         self._writer.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for board in self._boards:
+            board.close()
 
     def warn(self, step: int, message: str) -> None:
         """Emit a warning."""
@@ -699,3 +702,73 @@ class TensorBoardWriter:
     def _open(self, done: int) -> Any:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         return writer(str(self._run.tensorboard), purge_step=done + 1)
+
+
+class WandbWriter:
+    """Writes one run's events for Weights & Biases, below the run's folder; nothing is sent, and `wandb sync`
+    does that later, unless the environment variable WANDB_MODE is `online`.
+
+    A step that is repeated after a resume has two points: there is no taking back.
+    """
+
+    def __init__(self, run: RunFolder, done: int) -> None:
+        """Begin, or go on with what an earlier process of the run began.
+
+        Raises:
+            ConfigError: it refuses, as when WANDB_MODE is `online` and nobody is logged in.
+        """
+        self._run, self._wandb = run, importlib.import_module("wandb")
+        identity = hashlib.sha256(str(run.path).encode()).hexdigest()[:16]
+        numbers = {
+            name: value
+            for name, value in flattened(run.config().to_dict()).items()
+            if isinstance(value, int | float) or choices_of(name)
+        }
+        # Neither paths nor what it would collect by itself: name of the computer, packages, code, output.
+        own = self._wandb.Settings(
+            console="off",
+            silent=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+        )
+        mode = os.environ.get("WANDB_MODE") or "offline"
+        try:
+            self._board = self._wandb.init(
+                project="lora-easel",
+                name=run.name,
+                id=identity,
+                resume="allow",
+                dir=str(run.path),
+                mode=mode,
+                config=numbers,
+                settings=own,
+            )
+        except (self._wandb.Error, OSError) as error:
+            raise ConfigError(
+                f"save.wandb = true: Weights & Biases did not start: {error}. Set WANDB_MODE to offline, or"
+                " turn it off."
+            ) from error
+        self._board.define_metric("*", step_metric="step")
+
+    def show(self, event: events.Event) -> None:
+        """Add an event; they come in order."""
+        curves = SCALARS.get(type(event), {})
+        shown: dict[str, Any] = {name: getattr(event, field_name) for name, field_name in curves.items()}
+        shown = {name: value for name, value in shown.items() if math.isfinite(value)}
+        if isinstance(event, events.PreviewDone):
+            shown["samples"] = [self._wandb.Image(str(self._run.path / file)) for file in event.files]
+        if shown:
+            self._board.log({**shown, "step": event.step})
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._board.finish()
+
+
+def chosen_boards(save: SaveSection) -> list[type[TensorBoardWriter | WandbWriter]]:
+    """What a run is shown on beside its own folder."""
+    return [TensorBoardWriter] * save.tensorboard + [WandbWriter] * save.wandb

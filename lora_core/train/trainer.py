@@ -415,8 +415,7 @@ def train(
     context = callbacks.RunContext(run, goal, before, on_event, stopping, group)
     try:
         require_packages(config)
-        if config.save.tensorboard:
-            context.open_tensorboard()
+        context.open_boards(config)
         with stopping.taken():
             try:
                 trainer = Trainer(context, *set_up(context, config, accept_changes))

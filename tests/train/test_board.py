@@ -1,4 +1,9 @@
+"""What a run shows beside its own folder: TensorBoard, Weights & Biases."""
+
 import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,3 +38,66 @@ def test_without_the_package_it_is_said_before_anything_is_done(
     run = own_toy.run("none", **SHOWN)
     assert "pip install" in trouble(run)
     assert run.status() == "failed"
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A stand-in for the package, which the tests do not install: what it is asked, in order."""
+    asked: list[Any] = []
+
+    class Error(Exception):
+        pass
+
+    def init(**how: Any) -> SimpleNamespace:
+        if how["mode"] == "online":
+            raise Error("api_key not configured (no-tty)")
+        asked.append(how)
+        return SimpleNamespace(
+            log=asked.append, define_metric=lambda *_, **__: None, finish=lambda: asked.append("end")
+        )
+
+    made = SimpleNamespace(init=init, Error=Error, Settings=dict, Image=str, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return asked
+
+
+SENT = {**SHOWN, "save__tensorboard": False, "save__wandb": True}
+
+
+def test_weights_and_biases_gets_what_the_events_say(own_toy: Toy, wandb: list[Any]) -> None:
+    run = own_toy.run("sent", **SENT)
+    trained(run)
+    began, *rows, end = wandb
+    assert (began["mode"], began["dir"], began["name"], end) == ("offline", str(run.path), "sent", "end")
+    assert began["config"]["adapter.rank"] == 2
+    assert str(own_toy.home.parent) not in str(began["config"])
+    progress = run.progress()
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert losses == [(e.step, e.loss) for e in progress.losses]
+    gains = [row["validation/gain"] for row in rows if "validation/gain" in row]
+    assert gains == [e.gain for e in progress.validations]
+    assert [row["step"] for row in rows if "samples" in row] == [0, 6, 12]
+
+
+def test_weights_and_biases_that_refuses_is_a_sentence(
+    own_toy: Toy, wandb: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    run = own_toy.run("online", **SENT)
+    assert "did not start: api_key not configured (no-tty). Set WANDB_MODE to offline" in trouble(run)
+    assert run.status() == "failed"
+
+
+def test_the_package_itself_writes_into_the_run_and_sends_nothing(own_toy: Toy) -> None:
+    """With the extra `wandb` installed."""
+    pytest.importorskip("wandb")
+    run = own_toy.run("real", **SENT)
+    broken_at(run, events.StepDone, 7)
+    trained(run)
+    written = list((run.path / "wandb").glob("offline-run-*/*.wandb"))
+    # Of two processes, which are one run there.
+    assert (len(written), len({file.name for file in written})) == (2, 1)
+    for file in written:
+        assert b"train/loss" in file.read_bytes()
+        assert str(own_toy.home.parent).encode() not in file.read_bytes()

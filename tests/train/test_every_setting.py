@@ -25,6 +25,7 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import FIELDS, RunConfig
 from lora_core.train import setup
+from lora_core.train.callbacks import chosen_boards
 from lora_core.train.setup import part_rates
 from tests.train.conftest import one_thread
 from tests.train.runs import Toy, notes, tensors, trained
@@ -147,11 +148,14 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "save.keep_best": (False, {**HOT, "save.every": 1, "save.keep_last": 1}),
     "save.ema": (0.5, {}),
     "save.tensorboard": (True, {}),
+    "save.wandb": (True, {}),
 }
 """Setting: another value, and what has to be set with it for both runs."""
 ELSEWHERE: dict[str, Callable[[RunConfig], Any]] = {
     # The toy has one text encoder.
     "optimizer.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optimizer),
+    # Its package is not installed with the tests; tests/train/test_board.py has what it writes.
+    "save.wandb": lambda config: chosen_boards(config.save),
     "train.device": lambda config: device_or_problem(config.train.device),
 }
 
