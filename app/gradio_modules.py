@@ -55,12 +55,14 @@ def _bundle(components: set[str]) -> dict[str, bytes]:
     css = "\n".join((FOLDER / "assets" / name).read_text("utf-8") for name in dict.fromkeys(styles)).encode()
     # The first module asks for this style by itself, unless the page has it.
     texts[entry] = texts[entry].replace(f"./assets/{style}", f"/easel/assets/gradio.css?v={zlib.crc32(css)}")
-    modules = {name: _redirect(name, text, texts) for name, text in texts.items()}
-    starter = (ASSETS / "modules.js").read_text("utf-8")
-    return {
-        "gradio.css": css,
-        "gradio.js": f"{starter}({json.dumps(entry)}, {json.dumps(modules)});".encode(),
-    }
+    # Piece by piece, as whatever is large and freed again leaves a hole in the window's memory.
+    pieces = [
+        f"{json.dumps(name)}:{json.dumps(_redirect(name, text, texts))}".encode()
+        for name, text in texts.items()
+    ]
+    pieces[0] = (ASSETS / "modules.js").read_bytes() + f"({json.dumps(entry)}, {{".encode() + pieces[0]
+    pieces[-1] += b"});"
+    return {"gradio.css": css, "gradio.js": b",".join(pieces)}
 
 
 def _redirect(name: str, text: str, bundled: Iterable[str]) -> str:

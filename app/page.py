@@ -99,7 +99,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
         ]
 
     # An open page of another version, or in another language, loads itself anew.
-    version = zlib.crc32(b"".join(registry.list_assets().values()))
+    version = sum(map(zlib.crc32, registry.list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
     demo.load(opened, None, filled, **QUIET)
@@ -193,7 +193,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     # Their addresses change when they do.
     values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": registry.TABS}
     if bundle:
-        scripts = files["page.js"].decode()
+        scripts = files["page.js"]
         serve_page(
             render("page.html", title=top_bar.TITLE, **values),
             {"language": language_tag, "script_words": lambda: script_words(WORDS.language, scripts)},

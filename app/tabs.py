@@ -4,6 +4,7 @@ To add one, write its view and routes and a script in `assets/`, and add a row h
 server and the list of served assets are made from `TABS`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ TABS = (
 )  # fmt: skip
 
 
+@functools.cache
 def list_assets() -> dict[str, bytes]:
     """What the page loads of `assets/`: scripts and styles as one file each, the shared ones first."""
     scripts = (

@@ -10,6 +10,7 @@ pages of a window show one project, in one language: what is rendered is shared 
 
 import functools
 import gettext
+import io
 import json
 import math
 import re
@@ -28,10 +29,10 @@ from lora_core.system.files import ASSETS
 FOLDER = Path(__file__).parent
 LOCALE = ASSETS / "locale"
 LANGUAGES = {"en": "English"} | {
-    file.parents[1].name: gettext.translation("easel", LOCALE, [file.parents[1].name]).gettext("English")
+    file.parents[1].name: gettext.GNUTranslations(io.BytesIO(file.read_bytes())).gettext("English")
     for file in sorted(LOCALE.glob("*/LC_MESSAGES/easel.mo"))
 }
-"""What each language calls itself: its catalogue's translation of "English"."""
+"""What each language calls itself: its catalogue's translation of "English". No catalogue is kept for it."""
 _NAMES = re.compile(
     "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
 )
@@ -107,10 +108,10 @@ def preferred_language(header: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def script_words(language: str, scripts: str) -> str:
+def script_words(language: str, scripts: bytes) -> str:
     """JSON of what the catalogue has of the literals in the page's scripts; "" in English."""
     found = {}
-    for literal in re.findall(r'"(?:[^"\\\n]|\\["\\n])*"', scripts):
+    for literal in re.findall(r'"(?:[^"\\\n]|\\["\\n])*"', scripts.decode()):
         text = json.loads(literal)
         found[text] = _(text)
         # What `easel.plural` counts.

@@ -15,14 +15,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
-
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_core.data.images import ImageRecord, check_regular_file
 from lora_core.errors import ConfigError, DatasetError, ModelFileError, wrap_os_errors
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 T = TypeVar("T")
 
@@ -304,7 +305,10 @@ def escape_prompt(caption: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _clip_tokenizer(folder: Path) -> Tokenizer:
+def _clip_tokenizer(folder: Path) -> "Tokenizer":
+    # Three megabytes, for which a window has no use until captions are counted.
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
     try:
         model = models.BPE.from_file(
             str(folder / "vocab.json"),

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.system.files import parse_json, read_table
 from lora_core.system.processes import without_collecting
@@ -60,6 +58,9 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     Raises:
         LoraError: of the class `error`, `AdapterFileError` or `ModelFileError`: what is wrong with the file.
     """
+    # A megabyte, for which a window has no use until a file is looked at.
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise error(f"{path} {what_is_there(path)}.")

@@ -106,7 +106,7 @@ def test_a_browser_is_answered_in_the_first_of_its_languages_that_there_is(
 
 
 def test_scripts_get_their_words_and_english_none() -> None:
-    scripts = list_assets()["page.js"].decode()
+    scripts = list_assets()["page.js"]
     assert script_words("en", scripts) == ""
     WORDS.speak("zh_CN")
     words = json.loads(script_words("zh_CN", scripts))
