@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_core.models.unet import NoiseSchedule
 from lora_core.system.files import DEMO_BASE
 
 TOKENIZER = DEMO_BASE / "tokenizer"
@@ -95,3 +96,9 @@ def tiny_output(unet: torch.nn.Module) -> torch.Tensor:
         latents = torch.randn(1, 4, 8, 8, generator=generator)
         width = unet.config["cross_attention_dim"]
         return unet(latents, torch.tensor([500]), torch.randn(1, 7, width, generator=generator)).sample
+
+
+def flow_schedule(timesteps: int) -> NoiseSchedule:
+    """Rectified flow: noisy = (1 - s) latents + s noise, with s = (t + 1) / T."""
+    sigmas = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+    return NoiseSchedule(((1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2)).float(), "flow")

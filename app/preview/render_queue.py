@@ -15,6 +15,7 @@ from typing import Any
 from app.preview.history import GridState, History, HistoryEntry, file_time
 from app.templates import _
 from app.worker_client import CANCELLED, Reply, WorkerClient
+from lora_core.generate.grid import vary
 from lora_core.generate.request import GenerationRequest
 
 
@@ -67,7 +68,7 @@ class PreviewState:
 def _strip_shots(shot: GenerationRequest | None, strengths: tuple[float, ...]) -> list[GenerationRequest]:
     if shot is None or not shot.loras:
         return []
-    return [shot.at("strength", value).acting() for value in strengths]
+    return [vary(shot, "strength", value).acting() for value in strengths]
 
 
 MOST_DRAWN = 2000

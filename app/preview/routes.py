@@ -42,7 +42,7 @@ from app.state import AppState, Snapshot, take_snapshot
 from app.templates import _, note_html, render
 from lora_core.data.images import open_rgb
 from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.generate.grid import make_axis
+from lora_core.generate.grid import make_axis, vary
 from lora_core.generate.request import NEGATIVE, WeightedLora
 from lora_core.settings.schema import SAMPLERS
 
@@ -105,7 +105,7 @@ def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         if what == "strip":
             typed = sent.get("strip")
             strip = parse_strengths(typed.get("values") if isinstance(typed, dict) else "")
-            shot.at("strength", 0.0)
+            vary(shot, "strength", 0.0)
     except LoraError as error:
         if what == "grid":
             raise

@@ -85,13 +85,10 @@ def save_form(
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
     if fields is not None:
-        more["preview"] = {name: _plain(fields.get(name)) for name in FIELDS}
+        plain = {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
+        more["preview"] = {name: plain.get(name) for name in FIELDS}
     project.update_draft(preview_loras={"rows": row_data(rows), "apart": apart, "rev": rev}, **more)
     return rev
-
-
-def _plain(value: Any) -> str | float | None:
-    return value if isinstance(value, str | int | float) else None
 
 
 def row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,15 +25,13 @@ from lora_core.formats import kinds
 from lora_core.formats.layers import (
     Tensors,
     check_finite,
-    is_finite,
-    kernel_of,
     layer_from_tensors,
-    read_alpha,
     reshape_adapter,
     tensors_by_layer,
 )
 from lora_core.formats.peft import HEADER_KEY, add_peft_config, apply_header_alphas
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Update
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
@@ -46,9 +43,6 @@ AS_IT_IS = "as it is"
 
 CONVERTIBLE = ("LoHa", "LoKr", "DoRA")
 """Kinds of adapters that `tools/shrink.py` turns into plain LoRAs."""
-
-_LARGEST = 2**25
-"""Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
 
 _WRITER_KEYS = {
     HEADER_KEY, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format",
@@ -107,7 +101,7 @@ def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -
 def _mixed_weights(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> AdapterWeights:
     """The adapter in a file with LoHa, LoKr or DoRA in it, beside plain pairs."""
     extras = kinds.extra_keys(tensors)
-    others: dict[LayerKey, Update] = {}
+    others: dict[LayerKey, LycorisUpdate] = {}
     pairs: dict[LayerKey, LayerWeights] = {}
     magnitudes, own_alphas = {}, set()
     found = tensors_by_layer({key: t for key, t in tensors.items() if key not in extras}, family)
@@ -118,48 +112,15 @@ def _mixed_weights(tensors: Tensors, metadata: Mapping[str, str], family: Family
                 raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
         factors = {role: tensor for role, tensor in roles.items() if role.startswith(("hada_", "lokr_"))}
         if factors:
-            others[layer] = _lycoris_update(name, layer, factors, roles.get("alpha"), family)
+            others[layer] = kinds.lycoris_update(name, layer, factors, roles.get("alpha"), family)
         else:
             pairs[layer] = layer_from_tensors(name, roles)
             own_alphas |= {layer} if "alpha" in roles else set()
     plain = reshape_adapter(apply_header_alphas(pairs, metadata, own_alphas), family)
     for layer, magnitude in magnitudes.items():
-        update = others.get(layer) or Update(".".join(layer), plain.layers.pop(layer))
+        update = others.get(layer) or LycorisUpdate(".".join(layer), plain.layers.pop(layer))
         others[layer] = replace(update, magnitude=magnitude)
-    return AdapterWeights(plain.layers, plain.metadata, others)
-
-
-def _lycoris_update(
-    name: str, layer: LayerKey, roles: Tensors, alpha: torch.Tensor | None, family: Family
-) -> Update:
-    if alpha is None and "." in name:
-        raise AdapterFileError(
-            f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
-            " with PEFT first."
-        )
-    kinds.check_lycoris_factors(name, roles)
-    update = Update(".".join(layer), None, roles, kernel=kernel_of(layer, family) or ())
-    # Without a rank, as in a LoKr of two full matrices, alpha means nothing.
-    scale = 1.0
-    if alpha is not None and update.rank:
-        if alpha.numel() != 1:
-            raise AdapterFileError(
-                f"{name!r} has an alpha of shape {list(alpha.shape)}; it must be one number."
-            )
-        scale = read_alpha(alpha) / update.rank
-    update = replace(update, scale=scale)
-    if not (math.isfinite(scale) and all(map(is_finite, roles.values()))):
-        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
-    try:
-        size = update.weight_shape
-    except RuntimeError as error:
-        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in roles.items())
-        raise AdapterFileError(f"{name!r} has shapes that do not fit together: {shapes}.") from error
-    if len(size) not in (2, 4) or torch.Size(size).numel() > _LARGEST:
-        raise AdapterFileError(
-            f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
-        )
-    return update
+    return AdapterWeights(plain.layers, plain.metadata, dict(others))
 
 
 def save_adapter(

@@ -1,15 +1,27 @@
 """The kind of an adapter file and the family that it is for, from names, shapes and header alone; and the
 tensors of the kinds beside LoRA."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.layers import Tensors, is_finite, is_kohya_key, ldm_family, split_key
+from lora_core.formats.layers import (
+    Tensors,
+    is_finite,
+    is_kohya_key,
+    kernel_of,
+    ldm_family,
+    read_alpha,
+    split_key,
+)
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import first_match, kind_tables, other_family, unsupported_kind
 
@@ -29,6 +41,9 @@ _TEXT_2 = re.compile(r"^(?:lora_te2_|text_encoder_2\.)")
 _LDM = re.compile(r"^(?:lora_unet_|unet\.|diffusion_model\.)?(?:input_blocks|middle_block|output_blocks)[._]")
 _DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+
+_LARGEST = 2**25
+"""Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
 
 ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
 """The kinds that `compat/` knows how tools read."""
@@ -236,6 +251,44 @@ def check_lycoris_factors(name: str, roles: Tensors) -> None:
         raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
     if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
         raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
+
+
+def lycoris_update(
+    name: str, layer: LayerKey, roles: Tensors, alpha: torch.Tensor | None, family: Family
+) -> LycorisUpdate:
+    """The update in the tensors of a LoHa or a LoKr; arguments as of `check_lycoris_factors`.
+
+    Raises:
+        AdapterFileError: one is missing, a value is impossible, or shapes do not fit together.
+    """
+    if alpha is None and "." in name:
+        raise AdapterFileError(
+            f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
+            " with PEFT first."
+        )
+    check_lycoris_factors(name, roles)
+    update = LycorisUpdate(".".join(layer), None, roles, kernel=kernel_of(layer, family) or ())
+    # Without a rank, as in a LoKr of two full matrices, alpha means nothing.
+    scale = 1.0
+    if alpha is not None and update.rank:
+        if alpha.numel() != 1:
+            raise AdapterFileError(
+                f"{name!r} has an alpha of shape {list(alpha.shape)}; it must be one number."
+            )
+        scale = read_alpha(alpha) / update.rank
+    update = replace(update, scale=scale)
+    if not (math.isfinite(scale) and all(map(is_finite, roles.values()))):
+        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
+    try:
+        size = update.weight_shape
+    except RuntimeError as error:
+        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in roles.items())
+        raise AdapterFileError(f"{name!r} has shapes that do not fit together: {shapes}.") from error
+    if len(size) not in (2, 4) or torch.Size(size).numel() > _LARGEST:
+        raise AdapterFileError(
+            f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
+        )
+    return update
 
 
 def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ from lora_core.formats.layers import (
     split_key,
 )
 from lora_core.formats.loaders import KRON, LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, dora_update
+from lora_core.lora.lycoris import dora_update
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header

@@ -7,11 +7,11 @@ import csv
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lora_core.errors import ConfigError
-from lora_core.generate.request import LARGEST_SEED, GenerationRequest, Value, adapter_name
+from lora_core.generate.request import LARGEST_SEED, GenerationRequest, WeightedLora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Font = FreeTypeFont | ImageFont
 
+Value = str | int | float
 MOST_CELLS = 400
 LARGEST_RANK = 4096
 KINDS = ("checkpoint", "prompt", "seed", "strength", "rank")
@@ -37,7 +38,7 @@ class Axis:
         if self.kind == "prompt":
             return [str(value) for value in self.values]
         if self.kind == "checkpoint":
-            return [adapter_name(str(value)) for value in self.values]
+            return [WeightedLora(str(value)).name for value in self.values]
         return [f"{self.kind} {_value_text(value)}" for value in self.values]
 
     def text(self) -> str:
@@ -105,6 +106,37 @@ def _check_value(kind: str, value: Value) -> Value:
     return number
 
 
+def vary(request: GenerationRequest, kind: str, to: Value) -> GenerationRequest:
+    """The image with one thing changed.
+
+    A strength is that of the only adapter; with several it multiplies all, so that 1 is the mix as set. A
+    rank truncates all. A checkpoint replaces the first adapter.
+
+    Raises:
+        ConfigError: a strength or a rank without an adapter.
+    """
+    value: Any = to
+    loras = request.loras
+    if kind in ("strength", "rank") and not loras:
+        raise ConfigError(f"A {kind} needs a LoRA; add one first.")
+    if kind == "checkpoint":
+        first = replace(loras[0], file=value) if loras else WeightedLora(value)
+        return replace(request, loras=(first, *loras[1:]))
+    if kind == "rank":
+        return replace(request, loras=tuple(replace(lora, rank=value) for lora in loras))
+    if kind != "strength":
+        return replace(request, **{kind: value})
+    if len(loras) > 1:
+        return replace(request, loras=tuple(lora.times(value) for lora in loras))
+    (lora,) = loras
+    if value == lora.strength:
+        return request
+    text = lora.text_strength
+    if text is not None:
+        text = text * value / lora.strength if lora.strength else value
+    return replace(request, loras=(replace(lora, strength=value, text_strength=text),))
+
+
 def grid_requests(
     request: GenerationRequest, rows: Axis | None, columns: Axis | None
 ) -> list[list[GenerationRequest]]:
@@ -128,7 +160,7 @@ def grid_requests(
         changed = request
         for kind in KINDS:
             if kind in changes:
-                changed = changed.at(kind, changes[kind])
+                changed = vary(changed, kind, changes[kind])
         return changed
 
     return [[cell(row, column) for column in across] for row in down]

@@ -30,8 +30,8 @@ from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import WithoutWaiting, out_of_memory, release_failed
-from lora_core.models.encode import encode_prompts
 from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
+from lora_core.models.prompts import encode_prompts
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents, encode_image, to_pixels
 from lora_core.settings.schema import SAMPLERS, chosen
@@ -150,18 +150,13 @@ def sample_image(
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """The image (RGB) of a request, with whatever adapter is in the base."""
     start = encode_start(base, request.image, base.image_size(request.width, request.height))
-    return sample_image(base, request, *encode_conditions(base, request), on_step, start=start)
+    conditions = encode_prompts(base, request.prompt, request.negative, request.clip_skip, request.tokens)
+    return sample_image(base, request, *conditions, on_step, start=start)
 
 
 def encode_start(base: BaseModel, file: str, size: tuple[int, int]) -> torch.Tensor | None:
     """The latents (1, C, h, w) of an image to start from, cropped and scaled to a size; None for ""."""
     return encode_image(base, to_pixels(open_rgb(Path(file)), Bucket(*size)))[None] if file else None
-
-
-def encode_conditions(base: BaseModel, request: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """The conditions of a request's prompt and of its negative prompt, with the weights of `parse_prompt`."""
-    with torch.no_grad():
-        return encode_prompts(base, request.prompt, request.negative, request.clip_skip, request.tokens)
 
 
 def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, str] | None = None) -> str:
@@ -241,20 +236,20 @@ class Pipeline:
         began = time.monotonic()
         self.set_adapters(request.loras)
         # As long as no adapter changes the text encoders, the conditions stay.
-        asked = {name: getattr(request, name) for name in ("prompt", "negative", "clip_skip", "tokens")}
-        text, negative = self._conditions(self._merged_text, GenerationRequest(**asked))
+        asked = request.prompt, request.negative, request.clip_skip, request.tokens
+        text, negative = self._conditions(self._merged_text, *asked)
         size = self.base.image_size(request.width, request.height)
         start = self._start(_version(request.image), size)
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents, start)
 
     def _encode_prompts(
-        self, merged: tuple[object, ...], request: GenerationRequest
+        self, merged: tuple[object, ...], prompt: str, negative: str, clip_skip: int, tokens: int
     ) -> tuple[PromptEmbeds, PromptEmbeds]:
         if self.kept != RESIDENT:
             # The largest text encoder takes more than the VAE.
             self.base.put("vae", torch.device("cpu"))
-        found = encode_conditions(self.base, request)
+        found = encode_prompts(self.base, prompt, negative, clip_skip, tokens)
         self.base.put("vae", self.base.device)
         return found
 

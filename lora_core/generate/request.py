@@ -20,19 +20,10 @@ from lora_core.model_files.families import is_text_encoder
 from lora_core.settings.config import parse_cfg_rescale
 from lora_core.settings.schema import AUTO, SAMPLERS, NumberOrAuto, find_key
 
-Value = str | int | float
 LARGEST_SEED = 2**63 - 1
 DENOISING_STRENGTH = 0.6
 NEGATIVE = "Negative prompt:"
 """What the negative prompt begins with in the text of a PNG."""
-
-
-def adapter_name(file: str) -> str:
-    """The display name of an adapter file: its stem; for a checkpoint the name of the run and the step."""
-    path = Path(file)
-    if path.stem == "adapter" and path.parent.name.startswith("step-"):
-        return f"{path.parent.parent.parent.name} {path.parent.name}".strip()
-    return path.stem if path.suffix == ".safetensors" else path.name
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,11 @@ class WeightedLora:
 
     @property
     def name(self) -> str:
-        """See `adapter_name`."""
-        return adapter_name(self.file)
+        """What to call it: the file's stem; for a checkpoint the name of the run and the step."""
+        path = Path(self.file)
+        if path.stem == "adapter" and path.parent.name.startswith("step-"):
+            return f"{path.parent.parent.parent.name} {path.parent.name}".strip()
+        return path.stem if path.suffix == ".safetensors" else path.name
 
     @property
     def on_text(self) -> float:
@@ -166,35 +160,6 @@ class GenerationRequest:
         acting = (lora for lora in self.loras if lora.acts)
         same = (replace(one, text_strength=None) if one.on_text == one.strength else one for one in acting)
         return replace(self, loras=tuple(same))
-
-    def at(self, kind: str, to: Value) -> "GenerationRequest":
-        """The image with one thing changed.
-
-        A strength is that of the only adapter; with several it multiplies all, so that 1 is the mix as set. A
-        rank truncates all. A checkpoint replaces the first adapter.
-
-        Raises:
-            ConfigError: a strength or a rank without an adapter.
-        """
-        value: Any = to
-        if kind in ("strength", "rank") and not self.loras:
-            raise ConfigError(f"A {kind} needs a LoRA; add one first.")
-        if kind == "checkpoint":
-            first = replace(self.loras[0], file=value) if self.loras else WeightedLora(value)
-            return replace(self, loras=(first, *self.loras[1:]))
-        if kind == "rank":
-            return replace(self, loras=tuple(replace(lora, rank=value) for lora in self.loras))
-        if kind != "strength":
-            return replace(self, **{kind: value})
-        if len(self.loras) > 1:
-            return replace(self, loras=tuple(lora.times(value) for lora in self.loras))
-        (lora,) = self.loras
-        if value == lora.strength:
-            return self
-        text = lora.text_strength
-        if text is not None:
-            text = text * value / lora.strength if lora.strength else value
-        return replace(self, loras=(replace(lora, strength=value, text_strength=text),))
 
     def infotext(self, cfg_rescale: float, extra: Mapping[str, str]) -> str:
         """The text for the PNG: prompt, settings, the CFG rescale that was used, and more, name to value.

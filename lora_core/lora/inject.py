@@ -1,4 +1,5 @@
-"""An adapter put into a base for training: which layers, what they start from, and what was trained.
+"""An adapter put into a base for training: which layers, what they start from, what was trained, and its
+average.
 
 Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
 "text_encoder.text_model.encoder.layers.0.self_attn.q_proj". The patterns of block tables
@@ -7,22 +8,23 @@ Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transfor
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from lora_core.backends.base import Adaptable, replace_submodule
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.kinds import layer_maker
-from lora_core.lora.layer import AdaptedLayer, DropoutState, LoraLayer
+from lora_core.lora.layer import AdaptedLayer, DropoutState, FlatParams, LoraLayer
+from lora_core.lora.lycoris import as_update, layer_maker
 from lora_core.lora.weights import (
     AdapterWeights,
     LayerKey,
+    LayerUpdate,
     LayerWeights,
     LoraSpec,
-    Update,
     layer_by_path,
 )
 from lora_core.model_files.families import Targets, canonical_path
@@ -203,7 +205,7 @@ def adapter_weights(injected: Injected) -> AdapterWeights:
     """The canonical form of what was trained."""
     found = {key: layer.layer_weights() for key, layer in injected.layers.items()}
     plain = {key: layer for key, layer in found.items() if isinstance(layer, LayerWeights)}
-    return AdapterWeights(plain, others={key: one for key, one in found.items() if isinstance(one, Update)})
+    return AdapterWeights(plain, others={key: one for key, one in found.items() if key not in plain})
 
 
 def load_weights(injected: Injected, weights: AdapterWeights) -> None:
@@ -260,18 +262,19 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
                 f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
                 f" {list(wanted)}; it is for another base."
             )
-        low = given if isinstance(given, LayerWeights) else given.low
+        update = as_update(key, given)
+        low = update.low
         if low is None or not isinstance(layer, LoraLayer):
             _take_over(layer, given, f"{name} cannot be continued: its layer {'.'.join(key)}")
             continue
-        if isinstance(given, Update) and given.magnitude is not None and given.magnitude.shape[0] != 1:
+        if update.magnitude is not None and update.magnitude.shape[0] != 1:
             raise AdapterFileError(
                 f"{name} cannot be continued: its DoRA magnitudes are of rows, as PEFT has them, and those"
                 " trained here are of columns; make a plain LoRA of it first, with `merge --rank`."
             )
         fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.spec.alpha)
         fitted, kept, lost = fit_to_rank(low, fresh)
-        layer.from_layer_weights(fitted if isinstance(given, LayerWeights) else replace(given, low=fitted))
+        layer.from_layer_weights(fitted if isinstance(given, LayerWeights) else replace(update, low=fitted))
         if low.rank > fresh.rank:
             energy, lost_energy, truncated = energy + kept + lost, lost_energy + lost, truncated + 1
     notes = []
@@ -290,7 +293,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
     return notes
 
 
-def _take_over(layer: AdaptedLayer, given: LayerWeights | Update, its_layer: str) -> None:
+def _take_over(layer: AdaptedLayer, given: LayerUpdate, its_layer: str) -> None:
     """Have a fresh layer act as an update of its kind, whose factors have to be as large as its own."""
     own, found = layer.layer_weights().tensors(), given.tensors()
     sizes, wanted = ({name: tensor.numel() for name, tensor in each.items()} for each in (found, own))
@@ -337,3 +340,112 @@ def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights,
         new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
     )
     return layer, kept, lost
+
+
+def limit_norms(injected: Injected, flat_params: FlatParams, limit: float) -> None:
+    """Scale down the update of each trained layer whose norm is above `limit`."""
+    with flat_params.mutate():
+        for layer in injected.layers.values():
+            if layer.flat is not None:
+                assert isinstance(layer, LoraLayer)
+                limit_norm(layer, limit)
+
+
+def limit_norm(layer: LoraLayer, limit: float) -> None:
+    """Scale both factors alike so that the norm of the whole update is at most `limit`.
+
+    |up down|^2 = <up^T up, down down^T> needs no product as large as the weight. Source: max-norm
+    regularization, Srivastava et al. 2014, section 5.1, of the update, as kohya's `scale_weight_norms`.
+    """
+    down, up = layer.down.detach().flatten(1), layer.up.detach().flatten(1)
+    squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0.0)
+    norm = squared.sqrt() * (layer.spec.alpha / layer.spec.rank)
+    factor = (limit / norm).clamp(max=1.0).sqrt()
+    down.mul_(factor)
+    up.mul_(factor)
+
+
+class Average:
+    """An average of an adapter, steadier than its last step: validated, sampled and exported in its place."""
+
+    def __init__(self, injected: Injected, flat_params: FlatParams) -> None:
+        """Average the adapter `injected`, which `flat_params` holds."""
+        self._injected = injected
+        self._flat_params = flat_params
+
+    def update(self, step: int) -> None:
+        """Take in the adapter after optimizer step `step`, counted from 1."""
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Put the average into the adapter's place while the context is open; both keep their bits."""
+        raise NotImplementedError
+
+    def weights(self) -> AdapterWeights:
+        """The average as an adapter."""
+        with self.in_place():
+            return adapter_weights(self._injected)
+
+    def load(self, weights: AdapterWeights) -> None:
+        """Restore a saved average, bit for bit."""
+
+
+class ScheduleFree(Average):
+    """What a schedule-free optimizer trains for: it takes gradients at one point, y, and is to be used at
+    another, x, which follows from y and its state. Source: Defazio et al. 2024, "The Road Less Scheduled"."""
+
+    def __init__(self, injected: Injected, flat_params: FlatParams, optimizer: Any) -> None:
+        """Average as `optimizer` does, whose `eval` puts x into the place of y."""
+        super().__init__(injected, flat_params)
+        self._optimizer = optimizer
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put x into the place of y. The way back is a copy: that of the optimizer would round."""
+        with self._flat_params.mutate() as live:
+            kept = live.clone()
+            self._optimizer.eval()
+        try:
+            yield
+        finally:
+            with self._flat_params.mutate() as live:
+                self._optimizer.train()
+                live.copy_(kept)
+
+
+class EMA(Average):
+    """Exponential moving average of an adapter."""
+
+    def __init__(self, injected: Injected, flat_params: FlatParams, decay: float) -> None:
+        """Start at the adapter as it is; `decay` is below 1."""
+        super().__init__(injected, flat_params)
+        self._decay = decay
+        self._mean = flat_params.data.detach().clone()
+
+    def update(self, step: int) -> None:
+        """Take in the adapter after optimizer step `step`, counted from 1.
+
+        mean = d mean + (1 - d) adapter, d = min(decay, (1 + step) / (10 + step)): the ramp forgets the
+        untrained start. Source: TensorFlow's ExponentialMovingAverage.
+        """
+        decay = min(self._decay, (1 + step) / (10 + step))
+        self._mean.lerp_(self._flat_params.data.detach(), 1.0 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Swap the average with the adapter while the context is open; both keep their bits."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, weights: AdapterWeights) -> None:
+        """Restore a saved average, bit for bit."""
+        with self.in_place():
+            load_weights(self._injected, weights)
+
+    def _swap(self) -> None:
+        with self._flat_params.mutate() as live:
+            kept = live.clone()
+            live.copy_(self._mean)
+            self._mean.copy_(kept)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.backends.base import Adaptable, conv2d_grads, frozen_layer
-from lora_core.lora.weights import LayerWeights, LoraSpec, Update
+from lora_core.lora.weights import LayerUpdate, LayerWeights, LoraSpec
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,6 @@ class FlatParams:
                 self.factors.append(moved)
             for layer, places in zip(group, starts, strict=True):
                 layer.bind(self, places)
-
-    def checksum(self) -> int:
-        """The sum of the bits of all parameters, to tell whether anything was written to them."""
-        return int(self.data.detach().view(torch.int32).sum(dtype=torch.int64))
 
     def mark_changed(self) -> None:
         """Declare that the parameters were written to: the next use of a cast copy casts anew."""
@@ -137,15 +133,11 @@ class FlatParams:
 
 @dataclass
 class ParamView:
-    """A layer's factors in a `FlatParams`: (rank, in_features) from `down`, (out_features, rank) from `up`.
-    Views are made once for each dtype: hundreds of them in each step took a tenth of a small one."""
+    """A layer's factors in a `FlatParams` as matrices, `places` (start, rows, columns) of down and up. Views
+    are made once for each dtype: hundreds of them in each step took a tenth of a small one."""
 
     flat: FlatParams
-    down: int
-    up: int
-    rank: int
-    in_features: int
-    out_features: int
+    places: tuple[tuple[int, int, int], ...]
     _views: dict[torch.dtype, tuple[Factors, Factors]] = field(default_factory=dict, repr=False)
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[Factors, Factors]:
@@ -160,9 +152,8 @@ class ParamView:
         return self._views[dtype]
 
     def _slice(self, flat: torch.Tensor) -> Factors:
-        down = flat[self.down : self.down + self.rank * self.in_features]
-        up = flat[self.up : self.up + self.out_features * self.rank]
-        return Factors(down.view(self.rank, self.in_features), up.view(self.out_features, self.rank))
+        cut = (flat[at : at + rows * columns].view(rows, columns) for at, rows, columns in self.places)
+        return Factors(*cut)
 
 
 class _CastCopy:
@@ -229,19 +220,15 @@ class AdaptedLayer(nn.Module):
         """Note the `FlatParams` that holds the parameters, and where each begins in it."""
         self.flat = flat
 
-    def limit_norm(self, limit: float) -> None:
-        """Scale the update so that its norm is at most `limit`."""
-        raise NotImplementedError
-
-    def layer_weights(self) -> LayerWeights | Update:
+    def layer_weights(self) -> LayerUpdate:
         """A detached copy of the update, on the CPU."""
         raise NotImplementedError
 
-    def factors_of(self, weights: LayerWeights | Update) -> list[torch.Tensor]:
+    def factors_of(self, weights: LayerUpdate) -> list[torch.Tensor]:
         """What the trained parameters are where the layer acts as `weights`, in their order."""
         raise NotImplementedError
 
-    def from_layer_weights(self, weights: LayerWeights | Update) -> None:
+    def from_layer_weights(self, weights: LayerUpdate) -> None:
         """Take over an update of the same kind, rank and alpha, bit for bit."""
         with torch.no_grad():
             for factor, given in zip(self.trained(), self.factors_of(weights), strict=False):
@@ -279,8 +266,10 @@ class LoraLayer(AdaptedLayer):
     def bind(self, flat: FlatParams, starts: dict[str, int]) -> None:
         """Compute with views of `flat` from now on."""
         super().bind(flat, starts)
-        sizes = len(self.down), self.down[0].numel(), self.up.shape[0]
-        self.param_view = ParamView(flat, starts["down"], starts["up"], *sizes)
+        places = (
+            (starts[name], len(one), one[0].numel()) for name, one in (("down", self.down), ("up", self.up))
+        )
+        self.param_view = ParamView(flat, tuple(places))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
@@ -333,24 +322,11 @@ class LoraLayer(AdaptedLayer):
         full = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
         return full[each * state.first : each * state.last]
 
-    def limit_norm(self, limit: float) -> None:
-        """Scale both factors alike so that the norm of the whole update is at most `limit`.
-
-        |up down|^2 = <up^T up, down down^T> needs no product as large as the weight. Source: max-norm
-        regularization, Srivastava et al. 2014, section 5.1, of the update, as kohya's `scale_weight_norms`.
-        """
-        down, up = self.down.detach().flatten(1), self.up.detach().flatten(1)
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0.0)
-        norm = squared.sqrt() * (self.spec.alpha / self.spec.rank)
-        factor = (limit / norm).clamp(max=1.0).sqrt()
-        down.mul_(factor)
-        up.mul_(factor)
-
-    def layer_weights(self) -> LayerWeights | Update:
+    def layer_weights(self) -> LayerUpdate:
         """See `AdaptedLayer`."""
         return LayerWeights(self.down.detach().cpu().clone(), self.up.detach().cpu().clone(), self.spec.alpha)
 
-    def factors_of(self, weights: LayerWeights | Update) -> list[torch.Tensor]:
+    def factors_of(self, weights: LayerUpdate) -> list[torch.Tensor]:
         """See `AdaptedLayer`."""
         assert isinstance(weights, LayerWeights)
         return [weights.down, weights.up]
@@ -365,19 +341,19 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
         factors, frozen = view.in_dtype(x.dtype)[0], frozen_layer(base)
-        rows = x.reshape(-1, view.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         low = rows @ factors.down.T
         y = frozen.forward_frozen(rows).addmm_(low, factors.up.T, alpha=scale)
         ctx.save_for_backward(rows, low)
         ctx.frozen, ctx.view, ctx.scale, ctx.shape = frozen, view, scale, x.shape
-        return y.view(*x.shape[:-1], view.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low = ctx.saved_tensors
         factors, grads = ctx.view.in_dtype(grad.dtype)
-        grad = grad.reshape(-1, ctx.view.out_features)
+        grad = grad.reshape(-1, grad.shape[-1])
         low_grad = grad @ factors.up
         grads.up.addmm_(grad.T, low, alpha=ctx.scale)
         grads.down.addmm_(low_grad.T, rows, alpha=ctx.scale)
@@ -405,7 +381,7 @@ class _LoraConv2d(torch.autograd.Function):
             low = torch.matmul(factors.down, x.flatten(2))
         else:
             # Not by the weight's shape: reading it materializes that of a compact layer.
-            kernel = factors.down.view(view.rank, x.shape[1], *conv.kernel_size)
+            kernel = factors.down.view(-1, x.shape[1], *conv.kernel_size)
             low = F.conv2d(x, kernel, None, conv.stride, conv.padding, conv.dilation).flatten(2)
         y = frozen.forward_frozen(x).contiguous()
         y.flatten(2).baddbmm_(factors.up.expand(len(x), -1, -1), low, alpha=scale)
@@ -427,7 +403,7 @@ class _LoraConv2d(torch.autograd.Function):
         if ctx.pointwise:
             down_grad = torch.bmm(low_grad, x.flatten(2).transpose(1, 2)).sum(0)
         else:
-            shape = (count, ctx.view.rank, *grad.shape[2:])
+            shape = (count, len(factors.down), *grad.shape[2:])
             kernel = factors.down.view(-1, *x.shape[1:2], *ctx.conv.kernel_size)
             low_x_grad, down_grad = conv2d_grads(low_grad.view(shape), x, kernel, ctx.conv, (wanted, True))
         grads.down.add_(down_grad.reshape_as(grads.down), alpha=ctx.scale)

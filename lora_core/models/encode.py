@@ -1,20 +1,12 @@
-"""Captions and prompts to prompt embeddings: tokens in chunks, the text encoders, and weights."""
+"""Captions to prompt embeddings: tokens in chunks, and the text encoders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from lora_core.data.captions import (
-    BREAK,
-    CHUNK,
-    COMMA,
-    Prompt,
-    check_prompt,
-    parse_prompt,
-    split_chunks,
-)
+from lora_core.data.captions import CHUNK, COMMA, split_chunks
 from lora_core.model_files.families import TextEncoder
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds, to_device
@@ -23,55 +15,32 @@ PENULTIMATE = 2
 """The layer before the last, counted from the last."""
 
 
+Encode = Callable[[BaseModel, TextEncoder, Sequence[Any], int, int], tuple[torch.Tensor, torch.Tensor | None]]
+"""As `encode_captions`."""
+
+
 @lru_cache(maxsize=4096)
-def _tokens(tokenizer: Any, caption: str) -> list[int]:
+def tokenize(tokenizer: Any, caption: str) -> list[int]:
     """Token ids; cached, since each caption is encoded many times."""
     found: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return found
 
 
-def token_chunks(tokenizer: Any, caption: str | Prompt, chunks: int) -> torch.Tensor:
-    """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding; what does not fit
-    is dropped."""
-    bodies = [ids for ids, _ in _bodies(tokenizer, caption, chunks)]
-    bodies += [[]] * (chunks - len(bodies))
+def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
+    """A caption as (chunks, 77) token ids; what does not fit is dropped."""
+    comma = tokenizer.convert_tokens_to_ids(COMMA)
+    return pad_chunks(tokenizer, split_chunks(tokenize(tokenizer, caption), comma, chunks), chunks)
+
+
+def pad_chunks(tokenizer: Any, bodies: Sequence[list[int]], chunks: int) -> torch.Tensor:
+    """At least (chunks, 77) token ids, each of `bodies` with its own begin, end and padding."""
+    bodies = [*bodies, *[[]] * (chunks - len(bodies))]
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, [tokenizer.pad_token_id]
     return torch.tensor([[begin, *body, end, *padding * (CHUNK - len(body))] for body in bodies])
 
 
-def token_weights(tokenizer: Any, caption: str | Prompt, chunks: int) -> torch.Tensor:
-    """The weights (chunks, 77) of `token_chunks`, 1 for begin, end and padding."""
-    weights = torch.ones(chunks, CHUNK + 2)
-    for row, (_, own) in zip(weights, _bodies(tokenizer, caption, chunks), strict=False):
-        row[1 : 1 + len(own)] = torch.tensor(own)
-    return weights
-
-
-def _bodies(tokenizer: Any, caption: str | Prompt, chunks: int) -> list[tuple[list[int], list[float]]]:
-    """The token ids and weights of each chunk: at most `chunks` of a caption, all of a prompt."""
-    comma = tokenizer.convert_tokens_to_ids(COMMA)
-    if isinstance(caption, str):
-        return [(ids, [1.0] * len(ids)) for ids in split_chunks(_tokens(tokenizer, caption), comma, chunks)]
-    parts: list[tuple[list[int], list[float]]] = [([], [])]
-    for words, weight in caption:
-        if (words, weight) == BREAK:
-            parts.append(([], []))
-            continue
-        ids = _tokens(tokenizer, words)
-        parts[-1][0].extend(ids)
-        parts[-1][1].extend([weight] * len(ids))
-    if len(parts) > 1 and not parts[-1][0]:
-        parts.pop()
-    found = []
-    for ids, weights in parts:
-        for row in split_chunks(ids, comma, len(ids) + 1):
-            found.append((row, weights[: len(row)]))
-            weights = weights[len(row) :]
-    return found
-
-
 def encode_prompt(
-    base: BaseModel, captions: Sequence[str | Prompt], clip_skip: int = 1, tokens: int = 75
+    base: BaseModel, captions: Sequence[str], clip_skip: int = 1, tokens: int = 75
 ) -> PromptEmbeds:
     """The text encoders' hidden states of `captions`; differentiable where an adapter is in them.
 
@@ -88,23 +57,18 @@ def encode_prompt(
 
 
 def encode_batches(
-    base: BaseModel, batches: Sequence[Sequence[str | Prompt]], clip_skip: int = 1, tokens: int = 75
-) -> list[PromptEmbeds]:
-    """`encode_prompt` of each batch, with the weights that prompts have; each text encoder is moved to the
-    device once for all of them."""
+    base: BaseModel, batches: Sequence[Sequence[Any]], clip_skip: int = 1, tokens: int = 75,
+    encode: Encode | None = None,
+) -> list[PromptEmbeds]:  # fmt: skip
+    """`encode_prompt` of each batch; each text encoder is moved to the device once for all of them. Prompts
+    with weights bring a function in place of `encode_captions`."""
     chunks = max(1, round(tokens / CHUNK))
     contexts: list[list[torch.Tensor]] = [[] for _ in batches]
     pooled: list[torch.Tensor | None] = [None] * len(batches)
     for encoder in base.family.text_encoders:
-        module, tokenizer = base.text_encoders[encoder.part], base.tokenizers[encoder.part]
         with base.on_device(encoder.part):
             for number, captions in enumerate(batches):
-                ids = torch.cat([token_chunks(tokenizer, caption, chunks) for caption in captions])
-                (ids,) = to_device(base.device, ids)
-                hidden, projected = _hidden_states(module, encoder, ids, clip_skip)
-                if not all(isinstance(caption, str) for caption in captions):
-                    weights = torch.cat([token_weights(tokenizer, caption, chunks) for caption in captions])
-                    hidden = apply_weights(hidden, *to_device(base.device, weights))
+                hidden, projected = (encode or encode_captions)(base, encoder, captions, clip_skip, chunks)
                 contexts[number].append(hidden)
                 if projected is not None:
                     pooled[number] = projected.reshape(len(captions), chunks, -1)[:, 0]
@@ -115,58 +79,22 @@ def encode_batches(
     ]
 
 
-def apply_weights(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Hidden states (chunks, T, D) times the weights (chunks, T) of their tokens, scaled back to the mean of
-    each chunk.
-
-    Source: A1111's `sd_emphasis.py`, its default "Original". The pooled projection has no weights there.
-    """
-    plain = hidden.float()
-    weighted = plain * weights[..., None]
-    wanted, given = (each.mean((1, 2), keepdim=True) for each in (plain, weighted))
-    return (weighted * (wanted / given)).to(hidden.dtype)
-
-
-def parse_prompts(base: BaseModel, prompts: Sequence[str], tokens: int) -> tuple[list[str | Prompt], int]:
-    """The prompts of one image, parsed, and the length that holds all of them: `tokens`, or where weights or
-    BREAK need more chunks, as many as the longest has.
-
-    Shorter ones get empty chunks, as with A1111's option to pad both prompts to the same length.
-    """
-    parsed = [parse_prompt(prompt) for prompt in prompts]
-    weighted = [prompt for prompt in parsed if not isinstance(prompt, str)]
-    needed = [len(_bodies(one, prompt, 0)) for one in base.tokenizers.values() for prompt in weighted]
-    return parsed, CHUNK * max(1, round(tokens / CHUNK), *needed)
-
-
-def encode_prompts(
-    base: BaseModel, prompt: str, negative: str = "", clip_skip: int = 1, tokens: int = 75
-) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """The prompt and the negative prompt of an image, with the syntax of `parse_prompt`, B = 1 and of one
-    length.
-
-    Raises:
-        ConfigError: something in them cannot be read.
-    """
-    check_prompt(prompt)
-    check_prompt(negative)
-    parsed, length = parse_prompts(base, (prompt, negative), tokens)
-    text, without = encode_batches(base, [[one] for one in parsed], clip_skip, length)
-    return text, as_negative_prompt(base, negative, without)
-
-
-def as_negative_prompt(base: BaseModel, words: str, embeds: PromptEmbeds) -> PromptEmbeds:
-    """`embeds` of `words` as a negative prompt."""
-    if words.strip() or not base.family.zero_negative:
-        return embeds
-    pooled = None if embeds.pooled is None else torch.zeros_like(embeds.pooled)
-    return PromptEmbeds(torch.zeros_like(embeds.context), pooled)
-
-
-def _hidden_states(
-    module: Any, encoder: TextEncoder, ids: torch.Tensor, clip_skip: int
+def encode_captions(
+    base: BaseModel, encoder: TextEncoder, captions: Sequence[str], clip_skip: int, chunks: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states (B, T, D) of the chosen layer, and the pooled projection (B, P) or None."""
+    """The `hidden_states` of one text encoder for captions of so many chunks each."""
+    tokenizer = base.tokenizers[encoder.part]
+    ids = torch.cat([token_chunks(tokenizer, caption, chunks) for caption in captions])
+    return hidden_states(base, encoder, ids, clip_skip)
+
+
+def hidden_states(
+    base: BaseModel, encoder: TextEncoder, ids: torch.Tensor, clip_skip: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (B, 77, D) of the chosen layer for token ids (B, 77) on the CPU, and the pooled
+    projection (B, P) or None."""
+    module: Any = base.text_encoders[encoder.part]
+    (ids,) = to_device(base.device, ids)
     if encoder.hidden == "last" and clip_skip == 1:
         output = module(input_ids=ids)
         return output.last_hidden_state, output.text_embeds if encoder.pooled else None

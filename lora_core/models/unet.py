@@ -118,7 +118,7 @@ def default_time_ids(count: int, height: int, width: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class NoiseSchedule:
     """`alphas_cumprod` (T,), the share of the signal's variance, falling with the timestep, and the
-    `objective`: what is predicted, "epsilon", "v_prediction" or "flow"."""
+    `objective`: what is predicted, "epsilon", "v_prediction" or "flow" (a line from latents to noise)."""
 
     alphas_cumprod: torch.Tensor
     objective: str
@@ -129,12 +129,6 @@ class NoiseSchedule:
         config: Any = scheduler.config
         return cls(scheduler.alphas_cumprod.float(), config.prediction_type)
 
-    @classmethod
-    def flow(cls, num_timesteps: int) -> "NoiseSchedule":
-        """Rectified flow: noisy = (1 - s) latents + s noise, with s = (t + 1) / T."""
-        sigmas = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        return cls(((1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2)).float(), "flow")
-
     @property
     def num_timesteps(self) -> int:
         """T."""
@@ -143,7 +137,7 @@ class NoiseSchedule:
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """sqrt(a) latents + sqrt(1 - a) noise, all (B, C, h, w), timesteps (B,); for flow both factors are
         divided by their sum."""
-        signal, spread = self._factors(timesteps, latents)
+        signal, spread = self.factors(timesteps, latents)
         return signal * latents + spread * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -153,28 +147,16 @@ class NoiseSchedule:
             return noise
         if self.objective == "flow":
             return noise - latents
-        signal, spread = self._factors(timesteps, latents)
+        signal, spread = self.factors(timesteps, latents)
         return signal * noise - spread * latents
-
-    def denoise(
-        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor, to: torch.Tensor
-    ) -> torch.Tensor:
-        """A DDIM step without noise from `timesteps` to the lower ones `to`, both (B,), given what was
-        predicted, all (B, C, h, w). Source: Song et al. 2021, equation 12 with sigma = 0."""
-        signal, spread = self._factors(timesteps, noisy)
-        if self.objective == "epsilon":
-            return self.add_noise((noisy - spread * prediction) / signal, prediction, to)
-        if self.objective == "flow":
-            return self.add_noise(noisy - spread * prediction, noisy + signal * prediction, to)
-        clean, noise = signal * noisy - spread * prediction, spread * noisy + signal * prediction
-        return self.add_noise(clean, noise, to)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio a / (1 - a) at each timestep, (B,)."""
         share = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return share / (1.0 - share)
 
-    def _factors(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What signal and noise are multiplied by at each timestep, (B, 1, 1, 1) as `like`."""
         share = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
         signal, spread = share.sqrt(), (1.0 - share).sqrt()
         if self.objective == "flow":

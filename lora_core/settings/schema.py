@@ -829,6 +829,11 @@ class LossSection(Section):
         low, high = self.min_timestep / MAX_TIMESTEP, self.max_timestep / MAX_TIMESTEP
         return low + (high - low) * share
 
+    def delta_at(self, noise: Any, timesteps: Any) -> Any:
+        """Huber's delta at each of the timesteps, (B,), of a `NoiseSchedule`."""
+        schedule = chosen(HUBER_SCHEDULES, self.huber_schedule, "loss.huber_schedule").resolve()
+        return schedule(noise, timesteps, self.huber_delta)
+
     prior_preservation: float = Field(0.0, title="Prior preservation", ge=0.0, le=10.0)
     """How much the base's own predictions are kept, on images that it makes of the captions without the
     trigger word, or of plain things. 1 is usual; a step takes about twice as long. 0: off."""

@@ -32,7 +32,8 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.io import AS_IT_IS, load_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora, Update
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.tools.delta import (
     BaseWeights,
@@ -432,7 +433,7 @@ def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None =
     }
 
 
-def _row(key: LayerKey, update: Update, weight: torch.Tensor) -> dict[str, Any] | None:
+def _row(key: LayerKey, update: LycorisUpdate, weight: torch.Tensor) -> dict[str, Any] | None:
     triples = significant_triples(update)
     rank = len(triples.values)
     if rank == 0:

@@ -18,7 +18,8 @@ from lora_core.formats import kinds
 from lora_core.formats.io import file_hashes, load_adapter, save_adapter
 from lora_core.formats.layers import reshape_adapter
 from lora_core.formats.metadata import side_file
-from lora_core.lora.weights import AdapterWeights, LayerKey, Update
+from lora_core.lora.lycoris import LycorisUpdate, as_update
+from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
@@ -34,7 +35,7 @@ from lora_core.models.weight_files import (
 from lora_core.settings.schema import FORMATS
 from lora_core.system.files import write_atomically
 
-Updates = dict[LayerKey, Update]
+Updates = dict[LayerKey, LycorisUpdate]
 
 
 def shared_family(paths: Iterable[Path], why: str) -> Family | None:
@@ -64,9 +65,8 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
     """
     weights, header = load_adapter(path, known, plain=False), read_header(path)
     family = known or kinds.require_family(path, header.shapes, header.metadata, "it cannot be used")
-    layers = reshape_adapter(weights, family).layers
-    plain = {key: Update(".".join(key), layer) for key, layer in layers.items()}
-    return plain | weights.others, weights.metadata, family
+    layers = reshape_adapter(weights, family).layers | weights.others
+    return {key: as_update(key, layer) for key, layer in layers.items()}, weights.metadata, family
 
 
 class BaseWeights:

@@ -27,7 +27,8 @@ from lora_core.formats import kinds
 from lora_core.formats.io import as_bytes, encode_header
 from lora_core.formats.layers import check_plain
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora, Update
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
@@ -357,7 +358,7 @@ def _tag_counts(files: Sequence[LoraFile]) -> dict[str, dict[str, int]]:
 # time.
 
 
-Term = tuple[float, Update]
+Term = tuple[float, LycorisUpdate]
 """A strength, and the update that it multiplies."""
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that is no longer true once a tensor has changed."""

@@ -22,7 +22,8 @@ import torch
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import kinds
 from lora_core.formats.io import load_adapter
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Update
+from lora_core.lora.lycoris import LycorisUpdate, as_update
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Updates, file_updates
@@ -272,14 +273,14 @@ def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, li
     known = family or kinds.detect_family(header.shapes, header.metadata)
     if known is None and kinds.detect_kind(header.shapes) in (kinds.LORA, kinds.LOCON):
         layers = load_adapter(path).layers
-        return {key: Update(".".join(key), layer) for key, layer in layers.items()}, []
+        return {key: as_update(key, layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]
     doras = [key for key, update in updates.items() if update.magnitude is not None]
     kept = {key: update for key, update in updates.items() if update.magnitude is None}
     return kept, [left_out_row(key, DORA_LEFT_OUT) for key in doras]
 
 
-def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> None:
+def check_same_shape(first: LycorisUpdate, second: LycorisUpdate, names: tuple[str, str]) -> None:
     """Refuse layers of one name that are for different bases.
 
     Raises:
@@ -293,7 +294,7 @@ def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> N
         )
 
 
-def flat_pair(update: Update) -> Pair:
+def flat_pair(update: LycorisUpdate) -> Pair:
     """(up (out, R), down (R, in)) in fp64 of an update without magnitudes; a dense one is itself times
     one."""
     pair = update.factors()
@@ -303,14 +304,14 @@ def flat_pair(update: Update) -> Pair:
     return pair[0].double().flatten(1), pair[1].double().flatten(1)
 
 
-def numeric_rank(values: torch.Tensor, update: Update) -> int:
+def numeric_rank(values: torch.Tensor, update: LycorisUpdate) -> int:
     """How many singular values (descending) of an update exceed the rounding of the file's dtype."""
     tensors = [update.low.up, update.low.down] if update.low else list((update.roles or {}).values())
     coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
     return int((values > 2 * coarsest * values[0]).sum()) if float(values[0]) > 0 else 0
 
 
-def significant_triples(update: Update) -> Triples:
+def significant_triples(update: LycorisUpdate) -> Triples:
     """The singular triples of an update that exceed rounding."""
     triples = singular_triples(flat_pair(update))
     return triples.leading(numeric_rank(triples.values, update))
@@ -346,7 +347,7 @@ def rank_of_energy(values: torch.Tensor, share: float) -> int:
     return int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1
 
 
-def spectrum_row(key: LayerKey, update: Update) -> dict[str, Any]:
+def spectrum_row(key: LayerKey, update: LycorisUpdate) -> dict[str, Any]:
     """The spectrum of one layer's update (without magnitudes), see `file_spectrum`."""
     values = singular_values(flat_pair(update))
     significant = numeric_rank(values, update)

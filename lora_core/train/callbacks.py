@@ -30,6 +30,7 @@ from lora_core.generate.grid import Axis, grid_settings, make_image_grid
 from lora_core.generate.pipeline import infotext, sample_image
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import adapter_weights, at_strength
+from lora_core.lora.layer import FlatParams
 from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
@@ -569,6 +570,11 @@ def draw_samples(
     return files
 
 
+def checksum(flat_params: FlatParams) -> int:
+    """The sum of the bits of all parameters, to tell whether anything was written to them."""
+    return int(flat_params.data.detach().view(torch.int32).sum(dtype=torch.int64))
+
+
 @dataclass
 class Export:
     """Writes the adapter for other tools, when a process's part of the run ends; `header` makes the texts for
@@ -606,7 +612,7 @@ class Export:
         changed = changes_anything(weights)
         if not changed:
             unchanged = "The adapter changes nothing: all its up factors are still 0"
-        elif state.flat_params.checksum() == self.start:
+        elif checksum(state.flat_params) == self.start:
             unchanged = "The adapter is unchanged since the start"
         if unchanged:
             name = self.config.optimizer.name

@@ -16,15 +16,9 @@ import torch
 from lora_core.data.captions import CHUNK, Prompt, rules_of, sample_record_caption
 from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import (
-    as_negative_prompt,
-    encode_batches,
-    encode_prompt,
-    parse_prompts,
-    token_chunks,
-    token_weights,
-)
+from lora_core.models.encode import encode_batches, encode_prompt
 from lora_core.models.load import BaseModel
+from lora_core.models.prompts import as_negative_prompt, encode_weighted, parse_prompts, weighted_chunks
 from lora_core.models.unet import PromptEmbeds
 from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
@@ -217,7 +211,7 @@ class PromptCache:
     def _embed_fixed(self, caption: str | Prompt, tokens: int) -> PromptEmbeds:
         options = (self._options[0], tokens)
         if self._trained:
-            return encode_prompt(self._base, [caption], *options)
+            return encode_weighted(self._base, [caption], *options)
         known = caption if options == self._options else (caption, tokens)
         if known not in self._fixed:
             path = self._folder / f"{self._key(caption, *options)}.safetensors"
@@ -251,15 +245,20 @@ class PromptCache:
         encoders = self._base.family.text_encoders
         tokenizers = [self._base.tokenizers[encoder.part] for encoder in encoders]
         chunks = tokens // CHUNK
-        ids = [token_chunks(tokenizer, caption, chunks).tolist() for tokenizer in tokenizers]
+        found = [weighted_chunks(tokenizer, caption, chunks) for tokenizer in tokenizers]
+        ids = [each.tolist() for each, _ in found]
         numbers = (self._base.device.type, self._base.dtype)
-        weights = [] if isinstance(caption, str) else [token_weights(tokenizers[0], caption, chunks).tolist()]
+        weights = [] if found[0][1] is None else [found[0][1].tolist()]
         return short_digest(self._encoders, encoders, ids, clip_skip, *numbers, *weights)
 
     def _encode(self, caption: str | Prompt, clip_skip: int, tokens: int) -> PromptEmbeds:
         """One at a time, so that its bits never depend on its neighbours."""
         with torch.no_grad():
-            return encode_prompt(self._base, [caption], clip_skip, tokens).to(torch.device("cpu"))
+            if isinstance(caption, str):
+                found = encode_prompt(self._base, [caption], clip_skip, tokens)
+            else:
+                found = encode_weighted(self._base, [caption], clip_skip, tokens)
+        return found.to(torch.device("cpu"))
 
 
 def _tensors(embeds: PromptEmbeds) -> dict[str, torch.Tensor]:

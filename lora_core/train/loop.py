@@ -11,25 +11,22 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from lora_core.lora.inject import Injected, adapter_weights, load_weights
+from lora_core.lora.inject import Average, Injected, limit_norms
 from lora_core.lora.layer import FlatParams
-from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import HUBER_SCHEDULES, LOSSES, SCHEDULES, LossSection, chosen
+from lora_core.settings.schema import LOSSES, SCHEDULES, LossSection, chosen
 from lora_core.train.data import Batch, Batches, PromptCache
 
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm when clipping, as `torch.nn.utils.clip_grad_norm_` does."""
-RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     flat_params: FlatParams
     scaler: torch.amp.GradScaler
-    average: "Average | None" = None
+    average: Average | None = None
     max_norm: float = 0.0
     loss: MicroBatchLoss = image_loss
     prior: Preserved | None = None
@@ -239,7 +236,7 @@ def optimizer_step(
                 grads.mul_(factor)
             state.flat_params.step(state.optimizer)
             if state.max_norm:
-                limit_norms(state)
+                limit_norms(state.injected, state.flat_params, state.max_norm)
             scaler.update()
             if state.average is not None:
                 state.average.update(step)
@@ -250,14 +247,6 @@ def optimizer_step(
     if scaler.is_enabled():
         scaler.update()
     return losses, searching
-
-
-def limit_norms(state: TrainState) -> None:
-    """Scale down the update of each trained layer whose norm is above `state.max_norm`."""
-    with state.flat_params.mutate():
-        for layer in state.injected.layers.values():
-            if layer.flat is not None:
-                layer.limit_norm(state.max_norm)
 
 
 def mean_loss(losses: list[torch.Tensor]) -> float:
@@ -352,19 +341,14 @@ def prediction_loss(
     weight = min_snr_weight(base.noise, timesteps, gamma)
     if rules.debias:
         weight = weight * debiased_weight(base.noise, timesteps)
-    numbers = {
-        "noisy": pair[0],
-        "target": pair[1],
-        "timesteps": timesteps.float(),
-        "weight": weight,
-    }
+    numbers = {"noisy": pair[0], "target": pair[1], "timesteps": timesteps.float(), "weight": weight}
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
     if weights is not None:
         numbers["weights"] = weights
     sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.type, "loss.type").resolve()
-    delta = functools.partial(huber_delta, base.noise, timesteps, rules)
+    delta = functools.partial(rules.delta_at, base.noise, timesteps)
     predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     errors: torch.Tensor = error(predicted, sent["target"], delta)
     losses = (errors * sent["weights"] if weights is not None else errors).flatten(1).mean(1)
@@ -404,52 +388,6 @@ def squared_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -
     return F.mse_loss(predicted, target, reduction="none")
 
 
-def absolute_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
-    """Element by element, (B, 4, h, w)."""
-    return F.l1_loss(predicted, target, reduction="none")
-
-
-def huber_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
-    """2 d (sqrt(e^2 + d^2) - d), element by element, (B, 4, h, w), with e the error and d = `delta`.
-
-    It is e^2 for small errors, as squared error, and 2 d |e| for large ones, so that no element's gradient is
-    above 2 d. Written as a quotient, which loses no digits where e is small. The scale is that of kohya's
-    `loss_type = huber`, so that its `huber_c` means the same here.
-    Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled
-    Pseudo-Huber Loss", section 3.
-    """
-    turn = delta().to(predicted).view(-1, 1, 1, 1)
-    squared = F.mse_loss(predicted, target, reduction="none")
-    return 2.0 * turn * squared / ((squared + turn.square()).sqrt() + turn)
-
-
-def huber_delta(noise: NoiseSchedule, timesteps: torch.Tensor, rules: LossSection) -> torch.Tensor:
-    """Huber's delta at each timestep, (B,), by the schedule that `rules` names."""
-    schedule = chosen(HUBER_SCHEDULES, rules.huber_schedule, "loss.huber_schedule").resolve()
-    delta: torch.Tensor = schedule(noise, timesteps, rules.huber_delta)
-    return delta
-
-
-def constant_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
-    """`delta` for each of the timesteps, (B,)."""
-    return torch.full((len(timesteps),), delta, device=timesteps.device)
-
-
-def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
-    """(1 - delta) / (1 + s)^2 + delta, (B,), with s = sqrt((1 - a) / a), the noise over the signal.
-
-    Finite where there is no signal, too. Source: as of `huber_error`, section 3.2.
-    """
-    share = noise.alphas_cumprod.to(timesteps.device)[timesteps]
-    signal, spread = share.sqrt(), (1.0 - share).sqrt()
-    return (1.0 - delta) * (signal / (signal + spread)).square() + delta
-
-
-def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
-    """delta^(t / T), (B,): 1 at the first timestep, `delta` at the end. Source: as of `huber_error`."""
-    return delta ** (timesteps.float() / noise.num_timesteps)
-
-
 def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     """The factor of the full learning rate for the step after `step` of `steps`.
 
@@ -463,107 +401,6 @@ def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     return float(chosen(SCHEDULES, schedule, "optimizer.schedule").resolve()(progress))
 
 
-def constant(progress: float) -> float:
-    """1 throughout."""
-    return 1.0
-
-
-def linear(progress: float) -> float:
-    """Linearly from 1 to 0."""
-    return 1.0 - progress
-
-
 def cosine(progress: float) -> float:
     """From 1 to 0 along half a cosine (Loshchilov and Hutter 2017, equation 5)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def cosine_restarts(progress: float) -> float:
-    """Three times from 1 to 0 along half a cosine."""
-    return cosine(progress * RESTARTS % 1.0) if progress < 1.0 else 0.0
-
-
-class Average:
-    """An average of an adapter, steadier than its last step: validated, sampled and exported in its place."""
-
-    def __init__(self, injected: Injected, flat_params: FlatParams) -> None:
-        """Average the adapter `injected`, which `flat_params` holds."""
-        self._injected = injected
-        self._flat_params = flat_params
-
-    def update(self, step: int) -> None:
-        """Take in the adapter after optimizer step `step`, counted from 1."""
-
-    def in_place(self) -> AbstractContextManager[None]:
-        """Put the average into the adapter's place while the context is open; both keep their bits."""
-        raise NotImplementedError
-
-    def weights(self) -> AdapterWeights:
-        """The average as an adapter."""
-        with self.in_place():
-            return adapter_weights(self._injected)
-
-    def load(self, weights: AdapterWeights) -> None:
-        """Restore a saved average, bit for bit."""
-
-
-class ScheduleFree(Average):
-    """What a schedule-free optimizer trains for: it takes gradients at one point, y, and is to be used at
-    another, x, which follows from y and its state. Source: Defazio et al. 2024, "The Road Less Scheduled"."""
-
-    def __init__(self, injected: Injected, flat_params: FlatParams, optimizer: Any) -> None:
-        """Average as `optimizer` does, whose `eval` puts x into the place of y."""
-        super().__init__(injected, flat_params)
-        self._optimizer = optimizer
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put x into the place of y. The way back is a copy: that of the optimizer would round."""
-        with self._flat_params.mutate() as live:
-            kept = live.clone()
-            self._optimizer.eval()
-        try:
-            yield
-        finally:
-            with self._flat_params.mutate() as live:
-                self._optimizer.train()
-                live.copy_(kept)
-
-
-class EMA(Average):
-    """Exponential moving average of an adapter."""
-
-    def __init__(self, injected: Injected, flat_params: FlatParams, decay: float) -> None:
-        """Start at the adapter as it is; `decay` is below 1."""
-        super().__init__(injected, flat_params)
-        self._decay = decay
-        self._mean = flat_params.data.detach().clone()
-
-    def update(self, step: int) -> None:
-        """Take in the adapter after optimizer step `step`, counted from 1.
-
-        mean = d mean + (1 - d) adapter, d = min(decay, (1 + step) / (10 + step)): the ramp forgets the
-        untrained start. Source: TensorFlow's ExponentialMovingAverage.
-        """
-        decay = min(self._decay, (1 + step) / (10 + step))
-        self._mean.lerp_(self._flat_params.data.detach(), 1.0 - decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Swap the average with the adapter while the context is open; both keep their bits."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def load(self, weights: AdapterWeights) -> None:
-        """Restore a saved average, bit for bit."""
-        with self.in_place():
-            load_weights(self._injected, weights)
-
-    def _swap(self) -> None:
-        with self._flat_params.mutate() as live:
-            kept = live.clone()
-            live.copy_(self._mean)
-            self._mean.copy_(kept)

@@ -1,5 +1,5 @@
-"""What a run trains on besides its images: predictions of the base that are to be kept, and concept sliders,
-whose batches are prompts."""
+"""Objectives beside the squared error on a run's images: other errors, predictions of the base that are to be
+kept, and concept sliders, whose batches are prompts."""
 
 import itertools
 import random
@@ -7,19 +7,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from lora_core.lora.inject import at_strength
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import NoisePredictor, PromptEmbeds, default_time_ids, to_device
+from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, default_time_ids, to_device
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SLIDER_STEPS, SliderSection
 from lora_core.train.data import Batch, Batches, PromptCache
-from lora_core.train.loop import NoiseSample, TrainState, noise_seed, prediction_loss, sample_noise
+from lora_core.train.loop import (
+    Delta,
+    NoiseSample,
+    TrainState,
+    noise_seed,
+    prediction_loss,
+    sample_noise,
+)
 
 KEPT = 0.5
 """Share of a slider's rows that are prompts to leave alone, where there are any."""
 SLIDER_CFG = 3.0
 """Guidance of the latents that a slider is trained on, as in LECO."""
+
+
+def absolute_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """Element by element, (B, 4, h, w)."""
+    return F.l1_loss(predicted, target, reduction="none")
+
+
+def huber_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """2 d (sqrt(e^2 + d^2) - d), element by element, (B, 4, h, w), with e the error and d = `delta`.
+
+    It is e^2 for small errors, as squared error, and 2 d |e| for large ones, so that no element's gradient is
+    above 2 d. Written as a quotient, which loses no digits where e is small. The scale is that of kohya's
+    `loss_type = huber`, so that its `huber_c` means the same here.
+    Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled
+    Pseudo-Huber Loss", section 3.
+    """
+    turn = delta().to(predicted).view(-1, 1, 1, 1)
+    squared = F.mse_loss(predicted, target, reduction="none")
+    return 2.0 * turn * squared / ((squared + turn.square()).sqrt() + turn)
+
+
+def constant_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """`delta` for each of the timesteps, (B,)."""
+    return torch.full((len(timesteps),), delta, device=timesteps.device)
+
+
+def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """(1 - delta) / (1 + s)^2 + delta, (B,), with s = sqrt((1 - a) / a), the noise over the signal.
+
+    Finite where there is no signal, too. Source: as of `huber_error`, section 3.2.
+    """
+    share = noise.alphas_cumprod.to(timesteps.device)[timesteps]
+    signal, spread = share.sqrt(), (1.0 - share).sqrt()
+    return (1.0 - delta) * (signal / (signal + spread)).square() + delta
+
+
+def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """delta^(t / T), (B,): 1 at the first timestep, `delta` at the end. Source: as of `huber_error`."""
+    return delta ** (timesteps.float() / noise.num_timesteps)
 
 
 class PriorBatches:
@@ -158,8 +205,23 @@ def partial_denoise(
             predicted = without + SLIDER_CFG * (under - without)
         else:
             predicted = base.predict_noise(latents, at, embeds)
-        latents = base.noise.denoise(latents, predicted, at, to)
+        latents = ddim_step(base.noise, latents, predicted, at, to)
     return latents
+
+
+def ddim_step(
+    noise: NoiseSchedule, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor,
+    to: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """A DDIM step without noise from `timesteps` to the lower ones `to`, both (B,), given what was predicted,
+    all (B, C, h, w). Source: Song et al. 2021, equation 12 with sigma = 0."""
+    signal, spread = noise.factors(timesteps, noisy)
+    if noise.objective == "epsilon":
+        return noise.add_noise((noisy - spread * prediction) / signal, prediction, to)
+    if noise.objective == "flow":
+        return noise.add_noise(noisy - spread * prediction, noisy + signal * prediction, to)
+    clean, added = signal * noisy - spread * prediction, spread * noisy + signal * prediction
+    return noise.add_noise(clean, added, to)
 
 
 def slider_target(

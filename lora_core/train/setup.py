@@ -35,7 +35,16 @@ from lora_core.evaluate.validator import weigh_latents
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
 from lora_core.generate.request import GenerationRequest
-from lora_core.lora.inject import Injected, LayerPlan, init_from_lora, inject_layers, plan_layers
+from lora_core.lora.inject import (
+    EMA,
+    Average,
+    Injected,
+    LayerPlan,
+    ScheduleFree,
+    init_from_lora,
+    inject_layers,
+    plan_layers,
+)
 from lora_core.lora.layer import AdaptedLayer, FlatParams
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
@@ -61,7 +70,7 @@ from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
-from lora_core.train.loop import EMA, Average, ScheduleFree, TrainState, image_loss
+from lora_core.train.loop import TrainState, cosine, image_loss
 from lora_core.train.objectives import SliderBatches, slider_loss
 from lora_core.train.validation import (
     ValidationSets,
@@ -491,6 +500,24 @@ def make_optimizer(
     if average_of_its_own(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+# Learning-rate schedules beside `loop.cosine`, the default.
+
+
+def constant(progress: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """Linearly from 1 to 0."""
+    return 1.0 - progress
+
+
+def cosine_restarts(progress: float) -> float:
+    """Three times from 1 to 0 along half a cosine."""
+    return cosine(progress * 3 % 1.0) if progress < 1.0 else 0.0
 
 
 def try_step(

@@ -165,7 +165,7 @@ class Trainer:
         self._save = callbacks.Save(context, self._checkpoints, validator, self._guard, header)
         self._sample = callbacks.Sample(context, session, config)
         self._export = callbacks.Export(
-            context, config, state, self._validate, header, state.flat_params.checksum()
+            context, config, state, self._validate, header, callbacks.checksum(state.flat_params)
         )
 
     def fit(self, accept_changes: bool) -> Outcome:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,7 @@ def generate(
 
     made = []
     for number in range(count):
-        one = shot.at("seed", shot.seed + number)
+        one = replace(shot, seed=shot.seed + number)
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{one.seed}"
         if target:
             path = target.with_stem(f"{target.stem}-{number + 1}") if number else target

@@ -17,7 +17,7 @@ from app.preview.render_queue import PreviewState, RenderQueue
 from app.preview.sent_form import STRIP
 from app.state import AppState, MemoryYieldPolicy
 from app.worker_client import WorkerClient
-from lora_core.generate.grid import make_axis
+from lora_core.generate.grid import make_axis, vary
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.runs.events import to_line
 from lora_core.system.hardware import Card
@@ -134,7 +134,7 @@ def test_strength_zero_is_the_base_s_own_picture(render_queue: RenderQueue) -> N
     render_queue.want(shot("a cat", 1.0), (0.0, 1.0))
     view = settled(render_queue)
     assert view.shot is not None
-    assert view.image(view.shot.at("strength", 0.0)) == view.image(view.shot.alone())
+    assert view.image(vary(view.shot, "strength", 0.0)) == view.image(view.shot.alone())
     assert len(set(view.images.values())) == 2
 
 

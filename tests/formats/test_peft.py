@@ -11,7 +11,8 @@ from lora_core.formats import kohya, peft
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import file_format
 from lora_core.formats.verify import inspect_file, verify_adapter
-from lora_core.lora.weights import AdapterWeights, Update
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES
 from tests.checkpoints import components
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear, same_bits
@@ -165,7 +166,7 @@ def test_broken_contents_are_named(case):
 def test_what_cannot_be_written_is_said(family):
     with pytest.raises(AdapterFileError, match="has no part 'text_encoder_2'"):
         peft.to_tensors(AdapterWeights({("text_encoder_2", f"{CLIP}.mlp.fc1"): linear(2, 1.0)}), family)
-    dora = Update("x", linear(4, 1.0), magnitude=torch.ones(1, 24))
+    dora = LycorisUpdate("x", linear(4, 1.0), magnitude=torch.ones(1, 24))
     with pytest.raises(AdapterFileError, match="DoRA"):
         peft.to_tensors(AdapterWeights({}, others={("unet", "conv_in"): dora}), family)
 

@@ -6,7 +6,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import save_adapter
-from lora_core.generate.grid import grid_requests, parse_axis
+from lora_core.generate.grid import grid_requests, parse_axis, vary
 from lora_core.generate.latent_preview import latent_preview
 from lora_core.generate.pipeline import Pipeline, generate_image
 from lora_core.generate.request import GenerationRequest, WeightedLora
@@ -81,8 +81,8 @@ def test_several_adapters_act_together_and_a_text_encoders_strength_apart(pipeli
 def test_a_rank_cuts_by_the_best_there_is(pipeline, files):
     shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0]),), **SIZE)
     whole = drawn(pipeline, shot)
-    assert (drawn(pipeline, shot.at("rank", 8)) == whole).all()
-    assert (drawn(pipeline, shot.at("rank", 2)) != whole).any()
+    assert (drawn(pipeline, vary(shot, "rank", 8)) == whole).all()
+    assert (drawn(pipeline, vary(shot, "rank", 2)) != whole).any()
     draw = torch.Generator().manual_seed(9)
     layer = LayerWeights(torch.randn(6, 20, generator=draw), torch.randn(15, 6, generator=draw), 3.0)
     cut = truncate_adapter(AdapterWeights({("unet", "x"): layer}), 2).layers["unet", "x"]
@@ -96,7 +96,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_base_as_it_was(pipeline, files,
     shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0]),), **SIZE)
     before = drawn(pipeline, shot)
     with pytest.raises(AdapterFileError, match="does not exist"):
-        pipeline(shot.at("checkpoint", str(tmp_path / "nowhere.safetensors")))
+        pipeline(vary(shot, "checkpoint", str(tmp_path / "nowhere.safetensors")))
     assert (drawn(pipeline, shot) == before).all()
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from lora_core.errors import ConfigError
-from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis, parse_axis
-from lora_core.generate.request import GenerationRequest, WeightedLora, adapter_name
+from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis, parse_axis, vary
+from lora_core.generate.request import GenerationRequest, WeightedLora
 
 ONE = GenerationRequest(prompt="owl", seed=3, loras=(WeightedLora("a.safetensors", 0.8),))
 TWO = GenerationRequest(loras=(WeightedLora("a.safetensors", 0.8), WeightedLora("b.safetensors", 0.5, 0.2)))
@@ -47,19 +47,19 @@ def test_a_wrong_axis_is_a_sentence(text: str, words: str) -> None:
 
 
 def test_the_strength_of_one_adapter_is_its_own_and_of_several_a_factor() -> None:
-    assert ONE.at("strength", 0.5).loras == (WeightedLora("a.safetensors", 0.5),)
-    assert TWO.at("strength", 0.5).loras == (
+    assert vary(ONE, "strength", 0.5).loras == (WeightedLora("a.safetensors", 0.5),)
+    assert vary(TWO, "strength", 0.5).loras == (
         WeightedLora("a.safetensors", 0.4),
         WeightedLora("b.safetensors", 0.25, 0.1),
     )
     apart = GenerationRequest(loras=(WeightedLora("a", 0.8, 0.4),))
-    assert apart.at("strength", 0.8) is apart
+    assert vary(apart, "strength", 0.8) is apart
     # Half as strong on the text encoders stays half as strong.
-    assert apart.at("strength", 1.0).loras[0].text_strength == pytest.approx(0.5)
+    assert vary(apart, "strength", 1.0).loras[0].text_strength == pytest.approx(0.5)
 
 
 def test_what_does_not_act_is_no_part_of_a_picture() -> None:
-    assert ONE.at("strength", 0.0).acting() == ONE.alone() == ONE.at("strength", 0.0).acting().acting()
+    assert vary(ONE, "strength", 0.0).acting() == ONE.alone() == vary(ONE, "strength", 0.0).acting().acting()
     assert GenerationRequest(loras=(WeightedLora("a", 0.0, 0.5),)).acting().loras
     assert GenerationRequest(loras=(WeightedLora("a", 0.5, 0.5),)).acting() == GenerationRequest(
         loras=(WeightedLora("a", 0.5),)
@@ -96,7 +96,7 @@ def test_labels_and_settings_name_files_without_their_folders() -> None:
         "checkpoint=/home/me/x.safetensors,/home/me/runs/owl/checkpoints/step-000100/adapter.safetensors"
     )
     assert files.labels() == ["x", "owl step-000100"]
-    assert adapter_name("/a/b/adapter.safetensors") == "adapter"
+    assert WeightedLora("/a/b/adapter.safetensors").name == "adapter"
     said = grid_settings(files, parse_axis("strength=0,0.5"))
     assert said == {"Script": "Grid", "Rows": "checkpoint=x,owl step-000100", "Columns": "strength=0,0.5"}
     assert parse_axis("strength=0,0.5").labels() == ["strength 0", "strength 0.5"]

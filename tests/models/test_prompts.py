@@ -11,11 +11,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core.data.captions import check_prompt, escape_prompt, parse_prompt
 from lora_core.errors import ConfigError
-from lora_core.generate.pipeline import encode_conditions
-from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import encode_prompt, encode_prompts
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
+from lora_core.models.prompts import encode_prompts
 from lora_core.settings.config import RunConfig
 from lora_core.train.setup import sample_prompts
 
@@ -53,7 +52,7 @@ def test_embeddings_are_those_of_a1111(base):
 def test_without_weights_nothing_changes(base):
     prompt = "a red fox, snow: at night"
     with torch.no_grad():
-        text, negative = encode_conditions(base, GenerationRequest(prompt=prompt, negative="blurry"))
+        text, negative = encode_prompts(base, prompt, "blurry")
         assert torch.equal(text.context, encode_prompt(base, [prompt]).context)
         assert torch.equal(negative.context, encode_prompt(base, ["blurry"]).context)
         # A caption with brackets is the same text as a prompt.
@@ -73,9 +72,7 @@ def test_brackets_of_the_trigger_stay_text_in_samples():
 
 def test_both_prompts_of_an_image_have_one_length(base):
     with torch.no_grad():
-        text, negative = encode_conditions(
-            base, GenerationRequest(prompt="a BREAK b BREAK c", negative="red")
-        )
+        text, negative = encode_prompts(base, "a BREAK b BREAK c", "red")
         alone = encode_prompt(base, ["red"]).context
         empty = encode_prompt(base, [""]).context
     assert text.context.shape == negative.context.shape == (1, 3 * 77, alone.shape[-1])

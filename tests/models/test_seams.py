@@ -13,9 +13,10 @@ from lora_core.lora.layer import FlatParams, LoraLayer, LoraSpec
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.families import FAMILIES, Targets
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import NoiseSchedule, PromptEmbeds
+from lora_core.models.unet import PromptEmbeds
 from lora_core.settings.schema import ADAPTER_KINDS, AdapterKind, LossSection
 from lora_core.train.loop import NoiseSample, diffusion_loss
+from tests.tiny import flow_schedule
 
 CPU = torch.device("cpu")
 SPEC = LoraSpec(rank=4, alpha=4.0)
@@ -80,7 +81,7 @@ def base() -> BaseModel:
     )
     return BaseModel(
         name="toy", path=Path(), family=family, denoiser=ToyDiT().requires_grad_(False), vae=None,
-        text_encoders={}, tokenizers={}, noise=NoiseSchedule.flow(100), device=CPU,
+        text_encoders={}, tokenizers={}, noise=flow_schedule(100), device=CPU,
         dtype=torch.float32, facts=None,
     )  # type: ignore[arg-type]  # fmt: skip
 
@@ -112,7 +113,7 @@ def test_a_transformer_that_predicts_flow_trains(base: BaseModel) -> None:
 
 
 def test_flow_goes_in_a_straight_line_from_image_to_noise() -> None:
-    noise = NoiseSchedule.flow(100)
+    noise = flow_schedule(100)
     image, other = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
     noisy = noise.add_noise(image, other, torch.tensor([24, 99]))
     torch.testing.assert_close(noisy[:, 0, 0, 0], torch.tensor([0.25, 1.0]))

@@ -16,8 +16,9 @@ from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import as_negative_prompt, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
+from lora_core.models.prompts import as_negative_prompt
 from tests.checkpoints import components, original_names, scheduler_config, write_folder, write_single
 
 CPU = torch.device("cpu")

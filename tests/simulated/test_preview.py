@@ -29,8 +29,8 @@ from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.encode import encode_prompts
 from lora_core.models.load import ASIDE, INT8, RESIDENT, BaseModel, load_base
+from lora_core.models.prompts import encode_prompts
 from lora_core.models.unet import NoiseSchedule
 from lora_core.models.vae import decode_latents
 from lora_core.settings.schema import SAMPLERS

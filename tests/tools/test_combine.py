@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Update
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.tools.merge import merge_adapters, parse_block_weights
 
 BLOCK = "transformer_blocks.0"
@@ -155,7 +156,9 @@ def test_a_rank_that_no_layer_can_have(rank):
 
 
 def test_dora_is_refused():
-    dora = AdapterWeights({}, others={TO_K: Update("x", first().layers[TO_K], magnitude=torch.ones(1, 24))})
+    dora = AdapterWeights(
+        {}, others={TO_K: LycorisUpdate("x", first().layers[TO_K], magnitude=torch.ones(1, 24))}
+    )
     with pytest.raises(AdapterFileError, match="DoRA"):
         merge_adapters([LoadedLora(dora)])
 

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from lora_core.data.dataset import scan
 from lora_core.errors import ConfigError
 from lora_core.evaluate.validator import encode_eval_images, eval_losses
-from lora_core.lora.inject import adapter_weights
+from lora_core.lora.inject import EMA, adapter_weights
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.train import loop
 from lora_core.train.callbacks import describe_nonfinite, draw_samples
-from lora_core.train.loop import EMA, StepSettings, training_steps
+from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
 
 STEPS = 4

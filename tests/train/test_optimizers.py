@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
+from lora_core.lora.inject import EMA, Injected, LayerPlan, adapter_weights, load_weights
 from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import OPTIMIZERS, OptimizerChoice, OptimizerSection
 from lora_core.train.autotune import FALLBACKS, MemoryFallback
 from lora_core.train.checkpoint import load_checkpoint
-from lora_core.train.loop import EMA, TrainState, optimizer_step
+from lora_core.train.loop import TrainState, optimizer_step
 from lora_core.train.setup import AdapterPlan, RuntimePlan, build_optimizer
 from tests.train.runs import Toy, asked_at, notes, result, trained, trouble
 

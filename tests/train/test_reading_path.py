@@ -13,12 +13,13 @@ ENGINE = ROOT / "lora_core"
 ELSEWHERE = ("data/", "settings/", "backends/")
 """How captions are drawn and the settings, which need no torch; what takes the place of plain torch."""
 HELPERS = {
+    "lora/inject.py": {"EMA.update"},
     "models/load.py": {
         "BaseModel.modules", "BaseModel.component", "BaseModel.on_device", "_DivideByOne.__rtruediv__",
     },
 }  # fmt: skip
-"""Small functions of other files that a step calls: a text encoder's device, and a division that is left
-out."""
+"""Small functions of other files that a step calls: a text encoder's device, a division that is left out, and
+the average, where one is kept."""
 STEP = """
 import json, sys, threading, warnings
 from pathlib import Path

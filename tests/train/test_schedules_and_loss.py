@@ -3,16 +3,8 @@ import torch
 
 from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.schema import LossSection
-from lora_core.train.loop import (
-    absolute_error,
-    debiased_weight,
-    huber_delta,
-    huber_error,
-    lr_factor,
-    min_snr_weight,
-    sample_noise,
-    squared_error,
-)
+from lora_core.train.loop import debiased_weight, lr_factor, min_snr_weight, sample_noise, squared_error
+from lora_core.train.objectives import absolute_error, huber_error
 
 
 @pytest.mark.parametrize(
@@ -211,7 +203,7 @@ def test_huber_schedules():
 
     def deltas(schedule):
         rules = LossSection(huber_delta=0.1, huber_schedule=schedule)
-        return huber_delta(noise, timesteps, rules).tolist()
+        return rules.delta_at(noise, timesteps).tolist()
 
     assert deltas("constant") == pytest.approx([0.1] * 4)
     # (1 - c) / (1 + sigma)^2 + c, as kohya sd-scripts computes it.

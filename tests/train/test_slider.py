@@ -20,8 +20,9 @@ from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SLIDER_STEPS, SLIDER_STRENGTHS, SliderSection
 from lora_core.train.loop import sample_batch
-from lora_core.train.objectives import SliderBatch, slider_loss
+from lora_core.train.objectives import SliderBatch, ddim_step, slider_loss
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
+from tests.tiny import flow_schedule
 from tests.train.runs import Toy, notes, trained
 
 PROMPTS = {"slider__positive": "a red dot", "slider__negative": "a blue dot"}
@@ -68,14 +69,14 @@ def test_a_step_of_the_partial_denoising_is_ddims(prediction: str) -> None:
     noisy, output = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     at = scheduler.timesteps[4]
     to = at - 100
-    ours = NoiseSchedule.from_scheduler(scheduler).denoise(noisy, output, at.repeat(2), to.repeat(2))
+    ours = ddim_step(NoiseSchedule.from_scheduler(scheduler), noisy, output, at.repeat(2), to.repeat(2))
     torch.testing.assert_close(ours, scheduler.step(output, at, noisy).prev_sample, atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_of_flow_keeps_latents_and_noise() -> None:
     clean, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    schedule, at, to = NoiseSchedule.flow(100), torch.tensor([80, 99]), torch.tensor([20, 40])
-    found = schedule.denoise(schedule.add_noise(clean, noise, at), noise - clean, at, to)
+    schedule, at, to = flow_schedule(100), torch.tensor([80, 99]), torch.tensor([20, 40])
+    found = ddim_step(schedule, schedule.add_noise(clean, noise, at), noise - clean, at, to)
     torch.testing.assert_close(found, schedule.add_noise(clean, noise, to), atol=1e-5, rtol=1e-4)
 
 

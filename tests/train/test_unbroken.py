@@ -191,9 +191,8 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
 def test_the_average_follows_its_formula(own_toy: Toy) -> None:
     import torch
 
-    from lora_core.lora.inject import Injected
+    from lora_core.lora.inject import EMA, Injected
     from lora_core.lora.layer import DropoutState, FlatParams, LoraLayer, LoraSpec
-    from lora_core.train.loop import EMA
 
     layer = LoraLayer(torch.nn.Linear(3, 3), "x", LoraSpec(1, 1.0), DropoutState(), 0)
     average = EMA(Injected({("unet", "x"): layer}, DropoutState()), FlatParams([[layer]]), 0.5)

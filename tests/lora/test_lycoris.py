@@ -23,8 +23,8 @@ from lora_core.lora.inject import (
     load_weights,
     plan_layers,
 )
-from lora_core.lora.kinds import DoraLayer, PeftLayer, layer_maker
 from lora_core.lora.layer import DropoutState, FlatParams, LoraSpec
+from lora_core.lora.lycoris import DoraLayer, PeftLayer, layer_maker
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import FAMILIES, LOCON, Targets
 from lora_core.runs.preflight import check_kind
