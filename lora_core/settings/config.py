@@ -180,22 +180,23 @@ def label_of(name: str) -> str:
 def help_of(name: str) -> str:
     """What a setting does, in a sentence or two."""
     section, _, key = name.rpartition(".")
-    return _help_texts(SECTIONS.get(section, RunConfig))[key]
+    model = SECTIONS.get(section, RunConfig)
+    return _help_texts(inspect.getfile(model))[model.__name__, key]
 
 
 @functools.cache
-def _help_texts(model: type[schema.Section]) -> dict[str, str]:
-    """The docstrings below the fields of a model.
+def _help_texts(file: str) -> dict[tuple[str, str], str]:
+    """The docstrings below the fields of the models in a file, by model and field.
 
     pydantic's `use_attribute_docstrings` does the same for every process at its start, which costs 40 ms.
     """
-    (source,) = ast.parse(inspect.getsource(model)).body
-    assert isinstance(source, ast.ClassDef)
+    models = [one for one in ast.parse(Path(file).read_bytes()).body if isinstance(one, ast.ClassDef)]
     found = {}
-    for field, doc in itertools.pairwise(source.body):
-        match field, doc:
-            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[key] = " ".join(text.split())
+    for model in models:
+        for field, doc in itertools.pairwise(model.body):
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[model.name, key] = " ".join(text.split())
     return found
 
 
