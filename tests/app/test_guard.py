@@ -350,13 +350,14 @@ NO_PATHS = {
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
     ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
     ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
-    ("GET", "/easel/insights"), ("POST", "/easel/insights"), ("GET", "/easel/toolbox/choices"),
+    ("GET", "/easel/insights"), ("GET", "/easel/toolbox/choices"),
     ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
     ("POST", "/easel/toolbox/cancel"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
     ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"),
     ("POST", "/easel/settings/sweep"),
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
+    ("POST", "/easel/insights"),
     ("POST", "/easel/toolbox/go-on"),
     ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"), ("POST", "/easel/export/upload"),
     # What is kept is looked up later among what there is.
