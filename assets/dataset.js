@@ -653,6 +653,7 @@
     load, inTurn, leaveOut, did, undone,
     shelf: () => shelf,
     chosenPicture: () => named(chosen),
+    picked: () => [...picked],
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // The images that a bulk edit applies to, null for all.

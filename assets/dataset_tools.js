@@ -316,6 +316,23 @@
     const restore = (text, now) => async () => Boolean(await changeConcepts({ do: "restore", text, now }));
     easel.did(words, restore(answer.before, answer.after), restore(answer.after, answer.before));
   });
+  const move = async (folders) => {
+    const answer = await post("move", { folders }).catch((error) => ({ problem: error.message }));
+    if (answer.problem) easel.toast(answer.problem, "bad");
+    await easel.load();
+    await concepts();
+    return answer.problem ? null : answer.back;
+  };
+  const moveInto = (folder) => easel.inTurn(async () => {
+    const names = easel.picked();
+    if (!names.length) return easel.toast(t("Select images first"), "bad");
+    await easel.waitingSaves();
+    let back = await move(Object.fromEntries(names.map((name) => [name, folder])));
+    if (!back || !Object.keys(back).length) return;
+    // Each way answers with the way back.
+    const again = async () => { const next = await move(back); if (next) back = next; return Boolean(next); };
+    easel.did(t("{images} moved.", { images: plural(Object.keys(back).length, "image") }), again, again);
+  });
   document.addEventListener("change", ({ target }) => {
     const { concept, key } = target.dataset ?? {};
     if (concept === undefined) return;
@@ -371,6 +388,7 @@
     else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
+    else if (data.moveInto !== undefined) moveInto(data.moveInto);
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);

@@ -28,7 +28,7 @@ from lora_core.data.captions import count_tags
 from lora_core.data.concepts import edit_concept, propose_concepts, read_concept_file
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
-from lora_core.projects.project import Project, leave_out, take_back
+from lora_core.projects.project import Project, leave_out, move_images, take_back
 from lora_core.system.files import DEMO_TRAIN
 
 MOST_NAMES = 50_000
@@ -147,6 +147,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project, insights),
             "bulk/undo": lambda sent: _undo_edit(project),
+            "move": lambda sent: {"back": move_images(project, _folders(sent))},
             "concepts": lambda sent: project.change_concepts(_concepts_change(project, sent)),
             "check": check,
             "insights": measure,
@@ -293,6 +294,13 @@ def _edit_captions(project: Project, insights: DatasetInsights, sent: dict[str, 
 def _undo_edit(project: Project) -> dict[str, Any]:
     done, kept = bulk.undo(project)
     return {"undone": done, "kept": kept, "undo": bulk.last_change(project)}
+
+
+def _folders(sent: dict[str, Any]) -> dict[str, str]:
+    folders = sent.get("folders")
+    if not isinstance(folders, dict) or len(folders) > MOST_NAMES:
+        raise BadRequest("no folders of images")
+    return {name: str(folder) for name, folder in folders.items()}
 
 
 def _names(sent: dict[str, Any]) -> list[str]:

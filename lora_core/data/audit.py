@@ -362,9 +362,9 @@ def concept_rows(dataset: Dataset, training: TrainingView) -> list[dict[str, Any
     """The concepts of a dataset, as plain values; without a `dataset.toml` they are its folders.
 
     Returns:
-        Rows {number (in the file, 0 without one), name, folder, role, trigger (its own, None for the run's),
-        images (that are trained on), num_repeats and asked (the share), as they are set, repeats (of its
-        images in an epoch: least, most), share (of all looks)}.
+        Rows {number (in the file, 0 without one), name, folder, patterns (of names, for a part of it), role,
+        trigger (its own, None for the run's), images (that are trained on), num_repeats and asked (the
+        share), as they are set, repeats (of its images in an epoch: least, most), share (of all looks)}.
     """
     root = dataset.root or Path()
     listed = read_concepts(root) if dataset.root else None
@@ -377,6 +377,7 @@ def concept_rows(dataset: Dataset, training: TrainingView) -> list[dict[str, Any
         rows.append(
             {
                 "number": concept.number, "name": concept.name, "folder": concept.folder,
+                "patterns": list(concept.images),
                 "role": concept.role, "trigger": dict(concept.rules).get("trigger"),
                 "images": sum(look.repeats > 0 for look in looks), "num_repeats": concept.repeats,
                 "asked": concept.share, "repeats": [repeats[0], repeats[-1]],

@@ -11,21 +11,23 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from lora_core.data.captions import CAPTION_SUFFIXES, write_caption
-from lora_core.data.concepts import read_concept_file, write_concepts
+from lora_core.data.concepts import concept_of, read_concept_file, write_concepts
 from lora_core.data.dataset import (
     HOLDOUT_LIST,
     check_crop,
     crop_record,
     read_crops,
+    read_holdout_list,
     scan,
     write_crops,
     write_holdout_list,
@@ -403,6 +405,15 @@ def read_title(path: Path) -> str:
     return title[:LONGEST_TITLE] or (DEFAULT_TITLE if path.name == "default" else path.name)
 
 
+@dataclass(frozen=True)
+class Move:
+    """One file to be moved, or to be copied where another image needs it too."""
+
+    source: Path
+    target: Path
+    copy: bool = False
+
+
 def leave_out(project: Project, names: list[str]) -> int:
     """Move images aside; also damaged ones. Returns how many.
 
@@ -430,6 +441,74 @@ def take_back(project: Project, names: list[str]) -> int:
         return _move(project, names, images, project.left_out_folder, project.image_folder)
 
 
+def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
+    """Move images into other folders of the dataset, with captions, masks, crops and whether they are held
+    out. A mask in a folder of masks comes to lie beside its image.
+
+    Args:
+        project: the open one.
+        folders: the folder of each image, below the dataset folder, by the image's name.
+
+    Returns:
+        The folder of each moved image before, by its name now.
+
+    Raises:
+        DatasetError: the demo is chosen, there is no such image or folder, a caption is in a table, or the
+            disk refuses.
+    """
+    project.refuse_demo()
+    with project.lock():
+        root, dataset = project.image_folder, project.dataset()
+        by_name = {relative_name(one.path, root): one for one in (*dataset.records, *dataset.reg)}
+        places = {name: _folder_below(root, folder) for name, folder in folders.items()}
+        there = {name: place for name, place in places.items() if (root / name).parent != place}
+        images = [record.path for record in by_name.values()]
+        leaving = [by_name[name] for name in there if name in by_name]
+        masks = {one.path: mask for one in leaving if (mask := _mask_elsewhere(one, root))}
+        by_path = {by_name[name].path: place for name, place in there.items() if name in by_name}
+        moves, now = _plan_moves(list(there), images, root, by_path.__getitem__, masks)
+        held, crops = read_holdout_list(root), read_crops(root)
+        names = {fold_name(name): relative_name(path, root) for name, path in now.items()}
+        # Under both names meanwhile, so that a kill parts none of them from its image.
+        held |= {fold_name(new) for old, new in names.items() if old in held}
+        crops |= {names[fold_name(old)]: crop for old, crop in crops.items() if fold_name(old) in names}
+        _write_lists(root, held, crops)
+        _carry_out(project, moves)
+        crops = {name: crop for name, crop in crops.items() if fold_name(name) not in names}
+        _write_lists(root, held - names.keys(), crops)
+    return {
+        relative_name(path, root): (root / name).parent.relative_to(root).as_posix()
+        for name, path in now.items()
+    }
+
+
+def _folder_below(root: Path, folder: str) -> Path:
+    """A folder of the dataset; DatasetError if there is none of that name."""
+    place = Path(os.path.normpath(root / folder))
+    if not place.is_relative_to(root) or not place.is_dir():
+        raise DatasetError(f"The dataset has no folder {folder!r}; make it first.")
+    return place
+
+
+def _mask_elsewhere(record: ImageRecord, root: Path) -> Path | None:
+    """The mask of an image in a folder of masks; DatasetError if the image's caption is not beside it."""
+    files = _set_of(record.path)
+    has_text = any(file.suffix.casefold() in CAPTION_SUFFIXES for file in files)
+    if not has_text and record.caption not in ("", concept_of(record, root).class_tokens):
+        raise DatasetError(
+            f"The caption of {record.path.name} is a row of a table, which names it by its folder; write it"
+            f" into {record.path.stem}.txt and remove the row first."
+        )
+    return record.mask if record.mask not in (None, record.path, *files) else None
+
+
+def _write_lists(root: Path, held: set[str], crops: Mapping[str, Crop]) -> None:
+    if held != read_holdout_list(root):
+        write_holdout_list(root, held)
+    if crops != read_crops(root):
+        write_crops(root, crops)
+
+
 def list_left_out(project: Project) -> list[ImageRecord]:
     """The images that were left out, without damaged ones."""
     if project.uses_demo or not project.left_out_folder.is_dir():
@@ -438,21 +517,37 @@ def list_left_out(project: Project) -> list[ImageRecord]:
 
 
 def _move(project: Project, names: list[str], images: list[Path], source: Path, into: Path) -> int:
-    """Move images by their names below `source`, with captions and masks, all in one step.
+    """Move images by their names below `source` to the same place below `into`, all in one step; returns how
+    many.
 
     Raises:
         DatasetError: one is not there, or the disk refuses; then none has moved.
     """
+    moves, now = _plan_moves(names, images, source, lambda path: into / path.parent.relative_to(source))
+    _carry_out(project, moves)
+    return len(now)
+
+
+def _plan_moves(
+    names: list[str], images: list[Path], source: Path, folder_of: Callable[[Path], Path],
+    masks: Mapping[Path, Path] = MappingProxyType({}),
+) -> tuple[list[Move], dict[str, Path]]:  # fmt: skip
+    """The moves of images with captions and masks, and where each image will be, by its name below `source`;
+    `masks` are those that are elsewhere.
+
+    Raises:
+        DatasetError: one is not there.
+    """
     by_name = {relative_name(path, source): path for path in images}
     paths = {name: by_name.get(name) for name in names}
-    project.invalidate()
     moves: list[Move] = []
+    now: dict[str, Path] = {}
     taken: dict[Path, set[str]] = {}
     leaving = set(paths.values())
     for name, path in paths.items():
         if path is None or not path.is_file():
             raise DatasetError(f"There is no image named {name!r} here.")
-        folder = into / path.parent.relative_to(source)
+        folder = folder_of(path)
         files = _set_of(path)
         if folder not in taken:
             there = folder.iterdir() if folder.is_dir() else ()
@@ -463,6 +558,7 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
             taken[folder].add(fold_name(stem))
             stem = unused_stem(path.stem, taken[folder])
         taken[folder].add(fold_name(stem))
+        now[name] = folder / (stem + path.suffix)
         # Other images that share its captions.
         beside = (other for other in path.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
         same = {other for other in beside if fold_name(other.stem) == fold_name(path.stem)}
@@ -470,6 +566,19 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
         for file in files:
             target = folder / (stem + file.name[len(path.stem) :])
             moves.append(Move(file, target, copy=shared and file != path))
+        if mask := masks.get(path):
+            several = list(masks.values()).count(mask) > 1
+            moves.append(Move(mask, folder / f"{stem}{MASK_ENDINGS[0]}{mask.suffix}", copy=several))
+    return moves, now
+
+
+def _carry_out(project: Project, moves: list[Move]) -> None:
+    """Move files, all in one step.
+
+    Raises:
+        DatasetError: the disk refuses; then none has moved.
+    """
+    project.invalidate()
     try:
         move_files(moves, project.root)
     except OSError as error:
@@ -477,7 +586,6 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
         raise DatasetError(f"{what} cannot be moved ({error.strerror}); close what uses it.") from error
     for move in moves:
         project.sizes.carry(move.source, move.target)
-    return len(paths)
 
 
 def _set_of(image: Path) -> list[Path]:
@@ -486,15 +594,6 @@ def _set_of(image: Path) -> list[Path]:
     ends = [f"{ending}{suffix}" for ending in endings for suffix in sorted(IMAGE_SUFFIXES)]
     names = [image.name, *(f"{image.stem}{end}" for end in (*CAPTION_SUFFIXES, *ends))]
     return [file for file in map(image.with_name, names) if file.is_file()]
-
-
-@dataclass(frozen=True)
-class Move:
-    """One file to be moved, or to be copied where another image needs it too."""
-
-    source: Path
-    target: Path
-    copy: bool = False
 
 
 def move_files(moves: list[Move], root: Path) -> None:

@@ -126,6 +126,25 @@ def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Pl
 
 
 @verb
+def concepts_move(
+    dataset: File, folder: str, pictures: Sequence[str], workspace: Place = None
+) -> dict[str, str]:
+    """Move images into the folder of a concept, with captions, masks and crops.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+        folder: of the concept, below the dataset's; `.` for that itself.
+        pictures: paths below the folder of the dataset.
+
+    Returns:
+        The folder of each moved image before, by its name now.
+    """
+    from lora_core.projects.project import move_images
+
+    return move_images(_pictures_of(dataset, workspace), dict.fromkeys(pictures, folder))
+
+
+@verb
 def probe(
     dataset: File,
     base: str = "demo",

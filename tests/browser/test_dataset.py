@@ -471,3 +471,33 @@ def _waited(request) -> float:
     """Milliseconds that the server took to answer."""
     timing = request.timing
     return timing["responseStart"] - timing["requestStart"]
+
+
+def test_concepts_are_edited_in_their_table_and_images_moved_between_them(
+    page, window: Any, pictures: list[Path]
+) -> None:
+    drop(page, pictures[0].parent)
+    pictures_in(page, len(pictures))
+    unfold(page, "#concepts")
+    page.click("#concepts-make")
+    repeats = "#concepts-found input[data-concept='2'][data-key='num_repeats']"
+    has_value(page, repeats, "3")
+    page.fill(repeats, "5")
+    page.press(repeats, "Tab")
+    file = stored(window) / "dataset.toml"
+    until(page, lambda: "num_repeats = 5" in file.read_text())
+    page.select_option("#concepts-found select[data-concept='2']", "style")
+    until(page, lambda: 'role = "style"' in file.read_text())
+    # What cannot be is said, and what is there stays.
+    page.fill(repeats, "0")
+    page.press(repeats, "Tab")
+    page.wait_for_selector("#easel-toast >> text=num_repeats = 0 is not a whole number")
+    has_value(page, repeats, "5")
+    page.click("#dataset-grid [data-picture='ball 0 é.png']", modifiers=["ControlOrMeta"])
+    page.click("#concepts-found [data-move-into='3_more']")
+    page.wait_for_selector("#dataset-grid [data-picture='3_more/ball 0 é.png']")
+    for shown in ("ball 0 é.png", "3_more/ball 5 é.png"):  # the move, then the role
+        page.keyboard.press("Control+z")
+        page.wait_for_selector(f"#dataset-grid [data-picture='{shown}']")
+    until(page, lambda: "style" not in file.read_text())
+    page.wait_for_selector("#concepts-found select[data-concept='2'] option[value=subject][selected]")

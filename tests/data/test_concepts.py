@@ -1,7 +1,12 @@
 """`dataset.toml`: what is read, what is refused, and how it is made and edited."""
 
+import itertools
+import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -11,10 +16,10 @@ from lora_core.data.concepts import edit_concept, propose_concepts
 from lora_core.data.dataset import apply_settings, open_dataset, scan
 from lora_core.data.importer import import_folder
 from lora_core.errors import DatasetError
-from lora_core.projects.project import Project
+from lora_core.projects.project import Project, move_images
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
-from lora_core.verbs.datasets import concepts_list, concepts_make, concepts_set
+from lora_core.verbs.datasets import concepts_list, concepts_make, concepts_move, concepts_set
 
 
 def images(folder: Path, *names: str) -> Path:
@@ -328,3 +333,77 @@ def test_the_list_comes_along_with_an_import_and_is_not_replaced(tmp_path: Path)
     assert [row["name"] for row in concepts_list(tmp_path / "set.zip", workspace=tmp_path / "home")] == [
         "cat"
     ]
+
+
+def scattered(folder: Path) -> Project:
+    """A project of images whose captions, masks, crops and marks are kept in several ways."""
+    project = Project(folder)
+    root = images(
+        project.image_folder, "cat/a.png", "cat/bare/b.png", "dog/a.png", "dog/c.png", "mask/cat/a.png"
+    )
+    Image.linear_gradient("L").resize((64, 64)).save(root / "mask/cat/a.png")
+    (root / "mask/cat/a.txt").unlink()
+    project.invalidate()
+    project.hold_out(["cat/a.png"], True)
+    project.crop("cat/a.png", [0, 0, 0.5, 1])
+    project.crop("dog/c.png", [0, 0.5, 1, 1])
+    return project
+
+
+def belongings(project: Project) -> dict[str, tuple[object, ...]]:
+    """Caption, mask, crop and whether it is held out, by image."""
+    project.invalidate()
+    found, root = project.dataset(), project.image_folder
+    assert found.problems == []
+    return {
+        one.path.relative_to(root).as_posix(): (
+            one.caption, one.mask.read_bytes() if one.mask else b"", one.crop, one.held_out,
+        )
+        for one in found.records
+    }  # fmt: skip
+
+
+def test_images_move_into_a_concept_with_all_that_belongs_to_them_and_back(tmp_path: Path) -> None:
+    project = scattered(tmp_path / "project")
+    before = belongings(project)
+    back = move_images(project, {"cat/a.png": "dog", "cat/bare/b.png": "./dog/", "dog/c.png": "dog"})
+    # What is there already stays, and so does an image of the same name.
+    assert back == {"dog/a-2.png": "cat", "dog/b.png": "cat/bare"}
+    names = {"dog/a-2.png": "cat/a.png", "dog/b.png": "cat/bare/b.png", "cat/a-2.png": "cat/a.png"}
+    assert {names.get(name, name): found for name, found in belongings(project).items()} == before
+    assert move_images(project, back) == {"cat/a-2.png": "dog", "cat/bare/b.png": "dog"}
+    assert {names.get(name, name): found for name, found in belongings(project).items()} == before
+    for folders, says in (
+        ({"dog/a.png": "gone"}, "no folder 'gone'"), ({"dog/a.png": ".."}, "no folder"),
+        ({"x.png": "cat"}, r"no image named 'x\.png'"),
+    ):  # fmt: skip
+        with pytest.raises(DatasetError, match=says):
+            move_images(project, folders)
+    (project.image_folder / "metadata.jsonl").write_text('{"file_name": "cat/bare/b.png", "text": "a row"}')
+    project.invalidate()
+    with pytest.raises(DatasetError, match=r"b\.png is a row of a table"):
+        concepts_move(project.image_folder, "dog", ["dog/a.png", "cat/bare/b.png"], tmp_path)
+    assert (project.image_folder / "dog/a.png").is_file()
+
+
+def test_a_kill_while_images_move_parts_nothing(tmp_path: Path) -> None:
+    """A process that ends at any write or rename leaves each image where it was or moved, with its own."""
+    wanted = sorted(belongings(scattered(tmp_path / "one")).values(), key=str)
+    real, last = os.replace, 0
+    for last in itertools.count(1):
+        project, calls = scattered(tmp_path / f"killed {last}"), itertools.count(1)
+
+        def replaced(source: Any, target: Any, last: int = last, calls: Iterator[int] = calls) -> None:
+            if next(calls) >= last:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        try:
+            with mock.patch("os.replace", replaced):
+                move_images(project, {"cat/a.png": "dog", "cat/bare/b.png": "dog"})
+        except KeyboardInterrupt:
+            again = Project(tmp_path / f"killed {last}")
+            assert sorted(belongings(again).values(), key=str) == wanted, last
+        else:
+            break
+    assert last > 8
