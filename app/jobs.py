@@ -178,10 +178,11 @@ class Jobs:
         """The runs that the Train tab shows (the one chosen, else the live one, else the newest) and
         that the header shows (the live one, else the last that was, until another is chosen)."""
         if live is not None:
-            # Who watched the last run of a queue watches the next one too.
-            if self._chosen in (None, self._last_live):
-                self._chosen = live.run.path
-            self._last_live = live.run.path
+            with self._lock:
+                # Who watched the last run of a queue watches the next one too.
+                if self._chosen in (None, self._last_live):
+                    self._chosen = live.run.path
+                self._last_live = live.run.path
         shown = self._find(self._chosen) or max(filter(self.own, self.all()), key=_last_written, default=None)
         return shown, live or self._find(self._last_live) or shown
 
@@ -190,12 +191,14 @@ class Jobs:
 
     def choose_anew(self) -> None:
         """Forget which runs were chosen, as when another project is opened."""
-        self._chosen = self._second = self._last_live = None
+        with self._lock:
+            self._chosen = self._second = self._last_live = None
 
     def show(self, names: str) -> None:
         """Choose which run the window shows: "A", or "A+B" beside another one."""
         first, *others = (runs_folder(self.workspace) / check_run_name(name) for name in names.split("+", 1))
-        self._chosen, self._second, self._last_live = first, next(iter(others), None), None
+        with self._lock:
+            self._chosen, self._second, self._last_live = first, next(iter(others), None), None
 
     def second(self) -> RunView | None:
         """The run that the one shown is compared with."""
@@ -228,9 +231,10 @@ class Jobs:
         Raises:
             RunError: the name is taken or no folder's, or another run is going on.
         """
-        self._refuse_beside_another()
-        run = self.create(config)
-        self._launch(run)
+        with self._lock:
+            self._refuse_beside_another()
+            run = self.create(config)
+            self._launch(run)
         return run
 
     def delete(self, name: str) -> None:
@@ -256,9 +260,10 @@ class Jobs:
         Raises:
             RunError: it does not exist, or a run is going on.
         """
-        self._refuse_beside_another()
-        run = RunFolder.open(runs_folder(self.workspace) / check_run_name(name))
-        self._launch(run, *([ACCEPTING] if accept_changes else []))
+        with self._lock:
+            self._refuse_beside_another()
+            run = RunFolder.open(runs_folder(self.workspace) / check_run_name(name))
+            self._launch(run, *([ACCEPTING] if accept_changes else []))
         return run
 
     def retry(self, name: str) -> RunFolder:

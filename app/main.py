@@ -206,11 +206,11 @@ def _listener(host: str, port: int | None) -> socket.socket:
 
 
 def _already_open(app_state: AppState) -> int | None:
-    """The port of a window that is already open on this workspace."""
+    """The port of a window that is already open on this workspace; a busy one is waited for."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         port = int(json.loads((app_state.workspace / "window.json").read_text())["port"])
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"http://127.0.0.1:{port}/easel", timeout=2) as answer:
+        with direct.open(f"http://127.0.0.1:{port}/easel", timeout=20) as answer:
             said = json.loads(answer.read(1000))
         if said.get("app") == "lora-easel" and said.get("workspace") == app_state.identity:
             return port

@@ -81,12 +81,12 @@ class WorkerClient:
         self._idle_since = time.monotonic()
         self._asked = threading.Event()
         self._gave_way = False
-        """Whether the process was ended for a run, so that what was in hand is not lost."""
+        """Whether the process was ended for a run since something was begun, which then is not lost."""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        """Held while the process is started, so that closing either prevents it or sees it."""
+        """Held while the process is looked at, started or ended, so that each sees what the others did."""
         self._closed = False
 
     @property
@@ -151,11 +151,12 @@ class WorkerClient:
             if self.ready:
                 self.submit({"do": "release"})
             return
-        process = self._process
-        if process is not None and process.poll() is None:
-            self._gave_way = self.in_hand is not None
-            self.ready = self.holds_memory = False
-            _kill(process)
+        with self._starting:
+            process = self._process
+            if process is not None and process.poll() is None:
+                self._gave_way = True
+                self.ready = self.holds_memory = False
+                _kill(process)
 
     @property
     def pid(self) -> int | None:
@@ -214,7 +215,6 @@ class WorkerClient:
         if reply.dropped:
             self._end(reply, "error", CANCELLED)
             return
-        self._gave_way = False
         process = self._running_process()
         if process is None:
             self._end(reply, "error", self._death(_("it could not be started")))
@@ -282,8 +282,10 @@ class WorkerClient:
         reply.finished.set()
 
     def _running_process(self) -> subprocess.Popen[bytes] | None:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
+        with self._starting:
+            self._gave_way = False
+            if self._process is not None and self._process.poll() is None:
+                return self._process
         if self._process is not None:
             _close_pipes(self._process)
         self.ready = False
@@ -331,7 +333,9 @@ def _messages(stream: IO[bytes] | None) -> Any:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a worker, which writes whole files or none; asking it to quit would only make Ctrl-C slow."""
     process.kill()
-    process.wait(5)
+    # It may hold gigabytes, which a busy system takes its time to free.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(60)
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:

@@ -107,8 +107,11 @@ class Checker:
             return
         except (LoraError, OSError) as error:
             state = {"state": "failed", "problem": str(error)}
-        if self._inputs is inputs:
-            self._state, self._made = state, self._made + 1
+        with self._lock:
+            # Counted first: who sees that it is done has to see that there is one more.
+            if self._inputs is inputs:
+                self._made += 1
+                self._state = state
 
 
 def plan_training(plan: Plan, dataset: Dataset) -> TrainingView:

@@ -161,7 +161,6 @@ class Importer:
         names, folder = self._names(batch), self.staging / batch
         self._refuse_two()
         self._leave_demo()
-        del self._batches[batch]
         order = sorted(names)
 
         def work(way: TransferMode) -> Imported:
@@ -171,7 +170,9 @@ class Importer:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
+        # Where another import was quicker, the batch stays for a second try.
         self._start(work, "move")
+        self._batches.pop(batch, None)
 
     def give_up(self, batch: str) -> None:
         """Discard a batch."""
@@ -237,8 +238,9 @@ class Importer:
             state, note = _summarize(imported)
             if imported.added and project.uses_demo:
                 # The user's own images replace the demo, with a preset for them.
-                base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
-                project.update_draft(dataset="", level="", values={"model.base": base})
+                with project.editing():
+                    base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
+                    project.update_draft(dataset="", level="", values={"model.base": base})
                 self._state = {**self._state, "left_demo": True}
             said("Reading captions", 0, 0)
             project.invalidate()

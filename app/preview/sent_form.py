@@ -82,12 +82,13 @@ def save_form(
     project: Project, rows: list[WeightedLora], apart: bool, fields: dict[str, Any] | None = None, **more: Any
 ) -> int:
     """Store the LoRAs, the fields if given, and other entries of the draft; returns the new revision."""
-    before = project.draft().get("preview_loras") or {}
-    rev = int(before.get("rev") or 0) + 1
     if fields is not None:
         plain = {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
         more["preview"] = {name: plain.get(name) for name in FIELDS}
-    project.update_draft(preview_loras={"rows": row_data(rows), "apart": apart, "rev": rev}, **more)
+    with project.editing():
+        before = project.draft().get("preview_loras") or {}
+        rev = int(before.get("rev") or 0) + 1
+        project.update_draft(preview_loras={"rows": row_data(rows), "apart": apart, "rev": rev}, **more)
     return rev
 
 

@@ -139,9 +139,10 @@ class Toolbox:
     def _keep_best(self, file: str, strengths: list[float]) -> None:
         """Keep a measured strength of the whole adapter, which the Preview tab marks at its slider."""
         if len(strengths) == 1:
-            known = dict(self._app_state.project.draft().get("best_strengths") or {})
-            best = known | {file: round(float(strengths[0]), 2)}
-            self._app_state.project.update_draft(best_strengths=best)
+            with self._app_state.project.editing():
+                known = dict(self._app_state.project.draft().get("best_strengths") or {})
+                best = known | {file: round(float(strengths[0]), 2)}
+                self._app_state.project.update_draft(best_strengths=best)
 
     def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
         """Add the URL and the location of a file that was made."""
@@ -163,8 +164,9 @@ def train_on(app_state: AppState, sent: dict[str, Any]) -> None:
     file = Path(str(sent.get("file", "")))
     if not file.is_file():
         raise AdapterFileError(_("There is no file at {file}; choose another.", file=file))
-    values = dict(app_state.project.draft().get("values") or {})
-    app_state.project.update_draft(values={**values, "adapter.init": str(file)})
+    with app_state.project.editing():
+        values = dict(app_state.project.draft().get("values") or {})
+        app_state.project.update_draft(values={**values, "adapter.init": str(file)})
 
 
 def result_html(tool: str, request: Row, result: Row) -> str:

@@ -19,6 +19,7 @@ from app.train.form import (
     GROUPS,
     Plan,
     command_line,
+    current_values,
     form_values,
     group_fields,
     keep_changed_values,
@@ -31,6 +32,7 @@ from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError
 from lora_core.model_files.sizes import FALLBACKS, trains_text_encoder
 from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
+from lora_core.projects.project import Project
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.preflight import caption_bytes
@@ -179,8 +181,10 @@ def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
     """
     project = app_state.project
     config = RunFolder.open(runs_folder(app_state.workspace) / check_run_name(name)).config()
-    draft, standing, taken = project.draft(), widget_values(project), form_values(config)
-    project.update_draft(values=dict(zip(FORM, taken, strict=True)), trigger=config.dataset.trigger)
+    taken = form_values(config)
+    with project.editing():
+        draft, standing = project.draft(), widget_values(project)
+        project.update_draft(values=dict(zip(FORM, taken, strict=True)), trigger=config.dataset.trigger)
     new = sum(one != other for one, other in zip(standing, taken, strict=True))
     return {"new": new, "before": {key: draft.get(key) for key in ("values", "trigger")}}
 
@@ -329,16 +333,15 @@ def import_settings(app_state: AppState, path: str) -> None:
         app_state.like_said = problem_html(error)
 
 
-def take_settings(project: Any, like: LoraSettings, name: str) -> str:
+def take_settings(project: Project, like: LoraSettings, name: str) -> str:
     """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
-    standing = dict(zip(FORM, widget_values(project), strict=True))
-    taken = {name: value for name, value in like.values.items() if name in FORM}
-    changed = [name for name, value in taken.items() if standing[name] != to_widget_value(name, value)]
-    values = standing | {name: to_widget_value(name, value) for name, value in taken.items()}
-    keep: dict[str, Any] = {"values": values}
-    if like.values.get("dataset.trigger"):
-        keep["trigger"] = str(like.values["dataset.trigger"])
-    project.update_draft(**keep)
+    taken = {name: to_widget_value(name, value) for name, value in like.values.items() if name in FORM}
+    trigger = like.values.get("dataset.trigger")
+    with project.editing():
+        standing = current_values(project)
+        values = standing | taken
+        project.update_draft(values=values, **({"trigger": str(trigger)} if trigger else {}))
+    changed = [name for name, value in taken.items() if standing[name] != value]
     told = [f"{label_of(n)} {values[n]}" for n in changed[:MOST_LISTED]]
     shown = {"name": name, "like": like, "count": len(taken), "changed": len(changed)}
     return render("train/like_said.html", told=[" ".join(text.split()) for text in told], **shown)

@@ -234,7 +234,8 @@ class Project:
 
     def link(self, folder: Path) -> None:
         """Note a folder whose images were linked; where a link leads is checked when it is shown."""
-        self.update_draft(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
+        with self.editing():
+            self.update_draft(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
 
     def dataset(self) -> Dataset:
         """The images, read again only after a change of the folder or `invalidate()`."""

@@ -57,7 +57,7 @@ MOST_SWEPT = 100
 SWEEPS_KEPT = 50
 ENDED_KEPT = 50
 """How many ended jobs stay listed; older ones are dropped when a job is added."""
-LOCK_TIMEOUT = 10.0
+LOCK_TIMEOUT = 60.0
 """Seconds to wait for the transaction of another process, which takes milliseconds."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

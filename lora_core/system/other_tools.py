@@ -133,7 +133,7 @@ FOLDERS: dict[str, Callable[[Path], Folders]] = {
     "webui": _webui, "sdnext": _sdnext, "comfy": _comfy, "invoke": _invoke,
 }  # fmt: skip
 """From the root of a tool to its folders, whether they are there or not."""
-MOST_ENTRIES, MOST_SECONDS = 4_000, 2.0
+MOST_ENTRIES, MOST_SECONDS = 4_000, 15.0
 
 SMALLEST_BASE = 100_000_000
 """Bytes. Smaller files beside bases are adapters, embeddings and VAEs."""

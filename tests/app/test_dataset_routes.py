@@ -56,6 +56,21 @@ def shelf(client: TestClient) -> list[dict[str, Any]]:
     return client.get("/easel/dataset").json()["pictures"]
 
 
+def test_a_batch_that_another_import_overtakes_is_not_lost(
+    client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importer = app_state.importer
+    batch = client.post("/easel/upload").json()["batch"]
+    client.put(f"/easel/upload/{batch}", content=parcel({"a.png": png(1)}))
+    idle = importer.state()
+    monkeypatch.setattr(importer, "_leave_demo", lambda: importer._state.update(state="working"))
+    assert "Another import is running" in client.post(f"/easel/upload/{batch}", json={}).json()["problem"]
+    monkeypatch.undo()
+    importer._state = idle
+    client.post(f"/easel/upload/{batch}", json={})
+    assert settled(client, "import")["note"] == "1 image added."
+
+
 def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, app_state: AppState) -> None:
     picture, caption = png(1), f"{HOSTILE}\r\nsecond".encode()
     state = imported(client, {"3_my dog/a é.png": picture, "3_my dog/a é.txt": caption, "b.png": png(2)})

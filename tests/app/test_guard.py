@@ -680,7 +680,7 @@ def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
 
 
 async def slow_hello(request: Any) -> PlainTextResponse:
-    await asyncio.sleep(0.8)
+    await asyncio.sleep(1.5)
     return PlainTextResponse("hello")
 
 
@@ -724,7 +724,7 @@ def test_half_open_connections_are_few_and_do_not_stay(monkeypatch: pytest.Monke
             connection.close()
         wait_for(lambda: not server.server_state.connections)
         # Half a request is not waited for, but a slow answer is.
-        monkeypatch.setattr(guard, "SLOWEST_REQUEST", 0.4)
+        monkeypatch.setattr(guard, "SLOWEST_REQUEST", 1.0)
         held = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(3)]
         for connection in held:
             connection.sendall(get)

@@ -19,6 +19,7 @@ from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.runs import events
 from lora_core.runs.diagnosis import ExitRecord, ExitRecorder
+from lora_core.runs.folder import RunFolder
 from lora_core.runs.queue import QueuedRun
 from lora_core.settings.config import RunConfig
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
@@ -85,7 +86,7 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
         return record(self, code)
 
     monkeypatch.setattr(ExitRecorder, "record", late)
-    jobs = Jobs(app_state.workspace, (sys.executable, "-c", "import time; time.sleep(60)"))
+    jobs = Jobs(app_state.workspace, (sys.executable, "-c", "import time; time.sleep(600)"))
     run_view = jobs.run_view(jobs.start(RunConfig().changed({"name": "killed"})))
     assert run_view.child is not None
     assert run_view.recorder is not None
@@ -157,6 +158,30 @@ def test_one_run_at_a_time(app_state: AppState, pictures: list[Path]) -> None:
         app_state.jobs.start(RunConfig())
     with pytest.raises(RunError, match="first is still running"):
         app_state.jobs.resume("first")
+
+
+def test_of_two_starts_at_once_one_is_refused(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(app_state.workspace, (sys.executable, "-c", "import time; time.sleep(600)"))
+    create, refused = jobs.create, []
+
+    def start() -> None:
+        with pytest.raises(RunError) as caught:
+            jobs.start(RunConfig().changed({"name": "second"}))
+        refused.append(str(caught.value))
+
+    second = threading.Thread(target=start)
+
+    def slow_create(config: RunConfig) -> RunFolder:
+        second.start()
+        second.join(0.2)
+        return create(config)
+
+    monkeypatch.setattr(jobs, "create", slow_create)
+    child = jobs.run_view(jobs.start(RunConfig().changed({"name": "first"}))).child
+    second.join()
+    assert child is not None
+    child.kill()
+    assert refused == ["The run first is still running; pause or stop it first."]
 
 
 def test_names_count_up(app_state: AppState) -> None:

@@ -14,6 +14,7 @@ from app import live as module
 from app import main
 from app.live import LiveStream
 from app.state import AppState
+from tests.waiting import PATIENCE
 
 NEVER = 0.3
 """Seconds in which what must not come would have come."""
@@ -27,7 +28,8 @@ def state() -> dict[str, str]:
 @pytest.fixture
 def live(state: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> LiveStream:
     # Only what is woken is looked at, so that nothing depends on the time a test takes.
-    monkeypatch.setattr(module, "IDLE_EVERY", 1000.0)
+    for name in ("IDLE_EVERY", "LIVE_EVERY"):
+        monkeypatch.setattr(module, name, 1000.0)
     made = LiveStream()
     made.look = lambda: (dict(state), False)
     return made
@@ -57,7 +59,7 @@ class OpenPage:
 
 
 def run(steps: Callable[[], Any]) -> None:
-    asyncio.run(asyncio.wait_for(steps(), 60))
+    asyncio.run(asyncio.wait_for(steps(), PATIENCE))
 
 
 def test_a_page_gets_all_parts_once_and_then_what_changes(live: LiveStream, state: dict[str, str]) -> None:
@@ -134,7 +136,7 @@ def test_looks_never_overtake_each_other(live: LiveStream, state: dict[str, str]
     def look() -> tuple[dict[str, str], bool]:
         found = dict(state)
         begun.set()
-        assert slow.wait(60)
+        assert slow.wait(PATIENCE)
         return found, False
 
     live.look = look
@@ -157,7 +159,10 @@ def test_looks_never_overtake_each_other(live: LiveStream, state: dict[str, str]
 
 
 def test_a_look_that_fails_ends_no_page(live: LiveStream, state: dict[str, str], caplog: Any) -> None:
+    failed = threading.Event()
+
     def fails() -> tuple[dict[str, str], bool]:
+        failed.set()
         raise ValueError("a fault")
 
     async def steps() -> None:
@@ -167,6 +172,7 @@ def test_a_look_that_fails_ends_no_page(live: LiveStream, state: dict[str, str],
         state["card"] = "<p>two</p>"
         live.wake()
         waiting = await page.stays_quiet()
+        assert await asyncio.to_thread(failed.wait, PATIENCE)
         live.look = look
         live.wake()
         assert await waiting == {"card": "<p>two</p>"}

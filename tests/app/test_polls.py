@@ -24,10 +24,15 @@ with run.hold():
     run.request("resume")
     writer = events.EventWriter(run.events_file)
     writer.write(events.Started(steps={STEPS}, pid=1, device="cpu", threads=1, versions={{}}))
+    looked = run.path / "prepares"
+    looked.unlink(missing_ok=True)
     for phase in ("Opening the base model", "Encoding images", "Encoding captions"):
         for done in range(6):
             writer.write(events.Preparing(phase=phase, done=done, total=5))
             time.sleep(0.01)
+    # It trains once somebody has seen that it prepares.
+    while not looked.exists():
+        time.sleep(0.01)
     step = before.step
     if before.started:
         writer.write(events.Resumed(step=step, steps={STEPS}))
@@ -72,6 +77,8 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
             seen.append((snapshot.state, [stage["percent"] for stage in stages(snapshot.shown)]))
             if snapshot.state in ("pausing", "stopping"):
                 (run.path / "seen").touch()
+            if snapshot.state == "preparing":
+                (run.path / "prepares").touch()
             if snapshot.state == until and snapshot.progress.step >= step and len(seen) >= least:
                 return
 

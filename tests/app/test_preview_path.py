@@ -77,7 +77,7 @@ state = AppState(home / "workspace", worker_command=[sys.executable, "-c", worke
 fields = {"prompt": "a house", "seed": 3, "steps": 2}
 
 def settle():
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while (view := state.render_queue.view()).working and time.monotonic() < end:
         time.sleep(0.02)
     assert view.state == "idle", view.message

@@ -126,7 +126,7 @@ def test_a_request_outranks_what_is_older_than_it(app_state: AppState) -> None:
     run.process_file.unlink()
     assert take_snapshot(app_state).state == "stopped"
     # Of a new process nothing is known yet, though the folder is claimed.
-    app_state.jobs.trainer = (sys.executable, "-c", "import time; time.sleep(60)")
+    app_state.jobs.trainer = (sys.executable, "-c", "import time; time.sleep(600)")
     app_state.jobs.resume("a")
     come_alive(run)
     assert take_snapshot(app_state).state == "preparing"

@@ -1,12 +1,16 @@
 """The Train tab's form: its search, its resets, and two pages that type into it."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from app.preview.sent_form import save_form
 from app.state import AppState, take_snapshot
 from app.templates import with_labels
+from app.toolbox.view import Toolbox
 from app.train import form
 from app.train.form import (
     FORM,
@@ -17,7 +21,7 @@ from app.train.form import (
     keep_changed_values,
     widget_values,
 )
-from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems
+from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems, take_settings
 from app.train.train_form import (
     FOLDED,
     UNMATCHED,
@@ -28,6 +32,7 @@ from app.train.train_form import (
     search_settings,
 )
 from app.train.view import do_run_action
+from lora_core.model_files.starting_settings import LoraSettings
 from lora_core.projects.project import Project
 
 
@@ -103,6 +108,60 @@ def test_two_events_at_once_do_not_undo_each_other(tmp_path: Path, monkeypatch: 
     thread.join()
     config = Plan(project).config
     assert (config.optimizer.name, config.train.steps) == ("lion", 77)
+
+
+def keep_best(project: Project, file: str) -> None:
+    Toolbox(SimpleNamespace(project=project, worker=None))._keep_best(file, [0.8])
+
+
+def take_like(project: Project, **values: object) -> None:
+    named = {name.replace("__", "."): value for name, value in values.items()}
+    take_settings(project, LoraSettings(values=named), "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("acts", "held"),
+    [
+        (
+            (lambda p: save_form(p, [], False), lambda p: save_form(p, [], True)),
+            lambda p: p.draft()["preview_loras"]["rev"] == 2,
+        ),
+        (
+            (lambda p: keep_best(p, "a"), lambda p: keep_best(p, "b")),
+            lambda p: p.draft()["best_strengths"].keys() == {"a", "b"},
+        ),
+        (
+            (lambda p: p.link(Path("/a")), lambda p: p.link(Path("/b"))),
+            lambda p: p.linked_folders == [Path("/a"), Path("/b")],
+        ),
+        (
+            (lambda p: take_like(p, train__steps=77), lambda p: take_like(p, adapter__rank=5)),
+            lambda p: (Plan(p).config.train.steps, Plan(p).config.adapter.rank) == (77, 5),
+        ),
+    ],
+    ids=["preview", "best", "linked", "taken"],
+)
+def test_what_another_request_writes_meanwhile_stays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    acts: tuple[Callable[[Project], object], Callable[[Project], object]],
+    held: Callable[[Project], bool],
+) -> None:
+    """The second begins as soon as the first has read the draft."""
+    project, read = Project(tmp_path / "project"), Project.draft
+    second = threading.Thread(target=acts[1], args=(project,))
+
+    def slow_read(self: Project) -> dict[str, object]:
+        found = read(self)
+        if second.ident is None:
+            second.start()
+            second.join(0.2)
+        return found
+
+    monkeypatch.setattr(Project, "draft", slow_read)
+    acts[0](project)
+    second.join()
+    assert held(project)
 
 
 def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:

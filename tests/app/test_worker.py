@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from app import worker_client
 from app.preview.history import GridState
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.preview.sent_form import STRIP
@@ -40,6 +41,8 @@ count = 0
 while True:
     asked = asks.get()
     say = lambda **more: print(json.dumps({"id": asked["id"], **more}), flush=True)
+    while pathlib.Path(sys.argv[0]).with_name("hold").exists():
+        threading.Event().wait(0.01)
     if asked["do"] == "quit":
         break
     if asked["do"] == "die":
@@ -178,8 +181,10 @@ def test_a_file_that_is_written_anew_waits_for_the_next_wish(
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
     assert (render_queue.view().state, render_queue.view().images) == ("idle", first)
+    (tmp_path / "hold").touch()
     render_queue.want(wanted)
     assert render_queue.view().state == "working"
+    (tmp_path / "hold").unlink()
     again = settled(render_queue).images
     assert (again[wanted.alone()], again[wanted.acting()] == first[wanted.acting()]) == (
         first[wanted.alone()],
@@ -306,6 +311,27 @@ def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it
     run = ""
     assert reply.finished.wait(PATIENCE)
     assert (reply.state, len(reply.images)) == ("done", 1)
+
+
+def test_what_is_asked_while_the_process_is_ended_is_drawn_by_the_next(
+    on_card: WorkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = {"do": "generate", "strengths": [1], "out": str(tmp_path)}
+    on_card.ask(picture, PATIENCE)
+    asked, kill = [], worker_client._kill
+
+    def slow_kill(process: Any) -> None:
+        asked.append(on_card.submit(picture))
+        asked[0].finished.wait(0.2)
+        kill(process)
+
+    monkeypatch.setattr(worker_client, "_kill", slow_kill)
+    (tmp_path / "hold").touch()
+    on_card.release()
+    monkeypatch.undo()
+    (tmp_path / "hold").unlink()
+    assert asked[0].finished.wait(PATIENCE)
+    assert (asked[0].state, asked[0].message) == ("done", "")
 
 
 def test_start_ends_an_idle_process_on_a_card_at_once_and_a_picture_starts_it_again(

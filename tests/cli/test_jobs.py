@@ -13,7 +13,7 @@ from lora_core.runs.events import Stopped, read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from tests.train.runs import SETTINGS
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_for
 from tests.warm import program
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to a single child")
@@ -59,8 +59,7 @@ def test_an_early_signal_is_a_stop(tmp_path: Path, name: str) -> None:
     run = RunFolder(tmp_path / "runs" / "early")
     assert process.stdout is not None
     process.stdout.readline()  # "Run early in ...", just before the import
-    while not run.requests_file.exists():
-        assert process.poll() is None
+    wait_for(run.requests_file.exists, process)
     time.sleep({"SIGINT": 0.0, "SIGTERM": 0.4, "SIGHUP": 0.8}[name])
     process.send_signal(getattr(signal, name))
     check_stopped(process, run)

@@ -117,7 +117,7 @@ def test_a_broken_process_file_names_nobody(run: RunFolder, text: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
 def test_a_killed_trainer_that_nobody_waited_for_is_dead(run: RunFolder) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     name_as_trainer(run, child.pid, psutil.Process(child.pid).create_time())
     assert run.live_process() is not None
     os.kill(child.pid, 9)

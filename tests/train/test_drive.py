@@ -166,7 +166,7 @@ def test_what_a_kill_leaves_in_caches_and_folders_is_gone_at_the_next_start(own_
         run.checkpoints / ".step-000008.making",
         run.checkpoints / ".step-000002.going.making",
     ]
-    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     other = own_toy.home / "cache" / "text" / f".b.safetensors.{living.pid}-1.tmp"
     for path in (*left, other):
         path.mkdir() if path.suffix == ".making" else path.write_bytes(b"half")
