@@ -53,7 +53,7 @@ from lora_core.model_files.detect import (
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.config import FIELDS, RunConfig, choices_of, in_short, parse_sample
+from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
     PRIOR_IMAGES,
@@ -152,7 +152,7 @@ def preflight(
         found.append(RunProblem("validation", sentence, False))
     found += _samples(config, facts.multiple if facts else 1)
     found += [*_loss(config, facts), *_prior(records, config)]
-    found += [*rate_problems(config, family), *_for_experts(config)]
+    found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
         free = card() if card else free_card_bytes(config.train.device)
@@ -399,13 +399,6 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
             )
             found.append(RunProblem("rate", sentence, False))
     return found
-
-
-def _for_experts(config: RunConfig) -> list[RunProblem]:
-    """What is chosen although it learned much less than the preset where both were measured."""
-    tables = ((config.get(name), choices_of(name)) for name in FIELDS)
-    rows = [table[value] for value, table in tables if table and value in table]
-    return [RunProblem("experts", f"{row.title}: {row.experts}", False) for row in rows if row.experts]
 
 
 def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:

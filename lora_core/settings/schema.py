@@ -71,15 +71,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """One row: what the user reads, and one sentence on when to take it.
-
-    Attributes:
-        experts: how much of the demo it learns where that is less than 80% of what the preset does, or "".
-    """
+    """One row: what the user reads, and one sentence on when to take it."""
 
     title: str
     help: str
-    experts: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

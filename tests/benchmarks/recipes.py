@@ -1,7 +1,7 @@
 """Recipes beside the preset: the gain of adapter kinds, optimizers, losses and noise levels.
 
     python -m tests.benchmarks.recipes [demo|second|subject] [STEPS] [SEEDS] [GROUP ...] [--equal-steps]
-        [--home FOLDER] > table.md
+        [--home FOLDER] [--table] > table.md
 
 Each recipe is the demo's preset with something changed. It takes as many steps as the preset would take time
 for its own (60 unless given), or the same number with `--equal-steps`, where the machine has other work and
@@ -9,7 +9,8 @@ seconds mean nothing. Its gain on the held-out images of the run comes with the 
 paired by image and noise; a column beside it has the gain on images of things that no run saw, by
 `tests/evaluator.py`, which shares no code with the trainer. What cannot run (an optional package is missing)
 is named below the table. Runs stay in FOLDER and are not trained again, so that a measurement can be broken
-off and gone on with.
+off and gone on with; `--table` trains none, and has the runs of any length that are there. The share is of
+the gain of the preset's longest run.
 """
 
 import argparse
@@ -128,11 +129,9 @@ def steps_of(config: RunConfig, steps: int, clock: Clock | None) -> int:
     return max(VALIDATIONS, round(steps * clock.seconds(usual) / clock.seconds(config)))
 
 
-def add_runs(
-    group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None
-) -> tuple[dict[str, str], list[str]]:
-    """Queue the runs of a group that are not done: titles by run, and a line on each that cannot run."""
-    names, missing, queue = dict[str, str](), list[str](), Queue(given.home)
+def add_runs(group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None) -> list[str]:
+    """Queue the runs of a group that are not done; a line on each that cannot run."""
+    missing, queue = list[str](), Queue(given.home)
     for title, changes in recipes(group).items():
         try:
             config = settings_of(title, pictures, changes)
@@ -142,73 +141,87 @@ def add_runs(
             continue
         config = with_steps(config, steps_of(config, given.steps, clock))
         for seed in range(given.seeds):
-            name = f"{given.set}-{re.sub('[^a-z0-9]+', '-', title.lower())}-{given.steps}-{seed}"
-            names[name] = title
+            name = f"{given.set}-{slug(title)}-{config.train.steps}-{seed}"
             run = RunFolder(given.home / "runs" / name)
             if not run.config_file.is_file():
                 queue.add_new([config.changed({"name": name, "seed": seed})])
             elif run.progress().ending != "done":
                 queue.add(run)
-    return names, missing
+    return missing
+
+
+def slug(title: str) -> str:
+    """The part of a run's name that a title gives."""
+    return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def found_runs(title: str, given: argparse.Namespace) -> list[list[Trial]]:
+    """The runs of a recipe that are done, all seeds of a length together."""
+    runs = [RunFolder(path) for path in given.home.glob(f"runs/{given.set}-{slug(title)}-*")]
+    named = re.compile(f"{given.set}-{slug(title)}-[0-9]+-[0-9]+")
+    trials = [Trial(run, run.config(), run.progress()) for run in runs if named.fullmatch(run.name)]
+    done = [trial for trial in trials if trial.progress.ending == "done" and trial.progress.export]
+    lengths = sorted({trial.config.train.steps for trial in done})
+    return [[trial for trial in done if trial.config.train.steps == length] for length in lengths]
 
 
 def compared(group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None) -> None:
     """Train the recipes of a group, and print their table."""
-    names, missing = add_runs(group, pictures, given, clock)
-    run_queue(given.home, lambda line: sys.stderr.write(f"{line}\n") and None)
-    runs = {name: RunFolder(given.home / "runs" / name) for name in names}
-    trials = {name: Trial(run, run.config(), run.progress()) for name, run in runs.items()}
-    preset = [trial for name, trial in trials.items() if names[name] == PRESET]
+    missing = [] if given.table else add_runs(group, pictures, given, clock)
+    if not given.table:
+        run_queue(given.home, lambda line: sys.stderr.write(f"{line}\n") and None)
+    presets = found_runs(PRESET, given)
     judge = Evaluator(BASE, pictures / "held_out", looks=8)
     base = float(judge.losses().mean())
     write = sys.stdout.write
-    heads: tuple[str, ...] = (
-        "rate",
-        "steps",
-        "gain",
-        "share",
-        "less the preset's",
-        "on unseen things",
-        "forgotten",
-        "file",
-    )
-    heads += ("time",) if clock else ()
+    heads: tuple[str, ...] = ("rate", "steps", "gain", "share", "less the preset's", "on unseen things")
+    heads += ("forgotten", "file", *(("time",) if clock else ()))
     write(f"| {' | '.join((group, *heads))} |\n|{'---|' * (1 + len(heads))}\n")
-    for title in dict.fromkeys(names.values()):
-        own = [trial for name, trial in trials.items() if names[name] == title]
-        files = [trial.run.path / trial.progress.export for trial in own if trial.progress.export]
-        if not files:
-            missing.append(f"{title}: {own[0].progress.reason or 'it made no file'}")
-            continue
-        config = own[0].config
-        unseen = ""
-        if config.adapter.kind == "lora":  # diffusers, which the judge uses, reads no other
-            unseen = f"{base - sum(float(judge.losses(file).mean()) for file in files) / len(files):+.4f}"
-        row = row_of(own, preset)
-        cells = [title, f"{config.optimizer.lr:g}", str(config.train.steps), row["gain"], row["share"]]
-        cells += [row["against"], unseen, row["forgotten"], row["file"], *([row["time"]] if clock else [])]
-        write(f"| {' | '.join(cells)} |\n")
-        sys.stdout.flush()
-    write("\n" + "".join(f"Not run: {line}\n" for line in missing))
+    for title in recipes(group):
+        if not (lengths := found_runs(title, given)) and not any(title in line for line in missing):
+            missing.append(title)
+        for own in lengths:
+            config = own[0].config
+            # Beside a longer or shorter run of the preset only where both took as much time.
+            alike = [one for one in presets if clock or one[0].config.train.steps == config.train.steps]
+            row = row_of(own, alike[0] if alike else [], presets[-1] if presets else own)
+            unseen = ""
+            if config.adapter.kind == "lora":  # diffusers, which the judge uses, reads no other
+                after = [judge.losses(one.run.path / one.progress.export) for one in own]
+                unseen = f"{base - sum(float(each.mean()) for each in after) / len(after):+.4f}"
+            cells = [title, f"{config.optimizer.lr:g}", str(config.train.steps), row["gain"], row["share"]]
+            cells += [
+                row["against"],
+                unseen,
+                row["forgotten"],
+                row["file"],
+                *([row["time"]] if clock else []),
+            ]
+            write(f"| {' | '.join(cells)} |\n")
+            sys.stdout.flush()
+    write("\n" + "".join(f"Not run: {line}\n" for line in missing) + "\n")
 
 
-def row_of(own: list[Trial], preset: list[Trial]) -> dict[str, str]:
-    """The cells of a recipe that the runs themselves tell."""
-    rows = compare_trials([*own, *(trial for trial in preset if trial not in own)])["rows"]
-    mine = next(row for row in rows if own[0].run.name in row["runs"])
-    against, share = "", 1.0
-    if own[0] not in preset:
-        other = next(row for row in rows if row is not mine)
-        gap = mine if mine["against"] is not None else other
-        sign = 1.0 if gap is mine else -1.0
+def row_of(own: list[Trial], preset: list[Trial], whole: list[Trial]) -> dict[str, str]:
+    """The cells that the runs tell: the difference is to `preset`, the share of the gain of `whole`."""
+    mine = row_among(own, own)
+    against = ""
+    if preset and own[0].run.path != preset[0].run.path:
+        first, other = row_among(own, [*own, *preset]), row_among(preset, [*own, *preset])
+        sign, gap = (-1.0, other) if first["against"] is None else (1.0, first)
         clear = "**" if abs(gap["against"]) > 2 * gap["against_error"] else ""
         against = f"{clear}{sign * gap['against']:+.4f} ± {gap['against_error']:.4f}{clear}"
-        share = mine["gain"] / other["gain"]
     return {
         "gain": f"{mine['gain']:+.4f} ± {mine['standard_error']:.4f}", "against": against,
-        "share": f"{share:.0%}", "forgotten": f"{mine['forgetting']:+.3f} ± {mine['forgetting_error']:.3f}",
+        "share": f"{mine['gain'] / row_among(whole, whole)['gain']:.0%}",
+        "forgotten": f"{mine['forgetting']:+.3f} ± {mine['forgetting_error']:.3f}",
         "time": f"{mine['seconds']:.0f} s", "file": f"{mine['bytes'] / 1e6:.2f} MB",
     }  # fmt: skip
+
+
+def row_among(own: list[Trial], trials: list[Trial]) -> dict[str, Any]:
+    """The row of a recipe in the comparison of several."""
+    return next(row for row in compare_trials(trials)["rows"] if own[0].run.name in row["runs"])
 
 
 def main() -> None:
@@ -217,6 +230,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--equal-steps", action="store_true")
     parser.add_argument("--home", type=Path)
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     numbers = [int(word) for word in given.words if word.isdigit()]
     given.steps, given.seeds = (numbers + [STEPS, SEEDS][len(numbers) :])[:2]

@@ -33,7 +33,6 @@ def test_the_row_is_real(table: str, key: str, request: pytest.FixtureRequest) -
     row = TABLES[table][key]
     assert row.title
     assert row.help.endswith(".")
-    assert bool(row.experts) == row.title.endswith("(for experts)")
     if isinstance(row, Implementation):
         if row.package == "bitsandbytes":
             request.getfixturevalue("bitsandbytes")
