@@ -26,6 +26,7 @@ from typing import Any
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Array
 
 from lora_core.data.captions import CAPTION_SUFFIXES, read_text
 from lora_core.data.images import CONCEPT_LIST, ROLES, Concept, Dataset, ImageRecord, abbreviate
@@ -424,7 +425,7 @@ def propose_concepts(dataset: Dataset, root: Path) -> str:
         datasets.append(tomlkit.table())
     subsets = datasets[-1].setdefault("subsets", tomlkit.aot())
     for concept in sorted(lacking, key=lambda one: one.folder):
-        subset = tomlkit.table()
+        subset = tomlkit.inline_table() if isinstance(subsets, Array) else tomlkit.table()
         subset["image_dir"] = concept.folder or "."
         subset["num_repeats"] = concept.repeats
         if concept.class_tokens:
@@ -437,9 +438,13 @@ def propose_concepts(dataset: Dataset, root: Path) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return tomlkit.parse(text)
-    except TOMLKitError as error:
-        raise DatasetError(f"{CONCEPT_LIST} is not valid TOML ({error}); mend or remove it.") from error
+        # tomlkit takes some texts that are no TOML, and cannot read some that are; both show later alone.
+        parse_toml(text, CONCEPT_LIST)
+        document = tomlkit.parse(text)
+        document.unwrap()
+        return document
+    except (ConfigError, tomllib.TOMLDecodeError, TOMLKitError) as error:
+        raise DatasetError(f"{CONCEPT_LIST} cannot be edited ({error}); mend or remove it.") from error
 
 
 def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
@@ -455,7 +460,7 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
     """
     text = read_concept_file(folder)
     document = _parse(text)
-    subsets = [subset for one in document.get("datasets", []) for subset in one.get("subsets", [])]
+    subsets = [subset for one in _tables_of(document, "datasets") for subset in _tables_of(one, "subsets")]
     if not 1 <= number <= len(subsets):
         raise DatasetError(f"{CONCEPT_LIST} has no concept {number}; it has {len(subsets)}.")
     subset = subsets[number - 1]
@@ -463,7 +468,8 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
         _put(subset, "is_reg", True if value == _REGULARISATION else None)
         value = None if value == _REGULARISATION else value
     if key in _OWN:
-        own = dict(subset.get("custom_attributes", {}))
+        attributes = subset.get("custom_attributes", {})
+        own = dict(attributes) if isinstance(attributes, Mapping) else {}
         _put(own, key, value)
         # A new table, as tomlkit adds to one in a line without a space.
         table = tomlkit.inline_table()
@@ -478,6 +484,11 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
         if problem.startswith((f"{where}:", f"{where},")) and problem not in before:
             raise DatasetError(problem)
     return changed
+
+
+def _tables_of(table: Mapping[str, Any], key: str) -> list[Any]:
+    listed = table.get(key)
+    return [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
 
 
 def _put(table: Any, key: str, value: Any) -> None:

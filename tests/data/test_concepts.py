@@ -1,7 +1,9 @@
 """`dataset.toml`: what is read, what is refused, and how it is made and edited."""
 
+import contextlib
 import itertools
 import os
+import random
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +275,54 @@ def test_an_edit_keeps_comments_and_refuses_what_cannot_be_read(tmp_path: Path) 
     ):  # fmt: skip
         with pytest.raises(DatasetError, match=says):
             edit_concept(tmp_path, number, key, value)
+
+
+def test_a_list_of_any_form_is_added_to_and_edited(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png")
+    for text in (
+        'datasets = [{subsets = [{image_dir = "cat"}]}]',
+        '[[datasets]]\nsubsets = [{image_dir = "cat"}]',
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cat"\n[general]\nflip_aug = false',
+    ):
+        (tmp_path / "dataset.toml").write_text(text)
+        for change in (
+            lambda: propose_concepts(scan(tmp_path), tmp_path),
+            lambda: edit_concept(tmp_path, 2, "share", 2),
+            lambda: edit_concept(tmp_path, 1, "share", 1),
+        ):
+            (tmp_path / "dataset.toml").write_text(change())
+        found = [one.concept for one in scan(tmp_path).records]
+        assert [one and (one.name, one.share) for one in found] == [("cat", 1.0), ("dog", 2.0)]
+
+
+def test_no_text_is_a_traceback(tmp_path: Path) -> None:
+    images(tmp_path, "hoge/a.png")
+    draw = random.Random(0)
+    values = (
+        "1",
+        "-1",
+        "true",
+        '"x"',
+        "[]",
+        "{}",
+        "1.5",
+        '["a"]',
+        "{ a = 1 }",
+        "nan",
+        "1979-01-01",
+        '"../x"',
+        "99999999999999999999",
+    )
+    others = ("[x]", "[[general]]", "[datasets]", "[[datasets.subsets.custom_attributes]]", "")
+    for _ in range(80):
+        lines = [*KOHYA.splitlines(), 'custom_attributes = { share = 1, images = ["a*"] }']
+        for place in draw.choices(range(len(lines)), k=3):
+            key, equals, _ = lines[place].partition("=")
+            lines[place] = f"{key}= {draw.choice(values)}" if equals else draw.choice((*others, *lines))
+        (tmp_path / "dataset.toml").write_text("\n".join(lines))
+        assert all(one.startswith("dataset.toml") for one in sentences(tmp_path))
+        with contextlib.suppress(DatasetError):
+            edit_concept(tmp_path, 1, "share", 1)
 
 
 def test_concepts_by_commands(tmp_path: Path) -> None:
