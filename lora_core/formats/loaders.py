@@ -186,7 +186,7 @@ class AppliedLayer:
         scale: of the product of the factors; None for kinds other than LoRA.
         rank: of the factors; 0 for kinds other than LoRA.
         kind: "LoRA", "DoRA", or a key of `LYCORIS`.
-        dora_norm: what it divides DoRA magnitudes by, as in `kinds.dora_update`, or "base rows where rows";
+        dora_norm: what it divides DoRA magnitudes by, as in `lycoris.dora_update`, or "base rows where rows";
             "" if it applies none.
         failed: whether it fails at the layer and leaves it as it is.
     """
