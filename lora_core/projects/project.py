@@ -462,7 +462,11 @@ def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
         root, dataset = project.image_folder, project.dataset()
         by_name = {relative_name(one.path, root): one for one in (*dataset.records, *dataset.reg)}
         places = {name: _folder_below(root, folder) for name, folder in folders.items()}
-        there = {name: place for name, place in places.items() if (root / name).parent != place}
+        there = {
+            name: place
+            for name, place in places.items()
+            if name not in by_name or (root / name).parent != place
+        }
         images = [record.path for record in by_name.values()]
         leaving = [by_name[name] for name in there if name in by_name]
         masks = {one.path: mask for one in leaving if (mask := _mask_elsewhere(one, root))}

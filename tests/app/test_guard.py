@@ -345,6 +345,7 @@ Asked = tuple[str, Any]
 NO_PATHS = {
     # Neither in the address nor in what is sent is there a name of anything on disk.
     ("GET", "/easel"), ("GET", "/easel/dataset"), ("GET", "/easel/live"), ("GET", "/easel/tags"),
+    ("GET", "/easel/concepts"),
     ("GET", "/easel/doctor"), ("GET", "/easel/doctor.zip"),
     ("GET", "/easel/check"), ("POST", "/easel/check"), ("GET", "/easel/projects"), ("POST", "/easel/tokens"),
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
@@ -385,6 +386,12 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/take-back"): lambda evil: [("/easel/take-back", {"pictures": [evil]})],
     ("POST", "/easel/hold-out"): lambda evil: [("/easel/hold-out", {"pictures": [evil], "on": True})],
     ("POST", "/easel/crop"): lambda evil: [("/easel/crop", {"picture": evil, "box": [0.0, 0.0, 0.5, 0.5]})],
+    ("POST", "/easel/move"): lambda evil: [
+        ("/easel/move", {"folders": folders}) for folders in ({evil: "."}, {"own.png": evil})
+    ],
+    ("POST", "/easel/concepts"): lambda evil: [
+        ("/easel/concepts", {"do": "set", "number": 0, "key": evil, "value": "2"})
+    ],
     ("POST", "/easel/mask"): lambda evil: [("/easel/mask", {"picture": evil, "png": None})],
     ("POST", "/easel/bulk"): lambda evil: [
         ("/easel/bulk", {"do": "append", "put": "x", "pictures": [evil], "apply": True})
