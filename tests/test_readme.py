@@ -158,7 +158,7 @@ def test_the_file_of_settings_is_read(tmp_path: Path) -> None:
 def test_the_site_has_every_page_verb_and_setting(tmp_path: Path) -> None:
     """Built with warnings as errors: of links, anchors, and pages that the navigation lacks."""
     pytest.importorskip("material", reason="the extra `docs` brings mkdocs-material: python launch.py test")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     around = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, env=around, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
