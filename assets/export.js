@@ -4,7 +4,8 @@
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
-    ...Object.fromEntries(["name", "format", "precision", "folder", "repo", "license"].map((name) => [name, field(name).value])),
+    ...Object.fromEntries(["name", "format", "precision", "folder"].map((name) => [name, field(name).value])),
+    ...Object.fromEntries(new FormData(one("#upload-form"))),
   });
   const problem = (words) => make("p", { className: "problem", textContent: words, attributes: { role: "alert" } });
 
@@ -15,6 +16,7 @@
     turn += 1;
     one("#export-written").replaceChildren();
     one("#copy-note").replaceChildren();
+    one("#upload-note").replaceChildren();
     if (unwritten !== null) worksIn().innerHTML = unwritten;
   };
   // One after the other: the last choice counts.
@@ -91,13 +93,13 @@
     const data = target.dataset;
     if (target.id === "export-download") write(target, "export/write", "#export-written");
     else if (target.id === "copy-export") write(target, "export/copy", "#copy-note");
-    else if (target.id === "upload-export") write(target, "export/upload", "#copy-note");
+    else if (target.id === "upload-export") write(target, "export/upload", "#upload-note");
     else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
     else if (target.id === "report-cancel") post("report/cancel", {});
     else if (data.reportRun) makeReport(data);
   });
   document.addEventListener("submit", (event) => {
-    if (!["export-form", "export-choice"].includes(event.target.id)) return;
+    if (!["export-form", "export-choice", "upload-form"].includes(event.target.id)) return;
     event.preventDefault();
   });
   let usual = "";

@@ -47,6 +47,8 @@ def build_export(bindings: Bindings) -> None:
             with gr.Column(elem_classes="card"):
                 bindings.follow(html_block(), report_card)
                 html_block(lambda: render("export/report_state.html"))
+            with gr.Column(elem_classes="card"):
+                html_block(lambda: render("export/upload.html"))
 
 
 def runs_with_checkpoints(snapshot: Snapshot) -> list[RunView]:
