@@ -31,6 +31,7 @@ from app.guard import LOOPBACK, host_name, is_loopback, read_body
 from app.state import AppState
 from app.templates import _
 from app.train.form import Plan
+from lora_core.data.captions import rules_of
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
@@ -150,11 +151,9 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         text, before = str(sent.get("text", "")), app_state.project.revision
         app_state.project.save_caption(str(sent.get("picture", "")), text)
         revisions = {"before": before, "revision": app_state.project.revision}
-        return {"saved": True, **revisions, **_tokens(app_state, text)}
+        return {"saved": True, **revisions, **_tokens(app_state, sent)}
 
-    add_actions(
-        app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, str(sent.get("text", "")))}
-    )
+    add_actions(app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, sent)})
 
 
 def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
@@ -353,8 +352,14 @@ def _remove_old(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _tokens(app_state: AppState, text: str) -> dict[str, Any]:
-    return dataclasses.asdict(count_caption_tokens(text, Plan(app_state.project)))
+def _tokens(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of a text as the caption of an image, by the rules of its concept if it has one."""
+    text, plan, trigger = str(sent.get("text", "")), Plan(app_state.project), None
+    record = app_state.project.images().get(str(sent.get("picture", "")))
+    if record and record.concept:
+        text = dataclasses.replace(record, caption=text).full_caption
+        trigger = rules_of(record, plan.config.dataset).trigger
+    return dataclasses.asdict(count_caption_tokens(text, plan, trigger))
 
 
 async def _small(app_state: AppState, file: Path, side: int) -> Response:

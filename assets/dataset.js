@@ -136,7 +136,7 @@
 
   let counting = 0;
   const countTokens = async (name, text) => {
-    const number = ++counting, answer = await post("tokens", { text });
+    const number = ++counting, answer = await post("tokens", { text, picture: name });
     if (name === chosen && number === counting) showTokens(answer);
   };
 

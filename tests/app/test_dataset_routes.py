@@ -433,6 +433,12 @@ def test_concepts_are_made_edited_and_taken_back(client: TestClient, app_state: 
     assert "<img" not in table()
     assert "50.0%" in table()
     assert [record.concept.share for record in app_state.project.dataset().records] == [1.0] * 4
+    texts = [
+        client.post("/easel/tokens", json={"text": "a cat", "picture": f"{of}/0.png"})
+        for of in ("3_cat", "dog")
+    ]
+    plain, own = (answer.json()["tokens"] for answer in texts)
+    assert own > plain  # the trigger of its concept comes to it
     # What was changed since is not overwritten.
     late = change(do="restore", text=shares[1]["before"], now=shares[1]["after"])
     assert "changed since" in late["problem"]
