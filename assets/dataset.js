@@ -3,7 +3,7 @@
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
   const { one, all, get, post, make, plural, t, toast } = window.easel;
-  const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
+  const AT_ONCE = 1500, MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
     none: [t("No images yet"), t("Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned.")],
     filter: [t("Nothing matches"), t("No image fits this filter. Choose All, or clear the search field.")],
@@ -42,7 +42,7 @@
   const thumb = (picture) => {
     const image = make("img", { decoding: "async", alt: "" });
     image.dataset.src = `/easel/thumb/${kind()}/${picture.url}`;
-    const cell = make("button", { type: "button", className: "thumb", tabIndex: -1 }, image, make("em"));
+    const cell = make("button", { type: "button", className: "thumb", tabIndex: -1, title: picture.name }, image, make("em"));
     cell.setAttribute("role", "option");
     cell.dataset.picture = picture.name;
     near.observe(cell);
@@ -56,10 +56,13 @@
     if (picture.small) marks.push(t("small"));
     if (twins.has(picture.name)) marks.push(t("duplicate"));
     if (doubts.has(picture.name)) marks.unshift(t("in doubt"));
+    // Only what differs is written: setting what is there already costs the browser as much as a change.
+    const words = marks.join(", ");
+    if (cell.marks === words) return;
+    cell.marks = words;
     // Two chips fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
-    cell.title = picture.name;
     cell.setAttribute("aria-label", [picture.name, ...marks].join(", "));
   };
 
@@ -71,15 +74,32 @@
     byName = new Map(pictures().map((picture) => [picture.name, picture]));
     for (const picture of pictures()) {
       const before = old.get(picture.name);
-      const same = before?.isConnected && before.firstChild.dataset.src === `/easel/thumb/${kind()}/${picture.url}`;
-      if (before && !same) near.unobserve(before);
+      const same = before?.firstChild.dataset.src === `/easel/thumb/${kind()}/${picture.url}`;
       cells.set(picture.name, same ? before : thumb(picture));
       describe(picture);
     }
-    const now = [...cells.values()];
-    if (now.length !== place.children.length || now.some((cell, index) => cell !== place.children[index])) place.replaceChildren(...now);
+    for (const [name, cell] of old) if (cells.get(name) !== cell) near.unobserve(cell);
     place.dataset.mark = shelf.mark;
     return true;
+  };
+
+  // Puts the cells that are seen into the grid, and what is there already stays where it is. The first come at
+  // once, the others while the page goes on: a browser takes seconds to lay out 20,000.
+  let laying = null;
+  const lay = () => {
+    const place = grid(), now = [...cells.values()].filter((cell) => !cell.hidden), wanted = new Set(now);
+    const own = laying = {};
+    for (const cell of [...place.children]) if (!wanted.has(cell)) cell.remove();
+    let next = 0, at = place.firstElementChild;
+    const more = () => {
+      if (own !== laying) return;
+      for (let left = AT_ONCE; next < now.length && left; next += 1) {
+        if (now[next] === at) at = at.nextElementSibling;
+        else { place.insertBefore(now[next], at); left -= 1; }
+      }
+      if (next < now.length) setTimeout(more);
+    };
+    more();
   };
 
   const fits = {
@@ -93,8 +113,10 @@
       const found = !words || picture.name.toLowerCase().includes(words) || picture.caption.toLowerCase().includes(words);
       // An image whose caption is being edited stays visible even if it no longer matches.
       const written = picture.name === chosen && document.activeElement === one("#caption textarea");
-      cells.get(picture.name).hidden = !(found && fits[filter](picture)) && !written;
+      const cell = cells.get(picture.name), hide = !(found && fits[filter](picture)) && !written;
+      if (cell.hidden !== hide) cell.hidden = hide;
     }
+    lay();
     for (const button of all("[data-filter]")) {
       const which = button.dataset.filter;
       button.setAttribute("aria-pressed", which === filter);
@@ -223,11 +245,13 @@
     leave.hidden = shelf.fixed;
     hold.hidden = one("#crop-start").hidden = one("#mask-start").hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
-      cell.classList.toggle("on", name === chosen);
-      cell.classList.toggle("too", picked.has(name));
-      cell.setAttribute("aria-selected", picked.has(name));
-      cell.tabIndex = name === chosen ? 0 : -1;
+      const on = name === chosen, too = picked.has(name);
+      if (cell.on === on && cell.too === too) continue;
+      Object.assign(cell, { on, too, tabIndex: on ? 0 : -1, ariaSelected: too });
+      cell.classList.toggle("on", on);
+      cell.classList.toggle("too", too);
     }
+    grid().toggleAttribute("data-picked", picked.size > 0);
     showSelection();
   };
 
@@ -575,7 +599,7 @@
     const data = target.dataset;
     if (target.id === "use-demo") {
       window.easel.joining = true;
-      setTimeout(() => { window.easel.joining = false; }, 60_000);
+      setTimeout(() => { window.easel.joining = false; }, 10000);
     }
     if (data.picture !== undefined && target.classList.contains("thumb")) {
       const toggle = event.ctrlKey || event.metaKey;

@@ -131,7 +131,7 @@
     const share = state.total ? state.done / state.total : 0;
     // Reading the images takes most of the time, moving them the rest.
     const part = { "Looking": 0, "Checking": share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
-    progress(state.total ? t("{phase}, {done} of {total}", { phase: t(state.phase), done: state.done.toLocaleString("en"), total: state.total.toLocaleString("en") }) : t(state.phase), followed.from + (1 - followed.from) * part, false);
+    progress(state.total ? t("{phase}, {done} of {total}", { phase: t(state.phase), done: state.done.toLocaleString("en"), total: state.total.toLocaleString("en") }) : t(state.phase), followed.from + (1 - followed.from) * part, state.phase !== "Reading captions");
   });
 
   const fromPath = async () => {
@@ -345,9 +345,10 @@
     const line = one("#check-state"), button = one("#check-start");
     if (!line) return;
     easel.showLearned(state);
-    button.disabled = state.state === "working";
-    button.title = button.disabled ? t("The images are being checked") : "";
-    button.textContent = state.state === "done" && !state.fresh ? t("Check again") : t("Check now");
+    const working = state.state === "working", stopped = state.state === "idle" && button.dataset.do;
+    button.dataset.do = working ? "cancel" : "";
+    button.textContent = working ? t("Cancel") : state.state === "done" && !state.fresh ? t("Check again") : t("Check now");
+    if (stopped) line.textContent = t("Cancelled; what was measured is kept, and the next check goes on from there.");
     button.hidden = state.state === "done" && state.fresh;
     if (state.state === "working") line.textContent = t("Checking {done} of {images}", { done: state.done, images: plural(state.total, "image") });
     if (state.state === "failed") line.textContent = state.problem;
@@ -384,7 +385,7 @@
       target.setAttribute("aria-expanded", open);
       if (open) one("#dataset-path input").focus();
     }
-    else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
+    else if (target.id === "import-stop") { if (followed) post("import", { do: "cancel" }); else if (sending) sending.stopped = true; }
     else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
@@ -392,7 +393,7 @@
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
-    else if (target.id === "check-start") post("check", {}).then(easel.checked);
+    else if (target.id === "check-start") post("check", { do: target.dataset.do }).then(easel.checked);
     else if (data.leave !== undefined) easel.leaveOut([data.leave]).then(watchCheck);
     else if (data.leaveAll) easel.leaveOut(JSON.parse(data.leaveAll)).then(watchCheck);
     else if (data.openPicture !== undefined) easel.open(data.openPicture);

@@ -1,9 +1,10 @@
 """What the Dataset tab finds out about the images: file checks, and measurements by the base model.
 
-Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread and are cached while the
-window is open. Measurements (captions that fit badly, trigger words, what the last run learned of each image)
-run in the warm worker and are stored in the project with a hash of their inputs, so they survive a restart
-and can be marked stale. So are the texts of a captioner, which an edit of captions makes use of.
+Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread; what they measure on the
+images is kept in the project. Measurements (captions that fit badly, trigger words, what the last run learned
+of each image) run in the warm worker and are stored in the project with a hash of their inputs, so they
+survive a restart and can be marked stale. So are the texts of a captioner, which an edit of captions makes
+use of.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from app.jobs import Jobs, RunView
 from app.templates import _
 from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.data.audit import Looks, TrainingView, audit
+from lora_core.data.audit import TrainingView, audit, kept_looks
 from lora_core.data.dataset import split_holdout
 from lora_core.data.images import Dataset
 from lora_core.errors import DatasetError, LoraError, RunError
@@ -32,10 +33,11 @@ BY_ITSELF = 150
 """Up to so many images are looked over without being asked; a thousand would take a minute of both
 cores."""
 LISTS = ("problems", "learned", "shares")
+LOOKS = "looks.npz"
 
 
 class _Outdated(Exception):
-    """The images changed or another project was opened during the check."""
+    """The check was cancelled, or the images changed or another project was opened during it."""
 
 
 class Checker:
@@ -44,7 +46,6 @@ class Checker:
     def __init__(self, project: Project) -> None:
         """Nothing is looked at before it is asked for."""
         self.project = project
-        self._looks: Looks = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle"}
         self._made = 0
@@ -72,6 +73,12 @@ class Checker:
             self._state = {"state": "working", "done": 0, "total": len(self.project.dataset().records)}
         threading.Thread(target=self._run, args=(inputs,), daemon=True, name="check").start()
 
+    def cancel(self) -> None:
+        """Stop the check; what it has measured is kept, so that the next one goes on from there."""
+        with self._lock:
+            if self._state["state"] == "working":
+                self._inputs, self._state = (), {"state": "idle"}
+
     def _now(self) -> tuple[object, ...]:
         plan = Plan(self.project)
         # First, because reading the folder may create a new revision.
@@ -89,6 +96,7 @@ class Checker:
 
     def _run(self, inputs: tuple[object, ...]) -> None:
         plan, dataset, folder = Plan(self.project), self.project.dataset(), self.project.dataset_folder
+        project = self.project.path
 
         def said(done: int, total: int) -> None:
             if self._inputs is not inputs or self.project.dataset_folder != inputs[0]:
@@ -96,7 +104,8 @@ class Checker:
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
-            found = audit(dataset, plan_training(plan, dataset), said, self._looks)
+            with kept_looks(project / LOOKS) as looks:
+                found = audit(dataset, plan_training(plan, dataset), said, looks)
             rows = {key: [_relative(row, folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
         except _Outdated:

@@ -21,7 +21,14 @@ from urllib.parse import quote
 from app.templates import _, pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
-from lora_core.data.captions import choose_parts, count_tokens, rules_of, truncated_part, with_trigger
+from lora_core.data.captions import (
+    MOST_CAPTIONS,
+    choose_parts,
+    count_tokens,
+    rules_of,
+    truncated_part,
+    with_trigger,
+)
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
 from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_bucket, crop_box, make_thumbnail
 from lora_core.errors import LoraError
@@ -109,10 +116,15 @@ class TokenCount:
 def count_caption_tokens(caption: str, plan: Plan, trigger: str | None = None) -> TokenCount:
     """Count a caption's tokens as the planned run would read it, with its own `trigger` if given."""
     trigger = plan.trigger if trigger is None else trigger
-    return _counted(clean_text(caption), trigger, plan.config.train.max_token_length, plan.base.tokenizer)
+    return _counted(clean_text(caption), trigger, *_limits(plan))
 
 
-@functools.lru_cache(maxsize=4096)
+def _limits(plan: Plan) -> tuple[int, Path]:
+    """The limit, and the tokenizer, which is looked for on the disk."""
+    return plan.config.train.max_token_length, plan.base.tokenizer
+
+
+@functools.lru_cache(MOST_CAPTIONS)
 def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> TokenCount:
     lines = [line for line in caption.splitlines() if line.strip()] or [""]
     texts = [with_trigger(_longest(line), trigger) for line in lines]
@@ -131,8 +143,8 @@ def _longest(line: str) -> str:
 
 def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     """A sentence about truncated captions, "" if there are none."""
-    records, rules = dataset.records, plan.config.dataset
-    counts = [count_caption_tokens(one.full_caption, plan, rules_of(one, rules).trigger) for one in records]
+    records, rules, limits = dataset.records, plan.config.dataset, _limits(plan)
+    counts = [_counted(clean_text(r.full_caption), rules_of(r, rules).trigger, *limits) for r in records]
     cut = [record.path.name for record, count in zip(records, counts, strict=True) if count.cut]
     if not cut:
         return ""

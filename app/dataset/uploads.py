@@ -21,7 +21,7 @@ from lora_core.projects.project import DEFAULT_TITLE, DEMO_TITLE
 from lora_core.projects.workspace import Projects
 from lora_core.system.files import expand_home, parse_json
 
-MOST_FILES = 40_000
+MOST_FILES = 100_000
 MOST_BATCHES = 8
 LARGEST_FILE = 500_000_000
 LARGEST_ZIP = 20_000_000_000
@@ -70,6 +70,10 @@ class _BodyReader:
             yield part
 
 
+class _Cancelled(Exception):
+    """The user cancelled the import."""
+
+
 class Importer:
     """The one import of a window."""
 
@@ -84,6 +88,8 @@ class Importer:
         self._lock = threading.Lock()
         # Larger than those of a window before, whose pages would else wait for an import that went with it.
         self._state: dict[str, Any] = {"state": "idle", "number": time.time_ns() // 1_000_000}
+        self._cancelled = 0
+        """Number of the import that was cancelled last."""
         # Called once another project is open, and before an import counts as done.
         self.switched: Callable[[], object] = lambda: None
         self.after: Callable[[], object] = lambda: None
@@ -205,6 +211,10 @@ class Importer:
 
         self._start(work, "link" if link else "copy")
 
+    def cancel(self) -> None:
+        """Stop the import under way after the file that it is at; what it has added stays."""
+        self._cancelled = self._state["number"]
+
     def _refuse_two(self) -> None:
         if self.working:
             raise DatasetError(_("Another import is running; wait until it is done."))
@@ -228,6 +238,8 @@ class Importer:
         project = self.project
 
         def said(phase: str, done: int, total: int) -> None:
+            if self._cancelled == self._state["number"]:
+                raise _Cancelled
             self._state = {**self._state, "phase": phase, "done": done, "total": total}
 
         state = "failed"
@@ -242,9 +254,12 @@ class Importer:
                     base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
                     project.update_draft(dataset="", level="", values={"model.base": base})
                 self._state = {**self._state, "left_demo": True}
-            said("Reading captions", 0, 0)
+            self._state = {**self._state, "phase": "Reading captions", "done": 0, "total": 0}
             project.invalidate()
             self.after()
+        except _Cancelled:
+            note = _("The import was cancelled; what is here stays, and importing the same again skips it.")
+            project.invalidate()
         except LoraError as error:
             note = str(error)
         except OSError as error:

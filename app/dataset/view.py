@@ -31,7 +31,7 @@ from lora_core.projects import caption_edits as bulk
 from lora_core.projects.project import Project, leave_out, move_images, take_back
 from lora_core.system.files import DEMO_TRAIN
 
-MOST_NAMES = 50_000
+MOST_NAMES = 100_000
 INTENDED = ("named", "wording")
 """Kinds of what will be learned that are as they should be."""
 FIRST_SEEN = 48
@@ -107,12 +107,10 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         "import": importer.state, "check": checker.progress, "insights": insights.progress,
     }  # fmt: skip
 
-    def import_path(sent: dict[str, Any]) -> dict[str, Any]:
-        importer.from_path(str(sent.get("path", "")), bool(sent.get("link")))
-        return importer.state()
-
     def check(sent: dict[str, Any]) -> dict[str, Any]:
-        if not sent.get("by_itself") or len(project.dataset().records) <= BY_ITSELF:
+        if sent.get("do") == "cancel":
+            checker.cancel()
+        elif not sent.get("by_itself") or len(project.dataset().records) <= BY_ITSELF:
             checker.start()
         return checked(app_state)
 
@@ -143,7 +141,7 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         app,
         {
             **_image_actions(project),
-            "import": import_path,
+            "import": functools.partial(_import, importer),
             "upload": lambda sent: {"batch": importer.begin()},
             "bulk": functools.partial(_edit_captions, project, insights),
             "bulk/undo": lambda sent: _undo_edit(project),
@@ -258,6 +256,14 @@ def measured(app_state: AppState) -> dict[str, Any]:
             except (jinja2.UndefinedError, TypeError):
                 html[what]["found"] = note_html(_("This was found by another version; measure again."))
     return {**states, "html": html}
+
+
+def _import(importer: Importer, sent: dict[str, Any]) -> dict[str, Any]:
+    if sent.get("do") == "cancel":
+        importer.cancel()
+    else:
+        importer.from_path(str(sent.get("path", "")), bool(sent.get("link")))
+    return importer.state()
 
 
 def _add_uploads(app: FastAPI, importer: Importer) -> None:

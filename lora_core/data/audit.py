@@ -9,18 +9,21 @@ that a thumbnail shows: a plain background's colour, a frame, brightness, one co
 composition. Thresholds are strict: a missed attribute costs nothing, a reported one has to be plain to see.
 """
 
-import functools
+import contextlib
+import io
 import itertools
+import json
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.concepts import balance_looks, concept_of, read_concepts
@@ -37,7 +40,7 @@ from lora_core.data.images import (
     resize_and_crop,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text, read_table
+from lora_core.system.files import clean_text, read_table, write_atomically
 
 SIDE = 24
 """Side of the thumbnail, in pixels: a pixel is 4% of the side."""
@@ -75,6 +78,7 @@ _FLAT = 8.0
 _COMMON_SHARE = 0.8
 _FEWEST_CAPTIONS = 5
 _LONGEST_PHRASE = 6
+_PART = re.compile(r"[,.;:\n]")
 _THREADS = 4
 
 
@@ -196,14 +200,19 @@ def _hue(colours: np.ndarray) -> np.ndarray:
 def _dominant_hue(image: np.ndarray, chroma: np.ndarray) -> str:
     """The colour that 70% of all colourfulness is within 30 degrees of, or ""."""
     weights, hues = chroma.ravel(), _hue(image.reshape(-1, 3))
+    # Sums over sorted hues, once around on either side, so that each span is the difference of two.
+    order = np.argsort(hues)
+    turns = np.concatenate([hues[order] + turn for turn in (-360, 0, 360)])
+    sums = np.concatenate([[0.0], np.tile(weights[order], 3).cumsum()])
     centres = np.arange(0, 360, 10)
-    apart = np.abs((hues[None] - centres[:, None] + 180) % 360 - 180)
-    inside = ((apart <= 30) * weights).sum(-1)
+    ends = np.searchsorted(turns, centres + 30, "right")
+    inside = sums[ends] - sums[np.searchsorted(turns, centres - 30, "left")]
     best = int(inside.argmax())
     if inside[best] < 0.7 * weights.sum():
         return ""
-    angles = np.radians(hues[apart[best] <= 30])
-    mean = (np.exp(1j * angles) * weights[apart[best] <= 30]).sum()
+    near = np.abs((hues - centres[best] + 180) % 360 - 180) <= 30
+    angles = np.radians(hues[near])
+    mean = (np.exp(1j * angles) * weights[near]).sum()
     return _name_hue(float(np.degrees(np.angle(mean)) % 360))
 
 
@@ -553,8 +562,48 @@ class _Look:
     thumb: np.ndarray | None = None
 
 
-Looks = dict[tuple[str, int, int, Crop | None], _Look]
-"""What was measured before, by path, time of the file and resolution."""
+Looks = dict[tuple[str, int, int, Crop | None, str], _Look]
+"""What was measured before, by path, time of the file, resolution, crop and background."""
+
+
+@contextlib.contextmanager
+def kept_looks(file: Path) -> Iterator[Looks]:
+    """What an earlier audit kept in a file, one that was cancelled too; kept again afterwards, 2.4 kB an
+    image."""
+    looks: Looks = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(file) as kept:
+            keys, columns = json.loads(kept["keys"].tobytes()), [kept[name] for name in _COLUMNS]
+        for (path, time, side, crop, behind), shape, colours, sharp, thumb in zip(
+            keys, *columns, strict=True
+        ):
+            key = (path, time, side, crop and tuple(crop), behind)
+            looks[key] = _Look(Fingerprint(shape, colours.astype(np.float64)), float(sharp), thumb)
+    before = looks.keys() | ()
+    try:
+        yield looks
+    finally:
+        if looks.keys() != before:
+            _keep_looks(file, looks)
+
+
+_COLUMNS = ("shapes", "colours", "sharpness", "thumbs")
+
+
+def _keep_looks(file: Path, looks: Looks) -> None:
+    rows = [
+        (o.print.shape, o.print.colours.astype(np.uint8), o.sharpness, o.thumb)
+        for o in looks.values()
+        if o.print
+    ]
+    columns = map(np.array, zip(*rows, strict=True)) if rows else [()] * len(_COLUMNS)
+    arrays: dict[str, Any] = dict(zip(_COLUMNS, columns, strict=True))
+    buffer = io.BytesIO()
+    np.savez(buffer, keys=np.frombuffer(json.dumps(list(looks)).encode(), np.uint8), **arrays)
+    # Without the file the images are looked at once more, nothing else.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, buffer.getvalue())
 
 
 def audit(
@@ -568,7 +617,8 @@ def audit(
     Args:
         training: how it will be trained on.
         progress: called with (done, all) as the images are looked at; what it raises ends the audit.
-        looks_before: results of earlier audits of the same files; new ones are added.
+        looks_before: results of earlier audits of the same files; new ones are added, and once all images
+            were looked at, those of other files go.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
@@ -630,28 +680,43 @@ def _looks(
                 progress(len(looks), len(records))
     finally:
         threads.shutdown(cancel_futures=True)
+    used = set(map(id, looks))
+    for key in [key for key, look in known.items() if id(look) not in used]:
+        del known[key]
     return looks
 
 
 def sharpness(image: Image.Image) -> float:
     """The steepest rise between neighbouring pixels, as a share of the image's contrast; 1 for a flat
     image."""
-    grey = np.asarray(image.convert("L"), dtype=np.float64)
-    dark, bright = np.percentile(grey, (0.5, 99.5))
+    grey = image.convert("L")
+    width, height = grey.size
+    dark, bright = (_percentile(np.array(grey.histogram()), percent) for percent in (0.5, 99.5))
     if bright - dark < _FLAT:
         return 1.0
-    rises = np.concatenate([np.abs(np.diff(grey, axis=0)).ravel(), np.abs(np.diff(grey, axis=1)).ravel()])
+    moved = (grey.crop((x, y, width, height)) for x, y in ((0, 1), (1, 0)))
+    rises = [ImageChops.difference(grey.crop((0, 0, *one.size)), one).histogram() for one in moved]
     # The very steepest could be a single broken pixel.
-    return float(np.percentile(rises, 99.9) / (bright - dark))
+    return float(_percentile(np.sum(rises, axis=0), 99.9) / (bright - dark))
+
+
+def _percentile(counts: np.ndarray, percent: float) -> float:
+    """As `np.percentile` of the values 0, 1, ..., each of which there are `counts`, without sorting them."""
+    ends = counts.cumsum()
+    below, part = divmod((ends[-1] - 1) * percent / 100, 1)
+    low, high = np.searchsorted(ends, (below, min(below + 1, ends[-1] - 1)), side="right")
+    return float(low + (high - low) * part)
 
 
 def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
     """Phrases of up to six words that stand in over 80% of the captions, longest first, with how many have
     them."""
-    counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(_phrases_of(caption))
-    common = [phrase for phrase, count in counts.items() if count > _COMMON_SHARE * len(captions)]
+    least = _COMMON_SHARE * len(captions)
+    # A phrase is as rare as its rarest word: those of other words need not be counted.
+    words = Counter(word for caption in captions for word in set(_PART.sub(" ", caption.casefold()).split()))
+    frequent = {word for word, count in words.items() if count > least}
+    counts = Counter(phrase for caption in captions for phrase in _phrases_of(caption, frequent))
+    common = [phrase for phrase, count in counts.items() if count > least]
     longest: list[str] = []
     for phrase in sorted(common, key=lambda phrase: (-phrase.count(" "), phrase)):
         if not any(f" {phrase} " in f" {longer} " for longer in longest):
@@ -659,17 +724,16 @@ def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
     return [(phrase, counts[phrase]) for phrase in longest]
 
 
-@functools.lru_cache(maxsize=4096)
-def _phrases_of(caption: str) -> frozenset[str]:
-    """All runs of words within a part of the caption that neither begin nor end with a small one: "photo" and
-    "photo of a cat", not "of a"."""
+def _phrases_of(caption: str, frequent: set[str]) -> set[str]:
+    """All runs of frequent words within a part of the caption that neither begin nor end with a small one:
+    "photo" and "photo of a cat", not "of a"."""
     found: set[str] = set()
-    for part in re.split(r"[,.;:\n]", caption):
-        words = part.casefold().split()
-        for i, j in itertools.product(range(len(words)), range(_LONGEST_PHRASE)):
-            if i + j < len(words) and STOP_WORDS.isdisjoint((words[i], words[i + j])):
-                found.add(" ".join(words[i : i + j + 1]))
-    return frozenset(found)
+    for part in _PART.split(caption.casefold()) if frequent else ():
+        words = part.split()
+        for i in (i for i, word in enumerate(words) if word in frequent and word not in STOP_WORDS):
+            run = list(itertools.takewhile(frequent.__contains__, words[i : i + _LONGEST_PHRASE]))
+            found.update(" ".join(run[: j + 1]) for j, word in enumerate(run) if word not in STOP_WORDS)
+    return found
 
 
 def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
@@ -687,7 +751,7 @@ def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
 
 def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> _Look:
     try:
-        key = (str(record.path), record.path.stat().st_mtime_ns, resolution, record.crop)
+        key = (str(record.path), record.path.stat().st_mtime_ns, resolution, record.crop, record.background)
         if key not in known:
             image = open_image(record, 2 * resolution)
             fitted = resize_and_crop(image, choose_bucket(*image.size, resolution, multiple))

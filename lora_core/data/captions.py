@@ -30,6 +30,8 @@ T = TypeVar("T")
 CAPTION_BYTES = 1_000_000
 TABLE_BYTES = 50_000_000
 """Larger captions and tables of captions are refused, not read."""
+MOST_CAPTIONS = 50_000
+"""Captions of which the length in tokens is remembered, 0.3 kB each."""
 _MOST_FAULTS = 100
 _EXCERPT = 60
 _LONGEST_NAME = 1000
@@ -196,6 +198,7 @@ def count_tokens(text: str, tokenizer_folder: Path) -> int:
     return len(_clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).ids)
 
 
+@functools.lru_cache(MOST_CAPTIONS)
 def truncated_part(text: str, limit: int, tokenizer_folder: Path) -> str:
     """What of a text a limit of 75, 150 or 225 tokens leaves unread; "" where it leaves nothing.
 

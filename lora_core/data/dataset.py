@@ -16,6 +16,7 @@ one shape in different colours.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from PIL import Image
 from lora_core.data.captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
+    TABLE_BYTES,
     read_metadata_captions,
     read_text,
     rules_of,
@@ -61,10 +63,12 @@ from lora_core.data.images import (
     abbreviate,
     choose_bucket,
     crop_pixels,
+    file_stamp,
     folder_kind,
     hash_file,
     is_mask,
     open_rgb,
+    remember_latest,
     same_shape,
     walk_files,
 )
@@ -93,7 +97,11 @@ def read_holdout_list(folder: Path) -> set[str]:
     file = folder / HOLDOUT_LIST
     if not file.is_file():
         return set()
-    return {fold_name(line.strip()) for line in read_text(file, HOLDOUT_LIST).split("\n") if line.strip()}
+    return {
+        fold_name(line.strip())
+        for line in read_text(file, HOLDOUT_LIST, TABLE_BYTES).split("\n")
+        if line.strip()
+    }
 
 
 def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
@@ -118,7 +126,7 @@ def read_crops(folder: Path) -> dict[str, Crop]:
     if not file.is_file():
         return {}
     try:
-        rows = parse_json(read_text(file, CROP_LIST))
+        rows = parse_json(read_text(file, CROP_LIST, TABLE_BYTES))
         return {name: check_crop(edges, name) for name, edges in rows.items()}
     except (ValueError, AttributeError) as error:
         raise DatasetError(f"{CROP_LIST} is not a table of crops ({error}); mend or remove it.") from error
@@ -177,7 +185,7 @@ def _write_list(file: Path, text: str) -> None:
 
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
-_THREADS = 4
+_THREADS, _PART = 4, 32
 AUDIT_ONLY = ("hidden", "link", "unread caption")
 """Notes that only the audit needs: a problem says it too, or nothing is lost."""
 UNUSED = ("no concept", "mask", "caption without picture", "second caption", "other file")
@@ -220,7 +228,15 @@ class _Listing:
     def shown(self, path: Path) -> str:
         """How a file is named in messages."""
         # `Path.relative_to` would take a third of a scan's time.
-        return str(path).removeprefix(os.path.join(self.root, "")).replace(os.sep, "/")
+        return str(path).removeprefix(self._above).replace(os.sep, "/")
+
+    @functools.cached_property
+    def _above(self) -> str:
+        return os.path.join(self.root, "")
+
+    def stem(self, path: Path) -> str:
+        """How a file is named in messages, without its suffix."""
+        return self.shown(path).removesuffix(path.suffix)
 
     def find(self, shown: str) -> Path | None:
         """The file of that name, whatever its case."""
@@ -247,10 +263,14 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     tables, rows_of = _read_tables(listing)
     masks = _match_masks(listing)
     # Decoders let other threads run, and the order of the results does not depend on timing.
+    # Some at a time: to hand each to a thread would take longer than to read one that is known.
+    parts = [listing.pictures[start : start + _PART] for start in range(0, len(listing.pictures), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(lambda path: _read_record(path, listing, tables, masks), listing.pictures))
+        read = threads.map(lambda part: [_read_record(path, listing, tables, masks) for path in part], parts)
+        found = list(itertools.chain.from_iterable(read))
         every = [one for one in found if isinstance(one, ImageRecord)]
-        unfit = [one for one in threads.map(lambda record: _check_mask(record, listing), every) if one]
+        masked = [record for record in every if record.mask]
+        unfit = [one for one in threads.map(lambda record: _check_mask(record, listing), masked) if one]
     loose = [] if listing.concepts is None else [one for one in every if one.concept is None]
     every = [one for one in every if one.concept] if listing.concepts is not None else every
     records, reg = ([one for one in every if one.reg is kind] for kind in (False, True))
@@ -318,12 +338,13 @@ def measured_dataset(config: RunConfig, unpack_into: Path) -> Dataset:
     return dataset
 
 
-def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
+def open_dataset(where: str | Path, unpack_into: Path, sizes: SizeCache | None = None) -> Dataset:
     """Opens the dataset that the user named.
 
     Args:
         where: `demo`, a folder, or a zip.
         unpack_into: where a zip is unpacked, in a folder named by its hash; an existing one is reused.
+        sizes: what is known from before, see `scan`.
 
     Raises:
         DatasetError: it does not exist, is neither, cannot be unpacked, or holds no image file.
@@ -346,7 +367,7 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
             f"The dataset {where} is neither a folder nor a zip; give a folder of images, a zip of one, or"
             " `demo`."
         )
-    dataset = scan(folder)
+    dataset = scan(folder, sizes)
     dataset = replace(dataset, notes=[*notes, *dataset.notes])
     if not dataset.records and not any(
         problem.path.suffix.casefold() in IMAGE_SUFFIXES or problem.kind == "concepts"
@@ -450,7 +471,7 @@ def _classify(path: Path, listing: _Listing) -> None:
 
 def _is_mask(path: Path, listing: _Listing) -> bool:
     """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside an image `cat`."""
-    shown = listing.shown(path.with_suffix(""))
+    shown = listing.stem(path)
     if is_mask(path) or fold_name(shown[-5:]) not in MASK_OF:
         return is_mask(path)
     return _find_first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]) is not None
@@ -461,7 +482,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
     of that name; masks that no image has are noted."""
     images: dict[str, list[Path]] = {}
     for path in listing.pictures:
-        where = fold_name(listing.shown(path.with_suffix("")))
+        where = fold_name(listing.stem(path))
         for name in {where, f"*/{where.rpartition('/')[2]}"}:
             images.setdefault(name, []).append(path)
     found: dict[Path, Path] = {}
@@ -484,17 +505,18 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
 def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
     """Note the captions that no image has, and those that several have."""
     readers: dict[Path, list[ImageRecord]] = {}
+    sidecars = {path: _find_sidecar(path, listing) for path in listing.pictures}
     for record in records:
-        if sidecar := _find_sidecar(record.path, listing):
+        if sidecar := sidecars[record.path]:
             readers.setdefault(sidecar, []).append(record)
-    spare = {_find_sidecar(path, listing) for path in listing.pictures}
-    with_caption = {fold_name(listing.shown(record.path.with_suffix(""))) for record in records}
+    spare = set(sidecars.values())
+    with_caption = {fold_name(listing.stem(record.path)) for record in records}
     for text in listing.texts:
         if text in readers:
             if len(readers[text]) > 1:
                 names = " and ".join(record.path.name for record in readers[text])
                 listing.note(text, "shared caption", f"is the caption of {names}; rename one if they differ.")
-        elif fold_name(listing.shown(text.with_suffix(""))) in with_caption:
+        elif fold_name(listing.stem(text)) in with_caption:
             listing.note(text, "second caption", "is not used, as its image has another caption.")
         elif text in spare:
             listing.note(text, "unread caption", "belongs to an image that cannot be used.")
@@ -608,7 +630,7 @@ def _check_mask(image: ImageRecord, listing: _Listing) -> FileProblem | None:
 
 def _find_sidecar(picture: Path, listing: _Listing, first: str = "") -> Path | None:
     """The text file beside an image, if there are several the one with the ending `first`."""
-    stem = listing.shown(picture.with_suffix(""))
+    stem = listing.stem(picture)
     endings = dict.fromkeys([first, *CAPTION_SUFFIXES]) if first else CAPTION_SUFFIXES
     return _find_first(listing, [stem + suffix for suffix in endings])
 
@@ -631,6 +653,10 @@ _COLOUR_APART = 12.0
 # Takes the place of the lowest frequency, so that images without any shape are alike.
 _FLAT = 10.0
 _FEWEST_TO_TRAIN_ON = 2
+_BLOCK = 256
+"""Images whose shapes are compared at once: 40 MB at 20,000 images."""
+_MOST_PRINTS = 50_000
+"""Fingerprints that are remembered, 1.2 kB each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -653,29 +679,36 @@ def compute_fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(shape.ravel() / np.linalg.norm(shape), colours.ravel())
 
 
-def are_near_duplicates(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two images look the same."""
-    near = float(one.shape @ other.shape) >= _SAME_SHAPE
-    return near and float(np.abs(one.colours - other.colours).mean()) <= _COLOUR_APART
-
-
 def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
     """For each image the index of the first one of its group; its own where nothing looks like it.
 
     Near-duplicates of near-duplicates are one group. None, an unreadable image, is alone.
+
+    Sorted by their mean colour, near-duplicates lie at most `_COLOUR_APART` apart, as the mean difference is
+    at least the difference of the means; a block of images is compared with those alone.
     """
-    group = list(range(len(prints)))
-    nothing = np.zeros(_KEPT * _KEPT)
-    shapes = np.array([one.shape if one else nothing for one in prints]).reshape(-1, nothing.size)
-    for index, one in enumerate(prints):
-        if one is None:
-            continue
-        for earlier in np.flatnonzero(shapes[:index] @ one.shape >= _SAME_SHAPE).tolist():
-            other = prints[earlier]
-            if other is not None and are_near_duplicates(one, other):
-                first, last = sorted((group[earlier], group[index]))
-                group = [first if each == last else each for each in group]
-    return group
+    group = np.arange(len(prints))
+    means = np.array([one.colours.mean() if one else np.nan for one in prints])
+    order = np.argsort(means, kind="stable")[: np.count_nonzero(~np.isnan(means))]
+    means, known = means[order], [one for index in order if (one := prints[index])]
+    if not known:
+        return group.tolist()
+    shapes, colours = (np.array([getattr(one, what) for one in known]) for what in ("shape", "colours"))
+    first = np.searchsorted(means, means - _COLOUR_APART - 1e-6)
+    for start in range(0, len(known), _BLOCK):
+        end, low = min(start + _BLOCK, len(known)), first[start]
+        alike = shapes[start:end] @ shapes[low:end].T >= _SAME_SHAPE
+        for row in np.flatnonzero(alike.sum(1) > 1):
+            index = start + row
+            found = low + np.flatnonzero(alike[row, : index - low])
+            # The nearest one first: often it is of the group that all the others are in too.
+            for others in (found[-1:], found):
+                others = others[group[order[others]] != group[order[index]]]
+                others = others[np.abs(colours[others] - colours[index]).mean(1) <= _COLOUR_APART]
+                if others.size:
+                    joined = group[order[[*others, index]]]
+                    group[np.isin(group, joined)] = joined.min()
+    return group.tolist()
 
 
 def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
@@ -692,10 +725,16 @@ def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
         return list(threads.map(compute, paths))
 
 
-@functools.lru_cache(maxsize=10_000)
+@functools.lru_cache(maxsize=_MOST_PRINTS)
 def _fingerprint_of(path: Path, changed_at: int, size: int) -> Fingerprint:
     """Of a file as it was at that time; a forecast in epochs asks with each change of a setting."""
     return compute_fingerprint(open_rgb(path, 2 * _SIDE))
+
+
+@functools.lru_cache(maxsize=4)
+def _group_files(files: tuple[tuple[Path, tuple[int, int] | None], ...]) -> list[int]:
+    """The groups of near-duplicates among files as they were at these times."""
+    return group_near_duplicates(compute_fingerprints(path for path, _ in files))
 
 
 def split_holdout(
@@ -714,7 +753,7 @@ def split_holdout(
     wished = 0 if by_hand else num_holdout(len(records), pictures)
     if not by_hand and not wished:
         return list(records), []
-    by_look = group_near_duplicates(compute_fingerprints(record.path for record in records))
+    by_look = _group_files(tuple((record.path, file_stamp(record.path)) for record in records))
     # Of a file that is there twice, the first counts.
     first: dict[str, int] = {}
     groups = [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
@@ -746,6 +785,7 @@ EPOCHS = {
 """Settings in steps, and those that give the same in epochs."""
 
 
+@remember_latest
 def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The config with the steps that its epochs come to with these images, where it asks for epochs.
 

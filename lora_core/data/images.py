@@ -16,6 +16,7 @@ size, the one that crops least is taken.
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -26,11 +27,11 @@ import stat
 import struct
 import sys
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import pillow_heif
@@ -41,6 +42,8 @@ from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
 Crop = tuple[float, float, float, float]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,22 @@ class Dataset:
     root: Path | None = field(default=None, compare=False)
 
 
+def remember_latest(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """The function, which keeps its newest answer: a window asks for the same with every look. What it is
+    given must never change; the same lists are not compared, however long."""
+    latest: tuple[Any, Found] | None = None
+
+    @functools.wraps(function)
+    def remembered(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        nonlocal latest
+        known, given = latest, (args, kwargs)
+        if known is None or known[0] != given:
+            known = latest = (given, function(*args, **kwargs))
+        return known[1]
+
+    return remembered
+
+
 MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
@@ -256,6 +275,9 @@ def _walk_folder(
             hidden.append(shown)
         elif clean_text(entry.name) != entry.name:
             yield FileProblem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
+        elif entry.is_file(follow_symlinks=False):
+            # Told by the folder itself: asking for each of many files takes most of the time of listing them.
+            yield path
         elif not os.path.isdir(path):
             yield _check_file(path, shown, *bounds)
         elif entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
@@ -579,7 +601,7 @@ class SizeCache:
 
     def info(self, path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
         """As `check_image`, without decoding a file that has not changed since it was decoded."""
-        stamp = _stamp(path)
+        stamp = file_stamp(path)
         known = self._known.get(str(path))
         if stamp is not None and known is not None and known[:2] == stamp:
             return known[2]
@@ -591,24 +613,28 @@ class SizeCache:
 
     def carry(self, source: Path, target: Path) -> None:
         """Copies the entry of `source` to its copy."""
-        known, stamp = self._known.get(str(source)), _stamp(target)
+        known, stamp = self._known.get(str(source)), file_stamp(target)
         if known is not None and stamp is not None:
             self._known[str(target)] = (*stamp, known[2])
             self._changed = True
 
-    def save(self, below: Path) -> None:
-        """Writes the entries of files below a folder, if anything is new; drops the rest."""
+    def save(self, *below: Path) -> None:
+        """Writes the entries, if anything is new; drops those of files that are not below one of the folders,
+        where any are given."""
         if self.file is None or not self._changed:
             return
         self._changed = False
-        self._known = {p: known for p, known in dict(self._known).items() if Path(p).is_relative_to(below)}
+        kept = tuple(os.path.join(folder, "") for folder in below) or ""
+        self._known = {path: known for path, known in dict(self._known).items() if path.startswith(kept)}
         # Without the file the images are decoded once more, nothing else.
         with contextlib.suppress(OSError):
             flat = {path: [*known[:2], *map(int, known[2])] for path, known in self._known.items()}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(flat).encode())
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Modification time in ns and bytes of a file; None where it is not there."""
     try:
         found = path.stat()
     except OSError:

@@ -63,7 +63,7 @@ class Limits:
     """What a zip may hold: entries, bytes of one file, bytes of all, and bytes that one packed byte may
     become."""
 
-    entries: int = 20_000
+    entries: int = 100_000
     file_bytes: int = 500_000_000
     total_bytes: int = 20_000_000_000
     ratio: int = 200
@@ -281,7 +281,7 @@ class TransferMode:
     Attributes:
         how: "copy"; "link", where images share the originals' place on the disk and captions are copied all
         the same, as the window writes them; or "move", for files that were made for the import only.
-        progress: called with (phase, done, total).
+        progress: called with (phase, done, total); what it raises ends the import.
         sizes: where the sizes of the images that were decoded are remembered.
     """
 
@@ -400,10 +400,13 @@ class _Import:
                 self.skip(one, "other file", "is neither an image nor a caption nor a zip; it was left out.")
         listed = [one for members in sets.values() for one in members]
         faults: dict[_Incoming, FileProblem | None] = {}
-        with ThreadPoolExecutor(_THREADS) as threads:
+        threads = ThreadPoolExecutor(_THREADS)
+        try:
             for done, (one, fault) in enumerate(zip(listed, threads.map(self._fault, listed), strict=True)):
                 self.way.progress("Checking", done, len(listed))
                 faults[one] = fault
+        finally:
+            threads.shutdown(cancel_futures=True)
         self.done.skipped.extend(fault for fault in faults.values() if fault)
         for done, members in enumerate(sets.values()):
             self.way.progress("Importing", done, len(sets))

@@ -45,7 +45,9 @@ HOWS = {"missing": "Only where missing", "append": "Append", "replace": "Replace
 """What becomes of the captions that are there when a model captions the images."""
 MOST_TOKENS = 1000
 SHOWN_ROWS = 8
-MOST_KEPT = 20
+MOST_KEPT, MOST_BYTES = 20, 32_000_000
+"""Edits that can be undone, and bytes that all but the last may take."""
+_LARGEST = 2_000_000_000
 _FILE = "undo.json"
 
 _Change = tuple[str, ImageRecord, str]
@@ -291,18 +293,24 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     changes, _ = _changes(project, edit, only)
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
-        project.invalidate()
-        now = project.images()
-        changes = [one for one in changes if now.get(one[0]) == one[1]]
-        if changes:
+        before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
+        alone = all(_is_caption(record, before[name]) for name, record, _ in changes)
+        if not alone:
+            project.invalidate()
+            now = project.images()
+            changes = [one for one in changes if now.get(one[0]) == one[1]]
             before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
+        if changes:
             after = {name: caption for name, _, caption in changes}
             kept = {"what": describe_edit(edit), "before": before, "after": after}
             _keep(project, [*_steps(project), kept])
             for _, record, caption in changes:
                 write_caption(record.path, caption, wait=False)
             sync_folder(project.image_folder)
-            project.invalidate()
+            if alone:
+                project.put_captions({record.path: caption for _, record, caption in changes})
+            else:
+                project.invalidate()
     return len(changes)
 
 
@@ -359,7 +367,7 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
 
 
 def _steps(project: Project) -> list[dict[str, Any]]:
-    steps = read_json(project.path / _FILE).get("steps")
+    steps = read_json(project.path / _FILE, _LARGEST).get("steps")
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
@@ -367,7 +375,17 @@ def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
     advice = ". Nothing was changed; free some disk space."
     with wrap_os_errors(DatasetError, "What the captions were before cannot be kept", advice):
         project.path.mkdir(exist_ok=True)
-        write_atomically(project.path / _FILE, json.dumps({"steps": steps[-MOST_KEPT:]}).encode())
+        rows = [json.dumps(step) for step in steps[-MOST_KEPT:]]
+        while len(rows) > 1 and sum(map(len, rows)) > MOST_BYTES:
+            rows.pop(0)
+        write_atomically(project.path / _FILE, f'{{"steps": [{", ".join(rows)}]}}'.encode())
+
+
+def _is_caption(record: ImageRecord, text: str | None) -> bool:
+    """Whether the text file beside an image, read as `_bytes`, is still its caption, so that there is no need
+    to read the whole folder again."""
+    elsewhere = record.concept and record.concept.caption_extension
+    return not elsewhere and text is not None and text.strip() == record.caption and record.path.is_file()
 
 
 def _bytes(file: Path) -> str | None:

@@ -97,6 +97,7 @@ class Project:
             self.sizes = SizeCache(path / "sizes.json")
             self._read_draft()
             self._scanned: tuple[object, Dataset] | None = None
+            self._named: tuple[Dataset, dict[str, ImageRecord]] | None = None
             self.notes: list[FileProblem] = []
             self._file_lock = FileLock(path / _LOCK)
             self.draft_problem = ""
@@ -248,7 +249,7 @@ class Project:
             if self._scanned is None or self._scanned[0] != key:
                 before = self._scanned
                 self._scanned = (key, scan(folder, self.sizes))
-                self.sizes.save(self.path)
+                self.sizes.save(self.path, self.image_folder)
                 if before is None or before[1] != self._scanned[1]:
                     self._revision += 1
             return self._scanned[1]
@@ -261,9 +262,12 @@ class Project:
                 self._scanned = (None, self._scanned[1])
 
     def images(self) -> dict[str, ImageRecord]:
-        """The images by their names below the dataset folder."""
-        folder = self.dataset_folder
-        return {relative_name(record.path, folder): record for record in self.dataset().records}
+        """The images by their names below the dataset folder; the same object until one changes."""
+        with self._lock:
+            dataset, folder = self.dataset(), self.dataset_folder
+            if self._named is None or self._named[0] is not dataset:
+                self._named = (dataset, {relative_name(one.path, folder): one for one in dataset.records})
+            return self._named[1]
 
     def find_image(self, name: str) -> ImageRecord:
         """The image of that name below the dataset folder.
@@ -299,8 +303,14 @@ class Project:
         with self.lock():
             record = self.find_image(name)
             write_caption(record.path, text)
-            # A scan strips captions, too.
-            self._replace({record.path: replace(record, caption=text.strip())})
+            self.put_captions({record.path: text})
+
+    def put_captions(self, texts: Mapping[Path, str]) -> None:
+        """Put captions of images in place that were written to the text files beside them."""
+        # Not those of `dataset()`, which would read the folder again because it was touched.
+        now = self._scanned[1].records if self._scanned else []
+        # A scan strips captions, too.
+        self._replace({r.path: replace(r, caption=texts[r.path].strip()) for r in now if r.path in texts})
 
     def hold_out(self, names: list[str], on: bool) -> None:
         """Hold images out for validation, or train on them again.
@@ -397,7 +407,9 @@ class Project:
 
 def relative_name(path: Path, folder: Path) -> str:
     """An image's name below its dataset folder, with forward slashes."""
-    return clean_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
+    # `Path.relative_to` would take most of the time of listing many images.
+    whole, root = str(path), f"{folder}{os.sep}"
+    return clean_text(whole.removeprefix(root).replace(os.sep, "/") if whole.startswith(root) else path.name)
 
 
 def read_title(path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from lora_core.data.images import ImageRecord
+from lora_core.data.images import ImageRecord, remember_latest
 from lora_core.errors import LoraError
 from lora_core.model_files import sizes
 from lora_core.model_files.detect import BaseFacts, lookup_base
@@ -89,6 +89,7 @@ class RunForecast:
         memory_as_set: bytes at the peak without them.
         file_bytes: of the exported file.
         learning_rate: the effective one.
+        held_out: images that were chosen for validation.
     """
 
     pictures: int
@@ -102,6 +103,7 @@ class RunForecast:
     learning_rate: float | None
     fallbacks: list[str] = field(default_factory=list)
     memory_as_set: int | None = None
+    held_out: int = 0
 
     @property
     def seconds_a_step(self) -> float | None:
@@ -201,11 +203,12 @@ def forecast_run(
         memory = as_set = memory_needed(config, facts)
         if memory and not gpu:
             memory += sum(caption_bytes(records, config, facts))
-    shown = sum(record.repeats for record in records)
+    shown, captions, held_out = _count(records)
     draws = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
     return RunForecast(
         pictures=len(records),
-        captions=sum(bool(record.caption) for record in records),
+        captions=captions,
+        held_out=held_out,
         looks=draws / shown if shown else 0.0,
         steps=config.train.steps,
         seconds=step * config.train.steps if step else None,
@@ -216,6 +219,13 @@ def forecast_run(
         fallbacks=fallbacks,
         memory_as_set=round(as_set) if as_set else None,
     )
+
+
+@remember_latest
+def _count(records: Sequence[ImageRecord]) -> tuple[int, int, int]:
+    """Looks in an epoch, images with a caption, and those chosen for validation."""
+    captions = sum(bool(record.caption) for record in records)
+    return sum(one.repeats for one in records), captions, sum(one.held_out for one in records)
 
 
 def _forecast_step(

@@ -32,7 +32,7 @@ from lora_core.data.dataset import (
     summarize_notes,
     with_epochs,
 )
-from lora_core.data.images import Dataset, ImageRecord, choose_bucket
+from lora_core.data.images import Dataset, ImageRecord, choose_bucket, remember_latest
 from lora_core.errors import (
     AdapterFileError,
     ConfigError,
@@ -539,11 +539,11 @@ def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
 
 def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     """Captions, given with what they are of, of which the end is not read."""
-    limit = config.train.max_token_length
+    limit, tokenizer = config.train.max_token_length, facts.tokenizer
     cut: list[tuple[str, str]] = []
     try:
         for name, text in texts:
-            parts = (truncated_part(line, limit, facts.tokenizer) for line in text.splitlines())
+            parts = (truncated_part(line, limit, tokenizer) for line in text.splitlines())
             beyond = max(parts, key=len, default="")
             if beyond:
                 cut.append((name, beyond))
@@ -626,9 +626,16 @@ def _busy(workspace: Path) -> list[RunProblem]:
     return [RunProblem("busy", sentence, False)]
 
 
+@remember_latest
+def _count_fixed(records: Sequence[ImageRecord], rules: DatasetSection) -> int:
+    """How many captions read the same in every draw."""
+    return sum(not varies_by_draw(record, rules) for record in records)
+
+
 def captions_vary(records: Sequence[ImageRecord], config: RunConfig) -> bool:
     """Whether a caption of the images reads differently from draw to draw."""
-    return any(varies_by_draw(record, config.dataset) for record in records)
+    fixed: int = _count_fixed(records, config.dataset)
+    return fixed < len(records)
 
 
 def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
@@ -642,8 +649,7 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
         return 0, 0
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
     one = config.train.max_token_length // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
-    rules, validation = config.dataset, config.validation
-    fixed = sum(not varies_by_draw(record, rules) for record in records)
+    validation, fixed = config.validation, _count_fixed(records, config.dataset)
     # Those that vary are measured without chance: the held-out ones, and about as many of the others.
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0

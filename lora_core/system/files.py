@@ -368,17 +368,18 @@ def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
         raise ValueError("nested too deep") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a small file of ours holds; one that is missing or broken counts as empty."""
+def read_json(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
+    """The object that a file of ours with at most so many bytes holds; one that is missing or broken counts
+    as empty."""
     try:
-        return read_object(file)
+        return read_object(file, most)
     except (OSError, ValueError):
         return {}
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
     """As `read_json`; OSError or ValueError where the file is missing or broken."""
-    found = parse_json(read_small_file(file, LARGEST_JSON))
+    found = parse_json(read_small_file(file, most))
     if not isinstance(found, dict):
         raise ValueError("no object")
     return found

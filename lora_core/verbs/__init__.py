@@ -26,6 +26,7 @@ from lora_core.settings.schema import AUTO, PRECISIONS
 from lora_core.system.files import workspace as workspace_folder
 
 if TYPE_CHECKING:
+    from lora_core.data.images import SizeCache
     from lora_core.evaluate.validator import Evaluator
     from lora_core.models.load import BaseModel
 
@@ -134,11 +135,11 @@ def choose_device(name: str) -> Any:
     return best_device() if name == "auto" else use_device(checked_value("train.device", name, "--device"))
 
 
-def load_images(dataset: File, workspace: Place) -> Any:
-    """The dataset at a path; zips are unpacked in the workspace."""
+def load_images(dataset: File, workspace: Place, sizes: "SizeCache | None" = None) -> Any:
+    """The dataset at a path; zips are unpacked in the workspace. `sizes` are known from before."""
     from lora_core.data.dataset import open_dataset
 
-    return open_dataset(str(dataset), workspace_folder(workspace) / "cache" / "datasets")
+    return open_dataset(str(dataset), workspace_folder(workspace) / "cache" / "datasets", sizes)
 
 
 def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:

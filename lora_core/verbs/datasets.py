@@ -1,5 +1,6 @@
 """Verbs about images and captions, the projects that hold them, and what else a workspace keeps."""
 
+import hashlib
 import tomllib
 import webbrowser
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def audit(
     trigger: str = "",
     batch: int = 1,
     workspace: Place = None,
+    note: Progress | None = None,
 ) -> Found:
     """Check a dataset: what is wrong with it, and what will be learned from it.
 
@@ -38,15 +40,24 @@ def audit(
         trigger: a word that may be in every caption.
         batch: images per batch, for their shares of the steps.
     """
-    from lora_core.data.audit import TrainingView
+    from lora_core.data.audit import TrainingView, kept_looks
     from lora_core.data.audit import audit as audited
+    from lora_core.data.images import SizeCache
 
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
     facts = read_base_facts(base)
-    found = load_images(dataset, workspace)
-    size = (side or facts.resolution, facts.multiple)
-    return audited(found, TrainingView(*size, facts.tokenizer, trigger, batch, reg=found.reg))
+    # What is measured on the images is kept, so that another audit takes seconds and a cancelled one goes on.
+    name = hashlib.sha256(str(expand_home(dataset).absolute()).encode("utf-8", "surrogatepass")).hexdigest()
+    kept = workspace_folder(workspace) / "cache" / "audits" / name[:16]
+    sizes = SizeCache(kept / "sizes.json")
+    found = load_images(dataset, workspace, sizes)
+    sizes.save()
+    training = TrainingView(
+        side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch, reg=found.reg
+    )
+    with kept_looks(kept / "looks.npz") as looks:
+        return audited(found, training, note, looks)
 
 
 @verb

@@ -7,7 +7,9 @@ import pytest
 from app.state import AppState
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
+from lora_core.projects import project as projects
 from lora_core.projects.caption_edits import Edit
+from lora_core.system.files import LARGEST_JSON
 
 
 def texts(pictures: list[Path]) -> list[bytes | None]:
@@ -67,3 +69,53 @@ def test_the_demo_stays_as_it_is(app_state: AppState) -> None:
     assert bulk.preview(app_state.project, Edit("append", put="!"), None)["changed"] == 24
     with pytest.raises(DatasetError, match="demo"):
         bulk.apply(app_state.project, Edit("append", put="!"), None)
+
+
+def test_the_folder_is_read_again_only_where_captions_came_from_elsewhere(
+    app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app_state.project.dataset()
+    scans: list[Path] = []
+    plain = projects.scan
+    monkeypatch.setattr(
+        projects, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
+    )
+    named = {"picture-0.png", "picture-1.png"}
+    assert bulk.apply(app_state.project, Edit("append", put="outside"), named) == 2
+    shown = [record.caption for record in app_state.project.dataset().records]
+    assert shown == ["a plain field, number 0, outside", "a plain field, number 1, outside", ""]
+    assert scans == []
+    app_state.project.invalidate()
+    assert [record.caption for record in app_state.project.dataset().records] == shown
+    # A caption that another program has written meanwhile is seen, and stays as it is.
+    pictures[0].with_suffix(".txt").write_text("by another program")
+    assert bulk.apply(app_state.project, Edit("append", put="by night"), named) == 1
+    assert app_state.project.find_image("picture-0.png").caption == "by another program"
+    assert app_state.project.find_image("picture-1.png").caption.endswith("outside, by night")
+
+
+def test_what_can_be_taken_back_is_bounded_in_bytes(
+    app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "MOST_BYTES", 1000)
+    for word in ("red", "green", "x" * 2000):
+        bulk.apply(app_state.project, Edit("append", put=word), None)
+    assert bulk.last_change(app_state.project).startswith("“xxx")
+    # The last one whatever it takes.
+    assert bulk.undo(app_state.project) == (3, 0)
+    assert bulk.last_change(app_state.project) == ""
+    assert app_state.project.find_image("picture-2.png").caption == "red, green"
+
+
+def test_more_than_other_small_files_may_have_can_be_taken_back(
+    app_state: AppState, pictures: list[Path]
+) -> None:
+    long = "word " * 190_000
+    for picture in pictures:
+        picture.with_suffix(".txt").write_text(long.strip())
+    app_state.project.invalidate()
+    for word in ("one", "two", "three"):
+        assert bulk.apply(app_state.project, Edit("append", put=word), None) == 3
+    assert (app_state.project.path / "undo.json").stat().st_size > LARGEST_JSON
+    assert bulk.undo(app_state.project) == (3, 0)
+    assert bulk.last_change(app_state.project) == "“two” put at the end"

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from app.dataset import uploads
+from app.dataset import findings, uploads
 from app.dataset.gallery import summarize
-from app.state import AppState
-from tests.waiting import wait_for
+from app.state import AppState, take_snapshot
+from app.train.start import details
+from lora_core.data import audit, importer
+from lora_core.runs import preflight
+from tests.waiting import PATIENCE, wait_for
 
 HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
 
@@ -460,3 +464,67 @@ def test_concepts_are_made_edited_and_taken_back(client: TestClient, app_state: 
     assert [one.concept.name for one in app_state.project.dataset().records][-1] == "late"
     change(do="restore", text="", now=(folder / "dataset.toml").read_text())
     assert not (folder / "dataset.toml").exists()
+
+
+def test_an_import_that_is_cancelled_goes_on_another_time(
+    client: TestClient, app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    for seed in range(6):
+        (folder / f"{seed}.png").write_bytes(png(seed))
+    plain = importer.transfer_file
+
+    def transfer(source: Path, *more: Any) -> None:
+        plain(source, *more)
+        if source.name == "2.png":
+            app_state.importer.cancel()
+
+    monkeypatch.setattr(importer, "transfer_file", transfer)
+    client.post("/easel/import", json={"path": str(folder)})
+    state = settled(client, "import")
+    assert state["state"] == "failed"
+    assert "cancelled" in state["note"]
+    assert [one["name"] for one in shelf(client)] == ["0.png", "1.png", "2.png"]
+    client.post("/easel/import", json={"path": str(folder)})
+    assert settled(client, "import")["note"] == "3 images added. 3 images are already here, skipped."
+
+
+def test_a_check_that_is_cancelled_goes_on_another_time(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, opened, go_on = audit.open_image, [], threading.Event()
+
+    def slow(record: Any, *more: Any) -> Any:
+        opened.append(record.path.name)
+        assert go_on.wait(PATIENCE)
+        return plain(record, *more)
+
+    monkeypatch.setattr(audit, "open_image", slow)
+    monkeypatch.setattr(audit, "_THREADS", 1)
+    assert client.post("/easel/check", json={}).json()["state"] == "working"
+    wait_for(lambda: opened)
+    assert client.post("/easel/check", json={"do": "cancel"}).json()["state"] == "idle"
+    go_on.set()
+    wait_for((app_state.project.path / findings.LOOKS).is_file)
+    client.post("/easel/check", json={})
+    assert settled(client, "check")["state"] == "done"
+    assert sorted(opened) == sorted(picture.name for picture in pictures)
+
+
+def test_a_look_at_many_images_counts_them_once(
+    app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    plain = preflight.varies_by_draw
+    monkeypatch.setattr(app_state.checks, "known", lambda config, dataset: [])
+    monkeypatch.setattr(
+        preflight, "varies_by_draw", lambda one, rules: (asked.append(one.caption), plain(one, rules))[1]
+    )
+    shown = [details(take_snapshot(app_state)) for _ in range(3)]
+    assert len(set(shown)) == 1
+    assert len(asked) == 3
+    assert app_state.project.images() is app_state.project.images()
+    app_state.project.save_caption("picture-0.png", "a red | a blue one")
+    assert details(take_snapshot(app_state)) != shown[0]
+    assert len(asked) == 6

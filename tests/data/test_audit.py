@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from lora_core.data.audit import TrainingView, audit, common_phrases, sharpness
+from lora_core.data import audit as audits
+from lora_core.data.audit import TrainingView, audit, common_phrases, kept_looks, sharpness
 from lora_core.data.dataset import scan
 from lora_core.system.files import DEMO_BASE
 from tests.data.conftest import Draw, noise
@@ -95,3 +97,61 @@ def test_sharpness_falls_with_blur() -> None:
     assert values[0] > 0.5
     assert values[3] < 0.15
     assert sharpness(Image.new("RGB", (64, 64), "navy")) == 1.0
+
+
+def test_sharpness_is_that_of_sorted_pixels() -> None:
+    for seed, size in enumerate(((96, 64), (33, 21), (16, 200))):
+        image = noise(*size, seed).filter(ImageFilter.GaussianBlur(seed))
+        grey = np.asarray(image.convert("L"), dtype=float)
+        rises = np.concatenate([abs(np.diff(grey, axis=axis)).ravel() for axis in (0, 1)])
+        dark, bright = np.percentile(grey, (0.5, 99.5))
+        assert sharpness(image) == pytest.approx(np.percentile(rises, 99.9) / (bright - dark), abs=1e-12)
+
+
+def test_an_audit_goes_on_where_another_was_cancelled(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(6):
+        draw(tmp_path / "set" / f"{seed}.png", (64, 48), seed, f"number {seed}")
+    opened: list[str] = []
+    plain = audits.open_image
+    monkeypatch.setattr(
+        audits, "open_image", lambda one, *more: (opened.append(one.path.name), plain(one, *more))[1]
+    )
+    found, view, file = scan(tmp_path / "set"), TrainingView(32, 8), tmp_path / "cache" / "looks.npz"
+
+    def cancel(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), kept_looks(file) as looks:
+        audit(found, view, cancel, looks)
+    assert len(opened) >= 3
+    with kept_looks(file) as looks:
+        first = audit(found, view, None, looks)
+    # Each was opened once, whichever audit it was.
+    assert sorted(opened) == [f"{seed}.png" for seed in range(6)]
+    with kept_looks(file) as looks:
+        assert audit(found, view, None, looks) == first
+    assert len(opened) == 6
+    assert first == audit(found, view)
+    # What is kept of files that are gone goes, and a broken file counts as none.
+    (tmp_path / "set" / "5.png").unlink()
+    with kept_looks(file) as looks:
+        audit(scan(tmp_path / "set"), view, None, looks)
+        assert len(looks) == 5
+    file.write_bytes(b"PK broken")
+    with kept_looks(file) as looks:
+        assert looks == {}
+
+
+def test_phrases_of_rare_words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    plain = audits._phrases_of
+    monkeypatch.setattr(
+        audits, "_phrases_of", lambda *given: (counted.append(len(found := plain(*given))), found)[1]
+    )
+    captions = [f"a red hat on number {n}, with words {n * 7} and {n * 11} of its own" for n in range(200)]
+    assert common_phrases(captions)[0] == ("red hat on number", 200)
+    # Of runs of common words alone; all runs of up to six words would be 50 a caption.
+    assert max(counted) <= 12

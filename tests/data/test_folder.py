@@ -11,7 +11,7 @@ from PIL import Image
 from lora_core.data import dataset as folder
 from lora_core.data.captions import write_caption
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.data.images import Dataset, FileProblem
+from lora_core.data.images import Dataset, FileProblem, SizeCache
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw
 
@@ -247,3 +247,19 @@ def test_write_caption(tmp_path: Path, draw: Draw) -> None:
 def test_caption_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"a\.txt cannot be written"):
         write_caption(tmp_path / "missing" / "a.png", "x")
+
+
+def test_a_file_that_is_known_is_asked_for_once(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(40):
+        draw(tmp_path / f"{seed}.png", seed=seed % 4, caption="a thing")
+    sizes = SizeCache()
+    before = scan(tmp_path, sizes)
+    stats: list[str] = []
+    plain = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda one, **how: (stats.append(one.name), plain(one, **how))[1])
+    monkeypatch.setattr(os.path, "isdir", lambda path: pytest.fail(f"asked whether {path} is a folder"))
+    assert scan(tmp_path, sizes) == before
+    # Each image for its time, each caption for its length.
+    assert sorted(name for name in stats if name[0].isdigit()) == sorted(os.listdir(tmp_path))

@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from lora_core.data import dataset, images
 from lora_core.data.dataset import (
     HOLDOUT_LIST,
-    are_near_duplicates,
+    Fingerprint,
     compute_fingerprint,
     compute_fingerprints,
     group_near_duplicates,
@@ -21,6 +22,10 @@ from lora_core.data.dataset import (
 from lora_core.data.images import FileProblem, ImageRecord, SizeCache
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, noise
+
+
+def are_near_duplicates(*prints: Fingerprint) -> bool:
+    return group_near_duplicates(prints) == [0, 0]
 
 
 def disc(colour: str, x: int = 64) -> Image.Image:
@@ -70,6 +75,61 @@ def test_groups_join_twins_of_twins(tmp_path: Path, draw: Draw) -> None:
     ]
     assert group_near_duplicates(compute_fingerprints(paths)) == [0, 1, 0, 3, 0, 5]
     assert group_near_duplicates([]) == []
+
+
+def many_prints(count: int, seed: int = 0) -> list[Fingerprint | None]:
+    """Fingerprints of pictures of all brightnesses, a sixth of them near-duplicates of others."""
+    draw = np.random.default_rng(seed)
+    prints: list[Fingerprint | None] = []
+    for index in range(count):
+        shape, colours = draw.normal(size=64), draw.uniform(0, 255) + draw.normal(0, 20, 48)
+        other = prints[int(draw.integers(index))] if index % 6 == 5 else None
+        if other is not None:
+            shape, colours = other.shape + 0.002 * shape, other.colours + draw.normal(0, 8, 48)
+        shape /= np.linalg.norm(shape)
+        prints.append(None if index % 50 == 49 else Fingerprint(shape, colours))
+    return prints
+
+
+def test_groups_are_those_of_every_pair_compared() -> None:
+    prints = many_prints(700)
+    group = list(range(len(prints)))
+    for index, one in enumerate(prints):
+        for earlier, other in enumerate(prints[:index]):
+            # The two bars of `lora_core/data/dataset.py`.
+            if (
+                one
+                and other
+                and one.shape @ other.shape >= 0.98
+                and abs(one.colours - other.colours).mean() <= 12
+            ):
+                first, last = sorted((group[earlier], group[index]))
+                group = [first if each == last else each for each in group]
+    assert 400 < len(set(group)) < 690
+    assert group_near_duplicates(prints) == group
+
+
+def test_few_pictures_are_compared_at_once_and_only_those_of_like_brightness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[int] = []
+
+    class Shapes(np.ndarray):
+        def __matmul__(self, other: np.ndarray) -> np.ndarray:
+            compared.append(self.shape[0] * other.shape[1])
+            return np.asarray(self) @ np.asarray(other)
+
+    plain = np.array
+    prints = many_prints(3000)
+    monkeypatch.setattr(dataset.np, "array", lambda *given, **more: plain(*given, **more).view(Shapes))
+    group_near_duplicates(prints)
+    assert sum(compared) < 0.2 * len(prints) ** 2
+    assert max(compared) <= 256 * len(prints)
+
+
+def test_a_thousand_copies_of_one_picture_are_one_group() -> None:
+    (one,) = many_prints(1)
+    assert set(group_near_duplicates([one] * 1000)) == {0}
 
 
 # Which pictures are held out.
