@@ -54,18 +54,16 @@ class PreviewState:
         """The file of an image, if it exists."""
         return self.images.get(shot.acting())
 
-    def strip_shots(self) -> list[GenerationRequest]:
-        """The requests of the strip."""
-        return _strip_shots(self.shot, self.strip)
-
     @property
     def working(self) -> bool:
         """Whether anything is still to be generated, strip and grid included."""
-        strip_waits = self.state != "error" and any(shot not in self.images for shot in self.strip_shots())
+        strip = strip_shots(self.shot, self.strip)
+        strip_waits = self.state != "error" and any(shot not in self.images for shot in strip)
         return self.state == "working" or strip_waits or (self.grid is not None and self.grid.waits)
 
 
-def _strip_shots(shot: GenerationRequest | None, strengths: tuple[float, ...]) -> list[GenerationRequest]:
+def strip_shots(shot: GenerationRequest | None, strengths: tuple[float, ...]) -> list[GenerationRequest]:
+    """The requests of a strip; none without a LoRA."""
     if shot is None or not shot.loras:
         return []
     return [vary(shot, "strength", value).acting() for value in strengths]
@@ -219,7 +217,7 @@ class RenderQueue:
         place."""
         if self._shot is None:
             return {}
-        strip = _strip_shots(self._shot, self._strip)
+        strip = strip_shots(self._shot, self._strip)
         shown = {"shot": self._shot.acting(), "base": self._shot.alone()}
         return shown | {f"strip {number}": shot for number, shot in enumerate(strip)}
 

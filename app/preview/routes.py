@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from app.preview.history import GridState, HistoryEntry
 from app.preview.loras import add_lora, keep_file, lora_groups
+from app.preview.render_queue import strip_shots
 from app.preview.request_form import (
     axis_data,
     base_for,
@@ -157,7 +158,7 @@ def strip_sheet(app_state: AppState) -> Path:
     """
     render_queue = app_state.render_queue
     view = render_queue.view()
-    shots = view.strip_shots()
+    shots = strip_shots(view.shot, view.strip)
     if view.shot is None or not shots or any(shot not in view.images for shot in shots):
         raise RunError(_("The strip is not generated yet; generate it first."))
     columns = make_axis("strength", list(view.strip))

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import Bindings, html_block
-from app.preview.render_queue import PreviewState
+from app.preview.render_queue import PreviewState, strip_shots
 from app.preview.request_form import GRID_KINDS, base_for, form_data, lora_rows
 from app.routes import image_url
 from app.state import Snapshot
@@ -94,7 +94,7 @@ def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
     """The strip image nearest to the wanted strength, shown until that is ready."""
     if len(shot.loras) != 1:
         return None
-    there = [one for one in view.strip_shots() if one.loras and one in view.images]
+    there = [one for one in strip_shots(view.shot, view.strip) if one.loras and one in view.images]
     wanted = shot.loras[0].strength
     nearest = min(there, key=lambda one: abs(one.loras[0].strength - wanted), default=None)
     return view.images[nearest] if nearest is not None else None
@@ -108,7 +108,8 @@ def history(snapshot: Snapshot) -> str:
 def strength_strip(snapshot: Snapshot) -> str:
     """The same seed at several strengths."""
     view = snapshot.view
-    return _render(snapshot, "strip", cells=list(zip(view.strip, view.strip_shots(), strict=False)))
+    shots = strip_shots(view.shot, view.strip)
+    return _render(snapshot, "strip", cells=list(zip(view.strip, shots, strict=False)))
 
 
 def grid_result(snapshot: Snapshot) -> str:

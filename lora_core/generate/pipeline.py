@@ -167,8 +167,6 @@ def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, st
     return replace(request, base=base.name, width=width, height=height).infotext(phi, extra or {})
 
 
-# A base that stays open.
-
 MOST_ADAPTERS = 8
 """Kept in memory after use, and as many that were truncated."""
 MOST_PROMPTS = 32
