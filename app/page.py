@@ -102,7 +102,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
     version = sum(map(zlib.crc32, registry.list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
-    demo.load(opened, None, filled, **QUIET)
+    demo.load(opened, None, filled, **QUIET).then(None, js="() => window.easel.formShown()", **QUIET)
     # One that is asked for while another is under way brings newer values: it comes after it.
     hub.submit(bindings.initial_values, None, filled, **TYPING)
     # Fields that change during an update are asked for after it.

@@ -599,7 +599,7 @@
     const data = target.dataset;
     if (target.id === "use-demo") {
       window.easel.joining = true;
-      setTimeout(() => { window.easel.joining = false; }, 10000);
+      setTimeout(() => { window.easel.joining = false; }, 60_000);
     }
     if (data.picture !== undefined && target.classList.contains("thumb")) {
       const toggle = event.ctrlKey || event.metaKey;

@@ -83,7 +83,7 @@
     if (quick) window.easel.toast(t("The report of {run} is being made.", { run }));
     tell("working", "");
     const box = one("#report-measure");
-    const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled });
+    const said = await inTurn(() => post("report/start", { run, measure: !quick && box.checked && !box.disabled }));
     if (said.problem) tell("error", said.problem);
   };
 
@@ -95,7 +95,7 @@
     else if (target.id === "copy-export") write(target, "export/copy", "#copy-note");
     else if (target.id === "upload-export") write(target, "export/upload", "#upload-note");
     else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
-    else if (target.id === "report-cancel") post("report/cancel", {});
+    else if (target.id === "report-cancel") inTurn(() => post("report/cancel", {}));
     else if (data.reportRun) makeReport(data);
   });
   document.addEventListener("submit", (event) => {

@@ -181,13 +181,15 @@
     if (look && state?.offsetParent) image.src = `/easel/preview/look?n=${look}`;
   });
 
+  // What was changed arrives before what is asked for next: the server may finish two requests in the other order, and
+  // an older form would count as the newer one.
+  const idle = async () => { while (sending) await window.easel.later(20); };
   const generate = async (what) => {
     hold();
     const note = one("#grid-note");
     if (what === "grid") note.textContent = ""; else working();
     if (what === "image" && root.dataset.compare === "grid") showStage();
-    // The server may finish two requests in the other order, and an older form would count as the newer one.
-    while (sending) await window.easel.later(20);
+    await idle();
     sending = true;
     const answer = keep(await post("preview/generate", { ...sent(), what, grid: gridOf() }));
     if (answer.problem && (what === "grid" || !answer.away)) note.textContent = answer.problem;
@@ -243,6 +245,7 @@
   };
   const openFile = async (file) => {
     if (timer) { hold(); await send(); }
+    await idle();
     const answer = await window.easel.upload("preview/file", file);
     infotext = answer.text ?? "";
     take(answer.form);
@@ -252,6 +255,7 @@
   // Puts the settings of an image, as its file holds them, into the form.
   window.easel.useSettings = async (text) => {
     hold();
+    await idle();
     const answer = await post("preview/infotext", { text });
     take(answer.form);
     report(answer);
@@ -289,6 +293,7 @@
     else if (data.setBest !== undefined) { const row = rows[data.setBest]; row.strength = best[row.file]; show(); if (one("#preview-result")) working(); changed(true, 0); }
     else if (data.putBack !== undefined) {
       hold();
+      await idle();
       const answer = await post("preview/put-back", { file: data.putBack });
       if (answer.problem) window.easel.toast(answer.problem, "bad");
       take(answer.form);

@@ -102,9 +102,11 @@
   const begin = async (path, body) => {
     tell("working", "");
     picked = false;
-    const { problem } = await post(path, body);
+    const { problem } = await inTurn(() => post(path, body));
     if (problem) tell("error", problem);
   };
+  // What was pressed last arrives last: a cancel that overtakes the start would cancel nothing.
+  const inTurn = window.easel.inTurns();
   const tell = (state, words) => {
     const place = one("#toolbox-state");
     place.dataset.state = state;
@@ -150,7 +152,7 @@
     if (data.tool && target.closest("#toolbox")) { picked = true; choose(data.tool); }
     else if (target.id === "toolbox-add") { rows.push({ file: "", strength: 1 }); showFiles(); why(); }
     else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); one("#toolbox-add").focus(); }
-    else if (target.id === "toolbox-cancel") post("toolbox/cancel", {});
+    else if (target.id === "toolbox-cancel") inTurn(() => post("toolbox/cancel", {}));
     else if (data.toolboxAct) begin("toolbox/act", { do: data.toolboxAct });
     else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((said) => {
       if (said.problem) return tell("error", said.problem);

@@ -116,7 +116,9 @@
 
   // ---- the settings of a run come into the form, and go again -----------------------------------------------------------
   let former = null;
-  const giveBack = (to) => inTurn(async () => {
+  // What was `asked` for is looked up in its turn: a key may come before the answer that it takes back.
+  const giveBack = (asked) => inTurn(async () => {
+    const to = asked();
     if (!to || to.done || to.project !== window.easel.project || !await post("settings/restore", to)) return;
     to.done = true;
     refill();
@@ -127,7 +129,7 @@
     if (!answer) return;
     const before = former = { ...answer.before, project: window.easel.project };
     refill();
-    toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(before));
+    toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(() => before));
   });
   // What is changed by hand since then is not taken back by a key.
   document.addEventListener("focusin", ({ target }) => { if (target.closest(".page-train .side")) former = null; });
@@ -135,7 +137,7 @@
     if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z") return;
     if (!one(".page-train")?.offsetParent || event.target.closest?.("input, textarea, select")) return;
     event.preventDefault();
-    giveBack(former);
+    giveBack(() => former);
   });
   document.addEventListener("submit", (event) => {
     if (!["sweep-form", "like-form"].includes(event.target.id)) return;

@@ -272,9 +272,12 @@
   window.easel.refill = () => trigger?.("submit");
   window.easel.on("version", (version) => { if (window.easel.version !== undefined && window.easel.version !== version) location.reload(); window.easel.version = version; });
   // The fields are drawn some frames after they were filled; a hidden page gets no frames.
-  const ready = () => {
-    if (!filled || latest["run-bar"] === undefined || document.documentElement.dataset.ready) return;
-    setTimeout(() => { document.documentElement.dataset.ready = "1"; settle(); }, 200);
+  const frame = () => new Promise((drawn) => requestAnimationFrame(drawn));
+  const ready = async () => {
+    if (!filled || latest["run-bar"] === undefined || page.dataset.ready) return;
+    await Promise.race([Promise.all([later(200), frame().then(frame)]), later(document.hidden ? 200 : 2000)]);
+    page.dataset.ready = "1";
+    settle();
   };
 
   const SILENT = 45_000, RETRY = 2000;
@@ -322,7 +325,7 @@
       const answer = await call(...asked);
       away(false);
       // Gradio draws what its events bring a moment later.
-      if (String(asked[0]).includes("/gradio_api/run")) { settleSoon(); if (!filled) setTimeout(window.easel.formShown, 200); }
+      if (String(asked[0]).includes("/gradio_api/run")) settleSoon();
       return answer;
     } catch (error) {
       if (error instanceof TypeError) away(true);

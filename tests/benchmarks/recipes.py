@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "assets" / "base"
 PRESET = "the preset"
 STEPS, SEEDS = 60, 1
+LEAST = 1e-3
+"""A difference of gains that matters to anyone."""
 VALIDATIONS, TIMINGS = 2, 2
 """Of each run; of each step that is timed, of which the shorter counts."""
 SAME: dict[str, Any] = {
@@ -209,7 +211,7 @@ def row_of(own: list[Trial], preset: list[Trial], whole: list[Trial]) -> dict[st
     if preset and own[0].run.path != preset[0].run.path:
         first, other = row_among(own, [*own, *preset]), row_among(preset, [*own, *preset])
         sign, gap = (-1.0, other) if first["against"] is None else (1.0, first)
-        clear = "**" if abs(gap["against"]) > 2 * gap["against_error"] else ""
+        clear = "**" if abs(gap["against"]) > max(LEAST, 2 * gap["against_error"]) else ""
         against = f"{clear}{sign * gap['against']:+.4f} ± {gap['against_error']:.4f}{clear}"
     return {
         "gain": f"{mine['gain']:+.4f} ± {mine['standard_error']:.4f}", "against": against,

@@ -223,7 +223,7 @@ def look(browser: Any, trained: Window, watched: Watched) -> Iterator[Any]:
         pages.append(page)
         page.goto(trained.address)
         page.wait_for_selector("[data-picture]")
-        page.wait_for_selector("[data-run-state]")
+        page.wait_for_selector("html[data-ready]")
         return page
 
     yield opened

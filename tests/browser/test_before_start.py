@@ -36,6 +36,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     page.click("#tell-save")
     page.wait_for_selector("#tell-note >> text=Saved.")
     page.reload()
+    page.wait_for_selector("html[data-ready]")
     open_tab(page, "Train")
     page.click("#telling button:has-text('Notifications')")
     page.wait_for_function(

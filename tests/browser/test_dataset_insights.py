@@ -15,6 +15,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.files import DEMO_BASE
 from tests.browser.pages import unfold
 from tests.browser.test_axe import violations
+from tests.browser.test_dataset import apply_bulk
 from tests.browser.windows import Window
 from tests.captioners import write_blip
 
@@ -95,7 +96,7 @@ def test_what_will_be_learned(page, window: Window, tmp_path: Path) -> None:
     page.wait_for_selector("#bulk-preview >> text=Press Preview")
     page.click("#caption-start:enabled")
     page.wait_for_selector("#bulk-preview >> text=5 captions of 5 would change")
-    page.click("#bulk-apply:enabled")
+    apply_bulk(page)
     page.wait_for_selector("#bulk-said >> text=5 captions changed")
     page.click("#bulk-undo")
     page.wait_for_selector("#bulk-said >> text=5 captions restored")

@@ -57,7 +57,7 @@ def test_a_base_of_the_hub_is_downloaded(page: Any, hub: Hub) -> None:
     page.fill("#base-model input", "owner/base")
     page.press("#base-model input", "Enter")
     page.wait_for_selector("#base-download[data-state=offered] >> text=to download from the hub")
-    assert page.is_disabled("#start")
+    page.wait_for_selector("#start:disabled")
     assert "not on this computer yet" in page.inner_text("#start-why")
     hub.gate.clear()
     page.click("#base-download button")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.browser.conftest import DEMO
 from tests.browser.pages import open_tab, state_is, unfold, until
-from tests.browser.test_dataset import names, pictures_in, stored, take
+from tests.browser.test_dataset import apply_bulk, names, pictures_in, stored, take
 from tests.browser.windows import Window
 
 AREA = "#caption textarea"
@@ -96,8 +96,7 @@ def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
     unfold(page, "#bulk")
     page.select_option("#bulk-do", "prepend")
     page.fill("#bulk-put", "zwx, ")
-    page.wait_for_selector("#bulk-apply:enabled")
-    page.evaluate("['', ''].forEach(() => document.querySelector('#bulk-apply').click())")
+    apply_bulk(page, times=2)
     page.wait_for_selector("#bulk-said >> text=captions changed")
     page.evaluate("window.easel.load()")
     assert page.evaluate("easel.shelf().pictures[1].caption").count("zwx") == 1
@@ -165,11 +164,17 @@ def test_a_mask_that_opens_or_is_saved_late_leaves_the_next_image_alone(
     assert len(list(stored(window).rglob("*-masklabel.png"))) == 1
 
 
+def add_lora(page: Any) -> None:
+    """Add a row, and wait until the server has it."""
+    with page.expect_response("**/easel/preview/rows"):
+        page.click("#add-lora")
+    page.wait_for_selector("#loras [data-row]")
+
+
 def test_rows_arrive_in_the_order_in_which_they_were_changed(page: Any, window: Window) -> None:
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
-    page.click("#add-lora")
-    page.wait_for_selector("#loras [data-row]")
+    add_lora(page)
     sent: list[Any] = []
     page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/preview/rows") else None)
     with held_back(page, "**/easel/preview/rows", "POST") as held:
@@ -187,9 +192,7 @@ def test_rows_arrive_in_the_order_in_which_they_were_changed(page: Any, window: 
 def test_what_is_changed_while_generate_is_under_way_counts(page: Any, window: Window) -> None:
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
-    page.click("#add-lora")
-    page.wait_for_selector("#loras [data-row]")
-    page.wait_for_timeout(300)
+    add_lora(page)
     sent: list[Any] = []
     page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/preview/rows") else None)
     with held_back(page, "**/easel/preview/generate", "POST") as held:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.browser.pages import open_tab
+from tests.browser.pages import frames, open_tab
 from tests.browser.test_main_path import drop
 from tests.browser.test_toolbox import type_path
 
@@ -33,6 +33,8 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
     )
     choose_base(page, "old two")
     page.wait_for_selector("#base-note:has-text('a guess')")
+    page.wait_for_selector("#model-prediction input")
+    frames(page)
     page.click("#model-prediction input")
     page.click("li:has-text('epsilon')")
     page.wait_for_selector("#base-note:has-text('trained at 512 px, predicts noise (as set)')")
@@ -41,6 +43,7 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
     choose_base(page, str(broken))
     page.wait_for_selector("#base-note.problem:has-text('a web page')")
     page.reload()
+    page.wait_for_selector("html[data-ready]")
     open_tab(page, "Train")
     page.wait_for_selector("#base-note.problem")
     page.click("#base-model input")

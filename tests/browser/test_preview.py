@@ -115,6 +115,7 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.check("#text-apart")
     page.fill("#loras [data-part=text][data-typed]", "0.25")
     page.click("button[data-compare=grid]")
+    page.wait_for_selector("#grid-form[data-ready]")
     page.fill("#grid-columns-values input", "0, 0.5")
     page.fill("#prompt textarea", "an owl")
     page.click("#sampling summary")

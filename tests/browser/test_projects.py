@@ -70,6 +70,6 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     page.get_by_role("button", name="Delete", exact=True).click()
     page.wait_for_selector("#projects-note >> text=only project")
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.id") == "project-picker"
+    page.wait_for_function("document.activeElement?.id === 'project-picker'")
     assert page.title() != "broken in"
     assert len(list((window.project / "pictures").glob("**/*.png"))) == 6

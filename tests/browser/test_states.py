@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from app.preview.loras import ADDED
-from tests.browser.pages import open_tab
+from tests.browser.pages import frames, open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
 IDLE_SECONDS = 7
@@ -64,6 +64,7 @@ def test_narrow_windows(look: Any, trained: Any) -> None:
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         for width in (390, 1024):
             page.set_viewport_size({"width": width, "height": 900})
+            frames(page)
             page.wait_for_timeout(300)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
             beyond = page.evaluate(BEYOND)

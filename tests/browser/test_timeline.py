@@ -36,7 +36,7 @@ def test_samples_scrubber_and_charts_share_a_step(look: Any, trained: Any) -> No
     page.keyboard.press("Escape")
     page.wait_for_selector("#run-chart >> text=Show all", state="hidden")
     page.click("#run-chart summary")
-    assert page.locator("#run-chart tbody tr").count() >= 4
+    page.wait_for_function("document.querySelectorAll('#run-chart tbody tr').length >= 4")
 
     # What a sample was made with is in its file, and goes into the form.
     page.locator("#samples figure:last-child a").first.click()

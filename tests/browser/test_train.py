@@ -14,6 +14,7 @@ from tests.browser.conftest import DEMO, SHORT, SHORT_DEMO
 from tests.browser.pages import find_setting, frames, has_value, open_tab, set_steps, state_is, until
 from tests.waiting import PATIENCE
 
+ONE_BY_ONE = {"train.steps": 120, "train.batch_size": 1}
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
 
@@ -137,6 +138,7 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
         page.wait_for_selector(f"#queue-list [data-job={name}]")
         # The field for the next name is empty by then.
         page.wait_for_selector(f"#start-note >> text={name} waits in the queue")
+        has_value(page, "#run-name :is(input, textarea)", "")
     page.click("#queue-list [data-job=broken] [aria-label='Move broken up']")
     page.wait_for_selector("#queue-list [data-job=broken] + [data-job=good]")
     # Its pictures go after it was queued: that fails in a sentence.
@@ -149,6 +151,7 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
     watched.expected_away = False
     again = new_page()
     again.goto(window.address)
+    again.wait_for_selector("html[data-ready]")
     open_tab(again, "Train")
     names = "[...document.querySelectorAll('#queue-list [data-job]')].map(one => one.dataset.job)"
     again.wait_for_function(f"{names}.join() === 'broken,good'")
@@ -203,7 +206,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     trainer(run).kill()
 
 
-@pytest.mark.parametrize("draft", [{"values": {**SHORT, "train.steps": 60}}], ids=["short"])
+@pytest.mark.parametrize("draft", [{"values": {**SHORT, **ONE_BY_ONE}}], ids=["short"])
 def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     page, window: Any, pictures: list[Path]
 ) -> None:
@@ -232,7 +235,7 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     assert page.locator("#run-status").get_by_role("button", name="Resume from").count() == 1
     page.click("#train-accept")
     state_is(page, "done")
-    assert page.get_attribute("#run-status", "data-step") == "60"
+    assert page.get_attribute("#run-status", "data-step") == "120"
     assert page.locator("[data-hint=changed], #train-accept").count() == 0
     assert list((run / "export").glob("*.safetensors"))
 
@@ -294,6 +297,7 @@ def test_another_optimizer_brings_its_rate_and_gives_it_back(page) -> None:
     page.click("#swap-rates")
     has_value(page, "#optimizer-lr input", "0.003")
     page.wait_for_selector("#swap-rates:has-text('Use 0.0006')")
+    frames(page)
     page.click("#optimizer-name input")
     page.fill("#optimizer-name input", "torch.optim:Adamax")
     page.press("#optimizer-name input", "Enter")

@@ -1,6 +1,5 @@
 """What a concept has in place of the run's settings reaches training, and looks are shared out as shown."""
 
-import itertools
 import random
 import shutil
 from collections import Counter
@@ -133,9 +132,11 @@ def test_looks_are_shared_out_as_shown_and_go_on_exactly_after_a_resume(seed: in
         items = assign_buckets([*train, *reg], 64, 8)
         return Batches(items, Mirrored(), rules, size, seed)  # type: ignore[arg-type]
 
-    one = batches()
-    seen = [one.captions(number) for number in range(20 * one._batches_per_epoch)]
-    counts = Counter(itertools.chain.from_iterable(seen))
+    one, seen, counts = batches(), [], Counter[str]()
+    # What fills up the last batches is chance, of which little is left in so many looks.
+    while counts.total() < 20_000:
+        seen.append(one.captions(len(seen)))
+        counts.update(seen[-1])
     measured = {name: count / counts.total() for name, count in counts.items()}
     assert measured == pytest.approx({name: row["share"] for name, row in shown.items()}, rel=0.02)
     assert sum(measured.values()) == pytest.approx(1.0)

@@ -1,7 +1,9 @@
 """One run trained by several processes, real ones: as by one process, and none is left when it ends."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,9 +34,12 @@ ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """None that the system gives out by itself, so that nobody takes it before it is bound."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def pair(*words: str, python: str = sys.executable) -> list[subprocess.Popen[str]]:
