@@ -389,6 +389,7 @@
     else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
+    else if (data.conceptRemove) setConcepts({ do: "set", number: Number(data.conceptRemove), key: "image_dir", value: "" }, t("Concept removed."));
     else if (data.moveInto !== undefined) moveInto(data.moveInto);
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });

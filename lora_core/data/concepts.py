@@ -453,17 +453,22 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
     Args:
         number: of the concept in the file, from 1.
         key: one of kohya's, or of the custom attributes.
-        value: None or "" to remove it.
+        value: None or "" to remove it; without its image_dir the concept goes.
 
     Raises:
         DatasetError: there is no such concept, or the value is not one that the key may have.
     """
     text = read_concept_file(folder)
     document = _parse(text)
-    subsets = [subset for one in _tables_of(document, "datasets") for subset in _tables_of(one, "subsets")]
+    lists = [one["subsets"] for one in _tables_of(document, "datasets") if _tables_of(one, "subsets")]
+    subsets = [(listed, index) for listed in lists for index in range(len(listed))]
     if not 1 <= number <= len(subsets):
         raise DatasetError(f"{CONCEPT_LIST} has no concept {number}; it has {len(subsets)}.")
-    subset = subsets[number - 1]
+    listed, index = subsets[number - 1]
+    subset = listed[index]
+    if key == "image_dir" and value in (None, ""):
+        del listed[index]
+        return str(tomlkit.dumps(document)) if len(subsets) > 1 else ""
     if key == "role":
         _put(subset, "is_reg", True if value == _REGULARISATION else None)
         value = None if value == _REGULARISATION else value
@@ -478,17 +483,22 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
     else:
         _put(subset, key, value)
     changed = str(tomlkit.dumps(document))
-    before = parse_concepts(text, folder).problems
+    before, after = parse_concepts(text, folder).problems, parse_concepts(changed, folder)
     where = f"{CONCEPT_LIST}, subset {number}"
-    for problem in parse_concepts(changed, folder).problems:
+    for problem in after.problems:
         if problem.startswith((f"{where}:", f"{where},")) and problem not in before:
             raise DatasetError(problem)
+    if key == "role" and after.concepts and all(one.role == _REGULARISATION for one in after.concepts):
+        raise DatasetError("Regularisation alone teaches nothing; leave one concept a subject or a style.")
     return changed
 
 
 def _tables_of(table: Mapping[str, Any], key: str) -> list[Any]:
+    """A list of tables, empty where it is none, as `_Reader.tables` has it."""
     listed = table.get(key)
-    return [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    if isinstance(listed, list) and all(isinstance(one, Mapping) for one in listed):
+        return list(listed)
+    return []
 
 
 def _put(table: Any, key: str, value: Any) -> None:

@@ -325,6 +325,20 @@ def test_no_text_is_a_traceback(tmp_path: Path) -> None:
             edit_concept(tmp_path, 1, "share", 1)
 
 
+def test_a_concept_goes_without_its_folder_and_one_that_teaches_stays(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png")
+    written(tmp_path, 'image_dir = "cat"', 'image_dir = "dog"')
+    concepts_set(tmp_path, 1, "role", "regularisation", tmp_path)
+    with pytest.raises(DatasetError, match="Regularisation alone teaches nothing"):
+        concepts_set(tmp_path, 2, "role", "regularisation", tmp_path)
+    concepts_set(tmp_path, 1, "role", "subject", tmp_path)
+    concepts_set(tmp_path, 1, "image_dir", "", tmp_path)
+    assert ([one.path.name for one in scan(tmp_path).records], sentences(tmp_path)) == (["b.png"], [])
+    concepts_set(tmp_path, 1, "image_dir", "", tmp_path)
+    assert not (tmp_path / "dataset.toml").exists()
+    assert len(scan(tmp_path).records) == 2
+
+
 def test_concepts_by_commands(tmp_path: Path) -> None:
     folder = images(
         tmp_path / "set", *(f"10_cat/{n}.png" for n in range(4)), *(f"dog/{n}.png" for n in range(4, 8))
