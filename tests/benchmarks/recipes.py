@@ -136,7 +136,7 @@ def add_runs(group: str, pictures: Path, given: argparse.Namespace, clock: Clock
     missing, queue = list[str](), Queue(given.home)
     for title, changes in recipes(group).items():
         try:
-            config = settings_of(title, pictures, changes)
+            config = settings_of(slug(title), pictures, changes)
             require_none_blocking(preflight(config, given.home))
         except LoraError as error:
             missing.append(f"{title}: {error}")
