@@ -256,9 +256,15 @@ def _next_order(listener: socket.socket) -> dict[str, Any] | None:
         if listener in ready:
             connection, _ = listener.accept()
             size, streams, _, _ = socket.recv_fds(connection, 8, 3)
-            if not streams:
+            if size and not streams:
                 return None
-            order = json.loads(connection.recv(int.from_bytes(size), socket.MSG_WAITALL))
+            text = connection.recv(int.from_bytes(size), socket.MSG_WAITALL) if size else b""
+            if len(text) < max(1, int.from_bytes(size)):
+                # Whoever connected was killed before it had given its order.
+                for stream in (*streams, connection.detach()):
+                    os.close(stream)
+                continue
+            order = json.loads(text)
             pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)
@@ -269,7 +275,9 @@ def _next_order(listener: socket.socket) -> dict[str, Any] | None:
             children[pid] = connection
             for stream in streams:
                 os.close(stream)
-            connection.sendall(f"{pid}\n".encode())
+            # Nobody may be there any more; then the child is killed next.
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{pid}\n".encode())
 
 
 def _bury(children: dict[int, socket.socket]) -> None:
