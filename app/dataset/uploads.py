@@ -143,7 +143,7 @@ class Importer:
             if room < 0:
                 raise DatasetError(_("The disk is too full for {name}; free some space.", name=name))
             try:
-                with open(folder / f"{index:05}", "wb") as file:
+                with open(folder / f"upload-{index}", "wb") as file:
                     async for part in parcel.bytes(size, name):
                         file.write(part)
             except OSError as error:
@@ -171,7 +171,7 @@ class Importer:
 
         def work(way: TransferMode) -> Imported:
             try:
-                paths = [folder / f"{index:05}" for index in order]
+                paths = [folder / f"upload-{index}" for index in order]
                 return import_files(paths, self.project.image_folder, [names[n] for n in order], way)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -534,8 +534,8 @@ def a_lie(size: int = 100) -> bytes:
     return bytes(packed)
 
 
-def twenty_thousand() -> bytes:
-    return zipped(*((f"{index}.txt", b"x") for index in range(20_001)))
+def a_hundred_thousand() -> bytes:
+    return zipped(*((f"{index}.txt", b"x") for index in range(100_001)))
 
 
 def a_huge_picture() -> bytes:
@@ -550,7 +550,7 @@ HARMFUL = [
     ("absolute.zip", lambda: zipped(("/tmp/out.png", png(64, 64))), "has an absolute path"),
     ("bomb.zip", a_gigabyte, "'bomb.png' is larger than 500 MB"),
     ("lie.zip", a_lie, "cannot be unpacked"),
-    ("many.zip", twenty_thousand, "has 20001 entries, more than 20000"),
+    ("many.zip", a_hundred_thousand, "has 100001 entries, more than 100000"),
     ("huge.png", a_huge_picture, "million pixels, too many"),
 ]
 

@@ -31,6 +31,7 @@ def test_a_row_adds_tab_routes_and_script(
         (assets / file.relative_to(tabs.ASSETS)).write_bytes(file.read_bytes())
     (assets / "toy.js").write_text("window.toy = true;")
     monkeypatch.setattr(tabs, "ASSETS", assets)
+    monkeypatch.setattr(tabs, "list_assets", tabs.list_assets.__wrapped__)
     toy = tabs.Tab("Toy", build_toy, add_toy_routes, ("toy.js",))
     monkeypatch.setattr(tabs, "TABS", (*tabs.TABS, toy))
 

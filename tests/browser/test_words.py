@@ -13,7 +13,7 @@ SAME = re.compile(
     r"|LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr"
     r"|DoRA|Ctrl|Enter|Space|Shift|Delete|Esc|Alt|PNG|HEIC|CFG|\.safetensors|\.zip|[\w-]+\.png|velocity"
     r"|clip skip|diffusers|hub|id|owner/name|ntfy[\w./-]*|https?:\S+|Slack|Discord|Mattermost|lora-easel .*"
-    r"|OneTrainer|ai-toolkit|SimpleTuner|(apple|house), duskprint[\w ,]*"
+    r"|Hugging Face|HF_TOKEN|hf auth login|OneTrainer|ai-toolkit|SimpleTuner|(apple|house), duskprint[\w ,]*"
 )
 """Names, units, keys, captions of the demo."""
 
