@@ -131,7 +131,7 @@
     const any = shelf.pictures.length + shelf.left_out.length > 0;
     one("#dataset-filters").hidden = !any;
     one("#dataset-tools").hidden = !shelf.pictures.length;
-    one("#bulk").hidden = one("#check").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
+    one("#bulk").hidden = one("#check").hidden = one("#concepts").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
     one("#dataset-drop").dataset.some = any;
     one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "image") : t("Drop images, a folder or a .zip");
     showSelection();
