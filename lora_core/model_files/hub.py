@@ -221,7 +221,7 @@ def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None)
         )
     for last in LAST[1:]:
         found = try_to_load_from_cache(name, last)
-        if isinstance(found, str):
+        if isinstance(found, str) and _is_whole(Path(found).parent):
             return Path(found).parent
     if not fetch:
         raise ModelFileError(
@@ -231,6 +231,19 @@ def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None)
     wanted = find_download(name, captioner_files)
     download(wanted, progress or _lines_on_stderr(wanted))
     return captioner_folder(name, fetch=False)
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether all of a captioner is there: other programs fetch config.json first, or alone."""
+    # A link whose blob is gone does not exist.
+    names = [one.name for one in snapshot.iterdir() if one.exists()]
+    if TAGGER[1] in names:
+        return TAGGER[0] in names
+    try:
+        shards = re.findall(r"-of-(\d+)", " ".join(captioner_files(snapshot.name, names)))
+    except ModelFileError:
+        return False
+    return not shards or len(shards) >= int(shards[-1])
 
 
 def _part(path: str) -> str:
