@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import TrainingView, audit, kept_looks
 from lora_core.data.dataset import split_holdout
-from lora_core.data.images import Dataset
+from lora_core.data.images import Dataset, file_stamp
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.caption_edits import Captioner, Edit, without_captioned
 from lora_core.projects.project import DEMO, Project, relative_name
@@ -158,12 +158,13 @@ OF_A_RUN = "pictures.json"
 
 @dataclass
 class _Work:
-    """A running measurement and its inputs."""
+    """A running measurement and its inputs, and what is kept of them beside what is found."""
 
     reply: Reply
     mark: str
     folder: Path
     project: Path
+    inputs: dict[str, Any]
 
 
 @dataclass
@@ -222,7 +223,8 @@ class DatasetInsights:
             self._problems.pop(what, None)
             request, mark = self._request(what)
             project = self.project
-            work = _Work(self.worker.submit(request), mark, project.dataset_folder, project.path)
+            inputs = {"files": self._stamps(request["pictures"])} if what == "caption" else {}
+            work = _Work(self.worker.submit(request), mark, project.dataset_folder, project.path, inputs)
             self._work[what] = work
         self.worker.follow(work.reply, self.occupied, functools.partial(self._ended, what, work))
 
@@ -321,14 +323,23 @@ class DatasetInsights:
         """The edit that makes captions of what the captioner said last.
 
         Raises:
-            DatasetError: it was not asked yet, or would be asked otherwise now.
+            DatasetError: it was not asked yet, or would be asked otherwise now, or not of these images.
         """
         kept, asked = self._kept("caption"), self.captioner
-        if not kept.get("fresh"):
+        found = kept.get("found", {})
+        texts, files = found.get("texts", {}), found.get("files", {})
+        # Another image may have come to a name since, or another crop to the image.
+        same = {name: texts[name] for name, now in self._stamps(texts).items() if files.get(name) == now}
+        if not kept.get("fresh") or (texts and not same):
             raise DatasetError(_("Press Preview first: the captioner was not asked yet."))
-        texts = kept["found"]["texts"]
         name = Captioner(str(asked["model"])).short_name
-        return Edit("caption", name, trigger, texts=texts, how=str(asked["how"]))
+        return Edit("caption", name, trigger, texts=same, how=str(asked["how"]))
+
+    def _stamps(self, names: Iterable[str]) -> dict[str, Any]:
+        """What tells an image and its crop from others of its name, as JSON gives it back."""
+        images = self.project.images()
+        now = {name: [file_stamp(images[name].path), images[name].crop] for name in names if name in images}
+        return dict(json.loads(json.dumps(now)))
 
     def _kept(self, what: str) -> dict[str, Any]:
         kept = read_json(self.project.path / KEPT_IN).get(what)
@@ -358,7 +369,7 @@ class DatasetInsights:
             if reply.state == "done":
                 # What a run learned is stored in its folder.
                 if isinstance(found, dict) and what != "pictures":
-                    self._keep(what, work, found)
+                    self._keep(what, work, found | work.inputs)
             elif work.project == self.project.path and (reply.message != CANCELLED or reply.gave_way):
                 self._problems[what] = reply.gave_way or reply.message
             if self._work.get(what) is work:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from app.state import AppState
@@ -212,6 +213,28 @@ def test_a_captioner_is_asked_previewed_applied_and_taken_back(
     assert texts[2].read_text() == "of picture-2.png"
     assert client.post("/easel/bulk/undo").json()["undone"] == 2
     assert [text.read_bytes() if text.exists() else None for text in texts] == before
+
+
+def test_what_was_said_of_an_image_is_not_said_of_another_of_its_name(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
+    bulk = {"do": "caption", "apply": True}
+    files = [path.with_suffix(".txt") for path in pictures]
+    assert captioned(client, "replace", pictures=["picture-0.png", "picture-2.png"])["found"] == 2
+    pictures[2].unlink()
+    Image.new("RGB", (120, 120), "red").save(pictures[2])
+    app_state.project.invalidate()
+    assert client.post("/easel/bulk", json=bulk).json()["changed"] == 1
+    assert files[0].read_text() == "of picture-0.png"
+    assert not files[2].exists()
+    app_state.project.crop("picture-0.png", (0, 0, 0.5, 1))
+    assert "Press Preview first" in client.post("/easel/bulk", json=bulk).json()["problem"]
+    # Asked again, it is said of the images that are there, also of the crop.
+    files[0].write_text("by hand")
+    app_state.project.invalidate()
+    captioned(client, "replace", pictures=["picture-0.png", "picture-2.png"])
+    assert client.post("/easel/bulk", json=bulk).json()["changed"] == 2
+    assert (files[0].read_text(), files[2].read_text()) == ("of picture-0.png", "of picture-2.png")
 
 
 def test_a_captioner_that_is_cancelled_or_cannot_be_asked_changes_nothing(
