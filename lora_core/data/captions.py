@@ -385,14 +385,20 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_caption(picture: Path, text: str, wait: bool = True) -> None:
-    """Writes the caption to the `.txt` beside an image, atomically. It waits until the disk has it, unless
-    `wait` is off, for many captions in a row that are kept elsewhere too.
+def caption_file(record: ImageRecord) -> Path:
+    """The text file beside an image that its caption is written to, and then read from: of the ending that
+    its concept names, else `.txt`."""
+    return record.path.with_suffix((record.concept and record.concept.caption_extension) or ".txt")
+
+
+def write_caption(picture: Path, text: str, wait: bool = True, file: Path | None = None) -> None:
+    """Writes the caption to `file`, by default the `.txt` beside an image, atomically. It waits until the
+    disk has it, unless `wait` is off, for many captions in a row that are kept elsewhere too.
 
     Raises:
         DatasetError: the folder cannot be written.
     """
-    target = picture.with_suffix(".txt")
+    target = file or picture.with_suffix(".txt")
     advice = "; check that the folder may be written."
     with wrap_os_errors(DatasetError, f"The caption {target} cannot be written", advice):
         write_atomically(target, text.encode("utf-8", "replace"), wait)

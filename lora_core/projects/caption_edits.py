@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import rules_of, split_tags, with_trigger, write_caption
+from lora_core.data.captions import caption_file, rules_of, split_tags, with_trigger, write_caption
 from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
@@ -293,19 +293,19 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     changes, _ = _changes(project, edit, only)
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
-        before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
+        before = {name: _bytes(caption_file(record)) for name, record, _ in changes}
         alone = all(_is_caption(record, before[name]) for name, record, _ in changes)
         if not alone:
             project.invalidate()
             now = project.images()
             changes = [one for one in changes if now.get(one[0]) == one[1]]
-            before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
+            before = {name: _bytes(caption_file(record)) for name, record, _ in changes}
         if changes:
             after = {name: caption for name, _, caption in changes}
             kept = {"what": describe_edit(edit), "before": before, "after": after}
             _keep(project, [*_steps(project), kept])
             for _, record, caption in changes:
-                write_caption(record.path, caption, wait=False)
+                write_caption(record.path, caption, wait=False, file=caption_file(record))
             sync_folder(project.image_folder)
             if alone:
                 project.put_captions({record.path: caption for _, record, caption in changes})
@@ -339,7 +339,7 @@ def undo(project: Project) -> tuple[int, int]:
         for name, old in last["before"].items():
             record = by_name.get(name)
             if record is not None and record.caption == last["after"].get(name, "").strip():
-                _put(record.path.with_suffix(".txt"), old)
+                _put(caption_file(record), old)
                 done += 1
         _keep(project, steps)
         project.invalidate()
@@ -384,8 +384,7 @@ def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
 def _is_caption(record: ImageRecord, text: str | None) -> bool:
     """Whether the text file beside an image, read as `_bytes`, is still its caption, so that there is no need
     to read the whole folder again."""
-    elsewhere = record.concept and record.concept.caption_extension
-    return not elsewhere and text is not None and text.strip() == record.caption and record.path.is_file()
+    return text is not None and text.strip() == record.caption and record.path.is_file()
 
 
 def _bytes(file: Path) -> str | None:

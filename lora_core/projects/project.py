@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_core.data.captions import CAPTION_SUFFIXES, write_caption
+from lora_core.data.captions import CAPTION_SUFFIXES, caption_file, write_caption
 from lora_core.data.concepts import concept_of, read_concept_file, write_concepts
 from lora_core.data.dataset import (
     HOLDOUT_LIST,
@@ -302,7 +302,7 @@ class Project:
             )
         with self.lock():
             record = self.find_image(name)
-            write_caption(record.path, text)
+            write_caption(record.path, text, file=caption_file(record))
             self.put_captions({record.path: text})
 
     def put_captions(self, texts: Mapping[Path, str]) -> None:

@@ -28,6 +28,40 @@ def test_a_preview_changes_nothing(app_state: AppState, pictures: list[Path]) ->
     assert texts(pictures) == before
 
 
+def test_the_caption_that_is_read_is_the_one_that_is_edited(
+    app_state: AppState, pictures: list[Path]
+) -> None:
+    """Where a concept's captions have another ending, beside a text file that is not read."""
+    project, files = app_state.project, [picture.with_suffix(".caption") for picture in pictures]
+    (project.image_folder / "dataset.toml").write_text(
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "."\ncaption_extension = ".caption"\n'
+    )
+    files[0].write_bytes(b"a wide field\r\n")
+    project.invalidate()
+    others = texts(pictures)
+
+    def read() -> list[str]:
+        project.invalidate()
+        return [record.caption for record in project.images().values()]
+
+    assert read() == ["a wide field", "a plain field, number 1", ""]
+    assert bulk.apply(project, Edit("prepend", put="sks"), None) == 3
+    assert read() == ["sks, a wide field", "sks, a plain field, number 1", "sks"]
+    # Now that all have one, the folder is not read again in between.
+    assert bulk.apply(project, Edit("append", put="far"), None) == 3
+    assert read() == ["sks, a wide field, far", "sks, a plain field, number 1, far", "sks, far"]
+    assert (bulk.undo(project), bulk.undo(project)) == ((3, 0), (3, 0))
+    assert read() == ["a wide field", "a plain field, number 1", ""]
+    assert [file.read_bytes() if file.exists() else None for file in files] == [
+        b"a wide field\r\n",
+        None,
+        None,
+    ]
+    project.save_caption("picture-0.png", "by hand")
+    assert read()[0] == "by hand"
+    assert texts(pictures) == others
+
+
 def test_a_change_is_taken_back_byte_for_byte(app_state: AppState, pictures: list[Path]) -> None:
     pictures[1].with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa plain field\r\n")
     app_state.project.invalidate()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration
@@ -19,6 +20,7 @@ from lora_core.data.dataset import scan
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError, ModelFileError
 from lora_core.evaluate.captioning import write_texts
+from lora_core.model_files.hub import captioner_folder
 from lora_core.projects.caption_edits import Captioner, add_text
 from lora_core.system.files import DEMO_BASE
 from lora_core.verbs.datasets import caption
@@ -252,11 +254,11 @@ def test_what_was_written_before_an_end_is_taken_back(
     """As if the process were killed between two captions: the texts from before are kept first."""
     written: list[Path] = []
 
-    def write_one(picture: Path, text: str, wait: bool) -> None:
+    def write_one(picture: Path, text: str, wait: bool, file: Path) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(picture)
-        write_caption(picture, text, wait)
+        write_caption(picture, text, wait, file)
 
     monkeypatch.setattr("lora_core.projects.caption_edits.write_caption", write_one)
     with pytest.raises(KeyboardInterrupt):
@@ -334,6 +336,35 @@ def test_a_hub_id_is_downloaded_only_where_that_is_asked_for(
     assert hub.asked == []
     with pytest.raises(ModelFileError, match="'owner/nothing' is no captioner"):
         caption(images, Captioner("owner/nothing", download=True), "append")
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("blip", ["config.json"]),
+        ("tagger", ["selected_tags.csv"]),
+        ("sharded", ["*.json", "model-00001-of-00002.safetensors"]),
+    ],
+)
+def test_a_captioner_that_is_in_the_cache_in_part_is_downloaded(
+    name: str, there: list[str], hub: Any, tmp_path: Path
+) -> None:
+    hub.repos["owner/sharded"] = sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    for file in ("config.json", "model.safetensors.index.json"):
+        (sharded / file).write_text("{}")
+    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (sharded / file).write_text(file)
+    snapshot_download(f"owner/{name}", allow_patterns=there)
+    with pytest.raises(ModelFileError, match="allow the download"):
+        captioner_folder(f"owner/{name}", fetch=False)
+    folder = captioner_folder(f"owner/{name}", fetch=True)
+    assert {file.name for file in folder.iterdir()} == {
+        file.name for file in hub.repos[f"owner/{name}"].iterdir()
+    }
+    hub.asked.clear()
+    assert captioner_folder(f"owner/{name}", fetch=True) == folder
+    assert hub.asked == []
 
 
 def test_a_tagger_of_the_hub(onnxruntime: Any, hub: Any, records: dict[str, ImageRecord]) -> None:
