@@ -334,10 +334,10 @@
     easel.did(t("{images} moved.", { images: plural(Object.keys(back).length, "image") }), again, again);
   });
   document.addEventListener("change", ({ target }) => {
-    const { concept, key } = target.dataset ?? {};
+    const { concept, key, was } = target.dataset ?? {};
     if (concept === undefined) return;
     const value = target.type === "number" && target.value ? Number(target.value) : target.value.trim();
-    setConcepts({ do: "set", number: Number(concept), key, value }, t("Concept changed."));
+    setConcepts({ do: "set", number: Number(concept), was, key, value }, t("Concept changed."));
   });
 
   // ---- the check --------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@
     else if (target.id === "bulk-apply") apply(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
-    else if (data.conceptRemove) setConcepts({ do: "set", number: Number(data.conceptRemove), key: "image_dir", value: "" }, t("Concept removed."));
+    else if (data.conceptRemove) setConcepts({ do: "set", number: Number(data.conceptRemove), was: data.was, key: "image_dir", value: "" }, t("Concept removed."));
     else if (data.moveInto !== undefined) moveInto(data.moveInto);
     else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });

@@ -25,7 +25,7 @@ from app.templates import _, note_html, render
 from app.train.form import Plan
 from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags
-from lora_core.data.concepts import edit_concept, propose_concepts, read_concept_file
+from lora_core.data.concepts import edit_concept, parse_concepts, propose_concepts, read_concept_file
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects.project import Project, leave_out, move_images, take_back
@@ -193,6 +193,11 @@ def _concepts_change(project: Project, sent: dict[str, Any]) -> Callable[[Path],
         if do == "make":
             return propose_concepts(project.dataset(), folder)
         if do != "restore":
+            named = {
+                one.number: one.name for one in parse_concepts(read_concept_file(folder), folder).concepts
+            }
+            if "was" in sent and (type(number) is not int or named.get(number) != sent["was"]):
+                raise DatasetError(_("dataset.toml was changed since; nothing was changed."))
             return edit_concept(folder, number if type(number) is int else 0, str(sent.get("key")), value)
         if read_concept_file(folder) != sent.get("now"):
             raise DatasetError(_("dataset.toml was changed since; nothing was taken back."))

@@ -126,6 +126,12 @@ def _check_shares(found: ConceptList) -> None:
                 f"{CONCEPT_LIST} gives some concepts a share and others none ({abbreviate(without)}); give"
                 " each a share, or none."
             )
+        asked = [one.share for one in members if one.share]
+        if asked and max(asked) / MOST_REPEATS > min(asked):
+            found.problems.append(
+                f"{CONCEPT_LIST} has shares of {min(asked):g} and {max(asked):g}, which are more than"
+                f" {MOST_REPEATS:,} times apart; change them."
+            )
     if any(one.share for one in shares[True]) and not any(one.share for one in shares[False]):
         found.problems.append(
             f"{CONCEPT_LIST} gives a share to regularisation alone; give the other concepts one too."
@@ -216,10 +222,10 @@ class _Reader:
         place = Path(os.path.normpath(root / path))
         if not place.is_relative_to(root):
             inner = (part for part in reversed(path.parts) if part not in ("..", path.anchor))
-            near = next((part for part in inner if (root / part).is_dir()), "")
+            near = next((part for part in inner if os.path.isdir(root / part)), "")
             hint = f"did you mean {near!r}?" if near else "put it there, and write its path below that one."
             self.problem(where, f"image_dir = {given!r} is outside of the folder of {CONCEPT_LIST}; {hint}")
-        elif not place.is_dir():
+        elif not os.path.isdir(place):
             self.problem(where, f"image_dir = {given!r} is not there; make it, or remove the subset.")
         else:
             shown = place.relative_to(root).as_posix()
@@ -488,6 +494,8 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
     for problem in after.problems:
         if problem.startswith((f"{where}:", f"{where},")) and problem not in before:
             raise DatasetError(problem)
+    if after.problems and not after.concepts and not before:
+        raise DatasetError(after.problems[0])
     if key == "role" and after.concepts and all(one.role == _REGULARISATION for one in after.concepts):
         raise DatasetError("Regularisation alone teaches nothing; leave one concept a subject or a style.")
     return changed

@@ -762,12 +762,24 @@ def split_holdout(
         chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
     else:
         chosen, sizes = set(), Counter(groups)
+        left = Counter(record.concept for record in records)
+        members: dict[int, Counter[Concept | None]] = {}
+        for group, record in zip(groups, records, strict=True):
+            members.setdefault(group, Counter())[record.concept] += 1
         for group in sorted(sizes, key=lambda group: (_rank_by_hash(records[group], seed), group)):
-            if sizes[group] <= wished:
+            # Each concept keeps something to train on.
+            empties = any(one and left[one] <= count for one, count in members[group].items())
+            if sizes[group] <= wished and not empties:
                 chosen.add(group)
                 wished -= sizes[group]
+                left -= members[group]
     train = [record for group, record in zip(groups, records, strict=True) if group not in chosen]
     held = [record for group, record in zip(groups, records, strict=True) if group in chosen]
+    if by_hand and (gone := {one.concept for one in held} - {one.concept for one in train} - {None}):
+        names = abbreviate(sorted(one.name for one in gone if one))
+        raise DatasetError(
+            f"All images of {names} are held out, by hand or as they look the same; train on some."
+        )
     if by_hand and len(train) < _FEWEST_TO_TRAIN_ON:
         raise DatasetError(
             f"Holding out {len(held)} of {len(records)} images, those that look the same included, leaves"

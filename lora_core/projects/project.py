@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from lora_core.data.images import (
     ImageRecord,
     SizeCache,
     check_mask_png,
+    folder_kind,
+    is_junk,
     is_mask,
     walk_files,
 )
@@ -472,7 +475,8 @@ def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
     project.refuse_demo()
     with project.lock():
         root, dataset = project.image_folder, project.dataset()
-        by_name = {relative_name(one.path, root): one for one in (*dataset.records, *dataset.reg)}
+        all_images = (*dataset.records, *dataset.reg, *dataset.loose)
+        by_name = {relative_name(one.path, root): one for one in all_images}
         places = {name: _folder_below(root, folder) for name, folder in folders.items()}
         there = {
             name: place
@@ -481,7 +485,8 @@ def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
         }
         images = [record.path for record in by_name.values()]
         leaving = [by_name[name] for name in there if name in by_name]
-        masks = {one.path: mask for one in leaving if (mask := _mask_elsewhere(one, root))}
+        users = Counter(record.mask for record in by_name.values())
+        masks = {one.path: (mask, users[mask] > 1) for one in leaving if (mask := _mask_elsewhere(one, root))}
         by_path = {by_name[name].path: place for name, place in there.items() if name in by_name}
         moves, now = _plan_moves(list(there), images, root, by_path.__getitem__, masks)
         held, crops = read_holdout_list(root), read_crops(root)
@@ -502,8 +507,12 @@ def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
 def _folder_below(root: Path, folder: str) -> Path:
     """A folder of the dataset; DatasetError if there is none of that name."""
     place = Path(os.path.normpath(root / folder))
-    if not place.is_relative_to(root) or not place.is_dir():
+    inner = place.relative_to(root) if place.is_relative_to(root) else None
+    # What a link leads to is not read.
+    if inner is None or not os.path.isdir(place) or place.resolve() != root.resolve() / inner:
         raise DatasetError(f"The dataset has no folder {folder!r}; make it first.")
+    if folder_kind(f"{inner.as_posix()}/x") == "mask" or any(map(is_junk, inner.parts)):
+        raise DatasetError(f"Images in the folder {folder!r} are not trained on; choose another.")
     return place
 
 
@@ -547,10 +556,10 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
 
 def _plan_moves(
     names: list[str], images: list[Path], source: Path, folder_of: Callable[[Path], Path],
-    masks: Mapping[Path, Path] = MappingProxyType({}),
+    masks: Mapping[Path, tuple[Path, bool]] = MappingProxyType({}),
 ) -> tuple[list[Move], dict[str, Path]]:  # fmt: skip
     """The moves of images with captions and masks, and where each image will be, by its name below `source`;
-    `masks` are those that are elsewhere.
+    `masks` are those that are elsewhere, and whether others have them too.
 
     Raises:
         DatasetError: one is not there.
@@ -583,8 +592,8 @@ def _plan_moves(
         for file in files:
             target = folder / (stem + file.name[len(path.stem) :])
             moves.append(Move(file, target, copy=shared and file != path))
-        if mask := masks.get(path):
-            several = list(masks.values()).count(mask) > 1
+        if path in masks:
+            mask, several = masks[path]
             moves.append(Move(mask, folder / f"{stem}{MASK_ENDINGS[0]}{mask.suffix}", copy=several))
     return moves, now
 

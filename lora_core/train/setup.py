@@ -254,6 +254,9 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
         # Concepts often number their images alike.
         folder = f"{record.concept.folder}/" if record.concept and record.concept.folder else ""
         name = f"the {'reg ' if record.reg else ''}picture {folder}{record.path.name}"
+        if record.concept and name in inputs:
+            # In the folders below a concept's there may be others of the name.
+            words += f"\nbeside {inputs[name]}"
         inputs[name] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 

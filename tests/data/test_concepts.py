@@ -6,6 +6,7 @@ import os
 import random
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +14,17 @@ from unittest import mock
 import pytest
 from PIL import Image
 
+from app.dataset.view import _concepts_change
 from lora_core.data.audit import TrainingView, audit, concept_rows
 from lora_core.data.concepts import edit_concept, propose_concepts
-from lora_core.data.dataset import apply_settings, open_dataset, scan
+from lora_core.data.dataset import apply_settings, open_dataset, scan, split_holdout
 from lora_core.data.importer import import_folder
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, move_images
+from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
+from lora_core.train.setup import input_hashes
 from lora_core.verbs.datasets import concepts_list, concepts_make, concepts_move, concepts_set
 
 
@@ -471,3 +475,96 @@ def test_a_kill_while_images_move_parts_nothing(tmp_path: Path) -> None:
         else:
             break
     assert last > 8
+
+
+def test_images_move_only_where_they_are_trained_on(tmp_path: Path) -> None:
+    project = scattered(tmp_path / "project")
+    root = project.image_folder
+    (tmp_path / "elsewhere").mkdir()
+    (root / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for folder, says in (
+        ("link", "no folder 'link'"),
+        ("mask", "not trained on"),
+        ("mask/cat", "not trained"),
+    ):
+        with pytest.raises(DatasetError, match=says):
+            move_images(project, {"dog/c.png": folder})
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    # Of the images that no concept has, too; and back.
+    written(root, 'image_dir = "cat"')
+    project.invalidate()
+    back = move_images(project, {"dog/c.png": "cat"})
+    assert back == {"cat/c.png": "dog"}
+    project.invalidate()
+    assert move_images(project, back) == {"dog/c.png": "cat"}
+
+
+def test_a_mask_of_two_images_stays_with_the_one_that_stays(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    root = images(project.image_folder, "cat/a.png", "cat/a.jpg", "dog/b.png", "mask/cat/a.png")
+    (root / "mask/cat/a.txt").unlink()
+    Image.linear_gradient("L").resize((64, 64)).save(root / "mask/cat/a.png")
+    project.invalidate()
+    assert len([one for one in project.dataset().records if one.mask]) == 2
+    move_images(project, {"cat/a.png": "dog"})
+    project.invalidate()
+    assert len([one for one in project.dataset().records if one.mask]) == 2
+
+
+@pytest.mark.parametrize(
+    ("subsets", "says"),
+    [
+        ([f'image_dir = "{"x" * 300}"'], "is not there"),
+        (
+            [f'image_dir = "{name}"\ncustom_attributes = {{ share = {share} }}' for name, share in
+             (("cat", "1e-300"), ("dog", "1e300"))],
+            "more than 10,000 times apart",
+        ),
+    ],
+)  # fmt: skip
+def test_values_beyond_all_measure_are_said(tmp_path: Path, subsets: list[str], says: str) -> None:
+    images(tmp_path, "cat/a.png", "dog/b.png")
+    assert any(says in one for one in sentences(written(tmp_path, *subsets)))
+
+
+def test_an_edit_never_leaves_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    images(tmp_path, "cat/a.png")
+    written(tmp_path, 'image_dir = "cat"')
+    with pytest.raises(DatasetError, match="TOML"):
+        edit_concept(tmp_path, 1, "num_repeats", 10**20)
+
+
+def test_a_concept_that_moved_up_is_not_taken_for_another(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    images(project.image_folder, "cat/a.png", "dog/b.png")
+    written(project.image_folder, 'image_dir = "cat"', 'image_dir = "dog"')
+    project.invalidate()
+    removal = {"do": "set", "number": 1, "was": "cat", "key": "image_dir", "value": ""}
+    project.change_concepts(_concepts_change(project, removal))
+    with pytest.raises(DatasetError, match="changed since"):
+        project.change_concepts(_concepts_change(project, removal))
+    assert 'image_dir = "dog"' in (project.image_folder / "dataset.toml").read_text()
+
+
+def test_a_concept_keeps_something_to_train_on(tmp_path: Path) -> None:
+    images(tmp_path, "dog/b.png", *(f"cat/{number}.png" for number in range(6)))
+    written(tmp_path, 'image_dir = "cat"', 'image_dir = "dog"')
+    records = scan(tmp_path).records
+    for seed in range(20):
+        train, held = split_holdout(records, 0.2, seed)
+        assert len(held) == 1
+        assert {one.concept.name for one in train if one.concept} == {"cat", "dog"}
+    dog = [replace(one, held_out=one.path.parent.name == "dog") for one in records]
+    with pytest.raises(DatasetError, match="All images of dog are held out"):
+        split_holdout(dog, 0.2, 0)
+
+
+def test_images_of_one_name_below_a_concept_are_each_known_on_resume(tmp_path: Path) -> None:
+    images(tmp_path / "images", "cat/x/1.png", "cat/y/1.png")
+    written(tmp_path / "images", 'image_dir = "cat"')
+    run = RunFolder.create(tmp_path / "run", RunConfig())
+    found = []
+    for words in ("before", "after"):
+        (tmp_path / "images/cat/x/1.txt").write_text(words)
+        found.append(input_hashes(run, scan(tmp_path / "images").records))
+    assert found[0] != found[1]
