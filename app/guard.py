@@ -120,12 +120,12 @@ def _network(address: str) -> str:
 
 async def read_body(request: Request, most: int) -> bytes | None:
     """The request's body, None where it has more than `most` bytes."""
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
             return None
-    return body
+    return bytes(body)
 
 
 def _page(note: str, status: int) -> HTMLResponse:
@@ -179,6 +179,8 @@ class Connection(H11Protocol):
 
 
 LARGEST_BODY = 4_000_000
+LARGEST_JSON = 32_000_000
+"""Bytes that a page posts at most: 100,000 long names."""
 LARGEST_HEADER = MAX_HEADER + 8
 SLOWEST_BODY = 30.0
 """Seconds for a body of unknown length, which no page of the window sends."""
@@ -212,13 +214,14 @@ class Guard:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on unless its body is too large; a body of unknown length is read first."""
-        most = _most_bytes(scope["path"]) if scope["type"] == "http" else None
+        headers = Headers(scope=scope)
+        held = "transfer-encoding" in headers
+        most = _most_bytes(scope["path"], held) if scope["type"] == "http" else None
         if most is None:
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
         length = headers.get("content-length", "")
-        if "transfer-encoding" not in headers:
+        if not held:
             # The server holds a body to the length that it says.
             too_large = not re.fullmatch("[0-9]{0,18}", length) or int(length or 0) > most
         else:
@@ -269,11 +272,14 @@ def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
     return None
 
 
-def _most_bytes(path: str) -> int | None:
-    """The largest body accepted on `path`, in bytes; None for routes that count for themselves."""
+def _most_bytes(path: str, held: bool) -> int | None:
+    """The largest body accepted on `path`, in bytes; None for routes that count for themselves. `held` is one
+    of unknown length, which has to be in memory before anyone has logged in."""
     if path.startswith(UPLOADS):
         return None
-    return LARGEST_HEADER if path == "/easel/like" else LARGEST_BODY
+    if path == "/easel/like":
+        return LARGEST_HEADER
+    return LARGEST_JSON if path.startswith("/easel/") and not held else LARGEST_BODY
 
 
 def _opens_the_page(headers: Headers, method: str) -> bool:

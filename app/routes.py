@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.dataset.gallery import count_caption_tokens
 from app.dataset.uploads import ROOM_LEFT
 from app.export.file_manager import SHARED
-from app.guard import LOOPBACK, host_name, is_loopback, read_body
+from app.guard import LARGEST_JSON, LOOPBACK, host_name, is_loopback, read_body
 from app.state import AppState
 from app.templates import _
 from app.train.form import Plan
@@ -42,7 +42,6 @@ IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-LARGEST_JSON = 1_000_000
 LARGEST_FILE = 2_000_000_000
 MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
@@ -285,14 +284,21 @@ def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
         raise
 
 
+def too_many() -> RunError:
+    """What to answer where a page has sent more than is taken."""
+    return RunError(_("That is more than can be sent at once; choose fewer images."))
+
+
 async def _read_sent(request: Request) -> dict[str, Any]:
+    body = await read_body(request, LARGEST_JSON)
+    if body is None:
+        raise too_many()
     try:
-        body = await read_body(request, LARGEST_JSON)
-        sent = None if body is None else parse_json(body or "{}")
+        sent = parse_json(body or "{}")
     except ValueError as error:
         raise BadRequest("not JSON") from error
     if not isinstance(sent, dict):
-        raise BadRequest("too long, or not an object")
+        raise BadRequest("not an object")
     return sent
 
 

@@ -8,6 +8,7 @@ use of.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -27,7 +28,7 @@ from lora_core.data.images import Dataset, file_stamp
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.caption_edits import Captioner, Edit, without_captioned
 from lora_core.projects.project import DEMO, Project, relative_name
-from lora_core.system.files import read_json, write_atomically
+from lora_core.system.files import read_json, read_object, write_atomically
 
 BY_ITSELF = 150
 """Up to so many images are looked over without being asked; a thousand would take a minute of both
@@ -153,6 +154,8 @@ def _relative(value: Any, folder: Path, key: str = "") -> Any:
 
 WHATS = ("captions", "triggers", "pictures", "caption")
 KEPT_IN = "insights.json"
+LARGEST = 256_000_000
+"""Bytes of that file; a captioner's texts of 100,000 images take a tenth."""
 OF_A_RUN = "pictures.json"
 
 
@@ -342,7 +345,7 @@ class DatasetInsights:
         return dict(json.loads(json.dumps(now)))
 
     def _kept(self, what: str) -> dict[str, Any]:
-        kept = read_json(self.project.path / KEPT_IN).get(what)
+        kept = read_json(self.project.path / KEPT_IN, LARGEST).get(what)
         if not isinstance(kept, dict) or not isinstance(kept.get("found"), dict):
             return {}
         _, mark = self._request(what)
@@ -376,11 +379,21 @@ class DatasetInsights:
                 del self._work[what]
 
     def _keep(self, what: str, work: _Work, found: dict[str, Any]) -> None:
-        file = work.project / KEPT_IN
-        kept = {**read_json(file), what: {"mark": work.mark, "found": _relative(found, work.folder)}}
+        file, kept = work.project / KEPT_IN, dict[str, Any]()
         try:
-            write_atomically(file, json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            # One that is broken counts as empty; one that cannot be read now is not replaced.
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                kept = read_object(file, LARGEST)
+            kept[what] = {"mark": work.mark, "found": _relative(found, work.folder)}
+            data = json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            if len(data) > LARGEST:
+                raise OSError(errno.EFBIG, "too large", str(file))
+            write_atomically(file, data)
         except OSError as error:
-            self._problems[what] = _(
-                "The results cannot be saved ({}); free some disk space.", error.strerror
-            )
+            too_large = _(
+                "The results cannot be saved: {} would be larger than {} MB; move it elsewhere, or choose"
+                " fewer images.",
+                file, LARGEST // 10**6,
+            )  # fmt: skip
+            other = _("The results cannot be saved ({}); free some disk space.", error.strerror)
+            self._problems[what] = too_large if error.errno == errno.EFBIG else other

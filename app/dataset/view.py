@@ -19,7 +19,7 @@ from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
 from app.dataset.findings import BY_ITSELF, DatasetInsights, plan_training
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
-from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url
+from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url, too_many
 from app.state import AppState, Snapshot
 from app.templates import _, note_html, render
 from app.train.form import Plan
@@ -309,13 +309,17 @@ def _undo_edit(project: Project) -> dict[str, Any]:
 
 def _folders(sent: dict[str, Any]) -> dict[str, str]:
     folders = sent.get("folders")
-    if not isinstance(folders, dict) or len(folders) > MOST_NAMES:
+    if not isinstance(folders, dict):
         raise BadRequest("no folders of images")
+    if len(folders) > MOST_NAMES:
+        raise too_many()
     return {name: str(folder) for name, folder in folders.items()}
 
 
 def _names(sent: dict[str, Any]) -> list[str]:
     names = sent.get("pictures")
-    if not isinstance(names, list) or len(names) > MOST_NAMES:
+    if not isinstance(names, list):
         raise BadRequest("no list of images")
+    if len(names) > MOST_NAMES:
+        raise too_many()
     return [str(name) for name in names]

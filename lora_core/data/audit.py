@@ -562,8 +562,11 @@ class _Look:
     thumb: np.ndarray | None = None
 
 
-Looks = dict[tuple[str, int, int, Crop | None, str], _Look]
-"""What was measured before, by path, time of the file, resolution, crop and background."""
+MEASURE = 1
+"""Raised with each change of a measurement, so that what was kept before is measured anew."""
+Looks = dict[tuple[str, int, int, int, int, Crop | None, str], _Look]
+"""What was measured before, by path, time and bytes of the file, resolution, what sides are divisible by,
+crop and background."""
 
 
 @contextlib.contextmanager
@@ -573,11 +576,12 @@ def kept_looks(file: Path) -> Iterator[Looks]:
     looks: Looks = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(file) as kept:
-            keys, columns = json.loads(kept["keys"].tobytes()), [kept[name] for name in _COLUMNS]
-        for (path, time, side, crop, behind), shape, colours, sharp, thumb in zip(
-            keys, *columns, strict=True
-        ):
-            key = (path, time, side, crop and tuple(crop), behind)
+            current = int(kept["measure"]) == MEASURE
+            keys = json.loads(kept["keys"].tobytes()) if current else []
+            columns = [kept[name] for name in _COLUMNS] if current else []
+        for (*plain, crop, behind), shape, colours, sharp, thumb in zip(keys, *columns, strict=True):
+            path, time, size, side, multiple = plain
+            key = (path, time, size, side, multiple, crop and tuple(crop), behind)
             looks[key] = _Look(Fingerprint(shape, colours.astype(np.float64)), float(sharp), thumb)
     before = looks.keys() | ()
     try:
@@ -599,7 +603,8 @@ def _keep_looks(file: Path, looks: Looks) -> None:
     columns = map(np.array, zip(*rows, strict=True)) if rows else [()] * len(_COLUMNS)
     arrays: dict[str, Any] = dict(zip(_COLUMNS, columns, strict=True))
     buffer = io.BytesIO()
-    np.savez(buffer, keys=np.frombuffer(json.dumps(list(looks)).encode(), np.uint8), **arrays)
+    keys = np.frombuffer(json.dumps(list(looks)).encode(), np.uint8)
+    np.savez(buffer, measure=MEASURE, keys=keys, **arrays)
     # Without the file the images are looked at once more, nothing else.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -751,7 +756,8 @@ def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
 
 def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> _Look:
     try:
-        key = (str(record.path), record.path.stat().st_mtime_ns, resolution, record.crop, record.background)
+        file, how = record.path.stat(), (record.crop, record.background)
+        key = (str(record.path), file.st_mtime_ns, file.st_size, resolution, multiple, *how)
         if key not in known:
             image = open_image(record, 2 * resolution)
             fitted = resize_and_crop(image, choose_bucket(*image.size, resolution, multiple))

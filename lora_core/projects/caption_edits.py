@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import caption_file, rules_of, split_tags, with_trigger, write_caption
+from lora_core.data.captions import caption_file, rules_of, split_tags, with_trigger
 from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
@@ -293,23 +293,18 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     changes, _ = _changes(project, edit, only)
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
-        before = {name: _bytes(caption_file(record)) for name, record, _ in changes}
+        changes, before = _still_so(project, changes)
         alone = all(_is_caption(record, before[name]) for name, record, _ in changes)
         if not alone:
             project.invalidate()
-            now = project.images()
-            changes = [one for one in changes if now.get(one[0]) == one[1]]
-            before = {name: _bytes(caption_file(record)) for name, record, _ in changes}
+            changes, before = _still_so(project, changes)
         if changes:
             after = {name: caption for name, _, caption in changes}
             kept = {"what": describe_edit(edit), "before": before, "after": after}
             _keep(project, [*_steps(project), kept])
-            for _, record, caption in changes:
-                write_caption(record.path, caption, wait=False, file=caption_file(record))
+            project.write_captions([(record, caption) for _, record, caption in changes], wait=False)
             sync_folder(project.image_folder)
-            if alone:
-                project.put_captions({record.path: caption for _, record, caption in changes})
-            else:
+            if not alone:
                 project.invalidate()
     return len(changes)
 
@@ -364,6 +359,13 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
         after = apply_edit([record.caption for _, record in wanted], edit)
     pairs = zip(wanted, after, strict=True)
     return [(name, record, new) for (name, record), new in pairs if new != record.caption], len(wanted)
+
+
+def _still_so(project: Project, changes: list[_Change]) -> tuple[list[_Change], dict[str, str | None]]:
+    """The changes of images that are as they were, and the texts beside them."""
+    now = project.images()
+    changes = [one for one in changes if now.get(one[0]) == one[1]]
+    return changes, {name: _bytes(caption_file(record)) for name, record, _ in changes}
 
 
 def _steps(project: Project) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from lora_core.data.dataset import (
     write_holdout_list,
 )
 from lora_core.data.images import (
+    CROP_LIST,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MASK_OF,
@@ -304,16 +305,31 @@ class Project:
                 "The demo's captions stay as they are; drop your own images to write captions."
             )
         with self.lock():
-            record = self.find_image(name)
-            write_caption(record.path, text, file=caption_file(record))
-            self.put_captions({record.path: text})
+            self.write_captions([(self.find_image(name), text)])
 
-    def put_captions(self, texts: Mapping[Path, str]) -> None:
-        """Put captions of images in place that were written to the text files beside them."""
-        # Not those of `dataset()`, which would read the folder again because it was touched.
-        now = self._scanned[1].records if self._scanned else []
-        # A scan strips captions, too.
-        self._replace({r.path: replace(r, caption=texts[r.path].strip()) for r in now if r.path in texts})
+    def write_captions(self, texts: Sequence[tuple[ImageRecord, str]], wait: bool = True) -> None:
+        """Write captions of images to the text files beside them; `wait` as for `write_caption`.
+
+        Raises:
+            DatasetError: the disk refuses; those before are written.
+        """
+        files = {caption_file(record): text for record, text in texts}
+        with self._own_writes({file.name for file in files}) as changed:
+            for record, text in texts:
+                write_caption(record.path, text, wait, caption_file(record))
+            # An image of the same stem has the same caption.
+            stems = {_stem(file) for file in files}
+            sharing = [one for one in self._records() if _stem(one.path) in stems]
+            for record in sharing:
+                if (file := caption_file(record)) in files:
+                    # A scan strips captions, too.
+                    changed[record.path] = replace(record, caption=files[file].strip())
+        if len(changed) < len(sharing):
+            self.invalidate()
+
+    def _records(self) -> list[ImageRecord]:
+        """The images of the last scan, though the folder may have been touched since."""
+        return self._scanned[1].records if self._scanned else []
 
     def hold_out(self, names: list[str], on: bool) -> None:
         """Hold images out for validation, or train on them again.
@@ -327,9 +343,9 @@ class Project:
             by_name = self.images()
             held = {name for name, record in by_name.items() if record.held_out}
             held = held | (wanted & by_name.keys()) if on else held - wanted
-            write_holdout_list(self.image_folder, held)
-            changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
-            self._replace(changed)
+            with self._own_writes({HOLDOUT_LIST}) as changed:
+                write_holdout_list(self.image_folder, held)
+                changed |= {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
 
     def crop(self, name: str, edges: Sequence[float] | None) -> Crop | None:
         """Train on a part of an image, or on all of it; returns what the crop was.
@@ -354,8 +370,9 @@ class Project:
                 changed = crop_record(changed, crop)
             others = read_crops(self.image_folder).items()
             kept = {other: edges for other, edges in others if fold_name(other) != fold_name(name)}
-            write_crops(self.image_folder, kept | ({name: changed.crop} if changed.crop else {}))
-            self._replace({record.path: changed})
+            with self._own_writes({CROP_LIST}) as put:
+                write_crops(self.image_folder, kept | ({name: changed.crop} if changed.crop else {}))
+                put[record.path] = changed
             return record.crop
 
     def write_mask(self, name: str, png: str | None) -> None:
@@ -396,16 +413,39 @@ class Project:
             self.invalidate()
         return {"before": before, "after": after}
 
-    def _replace(self, changed: dict[Path, ImageRecord]) -> None:
-        """Put changed records in place, without reading the folder again although it was touched."""
-        folder = self.dataset_folder
-        if self._scanned is None:
-            return
-        key, old = self._scanned
-        if isinstance(key, tuple) and key[0] == folder:
+    @contextmanager
+    def _own_writes(self, names: set[str]) -> Iterator[dict[Path, ImageRecord]]:
+        """Put the records that are added meanwhile in place, without reading the folder again although it is
+        touched; unless others touched more in it than the files of those names."""
+        folder, changed = self.dataset_folder, dict[Path, ImageRecord]()
+        self.dataset()
+        before = _list_entries(folder)
+        scanned_before = self._scanned and self._scanned[0] == (folder, folder.stat().st_mtime_ns)
+        try:
+            yield changed
+        except BaseException:
+            self.invalidate()
+            raise
+        if self._scanned is not None:
+            # The time first, so that what comes between is read next time.
             key = (folder, folder.stat().st_mtime_ns)
-        self._scanned = (key, replace(old, records=[changed.get(r.path, r) for r in old.records]))
-        self._revision += 1
+            others = {name for name, _ in before ^ _list_entries(folder)} - names
+            old = self._scanned[1]
+            records = [changed.get(r.path, r) for r in old.records]
+            self._scanned = (key if scanned_before and not others else None, replace(old, records=records))
+            self._revision += 1
+
+
+def _stem(path: Path) -> str:
+    """A file's path without its ending, as file systems compare it."""
+    return fold_name(os.path.splitext(path)[0])
+
+
+def _list_entries(folder: Path) -> set[tuple[str, int]]:
+    """The files of a folder by their names, and a number that is another where one took another's place."""
+    with os.scandir(folder) as entries:
+        # Each system gives one of them with the name, and the other for a call a file.
+        return {(e.name, e.inode() if os.name == "posix" else e.stat().st_mtime_ns) for e in entries}
 
 
 def relative_name(path: Path, folder: Path) -> str:

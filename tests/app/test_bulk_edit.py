@@ -1,8 +1,11 @@
 """Changes of many captions in the project: seen before, taken back after, byte for byte."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from app.state import AppState
 from lora_core.errors import DatasetError
@@ -126,6 +129,70 @@ def test_the_folder_is_read_again_only_where_captions_came_from_elsewhere(
     assert bulk.apply(app_state.project, Edit("append", put="by night"), named) == 1
     assert app_state.project.find_image("picture-0.png").caption == "by another program"
     assert app_state.project.find_image("picture-1.png").caption.endswith("outside, by night")
+
+
+def shown(app_state: AppState) -> list[tuple[str, str]]:
+    return [(record.path.name, record.caption) for record in app_state.project.dataset().records]
+
+
+def seen_before(app_state: AppState) -> None:
+    """The folder was read long ago, as coarse clocks see it."""
+    os.utime(app_state.project.image_folder, (1e9, 1e9))
+    app_state.project.dataset()
+
+
+@pytest.mark.parametrize("when", ["apply_edit", "_keep", "write_caption"])
+def test_an_image_that_comes_during_an_edit_is_seen(
+    app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    seen_before(app_state)
+    module = projects if when == "write_caption" else bulk
+    plain, new = getattr(module, when), app_state.project.image_folder / "new.png"
+
+    def slowly(*given: object) -> object:
+        if not new.exists():
+            shutil.copyfile(pictures[2], new)
+        return plain(*given)
+
+    monkeypatch.setattr(module, when, slowly)
+    named = {"picture-0.png", "picture-1.png"}
+    assert bulk.apply(app_state.project, Edit("append", put="outside"), named) == 2
+    captions = [f"a plain field, number {n}, outside" for n in range(2)]
+    names = ["new.png", *(path.name for path in pictures)]
+    assert shown(app_state) == list(zip(names, ["", *captions, ""], strict=True))
+
+
+def test_a_file_that_takes_another_s_place_during_an_edit_is_seen(
+    app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen_before(app_state)
+    plain = projects.write_caption
+
+    def slowly(*given: object) -> None:
+        plain(*given)
+        Image.new("RGB", (200, 100)).save(pictures[2].with_name("made.png"))
+        pictures[2].with_name("made.png").replace(pictures[2])
+
+    monkeypatch.setattr(projects, "write_caption", slowly)
+    app_state.project.save_caption("picture-0.png", "outside")
+    assert (app_state.project.find_image("picture-2.png").width, shown(app_state)[0][1]) == (200, "outside")
+
+
+def test_a_text_of_several_images_changes_for_each(app_state: AppState, pictures: list[Path]) -> None:
+    for name in ("picture-0.jpg", "Picture-1.webp"):
+        Image.new("RGB", (64, 64)).save(pictures[0].with_name(name))
+    seen_before(app_state)
+    for image, word in (("picture-0.png", "one"), ("picture-0.jpg", "two"), ("picture-1.png", "three")):
+        assert bulk.apply(app_state.project, Edit("append", put=word), {image}) == 1
+        captions = shown(app_state)
+        app_state.project.invalidate()
+        assert captions == shown(app_state)
+    texts = {"picture-0.png": "of the first", "picture-0.jpg": "of the last"}
+    edit = Edit("caption", "tagger", texts=texts, how="replace")
+    assert bulk.apply(app_state.project, edit, texts.keys()) == 2
+    captions = shown(app_state)
+    app_state.project.invalidate()
+    assert captions == shown(app_state)
 
 
 def test_what_can_be_taken_back_is_bounded_in_bytes(

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
+from app import routes
 from app.dataset import findings, uploads
 from app.dataset.gallery import summarize
 from app.state import AppState, take_snapshot
@@ -528,3 +529,18 @@ def test_a_look_at_many_images_counts_them_once(
     app_state.project.save_caption("picture-0.png", "a red | a blue one")
     assert details(take_snapshot(app_state)) != shown[0]
     assert len(asked) == 6
+
+
+def test_a_long_choice_is_taken_and_one_that_is_too_long_is_said_to_be(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"a folder/and an image with a long name, {n}.png" for n in range(30_000)]
+    answer = client.post("/easel/leave-out", json={"pictures": names})
+    assert "There is no image named" in answer.json()["problem"]
+    too_many = "That is more than can be sent at once; choose fewer images."
+    for sent in ({"pictures": ["a"] * 100_001}, {"folders": dict.fromkeys(map(str, range(100_001)), "")}):
+        path = "leave-out" if "pictures" in sent else "move"
+        assert client.post(f"/easel/{path}", json=sent).json() == {"problem": too_many}
+    monkeypatch.setattr(routes, "LARGEST_JSON", 1000)
+    answer = client.post("/easel/leave-out", json={"pictures": ["a" * 1000]})
+    assert (answer.status_code, answer.json()) == (200, {"problem": too_many})

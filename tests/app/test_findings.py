@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from app.dataset import findings
 from app.state import AppState
+from lora_core.system.files import LARGEST_JSON
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import wait_for
 
@@ -98,6 +100,28 @@ def test_what_was_found_is_named_kept_and_goes_stale(
     assert again.insights.state()["captions"] == state
     app_state.project.save_caption("picture-0.png", "something else")
     assert client.get("/easel/insights").json()["captions"]["fresh"] is False
+
+
+def test_large_findings_are_kept_and_none_that_cannot_be_read_is_replaced(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = app_state.project.path / findings.KEPT_IN
+    file.write_text(json.dumps({"caption": {"mark": "", "found": {"texts": {"a": "x" * LARGEST_JSON}}}}))
+    ask(client, "captions")
+    assert settled(client, "captions")["state"] == "done"
+    assert set(json.loads(file.read_text())) == {"caption", "captions"}
+    assert app_state.insights.state()["captions"]["fresh"]
+    file.write_text(json.dumps({"caption": {"mark": "", "found": {"texts": {"a": "x" * 10**6}}}}))
+    before = file.read_bytes()
+    for most in (len(before) - 1, len(before) + 9):
+        monkeypatch.setattr(findings, "LARGEST", most)
+        ask(client, "triggers")
+        assert "would be larger than 1 MB" in settled(client, "triggers")["message"]
+        assert file.read_bytes() == before
+    monkeypatch.undo()
+    file.write_bytes(b"{broken")
+    ask(client, "triggers")
+    assert settled(client, "triggers")["state"] == "done"
 
 
 def test_captions_that_are_all_the_same_are_not_asked_about(client: TestClient, pictures: list[Path]) -> None:

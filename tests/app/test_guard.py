@@ -682,8 +682,12 @@ def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
     assert answer.status_code == 413
     assert "larger than the 4,000,000 bytes" in answer.text
     assert client.post("/anything", content=iter([b"a", b"b"])).text == "hello"
-    for route in ("/easel/upload/abc", "/gradio_api/upload"):
+    for route in ("/easel/upload/abc", "/gradio_api/upload", "/easel/bulk"):
         assert client.post(route, content=b"x" * 5_000_000).text == "hello"
+    # Names of many images, but not before it is known how many, as whoever sends may not be logged in.
+    assert client.post("/easel/bulk", content=chunks()).status_code == 413
+    answer = client.post("/easel/bulk", content=b"x" * 32_000_001)
+    assert "larger than the 32,000,000 bytes" in answer.text
 
 
 async def slow_hello(request: Any) -> PlainTextResponse:

@@ -1,6 +1,7 @@
 """Each finding on pictures made for it, and none on sound ones."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,35 @@ def test_an_audit_goes_on_where_another_was_cancelled(
     file.write_bytes(b"PK broken")
     with kept_looks(file) as looks:
         assert looks == {}
+
+
+def test_looks_of_another_file_bucket_or_measurement_are_not_taken(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = draw(tmp_path / "set" / "a.png", (64, 48), 1, "one"), tmp_path / "looks.npz"
+    opened: list[str] = []
+    plain = audits.open_image
+    monkeypatch.setattr(
+        audits, "open_image", lambda one, *more: (opened.append(one.path.name), plain(one, *more))[1]
+    )
+
+    def looked(multiple: int = 8) -> bool:
+        opened.clear()
+        with kept_looks(file) as looks:
+            audit(scan(tmp_path / "set"), TrainingView(32, multiple), None, looks)
+        return bool(opened)
+
+    assert [looked(), looked(), looked(16), looked(16)] == [True, False, True, False]
+    stamp = path.stat()
+    path.write_bytes(path.read_bytes() + b"more")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert [looked(), looked()] == [True, False]
+    monkeypatch.setattr(audits, "MEASURE", audits.MEASURE + 1)
+    assert [looked(), looked()] == [True, False]
+    with np.load(file) as kept:
+        old = {name: kept[name] for name in kept.files if name != "measure"}
+    np.savez(file, **old)
+    assert [looked(), looked()] == [True, False]
 
 
 def test_phrases_of_rare_words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
