@@ -523,8 +523,13 @@ def uninstall(words: list[str]) -> None:
     if unknown := set(words) - {"--workspace", "--yes"}:
         raise SetupError(f"uninstall takes --workspace and --yes, not {' '.join(sorted(unknown))}.")
     home, goes = find_workspace(), [VENV] if VENV.exists() else []
-    if home and (live := ask_python(LIVE, str(home))):
+    if live := ask_python(LIVE, str(home)) if home else None:
         raise SetupError(f"Stop first what is being trained ({live}); nothing was removed.")
+    if live is None and "--yes" not in words and ask_python("") is not None:
+        raise SetupError(
+            "Whether something is being trained could not be checked, so nothing was removed; see that"
+            " nothing is, then give --yes."
+        )
     if "--workspace" in words:
         # A home folder may have projects of another sort, and what lies within is more than a workspace.
         within = (Path.home(), ROOT)
@@ -565,10 +570,10 @@ from lora_core.runs.folder import all_runs
 print(*(run.name for run in all_runs(pathlib.Path(sys.argv[1])) if run.live_process()), sep=", ")"""
 
 
-def ask_python(code: str, *words: str) -> str:
-    """What the Python of .venv prints for `code`, "" where it cannot."""
+def ask_python(code: str, *words: str) -> str | None:
+    """What the Python of .venv prints for `code`, None where it cannot."""
     command = [str(PYTHON), "-c", code, *words]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
-    return ""
+    return None

@@ -446,6 +446,20 @@ class QueueClient:
             return False
 
 
+TENSORBOARD_SECONDS = 60.0
+"""From its start to its address."""
+SERVE_TENSORBOARD = """import os, threading
+
+def end_with_the_window():
+    os.read(0, 1)
+    os._exit(0)
+
+threading.Thread(target=end_with_the_window, daemon=True).start()
+from tensorboard.main import run_main
+run_main()"""
+"""The window holds the other end of its input, which closes even where the window is killed."""
+
+
 class TensorBoard:
     """TensorBoard on the runs of a workspace: a process for this computer only that ends with the window."""
 
@@ -461,7 +475,7 @@ class TensorBoard:
 
         Raises:
             ConfigError: it is not installed.
-            RunError: it ended before it had an address.
+            RunError: it ended before it had an address, or had none in time.
         """
         require_package("TensorBoard", "tensorboard", "tensorboard")
         with self._lock:
@@ -474,17 +488,26 @@ class TensorBoard:
     def close(self) -> None:
         """End it."""
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+            with self._process as process:
+                process.terminate()
 
     def _start(self) -> None:
         log = self._workspace / "logs" / "tensorboard.txt"
         log.unlink(missing_ok=True)
         runs = str(runs_folder(self._workspace))
-        words = ["-m", "tensorboard.main", "--logdir", runs, "--host", "127.0.0.1", "--port", "0"]
-        self._process = start_detached([sys.executable, *words], log, self._workspace)
+        words = ["-c", SERVE_TENSORBOARD, "--logdir", runs, "--host", "127.0.0.1", "--port", "0"]
+        self._process = start_detached([sys.executable, *words], log, self._workspace, subprocess.PIPE)
+        end = time.monotonic() + TENSORBOARD_SECONDS
         while not (found := re.search(r" at (http://\S+/)\s", log.read_text("utf-8", "replace"))):
             if self._process.poll() is not None:
                 raise RunError(_("TensorBoard did not start: {reason}", reason=last_log_line(log)))
+            if time.monotonic() > end:
+                self.close()
+                raise RunError(
+                    _(
+                        "TensorBoard did not start: {reason}",
+                        reason=f"no address within {TENSORBOARD_SECONDS:.0f} s ({log})",
+                    )
+                )
             time.sleep(0.1)
         self._address = found[1]

@@ -127,14 +127,6 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         whole = below(runs_folder(app_state.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
-    def require_near(request: Request, else_: str) -> None:
-        """Refuse a page on another computer, with a sentence."""
-        asker, host = request.client, request.headers.get("host", "")
-        # A local proxy may speak for a remote client.
-        near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
-        if not near or host_name(host) not in LOOPBACK:
-            raise RunError(else_)
-
     @app.post("/easel/show-file")
     def show_file(request: Request, sent: Sent) -> Response:
         require_near(request, SHARED)
@@ -153,6 +145,19 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return {"saved": True, **revisions, **_tokens(app_state, sent)}
 
     add_actions(app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, sent)})
+
+
+def require_near(request: Request, else_: str) -> None:
+    """Refuse a page on another computer, with the sentence `else_`.
+
+    Raises:
+        RunError: the page is on another one.
+    """
+    asker, host = request.client, request.headers.get("host", "")
+    # A local proxy may speak for a remote client.
+    near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
+    if not near or host_name(host) not in LOOPBACK:
+        raise RunError(else_)
 
 
 def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:

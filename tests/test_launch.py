@@ -646,6 +646,21 @@ def test_uninstalling_waits_for_what_is_trained(
     assert launch.main(["uninstall", "--yes"]) == 0
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_uninstalling_says_where_it_cannot_check_what_is_trained(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: bool
+) -> None:
+    """A Python that runs, without the engine: as where a setup broke off."""
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(install, "LIVE", "raise SystemExit(1)")
+    monkeypatch.setattr(install, "find_workspace", lambda: place / "workspace" if found else None)
+    monkeypatch.setattr("builtins.input", lambda question: "yes")
+    assert launch.main(["uninstall"]) == 1
+    assert "could not be checked" in capsys.readouterr().out
+    assert (place / ".venv").is_dir()
+    assert launch.main(["uninstall", "--yes"]) == 0
+
+
 def test_the_workspace_is_the_one_that_a_start_uses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "ROOT", ROOT)
     monkeypatch.setenv("LORA_EASEL_HOME", str(place / "elsewhere"))

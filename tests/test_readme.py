@@ -155,6 +155,12 @@ def test_the_file_of_settings_is_read(tmp_path: Path) -> None:
     assert load_toml(tmp_path / "settings.toml")["adapter"]["rank"] == 8
 
 
+def test_the_navigation_has_each_page_once() -> None:
+    pages = re.findall(r"^ +- .*?([\w/]+\.md)$", page("mkdocs.yml").partition("\nnav:")[2], re.M)
+    assert len(pages) > 20
+    assert sorted(set(pages)) == sorted(pages)
+
+
 def test_the_site_has_every_page_verb_and_setting(tmp_path: Path) -> None:
     """Built with warnings as errors: of links, anchors, and pages that the navigation lacks."""
     pytest.importorskip("material", reason="the extra `docs` brings mkdocs-material: python launch.py test")

@@ -8,13 +8,13 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from app.bindings import Bindings, html_block
 from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
-from app.routes import FRESH, BadRequest, add_actions, below, run_url
+from app.routes import FRESH, Answer, BadRequest, Sent, add_actions, below, require_near, run_url
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import _, note_html, render
 from app.toolbox.tools import BackgroundTask, add_task, check_memory_is_free
@@ -163,7 +163,7 @@ def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def upload(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Write the file and upload it with its model card to the hub, where nobody else sees it.
+    """Write the file and upload it with its model card to a private repository of the hub.
 
     Raises:
         LoraError: the file could not be written, nobody is logged in, or the hub refuses.
@@ -173,8 +173,10 @@ def upload(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         raise RunError(_("Type the repository to upload to, as owner/name."))
     _run, result = write_export(app_state, sent)
     file = Path(str(result["file"]))
-    url = upload_files(repo, files_to_upload(file, file.with_suffix(".md").read_text("utf-8"), license))
-    return {"copied": render("export/uploaded.html", url=url), "works_in": compatibility_card(result)}
+    files = files_to_upload(file, file.with_suffix(".md").read_text("utf-8"), license)
+    url, written = upload_files(repo, files)
+    said = render("export/uploaded.html", url=url, kept="README.md" not in written, license=license)
+    return {"copied": said, "works_in": compatibility_card(result)}
 
 
 def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, dict[str, Any]]:
@@ -257,9 +259,16 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     report = BackgroundTask(app_state.worker)
     add_task(app, app_state.live, "report", report)
 
-    actions = {"export/choose": choose, "export/write": export, "export/copy": copy, "export/upload": upload}
+    actions = {"export/choose": choose, "export/write": export, "export/copy": copy}
     add_actions(app, {path: functools.partial(act, app_state) for path, act in actions.items()})
     add_actions(app, {"report/start": functools.partial(begin_report_task, app_state, report)})
+
+    @app.post("/easel/export/upload")
+    def send(request: Request, sent: Sent) -> Response:
+        require_near(
+            request, _("An upload uses the token of the computer that runs this window: start it there.")
+        )
+        return Answer(upload(app_state, sent))
 
     @app.get("/easel/report/of/{run}")
     def page(run: str, download: int = 0) -> Response:

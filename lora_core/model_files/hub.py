@@ -414,8 +414,9 @@ def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path 
     return {file.name: file, "README.md": card.encode("utf-8", "replace"), **images}
 
 
-def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -> str:
-    """Commit files to a repository for models, which is made, private, if there is none; its address.
+def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -> tuple[str, list[str]]:
+    """Commit files to a repository for models, which is made, private, if there is none; returns its address
+    and the names of the files that were written.
 
     A README.md that is there already stays. The token is huggingface_hub's own, of HF_TOKEN or `hf auth
     login`: it is neither taken as an argument nor written anywhere.
@@ -426,8 +427,8 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
         public: whether everybody may see it.
 
     Raises:
-        ModelFileError: nobody is logged in, others can see the repository though it is not asked for, or the
-            hub does not answer or refuses.
+        ModelFileError: nobody is logged in, the repository is there and not as public as it is asked for, or
+            the hub does not answer or refuses.
     """
     if not is_hub_id(repo):
         raise ModelFileError(f"{repo!r} is no repository of the hub; give OWNER/NAME.")
@@ -441,10 +442,15 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
     api = HfApi()
     with _in_a_sentence(repo, "uploaded", otherwise=""):
         api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.model_info(repo, timeout=ANSWER_SECONDS).private:
+        if public == bool(api.model_info(repo, timeout=ANSWER_SECONDS).private):
+            seen, wanted, otherwise = (
+                ("it is private", "public", "leave out")
+                if public
+                else ("everybody can see it", "private", "give")
+            )
             raise ModelFileError(
-                f"{repo} is there already and everybody can see it; choose another, make it private at"
-                f" {constants.ENDPOINT}/{repo}/settings, or give --public."
+                f"{repo} is there already and {seen}; choose another, make it {wanted} at"
+                f" {constants.ENDPOINT}/{repo}/settings, or {otherwise} --public."
             )
         kept = ["README.md"] if api.file_exists(repo, "README.md") else []
         added = [CommitOperationAdd(name, data) for name, data in files.items() if name not in kept]
@@ -454,7 +460,7 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
             if isinstance(error.__cause__, NetworkError):
                 raise error.__cause__ from error
             raise ModelFileError(f"The hub did not take the files of {repo}: {error}") from error
-    return f"{constants.ENDPOINT}/{repo}"
+    return f"{constants.ENDPOINT}/{repo}", [name for name in files if name not in kept]
 
 
 @contextlib.contextmanager

@@ -82,12 +82,14 @@ def child_environment(workspace: Path) -> dict[str, str]:
     }
 
 
-def start_detached(command: list[str], log_file: Path, workspace: Path) -> "subprocess.Popen[bytes]":
+def start_detached(
+    command: list[str], log_file: Path, workspace: Path, stdin: int = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
     """A child of its own session, all that it says appended to `log_file`."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "ab") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            command, stdin=stdin, stdout=log, stderr=subprocess.STDOUT,
             env=child_environment(workspace), **detached(),
         )  # fmt: skip
 

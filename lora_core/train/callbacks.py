@@ -114,19 +114,18 @@ class RunContext:
         self.run, self.goal, self.before, self.group = run, goal, before, group
         self._writer = events.EventWriter(run.events_file)
         self._on_event = on_event
-        self._boards: list[TensorBoardWriter | WandbWriter] = []
-        self._last_report = 0.0
+        self._boards: list[Board] = []
+        self._last_report, self._last_step = 0.0, before.step
         self.stopping = stopping
         self._last_stat: tuple[int, int] | None = None
         self._pending: list[dict[str, str]] = []
 
     def emit(self, event: events.Event) -> None:
         """Write an event, and show it to the caller and on the boards."""
+        self._last_step = event.step
         self._writer.write(event)
         self._on_event(event)
-        for board in self._boards:
-            with contextlib.suppress(OSError):
-                board.show(event)
+        self._on_boards(event.step, lambda board: board.show(event), "The run goes on without it.")
 
     def open_boards(self, config: RunConfig) -> None:
         """Show events on the boards that the settings name too, from now on."""
@@ -135,9 +134,24 @@ class RunContext:
 
     def close(self) -> None:
         """Close all files."""
+        self._on_boards(
+            self._last_step, lambda board: board.close(), "The end of the run may be missing there."
+        )
         self._writer.close()
+
+    def _on_boards(self, step: int, act: Callable[["Board"], None], consequence: str) -> None:
+        """Have each board act; one that fails is taken out with a warning, and never ends the run."""
+        failed: dict[Board, Exception] = {}
         for board in self._boards:
-            board.close()
+            try:
+                act(board)
+            except Exception as error:  # noqa: BLE001 - wandb raises Exception itself
+                failed[board] = error
+        self._boards = [board for board in self._boards if board not in failed]
+        for board, reason in failed.items():
+            with contextlib.suppress(Exception):
+                board.close()
+            self.warn(step, f"{board.name} ended: {str(reason).rstrip('.')}. {consequence}")
 
     def warn(self, step: int, message: str) -> None:
         """Emit a warning."""
@@ -680,6 +694,8 @@ class Export:
 class TensorBoardWriter:
     """Writes one run's events as curves and images."""
 
+    name = "TensorBoard"
+
     def __init__(self, run: RunFolder, done: int) -> None:
         """Write below the run's folder, from `done` steps on. `preflight.require_packages` comes first."""
         self._run = run
@@ -717,12 +733,16 @@ class WandbWriter:
     A step that is repeated after a resume has two points: there is no taking back.
     """
 
+    name = "Weights & Biases"
+
     def __init__(self, run: RunFolder, done: int) -> None:
         """Begin, or go on with what an earlier process of the run began.
 
         Raises:
             ConfigError: it refuses, as when WANDB_MODE is `online` and nobody is logged in.
         """
+        # Read at the import; without it wandb sends reports of itself even where it is offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self._run, self._wandb = run, importlib.import_module("wandb")
         identity = hashlib.sha256(str(run.path).encode()).hexdigest()[:16]
         numbers = {
@@ -753,7 +773,7 @@ class WandbWriter:
                 config=numbers,
                 settings=own,
             )
-        except (self._wandb.Error, OSError) as error:
+        except Exception as error:
             raise ConfigError(
                 f"save.wandb = true: Weights & Biases did not start: {error}. Set WANDB_MODE to offline, or"
                 " turn it off."
@@ -775,6 +795,9 @@ class WandbWriter:
         self._board.finish()
 
 
-def chosen_boards(save: SaveSection) -> list[type[TensorBoardWriter | WandbWriter]]:
+Board = TensorBoardWriter | WandbWriter
+
+
+def chosen_boards(save: SaveSection) -> list[type[Board]]:
     """What a run is shown on beside its own folder."""
     return [TensorBoardWriter] * save.tensorboard + [WandbWriter] * save.wandb

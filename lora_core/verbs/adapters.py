@@ -432,7 +432,8 @@ def upload(
         public: whether everybody may see it.
 
     Returns:
-        url of the repository, and files: those that it was given; a README.md that is there stays.
+        url of the repository, files (names of those written), kept (README.md where there was one: it stays,
+        and the licence is not written).
 
     Raises:
         LoraError: there is no such file, nobody is logged in, or the hub refuses.
@@ -445,7 +446,8 @@ def upload(
     header, card = read_header(source), card_file(source)
     text = card.read_text("utf-8") if card.is_file() else model_card(header.metadata, source.name)
     files = files_to_upload(source, text, license)
-    return {"url": upload_files(repo, files, public), "files": list(files)}
+    url, written = upload_files(repo, files, public)
+    return {"url": url, "files": written, "kept": [name for name in files if name not in written]}
 
 
 def _exported_file(file: File, workspace: Place) -> Path:

@@ -21,6 +21,7 @@ from app.export.view import (
     written_line,
 )
 from app.state import AppState, OtherTools, take_snapshot
+from app.templates import render
 from app.toolbox.view import (
     compatibility_card,
     describe_training,
@@ -220,6 +221,13 @@ def test_an_upload_is_private_and_says_where_it_is(
         assert (hub.root / "dog" / export.name).read_bytes() == export.read_bytes()
         assert "license: mit" in (hub.root / "dog" / "README.md").read_text("utf-8")
         assert hub.public == set()
+        assert "Uploaded to a private repository:" in answer["copied"]
+        assert "README.md" not in answer["copied"]
+        again = upload(app_state, {"repo": "owner/dog", "license": "apache-2.0"})
+        assert "README.md stays as it is, so the licence was not written" in again["copied"]
+        assert "license: mit" in (hub.root / "dog" / "README.md").read_text("utf-8")
+    assert "<code>hf auth login</code>" in render("export/upload.html")
+    assert "`" not in render("export/upload.html")
     assert "hf_secret" not in json.dumps(answer)
 
 

@@ -11,10 +11,12 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from app import jobs
 from app.export.file_manager import FileManager, commands, lacking
+from app.export.view import add_export_routes
 from app.routes import add_routes
 from app.state import AppState
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 NAME = "my, 'lora' $(touch x).safetensors"
 
@@ -51,6 +53,7 @@ def asked(file: Path, last: str) -> list[str]:
 def client(app_state: AppState, near: str = "127.0.0.1", host: str = "127.0.0.1:7860") -> TestClient:
     app = FastAPI()
     add_routes(app, app_state)
+    add_export_routes(app, app_state)
     return TestClient(app, base_url=f"http://{host}", client=(near, 5000))
 
 
@@ -88,6 +91,8 @@ def test_only_for_a_page_on_this_computer(
     assert not (file.parent / "asked").exists()
     answer = page.post("/easel/tensorboard", json={}, headers=headers)
     assert "only on the computer that runs this window" in answer.json()["problem"]
+    answer = page.post("/easel/export/upload", json={"repo": "a/b"}, headers=headers)
+    assert "token of the computer that runs this window" in answer.json()["problem"]
 
 
 def test_where_it_cannot_be_shown_the_path_stays_with_the_reason(
@@ -123,6 +128,7 @@ def test_tensorboard_opens_once_and_ends_with_the_window(
     pytest.importorskip("tensorboard")
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(jobs, "TENSORBOARD_SECONDS", PATIENCE)
     page = client(app_state)
     try:
         address = page.post("/easel/tensorboard", json={}).json()["address"]
@@ -153,3 +159,42 @@ def test_a_tensorboard_that_cannot_start_says_why(
     if importlib.util.find_spec("tensorboard"):
         problem = page.post("/easel/tensorboard", json={}).json()["problem"]
         assert problem == "TensorBoard did not start: no module of that name"
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """A package tensorboard that says something and then hangs."""
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "__init__.py").touch()
+    code = f"import time\ndef run_main():\n    print({says!r})\n    time.sleep(3600)\n"
+    (folder / "tensorboard" / "main.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+def test_a_tensorboard_ends_with_a_window_that_is_killed(
+    app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "TensorBoard 2 at http://127.0.0.1:9/ (press CTRL+C)")
+    monkeypatch.setattr(webbrowser, "open", lambda address: None)
+    monkeypatch.setattr(jobs, "TENSORBOARD_SECONDS", PATIENCE)
+    try:
+        assert app_state.tensorboard.open() == "http://127.0.0.1:9/"
+        process = app_state.tensorboard._process
+        assert process is not None
+        assert process.stdin is not None
+        # What the system does with the files of a process that is killed.
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        app_state.close()
+
+
+def test_a_tensorboard_that_hangs_at_its_start_is_ended(
+    app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "still loading")
+    monkeypatch.setattr(jobs, "TENSORBOARD_SECONDS", 0.3)
+    problem = client(app_state).post("/easel/tensorboard", json={}).json()["problem"]
+    assert "TensorBoard did not start: no address within" in problem
+    assert app_state.tensorboard._process is not None
+    assert app_state.tensorboard._process.poll() is not None

@@ -1,6 +1,7 @@
 """Bases of the hub: what is fetched, how it is continued, and what each refusal says. The client is the real
 one; the hub is `tests/hub.py`."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -257,8 +258,15 @@ def test_an_adapter_goes_to_the_hub_with_card_and_licence(
     adapter.with_suffix(".md").write_text("---\ntags: []\n---\n")
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4)}, adapter)
     assert main(["upload", str(adapter), "owner/cat"]) == 0
+    assert "Note: its README.md stays as it is.\n" in capfd.readouterr().out
     assert (there / "README.md").read_text() == "my own words"
     assert (there / "cat.safetensors").read_bytes() == adapter.read_bytes()
+    # And nothing is said to be written that is not.
+    assert main(["upload", str(adapter), "owner/cat", "--license", "mit"]) == 0
+    assert "README.md stays as it is, so the licence was not written" in capfd.readouterr().out
+    assert main(["upload", str(adapter), "owner/cat", "--license", "mit", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert (answer["files"], answer["kept"]) == (["cat.safetensors", "cat.preview.png"], ["README.md"])
 
 
 def test_what_others_see_is_asked_for(hub: Hub, adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +275,12 @@ def test_what_others_see_is_asked_for(hub: Hub, adapter: Path, capfd: pytest.Cap
     before = (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns
     assert main(["upload", str(adapter), "owner/cat"]) == 1
     assert "everybody can see it" in capfd.readouterr().err
+    assert (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns == before
+    hub.public.clear()
+    assert main(["upload", str(adapter), "owner/cat", "--public"]) == 1
+    said = capfd.readouterr().err
+    assert "it is private" in said
+    assert f"make it public at {hub.address}/owner/cat/settings, or leave out --public." in said
     assert (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns == before
 
 
