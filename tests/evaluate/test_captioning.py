@@ -260,7 +260,7 @@ def test_what_was_written_before_an_end_is_taken_back(
         written.append(picture)
         write_caption(picture, text, wait, file)
 
-    monkeypatch.setattr("lora_core.projects.caption_edits.write_caption", write_one)
+    monkeypatch.setattr("lora_core.projects.project.write_caption", write_one)
     with pytest.raises(KeyboardInterrupt):
         caption(images, Captioner(str(blip), max_tokens=4), "replace")
     assert "by hand" not in captions(images)["a"]
