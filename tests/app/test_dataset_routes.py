@@ -544,3 +544,13 @@ def test_a_long_choice_is_taken_and_one_that_is_too_long_is_said_to_be(
     monkeypatch.setattr(routes, "LARGEST_JSON", 1000)
     answer = client.post("/easel/leave-out", json={"pictures": ["a" * 1000]})
     assert (answer.status_code, answer.json()) == (200, {"problem": too_many})
+
+
+def test_a_concept_that_moved_up_is_not_taken_for_another(client: TestClient, app_state: AppState) -> None:
+    imported(client, {"cat/a.png": png(1), "dog/b.png": png(2)})
+    client.post("/easel/concepts", json={"do": "make"})
+    removal = {"do": "set", "number": 1, "was": "cat", "key": "image_dir", "value": ""}
+    assert "problem" not in client.post("/easel/concepts", json=removal).json()
+    # As a second press of the same button, where the next concept has the number now.
+    assert "changed since" in client.post("/easel/concepts", json=removal).json()["problem"]
+    assert 'image_dir = "dog"' in (app_state.project.image_folder / "dataset.toml").read_text()

@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from app.dataset.view import _concepts_change
 from lora_core.data.audit import TrainingView, audit, concept_rows
 from lora_core.data.concepts import edit_concept, propose_concepts
 from lora_core.data.dataset import apply_settings, open_dataset, scan, split_holdout
@@ -532,18 +531,6 @@ def test_an_edit_never_leaves_a_file_that_cannot_be_read(tmp_path: Path) -> None
     written(tmp_path, 'image_dir = "cat"')
     with pytest.raises(DatasetError, match="TOML"):
         edit_concept(tmp_path, 1, "num_repeats", 10**20)
-
-
-def test_a_concept_that_moved_up_is_not_taken_for_another(tmp_path: Path) -> None:
-    project = Project(tmp_path / "project")
-    images(project.image_folder, "cat/a.png", "dog/b.png")
-    written(project.image_folder, 'image_dir = "cat"', 'image_dir = "dog"')
-    project.invalidate()
-    removal = {"do": "set", "number": 1, "was": "cat", "key": "image_dir", "value": ""}
-    project.change_concepts(_concepts_change(project, removal))
-    with pytest.raises(DatasetError, match="changed since"):
-        project.change_concepts(_concepts_change(project, removal))
-    assert 'image_dir = "dog"' in (project.image_folder / "dataset.toml").read_text()
 
 
 def test_a_concept_keeps_something_to_train_on(tmp_path: Path) -> None:
