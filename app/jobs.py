@@ -492,6 +492,8 @@ class TensorBoard:
                 process.terminate()
 
     def _start(self) -> None:
+        # The pipe to one that has ended is still open.
+        self.close()
         log = self._workspace / "logs" / "tensorboard.txt"
         log.unlink(missing_ok=True)
         runs = str(runs_folder(self._workspace))
@@ -500,6 +502,7 @@ class TensorBoard:
         end = time.monotonic() + TENSORBOARD_SECONDS
         while not (found := re.search(r" at (http://\S+/)\s", log.read_text("utf-8", "replace"))):
             if self._process.poll() is not None:
+                self.close()
                 raise RunError(_("TensorBoard did not start: {reason}", reason=last_log_line(log)))
             if time.monotonic() > end:
                 self.close()

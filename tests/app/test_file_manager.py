@@ -159,6 +159,10 @@ def test_a_tensorboard_that_cannot_start_says_why(
     if importlib.util.find_spec("tensorboard"):
         problem = page.post("/easel/tensorboard", json={}).json()["problem"]
         assert problem == "TensorBoard did not start: no module of that name"
+        process = app_state.tensorboard._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdin.closed
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
