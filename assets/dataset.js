@@ -163,13 +163,14 @@
   };
 
   const facts = (picture) => {
-    const [width, height] = picture.size, [wide, high] = picture.bucket;
+    const [width, height] = picture.size, [[wide, high], ...others] = picture.buckets;
+    const also = others.length ? t(" and {sizes}", { sizes: others.map((size) => size.join(" × ")).join(", ") }) : "";
     const more = picture.repeats > 1 ? t(", {count} repeats", { count: picture.repeats }) : "";
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
     const steps = share === undefined ? "" : t(", {share}% of the steps", { share: (100 * share).toFixed(1) });
     const learned = gain ? t(", {share}% of its loss gained by the last run", { share: Math.round(100 * gain.learned) }) : "";
     const cropped = picture.box ? t(" of {whole}", { whole: picture.whole.join(" × ") }) : "", shown = picture.mask ? t("crop and mask") : t("crop");
-    return t("{width} × {height}{cropped}, trained at {wide} × {high}{more}, {shown} shown", { width, height, cropped, wide, high, more: more + steps + learned, shown });
+    return t("{width} × {height}{cropped}, trained at {wide} × {high}{more}, {shown} shown", { width, height, cropped, wide, high, more: also + more + steps + learned, shown });
   };
 
   const showNothing = () => {

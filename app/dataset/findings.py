@@ -85,12 +85,13 @@ class Checker:
         # First, because reading the folder may create a new revision.
         self.project.dataset()
         config, base = plan.config, plan.base
-        resolution = config.train.resolution or base.resolution
+        resolution = config.resolution(base.resolution)
         how = (resolution, base.multiple, plan.trigger, config.train.batch_size)
         return (
             self.project.dataset_folder,
             self.project.revision,
             *how,
+            *config.dataset.resolutions,
             config.validation.pictures,
             config.seed,
         )
@@ -132,13 +133,14 @@ def plan_training(plan: Plan, dataset: Dataset) -> TrainingView:
     with contextlib.suppress(DatasetError):
         out = frozenset(r.path for r in split_holdout(records, config.validation.pictures, config.seed)[1])
     return TrainingView(
-        resolution=config.train.resolution or plan.base.resolution,
+        resolution=config.resolution(plan.base.resolution),
         multiple=plan.base.multiple,
         tokenizer=plan.base.tokenizer,
         trigger=plan.trigger,
         batch_size=config.train.batch_size,
         held_out=out,
         reg=dataset.reg if config.dataset.reg_weight else [],
+        rules=config.dataset,
     )
 
 

@@ -30,7 +30,7 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
-from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_bucket, crop_box, make_thumbnail
+from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_buckets, crop_box, make_thumbnail
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS
@@ -173,31 +173,38 @@ def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
         each as `cell` gives it.
     """
     dataset, folder = project.dataset(), project.dataset_folder
-    side, multiple = _size(plan)
+    sizes = _sizes(plan)
     return {
         "mark": gallery_version(project, plan),
         "revision": project.revision,
         "fixed": project.uses_demo,
-        "pictures": [image_facts(record, folder, side, multiple) for record in dataset.records],
+        "pictures": [image_facts(record, folder, *sizes) for record in dataset.records],
         "left_out": [
-            image_facts(record, project.left_out_folder, side, multiple) for record in list_left_out(project)
+            image_facts(record, project.left_out_folder, *sizes) for record in list_left_out(project)
         ],
     }
 
 
 def gallery_version(project: Project, plan: Plan) -> str:
     """Changes when the page's images are no longer those on disk."""
-    return f"{project.revision} {_size(plan)}"
+    return f"{project.revision} {_sizes(plan)}"
 
 
-def _size(plan: Plan) -> tuple[int, int]:
-    return plan.config.train.resolution or plan.base.resolution, plan.base.multiple
+def _sizes(plan: Plan) -> tuple[tuple[int, ...], int]:
+    """The run's resolutions, and what a bucket's sides are divisible by, in pixels."""
+    several = plan.config.dataset.resolutions or [plan.config.resolution(plan.base.resolution)]
+    return tuple(several), plan.base.multiple
 
 
-def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
-    """An image's name, mask, caption, size, bucket, repeats and time, what training cuts off in percent per
-    side, and the `box` that the user chose."""
-    bucket, cut = _crop(record.width, record.height, resolution, multiple)
+def image_facts(
+    record: ImageRecord, folder: Path, resolutions: tuple[int, ...], multiple: int
+) -> dict[str, Any]:
+    """An image's name, mask, caption, size, buckets (the largest first), repeats and time, what training cuts
+    off in percent per side, and the `box` that the user chose."""
+    own = dict(record.concept.rules).get("resolutions") if record.concept else None
+    resolutions = tuple(own or resolutions)
+    buckets, cut = _crop(record.width, record.height, resolutions, multiple)
+    bucket = buckets[0]
     left, top, right, bottom = box = record.crop or (0.0, 0.0, 1.0, 1.0)
     wide, high = right - left, bottom - top
     outside = (left, top, 1 - right, 1 - bottom)
@@ -209,12 +216,12 @@ def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: in
         "caption": record.caption,
         "size": [record.width, record.height],
         "whole": [round(record.width / wide), round(record.height / high)],
-        "bucket": bucket,
+        "buckets": buckets,
         "crop": [round(part, 2) for part in crop],
         "box": box if record.crop else None,
         "small": record.width < bucket[0]
         or record.height < bucket[1]
-        or _is_much_smaller(record, resolution),
+        or _is_much_smaller(record, max(resolutions)),
         "repeats": record.repeats,
         "held": record.held_out,
     }
@@ -235,11 +242,13 @@ def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list[int], list[float]]:
-    bucket = choose_bucket(width, height, resolution, multiple)
-    left, top, right, bottom = crop_box(width, height, bucket)
+def _crop(
+    width: int, height: int, resolutions: tuple[int, ...], multiple: int
+) -> tuple[list[list[int]], list[float]]:
+    buckets = choose_buckets(width, height, resolutions, multiple)[::-1]
+    left, top, right, bottom = crop_box(width, height, buckets[0])
     shares = (left / width, top / height, 1 - right / width, 1 - bottom / height)
-    return [bucket.width, bucket.height], [round(100 * share, 2) for share in shares]
+    return [[one.width, one.height] for one in buckets], [round(100 * share, 2) for share in shares]
 
 
 def page_versions(project: Project, plan: Plan) -> dict[str, str]:

@@ -7,6 +7,7 @@ once; `train_form.py` places them.
 
 import contextlib
 import json
+import re
 import shlex
 import typing
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from lora_core.settings.config import (
     choices_of,
     is_pattern_table,
     is_table,
+    item_type,
     pattern_lines,
     patterns_of_lines,
     retired,
@@ -158,7 +160,7 @@ def to_widget_value(name: str, value: Any) -> Any:
         return pattern_lines(value)
     if takes_auto(name):
         return str(value) if isinstance(value, str) else f"{value:g}"
-    return "\n".join(value) if isinstance(value, list) else value
+    return "\n".join(map(str, value)) if isinstance(value, list) else value
 
 
 def from_widget_value(name: str, value: Any) -> Any:
@@ -174,7 +176,10 @@ def from_widget_value(name: str, value: Any) -> Any:
         value = patterns_of_lines(title, str(value))
     elif is_table(name):
         value = arguments_of_lines(title, str(value))
-    elif typing.get_origin(kind) is list:
+    elif item_type(name) is int:
+        words = re.split(r"[\s,;]+", str(value).strip())
+        value = [int(word) if word.isdecimal() else word for word in words if word]
+    elif item_type(name):
         value = [line.strip() for line in str(value).splitlines() if line.strip()]
     elif isinstance(value, str) and (kind in (int, float) or takes_auto(name)):
         with contextlib.suppress(ValueError):

@@ -27,7 +27,12 @@ from PIL import Image, ImageChops
 
 from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.concepts import balance_looks, concept_of, read_concepts
-from lora_core.data.dataset import Fingerprint, compute_fingerprint, group_near_duplicates
+from lora_core.data.dataset import (
+    Fingerprint,
+    at_resolutions,
+    compute_fingerprint,
+    group_near_duplicates,
+)
 from lora_core.data.images import (
     Bucket,
     Concept,
@@ -40,6 +45,7 @@ from lora_core.data.images import (
     resize_and_crop,
 )
 from lora_core.errors import DatasetError
+from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, read_table, write_atomically
 
 SIDE = 24
@@ -312,6 +318,7 @@ class TrainingView:
         batch_size: images a micro-batch, all of one bucket.
         held_out: images that are kept to measure on, by path; those chosen by hand are too.
         reg: images for regularisation that are trained on too.
+        rules: settings that may have several resolutions.
     """
 
     resolution: int
@@ -321,6 +328,7 @@ class TrainingView:
     batch_size: int = 1
     held_out: Collection[Path] = field(default=frozenset())
     reg: Sequence[ImageRecord] = ()
+    rules: DatasetSection = field(default_factory=DatasetSection)
 
     def trains_on(self, record: ImageRecord) -> bool:
         """Whether an image is not held out."""
@@ -351,20 +359,19 @@ def _epoch_looks(records: Sequence[ImageRecord], training: TrainingView) -> list
     balanced, reg = balance_looks([one for one in records if training.trains_on(one)], training.reg)
     shown = iter(balanced)
     every = [*(next(shown) if training.trains_on(one) else one for one in records), *reg]
-    buckets = _buckets(every, training)
+    views = _views(every, training)
     looks: Counter[Bucket] = Counter()
-    for record, bucket in zip(every, buckets, strict=True):
-        if bucket is not None:
-            looks[bucket] += record.repeats
+    for record, bucket in views:
+        looks[bucket] += record.repeats
     size = max(1, training.batch_size)
     filled = {bucket: -(-count // size) * size for bucket, count in looks.items()}
     total = max(1, sum(filled.values()))
-    return [
-        _ImageLooks(record, 0, 0.0)
-        if bucket is None
-        else _ImageLooks(record, record.repeats, record.repeats / looks[bucket] * filled[bucket] / total)
-        for record, bucket in zip(every, buckets, strict=True)
-    ]
+    found = {record.path: (0, 0.0) for record in every}
+    for record, bucket in views:
+        repeats, share = found[record.path]
+        part = record.repeats / looks[bucket] * filled[bucket] / total
+        found[record.path] = repeats + record.repeats, share + part
+    return [_ImageLooks(record, *found[record.path]) for record in every]
 
 
 def concept_rows(dataset: Dataset, training: TrainingView) -> list[dict[str, Any]]:
@@ -499,10 +506,10 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
     return [bias_finding("wording", listed, sentence, [], {"captions": len(written)})]
 
 
-def _buckets(records: Sequence[ImageRecord], training: TrainingView) -> list[Bucket | None]:
-    """Where each image is trained; None for one that is held out."""
-    size = (training.resolution, training.multiple)
-    return [choose_bucket(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
+def _views(records: Sequence[ImageRecord], training: TrainingView) -> list[tuple[ImageRecord, Bucket]]:
+    """See `at_resolutions`; without those that are held out."""
+    used = (record for record in records if training.trains_on(record))
+    return at_resolutions(used, training.rules, training.resolution, training.multiple)
 
 
 def _uneven_shares(
@@ -526,29 +533,29 @@ def _single_image_buckets(
     records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
 ) -> list[dict[str, Any]]:
     """Buckets that one image has for itself while others share theirs."""
-    members: dict[Bucket, list[int]] = {}
-    for index, bucket in enumerate(_buckets(records, training)):
-        if bucket is not None:
-            members.setdefault(bucket, []).append(index)
+    members: dict[Bucket, list[ImageRecord]] = {}
+    for record, bucket in _views(records, training):
+        members.setdefault(bucket, []).append(record)
+    called = {record.path: name for record, name in zip(records, names, strict=True)}
     if training.batch_size < 2 or len(members) < 2:
         return []
     rows = []
-    for bucket, indices in members.items():
-        repeats = [records[i].repeats for i in indices]
-        top = max(range(len(indices)), key=lambda i: repeats[i])
-        if repeats[top] * 2 <= sum(repeats):
+    for bucket, images in members.items():
+        record = max(images, key=lambda one: one.repeats)
+        if record.repeats * 2 <= sum(one.repeats for one in images):
             continue
-        record, name = records[indices[top]], names[indices[top]]
+        name = called[record.path]
         size = f"{bucket.width} x {bucket.height}"
         sentence = (
             f"{name} is the only image of the size {size}: each of its batches shows it"
             f" {training.batch_size} times. Crop it to the shape of others, or add images of its shape."
-            if len(indices) == 1
+            if len(images) == 1
             else (
-                f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
+                f"{name} is over half of what is looked at in the size {size}, by its {record.repeats}"
+                " repeats."
             )
         )
-        rows.append(bias_finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
+        rows.append(bias_finding("bucket", size, sentence, [record], {"pictures": len(images)}))
     return rows
 
 

@@ -39,7 +39,7 @@ _REGULARISATION = ROLES[-1]
 _CLOSE = 0.01
 _MOST_ROUNDS = 50
 """An epoch has at most so many rounds over the image that is shown least, to hold shares within 1%."""
-_OWN_RULES = ("trigger", "masks", "background")
+_OWN_RULES = ("trigger", "masks", "background", "resolutions")
 """Settings of the section `dataset` that are in `custom_attributes`."""
 _OWN = ("name", "role", "share", "images", *_OWN_RULES)
 _TEXTS = ("class_tokens", "caption_prefix", "caption_suffix", "caption_extension")
@@ -171,7 +171,7 @@ class _Reader:
         """Check the keys of a table, and note those that have no effect here."""
         run, off, moot = self.unused["run"], self.unused["off"], self.unused["moot"].split()
         folders = ["image_dir", "is_reg", "alpha_mask"] if where.startswith("subset") else []
-        plain = [*_rule_keys(), *_TEXTS, "num_repeats", "custom_attributes", *folders]
+        plain = [*_rule_keys(), *_TEXTS, "num_repeats", "resolution", "custom_attributes", *folders]
         self.check_keys(given, [*plain, *run, *off, *moot], where)
         for key, value in given.items():
             if key in run:
@@ -259,11 +259,14 @@ class _Reader:
             if not isinstance(given["alpha_mask"], bool):
                 value = in_short(given["alpha_mask"])
                 self.problem(where, f"alpha_mask = {value} is neither true nor false; change it.")
+        if "resolution" in given:
+            keys["resolution"] = ("resolutions", [_side(given["resolution"])])
         keys |= {key: (key, own[key]) for key in _OWN_RULES if key in own}
         found: dict[str, Any] = {}
         for key, (name, value) in keys.items():
             try:
-                found[name] = checked_value(f"dataset.{name}", value, key)
+                value = checked_value(f"dataset.{name}", value, key)
+                found[name] = tuple(value) if isinstance(value, list) else value
             except ConfigError as error:
                 self.problem(where, str(error))
         return tuple(sorted(found.items()))
@@ -273,6 +276,14 @@ class _Reader:
             return value.strip()
         self.problem(where, f"{key} = {in_short(value)} is no text; put it in quotes.")
         return ""
+
+
+def _side(resolution: Any) -> Any:
+    """kohya's resolution, a number or width and height, as the side of a square; what is neither stays."""
+    sides = resolution if isinstance(resolution, list) else [resolution]
+    if len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides):
+        return math.isqrt(sides[0] * sides[-1])
+    return resolution
 
 
 def assign_concepts(shown: Mapping[Path, str], found: ConceptList, root: Path) -> dict[Path, Concept]:

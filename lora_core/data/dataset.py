@@ -61,7 +61,7 @@ from lora_core.data.images import (
     ImageRecord,
     SizeCache,
     abbreviate,
-    choose_bucket,
+    choose_buckets,
     crop_pixels,
     file_stamp,
     folder_kind,
@@ -76,6 +76,7 @@ from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entrie
 from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
 from lora_core.model_files.detect import lookup_base
 from lora_core.settings.config import RunConfig, limits_of
+from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import (
     DEMO_TRAIN,
     clean_text,
@@ -814,8 +815,9 @@ def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
     train, base = config.train, lookup_base(config.model.base)
     images, _ = split_holdout(dataset.records, config.validation.pictures, config.seed)
     images, reg = balance_looks(images, dataset.reg if config.dataset.reg_weight else [])
-    shape = train.resolution or base.resolution, base.multiple
-    epoch = num_batches([*images, *reg], shape, train.batch_size) / train.gradient_accumulation_steps
+    side = config.resolution(base.resolution)
+    views = at_resolutions([*images, *reg], config.dataset, side, base.multiple)
+    epoch = num_batches(views, train.batch_size) / train.gradient_accumulation_steps
     found = {steps: max(1, math.ceil(epochs * epoch)) for steps, epochs in asked.items()}
     most = int((limits_of("train.steps") or (0, math.inf))[1])
     for steps, count in found.items():
@@ -826,14 +828,38 @@ def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config.changed(found)
 
 
-def num_batches(images: Iterable[ImageRecord], shape: tuple[int, int], size: int) -> int:
-    """Micro-batches of `size` images in an epoch: each bucket has its own, the last one filled up.
+def at_resolutions(
+    images: Iterable[ImageRecord], rules: DatasetSection, resolution: int, multiple: int
+) -> list[tuple[ImageRecord, Bucket]]:
+    """An epoch's images with their buckets: each at every resolution that it is large enough for, the largest
+    last.
 
-    `shape` is the resolution, and what a bucket's sides are divisible by, in pixels.
+    An image that is shown at fewer sizes than others is shown more often at each, so that all keep their
+    parts of the looks. An epoch has as many rounds over the images as that takes.
+
+    Args:
+        images: with their repeats.
+        rules: settings; those of an image's concept count before them.
+        resolution: in pixels, where neither names several.
+        multiple: what a bucket's sides are divisible by, in pixels.
     """
-    members: Counter[Bucket] = Counter()
+    found = []
     for record in images:
-        members[choose_bucket(record.width, record.height, *shape)] += record.repeats
+        several = rules_of(record, rules).resolutions or [resolution]
+        found.append((record, choose_buckets(record.width, record.height, several, multiple)))
+    rounds = math.lcm(*(len(sizes) // math.gcd(len(sizes), record.repeats) for record, sizes in found))
+    return [
+        (replace(record, repeats=record.repeats * rounds // len(sizes)) if rounds > 1 else record, bucket)
+        for record, sizes in found
+        for bucket in sizes
+    ]
+
+
+def num_batches(images: Iterable[tuple[ImageRecord, Bucket]], size: int) -> int:
+    """Micro-batches of `size` images in an epoch: each bucket has its own, the last one filled up."""
+    members: Counter[Bucket] = Counter()
+    for record, bucket in images:
+        members[bucket] += record.repeats
     return sum(math.ceil(count / size) for count in members.values())
 
 

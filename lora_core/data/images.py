@@ -27,7 +27,7 @@ import stat
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -673,6 +673,22 @@ def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bu
         error = round(abs(math.log(w / h / aspect)), 9)
         best = min(best, (error, -w * h, Bucket(w, h)), key=lambda one: one[:2])
     return best[2]
+
+
+def choose_buckets(width: int, height: int, resolutions: Iterable[int], multiple: int) -> list[Bucket]:
+    """The sizes at which an image is trained where there are several resolutions, the largest last: those of
+    the lowest and of each that the image reaches, or comes closer to than to the next lower one.
+
+    Args:
+        width, height, multiple: as of `choose_bucket`.
+        resolutions: sides in pixels of squares with the largest areas, at least one.
+    """
+    lower, found = 0, {}
+    for resolution in sorted(resolutions):
+        if width * height > lower * resolution:
+            found[choose_bucket(width, height, resolution, multiple)] = None
+        lower = resolution
+    return list(found)
 
 
 def _roundings(width: float, height: float, multiple: int) -> Iterator[tuple[int, int]]:

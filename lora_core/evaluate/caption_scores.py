@@ -443,14 +443,14 @@ def image_rows(
         base's loss), helps (how much lower the adapted loss is with the caption than without; None without a
         caption), helps_error, share (of the training steps), held_out, suspect, sentence}.
     """
-    train = config.train
+    train, size = config.train, config.resolution(base.resolution)
     _, held = split_holdout(list(records), config.validation.pictures, config.seed)
     held_out = frozenset(record.path for record in held)
     advance = _counter(on_progress, 4 * len(records))
     images = []
     for record in apply_settings(records, config):
         caption = plain_record_caption(record, config.dataset)
-        images.append(encode_eval_image(base, record, caption, draws, config.seed, train.resolution))
+        images.append(encode_eval_image(base, record, caption, draws, config.seed, size))
         advance()
 
     def losses(images: list[EvalImage]) -> torch.Tensor:
@@ -464,8 +464,8 @@ def image_rows(
         after, bare = losses(images), losses([replace(one, caption="") for one in images])
     finally:
         merger.apply([])
-    size = train.resolution or base.resolution
-    training = TrainingView(size, base.size_multiple, None, "", train.batch_size, held_out, reg)
+    shape = (size, base.size_multiple, None, "", train.batch_size)
+    training = TrainingView(*shape, held_out, reg, config.dataset)
     rows: list[dict[str, Any]] = []
     for number, (record, share) in enumerate(zip(records, step_shares(records, training), strict=True)):
         gain, error = _difference(before[number] - after[number])

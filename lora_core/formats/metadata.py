@@ -51,7 +51,7 @@ def export_metadata(
     """
     section, objective = config.adapter, base.noise.objective
     trigger = "" if config.slider.on else config.dataset.trigger
-    family, name, side = base.family, _last_name(config.name), config.train.resolution or base.resolution
+    family, name, side = base.family, _last_name(config.name), config.resolution(base.resolution)
     title = base.family.title if base.name == "demo" else Path(base.name).name
     folder = "demo" if config.dataset.path == "demo" else Path(_last_name(config.dataset.path)).stem
     finished = datetime.fromtimestamp(times[1], UTC).replace(microsecond=0)

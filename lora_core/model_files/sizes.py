@@ -75,7 +75,7 @@ def sample_pixels(config: RunConfig, own: int) -> list[int]:
 
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
-    side = config.train.resolution or _USUAL_SIDE
+    side = config.resolution(_USUAL_SIDE)
     pixels = max(2 * side * side, sum(sample_pixels(config, side)))
     return int(pixels * (len(SLIDER_STRENGTHS) if config.slider.on else 1) * _PIXEL) * num_adapters(config)
 
@@ -278,7 +278,7 @@ def _card_phases(
     # Activations grow with the width of the layers, weights with its square.
     activation = math.sqrt(larger) * width / 2
     side, drawn = (
-        train.resolution or facts.resolution,
+        config.resolution(facts.resolution),
         math.sqrt(max(sample_pixels(config, facts.resolution))),
     )
     pixels = (side / 8) ** 2

@@ -84,8 +84,7 @@ def run_evaluator(
         model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
         zero_snr=model.zero_terminal_snr,
     )  # fmt: skip
-    if config.train.resolution:
-        base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
+    base = replace(base, facts=replace(base.facts, resolution=config.resolution(base.resolution)))
 
     def encode(caption: str) -> PromptEmbeds:
         return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)

@@ -121,13 +121,14 @@ def cost_key(config: RunConfig) -> str:
     optim, adapter, base = config.optimizer, config.adapter, config.model.base
     # All of the section, so that a setting that is added to it later counts by itself.
     train = config.train.model_dump(exclude={"steps", "epochs"})
-    train["resolution"] = train["resolution"] or lookup_base(base).resolution
+    train["resolution"] = config.resolution(lookup_base(base).resolution)
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
         # Not for these, so that what was measured before there was a choice still counts.
         adapted += more
     own = [["slider", config.slider.passes()]] if config.slider.on else ["prior"] * config.keeps_prior
+    own += [["sizes", *config.dataset.resolutions]] if len(config.dataset.resolutions) > 1 else []
     return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0, *own])
 
 
@@ -164,7 +165,7 @@ def _read_all(workspace: Path) -> dict[str, StepCost]:
 
 def step_passes(config: RunConfig) -> float:
     """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
-    side = config.train.resolution or lookup_base(config.model.base).resolution
+    side = config.resolution(lookup_base(config.model.base).resolution)
     images = config.train.batch_size * config.train.gradient_accumulation_steps
     passes = CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS
     passes += config.slider.passes() if config.slider.on else 0
@@ -277,7 +278,7 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
         held, rated = max(SLIDER_IMAGES, len(config.slider.target)), 2 * sizes.num_adapters(config)
     passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
-    share = ((config.train.resolution or own) / own) ** 2
+    share = (config.resolution(own) / own) ** 2
     measuring = num_rounds(steps, validation.every) * passes * draw / 2 * share / steps
     if validation.max_time_share:
         measuring = min(measuring, validation.max_time_share * step)
@@ -296,7 +297,7 @@ def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
         return None
     asked = config.train.precision
     width = 4 if asked in ("fp32", "auto") else 2
-    side = config.train.resolution or known.resolution
+    side = config.resolution(known.resolution)
     kept = CHECKPOINTING_KEEPS if config.train.gradient_checkpointing else 1.0
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(parameters / USUAL_PARAMETERS) * width / 2 * kept

@@ -5,8 +5,9 @@ note.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lora_core.data.concepts import balance_looks
 from lora_core.data.dataset import (
     AUDIT_ONLY,
     apply_settings,
+    at_resolutions,
     first_problems,
     num_holdout,
     run_dataset,
@@ -136,7 +138,7 @@ def preflight(
         found += [] if isinstance(error, DatasetError) else [RunProblem("epochs", str(error))]
     family = facts.family if facts else None
     if facts is not None:
-        found += _resolution(config.train.resolution, facts.multiple)
+        found += _resolution(records, config, facts)
         found += _captions(texts, config, facts)
     if config.name:
         folder = runs_folder(workspace)
@@ -506,16 +508,43 @@ def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     return []
 
 
-def _resolution(asked: int, multiple: int) -> list[RunProblem]:
-    """A resolution that no square image can have."""
-    if asked % multiple == 0:
-        return []
-    side = choose_bucket(asked, asked, asked, multiple).width
-    sentence = (
-        f"train.resolution = {asked} becomes {side}: this base takes images whose sides are multiples of"
-        f" {multiple} pixels."
-    )
-    return [RunProblem("resolution", sentence, False)]
+def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """Resolutions that no square image can have, that no image reaches or that play no part."""
+    several, one, multiple = config.dataset.resolutions, config.train.resolution, facts.multiple
+    largest = config.resolution(facts.resolution)
+    asked = [("train.resolution", one)] if one else []
+    asked += [("dataset.resolutions", side) for side in several]
+    asked += [(f"The resolution of {name}", side) for name, side in _concept_resolutions(records)]
+    found = []
+    for name, side in dict.fromkeys(asked):
+        if side % multiple:
+            square = choose_bucket(side, side, side, multiple).width
+            found.append(
+                f"{name} = {side} becomes {square}: this base takes images whose sides are multiples of"
+                f" {multiple} pixels."
+            )
+        if name.startswith("The") and side > largest:
+            found.append(
+                f"{name} = {side} is more than the run's {largest}, which time and memory are forecast for; a"
+                " step of its images takes more."
+            )
+    if several and one:
+        found.append(f"train.resolution = {one} plays no part beside dataset.resolutions; set it to 0.")
+    rows = [one for one in records if not (one.concept and "resolutions" in dict(one.concept.rules))]
+    for lower, side in itertools.pairwise(sorted(set(several))):
+        if rows and not any(one.width * one.height > lower * side for one in rows):
+            found.append(
+                f"No image is large enough for {side} of dataset.resolutions: {lower} is as close to the size"
+                " of each; remove it, or add larger images."
+            )
+    return [RunProblem("resolution", sentence, False) for sentence in found]
+
+
+def _concept_resolutions(records: Iterable[ImageRecord]) -> Iterator[tuple[str, int]]:
+    """Each concept's own resolutions, with its name."""
+    for concept in dict.fromkeys(record.concept for record in records):
+        for side in dict(concept.rules).get("resolutions", []) if concept else []:
+            yield concept.name, side
 
 
 def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
@@ -660,10 +689,12 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
 
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
     """Bytes of encoded images on disk."""
-    side = config.train.resolution or facts.resolution
-    views = [2 if rules_of(record, config.dataset).flip else 1 for record in records]
-    sizes = (int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records)
-    return sum(size * count for size, count in zip(sizes, views, strict=True))
+    shown = at_resolutions(records, config.dataset, config.resolution(facts.resolution), facts.multiple)
+    return sum(
+        (int(bucket.width * bucket.height * _LATENT_BYTES) + _FILE)
+        * (2 if rules_of(record, config.dataset).flip else 1)
+        for record, bucket in shown
+    )
 
 
 def _size(size: int) -> str:

@@ -77,6 +77,11 @@ class RunConfig(schema.Section):
         """Whether steps keep the base's predictions on images of its own; a concept slider does it itself."""
         return self.loss.prior_preservation > 0 and not self.slider.on
 
+    def resolution(self, own: int) -> int:
+        """The resolution in pixels, the largest where there are several; `own` is the base's."""
+        several = [] if self.slider.on else self.dataset.resolutions
+        return max(several, default=self.train.resolution or own)
+
     @classmethod
     def from_dict(
         cls, values: Mapping[str, Any], say: bool = True, absent: Mapping[str, Any] | None = None
@@ -230,6 +235,13 @@ def is_table(name: str) -> bool:
     return typing.get_origin(FIELDS[name].annotation) is dict
 
 
+def item_type(name: str) -> type | None:
+    """What a setting is a list of, int or str; None where it is none."""
+    annotation = FIELDS[name].annotation
+    inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
+    return typing.get_args(inner)[0] if typing.get_args(inner) else inner
+
+
 def is_pattern_table(name: str) -> bool:
     """Whether a setting is a table of pattern to number, such as `adapter.block_ranks`."""
     return is_table(name) and typing.get_args(FIELDS[name].annotation)[1] is not Any
@@ -370,7 +382,11 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
         case "literal_error":
             known = ", ".join(map(str, typing.get_args(info.annotation)))
             return f"= {shown} is not possible; choose one of {known}"
-    kind = "a list of texts" if typing.get_origin(info.annotation) is list else _TYPES[problem["type"]]
+    if item_type(name):
+        most = f"at most {problem['ctx']['max_length']} " if problem["type"] == "too_long" else ""
+        kind = f"a list of {most}{'whole numbers' if item_type(name) is int else 'texts'}"
+    else:
+        kind = _TYPES[problem["type"]]
     return f"= {shown} should be {kind}{f' or {schema.AUTO}' if takes_auto(name) else ''}"
 
 

@@ -482,6 +482,8 @@ def _check_arguments(table: Any) -> Any:
 
 Arguments = BeforeValidator(_check_arguments)
 Rank = Annotated[int, Field(ge=0, le=1024)]
+MOST_RESOLUTIONS = 4
+"""Of one dataset: an epoch shows all of them, so that more of them make it long."""
 Alpha = Annotated[float, Field(gt=0.0)]
 MAX_TIMESTEP = 1000
 """In which settings count timesteps, whatever the base's own number is."""
@@ -574,6 +576,11 @@ class DatasetSection(Section):
     """The word that calls up what was learned; prepended to each caption that lacks it."""
     flip: bool = Field(False, title="Flip")
     """Mirror each image half of the time. Not for faces or writing."""
+    resolutions: list[Annotated[int, Field(ge=16, le=4096)]] = Field(
+        [], title="Several resolutions", max_length=MOST_RESOLUTIONS
+    )
+    """In pixels, one a line, in place of Resolution: an epoch shows each image at each of them that it is
+    large enough for. The largest one needs the most memory and time. Empty: Resolution alone."""
     caption_dropout: float = Field(0.05, title="Caption dropout", ge=0.0, le=1.0)
     """Share of training samples shown without their caption; keeps guidance working."""
     tag_dropout: float = Field(0.0, title="Tag dropout", ge=0.0, le=1.0)

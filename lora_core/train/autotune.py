@@ -530,7 +530,7 @@ def _time_steps(
         text.release()
     base.load(base.family.denoiser, "vae")
     on_step(0, TIMED_STEPS)
-    side = train.resolution or base.resolution
+    side = config.resolution(base.resolution)
     bucket = choose_bucket(side, side, side, base.size_multiple)
     batches: Batches = (
         SliderBatches(base, slider, train.batch_size, bucket.width, 0)

@@ -43,11 +43,12 @@ def export_header(
     config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
 ) -> dict[str, str]:
     """The texts of a file's header."""
-    captions = [plain_record_caption(item.record, config.dataset) for item in items]
+    records = {item.record.path: item.record for item in items}.values()
+    captions = [plain_record_caption(record, config.dataset) for record in records]
     buckets = Counter((item.bucket.width, item.bucket.height) for item in items)
     header = metadata.export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
     # The concepts' own, where there are some.
-    triggers = triggers_of((item.record for item in items), config.dataset)
+    triggers = triggers_of(records, config.dataset)
     return header | ({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {})
 
 

@@ -28,7 +28,13 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.data.concepts import balance_looks
-from lora_core.data.dataset import apply_settings, require_clean, run_dataset, split_holdout
+from lora_core.data.dataset import (
+    apply_settings,
+    at_resolutions,
+    require_clean,
+    run_dataset,
+    split_holdout,
+)
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.evaluate.validator import weigh_latents
@@ -589,14 +595,14 @@ def prepare(
     layout = plan_adapter(base, config)
     base.load("vae")
     latents = LatentCache(base, cache / "latents")
-    resolution = config.train.resolution or base.resolution
-    sides = (resolution, base.size_multiple, base.vae_scale_factor)
-    items = [] if slider.on else assign_buckets(train, *sides)
-    held_items = assign_buckets(held, *sides) if held else []
-    trained = [*items, *(assign_buckets(reg, *sides) if reg else [])]
-    wanted = [*all_views(trained, config.dataset), *((item, False) for item in held_items)]
+    resolution, rules = config.resolution(base.resolution), config.dataset
+    sides = (resolution, base.size_multiple, base.vae_scale_factor, rules)
+    trained = [] if slider.on else assign_buckets([*train, *reg] if train else [], *sides)
+    items = [item for item in trained if not item.record.reg]
+    held_items = largest(assign_buckets(held, *sides)) if held else []
+    wanted = [*all_views(trained, rules), *((item, False) for item in held_items)]
     _encode_pictures(base, latents, wanted, say)
-    sets = build_validation_sets(items, held_items, latents, config, base.noise.num_timesteps)
+    sets = build_validation_sets(largest(items), held_items, latents, config, base.noise.num_timesteps)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
@@ -628,7 +634,7 @@ def build_batches(
     count, slider = config.train.batch_size, config.slider
     if not slider.on:
         return Batches(items, latents, config.dataset, count, config.seed)
-    side = config.train.resolution or base.resolution
+    side = config.resolution(base.resolution)
     bucket = choose_bucket(side, side, side, base.size_multiple)
     return SliderBatches(base, slider, count, bucket.width, config.seed)
 
@@ -684,17 +690,23 @@ def build_train_state(
 
 
 def assign_buckets(
-    records: list[ImageRecord], resolution: int, multiple: int, factor: int = 8
+    records: list[ImageRecord],
+    resolution: int,
+    multiple: int,
+    factor: int = 8,
+    rules: schema.DatasetSection | None = None,
 ) -> list[TrainImage]:
-    """Choose the bucket of each image and weigh its latents, of `factor` pixels a side; DatasetError if there
-    is no image, or a mask leaves nothing of one."""
+    """Choose the buckets of each image, see `at_resolutions`, and weigh its latents, of `factor` pixels a
+    side; DatasetError if there is no image, or a mask leaves nothing of one."""
     if not records:
         raise DatasetError("No image is left to train on; add images or hold fewer of them out.")
-    buckets = [choose_bucket(r.width, r.height, resolution, multiple) for r in records]
-    return [
-        TrainImage(record, bucket, weigh_latents(record, bucket, factor))
-        for record, bucket in zip(records, buckets, strict=True)
-    ]
+    views = at_resolutions(records, rules or schema.DatasetSection(), resolution, multiple)
+    return [TrainImage(record, bucket, weigh_latents(record, bucket, factor)) for record, bucket in views]
+
+
+def largest(items: list[TrainImage]) -> list[TrainImage]:
+    """Each image once, at the largest of its sizes."""
+    return list({item.record.path: item for item in items}.values())
 
 
 def all_views(images: list[TrainImage], rules: schema.DatasetSection) -> list[tuple[TrainImage, bool]]:

@@ -35,7 +35,7 @@ def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
     assert top == pytest.approx(bottom, abs=0.02)
     assert min(left, top) == 0
     wide, high = (300 * (1 - (left + right) / 100)), (200 * (1 - (top + bottom) / 100))
-    assert wide / high == pytest.approx(cell["bucket"][0] / cell["bucket"][1], rel=0.01)
+    assert wide / high == pytest.approx(cell["buckets"][0][0] / cell["buckets"][0][1], rel=0.01)
 
 
 def verdicts(found: list[events.Validated]) -> list[dict[str, Any]]:

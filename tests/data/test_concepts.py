@@ -95,8 +95,11 @@ def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path
     }  # fmt: skip
     assert found["a.png"].concept is not None
     assert found["c.png"].concept is not None
-    assert dict(found["a.png"].concept.rules) == {"shuffle_tags": True, "keep_tags": 2}
-    assert dict(found["c.png"].concept.rules) == {"shuffle_tags": True, "keep_tags": 3, "flip": True}
+    first = {"shuffle_tags": True, "resolutions": (512,)}
+    assert dict(found["a.png"].concept.rules) == {**first, "keep_tags": 2}
+    assert dict(found["c.png"].concept.rules) == {**first, "keep_tags": 3, "flip": True}
+    assert found["d.png"].concept is not None
+    assert dict(found["d.png"].concept.rules)["resolutions"] == (768,)
     assert [(one.repeats, one.reg) for one in found.values()] == [
         (10, False),
         (1, False),
@@ -109,7 +112,6 @@ def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path
     for part in (
         "[general]: enable_bucket = True needs no setting here",
         "dataset 1: batch_size = 4 has no effect here; set train.batch_size",
-        "dataset 2: resolution = [768, 768] has no effect here; set train.resolution",
         "subset 3: color_aug = True has no effect here",
         "10_other/e.png is in no concept of dataset.toml; it is not used.",
     ):

@@ -370,7 +370,7 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "adapter.alpha": 8,
             "adapter.targets": "locon",
             "dataset.trigger": "p3r5on",
-            "train.resolution": 1024,
+            "dataset.resolutions": [512, 768, 1024],
             "dataset.flip": True,
             "train.steps": 2000,
             "save.keep_last": 4,
@@ -384,7 +384,6 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "model.prediction": "v_prediction",
         },
         [
-            "Of the resolutions [512, 768, 1024] the largest is taken",
             "noise_scheduler = ddpm is not known here",
         ],
     ),
@@ -507,9 +506,11 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"lora_rank": 8, "resolution": "512,768"}')
     found = settings_from_lora(file)
-    assert (found.values["train.resolution"], found.left) == (
-        768, ["Of the resolutions 512,768 the largest is taken."],
-    )  # fmt: skip
+    assert (found.values["dataset.resolutions"], found.left) == ([512, 768], [])
+    assert "train.resolution" not in found.values
+    file.write_text('{"lora_rank": 8, "resolution": "512,768,1e9"}')
+    (sentence,) = settings_from_lora(file).left
+    assert sentence.startswith("Several resolutions is")
     sets = [{"folder_path": str(n), "caption_dropout_rate": n / 10} for n in (1, 2)]
     process = {"type": "sd_trainer", "network": {"linear": 8}, "datasets": sets}
     file.write_text(json.dumps({"config": {"process": [process]}}))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core.data.dataset import num_batches, open_dataset, with_epochs
+from lora_core.data.dataset import at_resolutions, num_batches, open_dataset, with_epochs
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, DatasetError
 from lora_core.settings.config import RunConfig
@@ -60,7 +60,7 @@ def test_each_epoch_shows_each_picture_as_often_as_it_repeats(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_an_epoch_has_the_number_of_batches_that_its_length_is_planned_with(tmp_path, size):
     records = _records(tmp_path, [(128, 128)] * 3, repeats=3) + _records(tmp_path / "x", [(256, 128)] * 5)
-    batches, count = _batches(records, size=size), num_batches(records, (128, 32), size)
+    batches, count = _batches(records, size=size), num_batches(at_resolutions(records, PLAIN, 128, 32), size)
     for epoch in range(2):
         rows = [name for n in range(count) for name in batches.batch(epoch * count + n).names]
         seen = Counter(rows)

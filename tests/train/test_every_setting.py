@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.path": ("<pictures>", {}),
     "dataset.trigger": ("zwx", {}),
     "dataset.flip": (True, {}),
+    "dataset.resolutions": ([16, 32], {}),
     "dataset.caption_dropout": (1.0, {}),
     "dataset.tag_dropout": (0.5, {}),
     "dataset.shuffle_tags": (True, {}),
