@@ -513,7 +513,9 @@ class _Translation:
         elif name == "ss_network_args":
             self.network.update(str(part).partition("=")[::2] for part in _list_of(value))
         elif name == "ss_resolution" and not self.leaf and len(several := _sizes_of(value)) > 1:
-            self.ours["dataset.resolutions"] = sorted(set(several))
+            self.ours["dataset.resolutions"] = sorted(
+                {int(size) if math.isfinite(size) else size for size in several}
+            )
         elif name.startswith("ss_optimizer_args."):
             if not _is_off(value):
                 before = self.texts.get("ss_optimizer_args", "")

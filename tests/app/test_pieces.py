@@ -29,7 +29,7 @@ def test_what_is_wrong_is_said_as_text(tmp_path: Path) -> None:
 
 
 def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
-    cell = gallery.image_facts(ImageRecord(tmp_path / "a.png", 300, 200, ""), tmp_path, 128, 8)
+    cell = gallery.image_facts(ImageRecord(tmp_path / "a.png", 300, 200, ""), tmp_path, (128,), 8)
     left, top, right, bottom = cell["crop"]
     assert left == pytest.approx(right, abs=0.02)
     assert top == pytest.approx(bottom, abs=0.02)

@@ -6,8 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 from app.dataset.gallery import image_facts
 from app.train.form import from_widget_value, to_widget_value
@@ -67,7 +65,9 @@ def test_each_image_keeps_its_part_of_the_looks_at_whatever_sizes_it_is_shown(ba
     draw = random.Random(batch)
     own = Concept("own", rules=(("resolutions", (64, 128)),))
     records = [
-        ImageRecord(Path(f"{n}.png"), side, side, "", draw.choice((1, 1, 2, 5)), concept=draw.choice((None, own)))
+        ImageRecord(
+            Path(f"{n}.png"), side, side, "", draw.choice((1, 1, 2, 5)), concept=draw.choice((None, own))
+        )
         for n, side in enumerate(draw.choices((64, 130, 300), k=24))
     ]
     rules = DatasetSection(resolutions=[64, 128, 256], caption_dropout=0.0)
