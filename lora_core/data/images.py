@@ -683,7 +683,7 @@ def choose_buckets(width: int, height: int, resolutions: Iterable[int], multiple
         width, height, multiple: as of `choose_bucket`.
         resolutions: sides in pixels of squares with the largest areas, at least one.
     """
-    lower, found = 0, {}
+    lower, found = 0, dict[Bucket, None]()
     for resolution in sorted(resolutions):
         if width * height > lower * resolution:
             found[choose_bucket(width, height, resolution, multiple)] = None

@@ -127,8 +127,11 @@ def cost_key(config: RunConfig) -> str:
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
         # Not for these, so that what was measured before there was a choice still counts.
         adapted += more
-    own = [["slider", config.slider.passes()]] if config.slider.on else ["prior"] * config.keeps_prior
-    own += [["sizes", *config.dataset.resolutions]] if len(config.dataset.resolutions) > 1 else []
+    own: list[Any] = ["prior"] * config.keeps_prior
+    if config.slider.on:
+        own = [["slider", config.slider.passes()]]
+    elif len(several := config.dataset.resolutions) > 1:
+        own.append(["sizes", *several])
     return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0, *own])
 
 

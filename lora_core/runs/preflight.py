@@ -543,8 +543,8 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
 def _concept_resolutions(records: Iterable[ImageRecord]) -> Iterator[tuple[str, int]]:
     """Each concept's own resolutions, with its name."""
     for concept in dict.fromkeys(record.concept for record in records):
-        for side in dict(concept.rules).get("resolutions", []) if concept else []:
-            yield concept.name, side
+        if concept:
+            yield from ((concept.name, side) for side in dict(concept.rules).get("resolutions", ()))
 
 
 def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
