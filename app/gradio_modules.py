@@ -6,17 +6,40 @@ before. A build of Gradio that looks different is served as it is.
 """
 
 import contextlib
+import inspect
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import gradio
-from gradio.routes import templates
 from jinja2 import ChoiceLoader, DictLoader
 
 from lora_core.system.files import ASSETS
+
+
+@contextlib.contextmanager
+def without_stubs() -> Iterator[None]:
+    """Gradio writes a stub (.pyi) beside each component that it defines, but for those without a source: a
+    third of the window's start."""
+    whole = inspect.getfile
+
+    def getfile(object: Any) -> str:
+        if type(object).__name__ == "ComponentMeta":
+            raise OSError
+        return whole(object)
+
+    inspect.getfile = getfile
+    try:
+        yield
+    finally:
+        inspect.getfile = whole
+
+
+with without_stubs():
+    import gradio
+    from gradio.routes import templates
 
 FOLDER = Path(gradio.__file__).parent / "templates" / "frontend"
 ENTRY = re.compile(r"/assets/(index-[\w-]+\.(?:js|css))")

@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app import tabs
+from app import gradio_modules, tabs  # noqa: F401 - before what imports Gradio
 from app.guard import Connection, Guard, Login, is_loopback
 from app.live import add_live_route
 from app.page import mount

@@ -244,9 +244,10 @@ class Pipeline:
     def _encode_prompts(
         self, merged: tuple[object, ...], prompt: str, negative: str, clip_skip: int, tokens: int
     ) -> tuple[PromptEmbeds, PromptEmbeds]:
-        if self.kept != RESIDENT:
-            # The largest text encoder takes more than the VAE.
-            self.base.put("vae", torch.device("cpu"))
+        if self.kept == RESIDENT:
+            return encode_prompts(self.base, prompt, negative, clip_skip, tokens)
+        # The largest text encoder takes more than the VAE.
+        self.base.put("vae", torch.device("cpu"))
         found = encode_prompts(self.base, prompt, negative, clip_skip, tokens)
         self.base.put("vae", self.base.device)
         return found

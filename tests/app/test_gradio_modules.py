@@ -1,7 +1,9 @@
 """Gradio's modules as one script: every module that is asked for can be found."""
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,15 @@ def test_a_build_of_gradio_that_looks_different_is_served_as_it_is(
     (tmp_path / "index.html").write_text("<script type=module src=main.js></script>")
     monkeypatch.setattr(gradio_modules, "FOLDER", tmp_path)
     assert bundle_modules(["html"]) == {}
+
+
+def test_components_are_defined_without_stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_button.py").write_text("import gradio\n\n\nclass OwnButton(gradio.Button):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with gradio_modules.without_stubs():
+        importlib.import_module("own_button")
+    assert not (tmp_path / "own_button.pyi").exists()
+    sys.modules.pop("own_button")
+    importlib.import_module("own_button")
+    assert (tmp_path / "own_button.pyi").exists()  # else what is left out is gone from Gradio itself
+    sys.modules.pop("own_button")
