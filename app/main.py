@@ -17,10 +17,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app import gradio_modules, tabs  # noqa: F401 - before what imports Gradio
+from app import gradio_modules, page  # noqa: F401 - before what imports Gradio
 from app.guard import Connection, Guard, Login, is_loopback
 from app.live import add_live_route
-from app.page import mount
 from app.routes import Traffic, add_routes
 from app.state import AppState
 from app.top_bar import add_project_routes
@@ -92,10 +91,10 @@ def build_app(app_state: AppState, allowed: list[str], password: str = "") -> An
     add_live_route(app, app_state.live)
     app.add_middleware(Traffic, app_state=app_state)
     add_project_routes(app, app_state)
-    for tab in tabs.TABS:
+    for tab in page.TABS:
         tab.add_routes(app, app_state)
     app_state.has_password = bool(password)
-    inner: Any = mount(app, app_state, app_state.workspace / "tmp")
+    inner: Any = page.mount(app, app_state, app_state.workspace / "tmp")
     if password:
         inner = Login(inner, password)
     return Guard(inner, allowed)

@@ -1,27 +1,93 @@
-"""The page: header and tabs, what fills their fields, and what of them follows the state."""
+"""The page: its tabs and header, what fills their fields, and what of them follows the state.
+
+To add a tab, write its view and routes and a script in `assets/`, and add a row to `TABS`: the page, the
+server and the list of served assets are made from it.
+"""
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-
 import gradio as gr
+from fastapi import FastAPI
 
-from app import tabs as registry
 from app import top_bar
-from app import top_bar as project_picker
 from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
 from app.gradio_modules import bundle_modules, serve_page
+from app.dataset.view import add_dataset_routes, build_dataset
+from app.export.view import add_export_routes, build_export
+from app.preview.view import add_preview_routes, build_preview
 from app.routes import BadRequest, add_actions, add_assets
 from app.state import AppState, take_snapshot
 from app.templates import LANGUAGES, WORDS, _, language_tag, preferred_language, render, script_words
+from app.toolbox.view import add_toolbox_routes, build_toolbox
+from app.train.view import add_run_routes, build_train
 from lora_core.projects.project import DEMO_TITLE, Project
-from lora_core.system.files import clean_value, write_atomically
+from lora_core.report.plots import SCRIPTS
+from lora_core.system.files import ASSETS, clean_value, write_atomically
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+@dataclass(frozen=True)
+class Tab:
+    """One tab.
+
+    Attributes:
+        title: on the tab, and its id.
+        build: lays out the tab's components inside an open Gradio context.
+        add_routes: adds its routes to the server.
+        scripts: its JavaScript, files in `assets/`.
+        styles: its CSS, files in `assets/`.
+    """
+
+    title: str
+    build: Callable[[Bindings], None]
+    add_routes: Callable[[FastAPI, AppState], None]
+    scripts: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+
+
+TABS = (
+    Tab(
+        "Dataset", build_dataset, add_dataset_routes,
+        ("dataset.js", "dataset_tools.js", "dataset_learned.js", "dataset_mask.js"), ("dataset.css",),
+    ),
+    Tab("Train", build_train, add_run_routes, ("train.js", "timeline.js")),
+    Tab("Preview", build_preview, add_preview_routes, ("preview.js",), ("preview.css",)),
+    Tab("Export", build_export, add_export_routes, ("export.js",)),
+    Tab("Toolbox", build_toolbox, add_toolbox_routes, ("toolbox.js",), ("analysis.css",)),
+)  # fmt: skip
+
+
+@functools.cache
+def list_assets() -> dict[str, bytes]:
+    """What the page loads of `assets/`: scripts and styles as one file each, the shared ones first."""
+    scripts = (
+        "window.js",
+        *SCRIPTS,
+        "lightbox.js",
+        "folder_drop.js",
+        "projects.js",
+        *(name for tab in TABS for name in tab.scripts),
+    )
+    styles = ("style.css", "charts.css", *(name for tab in TABS for name in tab.styles))
+    return {"page.js": _join(scripts), "page.css": _join(styles), "icon.svg": _join(("icon.svg",))}
+
+
+def _join(names: Iterable[str]) -> bytes:
+    """The files without indentation and lines of comments; no text in them goes over a line's end."""
+    return b"\n".join(
+        re.sub(rb"(?m)^[ \t]+(//.*)?|^//.*", b"", (ASSETS / name).read_bytes()) for name in names
+    )
+
 
 REST = 2.0
 Found = TypeVar("Found")
@@ -35,7 +101,7 @@ def build_page(app_state: AppState) -> gr.Blocks:
         title=top_bar.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         hub = _header(bindings)
-        for tab in registry.TABS:
+        for tab in TABS:
             with gr.Column(elem_id=f"page-{tab.title.lower()}", elem_classes="tabitem"):
                 tab.build(bindings)
         wire_demo(bindings)
@@ -48,8 +114,8 @@ def _header(bindings: Bindings) -> Any:
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
             html_block(top_bar.brand)
-            bindings.follow(html_block(), project_picker.project_button)
-        html_block(lambda: render("header.html", part="tabs", tabs=registry.TABS), elem_id="tabs")
+            bindings.follow(html_block(), top_bar.project_button)
+        html_block(lambda: render("header.html", part="tabs", tabs=TABS), elem_id="tabs")
         bindings.follow(html_block(elem_id="run-bar", elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
@@ -99,7 +165,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
         ]
 
     # An open page of another version, or in another language, loads itself anew.
-    version = sum(map(zlib.crc32, registry.list_assets().values()))
+    version = sum(map(zlib.crc32, list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]
     demo.load(opened, None, filled, **QUIET).then(None, js="() => window.easel.formShown()", **QUIET)
@@ -188,10 +254,10 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     slow_queue_polling(page)
     follow_language(app, app_state, page)
     bundle = bundle_modules(block.get_block_name() for block in page.blocks.values())
-    files = registry.list_assets() | bundle
+    files = list_assets() | bundle
     add_assets(app, files)
     # Their addresses change when they do.
-    values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": registry.TABS}
+    values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": TABS}
     if bundle:
         scripts = files["page.js"]
         serve_page(

@@ -18,13 +18,13 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 from jinja2 import nodes
 
-from app import tabs, worker_client
+from app import page, worker_client
 from app.dataset.view import FILTERS
 from app.export import file_manager
 from app.export import view as export_view
 from app.preview import request_form
 from app.templates import FOLDER, LOCALE, STATES
-from app.toolbox import tools
+from app.toolbox import view as toolbox_view
 from app.train import form, run_cards, start, train_form
 from app.train import view as train_view
 from lora_core.model_files.families import FAMILIES
@@ -108,14 +108,14 @@ def texts_of_tables() -> Iterator[Text]:
             yield from [row] if isinstance(row, str) else (row.get("title", ""), row.get("help", ""))
     for stage, phases in run_cards.STAGES:
         yield from (stage, *phases)
-    for tool in tools.TOOLS.values():
+    for tool in toolbox_view.TOOLS.values():
         yield from (tool.title, tool.line, tool.go)
     yield from form.GROUPS
     for table in (GOALS, LEVELS, HOWS, start.SOURCES, export_view.PRECISIONS, request_form.GRID_KINDS):
         yield from table.values()
     yield from (title for title, _tone in STATES.values())
     yield from (title for _key, title in FILTERS)
-    yield from (tab.title for tab in tabs.TABS)
+    yield from (tab.title for tab in page.TABS)
     yield from (title for title, *_range in request_form.NUMBERS.values())
     yield from (
         train_form.INFO,
@@ -136,7 +136,7 @@ def texts_of_tables() -> Iterator[Text]:
     yield "This failed because of a bug in LoRA Easel; its log has the details."
     yield from (family.title for family in FAMILIES.values())
     yield "A .ckpt file; what kind of base it is shows when the run starts."
-    yield from (tools.UNSHOWN, tools.BUSY, file_manager.SHARED)
+    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, file_manager.SHARED)
     # Words that are counted, kinds of what is in the trash, states in the queue, curves, phases of an import.
     yield from (
         counted("image"),

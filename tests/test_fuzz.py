@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 
 from app import main
 from app.dataset.gallery import count_caption_tokens
-from app.preview.routes import parse_infotext
+from app.preview.view import parse_infotext
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.dataset import scan

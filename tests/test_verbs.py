@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from app.page import TABS
 from app.routes import add_routes
 from app.state import AppState
-from app.tabs import TABS
-from app.toolbox.tools import TOOLS
+from app.toolbox.view import TOOLS
 from app.top_bar import add_project_routes
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters

@@ -1,13 +1,17 @@
-"""The Toolbox tab: its page, its routes, and the results of its tools.
+"""The Toolbox tab: its tools for LoRA files, the worker request that each makes of a page's choices, its
+routes, and the results.
 
-Results are drawn by `templates/result.html`, with the figures of `lora_core/report/plots.py`.
+`templates/result.html` draws them, with the figures of `lora_core/report/plots.py`.
 """
 
 import functools
 import json
+import logging
 import re
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,25 +20,379 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from app.bindings import Bindings, html_block
-from app.preview.loras import ADDED
+from app.live import LiveStream
+from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
-from app.state import AppState
-from app.templates import _, pluralize, render
-from app.toolbox.tools import (
-    CHECKPOINT,
-    TOOLS,
-    BackgroundTask,
-    add_task,
-    build_worker_request,
-    free_path,
-    list_choices,
-)
-from lora_core.errors import AdapterFileError, RunError
+from app.state import AppState, take_snapshot
+from app.templates import _, format_bytes, pluralize, problem_html, render
+from app.train.train_form import base_choices
+from app.worker_client import Reply, WorkerClient
+from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
+from lora_core.model_files.detect import base_path
 from lora_core.model_files.families import FAMILIES
 from lora_core.report.plots import Bar, bars_plot, figure
-from lora_core.runs.folder import runs_folder
+from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
-from lora_core.system.files import parse_json
+from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, parse_json, unused_path
+
+MOST_FILES = 12
+LONGEST_TABLE = 4000
+BASES = "bases"
+"""The folder of a project with bases that were made in it."""
+CHECKPOINT = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraTool:
+    """One thing to do with LoRA files.
+
+    Attributes:
+        title: on its button.
+        line: what it tells, or makes.
+        files: how few and how many it takes.
+        needs: which fields it has: "base", "tuned", "measure", "apart", "size", "rank", "strengths",
+            "blocks", "format", "alphas"; those with a ? may be left empty.
+        go: on the button that starts it.
+        makes: "adapter" or "base" where it makes a file.
+        do: what the worker is asked for, where that is not the tool's own key.
+    """
+
+    title: str
+    line: str
+    files: tuple[int, int] = (1, 1)
+    needs: tuple[str, ...] = ()
+    go: str = "Analyze"
+    makes: str = ""
+    do: str = ""
+
+
+TOOLS: dict[str, LoraTool] = {
+    "check": LoraTool(
+        "Inspect", "Type, trigger words, and which apps load it.", go="Inspect", do="verify"
+    ),
+    "spectrum": LoraTool("Spectrum", "The effective rank of each layer."),
+    "amplify": LoraTool("Amplification", "Which blocks it changes most.", needs=("base",)),
+    "intrinsic": LoraTool(
+        "Intrinsic rank", "Finds the lowest rank that keeps 99% of the gain.", (1, 1), ("measure",),
+        "Measure",
+    ),
+    "strength": LoraTool(
+        "Best strength", "Finds the best strength.", (1, 1), ("measure", "apart"), "Measure"
+    ),
+    "compare": LoraTool("Similarity", "How alike two LoRAs are.", (2, 2)),
+    "stack": LoraTool(
+        "Stacking", "How LoRAs interfere when combined.", (2, MOST_FILES),
+        ("strengths", "measure?"),
+    ),
+    "merge": LoraTool(
+        "Merge", "Combine LoRAs into one file.", (1, MOST_FILES),
+        ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
+    ),
+    "into-base": LoraTool(
+        "Merge into a base", "Write a copy of a base with LoRAs merged in.", (1, MOST_FILES),
+        ("strengths", "base", "blocks?"), "Merge", "base",
+    ),
+    "plain": LoraTool(
+        "Plain LoRA", "Turn a LoHa, LoKr or DoRA into a plain LoRA.", (1, 1),
+        ("rank", "base?"), "Convert", "adapter", "merge",
+    ),
+    "convert": LoraTool(
+        "Convert", "Write the same LoRA in another format.", (1, 1), ("format", "alphas"), "Convert",
+        "adapter",
+    ),
+    "shrink": LoraTool(
+        "Shrink", "Smaller file, same result.", (1, 1), ("size",), "Shrink", "adapter"
+    ),
+    "extract": LoraTool(
+        "Extract", "Get a LoRA from a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
+        "adapter",
+    ),
+}  # fmt: skip
+
+
+def list_choices(app_state: AppState) -> dict[str, Any]:
+    """What a page offers: files with their runs, runs to measure on, bases."""
+    snapshot = take_snapshot(app_state)
+
+    def row(title: str, path: str) -> dict[str, str]:
+        run_view = find_owner(snapshot, path)
+        return {"title": title, "path": path, "run": run_view.run.name if run_view else ""}
+
+    groups = [
+        {"heading": name, "files": [row(*file) for file in files]} for name, files in lora_groups(snapshot)
+    ]
+    bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
+    runs = [
+        {"name": run_view.run.name, "base": config.model.base}
+        for run_view, _ in snapshot.runs
+        if (config := run_view.config()) is not None and config.validation.pictures > 0
+    ]
+    return {"groups": groups, "runs": runs, "bases": bases}
+
+
+def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
+    """Build the worker's request from a page's choices.
+
+    Args:
+        app_state: the window.
+        tool: of `TOOLS`.
+        sent: a page's choices: `files` ({file, strength}), `base`, `tuned`, `measure`, `rank`, `energy`,
+            `apart`.
+
+    Raises:
+        LoraError: something is missing, in a sentence.
+    """
+    if tool not in TOOLS:
+        raise ConfigError(f"{tool!r} is not one of the tools for LoRA files.")
+    wanted, files = TOOLS[tool], _files(sent.get("files"))
+    low, high = wanted.files
+    if not low <= len(files) <= high:
+        raise AdapterFileError(_needs_files(wanted))
+    request: dict[str, Any] = {"do": wanted.do or tool}
+    if request["do"] == "merge":
+        request["files"] = files
+    elif high == 1:
+        request["file"] = files[0]["file"]
+    elif high:
+        request["files"] = files
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "base": lambda: {"base": _text(sent, "base", "Choose the base that it was made for.")},
+        "tuned": lambda: {"tuned": _text(sent, "tuned", "Give the path of the fine-tuned model.")},
+        "measure": lambda: {"measure": _measure(app_state, sent.get("measure"))},
+        "measure?": lambda: {"measure": _measure(app_state, sent["measure"])} if sent.get("measure") else {},
+        "apart": lambda: {"apart": bool(sent.get("apart"))},
+        "size": lambda: _size(sent),
+        "rank": lambda: {"rank": _rank(sent.get("rank") or "")},
+        "rank?": lambda: {"rank": _rank(sent["rank"])} if str(sent.get("rank") or "").strip() else {},
+        "base?": lambda: {"base": str(sent["base"])} if sent.get("base") else {},
+        "blocks?": lambda: _blocks(sent),
+        "format": lambda: {"format": _format(sent)},
+        "alphas": lambda: {"keep_alphas": bool(sent.get("alphas"))},
+    }
+    for need in wanted.needs:
+        request |= makers[need]() if need in makers else {}
+    if wanted.makes == "base":
+        request["out"] = str(_base_place(app_state, request["base"], files[0]["file"]))
+    elif wanted.makes:
+        source = str(sent["tuned"]) if tool == "extract" else files[0]["file"]
+        request["out"] = str(free_path(app_state, source, _suffix(tool, request)))
+    return request
+
+
+def _needs_files(tool: LoraTool) -> str:
+    low, high = tool.files
+    if (low, high) == (1, 1):
+        return _("Choose a LoRA file first.")
+    needed = "{} needs two files; add another." if low == high else "{} needs two files or more; add another."
+    return _(needed, _(tool.title))
+
+
+def _files(rows: Any) -> list[dict[str, Any]]:
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        name = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
+        if name:
+            path = expand_home(name)
+            if not path.is_file():
+                raise AdapterFileError(_("There is no file at {path}; choose another.", path=path))
+            found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), _("A strength"))})
+    return found
+
+
+def _number(value: Any, title: str) -> float:
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError as error:
+        raise ConfigError(_("{} should be a number, not {!r}.", title, str(value)[:40])) from error
+    if not abs(number) < 1e6:
+        raise ConfigError(_("{title} should be a number, not {value!r}.", title=title, value=str(value)[:40]))
+    return number
+
+
+def _text(sent: dict[str, Any], key: str, problem: str) -> str:
+    text = str(sent.get(key) or "").strip().strip('"')
+    if not text:
+        raise ConfigError(problem)
+    return text
+
+
+def _rank(value: Any) -> int:
+    number = _number(value, _("The rank"))
+    if number != int(number) or not 1 <= number <= 4096:
+        raise ConfigError(_("The rank should be a whole number from 1 on, not {!r}.", str(value)[:40]))
+    return int(number)
+
+
+def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
+    """Block weights in the syntax of `merge --blocks`."""
+    text = str(sent.get("blocks") or "").strip()
+    if len(text) > LONGEST_TABLE:
+        raise ConfigError(
+            _("The weights of blocks are longer than {:,} letters; use fewer rows.", LONGEST_TABLE)
+        )
+    return {"blocks": text} if text else {}
+
+
+def _format(sent: dict[str, Any]) -> str:
+    name = str(sent.get("format") or "")
+    if name not in FORMATS:
+        raise ConfigError(_("Choose a format: {formats}.", formats=_(" or ").join(FORMATS)))
+    return name
+
+
+def _size(sent: dict[str, Any]) -> dict[str, Any]:
+    """A rank, or a share of the energy in percent."""
+    if sent.get("by") == "energy":
+        share = _number(sent.get("energy") or "", _("The share of the energy"))
+        if not 0 < share <= 100:
+            raise ConfigError(_("The share of the energy is from above 0 to 100 percent, not {:g}.", share))
+        return {"energy": share / 100}
+    return {"rank": _rank(sent.get("rank") or "")}
+
+
+def check_memory_is_free(app_state: AppState) -> None:
+    """Refuse to load a base for measuring while a run is going on.
+
+    Raises:
+        RunError: a run is going on.
+    """
+    if app_state.jobs.live() is not None:
+        raise RunError(_("A run is using the memory; measure once it has ended."))
+
+
+def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
+    """What to measure on: a run's held-out images, or a folder with a base."""
+    sent = sent if isinstance(sent, dict) else {}
+    check_memory_is_free(app_state)
+    name = str(sent.get("run") or "")
+    if name:
+        run_view = next((w for w in app_state.jobs.all() if w.run.name == check_run_name(name)), None)
+        if run_view is None:
+            raise ConfigError(_("There is no run named {name}; choose another.", name=name))
+        return {"run": str(run_view.run.path)}
+    dataset = _text(sent, "dataset", "Choose what to measure on: a run, or a folder of images with captions.")
+    return {"dataset": str(expand_home(dataset)), "base": _text(sent, "base", "Choose the base.")}
+
+
+def default_stem(app_state: AppState, file: Path) -> str:
+    """Stem for a file made from this one; checkpoints use their run's name."""
+    run_view = find_owner(take_snapshot(app_state), str(file))
+    stem = f"{run_view.run.name}-{file.parent.name}" if run_view and file.name == CHECKPOINT else file.stem
+    return re.sub(r"[^\w .()-]", "_", stem).strip(" .") or "lora"
+
+
+def free_path(app_state: AppState, source: str, suffix: str) -> Path:
+    """Path for a file made from `source`: beside a run's exports, else in the project."""
+    file = expand_home(source)
+    run_view = find_owner(take_snapshot(app_state), str(file))
+    folder = run_view.run.exports if run_view else app_state.project.path / ADDED
+    folder.mkdir(parents=True, exist_ok=True)
+    return unused_path(folder, f"{default_stem(app_state, file)[:80]}-{suffix}", ".safetensors")
+
+
+def _base_place(app_state: AppState, base: str, source: str) -> Path:
+    """Path for a base with `source` merged into it: among the project's bases.
+
+    Raises:
+        ModelFileError: the base is not on this computer, or there is no room for a copy of it.
+    """
+    path = base_path(base)
+    folder = app_state.project.path / BASES
+    size = path.stat().st_size if path.is_file() else folder_bytes(path.resolve())
+    free = free_bytes(folder)
+    if size + MARGIN > free:
+        needed, room = format_bytes(size), format_bytes(free)
+        raise ModelFileError(
+            _("A copy of the base takes {}, and {} are free in {}; make room.", needed, room, folder)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{path.stem[:60]}-{default_stem(app_state, Path(source))[:60]}"
+    return unused_path(folder, stem, ".safetensors" if path.is_file() else "")
+
+
+def _suffix(tool: str, request: dict[str, Any]) -> str:
+    if tool in ("merge", "plain", "convert"):
+        return {"merge": "merged", "plain": f"plain{request.get('rank')}"}.get(tool) or request["format"]
+    small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
+    return f"lora-{small}" if tool == "extract" else small
+
+
+UNSHOWN = "The result cannot be shown because of a bug in LoRA Easel; its log has the details."
+BUSY = "A tool is already running; wait for it, or cancel it."
+
+
+class BackgroundTask:
+    """The task that a page started in the worker, or the last one. One at a time, independent of the page: a
+    page that returns finds its state."""
+
+    def __init__(self, worker: WorkerClient) -> None:
+        """Run tasks in `worker`."""
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._reply: Reply | None = None
+        self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
+        self._name = self._title = self._html = ""
+        self._revision = 0
+        self._told = True
+
+    def start(
+        self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str], name: str = ""
+    ) -> None:
+        """Start a task.
+
+        Args:
+            title: what it is called while it is under way.
+            request: for the worker.
+            shows: makes HTML of its answer.
+            name: tells a page what the answer belongs to.
+
+        Raises:
+            RunError: something is under way.
+        """
+        with self._lock:
+            if self._reply is not None and not self._reply.finished.is_set():
+                raise RunError(BUSY)
+            self._title, self._shows, self._told, self._name = title, shows, False, name
+            self._reply = self._worker.submit(request)
+
+    def cancel(self) -> None:
+        """Cancel the running task."""
+        if self._reply is not None and not self._reply.finished.is_set():
+            self._worker.cancel(self._reply)
+
+    def now(self) -> dict[str, Any]:
+        """The state, and what the last task came to while none is running."""
+        with self._lock:
+            reply, shown = self._reply, {"words": "", "name": self._name}
+            if reply is not None and not reply.finished.is_set():
+                said = reply.phase or self._worker.describe(reply)
+                count = _(", {:,} of {:,}", reply.done, reply.total) if reply.total > 1 else ""
+                words = f"{_(self._title)}: {said[:1].lower() + said[1:]}{count}" if said else _(self._title)
+                progress = {"done": reply.done, "total": reply.total, "words": words}
+                return {**shown, "state": "working", "revision": self._revision, **progress}
+            if reply is not None and not self._told:
+                self._told, self._revision = True, self._revision + 1
+                self._html = self._outcome(reply)
+            state = reply.state if reply else "idle"
+            return {**shown, "state": state, "revision": self._revision, "html": self._html}
+
+    def _outcome(self, reply: Reply) -> str:
+        if reply.state == "error":
+            return problem_html(reply.message)
+        try:
+            return self._shows(reply.result)
+        except LoraError as error:
+            return problem_html(error)
+        except Exception:
+            logging.getLogger(__name__).exception("The result of %s cannot be shown", self._title)
+            return problem_html(UNSHOWN)
+
+
+def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) -> None:
+    """Tell pages of a task by the live stream, and let them cancel it at `/easel/NAME/cancel`."""
+    live.feeds[name] = task.now
+    add_actions(app, {f"{name}/cancel": lambda sent: task.cancel()})
+
 
 Row = Mapping[str, Any]
 MOST_BARS = 14

@@ -9,9 +9,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.page import TABS
 from app.routes import add_routes
 from app.state import AppState
-from app.tabs import TABS
 from app.top_bar import add_project_routes
 
 Say = Callable[..., dict[str, Any]]

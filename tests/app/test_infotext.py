@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.preview.routes import parse_infotext
+from app.preview.view import parse_infotext
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.settings.schema import SAMPLERS
 

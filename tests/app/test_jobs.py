@@ -9,7 +9,7 @@ import pytest
 
 from app import top_bar
 from app.jobs import LIVE, Jobs
-from app.preview.loras import checkpoint_choices, find_loras
+from app.preview.request_form import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
 from app.templates import format_bytes
 from app.train import run_cards as cards

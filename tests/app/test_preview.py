@@ -15,9 +15,10 @@ from app.preview import request_form as preview_form
 from app.preview import sent_form
 from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
-from app.preview.loras import ADDED, lora_groups
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.preview.routes import (
+from app.preview.request_form import ADDED, lora_groups
+from app.preview.sent_form import take_rows
+from app.preview.view import (
     STARTS,
     Infotext,
     apply_infotext,
@@ -30,7 +31,6 @@ from app.preview.routes import (
     read_infotext,
     start_from,
 )
-from app.preview.sent_form import take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis

@@ -70,7 +70,7 @@ def note(frame, event, arg):
         seen.setdefault(folder.strip("/") + "/" + file, set()).add(name)
 
 threading.setprofile(note)
-from app.preview.routes import generate
+from app.preview.view import generate
 from app.preview.sent_form import take_rows
 from app.state import AppState
 state = AppState(home / "workspace", worker_command=[sys.executable, "-c", worker, str(home / "worker.json")])

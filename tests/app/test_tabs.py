@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app import main, tabs
+from app import main, page
 from app.bindings import Bindings, html_block
 from app.state import AppState
 
@@ -26,14 +26,14 @@ def test_a_row_adds_tab_routes_and_script(
 ) -> None:
     assets = tmp_path / "assets"
     assets.mkdir()
-    for file in [*tabs.ASSETS.glob("*.*"), *tabs.ASSETS.glob("vendor/*.js")]:
-        (assets / file.relative_to(tabs.ASSETS)).parent.mkdir(exist_ok=True)
-        (assets / file.relative_to(tabs.ASSETS)).write_bytes(file.read_bytes())
+    for file in [*page.ASSETS.glob("*.*"), *page.ASSETS.glob("vendor/*.js")]:
+        (assets / file.relative_to(page.ASSETS)).parent.mkdir(exist_ok=True)
+        (assets / file.relative_to(page.ASSETS)).write_bytes(file.read_bytes())
     (assets / "toy.js").write_text("window.toy = true;")
-    monkeypatch.setattr(tabs, "ASSETS", assets)
-    monkeypatch.setattr(tabs, "list_assets", tabs.list_assets.__wrapped__)
-    toy = tabs.Tab("Toy", build_toy, add_toy_routes, ("toy.js",))
-    monkeypatch.setattr(tabs, "TABS", (*tabs.TABS, toy))
+    monkeypatch.setattr(page, "ASSETS", assets)
+    monkeypatch.setattr(page, "list_assets", page.list_assets.__wrapped__)
+    toy = page.Tab("Toy", build_toy, add_toy_routes, ("toy.js",))
+    monkeypatch.setattr(page, "TABS", (*page.TABS, toy))
 
     client = TestClient(main.build_app(app_state, ["testserver"]))
     assert client.get("/easel/toy").json() == {"runs": 0}
@@ -58,7 +58,7 @@ def test_the_page_and_its_scripts_come_in_what_the_browser_reads(app_state: AppS
 
 def test_no_text_of_a_script_goes_over_a_lines_end() -> None:
     """Indentation and lines of comments can be left out."""
-    for file in tabs.ASSETS.glob("*.js"):
+    for file in page.ASSETS.glob("*.js"):
         assert all(line.count("`") % 2 == 0 for line in file.read_text("utf-8").splitlines()), file
-    scripts = tabs.list_assets()["page.js"].decode()
+    scripts = page.list_assets()["page.js"].decode()
     assert not any(line.startswith((" ", "//")) for line in scripts.splitlines())

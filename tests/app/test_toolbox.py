@@ -13,8 +13,7 @@ from fastapi.testclient import TestClient
 from app.export.view import report_card
 from app.state import AppState, take_snapshot
 from app.templates import render
-from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
-from app.toolbox.view import result_html, written_html
+from app.toolbox.view import TOOLS, build_worker_request, free_path, list_choices, result_html, written_html
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.conftest import Say
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
@@ -164,7 +163,7 @@ def test_a_base_with_files_in_it_is_offered_as_a_base(
     assert "/easel/made/" not in shown
     assert app_state.places.read("bases") == [str(out)]
     out.rename(out.with_name("base-mine-2"))
-    monkeypatch.setattr("app.toolbox.tools.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("app.toolbox.view.free_bytes", lambda path: 1000)
     assert "A copy of the base takes" in say("toolbox/start", tool="into-base", **sent)["problem"]
 
 

@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 
 from app import templates
 from app.main import build_app
+from app.page import list_assets
 from app.state import AppState
-from app.tabs import list_assets
 from app.templates import FOLDER, LANGUAGES, LOCALE, WORDS, _, pluralize, preferred_language, script_words
 from tests import catalogues
 

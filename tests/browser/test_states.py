@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from app.preview.loras import ADDED
+from app.preview.request_form import ADDED
 from tests.browser.pages import frames, open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
