@@ -26,9 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.dataset.gallery import count_caption_tokens
 from app.dataset.uploads import ROOM_LEFT
-from app.export.file_manager import SHARED
 from app.guard import LARGEST_JSON, LOOPBACK, host_name, is_loopback, read_body
-from app.state import AppState
+from app.state import SHARED, AppState
 from app.templates import _
 from app.train.form import Plan
 from lora_core.data.captions import rules_of

@@ -1,12 +1,16 @@
 """State of the window: one `AppState` per server, shared by all its pages, and a `Snapshot` of it per look.
 
-Two pages of the same window therefore show the same project, run and images.
+Two pages of the same window therefore show the same project, run and images. Other tools of this computer and
+its file manager, which no run or project owns, are here too.
 """
 
 import hashlib
+import os
+import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +18,14 @@ from typing import Any
 from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
-from app.export.file_manager import FileManager
 from app.jobs import LIVE, Jobs, QueueClient, RunView, TensorBoard
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.templates import _
+from app.templates import _, render
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
 from app.worker_client import CARDS, WorkerClient
+from lora_core.errors import RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.costs import parameters_of
@@ -29,7 +33,7 @@ from lora_core.runs.events import Progress
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files
-from lora_core.system.processes import child_environment
+from lora_core.system.processes import child_environment, detached
 
 Shelf = tuple[InstalledTool, list[Path]]
 """A tool and the bases in its folders."""
@@ -74,6 +78,95 @@ class OtherTools:
             if tool.loras is not None:
                 found.setdefault(tool.loras.resolve(), (tool.name, tool.loras))
         return list(found.values())
+
+
+SHARED = "This window is open to other computers, so it starts no file manager; copy the path."
+FILE_MANAGER_SECONDS = 5.0
+
+
+class FileManager:
+    """Shows files in the file manager of this computer.
+
+    Only those that the window named to a page, and only if the page is on this computer too. No shell is
+    involved. Where it cannot work, the path can be copied and the reason is given.
+    """
+
+    def __init__(self) -> None:
+        """Start without any named file."""
+        self.shared = False
+        """Whether the window listens to other computers."""
+        self._named: set[str] = set()
+
+    @property
+    def problem(self) -> str:
+        """Why no file can be shown, in a sentence; "" where one can."""
+        return SHARED if self.shared else missing_file_manager(sys.platform, os.environ)
+
+    def place(self, file: object, words: str) -> str:
+        """A file's location, with buttons to show it and to copy the path."""
+        self._named.add(str(file))
+        return render("export/place.html", file=file, words=words, problem=self.problem)
+
+    def show(self, name: str) -> None:
+        """Open the folder of a file with the file selected, where the system can select one.
+
+        Raises:
+            RunError: the window has not named it, it is gone, or no file manager can be started.
+        """
+        file = Path(name)
+        if name not in self._named:
+            raise RunError(_("This file was not written by the window, so it is not shown."))
+        if self.problem:
+            raise RunError(self.problem)
+        if not file.exists():
+            raise RunError(_("{file} no longer exists.", file=file))
+        threading.Thread(
+            target=_start_first, args=(file_manager_commands(file, sys.platform),), daemon=True
+        ).start()
+
+
+def missing_file_manager(platform: str, environment: Mapping[str, str]) -> str:
+    """Why no file manager can be started, in a sentence; "" where one can."""
+    if platform in ("darwin", "win32"):
+        return ""
+    if not environment.get("DISPLAY") and not environment.get("WAYLAND_DISPLAY"):
+        return _("No desktop session is running; copy the path.")
+    if not shutil.which("dbus-send") and not shutil.which("xdg-open"):
+        return _("No file manager was found (dbus-send or xdg-open); copy the path.")
+    return ""
+
+
+def file_manager_commands(file: Path, platform: str) -> list[list[str]]:
+    """What to run until one succeeds."""
+    if platform == "darwin":
+        return [["open", "-R", str(file)]]
+    if platform == "win32":
+        # Explorer returns 1 even on success.
+        return [["explorer", "/select,", str(file)]]
+    # Percent-encoded: dbus-send splits at commas.
+    ask = ["dbus-send", "--session", "--print-reply", "--dest=org.freedesktop.FileManager1"]
+    ask += ["/org/freedesktop/FileManager1", "org.freedesktop.FileManager1.ShowItems"]
+    ask += [f"array:string:{file.as_uri()}", "string:"]
+    return [ask, ["xdg-open", str(file.parent)]]
+
+
+def _start_first(tries: list[list[str]]) -> None:
+    for command in tries:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                **detached(),
+            )
+            if process.wait(FILE_MANAGER_SECONDS) == 0:
+                return
+        except subprocess.TimeoutExpired:
+            # Some file managers stay in the foreground.
+            return
+        except OSError:
+            continue
 
 
 class MemoryYieldPolicy:

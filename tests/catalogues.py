@@ -18,9 +18,8 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 from jinja2 import nodes
 
-from app import page, worker_client
+from app import page, state, worker_client
 from app.dataset.view import FILTERS
-from app.export import file_manager
 from app.export import view as export_view
 from app.preview import request_form
 from app.templates import FOLDER, LOCALE, STATES
@@ -136,7 +135,7 @@ def texts_of_tables() -> Iterator[Text]:
     yield "This failed because of a bug in LoRA Easel; its log has the details."
     yield from (family.title for family in FAMILIES.values())
     yield "A .ckpt file; what kind of base it is shows when the run starts."
-    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, file_manager.SHARED)
+    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, state.SHARED)
     # Words that are counted, kinds of what is in the trash, states in the queue, curves, phases of an import.
     yield from (
         counted("image"),

@@ -12,10 +12,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app import jobs
-from app.export.file_manager import FileManager, commands, lacking
 from app.export.view import add_export_routes
 from app.routes import add_routes
-from app.state import AppState
+from app.state import AppState, FileManager, file_manager_commands, missing_file_manager
 from tests.waiting import PATIENCE, wait_for
 
 NAME = "my, 'lora' $(touch x).safetensors"
@@ -117,9 +116,9 @@ def test_where_it_cannot_be_shown_the_path_stays_with_the_reason(
 
 def test_the_commands_of_each_system() -> None:
     file = Path("/home/a b/x.safetensors")
-    assert commands(file, "darwin") == [["open", "-R", str(file)]]
-    assert commands(file, "win32") == [["explorer", "/select,", str(file)]]
-    assert lacking("darwin", {}) == lacking("win32", {}) == ""
+    assert file_manager_commands(file, "darwin") == [["open", "-R", str(file)]]
+    assert file_manager_commands(file, "win32") == [["explorer", "/select,", str(file)]]
+    assert missing_file_manager("darwin", {}) == lacking("win32", {}) == ""
 
 
 def test_tensorboard_opens_once_and_ends_with_the_window(
