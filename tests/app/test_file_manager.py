@@ -118,7 +118,7 @@ def test_the_commands_of_each_system() -> None:
     file = Path("/home/a b/x.safetensors")
     assert file_manager_commands(file, "darwin") == [["open", "-R", str(file)]]
     assert file_manager_commands(file, "win32") == [["explorer", "/select,", str(file)]]
-    assert missing_file_manager("darwin", {}) == lacking("win32", {}) == ""
+    assert missing_file_manager("darwin", {}) == missing_file_manager("win32", {}) == ""
 
 
 def test_tensorboard_opens_once_and_ends_with_the_window(
