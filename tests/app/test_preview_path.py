@@ -2,12 +2,12 @@
 that is executed between the request of a moved slider and its PNG."""
 
 import json
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.train.test_reading_path import reading_path
 from tests.warm import program
 
 ROOT = Path(__file__).parents[2]
@@ -99,13 +99,6 @@ print(json.dumps([window, json.loads((home / "worker.json").read_text())]))
 """
 
 
-def reading_path() -> list[str]:
-    """The files that ARCHITECTURE lists under "From the slider to the image"."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    section = text.partition("## From the slider to the image")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
-
-
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The functions that a moved slider calls in window and worker, by file."""
@@ -132,7 +125,7 @@ def lora(home: Path) -> Path:
 
 
 def test_a_moved_slider_runs_in_the_files_that_are_listed(executed: dict[str, set[str]]) -> None:
-    listed = reading_path()
+    listed = reading_path("From the slider to the image")
     for file, names in executed.items():
         if not file.removeprefix("lora_core/").startswith(ELSEWHERE):
             assert file in listed or names <= HELPERS.get(file, set()), (
@@ -140,4 +133,3 @@ def test_a_moved_slider_runs_in_the_files_that_are_listed(executed: dict[str, se
                 names - HELPERS.get(file, set()),
             )
     assert set(listed) <= executed.keys(), "a file is listed that no preview needs"
-    assert len(listed) <= 10

@@ -1,10 +1,12 @@
-"""A training step runs in few files: those that ARCHITECTURE lists, and no others, have code that is executed
-between the batch and `optimizer.step()`."""
+"""The three paths that a stranger reads first are short, and true: a training step and an export run in the
+files that ARCHITECTURE lists and in no others; `tests/app/test_preview_path.py` shows it of a slider."""
 
 import json
 import re
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from tests.warm import program
 
@@ -50,13 +52,32 @@ for name, changes in json.loads(sys.argv[2]).items():
     threading.setprofile(None)
     print(json.dumps({file: sorted(names) for file, names in seen.items()}))
 """
+EXPORT = """
+import json, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+from tests.train.runs import toy
+from lora_core.lora.inject import adapter_weights
+from lora_core.train.export import export_header, write_export
+from lora_core.train.setup import RuntimePlan, prepare
 
+place = toy(Path(sys.argv[1]))
+run = place.run("exported", optimizer__text_encoder_lr=5e-4)
+config = run.config()
+session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
+base, weights, seen = session.state.base, adapter_weights(session.state.injected), {}
 
-def reading_path() -> list[str]:
-    """The files that ARCHITECTURE lists under "A training step", below `lora_core`."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    section = text.partition("## A training step")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
+def note(frame, event, arg):
+    _, engine, file = frame.f_code.co_filename.partition("/lora_core/")
+    if event == "call" and engine:
+        seen.setdefault(file, set()).add(frame.f_code.co_qualname.partition(".<locals>")[0])
+
+sys.setprofile(note)
+header = export_header(config, base, session.train_items, 3, 0.0)
+write_export(weights, Path(sys.argv[1]) / "one.safetensors", ("kohya", "fp16"), base.family, header)
+sys.setprofile(None)
+print(json.dumps({file: sorted(names) for file, names in seen.items()}))
+"""
 
 
 def executed(home: Path, **runs: dict[str, object]) -> list[dict[str, list[str]]]:
@@ -66,9 +87,33 @@ def executed(home: Path, **runs: dict[str, object]) -> list[dict[str, list[str]]
     return [json.loads(line) for line in said.splitlines()[-len(runs) :]]
 
 
+PATHS = {
+    "A training step": (8, 1500),
+    "From the slider to the image": (10, 2000),
+    "From the adapter to the file": (8, 1800),
+}
+"""How many files and lines a reader opens at most, by the heading in ARCHITECTURE."""
+
+
+def reading_path(heading: str) -> list[str]:
+    """The files in the table that ARCHITECTURE has under a heading, as it names them."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("heading", PATHS)
+def test_a_reading_path_is_short(heading: str) -> None:
+    most, lines = PATHS[heading]
+    listed = reading_path(heading)
+    found = [file if (file := ENGINE / name).is_file() else ROOT / name for name in listed]
+    assert 0 < len(listed) <= most
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in found) <= lines
+
+
 def test_a_step_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
     """With what is on by default, and with a text encoder that is trained, dropout and an average."""
-    listed = reading_path()
+    listed = reading_path("A training step")
     seen: set[str] = set()
     more = {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.1, "save__ema": 0.9}
     for functions in executed(tmp_path, plain={}, more=more):
@@ -77,4 +122,14 @@ def test_a_step_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
                 assert file in listed or set(names) <= HELPERS.get(file, set()), (file, names)
                 seen.add(file)
     assert set(listed) <= seen, "a file is listed that no step needs"
-    assert len(listed) <= 8
+
+
+def test_an_export_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
+    command = [program("engine"), "-c", EXPORT, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    seen: dict[str, list[str]] = json.loads(said.splitlines()[-1])
+    listed = reading_path("From the adapter to the file")
+    for file, names in seen.items():
+        if not file.startswith((*ELSEWHERE, "model_files/", "system/")):
+            assert file in listed or set(names) <= HELPERS.get(file, set()), (file, names)
+    assert set(listed) <= seen.keys(), "a file is listed that no export needs"
