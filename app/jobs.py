@@ -90,7 +90,7 @@ class RunView:
                 # How it ended is being written down; until then the reason would be wrong.
                 status = "preparing" if status == "queued" else "running"
             elif has_no_end and self.child.returncode > 0:
-                # It said why and left; one that a signal ended was broken off.
+                # It printed why and ended; a signal's end counts as interrupted.
                 status = "failed"
         if status in LIVE:
             # A stop is under way from its request to the end of the process.
@@ -147,7 +147,7 @@ class Jobs:
         self._chosen: Path | None = None
         self._second: Path | None = None
         self._last_live: Path | None = None
-        # Told of each run that is made here; the window notes which project it belongs to.
+        # Called with each run that is made here; the window notes its project.
         self.created: Callable[[RunFolder], None] = lambda run: None
         # Whether a run is one of the open project, as the window knows.
         self.own: Callable[[RunView], bool] = lambda run_view: True
@@ -376,7 +376,7 @@ class QueueClient:
         return made
 
     def start(self) -> None:
-        """Start the queue, which goes on when the window is closed.
+        """Start the queue, which continues when the window is closed.
 
         Raises:
             RunError: it cannot be read.

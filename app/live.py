@@ -23,7 +23,8 @@ from fastapi.responses import Response, StreamingResponse
 from lora_core.system.files import clean_value
 
 WORK_EVERY, LIVE_EVERY, IDLE_EVERY, HIDDEN_EVERY = 0.25, 1.0, 5.0, 10.0
-"""Seconds from look to look: at work under way, at all while something goes on, at all; of a hidden page."""
+"""Seconds from look to look: at work under way, at everything while a run is live, at
+everything when idle, of a hidden page."""
 BEAT, RECONNECT = 20.0, 1.0
 FOR_HIDDEN = ("run-bar",)
 """What a hidden page still follows, for its title and the notification at a run's end."""

@@ -179,7 +179,7 @@ def describe_changes(names: list[str]) -> str:
     """A sentence that lists the inputs that changed since the run began.
 
     Args:
-        names: as the trainer calls them; an image stands for its caption too.
+        names: as the trainer calls them; an image includes its caption.
     """
     images = [
         _("the image {} or its caption", name[12:]) if name.startswith("the picture ") else name

@@ -74,7 +74,7 @@ class WorkerClient:
         """What was asked and is not begun, in order."""
         self.in_hand: Reply | None = None
         self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
-        """Told how many seconds nothing was asked, says whether the memory should be given back."""
+        """Called with the seconds since the last request; returns whether the memory should be freed."""
         self.holds_memory = False
         self.in_the_way: Callable[[dict[str, Any]], str] = lambda request: ""
         """Says why a request that takes the device's memory has to wait, "" where it may begin."""
@@ -331,7 +331,7 @@ def _messages(stream: IO[bytes] | None) -> Any:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a worker, which writes whole files or none; asking it to quit would only make Ctrl-C slow."""
+    """End a worker, which writes files atomically; asking it to quit would only make Ctrl-C slow."""
     process.kill()
     # It may hold gigabytes, which a busy system takes its time to free.
     with contextlib.suppress(subprocess.TimeoutExpired):

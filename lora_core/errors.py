@@ -1,4 +1,4 @@
-"""The errors that a person can cause. Each message names the thing, the value and what to do.
+"""The errors that a user can cause. Each message names the thing, the value and what to do.
 
 Everything that is not a `LoraError` is a defect of the program and keeps its traceback.
 """
@@ -20,7 +20,7 @@ def clip_message(text: str) -> str:
 
 
 class LoraError(Exception):
-    """A problem that a person can fix: shown as one sentence, exit code 1.
+    """A problem that a user can fix: shown as one sentence, exit code 1.
 
     Attributes:
         cause: what kind of problem it is, as the events of a run say it; see `runs.events.Failed`.
@@ -34,7 +34,7 @@ class LoraError(Exception):
 
 
 class ConfigError(LoraError):
-    """A setting that does not exist, has the wrong type or lies out of range."""
+    """A setting that does not exist, has the wrong type or is out of range."""
 
     cause = "settings"
 
@@ -64,7 +64,7 @@ class RunError(LoraError):
 
 
 class InputsChanged(RunError):
-    """What a run follows from is not what it began with; it goes on only if a person accepts that."""
+    """The inputs of a run have changed since it began; it continues only if the user accepts that."""
 
     cause = "inputs_changed"
 
@@ -75,7 +75,7 @@ class InputsChanged(RunError):
 
 
 class NoRoom(RunError):
-    """The drive of a run is full, gone or read-only: the run is paused, and goes on when that is mended."""
+    """The drive of a run is full, gone or read-only: the run is paused and can be resumed later."""
 
     cause = "disk_full"
 

@@ -115,9 +115,9 @@ class Downloads:
     def __init__(self) -> None:
         """The hub is asked nothing before a base of it is chosen."""
         self.finished: Callable[[str], None] = lambda repo: None
-        """Told of each base that has arrived."""
+        """Called with each base that has arrived."""
         self.arrived = 0
-        """How many have, each counted once `finished` was told of it."""
+        """How many have, each counted after `finished` was called."""
         self._offers: dict[str, DownloadOffer] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -149,7 +149,7 @@ class Downloads:
         """Begin or continue a download.
 
         Raises:
-            RunError: another one is under way, or the hub has not said yet how large it is.
+            RunError: another one is under way, or its size is not known yet.
         """
         with self._lock:
             busy = next((one.repo for one in self._offers.values() if one.state == "downloading"), "")

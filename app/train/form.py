@@ -188,7 +188,7 @@ def from_widget_value(name: str, value: Any) -> Any:
 
 
 def preset_name(goal: str, level: str) -> str:
-    """The preset that the two choices name; the demo's own stands for itself."""
+    """The preset that the two choices name; the demo has one of its own."""
     return "demo" if level == "demo" and goal != "slider" else f"{goal}-{level}"
 
 

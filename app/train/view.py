@@ -243,7 +243,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:
     """Read settings from a LoRA file's header, or a configuration; the LoRA's tensors stay in the browser.
 
-    A sparse file of the same length stands in for it, so that all checks of a file apply; on most drives it
+    A sparse file of the same length takes its place, so that all checks of a file apply; on most drives it
     takes no space.
     """
     if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:

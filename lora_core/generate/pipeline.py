@@ -114,7 +114,7 @@ def sample_latents(
 def _begin(scheduler: Any, steps: int, share: float) -> int:
     """Have a scheduler do the last `share` of its steps, at least one; returns where it begins.
 
-    It is always told, as it would look for the first timestep, which Karras sigmas may have several times.
+    The beginning is always given: a search for the first timestep fails where Karras sigmas repeat it.
     """
     first: int = scheduler.order * (steps - max(1, int(steps * share)))
     if hasattr(scheduler, "set_begin_index"):

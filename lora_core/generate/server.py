@@ -68,7 +68,7 @@ class Reporter:
         self.step(done, total)
 
     def step(self, done: int, total: int) -> None:
-        """Say how far it is, unless that was said a moment ago."""
+        """Report progress, at most every `SECONDS_BETWEEN_PROGRESS`."""
         self.check()
         if time.monotonic() - self._sent_at >= SECONDS_BETWEEN_PROGRESS:
             self._sent_at = time.monotonic()
@@ -79,7 +79,7 @@ class ImageWorker:
     """Does requests, one at a time, and keeps the base and the adapters that were used last."""
 
     phases: ClassVar[Mapping[str, str]] = {}
-    """What is said when a request begins, of those that take a while."""
+    """The phase that a slow request begins with."""
 
     def __init__(self, answer: Answer, truncate: Truncate) -> None:
         """Send answers through `answer`; `truncate` is that of the pipeline."""
@@ -165,7 +165,7 @@ class ImageWorker:
 
 
 def _problem(error: Exception) -> str:
-    """What the sender is told; the traceback of a defect goes to the log."""
+    """The answer to the sender; the traceback of a defect goes to the log."""
     match error:
         case Cancelled():
             return "Cancelled."

@@ -279,11 +279,11 @@ def download(found: Download, progress: Progress, cancelled: Callable[[], bool] 
     """Download what is missing of a base or a captioner; a partial file is continued.
 
     Args:
-        progress: told of the bytes.
+        progress: called with (bytes done, bytes in all).
         cancelled: asked between chunks.
 
     Raises:
-        DownloadCancelled: `cancelled` said so.
+        DownloadCancelled: `cancelled` returned True.
         ModelFileError: there is no room, the hub refuses or goes away, or a file arrived damaged.
     """
     if not found.fits:

@@ -35,7 +35,7 @@ CONTEXT = 0.8e9
 LOOKS = 4
 """Noise draws that are validated in one batch."""
 DECODE_TILES = (512, 256)
-"""Sides of VAE tiles in pixels, tried in this order where an image does not fit whole."""
+"""Sides of VAE tiles in pixels, tried in this order where an image does not fit in one piece."""
 OFFLOAD_SPARE = 2**30
 """Bytes that stay free where the base is offloaded to."""
 BITSANDBYTES = "bitsandbytes"

@@ -262,7 +262,7 @@ class Project:
         """Read the folder again next time."""
         with self._lock:
             if self._scanned is not None:
-                # Kept for comparison: pages are told only where something is different.
+                # Kept for comparison: the revision changes only where something is different.
                 self._scanned = (None, self._scanned[1])
 
     def images(self) -> dict[str, ImageRecord]:

@@ -175,7 +175,7 @@ def find_crash(run: RunFolder) -> Crash:
     lines = _last_lines(run, ended)
     crash = _from_traceback(lines, progress, ended is not None) or _from_code(ended, progress)
     if crash is None and is_silent and lines:
-        # It said what was wrong before it could write an event.
+        # It printed what was wrong before it could write an event.
         return Crash(_as_sentence(lines[-1]))
     return crash or Crash(_silence_sentence(run, progress, lines))
 
@@ -187,7 +187,7 @@ def last_log_sentence(run: RunFolder) -> str:
 
 
 def resume_step(run: RunFolder) -> int:
-    """The step of the newest checkpoint that is whole, where a resume would continue; 0 for none."""
+    """The step of the newest complete checkpoint, where a resume would continue; 0 for none."""
     return next((step for step in reversed(run.checkpoint_steps()) if _is_whole(run.checkpoint(step))), 0)
 
 
@@ -312,7 +312,7 @@ def debug_zip(
 
 
 class Anonymizer:
-    """Takes out of a text who wrote it and where it lies."""
+    """Removes names and paths from a text."""
 
     def __init__(self, known: Iterable[tuple[str, str]]) -> None:
         """Replace known paths, then every path that is left, then known words; each time the longest first.
@@ -499,7 +499,7 @@ def notify_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
     """Notify that a run has ended; returns a sentence where that did not work, else "".
 
     Args:
-        run: the run; nobody is notified while it goes on.
+        run: the run; nobody is notified while it is live.
         workspace: its workspace.
         reason: why it ended, where its events do not say so.
     """

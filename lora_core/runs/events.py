@@ -177,7 +177,7 @@ class PreviewDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointDone(Event):
-    """A checkpoint is whole on disk: `path` below the run folder."""
+    """A checkpoint is complete on disk: `path` below the run folder."""
 
     path: str
 
@@ -218,7 +218,7 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run ended with an error: `reason` in a sentence; `changed` names what a person may accept.
+    """The run ended with an error: `reason` in a sentence; `changed` names what the user may accept.
 
     Attributes:
         cause: `LoraError.cause` ("out_of_memory", "disk_full", "diverged", "data", "base", ...), "defect" for
@@ -265,7 +265,7 @@ def from_line(line: str) -> Event | None:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
-    """The whole lines from byte `offset` on, and the offset after the last; nothing of what is not a file."""
+    """The complete lines from byte `offset` on, and the offset after them; none if `path` is no file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return [], offset
@@ -587,7 +587,7 @@ def _describe_gain(found: Sequence[Validated]) -> str:
 
 
 def describe_memorization(last: Validated) -> str:
-    """Whether it learns its images by heart, in a sentence; "" where it does not or was not measured."""
+    """Whether it memorizes its images, in a sentence; "" where it does not or was not measured."""
     if not (math.isfinite(last.gauge) and last.train_gain > 0):
         return ""
     share = last.gauge / last.train_gain

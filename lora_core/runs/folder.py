@@ -81,7 +81,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
-        """Make the folder and freeze its config, whole or not at all.
+        """Make the folder and freeze its config, atomically.
 
         A run of that name that failed before its first step holds nothing to go on with and is replaced: who
         has mended what was wrong can give the same command again.
@@ -239,7 +239,7 @@ class RunFolder:
         return progress.ending or ("interrupted" if progress.started else "queued")
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the whole checkpoints on disk, ascending."""
+        """Steps of the complete checkpoints on disk, ascending."""
         found = ((path, path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
         there = (step for path, step in found if (path / "adapter.safetensors").is_file())
         return sorted(int(step) for step in there if re.fullmatch(r"\d+", step))

@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts, told without torch: settings, files, machine and images.
+"""What is wrong with a run before it starts, checked without torch: settings, files, machine and images.
 
 All checks run and all problems are reported together. A problem blocks where the run would fail; else it is a
 note.
@@ -235,7 +235,7 @@ def _check_vae(name: str) -> None:
 
 
 def _check_adapter(config: RunConfig, family: Family | None) -> None:
-    """The kind of adapter is possible; the LoRA to start from exists, is whole, and is for a base of this
+    """The kind of adapter is possible; the LoRA to start from exists, is complete, and is for a base of this
     family where its header says so."""
     name = config.adapter.init.strip()
     file = expand_home(name)

@@ -2,7 +2,7 @@
 
 Window, command line and runner change it from processes of their own. Each change is one transaction of a
 connection of its own, so that no change is lost, a kill leaves the state before or after it, and threads
-share nothing. The table keeps the order and what the runner saw; whether a run goes on is read from its run
+share nothing. The table keeps the order and what the runner saw; whether a run is live is read from its run
 folder. WAL lets readers and a writer work side by side but needs memory that all of them share, so a
 workspace on a network drive uses SQLite's rollback journal.
 

@@ -1,4 +1,4 @@
-"""The settings of a whole run: reading them from TOML and the command line, checking them, writing them out.
+"""The settings of a run: reading them from TOML and the command line, checking them, writing them out.
 
 The settings themselves are declared in `settings/schema.py`.
 """
@@ -141,7 +141,7 @@ class RunConfig(schema.Section):
         yield from given.items()
         name = given.get("optimizer.name")
         if isinstance(name, str) and "optimizer.lr" not in given:
-            with contextlib.suppress(ConfigError):  # said by the validation of the name
+            with contextlib.suppress(ConfigError):  # validation reports the name
                 if schema.optimizer_row(name) != self.optimizer.row:
                     usual = {f"optimizer.{key}": one for key, one in self.optimizer.usual_for(name).items()}
                     yield from ((key, one) for key, one in usual.items() if key not in given)
@@ -253,7 +253,7 @@ def checked_value(name: str, value: Any, called: str = "") -> Any:
     Args:
         name: of the setting.
         value: as TOML, JSON or a widget gives it.
-        called: what messages call the setting, such as the option of a verb that stands for it.
+        called: what messages call the setting, such as the option of a verb.
 
     Raises:
         ConfigError: no such setting, wrong type, out of range, not a choice, or an unusable pattern.

@@ -79,7 +79,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Implementation(Choice):
-    """A row that stands for code.
+    """A row that names its implementation.
 
     Attributes:
         load: "module:attribute" of the code.

@@ -108,7 +108,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:
-    """Write a file whole or not at all; `sync` waits until the disk has it."""
+    """Write a file atomically; `sync` waits until the disk has it."""
     with replacing(path, sync) as temporary:
         temporary.write_bytes(data)
 

@@ -2,7 +2,7 @@
 
 Validation, checkpoints and samples are due every so many steps and after the last one, or on request.
 Validation and samples only observe a run: where memory is too short for them they are skipped with a warning,
-and training goes on.
+and training continues.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class RunContext:
         self._last_step = event.step
         self._writer.write(event)
         self._on_event(event)
-        self._on_boards(event.step, lambda board: board.show(event), "The run goes on without it.")
+        self._on_boards(event.step, lambda board: board.show(event), "The run continues without it.")
 
     def open_boards(self, config: RunConfig) -> None:
         """Show events on the boards that the settings name too, from now on."""

@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def amend_record(path: Path, changes: dict[str, Any]) -> None:
-    """Change what `state.json` of a checkpoint says, whole or not at all; errors as of `read_record`."""
+    """Change `state.json` of a checkpoint atomically; errors as of `read_record`."""
     write_atomically(path / STATE, json.dumps(read_record(path) | changes).encode())
 
 
@@ -190,7 +190,7 @@ def prune_checkpoints(run: RunFolder, keep_last: int, keep: Collection[int]) -> 
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, if it is there; a kill leaves it whole, or out of sight."""
+    """Remove a checkpoint, if it is there; a kill leaves it complete or hidden."""
     going = path.with_name(f".{path.name}.going.making")
     shutil.rmtree(going, ignore_errors=True)
     # Where a reader holds a file of it open, as on Windows, it stays for the next time.

@@ -29,8 +29,8 @@ TIMEOUT = timedelta(days=1)
 """For how long a process waits for the main one, which encodes, validates and samples alone. A process that
 dies is noticed at once; this is for a machine that vanishes."""
 LOST = (
-    "Another process of this run ended, so the run cannot go on; what it said stands above. The last"
-    " checkpoint is whole: resume the run from there."
+    "Another process of this run ended, so the run cannot continue; its message is above. The last"
+    " checkpoint is complete: resume the run from there."
 )
 
 

@@ -85,7 +85,7 @@ def write_export(
 
 
 def changes_anything(weights: AdapterWeights) -> bool:
-    """Whether any up factor is not 0; of other kinds than LoRA that is not told."""
+    """Whether any up factor is not 0; True for other kinds than LoRA."""
     return bool(weights.others) or any(layer.up.count_nonzero() for layer in weights.layers.values())
 
 
@@ -161,7 +161,7 @@ def export_checkpoint(
         max_delta_error, note}], ...}.
 
     Raises:
-        RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.
+        RunError: there is no such checkpoint, it is incomplete, or the name cannot be a file's.
         AdapterFileError: the file cannot be written.
     """
     step = run.step_of(which)

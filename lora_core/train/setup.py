@@ -152,7 +152,7 @@ class RuntimePlan:
         """
         try:
             found = json.loads(run.plan_file.read_text(encoding="utf-8"))
-            # Before there was more than one layout, a plan said whether there is any.
+            # Before there was more than one layout, plans had a flag.
             if (prepacked := found.pop("prepacked", None)) is not None:
                 found = {"layout": DIRECT if prepacked else PLAIN, **found}
             saved = cls(**found)
@@ -162,7 +162,7 @@ class RuntimePlan:
         try:
             device = use_device(config.train.device)
         except ConfigError:
-            # A run whose card was taken out goes on with what is there, if that is accepted.
+            # A run whose card was removed continues on another device, if that is accepted.
             if saved is None or not accept_changes:
                 raise
             device = use_device(schema.AUTO)

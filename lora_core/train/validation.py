@@ -46,7 +46,7 @@ STEPS_BETWEEN = 2
 """Sampler steps between two of the points that a slider is measured at."""
 CROSSED = (
     "There are too few images to hold any out, so the gain is measured on training images, each with the"
-    " caption of another: that tells whether the words are learned, and little of what is learned by heart."
+    " caption of another: that shows whether the words are learned, and little of memorization."
     " Add images to measure better."
 )
 _STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"

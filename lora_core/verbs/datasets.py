@@ -47,7 +47,7 @@ def audit(
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
     facts = read_base_facts(base)
-    # What is measured on the images is kept, so that another audit takes seconds and a cancelled one goes on.
+    # What is measured on the images is kept: another audit takes seconds, and a cancelled one continues.
     name = hashlib.sha256(str(expand_home(dataset).absolute()).encode("utf-8", "surrogatepass")).hexdigest()
     kept = workspace_folder(workspace) / "cache" / "audits" / name[:16]
     sizes = SizeCache(kept / "sizes.json")

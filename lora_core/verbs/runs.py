@@ -356,7 +356,7 @@ def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Plac
     """Compare what runs of different settings gained and took: a sweep, or runs by name.
 
     Args:
-        runs: names; one of a sweep stands for all of it, none for the last sweep.
+        runs: names; one of a sweep selects all of it, none the last sweep.
 
     Returns:
         settings (the names of those that differ), rows and sentence, as of `costs.compare_trials`.
