@@ -124,7 +124,7 @@ def test_a_board_that_fails_does_not_end_the_run(own_toy: Toy, wandb: list[Any])
     run = own_toy.run("gone", **{**SENT, "save__tensorboard": True})
     assert trained(run).status == "done"
     said = [text for text in run.progress().warnings if "Weights & Biases" in text]
-    assert said == ["Weights & Biases ended: the service is gone. The run goes on without it."]
+    assert said == ["Weights & Biases ended: the service is gone. The run continues without it."]
     assert wandb[4:] == ["end"]
     seen = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     seen.Reload()
