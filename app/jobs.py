@@ -183,7 +183,9 @@ class Jobs:
                 if self._chosen in (None, self._last_live):
                     self._chosen = live.run.path
                 self._last_live = live.run.path
-        shown = self._find(self._chosen) or max(filter(self.own, self.all()), key=_last_written, default=None)
+        # Runs that only wait have no events and come last.
+        own = sorted(filter(self.own, self.all()), key=lambda view: -_changed_at(view.run.events_file))
+        shown = self._find(self._chosen) or next(iter(own), None)
         return shown, live or self._find(self._last_live) or shown
 
     def _find(self, path: Path | None) -> RunView | None:
@@ -329,11 +331,6 @@ def _changed_at(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _last_written(view: RunView) -> int:
-    """When a run last did something; those that only wait come last."""
-    return _changed_at(view.run.events_file)
 
 
 class QueueClient:
@@ -501,16 +498,11 @@ class TensorBoard:
         self._process = start_detached([sys.executable, *words], log, self._workspace, subprocess.PIPE)
         end = time.monotonic() + TENSORBOARD_SECONDS
         while not (found := re.search(r" at (http://\S+/)\s", log.read_text("utf-8", "replace"))):
-            if self._process.poll() is not None:
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > end:
                 self.close()
-                raise RunError(_("TensorBoard did not start: {reason}", reason=last_log_line(log)))
-            if time.monotonic() > end:
-                self.close()
-                raise RunError(
-                    _(
-                        "TensorBoard did not start: {reason}",
-                        reason=f"no address within {TENSORBOARD_SECONDS:.0f} s ({log})",
-                    )
-                )
+                late = f"no address within {TENSORBOARD_SECONDS:.0f} s ({log})"
+                reason = last_log_line(log) if ended else late
+                raise RunError(_("TensorBoard did not start: {reason}", reason=reason))
             time.sleep(0.1)
         self._address = found[1]

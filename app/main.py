@@ -117,7 +117,7 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
     app_state.on_quit = server.quit
     write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
@@ -155,10 +155,6 @@ def _say_ready(address: str, browser: bool) -> None:
     if browser:
         # On some platforms this blocks until the browser is up.
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _password(file: Path | None) -> str:

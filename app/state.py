@@ -328,7 +328,7 @@ class ShownRun:
     @property
     def asks(self) -> bool:
         """Whether it ended to ask if it may continue with changed inputs."""
-        return self.view is not None and asks_to_accept(self.view, self.state)
+        return self.view is not None and self.state == "failed" and bool(self.view.changed)
 
     @property
     def percent(self) -> int:
@@ -361,32 +361,12 @@ class Snapshot:
     plan: Plan
 
     @property
-    def run_view(self) -> RunView | None:
-        """The run shown."""
-        return self.shown.view
-
-    @property
-    def state(self) -> str:
-        """State of the run shown."""
-        return self.shown.state
-
-    @property
-    def progress(self) -> Progress:
-        """Progress of the run shown."""
-        return self.shown.progress
-
-    @property
     def busy(self) -> bool:
         """Whether something changes by itself, so that it is looked at often."""
         app_state = self.app_state
         # Between two runs of a queue, none is live.
         working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
         return self.active.live or self.view.working or working
-
-
-def asks_to_accept(run_view: RunView, state: str) -> bool:
-    """Whether a run ended to ask if it may continue with changed inputs."""
-    return state == "failed" and bool(run_view.changed)
 
 
 def take_snapshot(app_state: AppState) -> Snapshot:

@@ -24,7 +24,7 @@ from lora_core.report import plots
 from lora_core.runs.events import Validated, best_of, known_error
 from lora_core.settings import config
 from lora_core.settings.config import FIELDS, OLD_NAMES
-from lora_core.system.files import ASSETS
+from lora_core.system.files import ASSETS, format_bytes
 
 FOLDER = Path(__file__).parent
 LOCALE = ASSETS / "locale"
@@ -135,14 +135,6 @@ def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(5, 5 * round(seconds / 5))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def format_bytes(size: float) -> str:
-    """Format bytes as kB, MB or GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 1e3:.0f} kB"
 
 
 def format_speed(seconds_a_step: float | None) -> str:

@@ -15,12 +15,12 @@ from fastapi.responses import Response
 
 from app.routes import BadRequest, add_actions, add_reads
 from app.state import AppState, ShownRun, Snapshot
-from app.templates import STATES, _, format_bytes, format_clock, format_duration, problem_html, render
+from app.templates import STATES, _, format_clock, format_duration, problem_html, render
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO_TITLE
 from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.runs.events import Progress
-from lora_core.system.files import ASSETS, folder_bytes
+from lora_core.system.files import ASSETS, folder_bytes, format_bytes
 from lora_core.system.hardware import resident_bytes
 from lora_core.system.processes import child_environment, detached
 

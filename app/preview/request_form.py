@@ -160,7 +160,9 @@ def load_fields(snapshot: Snapshot) -> dict[str, Any]:
     """The tab's fields: the draft over defaults that suit the shown run."""
     project, sample = snapshot.app_state.project, snapshot.plan.config.sample
     draft = project.draft().get("preview") or {}
-    usual = sample_fields(sample, DEMO_PROMPT if project.uses_demo else _first_prompt(snapshot.progress))
+    usual = sample_fields(
+        sample, DEMO_PROMPT if project.uses_demo else _first_prompt(snapshot.shown.progress)
+    )
     usual |= {"seed": SEED, "denoising_strength": DENOISING_STRENGTH}
     usual |= {side: usual[side] or None for side in ("width", "height")}
     return {name: draft[name] if draft.get(name) not in (None, "") else usual.get(name) for name in FIELDS}

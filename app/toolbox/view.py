@@ -24,7 +24,7 @@ from app.live import LiveStream
 from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
 from app.state import AppState, take_snapshot
-from app.templates import _, format_bytes, pluralize, problem_html, render
+from app.templates import _, pluralize, problem_html, render
 from app.train.train_form import base_choices
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
@@ -33,7 +33,15 @@ from lora_core.model_files.families import FAMILIES
 from lora_core.report.plots import Bar, bars_plot, figure
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
-from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, parse_json, unused_path
+from lora_core.system.files import (
+    MARGIN,
+    expand_home,
+    folder_bytes,
+    format_bytes,
+    free_bytes,
+    parse_json,
+    unused_path,
+)
 
 MOST_FILES = 12
 LONGEST_TABLE = 4000

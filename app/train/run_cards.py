@@ -55,7 +55,7 @@ STAGES = (
 
 def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
-    run, view, progress = snapshot.shown, snapshot.run_view, snapshot.progress
+    run, view, progress = snapshot.shown, snapshot.shown.view, snapshot.shown.progress
     if view is None:
         return render("train/run.html", snap=snapshot)
     found = with_gain(progress.validations)
@@ -108,7 +108,7 @@ def verdicts_card(snapshot: Snapshot) -> str:
 
 def charts(snapshot: Snapshot) -> str:
     """The run's charts, which `assets/charts.js` asks for, and the test that found its learning rate."""
-    run_view, rate = snapshot.run_view, snapshot.progress.rate
+    run_view, rate = snapshot.shown.view, snapshot.shown.progress.rate
     if run_view is None:
         return ""
     title = _("Learning rate {rate:.2g}, found by a range test", rate=rate.rate) if rate else ""
@@ -198,7 +198,7 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
 
 def log_card(snapshot: Snapshot) -> str:
     """The end of the run's log, and a zip for bug reports."""
-    run_view = snapshot.run_view
+    run_view = snapshot.shown.view
     if run_view is None:
         return ""
     return render("train/log.html", log=_read_log(run_view), name=run_view.run.name)
@@ -206,10 +206,10 @@ def log_card(snapshot: Snapshot) -> str:
 
 def samples_card(snapshot: Snapshot) -> str:
     """All samples, one row per prompt from the base to the newest; a click enlarges one."""
-    run_view = snapshot.run_view
+    run_view = snapshot.shown.view
     if run_view is None:
         return ""
-    rounds = select_rounds(snapshot.progress.previews)
+    rounds = select_rounds(snapshot.shown.progress.previews)
     return render(
         "train/samples.html",
         rounds=rounds,
@@ -217,7 +217,7 @@ def samples_card(snapshot: Snapshot) -> str:
         path=run_view.run.path,
         url=run_url(snapshot.app_state),
         ghosts=_steps_to_come(snapshot, run_view, rounds),
-        best=snapshot.progress.best_step,
+        best=snapshot.shown.progress.best_step,
     )
 
 
@@ -301,7 +301,7 @@ def earlier(snapshot: Snapshot) -> str:
         if state in LIVE or (job and not job.has_ended):
             continue
         # The run shown is listed however old it is.
-        if len(listed[other]) < MOST_EARLIER or view is snapshot.run_view:
+        if len(listed[other]) < MOST_EARLIER or view is snapshot.shown.view:
             listed[other].append(_Row(ShownRun(view, state), job))
         else:
             more[other] += 1
@@ -344,7 +344,7 @@ def compare_card(snapshot: Snapshot) -> str:
 
 def sweep_card(snapshot: Snapshot) -> str:
     """What the runs queued together with the run shown gained and took; "" where there are none."""
-    app_state, run_view = snapshot.app_state, snapshot.run_view
+    app_state, run_view = snapshot.app_state, snapshot.shown.view
     name = run_view.run.name if run_view else ""
     together = next((one for one in reversed(app_state.queue.queue.sweeps()) if name in one), [])
     views = {view.run.name: view for view, _ in snapshot.runs}

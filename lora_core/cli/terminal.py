@@ -15,7 +15,7 @@ from lora_core.runs import events
 from lora_core.runs.events import Progress, verdict
 from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
-from lora_core.system.files import workspace
+from lora_core.system.files import format_bytes, workspace
 
 if TYPE_CHECKING:
     from lora_core.data.images import FileProblem
@@ -95,14 +95,6 @@ def slow_notes() -> Callable[..., None]:
             write(sys.stderr, f"{text}\n")
 
     return note
-
-
-def file_size(size: float) -> str:
-    """Bytes in the largest fitting unit."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def duration(seconds: float) -> str:
@@ -241,7 +233,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=one_line,
     )  # fmt: skip
     environment.filters |= {
-        "size": file_size,
+        "size": format_bytes,
         "duration": duration,
         "name": lambda path: Path(str(path)).name,
         "date": lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)),

@@ -43,7 +43,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from lora_core.errors import ConfigError, ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_hub_id, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes, gigabytes
 
 WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
@@ -511,11 +511,6 @@ def _reason(repo: str, error: BaseException, otherwise: str) -> str:
                 f"{hub} cannot be reached ({type(error).__name__}); check the connection and try"
                 f" again{otherwise}."
             )
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as text in GB, or in MB below 0.1 GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _lines_on_stderr(found: Download) -> Progress:

@@ -64,12 +64,11 @@ from lora_core.settings.schema import (
     LossSection,
     require_package,
 )
-from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, gigabytes
 from lora_core.system.hardware import find_card
 
 ADAPTER_COPIES = 4
 """Copies of each trained parameter in memory: itself, its gradient, and usually two of the optimizer's."""
-GIGABYTE = 1e9
 _EXCERPT = 60
 _LATENT_BYTES = 4 * 4 / 64
 """A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
@@ -615,10 +614,10 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
     least = caches + sizes.checkpoint_bytes(config, export // 2) + export + MARGIN
     if free >= all_of_it:
         return []
-    checkpoint = _size(sizes.checkpoint_bytes(config, export // 2))
+    checkpoint = gigabytes(sizes.checkpoint_bytes(config, export // 2))
     need = (
-        f"The run needs about {_size(all_of_it)} in {workspace} (images and captions {_size(caches)}, each"
-        f" checkpoint {checkpoint}), and {_size(free)} are free; make room, or lower save.keep_last."
+        f"The run needs about {gigabytes(all_of_it)} in {workspace} (images and captions {gigabytes(caches)}, each"
+        f" checkpoint {checkpoint}), and {gigabytes(free)} are free; make room, or lower save.keep_last."
     )
     return [RunProblem("disk", need, free < least)]
 
@@ -641,8 +640,8 @@ def _memory(
         return []
     advice = "" if width == 2 else ", or set train.precision to bf16"
     sentence = (
-        f"The base and the adapter alone take about {_size(need)} of {where}, a rough figure to which the"
-        f" images come, and {_size(free)} are free; close other programs{advice}."
+        f"The base and the adapter alone take about {gigabytes(need)} of {where}, a rough figure to which the"
+        f" images come, and {gigabytes(free)} are free; close other programs{advice}."
     )
     return [RunProblem("memory", sentence, False)]
 
@@ -695,7 +694,3 @@ def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
         * (2 if rules_of(record, config.dataset).flip else 1)
         for record, bucket in shown
     )
-
-
-def _size(size: int) -> str:
-    return f"{size / GIGABYTE:.1f} GB" if size >= 0.1 * GIGABYTE else f"{size / 1e6:.1f} MB"

@@ -246,6 +246,19 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
+def format_bytes(size: float) -> str:
+    """A size in GB, MB, kB or bytes, whichever fits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size:.0f} bytes"
+
+
+def gigabytes(size: float) -> str:
+    """A size in GB, or in MB below 0.1 GB, for what is compared."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def file_bytes(path: Path) -> int:
     """Size of a file; 0 where there is none."""
     try:

@@ -11,7 +11,6 @@ from app import top_bar
 from app.jobs import LIVE, Jobs
 from app.preview.request_form import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
-from app.templates import format_bytes
 from app.train import run_cards as cards
 from app.train.run_cards import earlier
 from app.train.start import blockers, details, facts
@@ -22,6 +21,7 @@ from lora_core.runs.diagnosis import ExitRecord, ExitRecorder
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.queue import QueuedRun
 from lora_core.settings.config import RunConfig
+from lora_core.system.files import format_bytes
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.waiting import PATIENCE
 
@@ -32,7 +32,7 @@ def test_states_and_words(app_state: AppState) -> None:
     assert take_snapshot(app_state).state == "interrupted"
     come_alive(run)
     snapshot = take_snapshot(app_state)
-    assert snapshot.state == "running"
+    assert snapshot.shown.state == "running"
     # As long as few steps were done the time is a range.
     assert top_bar.describe_run(snapshot.shown) == "34%, step 34 of 100, 35 to 70 s left"
     assert 'aria-valuenow="34"' in top_bar.run_bar(snapshot)
@@ -47,7 +47,7 @@ def test_preparing_is_not_step_0(app_state: AppState) -> None:
     run = make_run(app_state, "first", started(), events.Preparing(phase="Encoding images", done=3, total=12))
     come_alive(run)
     snapshot = take_snapshot(app_state)
-    assert (snapshot.state, top_bar.describe_run(snapshot.shown)) == (
+    assert (snapshot.shown.state, top_bar.describe_run(snapshot.shown)) == (
         "preparing",
         "Preparing: Encoding images, 25%",
     )
@@ -113,7 +113,7 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     app_state.queue.queue.add(run)
     app_state.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
     snapshot = take_snapshot(app_state)
-    assert snapshot.state == "failed"
+    assert snapshot.shown.state == "failed"
     for shown in (cards.run_card(snapshot), earlier(snapshot)):
         assert "this has changed: its settings (config.toml), the image &lt;img" in shown
         assert ".png or its caption, the package torch, a, b and 2 more." in shown
@@ -244,8 +244,8 @@ def test_what_a_run_left_can_be_looked_at(app_state: AppState) -> None:
         "first, step 100",
         "first, step 50, best",
     ]
-    assert snapshot.run_view is not None
-    choices = checkpoint_choices(snapshot.run_view)
+    assert snapshot.shown.view is not None
+    choices = checkpoint_choices(snapshot.shown.view)
     assert [key for _, key in choices] == ["best", "last", "100", "50"]
 
 

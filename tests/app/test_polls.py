@@ -74,12 +74,12 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
 
     def watch(until: str, step: int = 0, least: int = 0) -> None:
         for snapshot in looks(app_state):
-            seen.append((snapshot.state, [stage["percent"] for stage in stages(snapshot.shown)]))
-            if snapshot.state in ("pausing", "stopping"):
+            seen.append((snapshot.shown.state, [stage["percent"] for stage in stages(snapshot.shown)]))
+            if snapshot.shown.state in ("pausing", "stopping"):
                 (run.path / "seen").touch()
-            if snapshot.state == "preparing":
+            if snapshot.shown.state == "preparing":
                 (run.path / "prepares").touch()
-            if snapshot.state == until and snapshot.progress.step >= step and len(seen) >= least:
+            if snapshot.shown.state == until and snapshot.shown.progress.step >= step and len(seen) >= least:
                 return
 
     run = app_state.jobs.start(RunConfig().changed({"name": "watched"}))

@@ -116,8 +116,8 @@ def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, 
     assert client.post("/easel/projects", json={"do": "new", "title": "Second"}).json()["switched"]
     snapshot = take_snapshot(app_state)
     # What was chosen in the other project is not what this one shows.
-    assert snapshot.run_view is not None
-    assert snapshot.run_view.run.name.startswith("in-the-second")
+    assert snapshot.shown.view is not None
+    assert snapshot.shown.view.run.name.startswith("in-the-second")
     shown, folded = earlier(snapshot).split('<details id="other-runs">')
     assert [name for name in ("in-the-second", "in-the-second-too") if f'data-run="{name}"' in shown] == [
         "in-the-second", "in-the-second-too",
@@ -132,7 +132,7 @@ def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, 
 
     client.post("/easel/projects", json={"do": "new", "title": "Third"})
     snapshot = take_snapshot(app_state)
-    assert snapshot.run_view is None
+    assert snapshot.shown.view is None
     assert "No earlier run of this project yet." in earlier(snapshot)
     assert "3 runs of other projects" in earlier(snapshot)
 

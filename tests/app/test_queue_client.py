@@ -99,9 +99,9 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
     assert [(job.run, job.state) for job in line.queue.jobs()] == [("bad", "failed"), ("good", "done")]
     assert Queue(app_state.workspace).is_enabled() is False
     snapshot = take_snapshot(app_state)
-    assert snapshot.run_view is not None
+    assert snapshot.shown.view is not None
     # The one that did something last is shown, although the other has been made later or earlier.
-    assert (snapshot.run_view.run.name, snapshot.state) == ("good", "done")
+    assert (snapshot.shown.view.run.name, snapshot.shown.state) == ("good", "done")
     from app.train.run_cards import earlier
 
     assert "No image can be read." in earlier(snapshot)
