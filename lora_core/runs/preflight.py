@@ -616,8 +616,9 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
         return []
     checkpoint = gigabytes(sizes.checkpoint_bytes(config, export // 2))
     need = (
-        f"The run needs about {gigabytes(all_of_it)} in {workspace} (images and captions {gigabytes(caches)}, each"
-        f" checkpoint {checkpoint}), and {gigabytes(free)} are free; make room, or lower save.keep_last."
+        f"The run needs about {gigabytes(all_of_it)} in {workspace} (images and captions"
+        f" {gigabytes(caches)}, each checkpoint {checkpoint}), and {gigabytes(free)} are free; make room, or"
+        " lower save.keep_last."
     )
     return [RunProblem("disk", need, free < least)]
 

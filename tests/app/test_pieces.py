@@ -89,7 +89,7 @@ def test_numbers_as_people_read_them() -> None:
     assert templates.format_clock(3852) == "1:04:12"
     assert templates.format_clock(None) == templates.UNKNOWN
     assert templates.format_duration(840) == "14 min"
-    assert format_bytes(6_400_000) == "6.4 MB"
+    assert templates.format_bytes(6_400_000) == "6.4 MB"
     assert templates.format_speed(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
     assert templates.format_speed(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
     assert templates.format_scientific(1e-4) == "1.0e-4"
