@@ -46,7 +46,6 @@ class Login:
     """
 
     def __init__(self, app: ASGIApp, password: str) -> None:
-        """Stand in front of `app`."""
         self.app = app
         self.password = password.encode()
         self._keys: set[str] = set()

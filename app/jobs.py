@@ -461,7 +461,6 @@ class TensorBoard:
     """TensorBoard on the runs of a workspace: a process for this computer only that ends with the window."""
 
     def __init__(self, workspace: Path) -> None:
-        """Start nothing yet."""
         self._workspace = workspace
         self._process: subprocess.Popen[bytes] | None = None
         self._address = ""

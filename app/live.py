@@ -40,7 +40,6 @@ class LiveStream:
     """
 
     def __init__(self) -> None:
-        """Start without parts."""
         self.look: Callable[[], tuple[Mapping[str, Any], bool]] = lambda: ({}, False)
         self.feeds: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._epoch = secrets.token_hex(4)

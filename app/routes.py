@@ -206,7 +206,6 @@ class Traffic:
     look at the state after each POST."""
 
     def __init__(self, app: ASGIApp, app_state: AppState) -> None:
-        """Wrap `app`."""
         self.app, self.state, self.compressing = app, app_state, GZipMiddleware(app, minimum_size=SMALL)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -257,7 +256,6 @@ class Answer(JSONResponse):
     """A JSON response that no browser keeps, and that tolerates invalid text and non-finite numbers."""
 
     def __init__(self, content: Any, status_code: int = 200) -> None:
-        """Answer with `content`."""
         super().__init__(content, status_code, FRESH)
 
     def render(self, content: Any) -> bytes:

@@ -92,7 +92,6 @@ class FileManager:
     """
 
     def __init__(self) -> None:
-        """Start without any named file."""
         self.shared = False
         """Whether the window listens to other computers."""
         self._named: set[str] = set()

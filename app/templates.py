@@ -58,7 +58,6 @@ class Words:
     """What the window says, in the language that it speaks now."""
 
     def __init__(self) -> None:
-        """Speak English."""
         self.speak("en")
 
     def speak(self, language: str) -> None:

@@ -51,7 +51,6 @@ class Worker(ImageWorker):
     }  # fmt: skip
 
     def __init__(self, answer: Answer) -> None:
-        """Send answers through `answer`."""
         super().__init__(answer, truncate_adapter)
 
     def do_sheet(self, request: Request, report: Reporter) -> Result:

@@ -91,7 +91,6 @@ class RenderQueue:
     """Generates images through the worker, in its own thread."""
 
     def __init__(self, worker: WorkerClient, folder: Callable[[], Path]) -> None:
-        """Generate into `folder()`."""
         self.worker = worker
         self._folder = folder
         self._shot: GenerationRequest | None = None

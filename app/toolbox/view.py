@@ -334,7 +334,6 @@ class BackgroundTask:
     page that returns finds its state."""
 
     def __init__(self, worker: WorkerClient) -> None:
-        """Run tasks in `worker`."""
         self._worker = worker
         self._lock = threading.Lock()
         self._reply: Reply | None = None
@@ -451,7 +450,6 @@ class Toolbox:
     """Runs the tools, one at a time, and keeps the last result of each for follow-up actions."""
 
     def __init__(self, app_state: AppState) -> None:
-        """Start without a result."""
         self.task = BackgroundTask(app_state.worker)
         self._app_state = app_state
         self._results: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}

@@ -113,7 +113,6 @@ class Downloads:
     """
 
     def __init__(self) -> None:
-        """The hub is asked nothing before a base of it is chosen."""
         self.finished: Callable[[str], None] = lambda repo: None
         """Called with each base that has arrived."""
         self.arrived = 0

@@ -57,7 +57,6 @@ class Plan:
     """The settings of the run to come, and sentences on values of the draft that are illegal or obsolete."""
 
     def __init__(self, project: Project) -> None:
-        """Read the project's draft."""
         draft = project.draft()
         self.goal, self.level = chosen_preset(draft)
         kept = draft_values(draft)

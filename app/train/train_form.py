@@ -54,7 +54,6 @@ class TrainForm:
     """The widgets of the form, their groups and the search."""
 
     def __init__(self, bindings: Bindings) -> None:
-        """Lay out the form and wire its events."""
         self.bindings, self.project = bindings, bindings.app_state.project
         self.folds: dict[str, Any] = {}
         made: dict[str, Any] = {}

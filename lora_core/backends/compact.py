@@ -37,7 +37,6 @@ class OffloadStore:
     """Weights by number, with one prefetched."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._count = 0
         self._followed: dict[tuple[int, int], int] = {}
         self._last = (-1, -1)
@@ -127,7 +126,6 @@ class PinnedStore(OffloadStore):
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Fetch onto `device`."""
         super().__init__()
         self._device = device
         self._slabs: list[tuple[torch.Tensor, int]] = []

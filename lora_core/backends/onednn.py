@@ -109,7 +109,6 @@ class OneDnnLinear(FrozenModule, nn.Linear):
     """A frozen linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        """Replace `layer`."""
         super().__init__(layer)
         self.weight, self.bias, self.plain = layer.weight, layer.bias, (layer,)
         weight = layer.weight.detach()

@@ -252,7 +252,6 @@ class LoraLayer(AdaptedLayer):
     """Set once a `FlatParams` holds the parameters."""
 
     def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
-        """See `AdaptedLayer`."""
         super().__init__(base, name, spec, state, seed)
         weight = base.weight
         generator = torch.Generator().manual_seed(hash_seed(seed, name))

@@ -158,7 +158,6 @@ class Merger:
     bit, and nothing depends on what was merged before."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """Manage the components `modules`, by part."""
         self._modules = modules
         self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
         self._compact: dict[LayerKey, CompactLayer] = {}

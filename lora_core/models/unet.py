@@ -80,7 +80,6 @@ class UNet:
     """diffusers' UNet as a `Denoiser`."""
 
     def __init__(self, module: UNet2DConditionModel) -> None:
-        """Call `module`, which may have an adapter in it."""
         self._module: Any = module
         config: Any = module.config
         self.latent_channels = int(config.in_channels)

@@ -117,7 +117,6 @@ class ExitRecorder:
     """Lets the parent of a trainer record how its process ends."""
 
     def __init__(self, run: RunFolder) -> None:
-        """Begin before the process is started."""
         self._run = run
         self._events, self._log = file_bytes(run.events_file), file_bytes(run.log_file)
         self._kills = _oom_kills()

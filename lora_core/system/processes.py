@@ -210,7 +210,6 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        """None came yet."""
         self.came = False
         self._by_key = False
         self._raises = False

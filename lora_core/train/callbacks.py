@@ -375,7 +375,6 @@ class Callback:
     words = ("", "")
 
     def __init__(self, context: RunContext, every: int) -> None:
-        """Nothing is done yet."""
         self.context = context
         self.every = every
         self.requested = False
@@ -526,7 +525,6 @@ class Sample(Callback):
     words = ("The samples", "were")
 
     def __init__(self, context: RunContext, session: TrainSession, config: RunConfig) -> None:
-        """Nothing is drawn yet."""
         super().__init__(context, config.sample.every)
         self._session = session
         self._strengths = SLIDER_STRENGTHS if config.slider.on else (1.0,)

@@ -359,7 +359,6 @@ class Validator:
     """
 
     def __init__(self, state: TrainState, text: PromptCache, sets: ValidationSets) -> None:
-        """Nothing is measured yet."""
         self.best = BestStep()
         self.seconds = 0.0
         self.state = state
