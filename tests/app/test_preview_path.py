@@ -17,7 +17,8 @@ HELPERS = {
     "app/jobs.py": {"Jobs.all", "Jobs.live"},
     "app/preview/history.py": {"History.add", "file_time"},
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
-    "app/templates.py": {"_"},
+    # A request that waits says for how many others.
+    "app/templates.py": {"_", "pluralize"},
     "lora_core/data/images.py": {"save_png"},
     "lora_core/errors.py": {"wrap_os_errors"},
     "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
