@@ -27,9 +27,9 @@ from tests.waiting import PATIENCE
 
 
 def test_states_and_words(app_state: AppState) -> None:
-    assert take_snapshot(app_state).state == "none"
+    assert take_snapshot(app_state).shown.state == "none"
     run = make_run(app_state, "first", started(), step(1), step(34))
-    assert take_snapshot(app_state).state == "interrupted"
+    assert take_snapshot(app_state).shown.state == "interrupted"
     come_alive(run)
     snapshot = take_snapshot(app_state)
     assert snapshot.shown.state == "running"
@@ -38,9 +38,9 @@ def test_states_and_words(app_state: AppState) -> None:
     assert 'aria-valuenow="34"' in top_bar.run_bar(snapshot)
     assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(snapshot)
     run.request("pause")
-    assert take_snapshot(app_state).state == "pausing"
+    assert take_snapshot(app_state).shown.state == "pausing"
     run.request("stop")
-    assert take_snapshot(app_state).state == "stopping"
+    assert take_snapshot(app_state).shown.state == "stopping"
 
 
 def test_preparing_is_not_step_0(app_state: AppState) -> None:

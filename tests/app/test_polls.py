@@ -86,7 +86,7 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
     watch("running", 50)
     app_state.jobs.request("pause")
     watch("paused")
-    paused_at = take_snapshot(app_state).progress.step
+    paused_at = take_snapshot(app_state).shown.progress.step
     app_state.jobs.resume("watched")
     watch("running", paused_at + 40)
     child = app_state.jobs.run_view(app_state.jobs.all()[0].run).child
@@ -94,7 +94,7 @@ def test_no_state_flickers_and_no_bar_falls_back(app_state: AppState) -> None:
     child.kill()
     watch("interrupted")
     app_state.jobs.resume("watched")
-    watch("running", take_snapshot(app_state).progress.step + 40, least=501)
+    watch("running", take_snapshot(app_state).shown.progress.step + 40, least=501)
     app_state.jobs.request("stop")
     watch("stopped")
 

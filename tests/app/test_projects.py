@@ -126,7 +126,7 @@ def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, 
     assert "1 run of other projects" in folded
     assert 'data-run="in-the-first"' in folded
     app_state.jobs.show("in-the-first")
-    chosen = take_snapshot(app_state).run_view
+    chosen = take_snapshot(app_state).shown.view
     assert chosen is not None
     assert chosen.run.name == "in-the-first"
 

@@ -119,17 +119,17 @@ def test_a_request_outranks_what_is_older_than_it(app_state: AppState) -> None:
     with open(run.events_file, "a", encoding="utf-8") as file:
         file.write(events.to_line(events.Handled(step=6, request=asked)))
         file.write(events.to_line(step(6)))
-    assert take_snapshot(app_state).state == "stopping"
+    assert take_snapshot(app_state).shown.state == "stopping"
     with open(run.events_file, "a", encoding="utf-8") as file:
         file.write(events.to_line(events.Stopped(step=6, export="")))
-    assert take_snapshot(app_state).state == "stopping"
+    assert take_snapshot(app_state).shown.state == "stopping"
     run.process_file.unlink()
-    assert take_snapshot(app_state).state == "stopped"
+    assert take_snapshot(app_state).shown.state == "stopped"
     # Of a new process nothing is known yet, though the folder is claimed.
     app_state.jobs.trainer = (sys.executable, "-c", "import time; time.sleep(600)")
     app_state.jobs.resume("a")
     come_alive(run)
-    assert take_snapshot(app_state).state == "preparing"
+    assert take_snapshot(app_state).shown.state == "preparing"
     child = app_state.jobs.run_view(run).child
     assert child is not None
     child.kill()
@@ -255,7 +255,7 @@ def test_a_rate_that_is_too_high_can_be_lowered_by_one_press(app_state: AppState
     assert ">Retry with 0.05</button>" in html
     app_state.jobs.trainer = (sys.executable, "-c", "pass")
     do_run_action(app_state, "retry", "a")
-    run_view = take_snapshot(app_state).run_view
+    run_view = take_snapshot(app_state).shown.view
     assert run_view is not None
     assert run_view.run.name != "a"
     assert run_view.run.config().optimizer.lr == 0.05
