@@ -20,9 +20,9 @@ from fastapi import FastAPI
 
 from app import top_bar
 from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
-from app.gradio_modules import bundle_modules, serve_page
 from app.dataset.view import add_dataset_routes, build_dataset
 from app.export.view import add_export_routes, build_export
+from app.gradio_modules import bundle_modules, serve_page
 from app.preview.view import add_preview_routes, build_preview
 from app.routes import BadRequest, add_actions, add_assets
 from app.state import AppState, take_snapshot
