@@ -101,7 +101,7 @@ TOOLS: dict[str, LoraTool] = {
         ("strengths", "base", "blocks?"), "Merge", "base",
     ),
     "plain": LoraTool(
-        "Plain LoRA", "Turn a LoHa, LoKr or DoRA into a plain LoRA.", (1, 1),
+        "Plain LoRA", "Turn a LoHa, LoKr, OFT or DoRA into a plain LoRA.", (1, 1),
         ("rank", "base?"), "Convert", "adapter", "merge",
     ),
     "convert": LoraTool(

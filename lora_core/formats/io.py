@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from lora_core.errors import AdapterFileError, wrap_os_errors
 from lora_core.formats import kinds
 from lora_core.formats.layers import (
+    LYCORIS_ROLES,
     Tensors,
     check_finite,
     layer_from_tensors,
@@ -41,7 +42,7 @@ from lora_core.system.files import sync_folder
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
 
-CONVERTIBLE = ("LoHa", "LoKr", "DoRA")
+CONVERTIBLE = ("LoHa", "LoKr", "OFT", "DoRA")
 """Kinds of adapters that `tools/shrink.py` turns into plain LoRAs."""
 
 _WRITER_KEYS = {
@@ -55,7 +56,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -> AdapterWeights:
     """The adapter in a file of any known format; `family` is the base's, if it is to be used with one.
 
-    `plain`: whether a LoHa, a LoKr or a DoRA is refused; else its layers are in `others`.
+    `plain`: whether a LoHa, a LoKr, an OFT or a DoRA is refused; else its layers are in `others`.
 
     Raises:
         AdapterFileError: the file is broken, of a kind that cannot be used, holds values that are not finite,
@@ -68,7 +69,7 @@ def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -
     is_plain = kind in (kinds.LORA, kinds.LOCON)
     if not is_plain and (plain or kind not in CONVERTIBLE):
         what = kinds.describe_kind(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
-        base, offer = " --base BASE" if kind == kinds.DORA else "", ""
+        base, offer = " --base BASE" if kind in (kinds.DORA, "OFT") else "", ""
         if kind in CONVERTIBLE:
             verb = f"lora-easel merge {path.name} --out NEW.safetensors --rank 32{base}"
             offer = f" `{verb}` makes a plain LoRA of it."
@@ -99,7 +100,7 @@ def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -
 
 
 def _mixed_weights(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> AdapterWeights:
-    """The adapter in a file with LoHa, LoKr or DoRA in it, beside plain pairs."""
+    """The adapter in a file with LoHa, LoKr, OFT or DoRA in it, beside plain pairs."""
     extras = kinds.extra_keys(tensors)
     others: dict[LayerKey, LycorisUpdate] = {}
     pairs: dict[LayerKey, LayerWeights] = {}
@@ -110,7 +111,7 @@ def _mixed_weights(tensors: Tensors, metadata: Mapping[str, str], family: Family
             magnitudes[layer] = kinds.magnitude_from_tensor(name, roles.pop("magnitude"))
             if not roles.keys() - {"alpha"}:
                 raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
-        factors = {role: tensor for role, tensor in roles.items() if role.startswith(("hada_", "lokr_"))}
+        factors = {role: tensor for role, tensor in roles.items() if role.startswith(LYCORIS_ROLES)}
         if factors:
             others[layer] = kinds.lycoris_update(name, layer, factors, roles.get("alpha"), family)
         else:

@@ -29,7 +29,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
 _FACTOR = re.compile(
-    r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada|lokr)_w"
+    r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada_w|lokr_w|oft_)"
 )
 _DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
@@ -45,7 +45,7 @@ _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": 
 _LARGEST = 2**25
 """Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
 
-ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
+ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "OFT", "full difference")
 """The kinds that `compat/` knows how tools read."""
 
 
@@ -230,20 +230,26 @@ def file_format(keys: Iterable[str]) -> str:
 
 
 def check_lycoris_factors(name: str, roles: Tensors) -> None:
-    """Refuse a LoHa or a LoKr that lacks a tensor.
+    """Refuse a LoHa or a LoKr that lacks a tensor, and blocks that are not those of an OFT.
 
     Args:
         name: of the layer, for errors.
         roles: its tensors by LyCORIS' names, such as "hada_w1_a" or "lokr_w2".
 
     Raises:
-        AdapterFileError: a factor is missing, empty or of an integer dtype.
+        AdapterFileError: a factor is missing, empty, of an integer dtype or of an impossible shape.
     """
+    blocks = roles.get("oft_blocks")
+    if blocks is not None and (blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]):
+        raise AdapterFileError(
+            f"{name!r} has oft_blocks of the shape {list(blocks.shape)}; those of an OFT are square matrices,"
+            " and no other kind (such as BOFT) is known."
+        )
+    needed: set[str] = set()
     if any(role.startswith("hada") for role in roles):
         needed = {f"hada_w{n}_{half}" for n in "12" for half in "ab"}
         needed |= {"hada_t1", "hada_t2"} if roles.keys() & {"hada_t1", "hada_t2"} else set()
-    else:
-        needed = set()
+    elif blocks is None:
         for n in "12":
             needed |= {f"lokr_w{n}"} if f"lokr_w{n}" in roles else {f"lokr_w{n}_a", f"lokr_w{n}_b"}
     missing = sorted(needed - roles.keys())
@@ -256,12 +262,14 @@ def check_lycoris_factors(name: str, roles: Tensors) -> None:
 def lycoris_update(
     name: str, layer: LayerKey, roles: Tensors, alpha: torch.Tensor | None, family: Family
 ) -> LycorisUpdate:
-    """The update in the tensors of a LoHa or a LoKr; arguments as of `check_lycoris_factors`.
+    """The update in the tensors of a LoHa, a LoKr or an OFT; arguments as of `check_lycoris_factors`.
+
+    The alpha of an OFT limits the norm of its Q to alpha for each output, as in LyCORIS and kohya's trainer.
 
     Raises:
         AdapterFileError: one is missing, a value is impossible, or shapes do not fit together.
     """
-    if alpha is None and "." in name:
+    if alpha is None and "." in name and "oft_blocks" not in roles:
         raise AdapterFileError(
             f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
             " with PEFT first."
@@ -279,6 +287,9 @@ def lycoris_update(
     update = replace(update, scale=scale)
     if not (math.isfinite(scale) and all(map(is_finite, roles.values()))):
         raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
+    if "oft_blocks" in roles:
+        most = scale * update.rank * update.weight_shape[0] if alpha is not None else 0.0
+        return replace(update, roles={"oft_blocks": limit_oft(roles["oft_blocks"], most)}, scale=0.0)
     try:
         size = update.weight_shape
     except RuntimeError as error:
@@ -289,6 +300,13 @@ def lycoris_update(
             f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
         )
     return update
+
+
+def limit_oft(blocks: torch.Tensor, most: float) -> torch.Tensor:
+    """The blocks of an OFT whose |Q| is at most `most`; as they are where that is 0 or less, or never
+    reached. Source: constrained OFT, Qiu et al. 2023, section 3.3, for all blocks together as in LyCORIS."""
+    norm = float((blocks.float() - blocks.float().mT).norm())
+    return blocks.float() * (most / norm) if 0 < most < norm else blocks
 
 
 def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:

@@ -197,11 +197,13 @@ _LEAF = re.compile(
     r"\.(?:(?:processor\.)?(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
     r"\.(?P<half>down|up)\.weight"
     r"|lora_(?P<role>A|B|down|up|mid)(?:\.default)?\.weight"
-    r"|(?P<own>alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"
+    r"|(?P<own>alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks)"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?)$"
 )
 _ROLES = {"A": "down", "B": "up"}
 PAIR_ROLES = ("down", "up", "mid", "alpha")
+LYCORIS_ROLES = ("hada_", "lokr_", "oft_")
+"""How the roles of the kinds beside LoRA begin."""
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -230,7 +232,9 @@ def tensors_by_layer(
     for key, tensor in tensors.items():
         module, role = split_key(key)
         if not role:
-            raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA, LoHa or LoKr.")
+            raise AdapterFileError(
+                f"The file holds {key!r}, which belongs to no plain LoRA, LoHa, LoKr or OFT of LyCORIS."
+            )
         layer = layer_of_module(module, family)
         roles = found.setdefault(layer, (module, {}))[1]
         if role in roles:
@@ -364,6 +368,6 @@ def check_plain(weights: AdapterWeights) -> None:
         raise AdapterFileError("The adapter has no layer, so there is nothing to write.")
     if weights.others:
         raise AdapterFileError(
-            f"{'.'.join(next(iter(weights.others)))} is a LoHa, a LoKr or a DoRA, and this takes a plain LoRA"
-            " alone; merge it into one with --rank, or keep to the kohya format."
+            f"{'.'.join(next(iter(weights.others)))} is a LoHa, a LoKr, an OFT or a DoRA, and this takes a"
+            " plain LoRA alone; merge it into one with --rank, or keep to the kohya format."
         )

@@ -46,6 +46,7 @@ LORA_LINEAR = Pair(".lora_linear_layer.down.weight", ".lora_linear_layer.up.weig
 LYCORIS = {
     "LoHa": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
     "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2"),
+    "OFT": (".oft_blocks",),
     "full difference": (".diff",),
     "norm": (".w_norm",),
     "bias": (".diff_b",),
@@ -188,7 +189,7 @@ class AppliedLayer:
         kind: "LoRA", "DoRA", or a key of `LYCORIS`.
         dora_norm: what it divides DoRA magnitudes by, as in `lycoris.dora_update`, or "base rows where rows";
             "" if it applies none.
-        failed: whether it fails at the layer and leaves it as it is.
+        failed: what it does in place of what the file means, "{layers}" for how many; or "".
     """
 
     keys: tuple[str, ...]
@@ -196,7 +197,7 @@ class AppliedLayer:
     rank: int = 0
     kind: str = "LoRA"
     dora_norm: str = ""
-    failed: bool = False
+    failed: str = ""
 
 
 Applied = dict[LayerKey, AppliedLayer]
@@ -206,11 +207,12 @@ Applied = dict[LayerKey, AppliedLayer]
 @dataclass(frozen=True)
 class Loaded:
     """What a tool takes from a file: the layers that it changes, keys that it takes without changing a layer,
-    such as embeddings, and those of all these keys that have no effect."""
+    such as embeddings, those of all these keys that have no effect, and what to say beside."""
 
     layers: Applied
     other_keys: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    note: str = ""
 
 
 def apply_layers(
@@ -258,6 +260,8 @@ def _fits(file: AdapterFile, module: Module, pair: Pair, exact: bool) -> bool:
 
 IN_ENCODER = r"text_model\..+"
 NO_BIAS_KINDS = ("LoHa", "LoKr", "full difference", "norm")
+TUCKER_FAILS = "skips {layers} of Tucker form with an error in its log, since "
+OFT_LIMIT = "turns {layers} less than the file means, since it takes alpha for the limit of a whole layer"
 KRON = "it passes PyTorch's kron a tensor that is not contiguous (fails with 2.13; other versions may differ)"
 """Why Forge and ComfyUI cannot use a LoKr of Tucker form."""
 
@@ -287,7 +291,7 @@ def a1111(file: AdapterFile) -> Loaded:
         norms |= file.names(("text_encoder", "lora_te_{flat}", r"text_model\.encoder\..+"), norms=True)
     bundled = tuple(key for key in file.shapes if key.startswith("bundle_emb."))
     keys = (key for key in file.shapes if key not in bundled)
-    modules = match_keys(keys, names, (KOHYA, PEFT._replace(alpha="")), norms, NO_BIAS_KINDS)
+    modules = match_keys(keys, names, (KOHYA, PEFT._replace(alpha="")), norms, (*NO_BIAS_KINDS, "OFT"))
     for module in modules:
         if module.kind is None:
             raise LoadError(f"it fails at {module.first_key!r}, which has no pair that it knows")
@@ -308,10 +312,12 @@ def forge(file: AdapterFile) -> Loaded:
     """lllyasviel/stable-diffusion-webui-forge dfdcbab6: packages_3rdparty/comfyui_lora_collection/lora.py,
     backend/patcher/lora.py.
 
-    It drops a whole file with more than 12 keys that it does not know, and fails at a LoKr of Tucker form.
+    It drops a whole file with more than 12 keys that it does not know, such as those of an OFT, and fails at
+    a LoKr of Tucker form.
     """
     names, norms = _comfyui_names(file)
-    modules = match_keys(file.shapes, names, COMFYUI_PAIRS, norms, LYCORIS)
+    others = [kind for kind in LYCORIS if kind != "OFT"]
+    modules = match_keys(file.shapes, names, COMFYUI_PAIRS, norms, others)
     known = {key for module in modules for key in module.keys.values()}
     unknown = [key for key in file.shapes if key not in known]
     if len(unknown) > 12:
@@ -329,7 +335,8 @@ def comfyui(file: AdapterFile) -> Loaded:
     """comfyanonymous/ComfyUI 0.3.64 (0.8 and 0.12 agree): comfy/lora.py (`load_lora`, `model_lora_keys_*`),
     comfy/weight_adapter.
 
-    It takes what it knows and logs the rest; a LoKr of Tucker form fails in its log, layer by layer.
+    It takes what it knows and logs the rest; a LoKr of Tucker form fails in its log, layer by layer. It
+    multiplies the change of an OFT by the strength twice.
     """
     names, norms = _comfyui_names(file)
     clips = (("text_encoder", "clip_l"), ("text_encoder", "clip_h"), ("text_encoder_2", "clip_g"))
@@ -342,8 +349,11 @@ def comfyui(file: AdapterFile) -> Loaded:
     )
     for key, layer in layers.items():
         if layer.scale is None and any(name.endswith(".lokr_t2") for name in layer.keys):
-            layers[key] = replace(layer, failed=True)
-    return Loaded(layers)
+            layers[key] = replace(layer, failed=TUCKER_FAILS + KRON)
+        if layer.kind == "OFT" and any(file.alphas.get(name, 0.0) > 0 for name in layer.keys):
+            layers[key] = replace(layer, failed=OFT_LIMIT)
+    turned = any(layer.kind == "OFT" for layer in layers.values())
+    return Loaded(layers, note="if that is 1; it takes the square of any other" if turned else "")
 
 
 COMFYUI_PAIRS = (

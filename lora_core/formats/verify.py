@@ -18,8 +18,9 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds, peft
 from lora_core.formats.io import check_family, file_hashes, read_tensors
-from lora_core.formats.kinds import check_lycoris_factors, magnitude_from_tensor
+from lora_core.formats.kinds import check_lycoris_factors, limit_oft, magnitude_from_tensor
 from lora_core.formats.layers import (
+    LYCORIS_ROLES,
     PAIR_ROLES,
     Tensors,
     check_finite,
@@ -31,7 +32,7 @@ from lora_core.formats.layers import (
     read_alpha,
     split_key,
 )
-from lora_core.formats.loaders import KRON, LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
+from lora_core.formats.loaders import LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
 from lora_core.lora.lycoris import dora_update
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
@@ -40,7 +41,7 @@ from lora_core.model_files.header import Header, read_header
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Describe an adapter file of any kind, LoHa, LoKr and DoRA included.
+    """Describe an adapter file of any kind, LoHa, LoKr, OFT and DoRA included.
 
     Returns:
         `family`: a row of `FAMILIES`, else a title, else "unknown"; `format`: "kohya", "diffusers" or
@@ -58,6 +59,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     shapes, kind = header.shapes, kinds.detect_kind(header.shapes)
     inner = [s for key, s in shapes.items() if split_key(key)[1] in ("down", "hada_w1_b", "lokr_w2_b")]
+    inner += [shape[1:] for key, shape in shapes.items() if key.endswith(".oft_blocks")]
     ranks = sorted({shape[0] for shape in inner if len(shape) > 1 and shape[0]})
     weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
     return {
@@ -106,7 +108,7 @@ def _problem(path: Path, header: Header, kind: str) -> str:
     modules = kinds.keys_by_module(key for key in tensors if key not in extras)
     for module, keys in modules.items():
         roles = {split_key(key)[1]: tensors[key] for key in keys}
-        factors = {role: roles[role] for role in roles if role.startswith(("hada_", "lokr_"))}
+        factors = {role: roles[role] for role in roles if role.startswith(LYCORIS_ROLES)}
         pair = {role: roles[role] for role in PAIR_ROLES if role in roles}
         try:
             if factors:
@@ -267,6 +269,11 @@ def run_loaders(
     alphas = {
         name: read_alpha(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
+    for name, alpha in alphas.items():
+        blocks = tensors.get(name.removesuffix("alpha") + "oft_blocks")
+        if blocks is not None and limit_oft(blocks, alpha) is blocks:
+            # A limit that is not reached is none.
+            alphas[name] = 0.0
     known = [(layer, layout[key]) for key, layer in meant.layers.items() if key in layout]
     # Toys of the same layout are compared by names.
     wide = sum(layer.weight_shape[:2] == tuple(shape[:2]) for layer, shape in known)
@@ -375,7 +382,7 @@ class Expected:
 
     def error(self, layer: LayerKey, applied: AppliedLayer | None) -> float | None:
         """|update - right| / |right| of a layer; 1.0 where a tool leaves it out, None where it is unknown."""
-        if applied is None or applied.failed:
+        if applied is None or (applied.failed and applied.kind != "OFT"):
             return 1.0
         if applied.scale is None:
             return None
@@ -419,7 +426,7 @@ def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str
     """What a tool makes of a file and what to do, in one sentence."""
     advice = _advice(outcome, meant_for, format)
     layers = outcome.loaded.layers
-    failed = sum(layer.failed for layer in layers.values())
+    failed = [layer.failed for layer in layers.values() if layer.failed]
     if outcome.refused:
         return f"loads nothing: {outcome.refused}; {advice}"
     if not layers:
@@ -429,8 +436,8 @@ def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str
         share = f"{len(outcome.dropped)} of {outcome.keys} keys, such as {first_few(outcome.dropped, 1)},"
         return f"drops {share} without a word{wrong}; {advice}"
     if failed:
-        skipped = f"{failed} {'layer' if failed == 1 else 'layers'} of Tucker form"
-        return f"reads every key, but skips {skipped} with an error in its log, since {KRON}; {advice}"
+        number = f"{len(failed)} {'layer' if len(failed) == 1 else 'layers'}"
+        return f"reads every key, but {failed[0].format(layers=number)}; {advice}"
     if any(layer in layers and layers[layer].dora_norm and e != 0 for layer, e in outcome.errors.items()):
         error = outcome.max_error
         off = "--base measures how far off" if error is None else f"{error:.2g} of the update off"
@@ -444,7 +451,7 @@ def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str
     if outcome.loaded.unused:
         unused = first_few(outcome.loaded.unused, 1)
         return f"reads every key at the right strength, but makes no use of {unused}"
-    return "reads every key at the right strength"
+    return f"reads every key at the right strength {outcome.loaded.note}".strip()
 
 
 def _wrong_strength(outcome: Outcome) -> str:
@@ -458,7 +465,7 @@ def _wrong_strength(outcome: Outcome) -> str:
     return f"{layers}, up to {max(ratio, 1 / ratio):.3g} times too {'strong' if ratio > 1 else 'weak'}"
 
 
-_MERGEABLE = re.compile(r"\.(?:hada|lokr)_|\.dora_scale$|\.lora_magnitude_vector")
+_MERGEABLE = re.compile(r"\.(?:hada|lokr|oft)_|\.dora_scale$|\.lora_magnitude_vector")
 """Tensors of the kinds that `merge --rank` turns into a plain LoRA."""
 
 

@@ -25,6 +25,7 @@ from lora_core.lora.weights import (
     LayerUpdate,
     LayerWeights,
     LoraSpec,
+    is_shape_of,
     layer_by_path,
 )
 from lora_core.model_files.families import Targets, canonical_path
@@ -257,7 +258,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
     for key in common:
         layer, given = injected.layers[key], every_layer[key]
         wanted, size = tuple(layer.base.weight.shape), given.weight_shape
-        if size[0] != wanted[0] or math.prod(size) != math.prod(wanted):
+        if not is_shape_of(size, wanted):
             raise AdapterFileError(
                 f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
                 f" {list(wanted)}; it is for another base."

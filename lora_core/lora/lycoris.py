@@ -4,12 +4,15 @@ layers that train them. With s = alpha / rank, the update of a weight W0 is
     LoHa   s (w1a @ w1b) * (w2a @ w2b), multiplied element by element       Yeh et al. 2023, section 4.1
     LoKr   s kron(w1, w2), each of which may be a product itself            the same
     DoRA   m (W0 + update) / |W0 + update| - W0, norms of rows or columns   Liu et al. 2024, equation 5
+    OFT    R^T W0 - W0, R = (1 + Q) (1 - Q)^-1 in blocks, Q = B - B^T       Qiu et al. 2023, section 3.3
 
 DoRA is written here since PEFT's cannot be exported: it norms rows of the weight, which no other tool does
 right, where the paper and LyCORIS norm columns (docs/decisions). Columns are a scale of the layer's input, so
-that it costs a LoRA and one norm of the weight. PEFT's layers bring the parameters, their random start and
-the formula; forward pass, seeds and files are ours, since theirs draw from the global generator. A LoHa or a
-LoKr multiplies a dense update, which is as large as the weight: slower than a LoRA and more memory.
+that it costs a LoRA and one norm of the weight. OFT is written here too, since PEFT's rotates a layer's input
+where LyCORIS and the tools rotate its output; s plays no part in it. PEFT's layers bring the parameters,
+their random start and the formula; forward pass, seeds and files are ours, since theirs draw from the global
+generator. A LoHa or a LoKr multiplies a dense update, which is as large as the weight: slower than a LoRA and
+more memory.
 """
 
 import functools
@@ -25,7 +28,8 @@ from torch import nn
 from lora_core.backends.base import Adaptable
 from lora_core.errors import AdapterFileError
 from lora_core.lora.layer import AdaptedLayer, DropoutState, LoraLayer, hash_seed
-from lora_core.lora.weights import LayerKey, LayerUpdate, LayerWeights, LoraSpec
+from lora_core.lora.weights import LayerKey, LayerUpdate, LayerWeights, LoraSpec, is_shape_of
+from lora_core.model_files.sizes import oft_side
 
 PEFT_NAME = "default"
 """The name of the one adapter of a PEFT layer."""
@@ -38,8 +42,8 @@ class LycorisUpdate:
     Attributes:
         name: of the layer, for error sentences.
         low: the two factors of a LoRA; None for other kinds.
-        roles: the tensors of a LoHa or a LoKr, by LyCORIS' names.
-        scale: alpha / rank of a LoHa or a LoKr.
+        roles: the tensors of a LoHa, a LoKr or an OFT, by LyCORIS' names.
+        scale: alpha / rank of a LoHa or a LoKr; 0 of an OFT, whose alpha would limit |Q|.
         kernel: (height, width) into which a flattened convolution is unfolded; () for a linear layer.
         magnitude: of a DoRA: (out, 1) where rows are normed, (1, in) where columns are.
     """
@@ -52,12 +56,20 @@ class LycorisUpdate:
     magnitude: torch.Tensor | None = None
 
     @property
+    def needs_base(self) -> bool:
+        """Whether the update depends on the frozen weight."""
+        return self.magnitude is not None or "oft_blocks" in (self.roles or {})
+
+    @property
     def rank(self) -> int:
-        """The inner width r; 0 where there is none, as in a LoKr of two full matrices."""
+        """The inner width r, or the side of the blocks of an OFT; 0 where there is none, as in a LoKr of two
+        full matrices."""
         if self.low is not None:
             return self.low.rank
         assert self.roles is not None
         names = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        if "oft_blocks" in self.roles:
+            return self.roles["oft_blocks"].shape[1]
         return next((self.roles[name].shape[0] for name in names if name in self.roles), 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -84,10 +96,12 @@ class LycorisUpdate:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the update, (out, in) or (out, in, k, k), without computing it."""
+        """The shape of the update, (out, in) or (out, in, k, k), without computing it; (out,) of an OFT."""
         if self.low is not None:
             return self.low.weight_shape
         assert self.roles is not None
+        if "oft_blocks" in self.roles:
+            return (self.roles["oft_blocks"][..., 0].numel(),)
         shapes = {role: tensor.to("meta") for role, tensor in self.roles.items()}
         return tuple(replace(self, roles=shapes).product().shape)
 
@@ -97,19 +111,22 @@ class LycorisUpdate:
         Raises:
             AdapterFileError: names both shapes.
         """
-        size = torch.Size(self.weight_shape)
-        if size[0] != shape[0] or size.numel() != shape.numel():
+        if not is_shape_of(self.weight_shape, shape):
             raise AdapterFileError(
-                f"{self.name} has the shape {list(size)} in the file and {list(shape)} in the base; the file"
-                " is for another base."
+                f"{self.name} has the shape {list(self.weight_shape)} in the file and {list(shape)} in the"
+                " base; the file is for another base."
             )
 
-    def product(self) -> torch.Tensor:
-        """The update before magnitudes, in fp32."""
+    def product(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The update before magnitudes, in fp32; that of an OFT needs the frozen weight."""
         if self.low is not None:
             return self.low.delta()
         assert self.roles is not None
         tensors = {role: tensor.float() for role, tensor in self.roles.items()}
+        if "oft_blocks" in tensors:
+            assert weight is not None
+            turn = oft_turn(tensors["oft_blocks"])
+            return (turn.mT @ weight.float().reshape(*turn.shape[:2], -1)).reshape(weight.shape)
         dense = self.scale * (_loha(tensors) if "hada_w1_a" in tensors else _lokr(tensors))
         if dense.dim() == 2 and self.kernel:
             return dense.reshape(dense.shape[0], -1, *self.kernel)
@@ -123,6 +140,8 @@ class LycorisUpdate:
         if self.low is not None:
             return self.low.scale * self.low.up.double(), self.low.down
         assert self.roles is not None
+        if self.needs_base:
+            return None
         pair = _paired({role: tensor.float() for role, tensor in self.roles.items()})
         if pair is None or 2 * pair[1].shape[0] > min(pair[0].shape[0], pair[1].shape[1]):
             return None
@@ -130,7 +149,7 @@ class LycorisUpdate:
         return up.reshape(*up.shape, *(1 for _ in self.weight_shape[2:])), down
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """The update at strength 1, in fp32; only a DoRA needs the frozen weight.
+        """The update at strength 1, in fp32; only a DoRA and an OFT need the frozen weight.
 
         With a weight, all is computed on its device.
 
@@ -138,12 +157,13 @@ class LycorisUpdate:
             AdapterFileError: the weight has another shape.
         """
         update = self if weight is None else self.to(weight.device)
-        product = update.product()
-        if update.magnitude is None:
-            return product
+        if not update.needs_base:
+            return update.product()
         assert weight is not None
         self.check_base(weight.shape)
-        magnitude = update.magnitude
+        product, magnitude = update.product(weight), update.magnitude
+        if magnitude is None:
+            return product
         rows = magnitude.shape[1] == 1
         if magnitude.numel() != weight.shape[0 if rows else 1]:
             raise AdapterFileError(
@@ -222,6 +242,55 @@ def dora_update(
     )
     factor = magnitude.float() / lengths.clamp_min(torch.finfo(torch.float32).tiny)
     return merged * factor.reshape(*factor.shape, *(1,) * (weight.dim() - 2)) - weight
+
+
+def oft_turn(blocks: torch.Tensor) -> torch.Tensor:
+    """R - 1 = 2 (1 - Q)^-1 Q of R = (1 + Q) (1 - Q)^-1, Cayley's rotation, and Q = B - B^T.
+
+    Args:
+        blocks: B, (blocks, side, side); 0 for no rotation.
+    """
+    skew = blocks - blocks.mT
+    eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    return 2 * torch.linalg.solve(eye - skew, skew)
+
+
+class OftLayer(AdaptedLayer):
+    """y = R^T (W0 x) + bias with a block-diagonal rotation R, so that weights keep their lengths and angles.
+
+    Blocks are as large as the largest divisor of the outputs that is at most the rank, and start at zero. A
+    strength multiplies the update. Source: Qiu et al. 2023, section 3.3, of outputs as in LyCORIS' diag-oft.
+    """
+
+    factor_names: tuple[str, ...] = ("oft_blocks",)
+
+    def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
+        """See `AdaptedLayer`."""
+        super().__init__(base, name, spec, state, seed)
+        weight = base.weight
+        side = oft_side(spec.rank, len(weight))
+        self.oft_blocks = nn.Parameter(torch.zeros(len(weight) // side, side, side, device=weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
+        frozen: torch.Tensor = self.base(x)
+        if self.strength == 0:
+            return frozen
+        bias, is_conv = self.base.bias, isinstance(self.base, nn.Conv2d)
+        y = frozen if bias is None else frozen - (bias.view(-1, 1, 1) if is_conv else bias)
+        turn = (self.strength * oft_turn(self.oft_blocks)).to(y.dtype)
+        axis, terms = (1, "knm,bknhw->bkmhw") if is_conv else (-1, "knm,...kn->...km")
+        return frozen + torch.einsum(terms, turn, y.unflatten(axis, turn.shape[:2])).reshape(y.shape)
+
+    def layer_weights(self) -> LycorisUpdate:
+        """See `AdaptedLayer`."""
+        return LycorisUpdate(self.name, None, {"oft_blocks": self.oft_blocks.detach().cpu().clone()}, 0.0)
+
+    def factors_of(self, weights: LayerUpdate) -> list[torch.Tensor]:
+        """See `AdaptedLayer`."""
+        assert isinstance(weights, LycorisUpdate)
+        assert weights.roles is not None
+        return [weights.roles["oft_blocks"]]
 
 
 class DoraLayer(LoraLayer):

@@ -8,6 +8,7 @@ since the update is kept whole there.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,7 +54,7 @@ class LayerUpdate(Protocol):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the layer's weight: (out, in) or (out, in, k, k)."""
+        """The shape of the layer's weight: (out, in) or (out, in, k, k); (out,) where only that is known."""
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update at strength 1, in fp32; some kinds need the frozen weight, in fp32 too."""
@@ -139,6 +140,11 @@ class LoadedLora:
         return text if text is not None and is_text_encoder(part) else self.strength
 
 
+def is_shape_of(size: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a `weight_shape` is that of a weight; linear layers and 1 x 1 convolutions are alike."""
+    return size[0] == shape[0] and (len(size) == 1 or math.prod(size) == math.prod(shape))
+
+
 def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
     """The (real path, frozen layer) that a canonical path names in `module`, or None."""
     for candidate in dict.fromkeys((path, path.removeprefix(TEXT_LEVEL))):
@@ -218,9 +224,9 @@ class Merger:
             )
         (real, layer), size = located, weights.every_layer()[key].weight_shape
         shape = layer.shape if isinstance(layer, CompactLayer) else layer.weight.shape
-        if shape.numel() != math.prod(size) or shape[0] != size[0]:
+        if not is_shape_of(size, shape):
             raise AdapterFileError(
-                f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
+                f"The adapter's layer {part} {path} is {' to '.join(map(str, size[1::-1]))} wide, the base's "
                 f"{shape[1]} to {shape[0]}; it is for another base."
             )
         if key in self._originals or key in self._compact:

@@ -122,6 +122,16 @@ def count_lokr(rank: int, shape: Sequence[int]) -> int:
     return out_1 * in_1 + (rank * (out_2 + in_2 * kernel) if low else out_2 * in_2 * kernel)
 
 
+def oft_side(rank: int, out: int) -> int:
+    """The side of the blocks of an OFT: the largest divisor of a layer's outputs that is at most the rank."""
+    return next(side for side in range(min(rank, out), 0, -1) if out % side == 0)
+
+
+def count_oft(rank: int, shape: Sequence[int]) -> int:
+    """Square blocks along the diagonal of a matrix as high and wide as the outputs."""
+    return shape[0] * oft_side(rank, shape[0])
+
+
 def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     """About how large the exported fp16 file is. None where the base does not say."""
     adapted = adapted_shapes(facts, config)

@@ -377,7 +377,7 @@ def _take_network(text: str, found: LoraSettings) -> None:
         arguments = {}
     given = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
-    kind = given.pop("algo", "").lower().replace("locon", "lora") or "lora"
+    kind = given.pop("algo", "").lower().replace("locon", "lora").removeprefix("diag-") or "lora"
     if given.pop("dora_wd", "") and kind == "lora":
         kind = "dora"
     if kind not in ADAPTER_KINDS:

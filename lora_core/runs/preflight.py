@@ -269,6 +269,15 @@ def check_kind(config: RunConfig) -> None:
             f"{', '.join(unknown)} means nothing to adapter.kind = {kind}; leave it at its default, or set"
             " adapter.kind to lora."
         )
+    section = config.adapter
+    ranks = {"rank": section.rank, "conv_rank": section.conv_rank}
+    ranks |= {f'block_ranks."{pattern}"': rank for pattern, rank in section.block_ranks.items()}
+    for name, rank in ranks.items():
+        if 0 < rank < row.least_rank:
+            raise ConfigError(
+                f"adapter.{name} = {rank} is too low for adapter.kind = {kind}, which learns nothing there;"
+                f" set it to {row.least_rank} or more."
+            )
     file = expand_home(config.adapter.init.strip())
     if config.adapter.init.strip() in ("", "default") or not file.is_file():
         return

@@ -142,6 +142,7 @@ class AdapterKind(Implementation):
         count: "module:attribute" of the function from a rank and the shape of a weight to parameters.
         continues: the kinds of files that it can start from.
         unused: settings that mean nothing to it.
+        least_rank: the lowest that it can learn with.
         keeps_update, keeps_input: whether a step keeps an update as large as the weight, or an input of the
             layer's own, for the backward pass.
         network_args: LyCORIS' `ss_network_args` of its files, empty for a plain LoRA.
@@ -150,6 +151,7 @@ class AdapterKind(Implementation):
     count: str
     continues: Sequence[str]
     unused: Sequence[str] = ()
+    least_rank: int = 1
     keeps_update: bool = False
     keeps_input: bool = False
     network_args: Mapping[str, str] = field(default_factory=dict)

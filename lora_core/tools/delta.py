@@ -1,4 +1,4 @@
-"""The updates that adapter files make to the weights of a base: LoRA, LoCon, LoHa, LoKr, and DoRA on each.
+"""The updates that adapter files make to a base: LoRA, LoCon, LoHa, LoKr and OFT, and DoRA on each.
 
 Files are read here and nothing is approximated; see `shrink.to_lora` for that. The weights of a base are read
 layer by layer, without opening the base. New files are saved here, with what was done in the header.

@@ -376,7 +376,7 @@ TensorEdits = dict[Path, dict[str, list[TensorEdit]]]
 def merge_files_into_base(
     loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = "", note: OnLayer | None = None
 ) -> list[str]:
-    """Write a copy of a base with adapter files merged into it, LoHa, LoKr and DoRA exactly.
+    """Write a copy of a base with adapter files merged into it, LoHa, LoKr, OFT and DoRA exactly.
 
     Args:
         base_name: a folder, a file or a hub id.

@@ -62,11 +62,12 @@ def to_lora(
 ) -> tuple[AdapterWeights, TruncationLoss]:
     """The plain LoRA of a rank that is closest to the updates, in fp32 with one alpha, and its error.
 
-    A LoHa, a LoKr or a DoRA has no low rank by construction, so a plain LoRA comes close and is not the same.
+    A LoHa, a LoKr, an OFT or a DoRA has no low rank by construction, so a plain LoRA comes close and is not
+    the same.
 
     Args:
         rank: of each layer; one that has a lower rank by construction keeps its own.
-        base: only needed for a DoRA.
+        base: only needed for a DoRA and an OFT.
 
     Raises:
         ConfigError: the rank is out of range.
@@ -77,11 +78,11 @@ def to_lora(
     loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
     for key, update in counted(updates.items(), on_layer):
-        factors = update.factors() if update.magnitude is None else None
+        factors = None if update.needs_base else update.factors()
         if factors is not None:
             pairs[key], norm, lost = truncate_pair(factors, rank)
         else:
-            weight = base.weight(key) if update.magnitude is not None and base else None
+            weight = base.weight(key) if update.needs_base and base else None
             delta = update.delta(weight)
             if not torch.isfinite(delta).all():
                 raise AdapterFileError(f"The update of {update.name} holds numbers that are not finite.")
@@ -97,20 +98,21 @@ def plain_lora(
     """The plain LoRA in a file, as it is, or `to_lora` of another kind, with its error.
 
     Raises:
-        AdapterFileError: it is of another kind and there is no rank, or it is a DoRA without its base.
+        AdapterFileError: it is of another kind and there is no rank, or it needs its base and there is none.
     """
-    dora = any(update.magnitude is not None for update in updates.values())
+    of_base = any(update.needs_base for update in updates.values())
     layers = {key: update.low for key, update in updates.items() if update.low is not None}
-    if len(layers) == len(updates) and not dora:
+    if len(layers) == len(updates) and not of_base:
         return AdapterWeights(layers), None
+    dora = any(update.magnitude is not None for update in updates.values())
+    kind = "a DoRA" if dora else "an OFT" if of_base else "a LoHa or LoKr"
     if rank is None:
-        kind = "DoRA" if dora else "LoHa or LoKr"
         raise AdapterFileError(
-            f"{path} is a {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
+            f"{path} is {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
         )
-    if dora and base is None:
+    if of_base and base is None:
         raise AdapterFileError(
-            f"{path} is a DoRA, whose update depends on the weights of its base: give --base, the model that"
+            f"{path} is {kind}, whose update depends on the weights of its base: give --base, the model that"
             " it was made for."
         )
     return to_lora(updates, rank, base, on_layer)
@@ -262,8 +264,9 @@ def shrink_file(
 
     Args:
         rank: of all layers.
-        energy: without a rank, the share of it to keep; not for a LoHa, a LoKr or a DoRA.
-        base: that the file is for; a DoRA needs it, others only where the file does not name its family.
+        energy: without a rank, the share of it to keep; not for a LoHa, a LoKr, an OFT or a DoRA.
+        base: that the file is for; a DoRA and an OFT need it, others only where the file does not name its
+            family.
         on_layer: called for a file whose decomposition takes long.
 
     Returns:

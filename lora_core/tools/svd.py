@@ -34,7 +34,7 @@ OnLayer = Callable[[int, int], None]
 """Called with (done, total) layers; an exception from it ends the work."""
 T = TypeVar("T")
 
-DORA_LEFT_OUT = "a DoRA, whose update depends on the weights of its base"
+BASE_LEFT_OUT = "a DoRA or an OFT, whose update depends on the weights of its base"
 NO_UPDATE = "it changes nothing"
 MAX_RANK = 4096
 """No layer of a Stable Diffusion has a higher one."""
@@ -275,9 +275,9 @@ def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, li
         layers = load_adapter(path).layers
         return {key: as_update(key, layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]
-    doras = [key for key, update in updates.items() if update.magnitude is not None]
-    kept = {key: update for key, update in updates.items() if update.magnitude is None}
-    return kept, [left_out_row(key, DORA_LEFT_OUT) for key in doras]
+    of_base = [key for key, update in updates.items() if update.needs_base]
+    kept = {key: update for key, update in updates.items() if not update.needs_base}
+    return kept, [left_out_row(key, BASE_LEFT_OUT) for key in of_base]
 
 
 def check_same_shape(first: LycorisUpdate, second: LycorisUpdate, names: tuple[str, str]) -> None:

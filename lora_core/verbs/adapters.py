@@ -258,7 +258,7 @@ def merge(  # noqa: PLR0913 - one option each
     """Merge adapters into one file, or into a base; returns what was done and what it cost, in sentences.
 
     Args:
-        loras: adapters, LoHa, LoKr and DoRA too.
+        loras: adapters, LoHa, LoKr, OFT and DoRA too.
         out: the file to make; for a base's folder, the folder.
         rank: the best LoRA of this rank; else ranks add and nothing is lost.
         blocks: a TOML file of pattern = weight, or 'mid_block=0.5,...'.
@@ -302,7 +302,7 @@ def shrink(
     """Write a smaller adapter file, to a rank or an energy; returns {file, sentences}.
 
     Args:
-        file: an adapter; a LoHa, LoKr or DoRA with a rank.
+        file: an adapter; a LoHa, LoKr, OFT or DoRA with a rank.
         rank: the same for every layer.
         energy: what to keep of it, such as 0.99.
         precision: dtype of the file, else its own.

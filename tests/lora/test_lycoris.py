@@ -1,5 +1,6 @@
 """The kinds of adapters beside LoRA: their formulas, their files, and what they can start from. The expected
-values are PEFT's own layers for LoHa and LoKr, and equation 5 of Liu et al. 2024 for DoRA."""
+values are PEFT's own layers for LoHa and LoKr, equation 5 of Liu et al. 2024 for DoRA, and section 3.3 of
+Qiu et al. 2023 for OFT, with the rotation where LyCORIS has it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from lora_core.lora.inject import (
     plan_layers,
 )
 from lora_core.lora.layer import DropoutState, FlatParams, LoraSpec
-from lora_core.lora.lycoris import DoraLayer, PeftLayer, layer_maker
+from lora_core.lora.lycoris import DoraLayer, OftLayer, PeftLayer, layer_maker
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import FAMILIES, LOCON, Targets
 from lora_core.runs.preflight import check_kind
@@ -32,7 +33,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ADAPTER_KINDS, AdapterSection
 from tests.tiny import tiny_output, tiny_unet
 
-OTHERS = ("dora", "loha", "lokr")
+OTHERS = ("dora", "loha", "lokr", "oft")
 SOME = Targets(unet=r".*(?:attn2\.to_k|proj_in|conv1|ff\.net\.2)", text="")
 BASES = {
     "linear": lambda: nn.Linear(12, 18),
@@ -73,6 +74,14 @@ def dora_by_the_paper(layer: DoraLayer, x: torch.Tensor) -> torch.Tensor:
     return product(base, x, gain * merged)
 
 
+def oft_by_the_paper(layer: OftLayer, x: torch.Tensor) -> torch.Tensor:
+    base: Any = layer.base
+    skew = layer.oft_blocks - layer.oft_blocks.transpose(1, 2)
+    eye = torch.eye(skew.shape[1], dtype=skew.dtype)
+    rotation = torch.block_diag(*[(eye + q) @ torch.linalg.inv(eye - q) for q in skew])
+    return product(base, x, torch.einsum("nm,n...->m...", rotation, base.weight))
+
+
 def by_peft(layer: PeftLayer, x: torch.Tensor) -> torch.Tensor:
     """PEFT's forward pass on the same base with the same parameters."""
     source = layer._source[0]
@@ -93,7 +102,8 @@ def test_output_and_gradients_are_those_of_the_reference(kind: str, shape: str) 
     layer = layer_of(kind, base).double()
     x = inputs(base, torch.float64).requires_grad_()
     y = layer(x)
-    expected = (dora_by_the_paper if kind == "dora" else by_peft)(layer, x)
+    reference: Any = {"dora": dora_by_the_paper, "oft": oft_by_the_paper}.get(kind, by_peft)
+    expected = reference(layer, x)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
     for found, wanted in zip(gradients(layer, y, x), gradients(layer, expected, x), strict=True):
         assert (found - wanted).norm() <= 1e-6 * wanted.norm()
@@ -101,7 +111,7 @@ def test_output_and_gradients_are_those_of_the_reference(kind: str, shape: str) 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_flat_parameters_get_the_same_gradients(kind: str) -> None:
-    """DoRA is fused as a LoRA is; LoHa and LoKr add up into the flat gradients by autograd."""
+    """DoRA is fused as a LoRA is; the others add up into the flat gradients by autograd."""
     base: Any = BASES["convolution"]()
     layer = layer_of(kind, base)
     x = inputs(base, torch.float32).requires_grad_()
@@ -131,7 +141,7 @@ def test_training_starts_at_the_base_and_follows_from_the_seed(kind: str) -> Non
         torch.testing.assert_close(tiny_output(unet), before, rtol=0, atol=0)
         found.append(torch.cat([factor.flatten() for factor in injected.parameters()]))
     assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[2]) == (kind == "oft"), "which starts at no rotation"
     counted = sum(
         ADAPTER_KINDS[kind].count_parameters(2, tuple(layer.base.weight.shape))
         for layer in injected.layers.values()
@@ -168,6 +178,7 @@ ENDS = {
     "dora": {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"},
     "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
     "lokr": {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"},
+    "oft": {"oft_blocks", "alpha"},
 }
 
 
@@ -206,13 +217,14 @@ def test_a_file_holds_the_adapter_under_the_names_of_lycoris(tmp_path: Path, kin
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_verify_says_which_tools_read_it(tmp_path: Path, kind: str) -> None:
-    """A DoRA's columns are what four tools norm alike. InvokeAI tells the base by whole factors of a LoKr"""
+    """A DoRA's columns are what four tools norm alike. InvokeAI tells the base by whole factors of a LoKr,
+    and of the six only A1111 and ComfyUI have code for an OFT."""
     weights = adapter_weights(randomized(kind, tiny_unet(768)))
     path = tmp_path / "x.safetensors"
     save_adapter(weights, path, FAMILIES["sd15"], dtype="fp16")
     found = verify_adapter(path, FAMILIES["sd15"], live=weights)
     assert {tool["tool"]: tool["ok"] for tool in found["tools"]} == {
-        "A1111": True, "Forge": True, "ComfyUI": True, "InvokeAI": kind != "lokr",
+        "A1111": True, "Forge": kind != "oft", "ComfyUI": True, "InvokeAI": kind not in ("lokr", "oft"),
         "kohya": False, "diffusers": False,
     }  # fmt: skip
     written = load_adapter(path, plain=False).others
@@ -300,6 +312,7 @@ def test_a_dora_of_rows_is_refused() -> None:
     [
         ("loha", "adapter.dropout", 0.1), ("lokr", "adapter.rslora", True),
         ("loha", "optimizer.lora_plus", 4.0), ("lokr", "adapter.module_dropout", 0.1),
+        ("oft", "adapter.max_norm", 1.0), ("oft", "adapter.block_alphas", {"mid_block": 2.0}),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(kind: str, name: str, value: object) -> None:
@@ -309,10 +322,19 @@ def test_settings_that_mean_nothing_are_refused(kind: str, name: str, value: obj
     check_kind(config.changed({"adapter.kind": "lora"}))
 
 
+def test_a_rank_at_which_an_oft_learns_nothing_is_refused() -> None:
+    for name, value in (("rank", 1), ("conv_rank", 1), ("block_ranks", {"mid_block": 1})):
+        config = RunConfig().changed({"adapter.kind": "oft", f"adapter.{name}": value})
+        with pytest.raises(ConfigError, match=rf"adapter\.{name}.* = 1 is too low .*set it to 2 or more"):
+            check_kind(config)
+        check_kind(config.changed({"adapter.kind": "lora"}))
+    check_kind(RunConfig().changed({"adapter.kind": "oft", "adapter.block_ranks": {"mid_block": 0}}))
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_adapter(adapter_weights(randomized("loha", tiny_unet(768))), path, FAMILIES["sd15"])
-    for kind in ("lora", "dora", "lokr"):
+    for kind in ("lora", "dora", "lokr", "oft"):
         with pytest.raises(ConfigError, match=r"is a LoHa, which .*set adapter\.kind to loha"):
             check_kind(RunConfig().changed({"adapter.kind": kind, "adapter.init": str(path)}))
     check_kind(RunConfig().changed({"adapter.kind": "loha", "adapter.init": str(path)}))

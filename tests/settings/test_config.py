@@ -97,7 +97,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("loss.min_snr", -1, "it must be between 0 and 100"),
         ("loss.min_snr", True, "should be a number"),
         ("loss.huber_delta", 0, "it must be between 0.001 and 10"),
-        ("adapter.kind", "oft", "'oft' is not known; choose one of lora, dora, loha, lokr"),
+        ("adapter.kind", "boft", "'boft' is not known; choose one of lora, dora, loha, lokr, oft"),
         ("adapter.kind", 3, "should be a text"),
         ("dataset.repeats", 10, "10 cannot be used: it changes nothing that is learned"),
         ("dataset.repeats", 0, "train.steps"),

@@ -1,5 +1,5 @@
-"""LoHa, LoKr and DoRA read and made plain. The expected updates are PEFT's own, and for kohya's DoRA by
-hand."""
+"""LoHa, LoKr, OFT and DoRA read and made plain. The expected updates are PEFT's own, and for kohya's DoRA and
+for OFT by hand."""
 
 import peft
 import pytest
@@ -235,6 +235,30 @@ def test_dora_made_plain_against_the_embedded_base(path):
         to_lora(updates, 0, base)
 
 
+@pytest.mark.parametrize("alpha", [None, 0.0, 1e-3, 1e3])
+@pytest.mark.parametrize("layer", [LINEAR, WIDE, TEXT], ids=["linear", "3x3", "text"])
+def test_an_oft_turns_outputs_within_its_limit(path, layer, alpha):
+    """LyCORIS' and kohya's networks/oft.py limit |Q| to alpha times the outputs; LyCORIS' 0 is no limit."""
+    base = BaseWeights("demo")
+    weight = base.weight(layer)
+    blocks = torch.randn(len(weight) // 8, 8, 8, generator=torch.Generator().manual_seed(0)) / 8
+    limit = {} if alpha is None else {f"{stem(layer)}.alpha": torch.tensor(alpha)}
+    write(path, {f"{stem(layer)}.oft_blocks": blocks, **limit})
+    skew = blocks - blocks.mT
+    most = (alpha or 1e9) * len(weight)
+    skew = skew * min(1.0, most / float(skew.norm()))
+    rotation = torch.block_diag(*[(torch.eye(8) + q) @ torch.linalg.inv(torch.eye(8) - q) for q in skew])
+    expected = (rotation.T @ weight.flatten(1)).reshape(weight.shape) - weight
+    ((key, update),) = file_updates(path)[0].items()
+    assert (key, update.rank, update.needs_base) == (layer, 8, True)
+    torch.testing.assert_close(update.delta(weight), expected, rtol=1e-4, atol=1e-5)
+    if alpha is None:
+        weights, loss = to_lora({key: update}, 4, base)
+        found = weights.layers[layer].delta() - expected
+        assert 0 < loss.overall < 1
+        assert float(found.norm() / expected.norm()) == pytest.approx(loss.overall, rel=1e-3)
+
+
 def good():
     tensors = in_peft(CONFIGS["LoHa"], LINEAR)[2]
     return {f"{stem(LINEAR)}.{k}": t for k, t in tensors.items()} | {
@@ -270,6 +294,8 @@ BROKEN = {
         {f"{stem(LINEAR)}.lokr_w1": torch.ones(900, 900), f"{stem(LINEAR)}.lokr_w2": torch.ones(900, 900)},
         r"claims a weight of the shape \[810000, 810000\]",
     ),
+    "a BOFT": ({f"{stem(LINEAR)}.oft_blocks": torch.ones(2, 4, 8, 8)}, "such as BOFT"),
+    "PEFT's OFT": ({f"{'.'.join(LINEAR)}.oft_R.weight": torch.ones(4, 6)}, "OFT of LyCORIS"),
     "PEFT's LoHa": (
         {k.replace(stem(LINEAR), ".".join(LINEAR)): t for k, t in without("alpha").items()},
         "strength is in no file",

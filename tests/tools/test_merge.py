@@ -17,6 +17,7 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.detect import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
+from lora_core.tools.delta import BaseWeights
 from lora_core.tools.merge import parse_block_weights
 
 SD15, TINY = FAMILIES["sd15"], FAMILIES["tiny"]
@@ -175,6 +176,26 @@ def test_a_dora_needs_its_base(tmp_path, capsys):
     code, lines, _ = run(capsys, "merge", source, "--out", out, "--rank", 3, "--base", "demo")
     assert code == 0
     assert "differs from the original" in lines[0]
+
+
+def test_an_oft_needs_its_base_and_goes_into_it(tmp_path, capsys):
+    source, out = tmp_path / "oft.safetensors", tmp_path / "plain.safetensors"
+    sides = family_layout(TINY)[TO_K][0] // 8, 8, 8
+    blocks = torch.randn(sides, generator=torch.Generator().manual_seed(2)) / 8
+    name = f"lora_unet_{TO_K[1].replace('.', '_')}.oft_blocks"
+    save_file({name: blocks}, source, {"ss_base_model_version": "easel_tiny"})
+    for arguments, words in ((["--rank", 3], "is an OFT, whose .*give --base"), ([], "is an OFT, .* --rank")):
+        refused(capsys, words, source, "--out", out, *arguments)
+    code, lines, _ = run(capsys, "merge", source, "--out", out, "--rank", 3, "--base", "demo")
+    assert code == 0
+    assert "differs from the original" in lines[0]
+    assert inspect_file(source)["kind"] == "OFT"
+    assert inspect_file(source)["ranks"] == [8]
+    folder = tmp_path / "base"
+    assert run(capsys, "merge", source, "--into-base", "demo", "--out", folder)[0] == 0
+    old, new = BaseWeights("demo").weight(TO_K), BaseWeights(str(folder)).weight(TO_K)
+    assert not torch.equal(new, old)
+    torch.testing.assert_close(new.norm(dim=0), old.norm(dim=0), rtol=2e-3, atol=2e-3)
 
 
 def test_kinds_are_merged_with_each_other(tmp_path, capsys):

@@ -47,6 +47,12 @@ WAYS = {
         "save.ema": 0.9,
         "train.gradient_checkpointing": True,
     },
+    "OFT of convolutions, average": {
+        "adapter.kind": "oft",
+        "adapter.targets": "locon",
+        "adapter.conv_rank": 2,
+        "save.ema": 0.9,
+    },
     "checkpointing, captions that vary": {
         "train.gradient_checkpointing": True,
         "adapter.dropout": 0.2,
