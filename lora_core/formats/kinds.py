@@ -289,7 +289,7 @@ def lycoris_update(
         raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
     if "oft_blocks" in roles:
         most = scale * update.rank * update.weight_shape[0] if alpha is not None else 0.0
-        return replace(update, roles={"oft_blocks": limit_oft(roles["oft_blocks"], most)}, scale=0.0)
+        return replace(update, roles={"oft_blocks": limit_oft(roles["oft_blocks"], most)}, scale=1.0)
     try:
         size = update.weight_shape
     except RuntimeError as error:

@@ -33,6 +33,9 @@ from lora_core.model_files.sizes import oft_side
 
 PEFT_NAME = "default"
 """The name of the one adapter of a PEFT layer."""
+NO_LIMIT = 1e6
+"""The alpha of an OFT's file, which limits |Q|. 0 is no limit in LyCORIS, and no rotation in kohya's
+networks/oft.py and in A1111 before 1.9."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class LycorisUpdate:
         name: of the layer, for error sentences.
         low: the two factors of a LoRA; None for other kinds.
         roles: the tensors of a LoHa, a LoKr or an OFT, by LyCORIS' names.
-        scale: alpha / rank of a LoHa or a LoKr; 0 of an OFT, whose alpha would limit |Q|.
+        scale: alpha / rank of a LoHa or a LoKr.
         kernel: (height, width) into which a flattened convolution is unfolded; () for a linear layer.
         magnitude: of a DoRA: (out, 1) where rows are normed, (1, in) where columns are.
     """
@@ -78,7 +81,7 @@ class LycorisUpdate:
         if self.low is not None:
             found |= self.low.tensors()
         elif self.rank:
-            found["alpha"] = torch.tensor(self.scale * self.rank)
+            found["alpha"] = torch.tensor(NO_LIMIT if "oft_blocks" in found else self.scale * self.rank)
         if self.magnitude is not None:
             ones = (1,) * (len(self.weight_shape) - 2)
             found["dora_scale"] = self.magnitude.reshape(*self.magnitude.shape, *ones)
@@ -284,7 +287,7 @@ class OftLayer(AdaptedLayer):
 
     def layer_weights(self) -> LycorisUpdate:
         """See `AdaptedLayer`."""
-        return LycorisUpdate(self.name, None, {"oft_blocks": self.oft_blocks.detach().cpu().clone()}, 0.0)
+        return LycorisUpdate(self.name, None, {"oft_blocks": self.oft_blocks.detach().cpu().clone()})
 
     def factors_of(self, weights: LayerUpdate) -> list[torch.Tensor]:
         """See `AdaptedLayer`."""
