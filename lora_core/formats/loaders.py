@@ -318,7 +318,7 @@ def forge(file: AdapterFile) -> Loaded:
     names, norms = _comfyui_names(file)
     others = [kind for kind in LYCORIS if kind != "OFT"]
     modules = match_keys(file.shapes, names, COMFYUI_PAIRS, norms, others)
-    known = {key for module in modules for key in module.keys.values()}
+    known = {key for m in modules for suffix, key in m.keys.items() if suffix not in LYCORIS["OFT"]}
     unknown = [key for key in file.shapes if key not in known]
     if len(unknown) > 12:
         raise LoadError(
@@ -408,9 +408,10 @@ def invokeai(file: AdapterFile) -> Loaded:
         if width is None and any(_DEEP_TRANSFORMER.match(key) for key in keys):
             width = ldm_family().context_width
         if width is None:
+            hint = "" if any(map(_CROSS_ATTENTION.match, keys)) else "; adapt attn2.to_k too"
             raise LoadError(
                 "it cannot tell which base the file is for, since no key of the UNet's cross-attention says"
-                " it; adapt attn2.to_k too"
+                f" it{hint}"
             )
         if file.full_size and _CONTEXT_WIDTHS.get(width, width) != file.family.context_width:
             raise LoadError(

@@ -145,6 +145,10 @@ def lokr(shape, first="whole", second="low"):
     return found | {"lokr_w2_a": draw(rest[0], RANK), "lokr_w2_b": draw(RANK, wide)}
 
 
+def oft(shape):
+    return {"oft_blocks": draw(shape[0] // 8, 8, 8)}
+
+
 def dora(axis):
     def make(shape):
         down, up = pair(shape)
@@ -228,6 +232,8 @@ FILES = {
     "lycoris_lokr_full": lambda: lycoris(lambda shape: lokr(shape, second="whole")),
     "lycoris_lokr_tucker": lambda: lycoris(lambda shape: lokr(shape, second="tucker")),
     "lycoris_lora_norm": lambda: kohya() | norms(),
+    "lycoris_oft": lambda: lycoris(lambda shape: oft(shape) | {"alpha": torch.tensor(0.0)}, alpha=False),
+    "lycoris_oft_limited": lambda: lycoris(oft),
     "lycoris_tucker": lambda: lycoris(tucker),
     "onetrainer_bundle": lambda: kohya() | {"bundle_emb.cat.clip_l": draw(2, 768)},
     "onetrainer_te1": lambda: kohya(stem=te1_stem),

@@ -54,6 +54,10 @@ TABLE = {
     "lycoris_lokr_full": (69, "69 69 69 69 0 0"),
     "lycoris_lokr_tucker": (95, "95 0 95! 0 0 0"),
     "lycoris_lora_norm": (56, "56 56 56 56 54 0"),
+    # A run of 2026-11-29 (ComfyUI 0.3.68, A1111's extension as forks of 2026 have it). ComfyUI takes alpha
+    # for the limit of |Q|, LyCORIS and A1111 alpha for each output; in the second file ComfyUI's is reached.
+    "lycoris_oft": (46, "46 0 46 0 0 0"),
+    "lycoris_oft_limited": (46, "46 0 46! 0 0 0"),
     "lycoris_tucker": (72, "72 72 72 72 0 0"),
     # A1111 makes textual inversions of them (networks.py, load_network), for which the harness had none.
     "onetrainer_bundle": (55, "55 54 54 55 54 0"),
@@ -155,6 +159,10 @@ def test_the_error_of_a_dora_is_measured_on_its_base(folder, name):
         ("lycoris_loha", "kohya", "merge it into a plain LoRA with --rank"),
         ("lycoris_lokr", "InvokeAI", "cannot tell which base"),
         ("lycoris_full", "InvokeAI", "has no bias"),
+        ("lycoris_oft", "Forge", "here are 23"),
+        ("lycoris_oft", "InvokeAI", "merge it into a plain LoRA with --rank"),
+        ("lycoris_oft", "ComfyUI", "right strength if that is 1; it takes the square of any other"),
+        ("lycoris_oft_limited", "ComfyUI", "turns 23 layers less than the file means"),
         ("lycoris_full", "kohya", "no plain LoRA can hold it"),
         ("lycoris_lora_norm", "kohya", "convert leaves them out"),
         ("onetrainer_bundle", "ComfyUI", "bundle_emb.cat.clip_l"),

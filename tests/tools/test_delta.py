@@ -295,6 +295,11 @@ BROKEN = {
         r"claims a weight of the shape \[810000, 810000\]",
     ),
     "a BOFT": ({f"{stem(LINEAR)}.oft_blocks": torch.ones(2, 4, 8, 8)}, "such as BOFT"),
+    "an older OFT": ({f"{stem(LINEAR)}.oft_diag": torch.ones(2, 8, 8)}, "OFT of LyCORIS"),
+    "a rescaled OFT": (
+        {f"{stem(LINEAR)}.oft_blocks": torch.ones(16, 8, 8), f"{stem(LINEAR)}.rescale": torch.ones(128, 1)},
+        "rescale', which belongs to no",
+    ),
     "PEFT's OFT": ({f"{'.'.join(LINEAR)}.oft_R.weight": torch.ones(4, 6)}, "OFT of LyCORIS"),
     "PEFT's LoHa": (
         {k.replace(stem(LINEAR), ".".join(LINEAR)): t for k, t in without("alpha").items()},
