@@ -10,8 +10,8 @@ SAID = """() => [...document.querySelectorAll("body *")].filter((node) => node.o
   ...["title", "placeholder", "aria-label", "alt"].map((name) => node.getAttribute(name) ?? "")])"""
 SAME = re.compile(
     r"\S*[/\\].*\.safetensors"
-    r"|LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr|OFT"
-    r"|DoRA|Ctrl|Enter|Space|Shift|Delete|Esc|Alt|PNG|HEIC|CFG|\.safetensors|\.zip|[\w-]+\.png|velocity"
+    r"|LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr"
+    r"|OFT|DoRA|Ctrl|Enter|Space|Shift|Delete|Esc|Alt|PNG|HEIC|CFG|\.safetensors|\.zip|[\w-]+\.png|velocity"
     r"|clip skip|diffusers|hub|id|owner/name|ntfy[\w./-]*|https?:\S+|Slack|Discord|Mattermost|lora-easel .*"
     r"|Hugging Face|HF_TOKEN|hf auth login|OneTrainer|ai-toolkit|SimpleTuner|(apple|house), duskprint[\w ,]*"
 )
