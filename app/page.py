@@ -19,14 +19,25 @@ import gradio as gr
 from fastapi import FastAPI
 
 from app import top_bar
-from app.bindings import MOUNTED, QUIET, TYPING, Bindings, html_block
 from app.dataset.view import add_dataset_routes, build_dataset
 from app.export.view import add_export_routes, build_export
 from app.gradio_modules import bundle_modules, serve_page
 from app.preview.view import add_preview_routes, build_preview
 from app.routes import BadRequest, add_actions, add_assets
-from app.state import AppState, take_snapshot
-from app.templates import LANGUAGES, WORDS, _, language_tag, preferred_language, render, script_words
+from app.state import AppState, Bindings, take_snapshot
+from app.templates import (
+    LANGUAGES,
+    MOUNTED,
+    QUIET,
+    TYPING,
+    WORDS,
+    _,
+    html_block,
+    language_tag,
+    preferred_language,
+    render,
+    script_words,
+)
 from app.toolbox.view import add_toolbox_routes, build_toolbox
 from app.train.view import add_run_routes, build_train
 from lora_core.projects.project import DEMO_TITLE, Project

@@ -1,4 +1,5 @@
-"""State of the window: one `AppState` per server, shared by all its pages, and a `Snapshot` of it per look.
+"""State of the window: one `AppState` per server, shared by all its pages, a `Snapshot` of it per look, and
+the `Bindings` by which tabs follow it.
 
 Two pages of the same window therefore show the same project, run and images. Other tools of this computer and
 its file manager, which no run or project owns, are here too.
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import gradio as gr
 
 from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
@@ -21,7 +24,7 @@ from app.dataset.uploads import Importer
 from app.jobs import LIVE, Jobs, QueueClient, RunView, TensorBoard
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.templates import _, render
+from app.templates import MOUNTED, _, render
 from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
 from app.worker_client import CARDS, WorkerClient
@@ -31,6 +34,7 @@ from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.costs import parameters_of
 from lora_core.runs.events import Progress
 from lora_core.settings.schema import AUTO
+from lora_core.system.files import clean_value
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files
 from lora_core.system.processes import child_environment, detached
@@ -379,3 +383,43 @@ def take_snapshot(app_state: AppState) -> Snapshot:
     shown, active = app_state.jobs.watched(next((w for w, state in runs if state in LIVE), None))
     second, view, plan = app_state.jobs.second(), app_state.render_queue.view(), Plan(app_state.project)
     return Snapshot(app_state, with_state(shown), with_state(second), with_state(active), runs, view, plan)
+
+
+@dataclass
+class Bindings:
+    """What the tabs register with the page: cards and fields that follow the snapshot, fields filled at load.
+
+    Each declares a function of the snapshot. The live stream sends the HTML of cards; Gradio's own fields are
+    updated by an event that the page triggers when the stream tells that they changed.
+
+    Attributes:
+        parts: by the name of a card, the function of the snapshot that gives its HTML.
+        updates: Gradio's fields, each with the function of the snapshot that gives its update.
+        initial: components, each with what gives its value when the page opens.
+    """
+
+    app_state: AppState
+    parts: dict[str, Callable[[Snapshot], str]] = field(default_factory=dict)
+    updates: list[tuple[Any, Callable[[Snapshot], Any]]] = field(default_factory=list)
+    initial: list[tuple[Any, Callable[[], Any]]] = field(default_factory=list)
+    trigger: Any = None
+    use_demo: Any = None
+
+    def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
+        """Show `shows(snapshot)` in `component`: HTML in a block of HTML, an update of another component."""
+        if isinstance(component, gr.HTML):
+            name = component.elem_id or f"part-{len(self.parts)}"
+            component.js_on_load = MOUNTED.format(name=name)
+            self.parts[name] = shows
+        else:
+            self.updates.append((component, shows))
+        return component
+
+    def fill_on_load(self, component: Any, value: Callable[[], Any]) -> Any:
+        """Fill `component` when the page opens."""
+        self.initial.append((component, value))
+        return component
+
+    def initial_values(self) -> list[Any]:
+        """The values of all fields filled at load, in order."""
+        return [clean_value(value()) for _, value in self.initial]

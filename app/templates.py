@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import jinja2
 
 from lora_core.report import plots
@@ -248,3 +249,34 @@ def problem_html(sentence: object) -> str:
 def note_html(sentence: object) -> str:
     """A message that something was done."""
     return part("note", sentence)
+
+
+# Components of Gradio that show them.
+
+# Options of every event: a plain function that completes even if the page is closed.
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# For typing, sliding and choosing: while one event runs, only the latest one waits.
+TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
+MOUNTED = "(window.easelMounted ??= []).push({{ name: {name!r}, element, trigger }}); window.easel?.mount();"
+"""Tells the page's script of an element of ours that Gradio has made, now or later."""
+
+
+def html_block(shows: Callable[[], str] = str, **options: Any) -> Any:
+    """An HTML component without Gradio's frame; it shows what `shows` gives in the page's language."""
+    made: Any = gr.HTML(shows(), padding=False, apply_default_css=False, js_on_load=None, **options)
+    made.shows = shows
+    return made
+
+
+def text_field(label: str, name: str, placeholder: str, **options: Any) -> Any:
+    """A text box of one line."""
+    return gr.Textbox(label=label, elem_id=name, placeholder=placeholder, lines=1, max_lines=1, **options)
+
+
+def edit_events(component: Any) -> list[Any]:
+    """The events that mean the user edited a field.
+
+    A text box swallows the first input event after its value was set, so leaving it counts too. Its change
+    event is no use: it fires with empty fields before the draft is loaded.
+    """
+    return [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]

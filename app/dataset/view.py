@@ -15,13 +15,12 @@ import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
 from app.dataset.findings import BY_ITSELF, DatasetInsights, plan_training
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url, too_many
-from app.state import AppState, Snapshot
-from app.templates import _, note_html, render
+from app.state import AppState, Bindings, Snapshot
+from app.templates import TYPING, _, edit_events, html_block, note_html, render, text_field
 from app.train.form import Plan
 from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags

@@ -11,12 +11,11 @@ import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.bindings import Bindings, html_block
 from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
 from app.routes import FRESH, Answer, BadRequest, Sent, add_actions, below, require_near, run_url
-from app.state import AppState, Snapshot, take_snapshot
-from app.templates import _, note_html, render
+from app.state import AppState, Bindings, Snapshot, take_snapshot
+from app.templates import _, html_block, note_html, render
 from app.toolbox.view import BackgroundTask, add_task, check_memory_is_free, compatibility_card
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base

@@ -17,7 +17,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from PIL import Image, UnidentifiedImageError
 
-from app.bindings import Bindings, html_block
 from app.preview.history import GridState, HistoryEntry
 from app.preview.render_queue import PreviewState, strip_shots
 from app.preview.request_form import (
@@ -46,8 +45,8 @@ from app.preview.sent_form import (
     take_sent_form,
 )
 from app.routes import FRESH, Answer, add_actions, image_url, receive_file
-from app.state import AppState, Snapshot, take_snapshot
-from app.templates import _, note_html, render
+from app.state import AppState, Bindings, Snapshot, take_snapshot
+from app.templates import _, html_block, note_html, render
 from app.train.train_form import base_choices
 from lora_core.data.images import open_rgb
 from lora_core.errors import DatasetError, LoraError, RunError

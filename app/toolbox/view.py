@@ -19,12 +19,11 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.bindings import Bindings, html_block
 from app.live import LiveStream
 from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
-from app.state import AppState, take_snapshot
-from app.templates import _, pluralize, problem_html, render
+from app.state import AppState, Bindings, take_snapshot
+from app.templates import _, html_block, pluralize, problem_html, render
 from app.train.train_form import base_choices
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError

@@ -10,9 +10,19 @@ from typing import Any, get_origin
 
 import gradio as gr
 
-from app.bindings import QUIET, Bindings, html_block, text_field
-from app.state import AppState, Snapshot, take_snapshot
-from app.templates import _, format_speed, label_of, note_html, problem_html, render, with_labels
+from app.state import AppState, Bindings, Snapshot, take_snapshot
+from app.templates import (
+    QUIET,
+    _,
+    format_speed,
+    html_block,
+    label_of,
+    note_html,
+    problem_html,
+    render,
+    text_field,
+    with_labels,
+)
 from app.train.form import (
     BASIC,
     FORM,

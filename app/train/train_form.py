@@ -9,9 +9,19 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import TYPING, Bindings, edit_events, html_block, text_field
-from app.state import AppState, Snapshot
-from app.templates import _, help_of, label_of, note_html, pluralize, render
+from app.state import AppState, Bindings, Snapshot
+from app.templates import (
+    TYPING,
+    _,
+    edit_events,
+    help_of,
+    html_block,
+    label_of,
+    note_html,
+    pluralize,
+    render,
+    text_field,
+)
 from app.train.form import (
     FORM,
     GROUPS,

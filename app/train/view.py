@@ -16,11 +16,10 @@ import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.bindings import QUIET, Bindings, html_block, text_field
 from app.guard import is_loopback, read_body
 from app.routes import Answer, BadRequest, add_actions
-from app.state import AppState
-from app.templates import _, note_html, problem_html, render
+from app.state import AppState, Bindings
+from app.templates import QUIET, _, html_block, note_html, problem_html, render, text_field
 from app.train import run_cards
 from app.train import run_cards as rail
 from app.train.form import Plan

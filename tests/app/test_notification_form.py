@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.bindings import Bindings
-from app.state import AppState
+from app.state import AppState, Bindings
 from app.train.view import checked, chosen
 from lora_core.errors import ConfigError
 from lora_core.runs.diagnosis import VARIABLE, notify_file, write_recipient

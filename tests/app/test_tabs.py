@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from app import main, page
-from app.bindings import Bindings, html_block
-from app.state import AppState
+from app.state import AppState, Bindings
+from app.templates import html_block
 
 
 def build_toy(bindings: Bindings) -> None:
