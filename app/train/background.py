@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from app.templates import _, with_labels
 from app.worker_client import CANCELLED, Reply, WorkerClient
@@ -325,17 +324,16 @@ class Prober:
         key = self._current_key
         try:
             if reply.state == "done":
-                keep_cost(self._workspace, config, self._cost(config, reply.result))
+                step, draw, peak = (float(reply.result[key]) for key in ("step", "draw", "peak"))
+                on, passes = self._hardware.device, step_passes(config)
+                cost = StepCost(step, draw, int(peak), config.model.base, on, passes)
+                keep_cost(self._workspace, config, cost)
             elif reply.message != CANCELLED:
                 self._problems[key] = reply.message
         except (OSError, KeyError, TypeError, ValueError) as error:
             self._problems[key] = _("What was measured could not be kept: {error}.", error=error)
         with self._lock:
             self._current_key, self._reply = "", None
-
-    def _cost(self, config: RunConfig, result: dict[str, Any]) -> StepCost:
-        step, draw, peak = float(result["step"]), float(result["draw"]), int(result["peak"])
-        return StepCost(step, draw, peak, config.model.base, self._hardware.device, step_passes(config))
 
     def _has_room(self, base: BaseFacts) -> bool:
         card = self._hardware.card()

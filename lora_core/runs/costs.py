@@ -434,9 +434,10 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
     means: list[float] = []
     images: list[float] = []
     draws: list[float] = []
+    same = [name for name in FIELDS if name in _SAME_DRAWS or name.partition(".")[0] in _SAME_DRAWS]
     for one, two in ((one, two) for one in group for two in other if one.config.seed == two.config.seed):
         ours, theirs = one.losses(), two.losses()
-        alike = all(one.config.get(name) == two.config.get(name) for name in _draw_settings())
+        alike = all(one.config.get(name) == two.config.get(name) for name in same)
         if not ours or not alike or list(map(len, ours)) != list(map(len, theirs)):
             continue
         cut = [(1.0 - trial.kept) * trial.gain for trial in (one, two)]
@@ -453,10 +454,6 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
         return statistics.fmean(means), error, True
     rows = [_trial_row(each, ()) for each in (group, other)]
     return rows[0]["gain"] - rows[1]["gain"], math.hypot(*(row["standard_error"] for row in rows)), False
-
-
-def _draw_settings() -> list[str]:
-    return [name for name in FIELDS if name in _SAME_DRAWS or name.partition(".")[0] in _SAME_DRAWS]
 
 
 def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:

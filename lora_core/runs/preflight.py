@@ -94,13 +94,6 @@ class RunProblem:
     blocking: bool = True
 
 
-def free_card_bytes(device: str) -> int | None:
-    """Free memory of the graphics card that a run with this `train.device` takes; None where there is none
-    or it does not say."""
-    card = find_card(device)
-    return card.total - card.used if card else None
-
-
 def preflight(
     config: RunConfig,
     workspace: Path,
@@ -156,7 +149,8 @@ def preflight(
     found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
-        free = card() if card else free_card_bytes(config.train.device)
+        own = None if card else find_card(config.train.device)
+        free = card() if card else own.free() if own else None
         found += targets or _room(config, workspace, facts, records, free)
         found += _convolutions(config, facts)
     found += _busy(workspace)

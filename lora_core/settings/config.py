@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import re
-import stat
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ from pydantic_core import ErrorDetails
 
 from lora_core.errors import ConfigError, wrap_os_errors
 from lora_core.settings import schema
-from lora_core.system.files import read_table
+from lora_core.system.files import read_small_file, read_table
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test", "adapter.rank": "adapter.auto_rank"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
@@ -558,13 +557,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 def _read_small(path: Path, called: str) -> str:
     with wrap_os_errors(ConfigError, f"{called} cannot be read"):
-        # Opening a pipe would wait for its writer, and a device may never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"{called} is not a regular file.")
-        with open(path, "rb") as file:
-            data = file.read(MAX_TOML_BYTES + 1)
-    if len(data) > MAX_TOML_BYTES:
-        raise ConfigError(f"{called} is larger than {MAX_TOML_BYTES / 1e6:.0f} MB.")
+        data = read_small_file(path, MAX_TOML_BYTES)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
