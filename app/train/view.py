@@ -21,7 +21,6 @@ from app.routes import Answer, BadRequest, add_actions
 from app.state import AppState, Bindings
 from app.templates import QUIET, _, html_block, note_html, problem_html, render, text_field
 from app.train import run_cards
-from app.train import run_cards as rail
 from app.train.form import Plan
 from app.train.run_cards import charts_data
 from app.train.start import (
@@ -109,9 +108,9 @@ def build_train(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
         with gr.Column(elem_classes="rail"):
-            bindings.follow(html_block(elem_id="running"), rail.running)
-            bindings.follow(html_block(elem_id="queue"), rail.queue_card)
-            bindings.follow(html_block(elem_id="earlier"), rail.earlier)
+            bindings.follow(html_block(elem_id="running"), run_cards.running)
+            bindings.follow(html_block(elem_id="queue"), run_cards.queue_card)
+            bindings.follow(html_block(elem_id="earlier"), run_cards.earlier)
         with gr.Column(elem_classes="side card"):
             form = TrainForm(bindings)
             name = build_start(bindings)
@@ -123,7 +122,7 @@ def build_train(bindings: Bindings) -> None:
                 ("verdicts", run_cards.verdicts_card),
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),
-                ("beside", rail.compare_card),
+                ("beside", run_cards.compare_card),
                 ("sweep-results", run_cards.sweep_card),
                 ("run-log", run_cards.log_card),
             ):
