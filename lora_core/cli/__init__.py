@@ -108,7 +108,7 @@ def note_extras(files: Iterable[File]) -> None:
     from lora_core.formats.kinds import extras_sentence
 
     for file in dict.fromkeys(map(Path, files)):
-        sentence = extras_sentence(read_header(file).shapes)
+        sentence = extras_sentence(read_header(file).shapes, with_tokens=True)
         if sentence:
             write(sys.stderr, f"Note: {one_line(file.name)}: {one_line(sentence)}\n")
 

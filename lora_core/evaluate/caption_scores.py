@@ -32,6 +32,7 @@ from lora_core.evaluate.validator import (
     standard_error,
 )
 from lora_core.formats.io import load_adapter
+from lora_core.lora.inject import merged
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import encode_prompt
@@ -457,13 +458,9 @@ def image_rows(
         # A new cache each time: the adapter may be in the text encoder too.
         return eval_losses(base, images, _encoder(base, 1, train.clip_skip, train.max_token_length), advance)
 
-    merger = Merger(base.modules)
     before = losses(images)
-    try:
-        merger.apply([LoadedLora(weights)])
+    with merged(base, Merger(base.modules), [LoadedLora(weights)]):
         after, bare = losses(images), losses([replace(one, caption="") for one in images])
-    finally:
-        merger.apply([])
     shape = (size, base.size_multiple, None, "", train.batch_size)
     training = TrainingView(*shape, held_out, reg, config.dataset)
     rows: list[dict[str, Any]] = []

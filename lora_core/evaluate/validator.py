@@ -25,6 +25,7 @@ from lora_core.data.images import (
     size_conditioning,
 )
 from lora_core.errors import DatasetError
+from lora_core.lora.inject import merged
 from lora_core.lora.weights import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
@@ -280,11 +281,8 @@ class Evaluator:
         self._calls += 1
         if self._on_phase is not None:
             self._on_phase(f"measurement {self._calls}: {_words(adapters)}")
-        self._merger.apply(list(adapters))
-        try:
+        with merged(self._base, self._merger, adapters):
             return eval_losses(self._base, images or self.images, self._encode, self._on_image)
-        finally:
-            self._merger.apply([])
 
 
 def _words(adapters: Sequence[LoadedLora]) -> str:

@@ -90,10 +90,12 @@ def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -
         else:
             assert family is not None
             weights = _mixed_weights(tensors, metadata, family)
+        weights = replace(weights, tokens=kinds.bundled_tokens(tensors))
         check_finite(weights)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
-    extra = [part for part in weights.parts() if family and part not in family.parts]
+    parts = dict.fromkeys([*weights.parts(), *weights.tokens])
+    extra = [part for part in parts if family and part not in family.parts]
     if family and extra:
         raise AdapterFileError(f"{path} adapts {', '.join(extra)}, which the {family.title} does not have.")
     return weights
@@ -162,6 +164,30 @@ def save_adapter(
     write_tensors(Path(path), tensors, texts | header_hashes(tensors, texts))
 
 
+def tokens_folder(path: Path) -> Path:
+    """Where the new tokens of an adapter's file have files of their own."""
+    return path.with_name(f"{path.stem}-tokens")
+
+
+def write_tokens(weights: AdapterWeights, path: Path) -> list[Path]:
+    """Write each new token of the adapter in `path` to a file of its own: tools take the word from the file's
+    name, and diffusers one tensor, or each of SDXL's two.
+
+    Raises:
+        AdapterFileError: one cannot be written.
+    """
+    folder, found = tokens_folder(path), []
+    for token in dict.fromkeys(token for tokens in weights.tokens.values() for token in tokens):
+        tensors = {kinds.TOKEN_PARTS[part]: tokens[token] for part, tokens in weights.tokens.items()}
+        if len(tensors) == 1:
+            tensors = {"emb_params": tensors.popitem()[1]}
+        found.append(folder / f"{token}.safetensors")
+        with wrap_os_errors(AdapterFileError, f"{folder} cannot be written"):
+            folder.mkdir(exist_ok=True)
+        write_tensors(found[-1], tensors, {})
+    return found
+
+
 def write_adapter(
     weights: AdapterWeights, path: Path, format: str, precision: str, family: Family,
     header: Mapping[str, str], keep_alphas: bool = False,
@@ -190,7 +216,7 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
     lost = "its layers have no names in another format"
     family = kinds.require_family(source, header.shapes, header.metadata, lost, "")
     reshaped = reshape_adapter(weights, family)
-    left_out = kinds.extras_sentence(header.shapes)
+    left_out = kinds.extras_sentence(header.shapes, format == "kohya")
     notes = [left_out] if left_out else []
     if any(reshaped.layers[key].down.shape != layer.down.shape for key, layer in weights.layers.items()):
         notes.append("1 x 1 convolutions and linear layers now have the shapes that the base's layers have.")
@@ -199,6 +225,8 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
     # A1111 shows two files of one alias as one.
     metadata = header.metadata | {"ss_output_name": target.stem, "modelspec.title": target.stem}
     save_adapter(reshaped, target, family, format, AS_IT_IS, metadata, keep_alphas)
+    if files := write_tokens(reshaped, target):
+        notes.append(f"new tokens are in files of their own too, in {files[0].parent}.")
     alphas = {layer.alpha for layer in weights.layers.values()}
     if 0.0 in alphas and keep_alphas and format == "kohya":
         notes.append("some layers have an alpha of 0, which kohya's own loader reads as the rank.")

@@ -92,9 +92,41 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
     return extras
 
 
-def extras_sentence(shapes: Shapes) -> str:
-    """The tensors of an adapter file that are left out here, in a sentence; "" if none are."""
-    extras = extra_keys(list(shapes))
+TOKEN_KEY = re.compile(r"bundle_emb\.([^.]+)\.(?!clip_[lg]_out$)(.+)")
+"""A new token's vectors in a LoRA file. Source: `load_networks` of A1111, which takes `clip_l` with `clip_g`
+for SDXL and else one tensor of any name, such as `string_to_param.*`; OneTrainer writes these two.
+Its `clip_l_out` is added behind the text encoder, which no other tool knows."""
+TOKEN_PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def bundled_tokens(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+    """The vectors (n, width) of the new tokens in a file, by part and token, in fp32.
+
+    Raises:
+        AdapterFileError: a tensor holds no vectors.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := TOKEN_KEY.fullmatch(key):
+            if tensor.dim() not in (1, 2) or not tensor.numel():
+                raise AdapterFileError(
+                    f"{key!r} of the shape {list(tensor.shape)} holds no vectors of a token."
+                )
+            part = "text_encoder_2" if match[2] == TOKEN_PARTS["text_encoder_2"] else "text_encoder"
+            found.setdefault(part, {})[match[1]] = tensor.float().reshape(-1, tensor.shape[-1])
+    return found
+
+
+def token_counts(shapes: Shapes) -> dict[str, int]:
+    """How many vectors each new token of a file has."""
+    named = ((TOKEN_KEY.fullmatch(key), shape) for key, shape in shapes.items())
+    return {match[1]: shape[0] if len(shape) > 1 else 1 for match, shape in named if match}
+
+
+def extras_sentence(shapes: Shapes, with_tokens: bool = False) -> str:
+    """The tensors of an adapter file that are left out here, in a sentence; "" if none are. New tokens are
+    not left out `with_tokens`."""
+    extras = extra_keys([key for key in shapes if not (with_tokens and TOKEN_KEY.fullmatch(key))])
     if not extras or not any(_FACTOR.search(key) for key in shapes):
         return ""
     counts = Counter(extras.values())

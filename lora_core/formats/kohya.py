@@ -1,5 +1,6 @@
 """The kohya format: `<prefix>.lora_down.weight`, `.lora_up.weight`, `.alpha`. All tools read it. Layers of
-other kinds have the names that LyCORIS gives them: `.hada_w1_a`, `.lokr_w1`, `.dora_scale`.
+other kinds have the names that LyCORIS gives them: `.hada_w1_a`, `.lokr_w1`, `.dora_scale`; new tokens those
+of A1111, `bundle_emb.TOKEN.clip_l`.
 
 One alpha for the whole file, because diffusers 0.42 takes the most frequent alpha of a component for most
 layers; where layers differ, `lora_up` is scaled instead. Ranks may differ.
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.kinds import detect_family, extra_keys
+from lora_core.formats.kinds import TOKEN_PARTS, detect_family, extra_keys
 from lora_core.formats.layers import (
     PAIR_ROLES,
     Tensors,
@@ -56,6 +57,8 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
     }
     if not weights.others:
         check_plain(weights)
+    for part, tokens in weights.tokens.items():
+        tensors |= {f"bundle_emb.{token}.{TOKEN_PARTS[part]}": rows for token, rows in tokens.items()}
     common = file_alpha(weights)
     for (part, path), layer in weights.layers.items():
         prefix = prefix_of_layer(part, path, family)

@@ -351,6 +351,8 @@ def check_finite(weights: AdapterWeights) -> None:
     bad = [
         ".".join(key) for key, layer in layers.items() if not all(map(is_finite, layer.tensors().values()))
     ]
+    for tokens in weights.tokens.values():
+        bad += [f"the new token {token}" for token, rows in tokens.items() if not is_finite(rows)]
     if bad:
         raise AdapterFileError(
             f"{len(bad)} of {len(layers)} layers hold numbers that are not finite (NaN or infinity),"

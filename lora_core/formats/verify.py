@@ -50,7 +50,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
         none; `problem`: a sentence on values that are not finite, factors that do not fit or a file without
         tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
-        `metadata`: the header's texts.
+        `new_tokens`: how many vectors each has; `metadata`: the header's texts.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file.
@@ -73,7 +73,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         **file_hashes(path, header),
         "problem": _problem(path, header, kind),
-        "extras": kinds.extras_sentence(shapes),
+        "extras": kinds.extras_sentence(shapes, with_tokens=True),
+        "new_tokens": kinds.token_counts(shapes),
         "metadata": header.metadata,
     }
 
@@ -180,7 +181,7 @@ def verify_adapter(
         "family": family.name,
         "format": format,
         "kind": kind,
-        "extras": kinds.extras_sentence(header.shapes),
+        "extras": kinds.extras_sentence(header.shapes, with_tokens=True),
         "tools": [
             {"tool": tool, **one.row(), "note": _note(one, tool in MEANT_FOR[format], format, family)}
             for tool, one in outcomes.items()
@@ -476,6 +477,11 @@ def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
     if dora or any(map(_MERGEABLE.search, outcome.dropped)):
         return "merge it into a plain LoRA with --rank"
     extras = kinds.extra_keys(outcome.dropped)
+    if any(map(kinds.TOKEN_KEY.fullmatch, extras)) and len(extras) < outcome.keys:
+        if not outcome.loaded.layers:
+            return "convert it to diffusers, which leaves new tokens to files of their own"
+        if len(extras) == len(outcome.dropped):
+            return "give it the new tokens in files of their own, which export and convert write"
     if extras and len(extras) == outcome.keys:
         return "no plain LoRA can hold it"
     if extras and len(extras) == len(outcome.dropped):

@@ -27,6 +27,7 @@ from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
 from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
 from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.lora.inject import put_tokens
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import WithoutWaiting, out_of_memory, release_failed
@@ -86,11 +87,9 @@ def sample_latents(
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
     both = PromptEmbeds.cat([negative, text]) if guided else text
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if takes_generator else {}
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     (on_device,) = to_device(base.device, timesteps)
     latents, sizes = to_device(base.device, latents, default_time_ids(len(both.context), height, width))
-    on_card = base.device.type == "cuda"
     with torch.no_grad():
         for done, timestep in enumerate(timesteps, start=1):
             at = on_device[done - 1]
@@ -102,7 +101,7 @@ def sample_latents(
                     output = rescale_guidance(output, with_text, phi)
             else:
                 output = base.predict_noise(scaled, at, both, sizes)
-            with WithoutWaiting() if on_card else contextlib.nullcontext():
+            with WithoutWaiting() if base.device.type == "cuda" else contextlib.nullcontext():
                 latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(timesteps))
@@ -236,8 +235,7 @@ class Pipeline:
         # As long as no adapter changes the text encoders, the conditions stay.
         asked = request.prompt, request.negative, request.clip_skip, request.tokens
         text, negative = self._conditions(self._merged_text, *asked)
-        size = self.base.image_size(request.width, request.height)
-        start = self._start(_version(request.image), size)
+        start = self._start(_version(request.image), self.base.image_size(request.width, request.height))
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents, start)
 
@@ -270,11 +268,12 @@ class Pipeline:
         # An exception while merging leaves the weights in an unknown state.
         self._merged = None
         self._merger.apply([one for _, one in acting])
+        put_tokens(self.base, [one.weights for _, one in acting])
         self._merged_text = tuple(
-            (key, strength)
+            (key, part, one.on(part))
             for key, one in acting
-            for strength in {one.on(part) for part in one.weights.parts() if is_text_encoder(part)}
-            if strength
+            for part in (*one.weights.parts(), *one.weights.tokens)
+            if is_text_encoder(part) and (one.on(part) or part in one.weights.tokens)
         )
         self._merged = wanted
 

@@ -7,9 +7,9 @@ Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transfor
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,24 @@ from lora_core.lora.weights import (
     LayerKey,
     LayerUpdate,
     LayerWeights,
+    LoadedLora,
     LoraSpec,
+    Merger,
     is_shape_of,
     layer_by_path,
 )
 from lora_core.model_files.families import Targets, canonical_path
-from lora_core.settings.schema import ADAPTER_KINDS, AdapterSection, chosen, compile_pattern, last_matches
+from lora_core.models.encode import tokenize
+from lora_core.models.load import BaseModel
+from lora_core.models.prompts import TokenizerWithTokens
+from lora_core.settings.schema import (
+    ADAPTER_KINDS,
+    AdapterSection,
+    NewToken,
+    chosen,
+    compile_pattern,
+    last_matches,
+)
 
 
 def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
@@ -140,18 +152,20 @@ def _check_patterns(
 
 @dataclass
 class Injected:
-    """Trainable layers in a base, by (part, module path)."""
+    """Trainable layers in a base, by (part, module path), and new tokens, by part."""
 
     layers: dict[LayerKey, AdaptedLayer]
     dropout_state: DropoutState
+    tokens: "dict[str, TokenLayer]" = field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained tensors, in a fixed order."""
-        return [tensor for layer in self.layers.values() for tensor in layer.trained()]
+        every = (*self.layers.values(), *self.tokens.values())
+        return [tensor for layer in every for tensor in layer.trained()]
 
     def parts(self) -> list[str]:
         """The adapted components."""
-        return list(dict.fromkeys(part for part, _ in self.layers))
+        return list(dict.fromkeys([*(part for part, _ in self.layers), *self.tokens]))
 
     @property
     def strength(self) -> float:
@@ -160,7 +174,7 @@ class Injected:
 
     def set_strength(self, strength: float) -> None:
         """Multiply the update of every layer by `strength`; at 0 the base is computed, bit for bit."""
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.tokens.values()):
             layer.strength = strength
 
 
@@ -202,11 +216,121 @@ def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSp
     return Injected(layers, state)
 
 
+class TokenLayer(AdaptedLayer):
+    """A text encoder's token embedding with rows for new tokens, whose ids are -1, -2, ...
+
+    At strength s they are start + s (vectors - start), so that at 0 a new token means the words that it
+    started from, which the base knows. The frozen table is not touched.
+
+    Source: Gal et al. 2022, "An Image is Worth One Word", section 4; Roich et al. 2021, "Pivotal Tuning", for
+    training the model around what was learned.
+    """
+
+    factor_names = ("vectors",)
+
+    def __init__(self, base: Any, part: str, tokens: Mapping[str, torch.Tensor]) -> None:
+        """Add `tokens`, each with its vectors (n, width), to the embedding `base` of a part."""
+        count = sum(map(len, tokens.values()))
+        super().__init__(base, part, LoraSpec(count, count), DropoutState(), 0)
+        self.counts = {token: len(vectors) for token, vectors in tokens.items()}
+        start = torch.cat([*tokens.values()]).detach().to(base.weight.device, torch.float32)
+        self.start: torch.Tensor
+        self.register_buffer("start", start)
+        self.vectors = nn.Parameter(start.clone())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to embeddings (B, T, width)."""
+        vectors = self.vectors
+        known: torch.Tensor = self.base(ids.clamp(min=0))
+        rows = vectors if self.strength == 1.0 else torch.lerp(self.start, vectors, self.strength)
+        new = nn.functional.embedding((-1 - ids).clamp(min=0), rows).to(known.dtype)
+        return torch.where(ids[..., None] < 0, new, known)
+
+    def by_token(self) -> dict[str, torch.Tensor]:
+        """A detached copy of each token's vectors, on the CPU."""
+        rows = self.vectors.detach().cpu().clone().split([*self.counts.values()])
+        return dict(zip(self.counts, rows, strict=True))
+
+    def load(self, tokens: Mapping[str, torch.Tensor], name: str) -> None:
+        """Take over the vectors of the tokens, bit for bit; AdapterFileError where `name` has others."""
+        own = {token: (count, self.start.shape[1]) for token, count in self.counts.items()}
+        if (found := {token: tuple(tokens[token].shape) for token in own if token in tokens}) != own:
+            raise AdapterFileError(f"{name} has the new tokens {found}, and this run {own}.")
+        with torch.no_grad():
+            self.vectors.copy_(torch.cat([tokens[token] for token in own]))
+        if self.flat is not None:
+            self.flat.mark_changed()
+
+
+def put_tokens(base: BaseModel, adapters: Iterable[AdapterWeights]) -> dict[str, TokenLayer]:
+    """Have a base know the new tokens of these adapters and no others; of two of a name the last counts.
+
+    Raises:
+        AdapterFileError: the vectors are of another width than the base's.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for weights in adapters:
+        for part, tokens in weights.tokens.items():
+            found.setdefault(part, {}).update(tokens)
+    layers = {}
+    for part, encoder in base.text_encoders.items():
+        embedding = encoder.get_input_embeddings()
+        embedding, tokens = getattr(embedding, "base", embedding), found.get(part, {})
+        width = embedding.weight.shape[1]
+        if wrong := next((token for token, rows in tokens.items() if rows.shape[1] != width), ""):
+            raise AdapterFileError(
+                f"The adapter's new token {wrong} is {tokens[wrong].shape[1]} wide, the base's tokens"
+                f" {width}; it is for another base."
+            )
+        if tokens:
+            layers[part] = TokenLayer(embedding, part, tokens)
+        encoder.set_input_embeddings(layers.get(part, embedding))
+        tokenizer = base.tokenizers[part]
+        plain = tokenizer.plain if isinstance(tokenizer, TokenizerWithTokens) else tokenizer
+        counts = {token: len(rows) for token, rows in tokens.items()}
+        # Other bases may share the table.
+        base.tokenizers = {**base.tokenizers, part: TokenizerWithTokens(plain, counts) if tokens else plain}
+    return layers
+
+
+@contextmanager
+def merged(base: BaseModel, merger: Merger, adapters: Sequence[LoadedLora]) -> Iterator[None]:
+    """The base as with these adapters, and their new tokens, while the context is open."""
+    try:
+        merger.apply(list(adapters))
+        put_tokens(base, [adapter.weights for adapter in adapters if adapter.strength])
+        yield
+    finally:
+        merger.apply([])
+        put_tokens(base, [])
+
+
+def start_tokens(base: BaseModel, tokens: Sequence[NewToken]) -> AdapterWeights:
+    """New tokens with the vectors of the words that they start from; where there are more vectors than the
+    words have tokens, each is taken several times, as in A1111.
+
+    Raises:
+        ConfigError: the words have no token.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for part, encoder in base.text_encoders.items():
+        for token in tokens:
+            ids = tokenize(base.tokenizers[part], token.words)
+            if not ids:
+                raise ConfigError(f"adapter.new_tokens has {token.words!r}, in which the base reads nothing.")
+            count = token.vectors or len(ids)
+            rows = [ids[number * len(ids) // count] for number in range(count)]
+            found.setdefault(part, {})[token.name] = encoder.get_input_embeddings().weight[rows].float()
+    return AdapterWeights({}, tokens=found)
+
+
 def adapter_weights(injected: Injected) -> AdapterWeights:
     """The canonical form of what was trained."""
     found = {key: layer.layer_weights() for key, layer in injected.layers.items()}
     plain = {key: layer for key, layer in found.items() if isinstance(layer, LayerWeights)}
-    return AdapterWeights(plain, others={key: one for key, one in found.items() if key not in plain})
+    others = {key: one for key, one in found.items() if key not in plain}
+    tokens = {part: layer.by_token() for part, layer in injected.tokens.items()}
+    return AdapterWeights(plain, others=others, tokens=tokens)
 
 
 def load_weights(injected: Injected, weights: AdapterWeights) -> None:
@@ -227,6 +351,8 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
         if any(own.numel() != one.numel() for own, one in given):
             raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
         layer.from_layer_weights(saved)
+    for part, token_layer in injected.tokens.items():
+        token_layer.load(weights.tokens.get(part, {}), "The saved adapter")
 
 
 def act_as(injected: Injected, weights: AdapterWeights) -> None:
@@ -254,6 +380,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
         raise AdapterFileError(
             f"{name} adapts none of the layers that are to be trained; see adapter.targets."
         )
+    notes = _take_tokens(injected, weights, name)
     energy, lost_energy, truncated = 0.0, 0.0, 0
     for key in common:
         layer, given = injected.layers[key], every_layer[key]
@@ -278,7 +405,6 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
         layer.from_layer_weights(fitted if isinstance(given, LayerWeights) else replace(update, low=fitted))
         if low.rank > fresh.rank:
             energy, lost_energy, truncated = energy + kept + lost, lost_energy + lost, truncated + 1
-    notes = []
     if truncated:
         share = 1.0 - lost_energy / energy if energy else 1.0
         notes.append(
@@ -292,6 +418,16 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
             " not train them; its result is without them."
         )
     return notes
+
+
+def _take_tokens(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
+    """Go on from a file's vectors of the new tokens; a sentence on those that the run has not."""
+    for part, layer in injected.tokens.items():
+        layer.load(layer.by_token() | weights.tokens.get(part, {}), name)
+    own = {token for layer in injected.tokens.values() for token in layer.counts}
+    left = sorted({token for tokens in weights.tokens.values() for token in tokens} - own)
+    told = f"{name} has new tokens that are not continued, as adapter.new_tokens does not name them"
+    return [f"{told}: {', '.join(left)}."] if left else []
 
 
 def _take_over(layer: AdaptedLayer, given: LayerUpdate, its_layer: str) -> None:

@@ -105,12 +105,14 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter: its layers by (part, module path), the text metadata of its file, and its layers of other
-    kinds than a plain LoRA, which only some code can use: `check_plain` and `load_adapter` refuse them."""
+    """An adapter: its layers by (part, module path), the text metadata of its file, its layers of other kinds
+    than a plain LoRA, which `check_plain` and `load_adapter` refuse where code cannot use them, and the
+    vectors (n, width) of its new tokens by part and token."""
 
     layers: dict[LayerKey, LayerWeights]
     metadata: dict[str, str] = field(default_factory=dict)
     others: dict[LayerKey, LayerUpdate] = field(default_factory=dict)
+    tokens: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def highest_rank(self) -> int:

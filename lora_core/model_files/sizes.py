@@ -245,9 +245,9 @@ def _possible_fallbacks(
 
 
 def trains_text_encoder(config: RunConfig) -> bool:
-    """Whether a text encoder is trained, so that no caption's embedding can be kept."""
-    optim = config.optimizer
-    return bool(TARGETS[config.adapter.targets].text and (optim.text_encoder_lr or optim.text_encoder_2_lr))
+    """Whether a text encoder is trained or gets new tokens, so that no caption's embedding can be kept."""
+    optim, text = config.optimizer, TARGETS[config.adapter.targets].text
+    return bool(config.adapter.new_tokens or (text and (optim.text_encoder_lr or optim.text_encoder_2_lr)))
 
 
 def _kept_by_kind(

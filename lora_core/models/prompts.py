@@ -1,6 +1,8 @@
-"""Prompts of images, beside captions: their weights and BREAK, as A1111 has them, and the negative prompt."""
+"""Prompts of images, beside captions: their weights and BREAK, as A1111 has them, the negative prompt, and
+words that no vocabulary has."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +18,45 @@ from lora_core.models.encode import (
 )
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds, to_device
+
+
+class TokenizerWithTokens:
+    """A tokenizer that knows words beside its vocabulary, each as a row of negative ids, one for each vector.
+
+    A word is found by the ids that the tokenizer has for it, as A1111 finds embeddings, so that it needs no
+    place in the vocabulary and is found in any case. Negative ids leave the end mark the highest one, by
+    which old CLIP configs find it.
+    """
+
+    def __init__(self, plain: Any, vectors: Mapping[str, int]) -> None:
+        """`plain` is the base's tokenizer, `vectors` how many each word has; their ids are -1, -2, ..."""
+        self.plain = plain
+        self._found: list[tuple[list[int], list[int]]] = []
+        last = 0
+        for word, count in vectors.items():
+            self._found.append((self._plain_ids(word), list(range(last - 1, last - 1 - count, -1))))
+            last -= count
+        self._found.sort(key=lambda pair: -len(pair[0]))
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the plain tokenizer's."""
+        return getattr(self.plain, name)
+
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
+        """The `input_ids` of a text without marks of begin and end; more is not read here."""
+        left, ids = self._plain_ids(text), []
+        while left:
+            pairs = ((own, new) for own, new in self._found if own and left[: len(own)] == own)
+            own, new = next(pairs, (left[:1], left[:1]))
+            ids += new
+            left = left[len(own) :]
+        return SimpleNamespace(input_ids=ids)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        found: list[int] = self.plain(
+            text, add_special_tokens=False, truncation=False, verbose=False
+        ).input_ids
+        return list(found)
 
 
 def weighted_chunks(

@@ -127,6 +127,8 @@ def cost_key(config: RunConfig) -> str:
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
         # Not for these, so that what was measured before there was a choice still counts.
         adapted += more
+    if adapter.new_tokens:
+        adapted.append("tokens")
     own: list[Any] = ["prior"] * config.keeps_prior
     if config.slider.on:
         own = [["slider", config.slider.passes()]]

@@ -4,9 +4,11 @@ All checks run and all problems are reported together. A problem blocks where th
 note.
 """
 
+import contextlib
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import psutil
 from lora_core.data.captions import (
     CHUNK,
     check_prompt,
+    count_tokens,
     record_class_captions,
     rules_of,
     triggered_caption,
@@ -62,6 +65,7 @@ from lora_core.settings.schema import (
     TARGETS,
     DatasetSection,
     LossSection,
+    parse_new_tokens,
     require_package,
 )
 from lora_core.system.files import MARGIN, expand_home, folder_bytes, free_bytes, gigabytes
@@ -83,8 +87,8 @@ class RunProblem:
 
     Attributes:
         kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
-            busy, slider, dataset, picture, masks, regularisation, prior, caption, resolution, sample,
-            validation, or the kind of a note on the dataset.
+            busy, slider, dataset, picture, masks, regularisation, prior, caption, tokens, resolution,
+            sample, validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -131,7 +135,7 @@ def preflight(
     family = facts.family if facts else None
     if facts is not None:
         found += _resolution(records, config, facts)
-        found += _captions(texts, config, facts)
+        found += [*_captions(texts, config, facts), *_new_tokens([text for _, text in texts], config, facts)]
     if config.name:
         folder = runs_folder(workspace)
         found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
@@ -373,6 +377,8 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
             f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
             f" ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1."
         )
+    elif row.one_rate and config.adapter.new_tokens and optim.token_lr != optim.lr:
+        wrong = f"{row.title} works with one learning rate; set optimizer.token_lr to {optim.lr:g} too."
     elif optim.range_test and config.slider.on:
         wrong = "The range test measures images, and a slider has none; give optimizer.lr a number."
     elif optim.range_test and row.one_rate:
@@ -456,6 +462,39 @@ def _slider(config: RunConfig) -> list[RunProblem]:
     if unused:
         sentence = f"A slider is trained without images, so that {', '.join(unused)} can do nothing."
         found.append(RunProblem("slider", sentence, False))
+    return found
+
+
+def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """New tokens that could not be trained, or that the base knows as words."""
+    tokens = parse_new_tokens(config.adapter.new_tokens)
+    if tokens and config.slider.on:
+        sentence = (
+            "A slider is trained without captions, so that adapter.new_tokens has no meaning; empty it."
+        )
+        return [RunProblem("tokens", sentence)]
+    if tokens and config.adapter.auto_rank:
+        sentence = "adapter.rank = auto cannot cut an adapter with new tokens; give adapter.rank a number."
+        return [RunProblem("tokens", sentence)]
+    found = []
+    for name, _, words in tokens:
+        word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+        if not any(map(word.search, captions)):
+            sentence = (
+                f"The new token {name} is in no caption, so nothing could be learned of it; put it into"
+                f" captions, or set dataset.trigger to {name}."
+            )
+            found.append(RunProblem("tokens", sentence, bool(captions)))
+        if word.search(words):
+            sentence = f"The new token {name} cannot start from itself, {words!r}; name other words."
+            found.append(RunProblem("tokens", sentence))
+        with contextlib.suppress(ModelFileError):
+            if count_tokens(name, facts.tokenizer) == 1:
+                sentence = (
+                    f"The new token {name} is a word that the base knows, and with the LoRA means the new"
+                    " token everywhere. A word of your own leaves it alone."
+                )
+                found.append(RunProblem("tokens", sentence, False))
     return found
 
 
@@ -677,7 +716,8 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
         Bytes of those that come again, which are kept on disk and in memory, and of those that vary from look
         to look, which are kept in memory up to a limit.
     """
-    if facts.family is None or config.optimizer.text_encoder_lr or config.optimizer.text_encoder_2_lr:
+    trained = config.optimizer.text_encoder_lr or config.optimizer.text_encoder_2_lr
+    if facts.family is None or trained or config.adapter.new_tokens:
         return 0, 0
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
     one = config.train.max_token_length // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from statistics import NormalDist
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -483,6 +483,49 @@ def _check_arguments(table: Any) -> Any:
 
 
 Arguments = BeforeValidator(_check_arguments)
+MOST_TOKENS = 6
+"""New tokens of a LoRA; Forge drops a whole file with more than 12 tensors that it does not know, and a token
+of a base with two text encoders has two."""
+_NEW_TOKEN = re.compile(r"\s*([\w-]{1,64})(?:\*([1-9]|[12]\d|3[0-2]))?\s*=\s*(\S.*?)\s*")
+
+
+class NewToken(NamedTuple):
+    """A line of `adapter.new_tokens`: the token, how many vectors it has (0: as many as the words have
+    tokens), and the words whose vectors it starts from."""
+
+    name: str
+    vectors: int
+    words: str
+
+
+def parse_new_tokens(lines: Sequence[str]) -> list[NewToken]:
+    """The lines of `adapter.new_tokens`, such as "zwx = cat" and "zwx*4 = grey cat".
+
+    Raises:
+        PydanticCustomError: what is wrong with them.
+    """
+    parts = [_NEW_TOKEN.fullmatch(line) for line in lines]
+    found = [NewToken(part[1], int(part[2] or 0), part[3]) for part in parts if part]
+    names, wrong = [token.name.lower() for token in found], ""
+    if unread := next((line for line, part in zip(lines, parts, strict=True) if part is None), None):
+        wrong = (
+            f"has {unread[:80]!r}; write zwx = cat, or zwx*4 = cat for 4 vectors (at most 32), with letters,"
+            " digits, _ and - in the token"
+        )
+    elif again := next((name for name in names if names.count(name) > 1), ""):
+        wrong = f"has the token {again} twice"
+    elif len(found) > MOST_TOKENS:
+        wrong = f"has {len(found)} tokens; every tool takes a file with at most {MOST_TOKENS}"
+    if wrong:
+        raise PydanticCustomError("patterns", "{text}", {"text": wrong})
+    return found
+
+
+def _check_new_tokens(lines: list[str]) -> list[str]:
+    parse_new_tokens(lines)
+    return lines
+
+
 Rank = Annotated[int, Field(ge=0, le=1024)]
 MOST_RESOLUTIONS = 4
 """Of one dataset: an epoch shows all of them, so that more of them make it long."""
@@ -545,6 +588,10 @@ class AdapterSection(Section):
     """Share of the rank's directions dropped at each step."""
     module_dropout: float = Field(0.0, title="Module dropout", ge=0.0, le=0.99)
     """Probability that a layer's whole update is dropped at a step."""
+    new_tokens: Annotated[list[str], AfterValidator(_check_new_tokens)] = Field([], title="New tokens")
+    """Words of the captions that are learned with the LoRA, each with the words that it starts from, such as
+    "zwx = cat", one a line; "zwx*4 = cat" for 4 vectors. They go into the same file, and into files of their
+    own (pivotal tuning)."""
     max_norm: float = Field(0.0, title="Max. norm of weights", ge=0.0, le=1000.0)
     """Each layer's update is scaled down to this norm after a step, which keeps an adapter from burning and
     lets it mix better with others; 1 is usual. 0: off."""
@@ -707,8 +754,11 @@ class OptimizerSection(Section):
     """Of the (first) text encoder's adapter. 0: the text encoder is not trained."""
     text_encoder_2_lr: Rate = Field(0.0, title="Second text encoder rate")
     """Of the second text encoder's adapter, where a base has two. 0: it is not trained."""
+    token_lr: float = Field(1e-3, title="Rate of new tokens", gt=0.0, le=MAX_RATE)
+    """Of the vectors of `adapter.new_tokens`."""
     stop_text_encoder_at: float = Field(1.0, title="Stop text encoder at", ge=0.0, le=1.0)
-    """Share of the steps after which the text encoders' adapter is frozen; less keeps it from overfitting."""
+    """Share of the steps after which the text encoders' adapter and new tokens are frozen; less keeps them
+    from overfitting."""
     block_lr: Annotated[dict[str, Rate], Patterns] = Field({}, title="Rates by block")
     """Learning rate for the layers whose path matches a pattern; 0: they are not trained. If several patterns
     match, the last one counts."""

@@ -251,7 +251,7 @@ def truncate_adapter(weights: AdapterWeights, rank: int) -> AdapterWeights:
             continue
         (up, down), _, _ = truncate_pair((layer.up.double() * layer.scale, layer.down), rank)
         layers[key] = LayerWeights(down, up.float(), float(down.shape[0]))
-    return AdapterWeights(layers, weights.metadata)
+    return AdapterWeights(layers, weights.metadata, tokens=weights.tokens)
 
 
 # Updates of a file, and their spectra.

@@ -12,7 +12,14 @@ from typing import Any
 from lora_core.data.captions import plain_record_caption, triggers_of
 from lora_core.errors import RunError
 from lora_core.formats import metadata
-from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
+from lora_core.formats.io import (
+    file_hashes,
+    load_adapter,
+    read_tensors,
+    save_adapter,
+    tokens_folder,
+    write_tokens,
+)
 from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, Family
@@ -20,6 +27,7 @@ from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import parse_new_tokens
 from lora_core.system.files import write_atomically
 from lora_core.tools.shrink import (
     KEEP,
@@ -48,7 +56,9 @@ def export_header(
     buckets = Counter((item.bucket.width, item.bucket.height) for item in items)
     header = metadata.export_metadata(config, base, captions, buckets, steps, (started_at, time.time()))
     # The concepts' own, where there are some.
-    triggers = triggers_of(records, config.dataset)
+    triggers = list(triggers_of(records, config.dataset))
+    names = (token.name for token in parse_new_tokens(config.adapter.new_tokens))
+    triggers += [name for name in names if name not in triggers]
     return header | ({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {})
 
 
@@ -60,8 +70,8 @@ def write_export(
     header: dict[str, str],
     picture: Path | None = None,
 ) -> Path:
-    """Write the adapter, and beside it the side file with its trigger word, a model card and `picture`, a PNG
-    that was drawn with the adapter, if there is one.
+    """Write the adapter, and beside it the side file with its trigger word, a model card, its new tokens, and
+    `picture`, a PNG that was drawn with the adapter, if there is one.
 
     `how` is (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16"; `header` are texts
     for the file's header.
@@ -81,6 +91,7 @@ def write_export(
         path.with_suffix(".json"), metadata.side_file(header.get("modelspec.trigger_phrase", ""))
     )
     metadata.write_beside(path, read_header(path).metadata, picture)
+    write_tokens(weights, path)
     return path
 
 
@@ -155,10 +166,10 @@ def export_checkpoint(
     With `adapter.auto_rank` the file is cut, but for `full_rank` and for the raw adapter.
 
     Returns:
-        {file, raw, bytes, modules, sha256, cut, works_in}: `raw` is the path of the raw adapter's file, or
-        "", `cut` what was cut, the fields of `RanksChosen`, or {}, and `works_in` what `verify_adapter` says
-        of the file against what was to be written: {ok, tools: [{tool, keys, matched, dropped,
-        max_delta_error, note}], ...}.
+        {file, raw, tokens, bytes, modules, sha256, cut, works_in}: `raw` is the path of the raw adapter's
+        file, or "", `tokens` the folder of its new tokens' own files, or "", `cut` what was cut, the fields
+        of `RanksChosen`, or {}, and `works_in` what `verify_adapter` says of the file against what was to be
+        written: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
         RunError: there is no such checkpoint, it is incomplete, or the name cannot be a file's.
@@ -191,6 +202,7 @@ def export_checkpoint(
     return {
         "file": str(path),
         "raw": str(raw or ""),
+        "tokens": str(tokens_folder(path)) if weights.tokens else "",
         "bytes": path.stat().st_size,
         "modules": len(weights.every_layer()),
         "sha256": file_hashes(path)["sha256"],

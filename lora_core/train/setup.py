@@ -50,6 +50,8 @@ from lora_core.lora.inject import (
     init_from_lora,
     inject_layers,
     plan_layers,
+    put_tokens,
+    start_tokens,
 )
 from lora_core.lora.layer import AdaptedLayer, FlatParams
 from lora_core.lora.weights import AdapterWeights, LayerKey
@@ -199,7 +201,8 @@ class RuntimePlan:
         if not self.octave:
             return config
         optim, factor = config.optimizer, 2.0**self.octave
-        rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
+        names = ("lr", "text_encoder_lr", "text_encoder_2_lr", "token_lr")
+        rates = {name: getattr(optim, name) * factor for name in names}
         by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
         optim = optim.model_copy(update={**rates, "block_lr": by_block})
         return config.model_copy(update={"optimizer": optim})
@@ -355,18 +358,19 @@ def check_inputs(
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What is to be trained: the layers, the LoRA to start from with its file's name, and notes for the
-    user."""
+    """What is to be trained: the layers, the LoRA to start from with its file's name, notes for the user, and
+    new tokens."""
 
     layers: dict[LayerKey, LayerPlan]
     start: AdapterWeights | None
     name: str
     notes: list[str]
+    tokens: list[schema.NewToken] = field(default_factory=list)
 
     @property
     def encoders_trained(self) -> bool:
-        """Whether a text encoder is among the adapted parts."""
-        return any(is_text_encoder(part) for part, _ in self.layers)
+        """Whether a text encoder is among the adapted parts, or gets new tokens."""
+        return bool(self.tokens) or any(is_text_encoder(part) for part, _ in self.layers)
 
 
 def start_file(section: schema.AdapterSection) -> Path | None:
@@ -400,13 +404,14 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
         for part, rate in rates.items()
         if rate > 0 and targets.pattern(part) is None
     ]
-    if file is not None and (out := extras_sentence(read_header(file).shapes)):
+    if file is not None and (out := extras_sentence(read_header(file).shapes, with_tokens=True)):
         notes.append(f"{file.name}: {out}")
     if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
         notes.append(
             f"optimizer.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder."
         )
-    return AdapterPlan(layers, start, file.name if file else "", notes)
+    tokens = schema.parse_new_tokens(section.new_tokens)
+    return AdapterPlan(layers, start, file.name if file else "", notes, tokens)
 
 
 def part_rates(family: Family, optim: schema.OptimizerSection) -> dict[str, float]:
@@ -440,7 +445,8 @@ def build_optimizer(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: schema.OptimizerSection
 ) -> tuple[torch.optim.Optimizer, FlatParams]:
     """Build the optimizer and its flat parameters, with a group for each part and rate, a part's own rate
-    first; `initial_lr` is a group's full rate, `until` the share of steps that it is trained for.
+    first, then new tokens; `initial_lr` is a group's full rate, `until` the share of steps that it is trained
+    for.
 
     With `optimizer.lora_plus` each group is two, for the down factors and for the up factors at a multiple of
     the rate. Source: Hayou et al. 2024, "LoRA+", section 4.
@@ -461,10 +467,14 @@ def build_optimizer(
             if layers:
                 members.append(layers)
                 groups.append({"lr": rate, "until": until})
+    for tokens in injected.tokens.values():
+        members.append([tokens])
+        groups.append({"lr": optim.token_lr, "until": optim.stop_text_encoder_at})
     if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
         raise ConfigError(
             f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
-            f" ({optim.lr:g}) or to 0, optimizer.lora_plus to 1, and leave optimizer.block_lr empty."
+            f" ({optim.lr:g}) or to 0, optimizer.token_lr to optimizer.lr, optimizer.lora_plus to 1, and"
+            " leave optimizer.block_lr empty."
         )
     storage = FlatParams(members, split_a_b=optim.lora_plus != 1.0)
     ratios = (1.0, optim.lora_plus) if optim.lora_plus != 1.0 else (1.0,)
@@ -667,6 +677,7 @@ def build_train_state(
     """
     specs = {key: layer.spec for key, layer in layout.layers.items()}
     injected = inject_layers(base.modules, specs, config.seed)
+    injected.tokens = put_tokens(base, [start_tokens(base, layout.tokens)])
     notes = init_from_lora(injected, layout.start, layout.name) if layout.start is not None else []
     for key, layer in injected.layers.items():
         layer.requires_grad_(layout.layers[key].rate > 0)

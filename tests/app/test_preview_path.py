@@ -22,6 +22,7 @@ HELPERS = {
     "lora_core/data/images.py": {"save_png"},
     "lora_core/errors.py": {"wrap_os_errors"},
     "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
+    "lora_core/lora/inject.py": {"put_tokens"},
     # A step that takes long is looked at.
     "lora_core/generate/latent_preview.py": {"previewer", "latent_preview", "predict_clean"},
     "lora_core/models/device.py": {"best_device", "use_device"},
@@ -33,7 +34,7 @@ HELPERS = {
 }  # fmt: skip
 """Small functions of other files: whether a run needs the memory, where the image is noted, properties of the
 base, how a PNG is written and errors of the disk are told, the language, the strengths of the strip and the
-small image in progress, which slow steps show."""
+small image in progress, which slow steps show, and the new tokens of adapters."""
 
 WORKER = """
 import json, sys, threading

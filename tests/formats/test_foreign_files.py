@@ -195,27 +195,34 @@ EXTRAS = {
 @pytest.mark.parametrize("name", EXTRAS)
 def test_what_can_be_taken_is_taken_and_the_rest_is_named(folder, tmp_path, capsys, name):
     source, target = written(folder, name), tmp_path / "converted.safetensors"
+    bundle = name == "onetrainer_bundle"
+    # New tokens are kept, and can be used in prompts.
+    kept = f"new tokens are in files of their own too, in {tmp_path / 'converted-tokens'}"
     assert main(["convert", str(source), str(target), "--to", "kohya"]) == 0
-    assert EXTRAS[name] in capsys.readouterr().out
+    assert (kept if bundle else EXTRAS[name]) in capsys.readouterr().out
     weights = load_adapter(source, SD15)
     assert same_bits(weights, load_adapter(target, SD15))
+    assert list(weights.tokens.get("text_encoder", {})) == ["cat"] * bundle
+    assert repr(weights.tokens) == repr(load_adapter(target, SD15).tokens)
     assert len(weights.layers) == 18
     assert main(["merge", str(source), str(source), "--out", str(tmp_path / "merged.safetensors")]) == 0
     assert EXTRAS[name] in capsys.readouterr().out
     assert main(["inspect", str(source), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["kind"], report["problem"]) == ("LoRA", "")
-    assert EXTRAS[name] in report["extras"]
+    assert report["extras"] == "" if bundle else EXTRAS[name] in report["extras"]
+    assert report["new_tokens"] == ({"cat": 2} if bundle else {})
     assert main(["shrink", str(source), "--rank", "2", "--out", str(tmp_path / "small.safetensors")]) == 0
     assert EXTRAS[name] in capsys.readouterr().out
 
 
 def test_generate_says_on_stderr_what_it_leaves_out(folder, capsys):
-    note_extras([written(folder, "onetrainer_bundle"), written(folder, "kohya_plain")])
+    files = ("onetrainer_bundle", "kohya_plain", "kohya_lora_diff_b")
+    note_extras([written(folder, name) for name in files])
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    assert EXTRAS["onetrainer_bundle"] in said.err
+    assert EXTRAS["kohya_lora_diff_b"] in said.err
 
 
 def test_a_loha_with_more_beside_it_is_merged(folder, tmp_path, capsys):

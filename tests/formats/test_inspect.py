@@ -13,7 +13,7 @@ from tests.formats.odd_files import serialised
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",
 "autov3",
-        "hash_matches", "problem", "extras", "metadata"}  # fmt: skip
+        "hash_matches", "problem", "extras", "new_tokens", "metadata"}  # fmt: skip
 
 
 @pytest.fixture

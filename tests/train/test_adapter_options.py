@@ -280,7 +280,8 @@ def test_what_is_not_continued_is_told(tmp_path, config, earlier):
     run = _run(tmp_path, config.changed({"adapter.init": str(file), "train.steps": 1}), "r")
     _trained(run)
     notes = _told(run)
-    assert any("earlier.safetensors: Left out" in note and "bundled embeddings" in note for note in notes)
+    told = "earlier.safetensors has new tokens that are not continued"
+    assert f"{told}, as adapter.new_tokens does not name them: cat." in notes
     assert any("layers of earlier.safetensors have a higher rank than this run" in note for note in notes)
     assert any(re.match(r"\d+ of the \d+ layers of earlier\.safetensors are not continued", n) for n in notes)
 
