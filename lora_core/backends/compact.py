@@ -1,4 +1,4 @@
-"""Compact layers: frozen weights that take less of the device's memory, in 8 bits or offloaded.
+"""Compact layers: frozen weights that take less of the device's memory, in 8 or 4 bits or offloaded.
 
 The full weight is materialized where it is needed, once in the forward pass and once in the backward pass,
 and freed at once. Autograd keeps nothing of it: where the forward pass materializes it under autograd,
@@ -198,7 +198,8 @@ def offload_store_for(device: torch.device, folder: Path) -> OffloadStore:
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
-"""A weight in 8 bits, and its scale for each output, shaped to be multiplied with it."""
+"""A weight in 8 bits, and its scale for each output, shaped to be multiplied with it; or two weights of 4
+bits in each uint8, and the scale of each block of `NF4_BLOCK` weights."""
 
 Update = tuple[torch.Tensor, torch.Tensor | None, float]
 """up (out, r), down (r, in) and the factor of their product; or a matrix (out, in), None and its factor."""
@@ -207,6 +208,8 @@ BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 """Where in a UNet layers are made compact: its first and last ones and those of the timestep are small, and
 errors in them spread to everything."""
 LEVELS = 127
+NF4_BLOCK = 64
+"""Weights that share a scale in NF4, as in QLoRA."""
 
 
 def quantize_int8(weight: torch.Tensor) -> Quantized:
@@ -224,6 +227,30 @@ def quantize_int8(weight: torch.Tensor) -> Quantized:
     return packed, scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
+def quantize_nf4(weight: torch.Tensor) -> Quantized:
+    """Round a weight (out, ...) to the 16 levels of NF4, spread for each block over its largest element.
+
+    Raises:
+        Exception: bitsandbytes is not installed, or has no code for this device.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    return packed, state.absmax
+
+
+def dequantize_nf4(
+    packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight that `quantize_nf4` rounded."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    made = torch.empty(shape, dtype=dtype, device=packed.device)
+    return dequantize_4bit(packed, absmax=scale, out=made, blocksize=NF4_BLOCK, quant_type="nf4")
+
+
 class CompactLayer(FrozenModule):
     """A frozen layer whose weight is kept as it is, in fewer bits or offloaded, and computed in each use.
 
@@ -238,6 +265,7 @@ class CompactLayer(FrozenModule):
         super().__init__(layer)
         self.bias = layer.bias
         self.dtype, self.shape = layer.weight.dtype, layer.weight.shape
+        self.bits = 0
         self.updates: list[Update] = []
         self.store: OffloadStore | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
@@ -253,7 +281,11 @@ class CompactLayer(FrozenModule):
         """The full weight without its updates."""
         kept = self.fetch() if self.fetch is not None else self.data
         assert kept is not None
-        return kept if self.scale is None else (kept * self.scale).to(self.dtype)
+        if self.scale is None:
+            return kept
+        if self.bits == 4:
+            return dequantize_nf4(kept, self.scale, self.shape, self.dtype)
+        return (kept * self.scale).to(self.dtype)
 
     def materialize(self) -> torch.Tensor:
         """The full weight, computed each time: W + sum of factor * up @ down."""
@@ -269,6 +301,7 @@ class CompactLayer(FrozenModule):
     def quantize(self, how: Callable[[torch.Tensor], Quantized]) -> None:
         """Keep the weight in fewer bits, where it is now."""
         self.data, self.scale = how(self.dequantize())
+        self.bits = 4 if self.data.dtype == torch.uint8 else 8
         if self.store is not None:
             self.offload(self.store)
 
@@ -303,9 +336,9 @@ def compact_layers(unet: nn.Module) -> list[CompactLayer]:
     return [layer for layer in unet.modules() if isinstance(layer, CompactLayer)]
 
 
-def is_quantized(unet: nn.Module) -> bool:
-    """Whether the blocks of a UNet are kept in fewer bits."""
-    return any(layer.scale is not None for layer in compact_layers(unet))
+def quantized_bits(unet: nn.Module) -> int:
+    """Bits of a weight in the blocks of a UNet, 8 or 4; 0 if they are as they are."""
+    return max((layer.bits for layer in compact_layers(unet)), default=0)
 
 
 def is_offloaded(unet: nn.Module) -> bool:
@@ -319,20 +352,22 @@ class WeightPolicy:
 
     quantize: Callable[[torch.Tensor], Quantized] | None = None
     store: OffloadStore | None = None
+    width: float = 1
+    """Bytes of a quantized weight."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return self.quantize is not None or self.store is not None
 
-    def resident_bytes(self, root: nn.Module, dtype: torch.dtype) -> int:
+    def resident_bytes(self, root: nn.Module, dtype: torch.dtype) -> float:
         """Bytes that the weights of a UNet take on the device in `dtype`, kept like this."""
-        total = 0
+        total = 0.0
         for path, layer in root.named_modules():
             compact = bool(self) and path.startswith(BLOCKS) and as_compact(layer) is not None
             for name, parameter in layer.named_parameters(recurse=False):
-                width = dtype.itemsize
+                width: float = dtype.itemsize
                 if compact and name == "weight":
-                    width = 0 if self.store is not None else 1
+                    width = 0 if self.store is not None else self.width
                 total += parameter.numel() * width
         return total
 

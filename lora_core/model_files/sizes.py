@@ -15,7 +15,15 @@ from lora_core.model_files.detect import BaseFacts, base_layout, weight_paths
 from lora_core.model_files.families import named_targets
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import RunConfig, sample_fields
-from lora_core.settings.schema import ADAPTER_KINDS, SLIDER_STRENGTHS, TARGETS, last_matches, rows
+from lora_core.settings.schema import (
+    ADAPTER_KINDS,
+    QUANTIZED,
+    SLIDER_STRENGTHS,
+    TARGETS,
+    Quantization,
+    last_matches,
+    rows,
+)
 from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
@@ -275,10 +283,11 @@ def _card_phases(
     row, train, (weights, trained) = facts.family.footprint, config.train, counts
     larger = weights / (row.unet + row.text + row.vae)
     width = 4 if train.precision == "fp32" else 2
-    int8 = train.quantize_base != "none" or INT8 in applied
+    kept = QUANTIZED[train.quantize_base]
+    bytes_kept = kept.width if isinstance(kept, Quantization) else 1 if INT8 in applied else 0
     blocks = OFFLOAD_BUFFERS * row.largest if train.offload or OFFLOAD in applied else row.blocks
-    unet = ((row.unet - row.blocks) * width + blocks * (1 if int8 else width)) * larger
-    made = row.largest * width * larger if int8 else 0
+    unet = ((row.unet - row.blocks) * width + blocks * (bytes_kept or width)) * larger
+    made = row.largest * width * larger if bytes_kept else 0
     text = row.text * width * larger
     encoders = text if trains_text_encoder(config) or (varied and TEXT_ON_CPU not in applied) else 0
     state = 0.5 if OPTIMIZER_8BIT in applied else config.optimizer.row.state

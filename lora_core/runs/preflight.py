@@ -62,9 +62,11 @@ from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
     PRIOR_IMAGES,
+    QUANTIZED,
     TARGETS,
     DatasetSection,
     LossSection,
+    Quantization,
     parse_new_tokens,
     require_package,
 )
@@ -200,6 +202,8 @@ def require_packages(config: RunConfig) -> None:
     """
     ADAPTER_KINDS[config.adapter.kind].require()
     config.optimizer.row.require()
+    if isinstance(kept := QUANTIZED[config.train.quantize_base], Quantization):
+        kept.require()
     if problem := config.optimizer.argument_problem():
         raise ConfigError(problem)
     if config.save.tensorboard:

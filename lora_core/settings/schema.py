@@ -107,7 +107,16 @@ class Implementation(Choice):
             ConfigError: it is not.
         """
         if self.package:
-            require_package(self.title, self.load.partition(":")[0].partition(".")[0], self.package)
+            module = self.load.partition(":")[0].partition(".")[0]
+            own = module == __name__.partition(".")[0]
+            require_package(self.title, self.package if own else module, self.package)
+
+
+@dataclass(frozen=True)
+class Quantization(Implementation):
+    """A way to keep weights in fewer bits; `width` is bytes a weight."""
+
+    width: float = 1
 
 
 @dataclass(frozen=True)
@@ -299,7 +308,7 @@ TARGETS = {
     for key, row in rows()["targets"].items()
 }
 QUANTIZED = {
-    key: (Implementation if "load" in row else Choice)(**row) for key, row in rows()["quantized"].items()
+    key: (Quantization if "load" in row else Choice)(**row) for key, row in rows()["quantized"].items()
 }
 
 

@@ -150,7 +150,8 @@ class MemoryFallback:
         unet = self.state.base.denoiser
         tried = ["checkpointing is on"]
         tried += ["images go through one at a time"] if self.state.chunks > 1 else []
-        tried += ["the base is kept in 8 bits"] if compact.is_quantized(unet) else []
+        bits = compact.quantized_bits(unet)
+        tried += [f"the base is kept in {bits} bits"] if bits else []
         tried += ["the base waits outside of the device's memory"] if compact.is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = ""
@@ -220,7 +221,7 @@ def _use_8bit_adamw(memory: MemoryFallback) -> None:
 def _can_quantize(memory: MemoryFallback) -> bool:
     # An offloaded base leaves nothing to save.
     unet = memory.state.base.denoiser
-    return not compact.is_quantized(unet) and not compact.is_offloaded(unet)
+    return not compact.quantized_bits(unet) and not compact.is_offloaded(unet)
 
 
 def _can_offload(memory: MemoryFallback) -> bool:

@@ -659,7 +659,16 @@ def open_base_for(
     name = INT8 if INT8 in first else train.quantize_base
     row = schema.chosen(schema.QUANTIZED, name, "train.quantize_base")
     store = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
-    policy = WeightPolicy(row.resolve() if isinstance(row, schema.Implementation) else None, store)
+    policy = WeightPolicy(None, store)
+    if isinstance(row, schema.Quantization):
+        policy.quantize, policy.width = row.resolve(), row.width
+        try:
+            policy.quantize(torch.ones(64, 64, dtype=dtype, device=device))
+        except Exception as error:
+            raise ConfigError(
+                f"train.quantize_base = {name} does not work on the device {device}; choose another one."
+                f" ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+            ) from error
     return open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
 
 

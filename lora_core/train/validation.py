@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_core.backends.compact import is_quantized
+from lora_core.backends.compact import quantized_bits
 from lora_core.data.captions import plain_record_caption, record_class_captions
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.evaluate import validator
@@ -104,7 +104,7 @@ class ForgettingSet:
             seed=number, steps=_STEPS, cfg=_CFG, cfg_rescale=0.0, sampler=_SAMPLER, width=self.side,
             height=self.side,
         )  # fmt: skip
-        kept = (base.dtype, base.device.type, is_quantized(base.denoiser))
+        kept = (base.dtype, base.device.type, quantized_bits(base.denoiser))
         name = short_digest(self._identity, prompt, request, kept)
 
         def sample() -> dict[str, torch.Tensor]:
@@ -261,7 +261,7 @@ def build_slider_set(
             draws = validator.eval_noise(
                 f"slider {number}", latents, section.draws_per_image, config.seed, base.noise.num_timesteps
             )
-            how = (base.dtype, base.device.type, is_quantized(base.denoiser), config.train.clip_skip)
+            how = (base.dtype, base.device.type, quantized_bits(base.denoiser), config.train.clip_skip)
             drawn = (number, len(draws.timesteps), config.seed, latents.shape)
             file = kept[0] / f"{short_digest(kept[1], three, drawn, how)}.safetensors"
             made = load_or_compute(file, functools.partial(_slider_points, base, text, three, draws))
@@ -365,7 +365,7 @@ class Validator:
         self._text = text
         self._sets = sets
         self._base_losses: dict[str, torch.Tensor] = {}
-        self._quantized = False
+        self._bits = 0
 
     @property
     def enabled(self) -> bool:
@@ -387,9 +387,9 @@ class Validator:
         with evaluating(state):
             with at_strength(state.injected, 0.0):
                 sets = self._sets.by_name(on_step)
-                if self._quantized != is_quantized(state.base.denoiser):
+                if self._bits != (bits := quantized_bits(state.base.denoiser)):
                     # A base in 8 bits is another base.
-                    self._quantized = not self._quantized
+                    self._bits = bits
                     self._base_losses.clear()
                 for name, images in sets.items():
                     if name not in self._base_losses:

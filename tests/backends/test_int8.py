@@ -3,12 +3,14 @@
 import copy
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lora_core.backends.compact import (
+    NF4_BLOCK,
     CompactConv2d,
     CompactLinear,
     FileStore,
@@ -16,9 +18,10 @@ from lora_core.backends.compact import (
     WeightPolicy,
     compact_layers,
     is_offloaded,
-    is_quantized,
     offload_store_for,
     quantize_int8,
+    quantize_nf4,
+    quantized_bits,
 )
 from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
@@ -81,6 +84,36 @@ def test_the_gradient_is_that_of_the_whole_weight(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+NF4 = [
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+]  # fmt: skip
+"""The levels that appendix E of the QLoRA paper prints."""
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["packed", "packed and moved"])
+def test_four_bits_are_the_nearest_levels_of_each_block(
+    bitsandbytes: Any, moved: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(96, 40).requires_grad_(False)
+    blocks = layer.weight.reshape(-1, NF4_BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(NF4)
+    wanted = levels[(blocks / scale - levels[:, None, None]).abs().argmin(0)] * scale
+    root = nn.ModuleDict({"mid_block": nn.ModuleDict({"layer": copy.deepcopy(layer)})})
+    WeightPolicy(quantize_nf4, FileStore(CPU, tmp_path) if moved else None).apply_to(root)
+    compact = root.get_submodule("mid_block.layer")
+    assert isinstance(compact, CompactLinear)
+    torch.testing.assert_close(compact.weight, wanted.reshape(40, 96), rtol=1e-5, atol=1e-6)
+    assert compact.bits == 4
+    x = torch.randn(3, 96).requires_grad_()
+    y = compact(x)
+    torch.testing.assert_close(y, x @ compact.weight.T + layer.bias)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, compact.weight.sum(0).expand(3, -1))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_base_that_waits_elsewhere_has_the_same_gradients(checkpointing: bool, tmp_path: Path) -> None:
     """Also the second time, when what follows is known and fetched ahead; with an adapter in it, before and
@@ -115,13 +148,13 @@ def test_only_blocks_are_compact_and_packing_keeps_the_place(tmp_path: Path) -> 
     unet = tiny_unet().requires_grad_(False)
     before = unet.down_blocks[0].resnets[0].conv1.weight.clone()
     WeightPolicy(None, offload_store_for(CPU, tmp_path)).apply_to(unet)
-    assert (is_quantized(unet), is_offloaded(unet)) == (False, True)
+    assert (quantized_bits(unet), is_offloaded(unet)) == (0, True)
     assert type(unet.conv_in) is nn.Conv2d
     assert type(unet.time_embedding.linear_1) is nn.Linear
     conv = unet.down_blocks[0].resnets[0].conv1
     assert torch.equal(conv.weight, before)
     WeightPolicy(quantize_int8).apply_to(unet)
-    assert (is_quantized(unet), is_offloaded(unet)) == (True, True)
+    assert (quantized_bits(unet), is_offloaded(unet)) == (8, True)
     assert unet.down_blocks[0].resnets[0].conv1 is conv
     assert conv.data is None
     packed, scale = quantize_int8(before)

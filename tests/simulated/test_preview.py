@@ -22,7 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from app.worker_client import WorkerClient
-from lora_core.backends.compact import WeightPolicy, is_quantized
+from lora_core.backends.compact import WeightPolicy, quantized_bits
 from lora_core.generate import pipeline as module
 from lora_core.generate.pipeline import Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora
@@ -154,7 +154,7 @@ def test_a_card_that_runs_out_draws_on_in_less_memory(on_processor: BaseModel) -
             assert next(bases.text_encoders["text_encoder"].parameters()).device.type == "cpu"
         card.fail_at = card.allocations + 50
         assert np.abs(drawn(pipeline, 0.8) - wanted).mean() < 8
-        assert (pipeline.kept, is_quantized(bases.denoiser)) == (INT8, True)
+        assert (pipeline.kept, quantized_bits(bases.denoiser)) == (INT8, 8)
         assert "8 bits" in pipeline.note
         card.fail_at = card.allocations + 50
         with pytest.raises(torch.OutOfMemoryError):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.backends import onednn
-from lora_core.backends.compact import is_offloaded, is_quantized
+from lora_core.backends.compact import is_offloaded, quantized_bits
 from lora_core.backends.onednn import PLAIN, WINOGRAD, is_prepacked
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import out_of_memory
@@ -278,7 +278,7 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kept", "by_hand", "rungs"),
     [
-        (is_quantized, {"train__quantize_base": "int8"}, ["int8"]),
+        (quantized_bits, {"train__quantize_base": "int8"}, ["int8"]),
         (is_offloaded, {"train__quantize_base": "int8", "train__offload": True}, ["int8", "offload"]),
     ],
     ids=["int8", "int8 and offload"],

@@ -177,6 +177,20 @@ def test_bitsandbytes_learns(bitsandbytes: Any, precision: str) -> None:
     assert kept["state1"].numel() == state.flat_params.data.numel() == 4 * (600 + 500)
 
 
+def test_a_run_beside_a_base_in_four_bits_resumes_bit_for_bit(bitsandbytes: Any, own_toy: Toy) -> None:
+    how = {"train__steps": 4, "train__quantize_base": "nf4", "validation__every": 2}
+    whole, broken, eight = (
+        own_toy.run("whole", **how),
+        own_toy.run("broken", **how),
+        own_toy.run("eight", **(how | {"train__quantize_base": "int8"})),
+    )
+    trained(whole)
+    asked_at(broken, "pause", 3)
+    trained(broken)
+    trained(eight)
+    assert result(broken) == result(whole) != result(eight)
+
+
 def test_a_run_with_bitsandbytes_resumes_bit_for_bit(bitsandbytes: Any, own_toy: Toy) -> None:
     how = {"train__steps": 4, "save__every": 2, "adapter__rank": 32, "train__precision": "bf16"}
 
