@@ -237,7 +237,8 @@ def quantize_nf4(weight: torch.Tensor) -> Quantized:
     """
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    rows = weight.detach().reshape(_nf4_rows(weight.numel()))
+    packed, state = quantize_4bit(rows, blocksize=NF4_BLOCK, quant_type="nf4")
     return packed, state.absmax
 
 
@@ -245,10 +246,17 @@ def dequantize_nf4(
     packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight that `quantize_nf4` rounded."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    made = torch.empty(shape, dtype=dtype, device=packed.device)
-    return dequantize_4bit(packed, absmax=scale, out=made, blocksize=NF4_BLOCK, quant_type="nf4")
+    rows = _nf4_rows(shape.numel())
+    state = QuantState(scale, rows, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    return dequantize_4bit(packed, state).view(shape)
+
+
+def _nf4_rows(count: int) -> torch.Size:
+    """The shape in which blocks of `count` weights never go from one row into the next: for such, the CPU
+    kernel of bitsandbytes 0.50 takes the scale of another block."""
+    return torch.Size((-(-count // NF4_BLOCK), NF4_BLOCK) if count % NF4_BLOCK == 0 else (1, count))
 
 
 class CompactLayer(FrozenModule):
