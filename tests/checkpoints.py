@@ -61,7 +61,7 @@ def cut(family: Family, part: str, size: str) -> dict[str, Any]:
 
 
 def components(
-    family: Family, size: str = "narrow", seed: int = 0, device: str = "cpu"
+    family: Family, size: str = "narrow", seed: int = 0, device: str = "cpu", inputs: int = 4
 ) -> Iterator[tuple[str, Any]]:
     """Each component of a base with random weights, as (part, module), one at a time."""
 
@@ -70,7 +70,7 @@ def components(
         return json.loads(path.read_text()) | cut(family, part, size)
 
     torch.manual_seed(seed)
-    unet = config("unet") | {"sample_size": family.resolution // 8}
+    unet = config("unet") | {"sample_size": family.resolution // 8, "in_channels": inputs}
     yield "unet", _random(lambda: UNet2DConditionModel.from_config(unet), size, device)
     yield "vae", _random(lambda: AutoencoderKL.from_config(config("vae")), size, device)
     for encoder in family.text_encoders:
@@ -105,11 +105,12 @@ def scheduler_config(family: Family, **changes: Any) -> dict[str, Any]:
 
 
 def write_folder(
-    path: Path, name: str, dtype: torch.dtype = torch.float32, size: str = "narrow", seed: int = 0
-) -> Path:
-    """A diffusers folder of the family `name`."""
+    path: Path, name: str, dtype: torch.dtype = torch.float32, size: str = "narrow", seed: int = 0,
+    inputs: int = 4,
+) -> Path:  # fmt: skip
+    """A diffusers folder of the family `name`, whose UNet has so many input channels."""
     family = FAMILIES[name]
-    for part, module in components(family, size, seed):
+    for part, module in components(family, size, seed, inputs=inputs):
         module.to(dtype).save_pretrained(path / part)
         if hasattr(module.config, "sample_size") and part == "unet":
             assert (
@@ -164,6 +165,7 @@ def original_names(part: str, state: dict[str, torch.Tensor], family: Family) ->
 def write_single(
     path: Path, name: str, dtype: torch.dtype = torch.float32, size: str = "narrow", seed: int = 0,
     markers: tuple[str, ...] = (), metadata: dict[str, str] | None = None, without: tuple[str, ...] = (),
+    inputs: int = 4,
 ) -> Path:  # fmt: skip
     """A single-file checkpoint with the weights of `write_folder` of the same family and seed.
 
@@ -176,10 +178,11 @@ def write_single(
         markers: names of empty tensors, such as "v_pred".
         metadata: texts of the header.
         without: components to leave out.
+        inputs: input channels of the UNet.
     """
     family = FAMILIES[name]
     tensors: dict[str, torch.Tensor] = {}
-    for part, module in components(family, size, seed):
+    for part, module in components(family, size, seed, inputs=inputs):
         if part not in without:
             tensors |= original_names(part, {k: v.to(dtype) for k, v in module.state_dict().items()}, family)
     tensors |= {marker: torch.tensor([]) for marker in markers}

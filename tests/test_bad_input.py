@@ -244,9 +244,9 @@ def base_of_width(value: object) -> Callable[[Place], list[object]]:
     return spoiled
 
 
-def inpainting_base(place: Place) -> list[object]:
+def upscaling_base(place: Place) -> list[object]:
     path = place.copied_base() / "unet" / "config.json"
-    replaced(path, json.dumps(json.loads(path.read_text()) | {"in_channels": 9}).encode())
+    replaced(path, json.dumps(json.loads(path.read_text()) | {"in_channels": 7}).encode())
     return place.train("--base", place.base)
 
 
@@ -391,7 +391,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "base of unknown width": (base_of_width(999), r"999 channels wide"),
     "base of no width": (base_of_width(None), r"cross_attention_dim"),
     "base of many widths": (base_of_width([128, 128]), r"cross_attention_dim"),
-    "inpainting base": (inpainting_base, r"inpainting"),
+    "upscaling base": (upscaling_base, r"an upscaling model \(7 input channels\)"),
     "single-file base": (single_file_base, r"good\.safetensors is an adapter file"),
     "vae missing": (separate_vae_missing, r"no-vae"),
     "lora of another family": (lora_of_another_family, r"other\.safetensors is for Stable Diffusion 1\.x"),

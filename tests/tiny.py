@@ -14,12 +14,15 @@ from lora_core.system.files import DEMO_BASE
 TOKENIZER = DEMO_BASE / "tokenizer"
 
 
-def tiny_unet(context_width: int = 32, attention_up: bool = True) -> UNet2DConditionModel:
+def tiny_unet(
+    context_width: int = 32, attention_up: bool = True, in_channels: int = 4
+) -> UNet2DConditionModel:
     """Two levels, attention in the outer one and in the middle, on the way up where asked for; proj_in and
     proj_out are 1x1 convolutions as in SD 1.x."""
     torch.manual_seed(1)
     return UNet2DConditionModel(
         sample_size=8,
+        in_channels=in_channels,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -59,11 +62,13 @@ def tiny_vae() -> AutoencoderKL:
     )
 
 
-def tiny_folder(path: Path, context_width: int = 768, prediction: str = "epsilon") -> Path:
+def tiny_folder(
+    path: Path, context_width: int = 768, prediction: str = "epsilon", in_channels: int = 4
+) -> Path:
     """A diffusers folder that looks like SD 1.x from outside: its context is 768 wide, its prediction
     epsilon. With one layer of text encoder and no attention on the way up: whole runs are trained on it."""
     vocabulary = len(json.loads((TOKENIZER / "vocab.json").read_text(encoding="utf-8")))
-    tiny_unet(context_width, attention_up=False).save_pretrained(path / "unet")
+    tiny_unet(context_width, attention_up=False, in_channels=in_channels).save_pretrained(path / "unet")
     tiny_text_encoder(context_width, vocabulary, layers=1).save_pretrained(path / "text_encoder")
     tiny_vae().save_pretrained(path / "vae")
     scheduler = DDIMScheduler(

@@ -228,7 +228,7 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
     config = settings_for(snapshot, loras)
     base = base_for(snapshot, loras)
     seed = int(_number(given, "seed"))
-    image = str(given.get("image") or "").strip().strip('"')
+    image, mask = (str(given.get(name) or "").strip().strip('"') for name in ("image", "mask"))
     denoising_strength = _number(given, "denoising_strength") if image else DENOISING_STRENGTH
     return GenerationRequest(
         **vars(config.model), cfg_rescale=_rescale(given),
@@ -238,7 +238,7 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
         sampler=str(given.get("sampler") or "ddim"),
         width=_side(given, "width", base), height=_side(given, "height", base),
         clip_skip=config.train.clip_skip, tokens=config.train.max_token_length, image=image,
-        denoising_strength=denoising_strength, loras=tuple(loras),
+        denoising_strength=denoising_strength, mask=mask, loras=tuple(loras),
     )  # fmt: skip
 
 

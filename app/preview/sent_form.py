@@ -20,7 +20,7 @@ from lora_core.projects.project import Project
 from lora_core.settings.schema import SLIDER_STRENGTHS
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height", "image",
-          "denoising_strength")  # fmt: skip
+          "denoising_strength", "mask")  # fmt: skip
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_LORAS = 20
 MOST_STRENGTH = 20.0

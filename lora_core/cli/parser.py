@@ -35,7 +35,7 @@ LORA = "FILE[:STRENGTH[:TEXT_STRENGTH]]"
 COMMANDS: dict[str, Callable[..., Any]] = {}
 """Functions that the command line has in place of a verb's own."""
 SPELLINGS = {"loras": f"--lora {LORA}", "cfg_rescale": "--cfg-rescale PHI", "image": "--image FILE",
-             "denoising_strength": "--strength SHARE", "rows": "--rows KIND=V,V,...",
+             "mask": "--mask FILE", "denoising_strength": "--strength SHARE", "rows": "--rows KIND=V,V,...",
              "columns": "--columns KIND=V,V,..."}  # fmt: skip
 """Of fields and parameters whose annotations do not say it."""
 CHOICES = {"prediction": tuple(PREDICTIONS), "zero_terminal_snr": tuple(ZERO_TERMINAL_SNR)}

@@ -74,7 +74,7 @@ from lora_core.data.images import (
 )
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
-from lora_core.model_files.detect import lookup_base
+from lora_core.model_files.detect import base_of
 from lora_core.settings.config import RunConfig, limits_of
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import (
@@ -812,7 +812,7 @@ def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
         raise ConfigError(f"A slider has no images to count epochs of; set {names} to 0.")
     if not asked or not dataset.records:
         return config
-    train, base = config.train, lookup_base(config.model.base)
+    train, base = config.train, base_of(config.model)
     images, _ = split_holdout(dataset.records, config.validation.pictures, config.seed)
     images, reg = balance_looks(images, dataset.reg if config.dataset.reg_weight else [])
     side = config.resolution(base.resolution)

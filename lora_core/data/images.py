@@ -390,6 +390,22 @@ def open_mask(record: ImageRecord) -> Image.Image:
         return mask.crop(crop_pixels(record.crop, *mask.size)) if record.crop else mask
 
 
+def open_masked(path: Path, mask_path: Path) -> tuple[Image.Image, Image.Image]:
+    """An image and a mask for it, as `open_rgb`; what is see-through of the mask is black.
+
+    Raises:
+        DatasetError: as `open_rgb`, or their shapes differ.
+    """
+    image, mask = open_rgb(path), open_rgb(mask_path, background="black")
+    if not same_shape(mask.size, image.size):
+        wide, high = mask.size
+        raise DatasetError(
+            f"The mask {mask_path} has {wide} x {high} pixels, and its image {path.name} {image.width} x"
+            f" {image.height}; give it the shape of its image."
+        )
+    return image, mask
+
+
 def crop_pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
     """The edges of a crop in pixels of an image of this size."""
     left, top, right, bottom = crop

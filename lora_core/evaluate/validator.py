@@ -27,10 +27,11 @@ from lora_core.data.images import (
 from lora_core.errors import DatasetError
 from lora_core.lora.inject import merged
 from lora_core.lora.weights import LoadedLora, Merger
+from lora_core.model_files.sizes import RANDOM_MASKS
 from lora_core.models.encode import encode_prompt
-from lora_core.models.load import BaseModel
+from lora_core.models.load import BaseModel, InpaintingModel
 from lora_core.models.unet import PromptEmbeds
-from lora_core.models.vae import encode_image, load_pixels
+from lora_core.models.vae import load_pixels
 from lora_core.runs.events import Validated
 
 BATCH = 4
@@ -87,18 +88,78 @@ def weigh_latents(record: ImageRecord, bucket: Bucket, factor: int) -> torch.Ten
     outside, size = record.outside, (bucket.width // factor, bucket.height // factor)
     if record.mask is None or outside == 1.0:
         return None if record.weight == 1.0 else torch.full((1, *size[::-1]), record.weight)
-    mask = open_mask(record)
-    wide, high = mask.width / record.width, mask.height / record.height
-    left, top, right, bottom = crop_box(record.width, record.height, bucket)
-    box = (left * wide, top * high, min(right * wide, mask.width), min(bottom * high, mask.height))
-    small = np.asarray(mask.resize(size, Image.Resampling.BOX, box), dtype=np.float32) / 255.0
+    small = _crop_mask(record, bucket, size)
     if not small.any():
         raise DatasetError(
             f"The mask {record.mask.name} leaves nothing of its image as it is cropped for training; paint"
             " white what should be learned, or remove it."
         )
-    weights = outside + (1.0 - outside) * torch.from_numpy(small)[None]
+    weights = outside + (1.0 - outside) * small
     return weights / weights.mean() * record.weight
+
+
+def _crop_mask(record: ImageRecord, bucket: Bucket, size: tuple[int, int]) -> torch.Tensor:
+    """The mask of an image, (1, H, W) in [0, 1], cropped as the image is and scaled to `size` (W, H)."""
+    mask = open_mask(record)
+    wide, high = mask.width / record.width, mask.height / record.height
+    left, top, right, bottom = crop_box(record.width, record.height, bucket)
+    box = (left * wide, top * high, min(right * wide, mask.width), min(bottom * high, mask.height))
+    scaled = np.asarray(mask.resize(size, Image.Resampling.BOX, box), dtype=np.float32)
+    return torch.from_numpy(scaled / 255.0)[None]
+
+
+# Masks of inpainting bases.
+
+
+SMALLEST_MASK = 0.2
+"""The share of a side that a random mask covers at least."""
+
+
+def mask_numbers(base: BaseModel, record: ImageRecord) -> range:
+    """The masks that an image is trained with on a base, for `encode_view`; the first is measured with."""
+    masks = 1 if record.mask is not None else RANDOM_MASKS
+    return range(1, masks + 1 if isinstance(base, InpaintingModel) else 1)
+
+
+def identify_view(record: ImageRecord, mask: int) -> list[object]:
+    """What `encode_view` depends on besides the image's bytes, its bucket and `flip`."""
+    crop, own = [record.crop] if record.crop else [], record.own_background
+    masked = ["mask", hash_file(record.mask) if record.mask else mask] if mask else []
+    return [*crop, *own, *masked]
+
+
+def inpainting_mask(record: ImageRecord, bucket: Bucket, mask: int) -> torch.Tensor:
+    """Mask number `mask` of an image, (1, H, W): 1 where an inpainting base is to paint. It is the image's
+    own mask file where there is one, else a rectangle that follows from the image's bytes and the number.
+
+    Source: `random_mask` of diffusers' examples/research_projects/dreambooth_inpaint, for rectangles of any
+    size at any place. There each step has another; here the drawn ones are a few, whose latents are kept.
+    """
+    if record.mask is not None:
+        return _crop_mask(record, bucket, (bucket.width, bucket.height))
+    draw = random.Random(f"{hash_file(record.path)}/mask/{mask}")
+    found = torch.zeros(1, bucket.height, bucket.width)
+    wide, high = (round(side * draw.uniform(SMALLEST_MASK, 1.0)) for side in (bucket.width, bucket.height))
+    left, top = draw.randint(0, bucket.width - wide), draw.randint(0, bucket.height - high)
+    found[:, top : top + high, left : left + wide] = 1.0
+    return found
+
+
+def encode_view(
+    base: BaseModel, record: ImageRecord, bucket: Bucket, flip: bool = False, mask: int = 0
+) -> torch.Tensor:
+    """The latents (4, h, w) of an image, mirrored or not; with the number of a mask, what an inpainting base
+    sees of the image with it, (5, h, w).
+
+    Raises:
+        DatasetError: the image or its mask can no longer be read.
+    """
+    pixels = load_pixels(record, bucket, flip)
+    if not mask:
+        return base.encode_image(pixels)
+    assert isinstance(base, InpaintingModel)
+    covered = inpainting_mask(record, bucket, mask)
+    return base.mask_condition(pixels, covered.flip(-1) if flip else covered)
 
 
 @dataclass(frozen=True)
@@ -111,6 +172,7 @@ class EvalImage:
         caption: its caption.
         sizes: (6,), the size conditioning; None for an image of exactly its latents' size.
         weights: what the error of each latent counts, (1, h, w); None for 1.
+        condition: what an inpainting base sees of it, (5, h, w); None for nothing.
     """
 
     latents: torch.Tensor
@@ -118,6 +180,7 @@ class EvalImage:
     caption: str
     sizes: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    condition: torch.Tensor | None = None
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -130,10 +193,12 @@ def encode_eval_image(
 ) -> EvalImage:
     """An image as latents with its fixed draws; a resolution of 0 is the base's own."""
     bucket = choose_bucket(record.width, record.height, resolution or base.resolution, base.size_multiple)
-    latents = encode_image(base, load_pixels(record, bucket))
+    latents = encode_view(base, record, bucket)
+    condition = encode_view(base, record, bucket, mask=1) if mask_numbers(base, record) else None
     fixed = eval_noise(hash_file(record.path), latents, draws, seed, base.noise.num_timesteps)
     sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
-    return EvalImage(latents, fixed, caption, sizes, weigh_latents(record, bucket, base.vae_scale_factor))
+    weights = weigh_latents(record, bucket, base.vae_scale_factor)
+    return EvalImage(latents, fixed, caption, sizes, weights, condition)
 
 
 def encode_eval_images(
@@ -164,6 +229,9 @@ def eval_losses(
                 latents = image.latents.to(base.device).expand_as(noise)
                 noisy = base.noise.add_noise(latents, noise, timesteps)
                 target = base.noise.target(latents, noise, timesteps)
+                if image.condition is not None:
+                    seen = image.condition.to(base.device).expand(len(noise), -1, -1, -1)
+                    noisy = torch.cat([noisy, seen], 1)
                 sizes = None if image.sizes is None else image.sizes.expand(len(noise), -1)
                 error = base.predict_noise(noisy, timesteps, text.expand(len(noise)), sizes) - target
                 squared = error.cpu().double().square()  # MPS has no float64

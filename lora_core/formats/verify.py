@@ -37,7 +37,10 @@ from lora_core.lora.lycoris import dora_update
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import Header, read_header
+from lora_core.model_files.header import INPAINTING_CHANNELS, Header, read_header
+
+FIRST: LayerKey = ("unet", "conv_in")
+"""The convolution that has more inputs in an inpainting base."""
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -253,7 +256,6 @@ def run_loaders(
     weight_of: WeightOf | None = None,
 ) -> dict[str, Outcome]:
     """What each tool makes of an adapter file, by tool; arguments and errors of `verify_adapter`."""
-    layout = layout or family_layout(family)
     header = read_header(path)
     tensors, metadata = read_tensors(path)
     # In the order of their bytes, in which loaders see them: some rules depend on it.
@@ -267,6 +269,7 @@ def run_loaders(
         check_finite(meant)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
+    layout = layout or _layout_of(meant, family)
     alphas = {
         name: read_alpha(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
@@ -288,6 +291,16 @@ def run_loaders(
         products |= others
     expected = Expected(meant, products, magnitudes, weight_of)
     return {tool: _run(loader, file, expected) for tool, loader in LOADERS.items()}
+
+
+def _layout_of(weights: AdapterWeights, family: Family) -> Layout:
+    """The layers of the base that an adapter is for: the family's, or those of its inpainting checkpoint
+    where the adapter has so many inputs."""
+    layout, own = family_layout(family), weights.layers.get(FIRST)
+    if own is None or own.weight_shape[1] != INPAINTING_CHANNELS or FIRST not in layout:
+        return layout
+    out, _, *kernel = layout[FIRST]
+    return {**layout, FIRST: (out, INPAINTING_CHANNELS, *kernel)}
 
 
 def _run(loader: Callable[[AdapterFile], Loaded], file: AdapterFile, expected: "Expected") -> Outcome:
@@ -449,6 +462,9 @@ def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str
         return "reads every key, but the file lacks layers of the adapter; export it again"
     if not family.portable:
         return f"reads every key; the file is of use only with the {family.title.lower()}"
+    conv_in = outcome.meant.layers.get(FIRST)
+    if conv_in is not None and conv_in.weight_shape[1] == INPAINTING_CHANNELS:
+        return f"reads every key at the right strength, with an inpainting checkpoint of {family.title} alone"
     if outcome.loaded.unused:
         unused = first_few(outcome.loaded.unused, 1)
         return f"reads every key at the right strength, but makes no use of {unused}"

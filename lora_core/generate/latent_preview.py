@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from lora_core.models.load import BaseModel
-from lora_core.models.vae import encode_image
 from lora_core.system.files import DEMO_TRAIN
 
 OnLatents = Callable[[Callable[[], torch.Tensor]], None]
@@ -36,7 +35,7 @@ def fit_rgb_matrix(base: BaseModel) -> torch.Tensor:
         with Image.open(path) as opened:
             image = opened.convert("RGB").resize((FIT_SIDE, FIT_SIDE))
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
-        latents.append(encode_image(base, pixels * 2 - 1).flatten(1).T)
+        latents.append(base.encode_image(pixels * 2 - 1).flatten(1).T)
         means = torch.nn.functional.avg_pool2d(pixels[None], base.vae_scale_factor)[0]
         colours.append(means.flatten(1).T)
     known = torch.cat(latents).double()

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.data.images import Bucket, open_rgb
 from lora_core.errors import ConfigError
 from lora_core.formats.io import load_adapter
 from lora_core.generate.latent_preview import OnLatents, fit_rgb_matrix, predict_clean
@@ -31,10 +30,17 @@ from lora_core.lora.inject import put_tokens
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import WithoutWaiting, out_of_memory, release_failed
-from lora_core.models.load import INT8, RESIDENT, BaseModel, keep_in_less_memory, load_to_fit
+from lora_core.models.load import (
+    INT8,
+    RESIDENT,
+    BaseModel,
+    encode_start,
+    keep_in_less_memory,
+    load_to_fit,
+)
 from lora_core.models.prompts import encode_prompts
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
-from lora_core.models.vae import decode_latents, encode_image, to_pixels
+from lora_core.models.vae import decode_latents
 from lora_core.settings.schema import SAMPLERS, chosen
 
 OnStep = Callable[[int, int], None]
@@ -58,7 +64,8 @@ def sample_latents(
     """Latents (1, C, h, w) after the last sampler step. No step waits for the device.
 
     With `start`, the latents of an image (1, C, h, w) on the CPU, noise is laid over them and only the last
-    steps are done, the request's share of all.
+    steps are done, the request's share of all. Five more channels are what an inpainting base sees with a
+    mask; a share of 1 begins with noise alone then, as in diffusers.
     Source: Ho and Salimans 2022, equation 6, for the guidance; Meng et al. 2022 (SDEdit) for the start.
 
     Raises:
@@ -79,28 +86,31 @@ def sample_latents(
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     share = 1.0 if start is None else request.denoising_strength
+    seen = noise[:, :0] if start is None else start[:, base.latent_channels :]
     timesteps = scheduler.timesteps[_begin(scheduler, request.steps, share) :]
-    if start is None:
+    if start is None or (seen.numel() and share == 1.0):
         latents = noise * scheduler.init_noise_sigma
     else:
-        latents = scheduler.add_noise(start, noise, timesteps[:1])
+        latents = scheduler.add_noise(start[:, : base.latent_channels], noise, timesteps[:1])
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
     both = PromptEmbeds.cat([negative, text]) if guided else text
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     (on_device,) = to_device(base.device, timesteps)
-    latents, sizes = to_device(base.device, latents, default_time_ids(len(both.context), height, width))
+    sizes = default_time_ids(len(both.context), height, width)
+    latents, sizes, seen = to_device(base.device, latents, sizes, seen)
     with torch.no_grad():
         for done, timestep in enumerate(timesteps, start=1):
             at = on_device[done - 1]
             scaled = scheduler.scale_model_input(latents, timestep)
+            given = torch.cat([scaled, seen], 1) if seen.numel() else scaled
             if guided:
-                without, with_text = base.predict_noise(torch.cat([scaled, scaled]), at, both, sizes).chunk(2)
+                without, with_text = base.predict_noise(torch.cat([given, given]), at, both, sizes).chunk(2)
                 output = without + request.cfg * (with_text - without)
                 if phi:
                     output = rescale_guidance(output, with_text, phi)
             else:
-                output = base.predict_noise(scaled, at, both, sizes)
+                output = base.predict_noise(given, at, both, sizes)
             with WithoutWaiting() if base.device.type == "cuda" else contextlib.nullcontext():
                 latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
@@ -148,14 +158,10 @@ def sample_image(
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """The image (RGB) of a request, with whatever adapter is in the base."""
-    start = encode_start(base, request.image, base.image_size(request.width, request.height))
+    size = base.image_size(request.width, request.height)
+    start = encode_start(base, request.image, size, request.mask)
     conditions = encode_prompts(base, request.prompt, request.negative, request.clip_skip, request.tokens)
     return sample_image(base, request, *conditions, on_step, start=start)
-
-
-def encode_start(base: BaseModel, file: str, size: tuple[int, int]) -> torch.Tensor | None:
-    """The latents (1, C, h, w) of an image to start from, cropped and scaled to a size; None for ""."""
-    return encode_image(base, to_pixels(open_rgb(Path(file)), Bucket(*size)))[None] if file else None
 
 
 def infotext(base: BaseModel, request: GenerationRequest, extra: Mapping[str, str] | None = None) -> str:
@@ -195,7 +201,7 @@ class Pipeline:
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)
-        self._start = keep(lambda version, size: encode_start(base, version[0], size))
+        self._start = keep(lambda image, size, mask: encode_start(base, image[0], size, mask[0]))
         self.ready_in = 0.0
         """Seconds from the last request to the first step of its sampler: merging and encoding the prompt."""
 
@@ -235,7 +241,8 @@ class Pipeline:
         # As long as no adapter changes the text encoders, the conditions stay.
         asked = request.prompt, request.negative, request.clip_skip, request.tokens
         text, negative = self._conditions(self._merged_text, *asked)
-        start = self._start(_version(request.image), self.base.image_size(request.width, request.height))
+        size = self.base.image_size(request.width, request.height)
+        start = self._start(_version(request.image), size, _version(request.mask))
         self.ready_in = time.monotonic() - began
         return sample_image(self.base, request, text, negative, on_step, on_latents, start)
 

@@ -93,6 +93,7 @@ class GenerationRequest:
         tokens: length of the prompt in tokens, a multiple of 75.
         image: the file of an image to start from, "" to start from noise.
         denoising_strength: how much of it is made anew: the share of the steps that are done.
+        mask: the file of a mask of the image, white where an inpainting base paints it; "" for all of it.
         loras: adapters, all on at once.
     """
 
@@ -113,6 +114,7 @@ class GenerationRequest:
     tokens: int = 75
     image: str = ""
     denoising_strength: float = DENOISING_STRENGTH
+    mask: str = ""
     loras: tuple[WeightedLora, ...] = ()
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
@@ -150,6 +152,8 @@ class GenerationRequest:
         ):
             if not legal:
                 raise ConfigError(f"{name} = {getattr(self, name)} is out of range; {hint}.")
+        if self.mask and not self.image:
+            raise ConfigError(f"The mask {self.mask} is for an image; give that one, too.")
 
     def alone(self) -> "GenerationRequest":
         """The base's own image."""

@@ -21,6 +21,7 @@ from lora_core.model_files.families import (
     is_text_encoder,
 )
 from lora_core.model_files.header import (
+    INPAINTING_CHANNELS,
     Header,
     channels_kind,
     read_header,
@@ -28,7 +29,7 @@ from lora_core.model_files.header import (
     what_is_there,
 )
 from lora_core.model_files.ldm_names import ldm_unet_path
-from lora_core.settings.schema import NumberOrAuto
+from lora_core.settings.schema import ModelSection, NumberOrAuto
 from lora_core.system.files import (
     CLIP_TOKENIZER,
     DEMO_BASE,
@@ -41,6 +42,8 @@ from lora_core.system.files import (
 EMBEDDED = "demo"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Prefixes of the UNet's and the VAE's tensors in a single file."""
+CONV_IN = f"{UNET}input_blocks.0.0.weight"
+"""The first convolution of a single file's UNet."""
 VAE_SCALE_FACTOR = 8
 """Pixels a latent, for the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -70,6 +73,7 @@ class BaseFacts:
         prediction_source: how its prediction type is known, for messages.
         problem: from `lookup_base`, why it cannot be used, in a sentence; the rest is a guess then.
         remote: from `lookup_base`, whether it is on the hub and not on this computer.
+        inpainting: whether its UNet sees a mask and the rest of the image, too.
     """
 
     name: str
@@ -81,6 +85,7 @@ class BaseFacts:
     prediction_source: str = ""
     problem: str = ""
     remote: bool = False
+    inpainting: bool = False
 
     @property
     def facts(self) -> "BaseFacts | None":
@@ -147,7 +152,8 @@ class BaseFacts:
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
         snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
         told = f" ({self.prediction_source})" if self.prediction_source else ""
-        return f"{self.family.title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
+        title = f"{self.family.title}, for inpainting" if self.inpainting else self.family.title
+        return f"{title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
 
 
 def base_path(name: str) -> Path:
@@ -369,19 +375,25 @@ def read_single_file_facts(
             " base model."
         )
     family_of_context_width(width)
-    scheduler, prediction_source = _single_file_scheduler(path, header, width)
+    inpainting = header.shapes.get(CONV_IN, [0, 4])[1] == INPAINTING_CHANNELS
+    scheduler, prediction_source = _single_file_scheduler(path, header, width, inpainting)
     prediction_source = _set_by_hand(path, scheduler, prediction_source, prediction, zero_snr)
     family = family_of_context_width(width, scheduler["prediction_type"])
     if not family.configs:
         raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
     multiple = VAE_SCALE_FACTOR * 2 ** (len(family.attention_levels) - 1)
-    return BaseFacts(name, path, family, family.resolution, multiple, scheduler, prediction_source)
+    return BaseFacts(
+        name, path, family, family.resolution, multiple, scheduler, prediction_source, inpainting=inpainting
+    )
 
 
-def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict[str, Any], str]:
+def _single_file_scheduler(
+    path: Path, header: Header, width: int, inpainting: bool
+) -> tuple[dict[str, Any], str]:
     """The scheduler config of a single file, and how its prediction type is known.
 
-    In this order: marker tensors, a config beside the file, the header's metadata, the width.
+    In this order: marker tensors, a config beside the file, the header's metadata, the width. The inpainting
+    checkpoint of each family predicts noise, that of SD 2.x too.
     """
     usual = next(f for f in FAMILIES.values() if f.context_width == width and f.usual)
     scheduler = _json(FAMILY_CONFIGS / usual.configs / "scheduler" / "scheduler_config.json")
@@ -400,7 +412,7 @@ def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict
     if stated in words:
         scheduler["prediction_type"] = words[stated]
         return scheduler, "the file's header says so"
-    scheduler["prediction_type"] = usual.prediction
+    scheduler["prediction_type"] = "epsilon" if inpainting else usual.prediction
     return scheduler, GUESS
 
 
@@ -464,6 +476,7 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
     return BaseFacts(
         name, path, family, size * pixels if isinstance(size, int) else family.resolution,
         pixels * 2 ** (_count(path, unet, "unet") - 1), scheduler, prediction_source,
+        inpainting=unet.get("in_channels") == INPAINTING_CHANNELS,
     )  # fmt: skip
 
 
@@ -493,6 +506,11 @@ def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> 
     """`read_base_facts`, cached, and with the problem in place of an error; arguments as there."""
     name = name.strip().strip('"')
     return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
+
+
+def base_of(model: ModelSection) -> BaseFacts:
+    """`lookup_base` of the base that a run's settings name, with what they say of it."""
+    return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
 def _changed_at(name: str) -> tuple[int, int]:

@@ -149,7 +149,7 @@ def kind_tables() -> dict[str, Any]:
 
 
 def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
-    """What a file is, for messages, if it is no Stable Diffusion text-to-image checkpoint; else ""."""
+    """What a file is, for messages, if it is no Stable Diffusion checkpoint that makes images; else ""."""
     if kind := first_match("kinds", shapes):
         return kind
     entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
@@ -166,10 +166,15 @@ def first_match(table: str, names: Collection[str]) -> str:
     return next((str(title) for pattern, title in rows if any(map(re.compile(pattern).search, names))), "")
 
 
+INPAINTING_CHANNELS = 9
+"""Of an inpainting UNet's input: noisy latents, a mask, and the latents of the image outside of it."""
+
+
 def channels_kind(channels: object) -> str:
-    """What a UNet with this many input channels is, for messages, if not a text-to-image model; else ""."""
+    """What a UNet with this many input channels is, for messages, if neither a text-to-image nor an
+    inpainting model; else ""."""
     named = kind_tables()["channels"].get(str(channels), f"a model with {channels} input channels")
-    return "" if channels == 4 else str(named)
+    return "" if channels in (4, INPAINTING_CHANNELS) else str(named)
 
 
 _START = re.compile(

@@ -28,6 +28,8 @@ from lora_core.system.files import MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory for encoded captions that vary from draw to draw: some 800 of SDXL."""
+RANDOM_MASKS = 4
+"""Of each image without a mask of its own, for inpainting bases; few, as what is seen with each is kept."""
 PREPACKED_COPIES = 2
 """How many times the CPU backend lays out a base's weights beside the plain ones."""
 WINOGRAD_COPIES = 3

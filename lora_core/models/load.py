@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -28,8 +31,10 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from lora_core.backends.compact import WeightPolicy, quantize_int8
+from lora_core.data.images import Bucket, open_masked, open_rgb, resize_and_crop
 from lora_core.errors import ConfigError, ModelFileError, OutOfMemory
 from lora_core.model_files.detect import (
+    CONV_IN,
     UNET,
     VAE,
     BaseFacts,
@@ -49,8 +54,9 @@ from lora_core.models.device import (
     memory_of,
     out_of_memory,
     release_failed,
+    without_tf32,
 )
-from lora_core.models.unet import NoisePredictor, NoiseSchedule, as_denoiser
+from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, as_denoiser, to_device
 from lora_core.models.weight_files import (
     WeightFile,
     WeightLocator,
@@ -157,6 +163,22 @@ class BaseModel(NoisePredictor):
         return int(2 ** (len(config.block_out_channels) - 1))
 
     @property
+    def shift_and_scale(self) -> tuple[float, float]:
+        """What latents are shifted and scaled by for the denoiser."""
+        config: Any = self.vae.config
+        scale = config.get("scaling_factor", self.family.latent_scale)
+        return float(config.get("shift_factor") or 0.0), float(scale)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latents (C, H/f, W/f) of one image (3, H, W) in [-1, 1], in fp32 on the CPU: the mean of the
+        VAE's posterior, shifted and scaled for the denoiser. One image at a time and without TF32, so that
+        the bits never depend on other images."""
+        shift, scale = self.shift_and_scale
+        with torch.no_grad(), without_tf32():
+            mean = self.vae.encode(pixels[None].to(self.vae.device, self.vae.dtype)).latent_dist.mean
+        return ((mean - shift) * scale)[0].float().cpu()
+
+    @property
     def size_multiple(self) -> int:
         """Sides of images, in pixels, must be multiples of this."""
         return self.vae_scale_factor * as_denoiser(self.denoiser).downscale
@@ -184,6 +206,75 @@ class BaseModel(NoisePredictor):
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return as_denoiser(self.denoiser).latent_channels
+
+
+@dataclass
+class InpaintingModel(BaseModel):
+    """A base whose UNet sees, beside the noisy latents, what is to be painted: a mask, and the latents of the
+    image without what it covers."""
+
+    blank: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    """By size, what `blank_condition` returns."""
+
+    def mask_condition(self, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the UNet sees beside the noisy latents, (5, H/f, W/f) in fp32 on the CPU: the mask, then the
+        latents of the image with grey in its place.
+
+        Source: diffusers, `StableDiffusionInpaintPipeline.prepare_mask_latents`; for these latents we take
+        the mean of the VAE's posterior where that draws from it.
+
+        Args:
+            pixels: of the image, (3, H, W) in [-1, 1].
+            mask: (1, H, W); what is to be painted is 0.5 or more.
+        """
+        covered = (mask >= 0.5).float()
+        size = [side // self.vae_scale_factor for side in mask.shape[-2:]]
+        small = F.interpolate(covered[None], size)[0]
+        return torch.cat([small, self.encode_image(pixels * (1.0 - covered))])
+
+    def blank_condition(self, height: int, width: int) -> torch.Tensor:
+        """The condition of a mask that covers the whole image, (5, height, width) in latents, on the CPU."""
+        if (height, width) not in self.blank:
+            sides = [side * self.vae_scale_factor for side in (height, width)]
+            self.blank[height, width] = self.mask_condition(torch.zeros(3, *sides), torch.ones(1, *sides))
+        return self.blank[height, width]
+
+    def predict_noise(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeds,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As of any base. `noisy_latents` are (B, 9, h, w) with the condition, or (B, 4, h, w), to which that
+        of a whole image is added."""
+        if noisy_latents.shape[1] == self.latent_channels:
+            (blank,) = to_device(noisy_latents.device, self.blank_condition(*noisy_latents.shape[-2:]))
+            noisy_latents = torch.cat([noisy_latents, blank.expand(len(noisy_latents), -1, -1, -1)], 1)
+        return super().predict_noise(noisy_latents, timesteps, prompt, sizes)
+
+
+def to_pixels(image: Image.Image, bucket: Bucket) -> torch.Tensor:
+    """An image cropped and scaled to `bucket`, (3, H, W) in [-1, 1], fp32."""
+    pixels = np.asarray(resize_and_crop(image, bucket), dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def encode_start(base: BaseModel, file: str, size: tuple[int, int], mask: str = "") -> torch.Tensor | None:
+    """The latents (1, C, h, w) of an image to start from, cropped and scaled to a size; with the file of a
+    mask, (1, C + 5, h, w), as an inpainting base sees it; None for "".
+
+    Raises:
+        ConfigError: the base takes no mask.
+        DatasetError: a file is no image, or they differ in shape.
+    """
+    if not mask:
+        return base.encode_image(to_pixels(open_rgb(Path(file)), Bucket(*size)))[None] if file else None
+    if not isinstance(base, InpaintingModel):
+        raise ConfigError(
+            f"The base {base.name} takes no mask, as it is not for inpainting (9 input channels); leave the"
+            " mask out, or choose an inpainting checkpoint."
+        )
+    pixels, covered = (to_pixels(one, Bucket(*size)) for one in open_masked(Path(file), Path(mask)))
+    seen = base.mask_condition(pixels, covered[:1] / 2 + 0.5)
+    return torch.cat([base.encode_image(pixels), seen])[None]
 
 
 def load_base(
@@ -230,7 +321,8 @@ def open_base(
     available = available_memory(device)
     if available is not None and (policy or WeightPolicy()).resident_bytes(unet, dtype) > available:
         raise _too_large(facts.path, device)
-    return BaseModel(
+    kind = InpaintingModel if facts.inpainting else BaseModel
+    return kind(
         name=name, path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, device=device,
         dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
@@ -503,8 +595,10 @@ HEAD_WIDTH = 64
 
 
 def unet_config(config: Mapping[str, Any], shapes: Shapes, family: Family) -> dict[str, Any]:
-    """A UNet's config with the widths and depths of the file's tensors."""
+    """A UNet's config with the inputs, widths and depths of the file's tensors."""
     found = dict(config)
+    if CONV_IN in shapes:
+        found["in_channels"] = int(shapes[CONV_IN][1])
     levels = range(len(family.attention_levels))
     firsts = [f"{UNET}input_blocks.{1 + (RESNETS + 1) * level}" for level in levels]
     widths = [shapes.get(f"{first}.0.in_layers.2.weight") for first in firsts]

@@ -82,7 +82,7 @@ class UNet:
     def __init__(self, module: UNet2DConditionModel) -> None:
         self._module: Any = module
         config: Any = module.config
-        self.latent_channels = int(config.in_channels)
+        self.latent_channels = int(config.out_channels)
         # Each level halves the sides.
         self.downscale = int(2 ** (len(config.block_out_channels) - 1))
 

@@ -1,15 +1,13 @@
-"""Images to latents and back: pixels, and the VAE."""
+"""Files to pixels, and latents to images."""
 
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from lora_core.data.images import Bucket, ImageRecord, open_image, resize_and_crop
+from lora_core.data.images import Bucket, ImageRecord, open_image
 from lora_core.model_files.sizes import DECODE_TILES
-from lora_core.models.device import out_of_memory, release_failed, without_tf32
-from lora_core.models.load import BaseModel
+from lora_core.models.device import out_of_memory, release_failed
+from lora_core.models.load import BaseModel, to_pixels
 
 
 def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
@@ -22,22 +20,6 @@ def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torc
     return tensor.flip(-1) if flip else tensor
 
 
-def to_pixels(image: Image.Image, bucket: Bucket) -> torch.Tensor:
-    """An image cropped and scaled to `bucket`, (3, H, W) in [-1, 1], fp32."""
-    pixels = np.asarray(resize_and_crop(image, bucket), dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
-    """The latents (C, H/f, W/f) of one image (3, H, W) in [-1, 1], in fp32 on the CPU: the mean of the VAE's
-    posterior, shifted and scaled for the denoiser. One image at a time and without TF32, so that the bits
-    never depend on other images."""
-    shift, scale = _shift_and_scale(base)
-    with torch.no_grad(), without_tf32():
-        mean = base.vae.encode(pixels[None].to(base.vae.device, base.vae.dtype)).latent_dist.mean
-    return ((mean - shift) * scale)[0].float().cpu()
-
-
 def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1], fp32 on the CPU, from latents (B, C, h, w).
 
@@ -45,7 +27,7 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
     tiles: an image takes 3 GiB at 1024 px, a tile of 512 px a quarter. The colours of tiles differ a little.
     A VAE that waits on the CPU comes to the device for it, if it fits.
     """
-    shift, scale = _shift_and_scale(base)
+    shift, scale = base.shift_and_scale
     unscaled = latents.to(base.device, base.vae.dtype) / scale + shift
     home, tile = base.vae.device, base.decode_tile
     with torch.no_grad():
@@ -79,9 +61,3 @@ def _decode(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
                 raise
             release_failed(error, base.device)
         base.decode_tile = smaller
-
-
-def _shift_and_scale(base: BaseModel) -> tuple[float, float]:
-    config = base.vae.config
-    scale = config.get("scaling_factor", base.family.latent_scale)
-    return float(config.get("shift_factor") or 0.0), float(scale)

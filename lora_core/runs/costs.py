@@ -25,7 +25,7 @@ import psutil
 from lora_core.data.images import ImageRecord, remember_latest
 from lora_core.errors import LoraError
 from lora_core.model_files import sizes
-from lora_core.model_files.detect import BaseFacts, lookup_base
+from lora_core.model_files.detect import BaseFacts, base_of
 from lora_core.runs.events import Progress, best_of, known_error
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
@@ -121,7 +121,7 @@ def cost_key(config: RunConfig) -> str:
     optim, adapter, base = config.optimizer, config.adapter, config.model.base
     # All of the section, so that a setting that is added to it later counts by itself.
     train = config.train.model_dump(exclude={"steps", "epochs"})
-    train["resolution"] = config.resolution(lookup_base(base).resolution)
+    train["resolution"] = config.resolution(base_of(config.model).resolution)
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
@@ -170,7 +170,7 @@ def _read_all(workspace: Path) -> dict[str, StepCost]:
 
 def step_passes(config: RunConfig) -> float:
     """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
-    side = config.resolution(lookup_base(config.model.base).resolution)
+    side = config.resolution(base_of(config.model).resolution)
     images = config.train.batch_size * config.train.gradient_accumulation_steps
     passes = CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS
     passes += config.slider.passes() if config.slider.on else 0
@@ -269,7 +269,7 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
         images: how many there are.
     """
     steps, preview, validation = config.train.steps, config.sample, config.validation
-    slider, own = config.slider.on, lookup_base(config.model.base).resolution
+    slider, own = config.slider.on, base_of(config.model).resolution
     lines = preview.prompts or [""] * min(USUAL_PROMPTS, USUAL_PROMPTS if slider else images)
     drawn: float = sum(
         sample_fields(preview, line)["steps"] * each / own**2
@@ -297,7 +297,7 @@ def num_rounds(steps: int, every: int) -> int:
 
 def memory_needed(config: RunConfig, known: BaseFacts) -> float | None:
     """About how many bytes a run on a processor takes at its peak, within a factor of two at best."""
-    parameters, export = parameters_of(lookup_base(config.model.base)), sizes.export_bytes(known, config)
+    parameters, export = parameters_of(base_of(config.model)), sizes.export_bytes(known, config)
     if not parameters or not export:
         return None
     asked = config.train.precision

@@ -47,7 +47,6 @@ from lora_core.train.loop import (
     StepSettings,
     TrainState,
     backward_micro_batch,
-    diffusion_loss,
     mean_loss,
     optimizer_step,
     sample_batch,
@@ -357,12 +356,10 @@ def _smooth(shares: list[float]) -> list[float]:
 
 def _share(session: setup.TrainSession, settings: StepSettings, number: int) -> float:
     """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
-    state, base = session.state, session.state.base
+    state = session.state
     batch, draw = sample_batch(state, session.batches, settings, number)
     with torch.no_grad(), at_strength(state.injected, 0.0):
-        condition = session.text.embed_batch(batch.captions)
-        rules = settings.config.loss
-        bare = diffusion_loss(base, batch.latents, condition, draw, rules, batch.sizes, batch.weights).mean()
+        bare = state.loss(state, session.text, batch, slice(None), draw, settings.config).mean()
     state.flat_params.zero_grad()
     loss = backward_micro_batch(state, session.batches, session.text, settings, number)
     losses, ok = optimizer_step(state, settings.config.optimizer.max_grad_norm, [loss], number + 1)

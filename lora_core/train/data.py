@@ -15,12 +15,12 @@ import torch
 
 from lora_core.data.captions import CHUNK, Prompt, rules_of, sample_record_caption
 from lora_core.data.images import Bucket, ImageRecord, hash_file, size_conditioning
+from lora_core.evaluate.validator import encode_view, identify_view
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import encode_batches, encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.prompts import as_negative_prompt, encode_weighted, parse_prompts, weighted_chunks
 from lora_core.models.unet import PromptEmbeds
-from lora_core.models.vae import encode_image, load_pixels
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.settings.schema import DatasetSection
 
@@ -138,21 +138,21 @@ class LatentCache:
         self._vae = base.digest("vae")
         self._memory: dict[tuple[object, ...], torch.Tensor] = {}
 
-    def latents(self, record: ImageRecord, bucket: Bucket, flip: bool) -> torch.Tensor:
-        """(4, h, w) in fp32 on the CPU.
+    def latents(self, record: ImageRecord, bucket: Bucket, flip: bool, mask: int = 0) -> torch.Tensor:
+        """(4, h, w) in fp32 on the CPU, or what an inpainting base sees of an image with a mask, see
+        `encode_view`.
 
         Raises:
             DatasetError: the image is not cached and cannot be read.
         """
-        key = (record.path, record.crop, bucket, flip)
+        key = (record.path, record.crop, bucket, flip, mask)
         if key not in self._memory:
             # Devices round differently, so each has latents of its own.
-            device = self._base.vae.device.type
-            crop, sizes = [record.crop] if record.crop else [], (bucket.width, bucket.height, flip, device)
-            name = short_digest(hash_file(record.path), self._vae, *sizes, *crop, *record.own_background)
+            sizes = (bucket.width, bucket.height, flip, self._base.vae.device.type)
+            name = short_digest(hash_file(record.path), self._vae, *sizes, *identify_view(record, mask))
             self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
-                lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},
+                lambda: {"value": encode_view(self._base, record, bucket, flip, mask)},
             )["value"]
         return self._memory[key]
 

@@ -1,5 +1,5 @@
-"""Objectives beside the squared error on a run's images: other errors, predictions of the base that are to be
-kept, and concept sliders, whose batches are prompts."""
+"""Objectives beside the squared error on a run's images: other errors, masks of inpainting bases, predictions
+of the base that are to be kept, and concept sliders, whose batches are prompts."""
 
 import itertools
 import random
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lora_core.evaluate.validator import mask_numbers
 from lora_core.lora.inject import at_strength
-from lora_core.models.load import BaseModel
+from lora_core.models.load import BaseModel, InpaintingModel
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, default_time_ids, to_device
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import SLIDER_STEPS, SliderSection
-from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.settings.schema import SLIDER_STEPS, DatasetSection, SliderSection
+from lora_core.train.data import Batch, Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import (
     Delta,
     NoiseSample,
@@ -24,6 +25,9 @@ from lora_core.train.loop import (
     sample_noise,
 )
 
+WHOLE = 0.25
+"""Share of the rows of an inpainting base whose mask covers the whole image, as in the training of Stable
+Diffusion inpainting (its model card: "in 25% mask everything")."""
 KEPT = 0.5
 """Share of a slider's rows that are prompts to leave alone, where there are any."""
 SLIDER_CFG = 3.0
@@ -67,6 +71,55 @@ def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> to
 def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
     """delta^(t / T), (B,): 1 at the first timestep, `delta` at the end. Source: as of `huber_error`."""
     return delta ** (timesteps.float() / noise.num_timesteps)
+
+
+@dataclass(frozen=True)
+class InpaintingBatch(Batch):
+    """One micro-batch of an inpainting base, with what it sees of each image, `conditions` (B, 5, h, w)."""
+
+    conditions: torch.Tensor
+
+
+class InpaintingBatches(Batches):
+    """All micro-batches of a run on an inpainting base, by number: each image has its own mask, or where it
+    has none one of its random masks or, for a share `WHOLE` of the rows, one that covers it."""
+
+    def __init__(
+        self, base: InpaintingModel, images: list[TrainImage], cache: LatentCache, rules: DatasetSection,
+        batch_size: int, seed: int,
+    ) -> None:  # fmt: skip
+        """As of `Batches`."""
+        super().__init__(images, cache, rules, batch_size, seed)
+        self._base = base
+
+    def batch(self, number: int) -> InpaintingBatch:
+        """Micro-batch `number`, counted from 0 over the whole run."""
+        batch, seen = super().batch(number), []
+        for row, (item, flip, _) in enumerate(self._rows(number)):
+            draw = random.Random(f"{self._seed}/mask/{number}/{row}")
+            if item.record.mask is None and draw.random() < WHOLE:
+                seen.append(self._base.blank_condition(*batch.latents.shape[-2:]))
+            else:
+                mask = draw.choice(mask_numbers(self._base, item.record))
+                seen.append(self._cache.latents(item.record, item.bucket, flip, mask))
+        return InpaintingBatch(**vars(batch), conditions=torch.stack(seen))
+
+
+def inpainting_loss(
+    state: TrainState, text: PromptCache, batch: Batch, rows: slice, draw: NoiseSample, config: RunConfig
+) -> torch.Tensor:
+    """As `image_loss`, over the whole image, with what an inpainting base sees of it; a batch without masks
+    counts as masked all over."""
+    noise, latents = state.base.noise, batch.latents[rows]
+    added = draw.noise if draw.perturbed is None else draw.perturbed
+    noisy = noise.add_noise(latents, added, draw.timesteps)
+    if isinstance(batch, InpaintingBatch):
+        noisy = torch.cat([noisy, batch.conditions[rows]], 1)
+    pair = noisy, noise.target(latents, draw.noise, draw.timesteps)
+    embeds, weights = text.embed_batch(batch.captions[rows]), batch.weights
+    counted = None if weights is None else weights[rows]
+    sizes = batch.sizes[rows]
+    return prediction_loss(state.base, pair, draw.timesteps, embeds, config.loss, sizes, counted)
 
 
 class PriorBatches:

@@ -37,7 +37,7 @@ from lora_core.data.dataset import (
 )
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
-from lora_core.evaluate.validator import weigh_latents
+from lora_core.evaluate.validator import mask_numbers, weigh_latents
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
 from lora_core.generate.request import GenerationRequest
@@ -70,7 +70,7 @@ from lora_core.models.device import (
     release_failed,
     use_device,
 )
-from lora_core.models.load import BaseModel, open_base
+from lora_core.models.load import BaseModel, InpaintingModel, open_base
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import check_kind
@@ -79,7 +79,7 @@ from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import TrainState, cosine, image_loss
-from lora_core.train.objectives import SliderBatches, slider_loss
+from lora_core.train.objectives import InpaintingBatches, SliderBatches, inpainting_loss, slider_loss
 from lora_core.train.validation import (
     ValidationSets,
     build_prior,
@@ -610,9 +610,10 @@ def prepare(
     trained = [] if slider.on else assign_buckets([*train, *reg] if train else [], *sides)
     items = [item for item in trained if not item.record.reg]
     held_items = largest(assign_buckets(held, *sides)) if held else []
-    wanted = [*all_views(trained, rules), *((item, False) for item in held_items)]
+    views = [(*view, mask_numbers(base, view[0].record)) for view in all_views(trained, rules)]
+    wanted = [*views, *((item, False, mask_numbers(base, item.record)[:1]) for item in held_items)]
     _encode_pictures(base, latents, wanted, say)
-    sets = build_validation_sets(largest(items), held_items, latents, config, base.noise.num_timesteps)
+    sets = build_validation_sets(largest(items), held_items, latents, config, base)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
@@ -643,7 +644,8 @@ def build_batches(
     """The micro-batches of a run: of its images, or of a concept slider's prompts."""
     count, slider = config.train.batch_size, config.slider
     if not slider.on:
-        return Batches(items, latents, config.dataset, count, config.seed)
+        rest = items, latents, config.dataset, count, config.seed
+        return InpaintingBatches(base, *rest) if isinstance(base, InpaintingModel) else Batches(*rest)
     side = config.resolution(base.resolution)
     bucket = choose_bucket(side, side, side, base.size_multiple)
     return SliderBatches(base, slider, count, bucket.width, config.seed)
@@ -705,8 +707,9 @@ def build_train_state(
                 title = config.optimizer.row.title
                 raise ConfigError(f"{title} averages the adapter itself; set {name} to 0.")
         average = ScheduleFree(injected, storage, optimizer)
-    max_norm, loss = config.adapter.max_norm, slider_loss if config.slider.on else image_loss
-    return TrainState(base, injected, optimizer, storage, scaler, average, max_norm, loss), notes
+    loss = inpainting_loss if base.facts.inpainting else image_loss
+    how = config.adapter.max_norm, slider_loss if config.slider.on else loss
+    return TrainState(base, injected, optimizer, storage, scaler, average, *how), notes
 
 
 def assign_buckets(
@@ -797,19 +800,28 @@ def _encode_captions(
 
 
 def _encode_pictures(
-    base: BaseModel, cache: LatentCache, wanted: list[tuple[TrainImage, bool]], say: OnProgress
+    base: BaseModel, cache: LatentCache, wanted: list[tuple[TrainImage, bool, range]], say: OnProgress
 ) -> None:
-    """Encode images; from the first that does not fit into the device's memory on, on the CPU."""
-    for done, (item, mirrored) in enumerate(wanted):
+    """Encode images, mirrored or not, and what an inpainting base sees of them with so many masks; from the
+    first that does not fit into the device's memory on, on the CPU."""
+
+    def encode(item: TrainImage, mirrored: bool, masks: range) -> None:
+        for mask in (0, *masks):
+            cache.latents(item.record, item.bucket, mirrored, mask)
+        if isinstance(base, InpaintingModel):
+            factor = base.vae_scale_factor
+            base.blank_condition(item.bucket.height // factor, item.bucket.width // factor)
+
+    for done, one in enumerate(wanted):
         say("Encoding images", done, len(wanted))
         try:
-            cache.latents(item.record, item.bucket, mirrored)
+            encode(*one)
         except Exception as error:
             if not out_of_memory(error) or is_on_cpu(base.vae):
                 raise
             release_failed(error, base.device)
             base.put("vae", torch.device("cpu"))
-            cache.latents(item.record, item.bucket, mirrored)
+            encode(*one)
     say("Encoding images", len(wanted), len(wanted))
 
 

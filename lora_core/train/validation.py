@@ -191,7 +191,7 @@ def build_validation_sets(
     held_out: list[TrainImage],
     cache: LatentCache,
     config: RunConfig,
-    timesteps: int,
+    base: BaseModel,
 ) -> ValidationSets:
     """Held-out and training images with fixed draws of noise and timestep, ready to be measured.
 
@@ -204,13 +204,16 @@ def build_validation_sets(
     if config.slider.on:
         return ValidationSets([], draws=section.draws_per_image, seed=config.seed)
 
+    timesteps = base.noise.num_timesteps
+
     def to_eval(image: TrainImage, captioned: TrainImage | None = None) -> validator.EvalImage:
         """`image`, with the caption of another one if given."""
         latents = cache.latents(image.record, image.bucket, False)
         digest = hash_file(image.record.path)
         noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
+        seen = cache.latents(image.record, image.bucket, False, 1) if base.facts.inpainting else None
         caption = plain_record_caption((captioned or image).record, config.dataset)
-        return validator.EvalImage(latents, noise, caption, image.sizes, image.weights)
+        return validator.EvalImage(latents, noise, caption, image.sizes, image.weights, seen)
 
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
     order = random.Random(f"{config.seed}/measured").sample(range(len(images)), min(count, len(images)))

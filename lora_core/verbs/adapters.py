@@ -141,8 +141,8 @@ def _check(shots: Sequence[GenerationRequest]) -> None:
     from lora_core.data.captions import check_prompt
     from lora_core.data.images import open_rgb
 
-    for image in {shot.image for shot in shots if shot.image}:
-        open_rgb(Path(image))
+    for file in {file for shot in shots for file in (shot.image, shot.mask) if file}:
+        open_rgb(Path(file))
     for shot in shots:
         shot.check()
         check_prompt(shot.prompt)
@@ -214,7 +214,8 @@ def verify(file: AdapterFile, base: str = "") -> Found:
 
     facts = read_base_facts(base) if base else None
     family = facts.family if facts else None
-    layout = base_layout(facts.path, family) if facts and family and not facts.single_file else None
+    own = facts and (facts.inpainting or not facts.single_file)
+    layout = base_layout(facts.path, family) if facts and family and own else None
     weight_of = BaseWeights(base).weight if facts and family else None
     return verify_adapter(Path(file), family, layout=layout, weight_of=weight_of)
 

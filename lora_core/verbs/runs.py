@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core.data.dataset import run_dataset, with_epochs
 from lora_core.errors import ConfigError, DatasetError, LoraError, ModelFileError, RunError
 from lora_core.generate.grid import split_values
-from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
+from lora_core.model_files.detect import base_of, is_remote, read_base_facts
 from lora_core.model_files.starting_settings import LEVELS, settings_from_lora, starting_settings
 from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
 from lora_core.runs.events import Event
@@ -159,7 +159,7 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
     from lora_core.runs.costs import forecast_run, read_costs
     from lora_core.runs.preflight import preflight
 
-    place, facts = workspace_folder(workspace), lookup_base(config.model.base).facts
+    place, facts = workspace_folder(workspace), base_of(config.model).facts
     hardware = Hardware(wanted=lambda: config.train.device)
     hardware.look()
     card = hardware.card()

@@ -58,15 +58,15 @@ def test_the_prediction_that_was_set_counts(tmp_path: Path) -> None:
     assert not found.guessed
 
 
-@pytest.mark.parametrize("kind", ["missing", "html", "flux", "inpainting", "folder", "hub"])
+@pytest.mark.parametrize("kind", ["missing", "html", "flux", "upscaling", "folder", "hub"])
 def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "x.safetensors"
     if kind == "html":
         file.write_text("<!doctype html><html>" + " " * 100)
     elif kind == "flux":
         write_header(file, {"double_blocks.0.img_attn.norm.key_norm.scale": [128]})
-    elif kind == "inpainting":
-        checkpoint(file, "sd15", **{f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]})
+    elif kind == "upscaling":
+        checkpoint(file, "sd15", **{f"{UNET}input_blocks.0.0.weight": [320, 7, 3, 3]})
     elif kind == "folder":
         file = tmp_path
     found = lookup_base("nobody/nothing-here" if kind == "hub" else str(file))
@@ -74,7 +74,7 @@ def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
         "missing": "does not exist",
         "html": "a web page",
         "flux": "a Flux model",
-        "inpainting": "an inpainting model",
+        "upscaling": "an upscaling model",
         "folder": "not a diffusers model",
         "hub": "hub cache",
     }

@@ -11,14 +11,13 @@ from lora_core.data.images import save_png
 from lora_core.errors import ConfigError, DatasetError
 from lora_core.generate.pipeline import (
     Pipeline,
-    encode_start,
     generate_image,
     infotext,
     make_scheduler,
     rescale_guidance,
 )
 from lora_core.generate.request import GenerationRequest, WeightedLora
-from lora_core.models.load import load_base
+from lora_core.models.load import encode_start, load_base
 from lora_core.settings.schema import SAMPLERS
 from lora_core.system.files import DEMO_BASE, DEMO_TRAIN
 from lora_core.tools.svd import truncate_adapter

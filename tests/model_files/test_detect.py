@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import base_path, is_hub_id, lookup_base, read_base_facts
+from lora_core.model_files.detect import CONV_IN, base_path, is_hub_id, lookup_base, read_base_facts
+from lora_core.model_files.families import FAMILIES
 from tests.app.bases import UNET, WIDTHS, checkpoint, write_header
 
 MARKER = [0]
@@ -135,11 +136,25 @@ def test_other_models_are_refused_by_their_name(tmp_path: Path, what: str) -> No
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("channels", [5, 7, 8, 9, 12])
+@pytest.mark.parametrize("channels", [5, 7, 8, 12])
 def test_other_inputs_are_refused(tmp_path: Path, channels: int) -> None:
     entry = {f"{UNET}input_blocks.0.0.weight": [320, channels, 3, 3]}
-    with pytest.raises(ModelFileError, match=f"{channels} input channels|inpainting"):
+    with pytest.raises(ModelFileError, match=f"{channels} input channels"):
         read_base_facts(str(checkpoint(tmp_path / "x.safetensors", "sd15", **entry)))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "resolution"), [("sd15", "sd15", 512), ("sd2", "sd2", 512), ("sdxl", "sdxl", 1024)]
+)
+def test_an_inpainting_checkpoint_is_recognized(tmp_path: Path, name: str, row: str, resolution: int) -> None:
+    """That of SD 2.x predicts noise at 512 px, unlike the usual one."""
+    entry = {CONV_IN: [320, 9, 3, 3]}
+    facts = read_base_facts(str(checkpoint(tmp_path / "x.safetensors", name, **entry)))
+    assert facts.family is FAMILIES[row]
+    assert (facts.inpainting, facts.prediction, facts.resolution) == (True, "epsilon", resolution)
+    assert f"{FAMILIES[row].title}, for inpainting, trained at {resolution} px" in facts.sentence
+    assert read_base_facts(str(folder(tmp_path / "folder", in_channels=9))).inpainting
+    assert not read_base_facts(str(folder(tmp_path / "plain", in_channels=4))).inpainting
 
 
 def test_an_unknown_width_lists_those_that_are_known(tmp_path: Path) -> None:
@@ -189,7 +204,6 @@ def test_a_folder_says_it_in_its_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"in_channels": 9}, "inpainting"),
         ({"in_channels": 7}, "7 input channels"),
         ({"cross_attention_dim": [768, 768]}, "cross_attention_dim"),
         ({"cross_attention_dim": 4096}, "4096 channels"),

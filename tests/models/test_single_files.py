@@ -282,7 +282,7 @@ OTHERS = {
     "SD3": ({UNET + "joint_blocks.0.context_block.attn.qkv.weight": (8, 8)}, "Stable Diffusion 3"),
     "refiner": ({"conditioner.embedders.0.model.transformer.resblocks.0.ln_1.bias": (8,)}, "refiner"),
     "cascade": ({"clip_txt_mapper.weight": (8, 8)}, "Cascade"),
-    "inpainting": ({UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)}, "inpainting"),
+    "upscaling": ({UNET + "input_blocks.0.0.weight": (320, 7, 3, 3)}, "upscaling"),
     "depth": ({UNET + "input_blocks.0.0.weight": (320, 5, 3, 3)}, "depth"),
     "editing": ({UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)}, "editing"),
     "ControlNet": ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "ControlNet"),

@@ -23,7 +23,7 @@ from lora_core.lora.layer import FlatParams, LoraSpec
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.load import BaseModel, streamline
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
-from lora_core.models.vae import decode_latents, encode_image
+from lora_core.models.vae import decode_latents
 from lora_core.settings.schema import LossSection
 from lora_core.system.files import FAMILY_CONFIGS
 from lora_core.train.loop import diffusion_loss, sample_noise
@@ -114,7 +114,7 @@ def test_each_phase_takes_the_memory_that_forecasts_assume(family: str, side: in
             found[phase] = (card.peak - without) / GIB
 
         takes("vae", parts["vae"])
-        takes("encode", lambda: encode_image(base, torch.zeros(3, side, side)))
+        takes("encode", lambda: base.encode_image(torch.zeros(3, side, side)))
         takes("decode", lambda: decode_latents(base, torch.zeros(1, 4, side // 8, side // 8)))
         base.vae = None  # type: ignore[assignment]
         del parts["vae"]

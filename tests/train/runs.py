@@ -62,8 +62,8 @@ class Toy:
         return RunFolder.create(self.home / "runs" / name, RunConfig().changed({**SETTINGS, **where, **own}))
 
 
-def toy(folder: Path) -> Toy:
-    """Made in a folder."""
+def toy(folder: Path, in_channels: int = 4) -> Toy:
+    """Made in a folder; the base is for inpainting with 9 `in_channels`."""
     pictures = folder / "pictures"
     pictures.mkdir()
     for number in range(4):
@@ -71,7 +71,7 @@ def toy(folder: Path) -> Toy:
         ImageDraw.Draw(image).ellipse((4, 4, 14 + 2 * number, 24), fill="orange")
         image.save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"dot, number {number}, plain")
-    return Toy(tiny_folder(folder / "base"), pictures, folder / "home")
+    return Toy(tiny_folder(folder / "base", in_channels=in_channels), pictures, folder / "home")
 
 
 def trained(

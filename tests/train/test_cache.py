@@ -33,7 +33,7 @@ def _counted(monkeypatch, name):
 
 
 def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypatch):
-    calls = _counted(monkeypatch, "encode_image")
+    calls = _counted(monkeypatch, "encode_view")
     bucket = Bucket(64, 64)
     first = LatentCache(base, tmp_path / "cache").latents(record, bucket, False)
     again = LatentCache(base, tmp_path / "cache")
@@ -47,7 +47,7 @@ def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypat
 def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monkeypatch):
     """They round differently, so a run on one must not begin from another's numbers."""
     made = []
-    monkeypatch.setattr(data, "encode_image", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
+    monkeypatch.setattr(data, "encode_view", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
     condition = data.encode_prompt(base, ["owl"])
     monkeypatch.setattr(data, "encode_prompt", lambda *_: made.append("caption") or condition)
     for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):

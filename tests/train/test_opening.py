@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lora_core.errors import OutOfMemory
+from lora_core.evaluate.validator import encode_view
 from lora_core.models import load
 from lora_core.models.load import load_base, open_base
-from lora_core.models.vae import encode_image
 from lora_core.train import data, setup
 from lora_core.train.setup import RuntimePlan
 from tests.train.runs import Toy, notes, result, trained, trouble
@@ -40,7 +40,7 @@ def test_a_deferred_base_has_the_weights_of_one_that_was_read_at_once(own_toy: T
 
 def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
     seen: list[tuple[str, bool]] = []
-    encoded, condition = data.encode_image, data.encode_prompt
+    encoded, condition = data.encode_view, data.encode_prompt
 
     def picture(base, *more):
         seen.append(
@@ -53,7 +53,7 @@ def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
         return condition(base, *more)
 
     with (
-        mock.patch.object(data, "encode_image", picture),
+        mock.patch.object(data, "encode_view", picture),
         mock.patch.object(data, "encode_prompt", text),
     ):
         trained(own_toy.run("ordered", train__steps=1))
@@ -111,10 +111,10 @@ def test_a_base_that_fits_in_no_way_says_so(own_toy: Toy) -> None:
 def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy: Toy) -> None:
     moved: list[str] = []
 
-    def encode(base, pixels):
+    def encode(base, *view):
         if not moved:
             raise FULL
-        return encode_image(base, pixels)
+        return encode_view(base, *view)
 
     def put(base, part, device):
         moved.append(f"{part} {device}")
@@ -124,7 +124,7 @@ def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy:
     for file in (own_toy.home / "cache" / "latents").iterdir():
         file.unlink()
     with (
-        mock.patch.object(data, "encode_image", encode),
+        mock.patch.object(data, "encode_view", encode),
         mock.patch.object(load.BaseModel, "put", put),
         mock.patch.object(setup, "is_on_cpu", return_value=False),
     ):
