@@ -86,12 +86,8 @@ def sample_latents(
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     share = 1.0 if start is None else request.denoising_strength
-    seen = noise[:, :0] if start is None else start[:, base.latent_channels :]
     timesteps = scheduler.timesteps[_begin(scheduler, request.steps, share) :]
-    if start is None or (seen.numel() and share == 1.0):
-        latents = noise * scheduler.init_noise_sigma
-    else:
-        latents = scheduler.add_noise(start[:, : base.latent_channels], noise, timesteps[:1])
+    latents, seen = _noisy_start(scheduler, noise, start, timesteps[:1], share)
     guided = request.cfg > 1
     phi = base.facts.cfg_rescale(request.cfg_rescale)
     both = PromptEmbeds.cat([negative, text]) if guided else text
@@ -118,6 +114,16 @@ def sample_latents(
             if on_latents is not None:
                 on_latents(functools.partial(predict_clean, base, scaled, output, timestep))
     return latents
+
+
+def _noisy_start(
+    scheduler: Any, noise: torch.Tensor, start: torch.Tensor | None, timestep: torch.Tensor, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents to begin with, and what an inpainting base sees beside them, (1, 0 or 5, h, w)."""
+    image, seen = (noise, noise[:, :0]) if start is None else start.tensor_split([noise.shape[1]], 1)
+    if start is None or (seen.numel() and share == 1.0):
+        return noise * scheduler.init_noise_sigma, seen
+    return scheduler.add_noise(image, noise, timestep), seen
 
 
 def _begin(scheduler: Any, steps: int, share: float) -> int:

@@ -28,7 +28,8 @@ HELPERS = {
     "lora_core/models/device.py": {"best_device", "use_device"},
     "lora_core/models/load.py": {
         "BaseModel.component", "BaseModel.image_size", "BaseModel.latent_channels", "BaseModel.on_device",
-        "BaseModel.resolution", "BaseModel.size_multiple", "BaseModel.vae_scale_factor",
+        "BaseModel.resolution", "BaseModel.shift_and_scale", "BaseModel.size_multiple",
+        "BaseModel.vae_scale_factor",
         "_DivideByOne.__rtruediv__",
     },
 }  # fmt: skip
