@@ -397,6 +397,8 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
     }  # fmt: skip
     fields |= {name: value for name, value in said.items() if value is not None}
     fields |= {"prompt": info.prompt, "negative": info.negative}
+    if not fields["image"]:
+        fields["mask"] = ""
     names: dict[str, str] = {}
     for _heading, files in lora_groups(snapshot):
         for _title, file in files:
