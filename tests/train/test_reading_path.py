@@ -22,11 +22,12 @@ HELPERS = {
         "SafetensorsFile.__init__", "SafetensorsFile._open", "SafetensorsFile.tensor",
     },
     "models/load.py": {
-        "BaseModel.modules", "BaseModel.component", "BaseModel.on_device", "_DivideByOne.__rtruediv__",
+        "BaseModel.modules", "BaseModel.component", "BaseModel.on_device", "BaseModel.resolution",
+        "_DivideByOne.__rtruediv__",
     },
 }  # fmt: skip
 """Small functions of other files. Of a step: a text encoder's device, a division that is left out, and the
-average, where one is kept. Of an export: how errors of the disk are worded, and the file read back, with the
+average, where one is kept. Of an export: the base's size, how errors of the disk are worded, and the file read back, with the
 family that it is for."""
 STEP = """
 import json, sys, threading, warnings
