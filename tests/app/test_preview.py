@@ -301,7 +301,7 @@ def test_settings_of_a_picture_go_into_the_form(app_state: AppState) -> None:
     assert preview_form.load_fields(snapshot) == {
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
         "cfg_rescale": 0.0, "width": 96, "height": 128, "image": None, "denoising_strength": 0.6,
-        "mask": "",
+        "mask": None,
     }  # fmt: skip
     assert preview_form.lora_rows(snapshot)[0] == [WeightedLora(str(file), 0.8, 0.4)]
 

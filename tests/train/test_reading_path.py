@@ -27,8 +27,8 @@ HELPERS = {
     },
 }  # fmt: skip
 """Small functions of other files. Of a step: a text encoder's device, a division that is left out, and the
-average, where one is kept. Of an export: the base's size, how errors of the disk are worded, and the file read back, with the
-family that it is for."""
+average, where one is kept. Of an export: the base's size, how errors of the disk are worded, and the file
+read back, with the family that it is for."""
 STEP = """
 import json, sys, threading, warnings
 from pathlib import Path
