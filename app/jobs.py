@@ -104,9 +104,9 @@ class RunView:
         reason = self.progress.reason or self.resume_info().reason
         if reason:
             return reason
-        said = last_log_line(self.run.log_file)
+        last = last_log_line(self.run.log_file)
         return (
-            _("The training process ended before it could say why. Its last words: {}", said) if said else ""
+            _("The training process ended before it could say why. Its last words: {}", last) if last else ""
         )
 
     def resume_info(self) -> ResumeInfo:

@@ -206,8 +206,8 @@ def _already_open(app_state: AppState) -> int | None:
         port = int(json.loads((app_state.workspace / "window.json").read_text())["port"])
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(f"http://127.0.0.1:{port}/easel", timeout=20) as answer:
-            said = json.loads(answer.read(1000))
-        if said.get("app") == "lora-easel" and said.get("workspace") == app_state.identity:
+            known = json.loads(answer.read(1000))
+        if known.get("app") == "lora-easel" and known.get("workspace") == app_state.identity:
             return port
     return None
 

@@ -72,14 +72,14 @@ WORDS = Words()
 
 def _(text: str, *values: object, **named: object) -> str:
     """A text in the window's language; the values fill its {} and {placeholders}."""
-    said = WORDS.catalogue.gettext(text) if text else ""
-    return said.format(*values, **named) if values or named else said
+    translated = WORDS.catalogue.gettext(text) if text else ""
+    return translated.format(*values, **named) if values or named else translated
 
 
 def pluralize(count: int, one: str, more: str | None = None) -> str:
     """ "1 image", "24 images"."""
-    said = WORDS.catalogue.ngettext(f"{{count}} {one}", f"{{count}} {more or one + 's'}", count)
-    return said.format(count=f"{count:,}")
+    translated = WORDS.catalogue.ngettext(f"{{count}} {one}", f"{{count}} {more or one + 's'}", count)
+    return translated.format(count=f"{count:,}")
 
 
 def label_of(name: str) -> str:
@@ -117,7 +117,7 @@ def script_words(language: str, scripts: bytes) -> str:
         # What `easel.plural` counts.
         one, more = f"{{count}} {text}", f"{{count}} {text}s"
         found |= {msgid: WORDS.catalogue.ngettext(one, more, n) for n, msgid in ((1, one), (2, more))}
-    changed = {text: said for text, said in found.items() if said != text}
+    changed = {text: translated for text, translated in found.items() if translated != text}
     return json.dumps(changed, ensure_ascii=False).replace("<", "\\u003c") if changed else ""
 
 

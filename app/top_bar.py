@@ -175,7 +175,7 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     if app_state.importer.working:
         raise RunError(_("Images are being imported; wait until that is done."))
     before, projects = app_state.project.path, app_state.projects
-    said = ""
+    note = ""
     match do:
         case "new":
             projects.new(title)
@@ -186,19 +186,19 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         case "delete":
             projects.delete(key)
         case "clean":
-            said = _("{size} freed.", size=format_bytes(clean_caches(app_state.workspace)))
+            note = _("{size} freed.", size=format_bytes(clean_caches(app_state.workspace)))
         case "empty":
             size = folder_bytes(trash_folder(app_state.workspace))
             empty_trash(app_state.workspace)
-            said = _("{size} freed.", size=format_bytes(size))
+            note = _("{size} freed.", size=format_bytes(size))
         case "restore":
-            said = _restored(app_state, key)
+            note = _restored(app_state, key)
         case _:
             raise BadRequest("no such action")
     switched = app_state.project.path != before
     if switched:
         app_state.reset_project_view()
-    return {**_shelves(app_state), "switched": switched, "said": said}
+    return {**_shelves(app_state), "switched": switched, "said": note}
 
 
 def _restored(app_state: AppState, place: str) -> str:

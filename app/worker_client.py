@@ -315,8 +315,8 @@ class WorkerClient:
             process.stdin.flush()
 
     def _death(self, reason: str) -> str:
-        said = last_log_line(self.log_file)
-        return _("The worker process ended: {}. It restarts with the next request. {}", reason, said).strip()
+        last = last_log_line(self.log_file)
+        return _("The worker process ended: {}. It restarts with the next request. {}", reason, last).strip()
 
 
 def _messages(stream: IO[bytes] | None) -> Any:

@@ -173,8 +173,8 @@ def upload(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     file = Path(str(result["file"]))
     files = files_to_upload(file, file.with_suffix(".md").read_text("utf-8"), license)
     url, written = upload_files(repo, files)
-    said = render("export/uploaded.html", url=url, kept="README.md" not in written, license=license)
-    return {"copied": said, "works_in": compatibility_card(result)}
+    note = render("export/uploaded.html", url=url, kept="README.md" not in written, license=license)
+    return {"copied": note, "works_in": compatibility_card(result)}
 
 
 def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, dict[str, Any]]:

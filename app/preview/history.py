@@ -150,17 +150,17 @@ class History:
 
     def _of_line(self, line: bytes) -> HistoryEntry | None:
         try:
-            said: dict[str, Any] = parse_json(line)
-            file = Path(os.path.abspath(self.folder / said["file"]))
+            row: dict[str, Any] = parse_json(line)
+            file = Path(os.path.abspath(self.folder / row["file"]))
             if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
                 return None
             rows, columns = (
-                make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
+                make_axis(a["kind"], a["values"]) if a else None for a in (row["rows"], row["columns"])
             )
             # Entries from before this setting were not rescaled.
-            shot = GenerationRequest.from_json({"cfg_rescale": 0.0, **said["shot"]})
-            drawn_at = float(said["time"])
-            return HistoryEntry(file, shot, rows, columns, drawn_at, bool(said.get("beside")))
+            shot = GenerationRequest.from_json({"cfg_rescale": 0.0, **row["shot"]})
+            drawn_at = float(row["time"])
+            return HistoryEntry(file, shot, rows, columns, drawn_at, bool(row.get("beside")))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
 

@@ -389,13 +389,13 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
     project = snapshot.app_state.project
     fields = load_fields(snapshot)
     sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
-    said = {
+    given = {
         "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
         "cfg_rescale": (info.cfg_rescale or 0.0) if info.cfg is not None else None,
         "width": info.width, "height": info.height, "denoising_strength": info.denoising_strength,
         "image": "" if info.cfg is not None and info.denoising_strength is None else None,
     }  # fmt: skip
-    fields |= {name: value for name, value in said.items() if value is not None}
+    fields |= {name: value for name, value in given.items() if value is not None}
     fields |= {"prompt": info.prompt, "negative": info.negative}
     if not fields["image"]:
         fields["mask"] = ""
@@ -405,7 +405,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
             names.setdefault(WeightedLora(file).name.casefold(), file)
     rows: list[WeightedLora] = []
     missing = (
-        [_("the image that it started from")] if said["denoising_strength"] and not fields["image"] else []
+        [_("the image that it started from")] if given["denoising_strength"] and not fields["image"] else []
     )
     for tag in info.loras:
         found = names.get(tag.name.casefold())

@@ -371,9 +371,11 @@ class BackgroundTask:
         with self._lock:
             reply, shown = self._reply, {"words": "", "name": self._name}
             if reply is not None and not reply.finished.is_set():
-                said = reply.phase or self._worker.describe(reply)
+                doing = reply.phase or self._worker.describe(reply)
                 count = _(", {:,} of {:,}", reply.done, reply.total) if reply.total > 1 else ""
-                words = f"{_(self._title)}: {said[:1].lower() + said[1:]}{count}" if said else _(self._title)
+                words = (
+                    f"{_(self._title)}: {doing[:1].lower() + doing[1:]}{count}" if doing else _(self._title)
+                )
                 progress = {"done": reply.done, "total": reply.total, "words": words}
                 return {**shown, "state": "working", "revision": self._revision, **progress}
             if reply is not None and not self._told:

@@ -206,12 +206,12 @@ class TrainForm:
         if seen is not None and seen[FORM.index("model.base")] == given["model.base"]:
             return [gr.skip()] * (3 + len(FORM))
         old_level = chosen_preset(self.project.draft())[1]
-        said, level, changed = choose_base(self.bindings.app_state, given)
+        note, level, changed = choose_base(self.bindings.app_state, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
         with self.project.editing():
             keep_changed_values(self.project, seen, list(values))
             self.project.update_draft(values=current_values(self.project) | fresh, level=level)
-        shown = [note_html(said) if said else "", gr.skip() if level == old_level else level]
+        shown = [note_html(note) if note else "", gr.skip() if level == old_level else level]
         return [*shown, list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
 
 

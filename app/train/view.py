@@ -70,8 +70,10 @@ def build_notifications(bindings: Bindings) -> None:
                 return note_html(_("Saved.") if (text or "").strip() else _("Saved: no notifications."))
         except (LoraError, OSError) as error:
             return problem_html(error)
-        said = send_test(text or "")
-        return problem_html(said) if said else note_html(_("A message was sent: look whether it arrived."))
+        problem = send_test(text or "")
+        return (
+            problem_html(problem) if problem else note_html(_("A message was sent: look whether it arrived."))
+        )
 
     def save(text: str, request: gr.Request) -> str:
         return act(False, text, request)

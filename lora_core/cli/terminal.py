@@ -80,18 +80,18 @@ def slow_notes() -> Callable[..., None]:
     On a terminal it keeps to one line; elsewhere it is a line every few seconds.
     """
     terminal, began = sys.stderr.isatty(), time.monotonic()
-    said = began if not terminal else 0.0
+    noted_at = began if not terminal else 0.0
 
     def note(*what: str | int) -> None:
-        nonlocal said
+        nonlocal noted_at
         words = [part for part in what if isinstance(part, str)]
         counts = [part for part in what if isinstance(part, int)]
         text = ", ".join([*map(one_line, words), *([f"{counts[0]} of {counts[1]}"] if counts else [])])
         last = bool(counts) and counts[0] == counts[1]
         if terminal:
             write(sys.stderr, text + ("\n" if last else ""), over=True)
-        elif time.monotonic() - said > SECONDS_BETWEEN_NOTES:
-            said = time.monotonic()
+        elif time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
+            noted_at = time.monotonic()
             write(sys.stderr, f"{text}\n")
 
     return note

@@ -4,8 +4,8 @@ Findings are advice, from pixels and captions, without a model. Thresholds let a
 and a short caption pass, and each finding says what to do about it.
 
 A LoRA learns what its captions do not explain. An attribute that most images share goes to the trigger word
-unless captions name it, and a word in all captions cannot be told from the trigger. Attributes are the few
-that a thumbnail shows: a plain background's colour, a frame, brightness, one colour, black and white, one
+unless captions name it, and a word in all captions is taken for the trigger. Attributes are the few that a
+thumbnail shows: a plain background's colour, a frame, brightness, one colour, black and white, one
 composition. Thresholds are strict: a missed attribute costs nothing, a reported one has to be plain to see.
 """
 

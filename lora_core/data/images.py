@@ -58,9 +58,9 @@ class Concept:
         share: the part of the looks that it gets, beside the shares of the other concepts; 0 where repeats
             count.
         class_tokens: the caption of images without one.
-        prefix, suffix: what stands around each caption.
+        prefix, suffix: texts around each caption.
         rules: settings of the section `dataset` that it has in place of the run's.
-        number: its place in `dataset.toml`, from 1; 0 where it only stands for what a folder's name says.
+        number: its place in `dataset.toml`, from 1; 0 where it comes from a folder's name alone.
     """
 
     name: str
@@ -276,7 +276,7 @@ def _walk_folder(
         elif clean_text(entry.name) != entry.name:
             yield FileProblem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
         elif entry.is_file(follow_symlinks=False):
-            # Told by the folder itself: asking for each of many files takes most of the time of listing them.
+            # From the folder's entries: a `stat` of each file takes most of the time of listing many.
             yield path
         elif not os.path.isdir(path):
             yield _check_file(path, shown, *bounds)

@@ -147,7 +147,7 @@ class Module:
 
     @property
     def first_key(self) -> str:
-        """The one that stands first in the file."""
+        """The first of them in the file."""
         return next(iter(self.keys.values()))
 
 
@@ -403,7 +403,7 @@ def invokeai(file: AdapterFile) -> Loaded:
     keys = [key for key in file.shapes if key not in bundled]
     modules = match_keys(keys, names, (KOHYA,), norms, NO_BIAS_KINDS)
     if file.family.portable:
-        # The base is told by the first width that the keys give away, in the file's order.
+        # The first width that the keys show, in the file's order, decides the base.
         width = _invokeai_width(file.shapes)
         if width is None and any(_DEEP_TRANSFORMER.match(key) for key in keys):
             width = ldm_family().context_width
@@ -588,7 +588,7 @@ _BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_
 def _by_block(prefixes: Sequence[str]) -> list[str]:
     """Prefixes with original names in the order in which diffusers translates them.
 
-    What lies in no block comes first, conv_in included; then the blocks, in the order in which Python's set
+    What is in no block comes first, conv_in included; then the blocks, in the order in which Python's set
     has their numbers: not always ascending.
     """
     blocks = [None if p.startswith("lora_unet_input_blocks_0_0") else _BLOCK.match(p) for p in prefixes]
@@ -731,7 +731,7 @@ def _kohya_text_names(file: AdapterFile, projection: bool = False) -> list[tuple
 
 
 def _by_prefix(keys: Sequence[str]) -> dict[str, set[str]]:
-    """What stands before the first dot of the keys, to what follows."""
+    """The keys' part before the first dot, to the parts after it."""
     prefixes: dict[str, set[str]] = {}
     for key in keys:
         prefix, _, suffix = key.partition(".")

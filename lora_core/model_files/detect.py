@@ -151,9 +151,9 @@ class BaseFacts:
             return "A .ckpt file; what kind of base it is shows when the run starts."
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
         snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
-        told = f" ({self.prediction_source})" if self.prediction_source else ""
+        source = f" ({self.prediction_source})" if self.prediction_source else ""
         title = f"{self.family.title}, for inpainting" if self.inpainting else self.family.title
-        return f"{title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
+        return f"{title}, trained at {self.resolution} px, predicts {predicts}{source}{snr}."
 
 
 def base_path(name: str) -> Path:

@@ -296,9 +296,9 @@ def list_trash(workspace: Path) -> list[TrashItem]:
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
-            said = files.parse_json(label.read_bytes())
-            came_from = workspace.absolute() / str(said["came_from"])
-            one = TrashItem(label.parent, str(said["name"]), came_from, float(said["time"]))
+            row = files.parse_json(label.read_bytes())
+            came_from = workspace.absolute() / str(row["came_from"])
+            one = TrashItem(label.parent, str(row["name"]), came_from, float(row["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError):
             continue
         if one.content.exists():

@@ -534,7 +534,7 @@ def _send(recipient: str, facts: dict[str, Any]) -> str:
         why = str(error)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
-    return f"The end of the run could not be told to {recipient}: {why.rstrip('.')}."
+    return f"The notification could not be sent to {recipient}: {why.rstrip('.')}."
 
 
 def _facts(run: RunFolder, reason: str) -> dict[str, Any] | None:
@@ -562,9 +562,9 @@ def _run(command: str, facts: dict[str, Any]) -> str:
     )  # fmt: skip
     if not done.returncode:
         return ""
-    said = done.stderr.decode("utf-8", errors="replace").strip().splitlines()
-    words = f": {said[-1][:200].rstrip('.')}" if said else ""
-    return f"The command that tells of a run's end ({command}) ended with code {done.returncode}{words}."
+    lines = done.stderr.decode("utf-8", errors="replace").strip().splitlines()
+    words = f": {lines[-1][:200].rstrip('.')}" if lines else ""
+    return f"The notification command ({command}) ended with code {done.returncode}{words}."
 
 
 def _split(command: str) -> list[str]:

@@ -577,14 +577,14 @@ class _Runner:
 
     def _wait_while(self, busy: Callable[[], str]) -> bool:
         """Wait while `busy` names a run that another process trains; false where this runner must end."""
-        said = False
+        announced = False
         while name := busy():
             self._check_paused()
             if self.must_end:
                 return False
-            if not said:
+            if not announced:
                 self._say(f"Waiting for the run {name}, which is still running.")
-            said = True
+            announced = True
             time.sleep(TICK * 2)
         return True
 

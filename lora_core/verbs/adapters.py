@@ -381,12 +381,12 @@ def strength(
     measured = measure_strength(Path(file), base.family, bench.gains, apart)
     fits = [{key: value for key, value in fit.items() if key != "part"} for fit in measured["fits"]]
     found = dict(zip(("unet", "text_encoders"), fits, strict=True)) if apart else fits[0]
-    said = measured["sentences"]
+    sentences = measured["sentences"]
     if bake:
         to = Rewrite(Path(file), Path(bake))
-        said = [*said, bake_strength(to, base.family, measured["strengths"])]
+        sentences = [*sentences, bake_strength(to, base.family, measured["strengths"])]
         found["file"] = str(bake)
-    return {**found, "sentences": said}
+    return {**found, "sentences": sentences}
 
 
 @verb

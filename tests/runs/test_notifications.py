@@ -128,7 +128,7 @@ def test_what_goes_wrong_is_one_sentence(
     Listener.answer = 404
     failing = f'"{sys.executable}" -c "import sys; sys.exit(\'no bell\')"'
     for whom, words in (
-        (f"{address}/x", "could not be told to http://127.0.0.1"),
+        (f"{address}/x", "could not be sent to http://127.0.0.1"),
         ("http://127.0.0.1:9/x", "could not be told"),
         ("https://[", "could not be told"),
         (str(tmp_path / "no-such-program"), "could not be told"),
