@@ -129,9 +129,9 @@ def test_what_goes_wrong_is_one_sentence(
     failing = f'"{sys.executable}" -c "import sys; sys.exit(\'no bell\')"'
     for whom, words in (
         (f"{address}/x", "could not be sent to http://127.0.0.1"),
-        ("http://127.0.0.1:9/x", "could not be told"),
-        ("https://[", "could not be told"),
-        (str(tmp_path / "no-such-program"), "could not be told"),
+        ("http://127.0.0.1:9/x", "could not be sent"),
+        ("https://[", "could not be sent"),
+        (str(tmp_path / "no-such-program"), "could not be sent"),
         (failing, "ended with code 1: no bell"),
     ):
         monkeypatch.setenv(diagnosis.VARIABLE, whom)
@@ -181,4 +181,4 @@ def test_it_can_be_tried(tmp_path: Path, address: str) -> None:
     assert [path for path, _ in Listener.heard] == ["/a"]
     assert "command or a web address" in send_test(" ")
     assert "No closing quotation" in send_test("say 'hello")
-    assert "could not be told" in send_test(str(tmp_path / "no-such-program"))
+    assert "could not be sent" in send_test(str(tmp_path / "no-such-program"))
