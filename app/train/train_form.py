@@ -40,7 +40,7 @@ from app.train.form import (
     widget,
     widget_values,
 )
-from lora_core.model_files.detect import EMBEDDED, lookup_base
+from lora_core.model_files.detect import EMBEDDED, BaseFacts, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.schema import LossSection
@@ -122,7 +122,7 @@ class TrainForm:
             made["train.steps"] = widget("train.steps", elem_id="steps", elem_classes=HIDDEN_INFO)
             made["train.epochs"] = widget("train.epochs", elem_id="train-epochs", elem_classes=HIDDEN_INFO)
         made["train.resolution"] = gr.Dropdown(
-            _resolutions(0),
+            _resolutions(),
             label="Resolution",
             info=help_of("train.resolution"),
             allow_custom_value=True,
@@ -135,7 +135,7 @@ class TrainForm:
                 made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
         self.bindings.follow(slider, lambda snap: gr.update(visible=snap.plan.is_slider))
         self.bindings.follow(
-            made["train.resolution"], lambda snap: gr.update(choices=_resolutions(_own_size(snap)))
+            made["train.resolution"], lambda snap: gr.update(choices=_resolutions(snap.plan.base))
         )
 
     def _build_advanced(self, made: dict[str, Any]) -> Any:
@@ -318,13 +318,9 @@ def _field_id(name: str) -> str:
     return name.replace(".", "-").replace("_", "-")
 
 
-def _own_size(snapshot: Snapshot) -> int:
-    base = snapshot.plan.base
-    return base.resolution if base.family else 0
-
-
-def _resolutions(own: int) -> list[tuple[str, int]]:
+def _resolutions(base: BaseFacts | None = None) -> list[tuple[str, int]]:
     """The sizes to choose from; 0 is what the base was trained at."""
+    own = base.resolution if base and base.family else 0
     words = _("{own} (the base)", own=own) if own else _("As the base")
     return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 

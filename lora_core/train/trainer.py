@@ -376,7 +376,6 @@ def finish_unprepared(context: callbacks.RunContext) -> Outcome:
     if found is None:
         return finish_early(context, 0, None)
     step = found[1].step
-
     return finish_early(context, step, lambda: Path(context.export(step)["file"]))
 
 

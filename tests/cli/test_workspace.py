@@ -110,7 +110,7 @@ def test_who_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert words(capsys, "notify", "echo hello") == "echo hello"
     assert words(capsys, "notify", "--test") == "echo hello"
     assert main(["notify", "no-such-command-here", "--test"]) == 1
-    assert "could not be told" in capsys.readouterr().err
+    assert "could not be sent" in capsys.readouterr().err
     assert main(["notify", "echo 'open"]) == 1
     assert words(capsys, "notify", "") == "Nobody is notified when a run ends."
 
