@@ -41,8 +41,15 @@ def commands() -> list[str]:
     return re.findall(r"`lora-easel ([^`]+)`", page("docs/commands.md"))
 
 
+PROGRAM = (
+    r"(?:lora-easel |lora-easel-window|LORA_EASEL_PASSWORD=|python launch\.py|python assets|"
+    r"\S*python -m (?:tests|hatchling)[ .]|mkdocs |pip install |docker |accelerate |ssh |hf auth )"
+)
+"""How a command in the text, and not a mere name, begins."""
+
+
 def lines_of_commands() -> list[str]:
-    """All commands of blocks for a shell; of other blocks and of the text those of ours, but for mere names.
+    """All commands of blocks for a shell, and of other blocks and of the text.
 
     A line may end with what it does, two spaces or more behind it.
     """
@@ -50,9 +57,10 @@ def lines_of_commands() -> list[str]:
     for text in map(page, PAGES):
         for kind, block in re.findall(r"^ *```(\w+)\n(.*?)^ *```", text, re.M | re.S):
             lines = [re.sub(r"  +.*", "", line.strip()) for line in block.splitlines()]
-            ours = re.compile("" if kind == "sh" else "lora-easel" if kind == "text" else "$.")
-            found |= dict.fromkeys(one for line in lines if ours.match(line) for one in line.split(" && "))
-        found |= dict.fromkeys(re.findall(r"`((?:lora-easel |python -m tests[ .])[^`]+)`", text))
+            begins = re.compile("" if kind == "sh" else PROGRAM if kind == "text" else "$.")
+            found |= dict.fromkeys(one for line in lines if begins.match(line) for one in line.split(" && "))
+        inline = re.findall(rf"`({PROGRAM}[^`]*)`", text)
+        found |= dict.fromkeys(" ".join(one.split()) for one in inline)
     return [one for one in found if one.removeprefix("lora-easel ") not in VERBS]
 
 
@@ -62,15 +70,22 @@ def check_command(words: list[str]) -> None:
     Raises:
         AssertionError, SystemExit: it is not.
     """
-    program, *rest = words
+    program, *rest = [word for word in words if not word.startswith("LORA_EASEL_PASSWORD=")]
     if program == "lora-easel":
         parse(rest)
     elif program == "lora-easel-window" or words == ["python", "launch.py"]:
         window_parser().parse_args(rest[1:])
     elif program == "python" and rest[0] == "launch.py":
         assert f"launch.py {rest[1]} " in page("launch.py")
-    elif program == "python" and rest[0] == "-m":
-        assert importlib.util.find_spec(rest[1]) is not None
+    elif program.endswith("python") and rest[0] == "-m":
+        installed = rest[1] in page("pyproject.toml")
+        assert installed or importlib.util.find_spec(rest[1]) is not None
+    elif program == "docker":
+        given = [word for word in rest if word.startswith("TORCH=")]
+        assert len(given) == rest.count("--build-arg")
+        assert rest[0] in ("build", "compose", "run", "exec")
+    elif program in ("accelerate", "ssh", "hf", "pip"):
+        pass  # not ours
     elif program == "python":
         script = page(rest[0])
         assert [word for word in rest if word.startswith("--") and f'"{word}"' not in script] == []
