@@ -7,6 +7,7 @@ is tried again; what was downloaded is kept.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -275,6 +276,7 @@ def run_install(command: list[str], quiet: bool = False) -> bool:
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
     environment.setdefault("PIP_RESUME_RETRIES", "8")  # older versions of pip do not know it
+    environment.setdefault("PIP_COMPILE", "0")  # a part of it is ever imported, and is compiled then, once
     if (ROOT / WHEELS).is_dir() and "download" not in command:
         environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (ROOT / WHEELS).as_uri()}
     if quiet or (sys.stdout and sys.stdout.isatty()):  # on a terminal pip draws its own progress bars
@@ -395,7 +397,10 @@ def uv(*arguments: str) -> bool:
 
     It is not asked where pip is set up for another index, as it does not read that.
     """
-    if (ROOT / WHEELS).is_dir() or has_own_index() or not pip("uv", "--only-binary", ":all:", quiet=True):
+    if (ROOT / WHEELS).is_dir() or has_own_index():
+        return False
+    there = PYTHON.with_name("uv" + PYTHON.suffix).exists()
+    if not there and not pip("uv", "--only-binary", ":all:", quiet=True):
         return False
     command = [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON)]
     return run_install([*command, *arguments])
@@ -403,11 +408,15 @@ def uv(*arguments: str) -> bool:
 
 def has_own_index() -> bool:
     """Whether pip is set up, by its variable or a file, for an index other than the usual one."""
+    return "PIP_INDEX_URL" in os.environ or _configured_index(PYTHON)
+
+
+@functools.cache
+def _configured_index(python: Path) -> bool:
     with contextlib.suppress(OSError):
-        command = [str(PYTHON), "-m", "pip", "config", "get", "global.index-url"]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            return True
-    return "PIP_INDEX_URL" in os.environ
+        command = [str(python), "-m", "pip", "config", "get", "global.index-url"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return False
 
 
 @contextlib.contextmanager
@@ -574,6 +583,10 @@ def ask_python(code: str, *words: str) -> str | None:
     """What the Python of .venv prints for `code`, None where it cannot."""
     command = [str(PYTHON), "-c", code, *words]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        # A path may have letters that the console's encoding lacks.
+        around = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=around, capture_output=True, encoding="utf-8", check=True
+        )
         return done.stdout.strip()
     return None

@@ -131,7 +131,11 @@ def _header(bindings: Bindings) -> Any:
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
             bindings.follow(html_block(), top_bar.memory_usage)
-            tools = {"has_password": bindings.app_state.has_password, "languages": LANGUAGES}
+            tools = {
+                "has_password": bindings.app_state.has_password,
+                "has_documents": top_bar.has_documents(),
+                "languages": LANGUAGES,
+            }
             html_block(lambda: render("header.html", part="tools", **tools))
     hub = html_block(lambda: render("header.html", part="notes"))
     hub.js_on_load = MOUNTED.format(name="hub")

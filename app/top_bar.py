@@ -1,8 +1,10 @@
 """The header above every tab: the run that is going on, whatever run is shown, with its buttons, the project
-picker, whose list `assets/projects.js` fills when it opens, and the doctor."""
+picker, whose list `assets/projects.js` fills when it opens, the documents and the doctor."""
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,20 +13,23 @@ from typing import Any
 
 import psutil
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 
-from app.routes import BadRequest, add_actions, add_reads
+from app.routes import BadRequest, add_actions, add_reads, below
 from app.state import AppState, ShownRun, Snapshot
-from app.templates import STATES, _, format_clock, format_duration, problem_html, render
+from app.templates import STATES, WORDS, _, format_clock, format_duration, problem_html, render
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO_TITLE
 from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.runs.events import Progress
-from lora_core.system.files import ASSETS, folder_bytes, format_bytes
+from lora_core.system.files import ASSETS, IS_CHECKOUT, PACKAGE, SITE, folder_bytes, format_bytes
 from lora_core.system.hardware import resident_bytes
-from lora_core.system.processes import child_environment, detached
+from lora_core.system.processes import LANGUAGE, child_environment, detached
 
 TITLE = "LoRA Easel"
+DOCUMENTS = re.compile(r"[A-Z]+(\.md)?|(docs|assets/base)/.+\.(md|png|webp)")
+"""Files of a checkout that are documents."""
+SITE_TYPES = {".html", ".css", ".js", ".json", ".png", ".webp", ".svg", ".ico", ".license"}
 DIAGNOSIS_SECONDS = 120
 FEW_STEPS = 10
 """So many steps say how long each of the rest takes."""
@@ -134,10 +139,11 @@ def add_project_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the picker's routes to `app`."""
     add_reads(app, {"projects": lambda: _shelves(app_state), "doctor": lambda: _checks(app_state.workspace)})
     app.get("/easel/doctor.zip")(lambda: _bug_report(app_state.workspace))
+    app.get("/easel/docs/{path:path}")(_document)
     add_actions(app, {"projects": lambda sent: _change(app_state, sent)})
 
 
-def _diagnose(workspace: Path, *options: str) -> dict[str, Any]:
+def _diagnose(workspace: Path, *options: str, language: str = "en") -> dict[str, Any]:
     """What `lora-easel doctor` finds, in a process of its own: PyTorch, which it imports, may be broken.
 
     Raises:
@@ -147,7 +153,7 @@ def _diagnose(workspace: Path, *options: str) -> dict[str, Any]:
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", timeout=DIAGNOSIS_SECONDS, check=False,
-            env=child_environment(workspace), **detached(),
+            env=child_environment(workspace) | {LANGUAGE: language}, **detached(),
         )  # fmt: skip
         return dict(json.loads(done.stdout))
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
@@ -156,9 +162,36 @@ def _diagnose(workspace: Path, *options: str) -> dict[str, Any]:
 
 def _checks(workspace: Path) -> dict[str, str]:
     """The doctor's dialog: what is wrong first."""
-    rows = sorted(_diagnose(workspace)["checks"], key=lambda row: row["ok"])
+    rows = sorted(_diagnose(workspace, language=WORDS.language)["checks"], key=lambda row: row["ok"])
     wrong = sum(not row["ok"] for row in rows)
-    return {"html": render("header.html", part="doctor", checks=rows, wrong=wrong)}
+    return {
+        "html": render("header.html", part="doctor", checks=rows, wrong=wrong, has_documents=has_documents())
+    }
+
+
+def has_documents() -> bool:
+    """Whether this installation has the documents."""
+    return SITE.is_file() or IS_CHECKOUT
+
+
+def _document(path: str) -> Response:
+    """A file of the documents: of their site, or where that was not built, of its sources.
+
+    Raises:
+        BadRequest: there is no such document.
+    """
+    if SITE.is_file():
+        return FileResponse(below(SITE.parent, path or SITE.name, SITE_TYPES))
+    path = path or "README.md"
+    if not IS_CHECKOUT or not DOCUMENTS.fullmatch(os.path.normpath(path).replace(os.sep, "/")):
+        raise BadRequest(path)
+    file = below(PACKAGE.parent, path, {".md", ".png", ".webp", ""})
+    if file.suffix != ".md":
+        return FileResponse(file)
+    from markdown_it import MarkdownIt
+
+    text = MarkdownIt("commonmark").enable("table").render(file.read_text("utf-8"))
+    return Response(render("document.html", title=path, text=text), media_type="text/html")
 
 
 def _bug_report(workspace: Path) -> Response:

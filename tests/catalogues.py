@@ -11,6 +11,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jinja2
 from babel.messages import Catalog
@@ -29,10 +30,12 @@ from app.train import view as train_view
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.caption_edits import HOWS
+from lora_core.report import doctor
 from lora_core.runs.events import HELD_OUT, WANTED_CHANGE
 from lora_core.settings import schema
 from lora_core.settings.config import FIELDS, help_of, label_of
 from lora_core.system.files import ASSETS
+from lora_core.system.hardware import REINSTALL
 
 ROOT = FOLDER.parent
 Text = str | tuple[str, str]
@@ -45,6 +48,8 @@ CALLS = {
     "text_field": (0, 2),
     "_verdict": (0, 2),
     "_text": (2,),
+    "Check": (0,),
+    "_folder": (0,),
 }
 """Functions and the arguments of theirs that are texts."""
 KEYWORDS = ("label", "info", "placeholder")
@@ -135,7 +140,7 @@ def texts_of_tables() -> Iterator[Text]:
     yield "This failed because of a bug in LoRA Easel; its log has the details."
     yield from (family.title for family in FAMILIES.values())
     yield "A .ckpt file; what kind of base it is shows when the run starts."
-    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, state.SHARED)
+    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, state.SHARED, REINSTALL)
     # Words that are counted, kinds of what is in the trash, states in the queue, curves, phases of an import.
     yield from (
         counted("image"),
@@ -158,7 +163,7 @@ def collect() -> Catalog:
     """All texts, each with the files that have it."""
     found = Catalog(project="LoRA Easel", charset="utf-8", fuzzy=False, creation_date=NO_TIME)
     readers = {".py": texts_of_code, ".html": texts_of_template, ".js": texts_of_script}
-    for file in sorted([*(ROOT / "app").rglob("*.*"), *ASSETS.glob("*.js")]):
+    for file in sorted([*(ROOT / "app").rglob("*.*"), *ASSETS.glob("*.js"), Path(doctor.__file__)]):
         if reader := readers.get(file.suffix):
             for text in reader(file.read_text("utf-8")):
                 found.add(text, locations=[(file.relative_to(ROOT).as_posix(), 0)])

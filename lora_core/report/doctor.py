@@ -5,6 +5,7 @@ finding.
 """
 
 import contextlib
+import gettext
 import importlib.metadata
 import os
 import platform
@@ -27,11 +28,18 @@ from packaging.specifiers import SpecifierSet
 from lora_core.errors import RunError
 from lora_core.runs.diagnosis import debug_zip
 from lora_core.runs.folder import all_runs
-from lora_core.system.files import IS_CHECKOUT, folder_bytes, free_bytes, workspace_path, write_atomically
+from lora_core.system.files import (
+    ASSETS,
+    IS_CHECKOUT,
+    folder_bytes,
+    free_bytes,
+    workspace_path,
+    write_atomically,
+)
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
 from lora_core.system.other_tools import find_tools
-from lora_core.system.processes import FIRST_PORT, PORTS_TRIED
+from lora_core.system.processes import FIRST_PORT, LANGUAGE, PORTS_TRIED
 
 PROJECT = "lora-easel"
 LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
@@ -46,9 +54,19 @@ VARIABLES = (
 )  # fmt: skip
 
 
+def _(text: str, **values: object) -> str:
+    """A text in the language that is asked for; the values fill its {placeholders}."""
+    languages = [os.environ.get(LANGUAGE, "en")]
+    return (
+        gettext.translation("easel", ASSETS / "locale", languages, fallback=True)
+        .gettext(text)
+        .format(**values)
+    )
+
+
 @dataclass(frozen=True)
 class Check:
-    """What was checked, what was found, and what to do, in a sentence; "" if nothing is wrong."""
+    """What was checked, in English, what was found, and what to do, in a sentence; "" if nothing is wrong."""
 
     name: str
     found: str
@@ -84,13 +102,20 @@ def _python() -> Iterator[Check]:
     bits = 64 if sys.maxsize > 2**32 else 32
     *older, newest = _supported_pythons()
     fits = "{}.{}".format(*sys.version_info) in (*older, newest) and bits == 64
-    versions = f"{', '.join(older)} or {newest}" if older else newest
-    then = "start `python launch.py repair` with it" if IS_CHECKOUT else "install LoRA Easel's wheel with it"
-    fix = f"Install a 64-bit Python {versions} and {then}."
-    found = f"{platform.python_version()}, {bits} bit, {sys.executable}"
+    versions = _("{older} or {newest}", older=", ".join(older), newest=newest) if older else newest
+    then = _("start `python launch.py repair` with it")
+    if not IS_CHECKOUT:
+        then = _("install LoRA Easel's wheel with it")
+    fix = _("Install a 64-bit Python {versions} and {then}.", versions=versions, then=then)
+    found = _(
+        "{version}, {bits} bit, {path}", version=platform.python_version(), bits=bits, path=sys.executable
+    )
     yield Check("Python", found, "" if fits else fix)
     intel_mac = (sys.platform, platform.machine()) == ("darwin", "x86_64")
-    no_mac = f"PyTorch needs an Apple processor and a Python made for it (arm64): install that and {then}."
+    no_mac = _(
+        "PyTorch needs an Apple processor and a Python made for it (arm64): install that and {then}.",
+        then=then,
+    )
     yield Check("System", platform.platform(), no_mac if intel_mac else "")
 
 
@@ -107,9 +132,8 @@ def _packages() -> Iterator[Check]:
     try:
         lines = importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check(
-            "Packages", f"{PROJECT} is not installed in this Python", "Start it by `python launch.py`."
-        )
+        found = _("{name} is not installed in this Python", name=PROJECT)
+        yield Check("Packages", found, _("Start it by `python launch.py`."))
         return
     versions: list[str] = []
     absent: list[str] = []
@@ -122,45 +146,58 @@ def _packages() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             version = ""
         if marker is None and not (version and requirement.specifier.contains(version, prereleases=True)):
-            asked = f"it has to be {requirement.specifier}"
-            pip = f'Run `"{sys.executable}" -m pip install "{requirement.name}{requirement.specifier}"`.'
-            fix = REINSTALL if IS_CHECKOUT else pip
-            yield Check(requirement.name, f"{version or 'not installed'}; {asked}", fix)
+            asked = _(
+                "{version}; it has to be {range}",
+                version=version or _("not installed"),
+                range=requirement.specifier,
+            )
+            pip = f'"{sys.executable}" -m pip install "{requirement.name}{requirement.specifier}"'
+            fix = _(REINSTALL) if IS_CHECKOUT else _("Run `{command}`.", command=pip)
+            yield Check(requirement.name, asked, fix)
         (versions if version or marker is None else absent).append(f"{requirement.name} {version}".strip())
     yield Check("Packages", ", ".join(versions))
-    yield Check("Optional packages that are absent", ", ".join(absent) or "none")
+    yield Check("Optional packages that are absent", ", ".join(absent) or _("none"))
 
 
 def _torch() -> Iterator[Check]:
     card = find_card(hidden=True)
-    restart = "Restart the computer; if `nvidia-smi` still names no card, install the driver anew."
+    restart = _("Restart the computer; if `nvidia-smi` still names no card, install the driver anew.")
     silent = card is None and (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"))
     yield Check(
         "Graphics card, as its driver says",
-        "an NVIDIA driver is installed, but names no card" if silent else _card_words(card),
+        _("an NVIDIA driver is installed, but names no card") if silent else _card_words(card),
         restart if silent else "",
     )
     try:
         from lora_core.models.device import describe_torch, devices, free_memory
     except (ImportError, OSError) as error:
-        yield Check("PyTorch", f"cannot be imported: {error}", REINSTALL)
+        yield Check("PyTorch", _("cannot be imported: {error}", error=error), _(REINSTALL))
         return
     try:
         import_module("lora_core.models.load")
-        yield Check("Engine", "diffusers and transformers can be imported")
+        yield Check("Engine", _("diffusers and transformers can be imported"))
     except (ImportError, OSError, RuntimeError) as error:  # transformers makes the last of what it meets
-        yield Check("Engine", f"cannot be imported: {error}", REINSTALL)
+        yield Check("Engine", _("cannot be imported: {error}", error=error), _(REINSTALL))
     found = describe_torch()
     fix = card_problem(card, found) if card is not None and found["device"] == "cpu" else ""
-    yield Check("PyTorch", f"{found['torch']}, built for {found['build']}", fix)
+    built = _("{version}, built for {device}", version=found["torch"], device=found["build"])
+    yield Check("PyTorch", built, fix)
     for one in devices():
         title = " ".join(part for part in (one["device"], one["name"]) if part)
-        words = title + (f", compute capability {one['capability']}" if one["capability"] else "")
-        words += "" if one["usable"] else ", which this PyTorch has no code for"
+        words = title + (
+            _(", compute capability {number}", number=one["capability"]) if one["capability"] else ""
+        )
+        words += "" if one["usable"] else _(", which this PyTorch has no code for")
         short, memory = "", free_memory(one["device"]) if one["usable"] else None
         if memory is not None:
-            words += f", {memory[0] / 1e9:.1f} of {memory[1] / 1e9:.1f} GB free"
-            short = "" if memory[0] >= LITTLE_MEMORY else f"Close other programs that use {title}."
+            words += ", " + _(
+                "{free:.1f} of {total:.1f} GB free", free=memory[0] / 1e9, total=memory[1] / 1e9
+            )
+            short = (
+                ""
+                if memory[0] >= LITTLE_MEMORY
+                else _("Close other programs that use {device}.", device=title)
+            )
         yield Check("PyTorch sees", words, short)
     yield Check("Computes on", found["device"])
     for name in VARIABLES:
@@ -170,44 +207,52 @@ def _torch() -> Iterator[Check]:
 
 def _card_words(card: Card | None) -> str:
     if card is None:
-        return "none"
-    driver = f", driver {card.driver}" if card.driver else ""
-    capability = f", compute capability {card.generation}" if card.generation else ""
+        return _("none")
+    driver = _(", driver {number}", number=card.driver) if card.driver else ""
+    capability = _(", compute capability {number}", number=card.generation) if card.generation else ""
     return f"{card.name}, {card.total / 2**30:.1f} GB{driver}{capability}"
 
 
 def _memory() -> Iterator[Check]:
     memory = psutil.virtual_memory()
-    fix = "" if memory.available >= LITTLE_MEMORY else "Close other programs."
-    yield Check("Memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", fix)
+    fix = "" if memory.available >= LITTLE_MEMORY else _("Close other programs.")
+    free = _("{free:.1f} of {total:.1f} GB free", free=memory.available / 1e9, total=memory.total / 1e9)
+    yield Check("Memory", free, fix)
 
 
 def _folders(chosen: Path | None) -> Iterator[Check]:
     try:
         home = workspace_folder(chosen)
     except RunError as error:
-        yield Check("Workspace", "cannot be written", str(error))
+        yield Check("Workspace", _("cannot be written"), str(error))
     else:
-        elsewhere = "Make room, or choose a folder on another drive with --workspace or LORA_EASEL_HOME."
+        elsewhere = _("Make room, or choose a folder on another drive with --workspace or LORA_EASEL_HOME.")
         cache = folder_bytes(home / "cache")
-        emptied = f"Run `lora-easel caches clean`, which frees {cache / 1e9:.1f} GB, or: "
+        emptied = _("Run `lora-easel caches clean`, which frees {size:.1f} GB, or: ", size=cache / 1e9)
         yield _folder("Workspace", home, (emptied if cache >= LARGE_CACHE else "") + elsewhere)
-        yield _folder("Caches", home / "cache", elsewhere, f", {cache / 1e9:.1f} GB in it")
+        yield _folder("Caches", home / "cache", elsewhere, _(", {size:.1f} GB in it", size=cache / 1e9))
         yield _rights(home)
         yield _locks(home)
         if sys.platform == "win32" and len(str(home)) > LONGEST_PATH - LONGEST_BELOW and not _long_paths():
             yield Check(
                 "Long paths",
-                f"{home} has {len(str(home))} characters, and Windows allows {LONGEST_PATH} for a file",
-                "Choose a shorter --workspace, or turn long paths on: LongPathsEnabled = 1 in"
-                r" the registry at HKLM\SYSTEM\CurrentControlSet\Control\FileSystem.",
+                _(
+                    "{path} has {number} characters, and Windows allows {most} for a file",
+                    path=home,
+                    number=len(str(home)),
+                    most=LONGEST_PATH,
+                ),
+                _(
+                    "Choose a shorter --workspace, or turn long paths on: LongPathsEnabled = 1 in the"
+                    " registry at {key}.",
+                    key=r"HKLM\SYSTEM\CurrentControlSet\Control\FileSystem",
+                ),
             )
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    yield _folder("Hub cache", Path(HF_HUB_CACHE), "Set HF_HOME to a folder on another drive.")
-    yield _folder(
-        "Temporary files", Path(tempfile.gettempdir()), "Set TMPDIR (on Windows TEMP) to another folder."
-    )
+    yield _folder("Hub cache", Path(HF_HUB_CACHE), _("Set HF_HOME to a folder on another drive."))
+    elsewhere = _("Set TMPDIR (on Windows TEMP) to another folder.")
+    yield _folder("Temporary files", Path(tempfile.gettempdir()), elsewhere)
 
 
 def _rights(home: Path) -> Check:
@@ -217,8 +262,10 @@ def _rights(home: Path) -> Check:
     give = f'sudo chown -R "$USER" "{home}"'
     if sys.platform == "win32":
         give = f'icacls "{home}" /grant "%USERNAME%":F /T'
-    found = f"{closed[0]} cannot be written" if closed else "all of the workspace can be written"
-    return Check("Permissions", found, f"Run `{give}`." if closed else "")
+    if closed:
+        found = _("{path} cannot be written", path=closed[0])
+        return Check("Permissions", found, _("Run `{command}`.", command=give))
+    return Check("Permissions", _("all of the workspace can be written"))
 
 
 def _locks(home: Path) -> Check:
@@ -229,12 +276,12 @@ def _locks(home: Path) -> Check:
             pass
     except (OSError, NotImplementedError) as error:
         why = getattr(error, "strerror", "") or error
-        local = "Choose a folder on a drive of this computer with --workspace or LORA_EASEL_HOME."
-        return Check("File locks", f"{home} takes none: {why}", local)
+        local = _("Choose a folder on a drive of this computer with --workspace or LORA_EASEL_HOME.")
+        return Check("File locks", _("{path} takes none: {why}", path=home, why=why), local)
     finally:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
-    return Check("File locks", "the workspace takes them")
+    return Check("File locks", _("the workspace takes them"))
 
 
 def _folder(name: str, path: Path, elsewhere: str, more: str = "") -> Check:
@@ -247,8 +294,9 @@ def _folder(name: str, path: Path, elsewhere: str, more: str = "") -> Check:
             pass
         free = free_bytes(place)
     except OSError as error:
-        return Check(name, f"{path} cannot be written: {error.strerror or error}", elsewhere)
-    found = f"{path}{more}, {free / 1e9:.1f} GB free"
+        why = error.strerror or error
+        return Check(name, _("{path} cannot be written: {why}", path=path, why=why), elsewhere)
+    found = f"{path}{more}, " + _("{size:.1f} GB free", size=free / 1e9)
     return Check(name, found, "" if free >= LITTLE_DISK else elsewhere)
 
 
@@ -269,13 +317,15 @@ def _long_paths() -> bool:
 def _port(is_free: Callable[[int], bool] | None = None) -> Iterator[Check]:
     ports = range(FIRST_PORT, FIRST_PORT + PORTS_TRIED)
     first = next(filter(is_free or _is_free, ports), None)
-    found, fix = f"{FIRST_PORT} is taken, by this program or another; {first} is free", ""
+    found = _("{port} is taken, by this program or another; {other} is free", port=FIRST_PORT, other=first)
+    fix = ""
     if first is None:
-        found = f"{FIRST_PORT} to {ports[-1]} are all taken"
+        found = _("{port} to {other} are all taken", port=FIRST_PORT, other=ports[-1])
         start = "python launch.py" if IS_CHECKOUT else "lora-easel-window"
-        fix = f"Start with a port that is free, as by `{start} --port {ports[-1] + 1000}`."
+        command = f"{start} --port {ports[-1] + 1000}"
+        fix = _("Start with a port that is free, as by `{command}`.", command=command)
     elif first == FIRST_PORT:
-        found = f"{FIRST_PORT} is free"
+        found = _("{port} is free", port=FIRST_PORT)
     yield Check("Port of the window", found, fix)
 
 
@@ -289,11 +339,11 @@ def _is_free(port: int) -> bool:
 
 
 def _others() -> Iterator[Check]:
-    by_hand = "none was found; start with --no-browser and open the address that is printed"
+    by_hand = _("none was found; start with --no-browser and open the address that is printed")
     try:
-        found = getattr(webbrowser.get(), "name", "the one of the system")
+        found = getattr(webbrowser.get(), "name", _("the one of the system"))
     except webbrowser.Error:
         found = by_hand
     yield Check("Browser", found)
-    tools = ", ".join(f"{tool.name} in {tool.root}" for tool in find_tools())
-    yield Check("Other tools", tools or "none found; folders can be named in the Train and Export tabs")
+    tools = ", ".join(_("{name} in {folder}", name=tool.name, folder=tool.root) for tool in find_tools())
+    yield Check("Other tools", tools or _("none found; folders can be named in the Train and Export tabs"))

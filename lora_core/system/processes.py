@@ -35,6 +35,8 @@ from lora_core.system.files import PACKAGE, parse_json, write_atomically
 
 FIRST_PORT, PORTS_TRIED = 7860, 40
 """The window listens on the first free port of these."""
+LANGUAGE = "LORA_EASEL_LANGUAGE"
+"""The variable with the language of what the doctor finds, which the window sets; English without it."""
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
 ACCEPTING = "--accept-changes"

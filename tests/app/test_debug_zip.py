@@ -118,6 +118,14 @@ def test_the_doctor_of_the_window_is_that_of_the_command_line(
     data = client.get("/easel/doctor.zip").content
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert set(archive.namelist()) == {"about.json", "doctor.txt"}
+    top_bar.WORDS.speak("zh_CN")
+    try:
+        shown = client.get("/easel/doctor").json()["html"]
+    finally:
+        top_bar.WORDS.speak("en")
+    assert "<b>内存</b>" in shown
+    assert "工作区全部可写" in shown
+    assert "GB free" not in shown
     monkeypatch.setattr(top_bar.sys, "executable", "no-such-program")
     assert "run `lora-easel doctor` to see why" in client.get("/easel/doctor").json()["problem"]
 
@@ -134,9 +142,39 @@ def test_what_is_wrong_comes_first_with_its_command(
             "fix": "Run `python launch.py repair`; wait.",
         },
     ]
-    monkeypatch.setattr(top_bar, "_diagnose", lambda workspace: {"checks": rows})
+    monkeypatch.setattr(top_bar, "_diagnose", lambda workspace, language: {"checks": rows})
     shown = client.get("/easel/doctor").json()["html"]
     assert "<h2>1 problem</h2>" in shown
     assert shown.index("PyTorch") < shown.index("Python<")
     assert "Run <code>python launch.py repair</code>; wait." in shown
     assert "&lt;b&gt;broken" in shown
+
+
+def test_the_documents_are_in_the_window(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site where it was built, else its sources; and nothing else of the checkout."""
+    monkeypatch.setattr(top_bar, "SITE", tmp_path / "site" / "index.html")
+    first = client.get("/easel/docs/")
+    assert first.headers["content-type"].startswith("text/html")
+    assert 'href="docs/install.md"' in first.text
+    assert "<table>" in client.get("/easel/docs/docs/commands.md").text
+    assert client.get("/easel/docs/docs/window.webp").status_code == 200
+    assert "MIT License" in client.get("/easel/docs/LICENSE").text
+    for path in (
+        "launch.py",
+        "docs/pages.py",
+        "docs/../.git/config",
+        "..%2fx.md",
+        ".venv/a.md",
+        "docs/no.md",
+    ):
+        assert client.get(f"/easel/docs/{path}").status_code == 404, path
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("the site", encoding="utf-8")
+    assert client.get("/easel/docs/").text == "the site"
+    assert client.get("/easel/docs/README.md").status_code == 404
+    monkeypatch.setattr(top_bar, "SITE", tmp_path / "gone")
+    monkeypatch.setattr(top_bar, "IS_CHECKOUT", False)
+    assert client.get("/easel/docs/").status_code == 404
+    assert not top_bar.has_documents()

@@ -380,6 +380,7 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
         (f"/easel/download/first/{evil}", None),
         (f"/easel/download/{evil}/first.safetensors", None),
     ],
+    ("GET", "/easel/docs/{path:path}"): lambda evil: [(f"/easel/docs/{evil}", None)],
     ("GET", "/easel/debug/{name}"): lambda evil: [(f"/easel/debug/{evil}", None)],
     ("POST", "/easel/caption"): lambda evil: [("/easel/caption", {"picture": evil, "text": "x"})],
     ("POST", "/easel/leave-out"): lambda evil: [("/easel/leave-out", {"pictures": [evil]})],

@@ -49,6 +49,18 @@ def test_a_computer_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert {frozenset(row) for row in found["checks"]} == {frozenset({"name", "found", "ok", "fix"})}
 
 
+def test_findings_and_fixes_are_in_the_language_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LITTLE_MEMORY", 10**18)
+    monkeypatch.setenv(doctor.LANGUAGE, "ja")
+    (row,) = (row for row in api.doctor(workspace=tmp_path)["checks"] if row["name"] == "Memory")
+    assert row["found"].startswith("空き ")
+    assert row["fix"] == "ほかのプログラムを閉じてください。"
+    monkeypatch.setenv(doctor.LANGUAGE, "no such language")
+    assert "GB free" in wrong(tmp_path)["Memory"]
+
+
 def test_a_card_that_pytorch_cannot_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
