@@ -20,6 +20,7 @@ from app import install
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
+from tests.warm import program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -466,15 +467,12 @@ class CutIndex(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(
-    "cuts",
-    [
-        [0.3, 1.0, 0.5],
-        pytest.param([0.0, 0.3, 1.0, 0.0, 1.0, 0.5, 1.0, 0.999], marks=pytest.mark.slow),
-    ],
-)
-def test_downloads_that_break_off_are_tried_again(
-    cuts: list[float], place: Path, monkeypatch: pytest.MonkeyPatch
+CUTS = [0.0, 0.3, 1.0, 0.0, 1.0, 0.5, 1.0, 0.999]
+"""At five points: twice of the page, then of the wheel, whose page is asked for each time."""
+
+
+def test_a_set_up_goes_on_where_the_network_is_cut_at_five_points(
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = place / "toy.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -487,8 +485,8 @@ def test_downloads_that_break_off_are_tried_again(
         archive.writestr("toy-1.dist-info/RECORD", "")
     monkeypatch.setattr(CutIndex, "WHEEL", wheel.read_bytes())
     monkeypatch.setattr(CutIndex, "asked", [])
-    monkeypatch.setattr(CutIndex, "CUTS", cuts)
-    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(CutIndex, "CUTS", CUTS)
+    monkeypatch.setattr(install, "PYTHON", Path(program("engine")))
     monkeypatch.setenv("PIP_RETRIES", "0")  # of pip itself, which waits between them
     monkeypatch.setenv("PIP_RESUME_RETRIES", "0")
     monkeypatch.setattr(install, "TRIES", 6)
@@ -501,7 +499,8 @@ def test_downloads_that_break_off_are_tried_again(
         )
         server.shutdown()
     assert (target / "toy.py").is_file()
-    assert len(CutIndex.asked) > len(cuts)
+    assert sum(share < 1 for share in CUTS) == 5
+    assert len(CutIndex.asked) > len(CUTS)
 
 
 def test_a_failure_that_is_no_broken_connection_is_not_repeated(
@@ -744,6 +743,10 @@ def test_uv_installs_the_project_where_pip_has_no_index_of_its_own(
     assert tool[-3:] == list(TOOL)
     assert project[1:4] == ["-m", "uv", "pip"]
     assert project[-2:] == ["--editable", install.wanted(install.Cards())]
+    install.PYTHON.with_name("uv").touch()
+    calls.clear()
+    assert install.uv("x")
+    assert [command[1:4] for command in calls] == [["-m", "uv", "pip"]]  # it is there already
     monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
     calls.clear()
     install.set_up("test")

@@ -37,7 +37,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.schema import FORMATS, chosen
-from lora_core.system.files import sync_folder
+from lora_core.system.files import patiently, sync_folder
 
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
@@ -303,7 +303,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
         with wrap_os_errors(AdapterFileError, f"{path} cannot be written"):
             write_pieces(draft, serialize(tensors, metadata))
             _check_written(draft, tensors)
-            os.replace(draft, path)
+            patiently(os.replace, draft, path)
             sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):

@@ -37,6 +37,7 @@ from lora_core.system.files import (
     expand_home,
     is_device,
     parse_json,
+    patiently,
     workspace,
     write_atomically,
 )
@@ -104,7 +105,7 @@ class RunFolder:
                 if cls(path)._failed_at_once():
                     os.rename(path, making.path / "replaced")
                 cls(path).require_free()
-                os.rename(making.path, path)
+                patiently(os.rename, making.path, path)
                 shutil.rmtree(path / "replaced", ignore_errors=True)
             finally:
                 shutil.rmtree(making.path, ignore_errors=True)

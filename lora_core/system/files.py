@@ -14,11 +14,12 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 import types
 import typing
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -94,7 +95,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         if sync:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
     except OSError as error:
         # A write that fails does not say of which file.
         error.filename = error.filename or str(path)
@@ -105,6 +106,25 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     if sync:
         sync_folder(path.parent)
+
+
+_IN_USE, _WAITS = (5, 32), (0.01, 0.05, 0.2, 0.5)
+
+
+def patiently(move: Callable[[Path, Path], object], source: Path, target: Path) -> None:
+    """`os.rename` or `os.replace`, again for most of a second while another process has a file of them open.
+
+    Windows refuses it then, as ERROR_ACCESS_DENIED or ERROR_SHARING_VIOLATION; a reader such as the window or
+    a virus scanner soon lets go.
+    """
+    for wait in (*_WAITS, 0.0):
+        try:
+            move(source, target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE or not wait:
+                raise
+            time.sleep(wait)
 
 
 def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:

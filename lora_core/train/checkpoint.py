@@ -30,7 +30,14 @@ from lora_core.model_files.families import Family
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import SaveSection
-from lora_core.system.files import clear_abandoned, folder_bytes, require_room, sync_folder, write_atomically
+from lora_core.system.files import (
+    clear_abandoned,
+    folder_bytes,
+    patiently,
+    require_room,
+    sync_folder,
+    write_atomically,
+)
 from lora_core.train.loop import TrainState
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -96,7 +103,7 @@ def save_checkpoint(
             record = vars(state) | {"optimizer": plain, "average": average is not None, "sha256": digests}
             _write_checked(making / STATE, json.dumps(record).encode())
             remove_checkpoint(final)
-            os.rename(making, final)
+            patiently(os.rename, making, final)
             sync_folder(final.parent)
         finally:
             shutil.rmtree(making, ignore_errors=True)
@@ -195,7 +202,7 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     # Where a reader holds a file of it open, as on Windows, it stays for the next time.
     with contextlib.suppress(OSError):
-        os.rename(path, going)
+        patiently(os.rename, path, going)
     shutil.rmtree(going, ignore_errors=True)
 
 
