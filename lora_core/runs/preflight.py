@@ -144,14 +144,8 @@ def preflight(
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
     found += _found_by(lambda: _check_adapter(config, family), "adapter")
-    if config.adapter.auto_rank and not (config.validation.every and config.validation.pictures):
-        sentence = (
-            "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
-            " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
-        )
-        found.append(RunProblem("validation", sentence, False))
     found += _samples(config, facts.multiple if facts else 1)
-    found += [*_loss(config, facts), *_prior(records, config)]
+    found += [*_loss(config, facts), *_prior(records, config), *_auto_rank(config)]
     found += rate_problems(config, family)
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
@@ -551,6 +545,18 @@ def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     except DatasetError as error:
         return [RunProblem("validation", str(error))] if records else []
     return []
+
+
+def _auto_rank(config: RunConfig) -> list[RunProblem]:
+    """What decides the ranks of the file where no gain can be measured."""
+    validation = config.validation
+    if not config.adapter.auto_rank or (validation.every and validation.pictures):
+        return []
+    sentence = (
+        "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
+        " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
+    )
+    return [RunProblem("validation", sentence, False)]
 
 
 def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
