@@ -169,8 +169,9 @@
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
     const steps = share === undefined ? "" : t(", {share}% of the steps", { share: (100 * share).toFixed(1) });
     const learned = gain ? t(", {share}% of its loss gained by the last run", { share: Math.round(100 * gain.learned) }) : "";
-    const cropped = picture.box ? t(" of {whole}", { whole: picture.whole.join(" × ") }) : "", shown = picture.mask ? t("crop and mask") : t("crop");
-    return t("{width} × {height}{cropped}, trained at {wide} × {high}{more}, {shown} shown", { width, height, cropped, wide, high, more: also + more + steps + learned, shown });
+    const cropped = String(picture.whole) === String(picture.size) ? "" : t(" of {whole}", { whole: picture.whole.join(" × ") }), shown = picture.mask ? t("crop and mask") : t("crop");
+    const [, , , , x, y] = picture.box ?? [], focus = x === undefined ? "" : t(", focus at {x}% across and {y}% down", { x: Math.round(100 * x), y: Math.round(100 * y) });
+    return t("{width} × {height}{cropped}, trained at {wide} × {high}{more}, {shown} shown", { width, height, cropped, wide, high, more: also + focus + more + steps + learned, shown });
   };
 
   const showNothing = () => {
@@ -447,7 +448,7 @@
   };
   const startCropping = () => {
     window.easel.leaveMask();
-    box = named(chosen).box ?? [0, 0, 1, 1];
+    box = (named(chosen).box ?? [0, 0, 1, 1]).slice(0, 4);
     cropping(true);
     drawBox();
     one("#picture-big .crop").focus();
@@ -467,6 +468,12 @@
     if (chosen === name) stopCropping();
     window.easel.did(edges ? t("1 image cropped.") : t("1 image trained on as a whole."), send(before), send(edges));
   });
+  // The box as the crop, with the focus point where that is inside; or the middle of the box as focus point of the crop that there is.
+  const cropTo = () => {
+    const [x, y] = (named(chosen).box ?? []).slice(4);
+    applyCrop(x >= box[0] && x <= box[2] && y >= box[1] && y <= box[3] ? [...box, x, y] : box);
+  };
+  const focusHere = () => applyCrop([...(named(chosen).box ?? [0, 0, 1, 1]).slice(0, 4), (box[0] + box[2]) / 2, (box[1] + box[3]) / 2]);
   const pointAt = ({ clientX, clientY }) => {
     const frame = one("#picture-big").getBoundingClientRect();
     return [(clientX - frame.left) / frame.width, (clientY - frame.top) / frame.height];
@@ -489,7 +496,7 @@
     if (!box || !event.target.closest?.("#picture-detail")) return;
     const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key], on = event.target.classList.contains("crop");
     if (event.key === "Escape") stopCropping();
-    else if (on && event.key === "Enter") applyCrop(box);
+    else if (on && event.key === "Enter") cropTo();
     else if (on && by) moveEdges(box, event.shiftKey ? [false, false, true, true] : [true, true, true, true], by.map((step) => step / 100));
     else return;
     event.preventDefault();
@@ -625,7 +632,8 @@
     else if (target.id === "hold-out") holdOut();
     else if (target.id === "crop-start") startCropping();
     else if (target.id === "mask-start") stopCropping();
-    else if (target.id === "crop-apply") applyCrop(box);
+    else if (target.id === "crop-apply") cropTo();
+    else if (target.id === "crop-focus") focusHere();
     else if (target.id === "crop-whole") applyCrop(null);
     else if (target.id === "crop-cancel") stopCropping();
     else if (target.id === "caption-undo") goBack();

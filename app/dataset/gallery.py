@@ -30,7 +30,15 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
-from lora_core.data.images import Dataset, FileProblem, ImageRecord, choose_buckets, crop_box, make_thumbnail
+from lora_core.data.images import (
+    Dataset,
+    FileProblem,
+    ImageRecord,
+    choose_buckets,
+    crop_box,
+    cut_at_focus,
+    make_thumbnail,
+)
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS
@@ -200,13 +208,15 @@ def image_facts(
     record: ImageRecord, folder: Path, resolutions: tuple[int, ...], multiple: int
 ) -> dict[str, Any]:
     """An image's name, mask, caption, size, buckets (the largest first), repeats and time, what training cuts
-    off in percent per side, and the `box` that the user chose."""
+    off in percent per side, and the `box` that the user chose, with its focus point."""
     own = dict(record.concept.rules).get("resolutions") if record.concept else None
     resolutions = tuple(own or resolutions)
-    buckets, cut = _crop(record.width, record.height, resolutions, multiple)
+    buckets, cut = _crop(record.width, record.height, record.focus, resolutions, multiple)
     bucket = buckets[0]
-    left, top, right, bottom = box = record.crop or (0.0, 0.0, 1.0, 1.0)
+    left, top, right, bottom = record.crop or (0.0, 0.0, 1.0, 1.0)
     wide, high = right - left, bottom - top
+    x, y = record.focus or (0.0, 0.0)
+    focus = (left + wide * x / record.width, top + high * y / record.height) if record.focus else ()
     outside = (left, top, 1 - right, 1 - bottom)
     crop = [100 * out + part * side for out, part, side in zip(outside, cut, (wide, high) * 2, strict=True)]
     return {
@@ -218,7 +228,7 @@ def image_facts(
         "whole": [round(record.width / wide), round(record.height / high)],
         "buckets": buckets,
         "crop": [round(part, 2) for part in crop],
-        "box": box if record.crop else None,
+        "box": (left, top, right, bottom, *focus) if record.crop or focus else None,
         "small": record.width < bucket[0]
         or record.height < bucket[1]
         or _is_much_smaller(record, max(resolutions)),
@@ -243,10 +253,10 @@ def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _crop(
-    width: int, height: int, resolutions: tuple[int, ...], multiple: int
+    width: int, height: int, focus: tuple[float, float] | None, resolutions: tuple[int, ...], multiple: int
 ) -> tuple[list[list[int]], list[float]]:
     buckets = choose_buckets(width, height, resolutions, multiple)[::-1]
-    left, top, right, bottom = crop_box(width, height, buckets[0])
+    left, top, right, bottom = crop_box(width, height, cut_at_focus(width, height, buckets[0], focus))
     shares = (left / width, top / height, 1 - right / width, 1 - bottom / height)
     return [[one.width, one.height] for one in buckets], [round(100 * share, 2) for share in shares]
 

@@ -509,7 +509,8 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
 def _views(records: Sequence[ImageRecord], training: TrainingView) -> list[tuple[ImageRecord, Bucket]]:
     """See `at_resolutions`; without those that are held out."""
     used = (record for record in records if training.trains_on(record))
-    return at_resolutions(used, training.rules, training.resolution, training.multiple)
+    views = at_resolutions(used, training.rules, training.resolution, training.multiple)
+    return [(record, Bucket(bucket.width, bucket.height)) for record, bucket in views]
 
 
 def _uneven_shares(

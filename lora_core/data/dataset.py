@@ -3,10 +3,10 @@
 Every image is decoded once, which costs some milliseconds each and finds damaged files before a run starts.
 The user's own validation images are listed in `held_out.txt`, one path below the folder a line, so that the
 list moves with the dataset; beside an image named `held_out` that file is its caption instead. The parts of
-images that the user chose to train on are in `crops.json`: names and the four edges. Without a list
-each image is ranked by a hash of seed and name, so that adding images hardly changes the split. A validation
-image that is a copy of a training image (the same file, another size, format or quality) would reward
-memorization, so near-duplicates stay on one side.
+images that the user chose to train on are in `crops.json`: names, the four edges, and perhaps a focus point.
+Without a list each image is ranked by a hash of seed and name, so that adding images hardly changes the
+split. A validation image that is a copy of a training image (the same file, another size, format or quality)
+would reward memorization, so near-duplicates stay on one side.
 
 A fingerprint holds an image's lowest frequencies, as perceptual hashes do (Zauner 2010, "Implementation and
 benchmarking of perceptual image hash functions"), but their values instead of their signs: in flat, symmetric
@@ -54,7 +54,6 @@ from lora_core.data.images import (
     MIN_SIDE,
     Bucket,
     Concept,
-    Crop,
     Dataset,
     FileProblem,
     ImageInfo,
@@ -63,6 +62,7 @@ from lora_core.data.images import (
     abbreviate,
     choose_buckets,
     crop_pixels,
+    cut_at_focus,
     file_stamp,
     folder_kind,
     hash_file,
@@ -117,8 +117,8 @@ def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
     _write_list(folder / HOLDOUT_LIST, "\n".join(wanted))
 
 
-def read_crops(folder: Path) -> dict[str, Crop]:
-    """The crops of images by their names below the folder; empty without a list.
+def read_crops(folder: Path) -> dict[str, tuple[float, ...]]:
+    """The crops of images by their names below the folder, see `check_crop`; empty without a list.
 
     Raises:
         DatasetError: it cannot be read, or an entry is not a crop.
@@ -133,7 +133,7 @@ def read_crops(folder: Path) -> dict[str, Crop]:
         raise DatasetError(f"{CROP_LIST} is not a table of crops ({error}); mend or remove it.") from error
 
 
-def write_crops(folder: Path, crops: Mapping[str, Crop]) -> None:
+def write_crops(folder: Path, crops: Mapping[str, Sequence[float]]) -> None:
     """Write the list; none is left where no image is cropped.
 
     Raises:
@@ -143,36 +143,42 @@ def write_crops(folder: Path, crops: Mapping[str, Crop]) -> None:
     _write_list(folder / CROP_LIST, "{\n" + ",\n".join(rows) + "\n}" if rows else "")
 
 
-def check_crop(edges: object, name: str) -> Crop:
-    """The left, top, right and bottom edge of a crop of the image `name`.
+def check_crop(edges: object, name: str) -> tuple[float, ...]:
+    """The left, top, right and bottom edge of a crop of the image `name`; behind them its focus point, across
+    and down, where it has one.
 
     Raises:
-        DatasetError: they are not four numbers from 0 to 1, or the crop is empty.
+        DatasetError: they are not four or six numbers from 0 to 1, the crop is empty, or the point outside.
     """
-    if isinstance(edges, list | tuple) and [type(edge) in (int, float) for edge in edges] == [True] * 4:
-        left, top, right, bottom = map(float, edges)
-        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
-            return left, top, right, bottom
+    numbers = list(edges) if isinstance(edges, list | tuple) else []
+    if len(numbers) in (4, 6) and all(type(edge) in (int, float) for edge in numbers):
+        found = tuple(map(float, numbers))
+        left, top, right, bottom, x, y = (*found, *found[:2])[:6]
+        if 0 <= left <= x <= right <= 1 and 0 <= top <= y <= bottom <= 1 and left < right and top < bottom:
+            return found
     raise DatasetError(
         f"The crop of {name} is not left, top, right and bottom as shares of the image, such as"
-        f" [0.1, 0.0, 0.9, 1.0]: {edges!r}."
+        f" [0.1, 0.0, 0.9, 1.0], and perhaps a focus point inside: {edges!r}."
     )
 
 
-def crop_record(record: ImageRecord, crop: Crop) -> ImageRecord:
-    """The record of an image, until now whole, that is cropped.
+def crop_record(record: ImageRecord, edges: Sequence[float]) -> ImageRecord:
+    """The record of an image, until now whole, that is cropped, see `check_crop`.
 
     Raises:
         DatasetError: less than the smallest image that can be trained on would be left.
     """
+    crop, point = (edges[0], edges[1], edges[2], edges[3]), edges[4:]
     left, top, right, bottom = crop_pixels(crop, record.width, record.height)
+    focus = (point[0] * record.width - left, point[1] * record.height - top) if point else None
     width, height = right - left, bottom - top
     if min(width, height) < MIN_SIDE:
         raise DatasetError(
             f"The crop of {record.path.name} is only {width} x {height} pixels; make its sides {MIN_SIDE} or"
             " more."
         )
-    return replace(record, width=width, height=height, crop=crop)
+    own = None if focus and crop == (0, 0, 1, 1) else crop
+    return replace(record, width=width, height=height, crop=own, focus=focus)
 
 
 def _write_list(file: Path, text: str) -> None:
@@ -223,7 +229,7 @@ class _Listing:
     problems: list[FileProblem] = field(default_factory=list)
     notes: list[FileProblem] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
-    crops: dict[str, Crop] = field(default_factory=dict)
+    crops: dict[str, tuple[float, ...]] = field(default_factory=dict)
     concepts: dict[Path, Concept] | None = None
 
     def shown(self, path: Path) -> str:
@@ -849,7 +855,10 @@ def at_resolutions(
         found.append((record, choose_buckets(record.width, record.height, several, multiple)))
     rounds = math.lcm(*(len(sizes) // math.gcd(len(sizes), record.repeats) for record, sizes in found))
     return [
-        (replace(record, repeats=record.repeats * rounds // len(sizes)) if rounds > 1 else record, bucket)
+        (
+            replace(record, repeats=record.repeats * rounds // len(sizes)) if rounds > 1 else record,
+            cut_at_focus(record.width, record.height, bucket, record.focus),
+        )
         for record, sizes in found
         for bucket in sizes
     ]
@@ -857,9 +866,9 @@ def at_resolutions(
 
 def num_batches(images: Iterable[tuple[ImageRecord, Bucket]], size: int) -> int:
     """Micro-batches of `size` images in an epoch: each bucket has its own, the last one filled up."""
-    members: Counter[Bucket] = Counter()
+    members: Counter[tuple[int, int]] = Counter()
     for record, bucket in images:
-        members[bucket] += record.repeats
+        members[bucket.width, bucket.height] += record.repeats
     return sum(math.ceil(count / size) for count in members.values())
 
 

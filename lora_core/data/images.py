@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import stat
 import struct
@@ -92,7 +93,8 @@ class ImageRecord:
     of which the first is trained on. `mask` is the file that says which parts of it count: white ones in
     full, black ones `outside` of that. `background` is the colour that it is laid on. An image for
     regularisation (`reg`) is of the class, without what is to be learned; `weight` is what its loss counts.
-    `concept` has the rules that `dataset.toml` gives it; None where there is no such file.
+    `concept` has the rules that `dataset.toml` gives it; None where there is no such file. `focus` is the
+    point that stays in sight however it is cropped, across and down in pixels; None for its middle.
     """
 
     path: Path
@@ -110,6 +112,7 @@ class ImageRecord:
     reg: bool = False
     weight: float = 1.0
     concept: Concept | None = None
+    focus: tuple[float, float] | None = None
 
     @property
     def full_caption(self) -> str:
@@ -666,6 +669,14 @@ class Bucket:
     height: int
 
 
+@dataclass(frozen=True)
+class Cut(Bucket):
+    """A bucket that shows another part of an image than its middle: left, top, right and bottom of it, in
+    pixels of the image."""
+
+    box: tuple[float, float, float, float]
+
+
 def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bucket:
     """The size at which an image is trained.
 
@@ -725,7 +736,7 @@ def _down_and_up(side: float, multiple: int) -> tuple[int, int]:
 
 
 def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
-    """The largest centred part of an image that has the bucket's shape.
+    """The part of an image that a bucket shows: that of a `Cut`, else the largest centred one of its shape.
 
     Args:
         width, height: of the image, in pixels.
@@ -734,26 +745,67 @@ def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, flo
     Returns:
         Left, top, right, bottom, in pixels of the image.
     """
+    if isinstance(bucket, Cut):
+        return bucket.box
     scale = max(bucket.width / width, bucket.height / height)
     wide, high = min(width, bucket.width / scale), min(height, bucket.height / scale)
     left, top = (width - wide) / 2, (height - high) / 2
     return left, top, left + wide, top + high
 
 
-def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int, int, int]:
+def cut_at_focus(width: int, height: int, bucket: Bucket, focus: tuple[float, float] | None) -> Bucket:
+    """A bucket that shows the part of an image around a focus point, as near to its middle as the edges
+    allow; the bucket itself without one."""
+    if focus is None:
+        return bucket
+    left, top, right, bottom = crop_box(width, height, bucket)
+    wide, high = right - left, bottom - top
+    left, top = (
+        max(0.0, min(at - length / 2, side - length))
+        for at, length, side in zip(focus, (wide, high), (width, height), strict=True)
+    )
+    box = (left, top, min(left + wide, width), min(top + high, height))
+    return Cut(bucket.width, bucket.height, box)
+
+
+def draw_cut(record: ImageRecord, bucket: Bucket, most: float, draw: random.Random) -> Cut:
+    """A bucket that shows a random part of an image: of the largest one of its shape, up to the share `most`
+    of the sides is left out, not so much that it would have to be enlarged, and the focus point is inside."""
+    left, top, right, bottom = crop_box(record.width, record.height, bucket)
+    least = max(1.0 - most, bucket.width / (right - left), bucket.height / (bottom - top))
+    part = draw.uniform(min(1.0, least), 1.0)
+    sides = ((part * (right - left), record.width), (part * (bottom - top), record.height))
+    edges = []
+    for number, (length, side) in enumerate(sides):
+        low, high = 0.0, side - length
+        if record.focus is not None:
+            at = record.focus[number]
+            low, high = max(low, at - length), min(high, at)
+        start = draw.uniform(low, max(low, high))
+        edges.append((start, min(start + length, side)))
+    (left, right), (top, bottom) = edges
+    return Cut(bucket.width, bucket.height, (left, top, right, bottom))
+
+
+def size_conditioning(
+    width: int, height: int, bucket: Bucket, mirrored: bool = False
+) -> tuple[int, int, int, int, int, int]:
     """SDXL's size conditioning of an image (Podell et al. 2023, section 2.2).
 
-    The crop is the centred one of `crop_box`, so that a mirrored image has the same numbers.
+    Where the crop is the centred one, a mirrored image has the same numbers.
 
     Args:
         width, height: of the image on disk, in pixels.
         bucket: the size it is trained at.
+        mirrored: whether the image is mirrored before it is cropped.
 
     Returns:
         Original height and width, in pixels of the image on disk; top and left of the crop, in pixels of
         the image as resized before cropping, rounded; height and width of what is left, the bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)
+    if mirrored and isinstance(bucket, Cut):
+        left, right = width - right, width - left
     down, across = bucket.height / (bottom - top), bucket.width / (right - left)
     return height, width, round(top * down), round(left * across), bucket.height, bucket.width
 

@@ -17,9 +17,11 @@ from PIL import Image
 
 from lora_core.data.images import (
     Bucket,
+    Cut,
     ImageRecord,
     choose_bucket,
     crop_box,
+    cut_at_focus,
     hash_file,
     open_mask,
     size_conditioning,
@@ -121,11 +123,12 @@ def mask_numbers(base: BaseModel, record: ImageRecord) -> range:
     return range(1, masks + 1 if isinstance(base, InpaintingModel) else 1)
 
 
-def identify_view(record: ImageRecord, mask: int) -> list[object]:
-    """What `encode_view` depends on besides the image's bytes, its bucket and `flip`."""
-    crop, own = [record.crop] if record.crop else [], record.own_background
+def identify_view(record: ImageRecord, bucket: Bucket, mask: int) -> list[object]:
+    """What `encode_view` depends on besides the image's bytes, its size and `flip`."""
+    crop: list[object] = [record.crop] if record.crop else []
+    crop += [bucket] if isinstance(bucket, Cut) else []
     masked = ["mask", hash_file(record.mask) if record.mask else mask] if mask else []
-    return [*crop, *own, *masked]
+    return [*crop, *record.own_background, *masked]
 
 
 def inpainting_mask(record: ImageRecord, bucket: Bucket, mask: int) -> torch.Tensor:
@@ -193,6 +196,7 @@ def encode_eval_image(
 ) -> EvalImage:
     """An image as latents with its fixed draws; a resolution of 0 is the base's own."""
     bucket = choose_bucket(record.width, record.height, resolution or base.resolution, base.size_multiple)
+    bucket = cut_at_focus(record.width, record.height, bucket, record.focus)
     latents = encode_view(base, record, bucket)
     condition = encode_view(base, record, bucket, mask=1) if mask_numbers(base, record) else None
     fixed = eval_noise(hash_file(record.path), latents, draws, seed, base.noise.num_timesteps)

@@ -38,7 +38,6 @@ from lora_core.data.images import (
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MASK_OF,
-    Crop,
     Dataset,
     FileProblem,
     ImageRecord,
@@ -347,12 +346,13 @@ class Project:
                 write_holdout_list(self.image_folder, held)
                 changed |= {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
 
-    def crop(self, name: str, edges: Sequence[float] | None) -> Crop | None:
+    def crop(self, name: str, edges: Sequence[float] | None) -> tuple[float, ...] | None:
         """Train on a part of an image, or on all of it; returns what the crop was.
 
         Args:
             name: of the image, below the dataset folder.
-            edges: left, top, right and bottom as shares of its upright sides; None for all of it.
+            edges: left, top, right and bottom as shares of its upright sides, and perhaps a focus point,
+                across and down; None for all of it.
 
         Raises:
             DatasetError: it is the demo's, there is no such image, the edges are not those of a crop or leave
@@ -364,16 +364,18 @@ class Project:
             info = self.sizes.info(record.path, name)
             if isinstance(info, FileProblem):
                 raise DatasetError(info.sentence)
-            changed = replace(record, width=info.width, height=info.height, crop=None)
+            changed = replace(record, width=info.width, height=info.height, crop=None, focus=None)
             crop = None if edges is None else check_crop(edges, name)
-            if crop and crop != (0, 0, 1, 1):
-                changed = crop_record(changed, crop)
-            others = read_crops(self.image_folder).items()
-            kept = {other: edges for other, edges in others if fold_name(other) != fold_name(name)}
+            crop = None if crop == (0, 0, 1, 1) else crop
+            changed = crop_record(changed, crop) if crop else changed
+            crops = {
+                fold_name(other): (other, edges) for other, edges in read_crops(self.image_folder).items()
+            }
+            _, before = crops.pop(fold_name(name), (name, None))
             with self._own_writes({CROP_LIST}) as put:
-                write_crops(self.image_folder, kept | ({name: changed.crop} if changed.crop else {}))
+                write_crops(self.image_folder, dict(crops.values()) | ({name: crop} if crop else {}))
                 put[record.path] = changed
-            return record.crop
+            return before
 
     def write_mask(self, name: str, png: str | None) -> None:
         """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has.
@@ -568,7 +570,7 @@ def _mask_elsewhere(record: ImageRecord, root: Path) -> Path | None:
     return record.mask if record.mask not in (None, record.path, *files) else None
 
 
-def _write_lists(root: Path, held: set[str], crops: Mapping[str, Crop]) -> None:
+def _write_lists(root: Path, held: set[str], crops: Mapping[str, tuple[float, ...]]) -> None:
     if held != read_holdout_list(root):
         write_holdout_list(root, held)
     if crops != read_crops(root):

@@ -90,6 +90,7 @@ class RunProblem:
     Attributes:
         kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
             busy, slider, dataset, picture, masks, regularisation, prior, caption, tokens, resolution,
+            variants,
             sample, validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
@@ -136,7 +137,7 @@ def preflight(
         found += [] if isinstance(error, DatasetError) else [RunProblem("epochs", str(error))]
     family = facts.family if facts else None
     if facts is not None:
-        found += _resolution(records, config, facts)
+        found += [*_resolution(records, config, facts), *_variants(records, config, facts)]
         found += [*_captions(texts, config, facts), *_new_tokens([text for _, text in texts], config, facts)]
     if config.name:
         folder = runs_folder(workspace)
@@ -591,6 +592,32 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
     return [RunProblem("resolution", sentence, False) for sentence in found]
 
 
+def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """What a random crop comes to, or why it comes to nothing."""
+    rules, usual = config.dataset, DatasetSection()
+    varied = [record for record in records if rules_of(record, rules).random_crop]
+    if not varied:
+        if rules.variants == usual.variants or not records:
+            return []
+        sentence = "dataset.variants plays no part without dataset.random_crop."
+        return [RunProblem("variants", sentence, False)]
+    size = _latent_bytes(records, config, facts)
+    if size > psutil.virtual_memory().available / 2:
+        sentence = (
+            f"The encoded images take {gigabytes(size)} of memory, over half of what is free; lower"
+            f" dataset.variants, which is {rules.variants}."
+        )
+        return [RunProblem("variants", sentence, False)]
+    shown = at_resolutions(varied, rules, config.resolution(facts.resolution), facts.multiple)
+    if all(record.width * record.height <= bucket.width * bucket.height for record, bucket in shown):
+        sentence = (
+            "dataset.random_crop plays no part: no image is larger than what it is trained at, and none is"
+            " enlarged; use larger images, or a lower resolution."
+        )
+        return [RunProblem("variants", sentence, False)]
+    return []
+
+
 def _concept_resolutions(records: Iterable[ImageRecord]) -> Iterator[tuple[str, int]]:
     """Each concept's own resolutions, with its name."""
     for concept in dict.fromkeys(record.concept for record in records):
@@ -747,5 +774,6 @@ def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
     for record, bucket in shown:
         masks = (1 if record.mask else sizes.RANDOM_MASKS) if facts.inpainting else 0
         one = int(bucket.width * bucket.height * _LATENT_BYTES * (1 + 1.25 * masks)) + _FILE * (1 + masks)
-        found += one * (2 if rules_of(record, config.dataset).flip else 1)
+        rules = rules_of(record, config.dataset)
+        found += one * (rules.variants + 1 if rules.random_crop else 1) * (2 if rules.flip else 1)
     return found

@@ -639,6 +639,11 @@ class DatasetSection(Section):
     )
     """In pixels, one a line, in place of Resolution: an epoch shows each image at each of them that it is
     large enough for. The largest one needs the most memory and time. Empty: Resolution alone."""
+    random_crop: float = Field(0.0, title="Random crop", ge=0.0, le=0.9)
+    """Largest share of an image's sides that is cut off, another part in each variant: 0.2 shows at least 80%
+    of them. Nothing is enlarged, and a focus point stays in sight. 0: off."""
+    variants: int = Field(8, title="Variants", ge=2, le=64)
+    """So many versions of each image are encoded where crop or colours vary; each look shows one of them."""
     caption_dropout: float = Field(0.05, title="Caption dropout", ge=0.0, le=1.0)
     """Share of training samples shown without their caption; keeps guidance working."""
     tag_dropout: float = Field(0.0, title="Tag dropout", ge=0.0, le=1.0)

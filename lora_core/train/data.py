@@ -30,17 +30,17 @@ AHEAD = 64
 
 @dataclass(frozen=True)
 class TrainImage:
-    """An image with the bucket that it is trained in, and what each of its latents counts in the loss, (1, h,
-    w), or None for 1."""
+    """An image with the bucket that it is trained in, what each of its latents counts in the loss, (1, h, w),
+    or None for 1, and the variants of which each look shows one, if it is not always the same."""
 
     record: ImageRecord
     bucket: Bucket
     weights: torch.Tensor | None = field(default=None, compare=False)
+    variants: "tuple[TrainImage, ...]" = field(default=(), compare=False)
 
-    @property
-    def sizes(self) -> torch.Tensor:
+    def sizes(self, mirrored: bool = False) -> torch.Tensor:
         """(6,), see `size_conditioning`."""
-        sizes = size_conditioning(self.record.width, self.record.height, self.bucket)
+        sizes = size_conditioning(self.record.width, self.record.height, self.bucket, mirrored)
         return torch.tensor(sizes, dtype=torch.float32)
 
 
@@ -78,14 +78,14 @@ class Batches:
         """Micro-batch `number`, counted from 0 over the whole run."""
         rows = self._rows(number)
         latents = [self._cache.latents(item.record, item.bucket, flip) for item, flip, _ in rows]
-        names, sizes = zip(*((item.record.path.name, item.sizes) for item, _, _ in rows), strict=True)
-        captions = [caption for _, _, caption in rows]
+        names, captions = ([item.record.path.name for item, _, _ in rows], [caption for *_, caption in rows])
+        sizes = torch.stack([item.sizes(flip) for item, flip, _ in rows])
         weights = None
         if any(item.weights is not None for item, _, _ in rows):
             all_count = torch.ones_like(latents[0][:1])
             given = [(all_count if item.weights is None else item.weights, flip) for item, flip, _ in rows]
             weights = torch.stack([one.flip(-1) if flip else one for one, flip in given])
-        return Batch(torch.stack(latents), captions, list(names), torch.stack(sizes), weights=weights)
+        return Batch(torch.stack(latents), captions, names, sizes, weights=weights)
 
     def captions(self, number: int) -> list[str]:
         """The captions of micro-batch `number`."""
@@ -107,16 +107,18 @@ class Batches:
             draw = random.Random(f"{self._seed}/look/{number}/{row}")
             item = self._images[index]
             flip = rules_of(item.record, self._rules).flip and draw.random() < 0.5
-            rows.append((item, flip, sample_record_caption(item.record, self._rules, draw)))
+            caption = sample_record_caption(item.record, self._rules, draw)
+            rows.append((draw.choice(item.variants) if item.variants else item, flip, caption))
         return rows
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """One epoch: each image as often as it repeats, cut into batches of one bucket in random order. A
         short last batch is filled from the start of its bucket, so that all steps weigh the same."""
         draw = random.Random(f"{self._seed}/epoch/{epoch}")
-        by_bucket: dict[Bucket, list[int]] = {}
+        by_bucket: dict[tuple[int, int], list[int]] = {}
         for index, item in enumerate(self._images):
-            by_bucket.setdefault(item.bucket, []).extend([index] * item.record.repeats)
+            sides = item.bucket.width, item.bucket.height
+            by_bucket.setdefault(sides, []).extend([index] * item.record.repeats)
         batches = []
         size = self._batch_size
         for indices in by_bucket.values():
@@ -149,7 +151,9 @@ class LatentCache:
         if key not in self._memory:
             # Devices round differently, so each has latents of its own.
             sizes = (bucket.width, bucket.height, flip, self._base.vae.device.type)
-            name = short_digest(hash_file(record.path), self._vae, *sizes, *identify_view(record, mask))
+            name = short_digest(
+                hash_file(record.path), self._vae, *sizes, *identify_view(record, bucket, mask)
+            )
             self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encode_view(self._base, record, bucket, flip, mask)},

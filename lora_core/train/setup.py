@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from lora_core.data.dataset import (
     run_dataset,
     split_holdout,
 )
-from lora_core.data.images import ImageRecord, choose_bucket, hash_file
+from lora_core.data.images import ImageRecord, choose_bucket, draw_cut, hash_file
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.evaluate.validator import mask_numbers, weigh_latents
 from lora_core.formats.io import load_adapter
@@ -258,6 +259,7 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
         words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
         words += "\nheld out by hand" if record.held_out else ""
         words += f"\ncrop {record.crop}" if record.crop else ""
+        words += f"\nfocus {record.focus}" if record.focus else ""
         words += f"\nmask {hash_file(record.mask)}" if record.mask else ""
         words += f"\nconcept {replace(record.concept, number=0)}" if record.concept else ""
         # Concepts often number their images alike.
@@ -608,10 +610,12 @@ def prepare(
     resolution, rules = config.resolution(base.resolution), config.dataset
     sides = (resolution, base.size_multiple, base.vae_scale_factor, rules)
     trained = [] if slider.on else assign_buckets([*train, *reg] if train else [], *sides)
+    trained = [vary_image(item, rules, config.seed, base.vae_scale_factor) for item in trained]
     items = [item for item in trained if not item.record.reg]
     held_items = largest(assign_buckets(held, *sides)) if held else []
+    measured = [*held_items, *(item for item in largest(items) if item.variants)]
     views = [(*view, mask_numbers(base, view[0].record)) for view in all_views(trained, rules)]
-    wanted = [*views, *((item, False, mask_numbers(base, item.record)[:1]) for item in held_items)]
+    wanted = [*views, *((item, False, mask_numbers(base, item.record)[:1]) for item in measured)]
     _encode_pictures(base, latents, wanted, say)
     sets = build_validation_sets(largest(items), held_items, latents, config, base)
     base.put("vae", torch.device("cpu"))
@@ -727,6 +731,25 @@ def assign_buckets(
     return [TrainImage(record, bucket, weigh_latents(record, bucket, factor)) for record, bucket in views]
 
 
+def vary_image(item: TrainImage, rules: schema.DatasetSection, seed: int, factor: int) -> TrainImage:
+    """The image with its variants, where it has any: as many as the rules say, drawn by the seed and its
+    name. Where a mask leaves nothing of one, the image as it is takes its place."""
+    record, bucket, rules = item.record, item.bucket, rules_of(item.record, rules)
+    if not rules.random_crop:
+        return item
+    draw = random.Random(f"{seed}/variants/{record.path.name}/{bucket.width}x{bucket.height}")
+    variants = []
+    # The same one twice where the image leaves no room.
+    for cut in dict.fromkeys(
+        draw_cut(record, bucket, rules.random_crop, draw) for _ in range(rules.variants)
+    ):
+        try:
+            variants.append(TrainImage(record, cut, weigh_latents(record, cut, factor)))
+        except DatasetError:
+            variants.append(item)
+    return replace(item, variants=tuple(variants))
+
+
 def largest(items: list[TrainImage]) -> list[TrainImage]:
     """Each image once, at the largest of its sizes."""
     return list({item.record.path: item for item in items}.values())
@@ -735,7 +758,12 @@ def largest(items: list[TrainImage]) -> list[TrainImage]:
 def all_views(images: list[TrainImage], rules: schema.DatasetSection) -> list[tuple[TrainImage, bool]]:
     """Every (image, mirrored) that a run can ask for: what to encode before the first step."""
     views = ((image, (False, True) if rules_of(image.record, rules).flip else (False,)) for image in images)
-    return [(image, mirrored) for image, both in views for mirrored in both]
+    return [
+        (shown, mirrored)
+        for image, both in views
+        for shown in image.variants or (image,)
+        for mirrored in both
+    ]
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:

@@ -213,7 +213,7 @@ def build_validation_sets(
         noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
         seen = cache.latents(image.record, image.bucket, False, 1) if base.facts.inpainting else None
         caption = plain_record_caption((captioned or image).record, config.dataset)
-        return validator.EvalImage(latents, noise, caption, image.sizes, image.weights, seen)
+        return validator.EvalImage(latents, noise, caption, image.sizes(), image.weights, seen)
 
     count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
     order = random.Random(f"{config.seed}/measured").sample(range(len(images)), min(count, len(images)))

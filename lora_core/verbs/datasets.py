@@ -392,7 +392,7 @@ def hold_out(
 
 @verb
 def crop(
-    dataset: File, picture: str, box: Annotated[str, "LEFT,TOP,RIGHT,BOTTOM"], workspace: Place = None
+    dataset: File, picture: str, box: Annotated[str, "LEFT,TOP,RIGHT,BOTTOM[,X,Y]"], workspace: Place = None
 ) -> None:
     """Train on a part of an image.
 
@@ -400,6 +400,7 @@ def crop(
         dataset: a folder of images, or a project's name.
         picture: a path below the folder.
         box: the edges as shares of width and height, such as 0.1,0,0.9,1; 0,0,1,1 for all of the image.
+            Behind them the focus point, across and down, that stays in sight, such as 0,0,1,1,0.5,0.3.
 
     Raises:
         DatasetError: there is no such image, or the box cannot be used.
@@ -407,7 +408,7 @@ def crop(
     try:
         edges = [float(edge) for edge in box.split(",")]
     except ValueError as error:
-        raise DatasetError(f"The box {box!r} is not four numbers, such as 0.1,0,0.9,1.") from error
+        raise DatasetError(f"The box {box!r} is not four or six numbers, such as 0.1,0,0.9,1.") from error
     _pictures_of(dataset, workspace).crop(picture, edges)
 
 
