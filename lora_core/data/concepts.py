@@ -266,8 +266,8 @@ class _Reader:
         if "resolution" in given:
             keys["resolution"] = ("resolutions", [_side(given["resolution"])])
         for key in _SWITCHES:
-            if isinstance(value := given.get(key), bool):
-                keys[key] = (key, _SWITCHED * value)
+            if isinstance(on := given.get(key), bool):
+                keys[key] = (key, _SWITCHED * on)
         keys |= {key: (key, own[key]) for key in _OWN_RULES if key in own}
         found: dict[str, Any] = {}
         for key, (name, value) in keys.items():
