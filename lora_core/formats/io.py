@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -37,7 +38,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.schema import FORMATS, chosen
-from lora_core.system.files import patiently, sync_folder
+from lora_core.system.files import patiently, safe_name, sync_folder
 
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
@@ -181,7 +182,8 @@ def write_tokens(weights: AdapterWeights, path: Path) -> list[Path]:
         tensors = {kinds.TOKEN_PARTS[part]: tokens[token] for part, tokens in weights.tokens.items()}
         if len(tensors) == 1:
             tensors = {"emb_params": tensors.popitem()[1]}
-        found.append(folder / f"{token}.safetensors")
+        # In a file of somebody else the word can be a path.
+        found.append(folder / safe_name(re.sub(r"[/\\]", "_", f"{token}.safetensors")).name)
         with wrap_os_errors(AdapterFileError, f"{folder} cannot be written"):
             folder.mkdir(exist_ok=True)
         write_tensors(found[-1], tensors, {})

@@ -258,6 +258,16 @@ def test_diffusers_reads_a_token_s_own_file_as_we_do(shared_toy: Toy, tmp_path: 
     torch.testing.assert_close(encode_prompt(base, ["a zwx, plain"]).context, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("word", ["/tmp/../x", "../up", "C:\\up", "con"])
+def test_a_word_that_is_a_path_stays_in_the_folder(word: str, tmp_path: Path) -> None:
+    """The word comes from a stranger's file."""
+    weights = AdapterWeights({}, tokens={"text_encoder": {word: torch.ones(1, 4)}})
+    (file,) = write_tokens(weights, tmp_path / "lora.safetensors")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.parent == tmp_path / "lora-tokens"
+    assert file.stem.lower() != "con"
+
+
 def test_two_encoders_read_a_token_as_the_words_that_it_starts_from(shared_toy: Toy) -> None:
     """SDXL's two, small, both with the end mark of old configs, which is looked for as the highest id: hidden
     states and pooled projection are those of the words, bit for bit."""
