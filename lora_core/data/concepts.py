@@ -39,12 +39,12 @@ _REGULARISATION = ROLES[-1]
 _CLOSE = 0.01
 _MOST_ROUNDS = 50
 """An epoch has at most so many rounds over the image that is shown least, to hold shares within 1%."""
-_OWN_RULES = ("trigger", "masks", "background", "resolutions", "random_crop")
+_OWN_RULES = ("trigger", "masks", "background", "resolutions", "random_crop", "color_aug")
 """Settings of the section `dataset` that are in `custom_attributes`."""
-_SWITCHES = ("random_crop",)
+_SWITCHES = ("random_crop", "color_aug")
 """Numbers here that are true or false for kohya's trainer."""
 _SWITCHED = 0.1
-"""What true is: of a random crop, little is cut off, as there."""
+"""What true is: little is cut off or changed, as there."""
 _OWN = ("name", "role", "share", "images", *_OWN_RULES)
 _TEXTS = ("class_tokens", "caption_prefix", "caption_suffix", "caption_extension")
 
@@ -54,7 +54,15 @@ def _rule_keys() -> dict[str, str]:
     """kohya's keys for settings that a concept may have, by the tables of its configurations and headers."""
     names = read_table("other_trainers.toml")["kohya"]["names"]
     header = {key: row[0] for row in read_table("kohya_header.toml")["read"] for key in row[1].split()}
-    rules = ("flip", "random_crop", "shuffle_tags", "keep_tags", "caption_dropout", "tag_dropout")
+    rules = (
+        "flip",
+        "random_crop",
+        "color_aug",
+        "shuffle_tags",
+        "keep_tags",
+        "caption_dropout",
+        "tag_dropout",
+    )
     found = {key: header.get(name, name).removeprefix("dataset.") for key, name in names.items()}
     return {key: name for key, name in found.items() if name in rules}
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
@@ -189,6 +189,8 @@ _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
 _SHOWN_NAMES = 5
 _SHAPES_APART = 0.01
+_HUE = 0.1
+"""Turns of the hue where the other colours vary by their full range: a tenth of the circle, 36 degrees."""
 _LOOK = "; check that it is there and may be read."
 
 
@@ -671,10 +673,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Cut(Bucket):
-    """A bucket that shows another part of an image than its middle: left, top, right and bottom of it, in
-    pixels of the image."""
+    """A bucket that shows an image otherwise than its middle as it is.
+
+    Attributes:
+        box: the part that is shown: left, top, right and bottom, in pixels of the image.
+        colours: what brightness, contrast and saturation are multiplied by, and how far the hue is turned, in
+            turns; None for the image's own.
+    """
 
     box: tuple[float, float, float, float]
+    colours: tuple[float, float, float, float] | None = None
 
 
 def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bucket:
@@ -768,11 +776,26 @@ def cut_at_focus(width: int, height: int, bucket: Bucket, focus: tuple[float, fl
     return Cut(bucket.width, bucket.height, box)
 
 
-def draw_cut(record: ImageRecord, bucket: Bucket, most: float, draw: random.Random) -> Cut:
-    """A bucket that shows a random part of an image: of the largest one of its shape, up to the share `most`
-    of the sides is left out, not so much that it would have to be enlarged, and the focus point is inside."""
-    left, top, right, bottom = crop_box(record.width, record.height, bucket)
-    least = max(1.0 - most, bucket.width / (right - left), bucket.height / (bottom - top))
+def draw_cut(
+    record: ImageRecord, bucket: Bucket, random_crop: float, color_aug: float, draw: random.Random
+) -> Cut:
+    """A bucket that shows a random part of an image, in random colours.
+
+    Args:
+        record: its focus point is in the part.
+        bucket: its size.
+        random_crop: the share of the sides of the largest part of its shape that is left out at most, not so
+            much that an image would have to be enlarged; 0 for the part that the bucket shows.
+        color_aug: how far from 1 the factors of the colours are at most; 0 for the image's own.
+    """
+    colours = None
+    if color_aug:
+        factors = [draw.uniform(1 - color_aug, 1 + color_aug) for _ in range(3)]
+        colours = (factors[0], factors[1], factors[2], draw.uniform(-color_aug, color_aug) * _HUE)
+    left, top, right, bottom = box = crop_box(record.width, record.height, bucket)
+    if not random_crop:
+        return Cut(bucket.width, bucket.height, box, colours)
+    least = max(1.0 - random_crop, bucket.width / (right - left), bucket.height / (bottom - top))
     part = draw.uniform(min(1.0, least), 1.0)
     sides = ((part * (right - left), record.width), (part * (bottom - top), record.height))
     edges = []
@@ -784,7 +807,7 @@ def draw_cut(record: ImageRecord, bucket: Bucket, most: float, draw: random.Rand
         start = draw.uniform(low, max(low, high))
         edges.append((start, min(start + length, side)))
     (left, right), (top, bottom) = edges
-    return Cut(bucket.width, bucket.height, (left, top, right, bottom))
+    return Cut(bucket.width, bucket.height, (left, top, right, bottom), colours)
 
 
 def size_conditioning(
@@ -811,8 +834,25 @@ def size_conditioning(
 
 
 def resize_and_crop(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """The image cropped by `crop_box` and resized to the bucket."""
+    """The image cropped by `crop_box` and resized to the bucket, in its colours."""
     box = crop_box(*image.size, bucket)
     if image.size == (bucket.width, bucket.height):
-        return image.copy()
-    return image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
+        fitted = image.copy()
+    else:
+        fitted = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
+    return vary_colours(fitted, *bucket.colours) if isinstance(bucket, Cut) and bucket.colours else fitted
+
+
+def vary_colours(
+    image: Image.Image, brightness: float, contrast: float, saturation: float, hue: float
+) -> Image.Image:
+    """An RGB image with each of the three multiplied, one after the other, and the hue turned, in turns.
+
+    Source: torchvision.transforms.ColorJitter, which does it by the same functions of Pillow.
+    """
+    image = ImageEnhance.Brightness(image).enhance(brightness)
+    image = ImageEnhance.Contrast(image).enhance(contrast)
+    image = ImageEnhance.Color(image).enhance(saturation)
+    turned, *others = image.convert("HSV").split()
+    turned = turned.point([(value + round(256 * hue)) % 256 for value in range(256)])
+    return Image.merge("HSV", (turned, *others)).convert("RGB")

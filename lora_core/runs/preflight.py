@@ -593,13 +593,12 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
 
 
 def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """What a random crop comes to, or why it comes to nothing."""
+    """What random crops and colours need, or why they come to nothing."""
     rules, usual = config.dataset, DatasetSection()
-    varied = [record for record in records if rules_of(record, rules).random_crop]
-    if not varied:
+    if not any(rules_of(record, rules).varies for record in records):
         if rules.variants == usual.variants or not records:
             return []
-        sentence = "dataset.variants plays no part without dataset.random_crop."
+        sentence = "dataset.variants plays no part without dataset.random_crop or dataset.color_aug."
         return [RunProblem("variants", sentence, False)]
     size = _latent_bytes(records, config, facts)
     if size > psutil.virtual_memory().available / 2:
@@ -608,8 +607,11 @@ def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
             f" dataset.variants, which is {rules.variants}."
         )
         return [RunProblem("variants", sentence, False)]
-    shown = at_resolutions(varied, rules, config.resolution(facts.resolution), facts.multiple)
-    if all(record.width * record.height <= bucket.width * bucket.height for record, bucket in shown):
+    cropped = [record for record in records if rules_of(record, rules).random_crop]
+    shown = at_resolutions(cropped, rules, config.resolution(facts.resolution), facts.multiple)
+    if shown and all(
+        record.width * record.height <= bucket.width * bucket.height for record, bucket in shown
+    ):
         sentence = (
             "dataset.random_crop plays no part: no image is larger than what it is trained at, and none is"
             " enlarged; use larger images, or a lower resolution."
@@ -775,5 +777,5 @@ def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
         masks = (1 if record.mask else sizes.RANDOM_MASKS) if facts.inpainting else 0
         one = int(bucket.width * bucket.height * _LATENT_BYTES * (1 + 1.25 * masks)) + _FILE * (1 + masks)
         rules = rules_of(record, config.dataset)
-        found += one * (rules.variants + 1 if rules.random_crop else 1) * (2 if rules.flip else 1)
+        found += one * (rules.variants + 1 if rules.varies else 1) * (2 if rules.flip else 1)
     return found

@@ -735,13 +735,13 @@ def vary_image(item: TrainImage, rules: schema.DatasetSection, seed: int, factor
     """The image with its variants, where it has any: as many as the rules say, drawn by the seed and its
     name. Where a mask leaves nothing of one, the image as it is takes its place."""
     record, bucket, rules = item.record, item.bucket, rules_of(item.record, rules)
-    if not rules.random_crop:
+    if not rules.varies:
         return item
     draw = random.Random(f"{seed}/variants/{record.path.name}/{bucket.width}x{bucket.height}")
     variants = []
     # The same one twice where the image leaves no room.
     for cut in dict.fromkeys(
-        draw_cut(record, bucket, rules.random_crop, draw) for _ in range(rules.variants)
+        draw_cut(record, bucket, rules.random_crop, rules.color_aug, draw) for _ in range(rules.variants)
     ):
         try:
             variants.append(TrainImage(record, cut, weigh_latents(record, cut, factor)))

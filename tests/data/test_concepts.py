@@ -81,6 +81,7 @@ resolution = [768, 768]
   image_dir = "bare"
   class_tokens = "human"
   color_aug = true
+  face_crop_aug_range = "0.5,1.0"
 """
 
 
@@ -99,7 +100,8 @@ def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path
     assert dict(found["a.png"].concept.rules) == {**first, "keep_tags": 2}
     assert dict(found["c.png"].concept.rules) == {**first, "keep_tags": 3, "flip": True}
     assert found["d.png"].concept is not None
-    assert dict(found["d.png"].concept.rules)["resolutions"] == (768,)
+    rules = dict(found["d.png"].concept.rules)
+    assert (rules["resolutions"], rules["color_aug"]) == ((768,), 0.1)
     assert [(one.repeats, one.reg) for one in found.values()] == [
         (10, False),
         (1, False),
@@ -112,7 +114,7 @@ def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path
     for part in (
         "[general]: enable_bucket = True needs no setting here",
         "dataset 1: batch_size = 4 has no effect here; set train.batch_size",
-        "subset 3: color_aug = True has no effect here",
+        "subset 3: face_crop_aug_range = '0.5,1.0' has no effect here, where there is no such thing",
         "10_other/e.png is in no concept of dataset.toml; it is not used.",
     ):
         assert part in said

@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.flip": (True, {}),
     "dataset.resolutions": ([16, 32], {}),
     "dataset.random_crop": (0.5, {}),
+    "dataset.color_aug": (0.5, {}),
     "dataset.variants": (3, {"dataset.random_crop": 0.5}),
     "dataset.caption_dropout": (1.0, {}),
     "dataset.tag_dropout": (0.5, {}),

@@ -23,7 +23,15 @@ from lora_core.data.dataset import (
     scan,
     write_crops,
 )
-from lora_core.data.images import Bucket, Concept, ImageRecord, choose_buckets, crop_box, cut_at_focus
+from lora_core.data.images import (
+    Bucket,
+    Concept,
+    ImageRecord,
+    choose_buckets,
+    crop_box,
+    cut_at_focus,
+    vary_colours,
+)
 from lora_core.errors import ConfigError, DatasetError
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.header import read_header
@@ -118,7 +126,7 @@ def test_a_run_at_several_resolutions_and_crops_is_measured_at_the_largest_and_b
     how = {name.replace(".", "__"): value for name, value in RANDOM.items()}
     how |= {"dataset__resolutions": [16, 32], "train__resolution": 0, "train__steps": 4, "save__every": 2}
     how |= {"validation__pictures": 1, "validation__every": 4, "sample__every": 0}
-    how |= {"dataset__random_crop": 0.5, "dataset__variants": 3}
+    how |= {"dataset__random_crop": 0.5, "dataset__color_aug": 0.2, "dataset__variants": 3}
     whole, broken = own_toy.run("whole", **how), own_toy.run("broken", **how)
     trained(whole)
     broken_at(broken, events.StepDone, 3)
@@ -309,6 +317,46 @@ def test_the_variant_of_a_look_follows_from_seed_and_number_and_leaves_captions_
         assert first.captions == plain.batch(number).captions
     shown = {tuple(row.flatten().tolist()) for batch in forwards for row in batch.latents}
     assert len(shown) == 3 * 8
+
+
+def test_colours_vary_and_nothing_else(tmp_path: Path) -> None:
+    image = Image.new("RGB", (128, 64), (180, 90, 60))
+    image.paste((60, 90, 120), (0, 0, 64, 64))
+    image.save(tmp_path / "a.png")
+    mask = Image.new("L", (128, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "a-masklabel.png")
+    config = config_of(loss__unmasked_weight=0.0, dataset__color_aug=0.2, dataset__variants=5)
+    (record,) = apply_settings(scan(tmp_path).records, config)
+    (plain,) = assign_buckets([record], 64, 8)
+    variants = vary_image(plain, config.dataset, 0, 8).variants
+    assert len(variants) == 5
+    pixels = [load_pixels(record, one.bucket) for one in variants]
+    whole = load_pixels(record, plain.bucket)
+    for one, seen in zip(variants, pixels, strict=True):
+        assert torch.equal(one.weights, plain.weights)
+        assert torch.equal(one.sizes(), plain.sizes())
+        # Two plain halves, where they were.
+        for half in (seen[..., : seen.shape[-1] // 2 - 4], seen[..., seen.shape[-1] // 2 + 4 :]):
+            assert (half == half[:, :1, :1]).all()
+        assert 0 < (seen - whole).abs().max() < 0.6
+    assert len({tuple(seen[:, 0, 0].tolist()) for seen in pixels}) == 5
+    assert vary_image(plain, DatasetSection(), 0, 8) is plain
+
+
+@pytest.mark.parametrize(
+    ("how", "becomes"),
+    [
+        ((1.0, 1.0, 1.0, 0.0), (200, 100, 50)),
+        ((0.5, 1.0, 1.0, 0.0), (100, 50, 25)),
+        ((1.0, 0.5, 1.0, 0.0), (162, 112, 87)),  # half the way to the mean grey of 124
+        ((1.0, 1.0, 0.0, 0.0), (124, 124, 124)),  # ITU-R 601: 0.299 R + 0.587 G + 0.114 B
+        ((1.0, 1.0, 1.0, 1 / 3), (50, 200, 100)),  # red becomes green
+    ],
+)
+def test_what_varies_the_colours(how: tuple[float, ...], becomes: tuple[int, ...]) -> None:
+    seen = vary_colours(Image.new("RGB", (4, 4), (200, 100, 50)), *how).getpixel((0, 0))
+    assert seen == pytest.approx(becomes, abs=3)
 
 
 def test_a_focus_point_is_kept_where_a_bucket_cuts_and_comes_with_the_list(tmp_path: Path) -> None:
