@@ -643,8 +643,8 @@ class DatasetSection(Section):
     """Largest share of an image's sides that is cut off, another part in each variant: 0.2 shows at least 80%
     of them. Nothing is enlarged, and a focus point stays in sight. 0: off."""
     color_aug: float = Field(0.0, title="Colour augmentation", ge=0.0, le=1.0)
-    """How far brightness, contrast and saturation vary between variants, and hue a little: 0.1 is up to a tenth.
-    Not where the colours are what is learned. 0: off."""
+    """How far brightness, contrast and saturation vary between variants, and hue a little: 0.1 is up to a
+    tenth. Not where the colours are what is learned. 0: off."""
     variants: int = Field(8, title="Variants", ge=2, le=64)
     """So many versions of each image are encoded where crop or colours vary; each look shows one of them."""
     caption_dropout: float = Field(0.05, title="Caption dropout", ge=0.0, le=1.0)
