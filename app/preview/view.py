@@ -3,6 +3,7 @@
 stored, and draws what it asks for. Images, strip, grid and history follow the render queue."""
 
 import asyncio
+import base64
 import functools
 import json
 import re
@@ -48,11 +49,12 @@ from app.routes import FRESH, Answer, add_actions, image_url, receive_file
 from app.state import AppState, Bindings, Snapshot, take_snapshot
 from app.templates import _, html_block, note_html, render
 from app.train.train_form import base_choices
-from lora_core.data.images import open_rgb
-from lora_core.errors import DatasetError, LoraError, RunError
+from lora_core.data.images import check_image, check_mask_png, make_thumbnail, open_rgb
+from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.generate.grid import make_axis, vary
 from lora_core.generate.request import NEGATIVE, GenerationRequest, WeightedLora, sampler_title
 from lora_core.settings.schema import SAMPLERS
+from lora_core.system.files import unused_path, write_atomically
 
 
 def build_preview(bindings: Bindings) -> None:
@@ -283,6 +285,8 @@ def strip_sheet(app_state: AppState) -> Path:
 # CFG_Rescale_webui.
 
 STARTS = "starts"
+PAINTED_SIDE = 1024
+"""The longer side of an image that a mask is painted on, in pixels."""
 """The folder of a project for images that others start from."""
 LONGEST_SHOWN = 600
 LONGEST = 200_000
@@ -356,6 +360,26 @@ def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     start = keep_file(file, app_state.project.path / STARTS)
     note = note_html(_("Images start from {}; empty its field to start from noise again.", start.name))
     return {"html": note, "image": str(start)}
+
+
+def paint_mask(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Keep a mask that was painted over the form's image in the project; without one, give the image to paint
+    on, a WebP in base64.
+
+    Raises:
+        DatasetError: the image or the mask cannot be used.
+    """
+    image = Path(str(sent.get("image") or "").strip().strip('"'))
+    if not sent.get("png"):
+        if not image.name:
+            raise DatasetError(_("There is no image to paint on; give one to start from."))
+        return {"shown": base64.b64encode(make_thumbnail(image, PAINTED_SIDE)).decode()}
+    data = check_mask_png(str(sent["png"]), check_image(image, image.name), image.name)
+    file = unused_path(app_state.project.path / STARTS, f"{image.stem}-mask", ".png")
+    with wrap_os_errors(DatasetError, f"{file} cannot be written"):
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, data)
+    return {"mask": str(file)}
 
 
 def read_infotext(file: Path) -> tuple[str, Infotext]:
@@ -513,5 +537,6 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
     "start": start_from,
+    "mask": paint_mask,
 }
 """What a page may post below /easel/preview/."""

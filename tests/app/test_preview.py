@@ -1,5 +1,7 @@
 """The Preview tab's logic: its form, history, HTML and what a dropped picture says."""
 
+import base64
+import io
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from app.preview.view import (
     open_file,
     open_tab,
     opened_folder,
+    paint_mask,
     parse_infotext,
     read_infotext,
     start_from,
@@ -405,6 +408,37 @@ def test_images_start_from_one_that_was_opened(app_state: AppState) -> None:
     assert not preview_form.load_fields(snapshot)["image"]
     assert apply_infotext(snapshot, parse_infotext(text)) == ["the image that it started from"]
     assert parse_infotext(f"{text}, Hires upscale: 2").denoising_strength is None
+
+
+def test_a_mask_is_painted_over_the_image_of_the_form(app_state: AppState, tmp_path: Path) -> None:
+    """The page asks for the image, sends what was painted, and puts the file's path into the form."""
+    image = tmp_path / "start.png"
+    Image.new("RGB", (48, 32), "red").save(image)
+    with pytest.raises(DatasetError, match="no image to paint on"):
+        paint_mask(app_state, {"image": ""})
+    shown = base64.b64decode(paint_mask(app_state, {"image": f'"{image}"'})["shown"])
+    with Image.open(io.BytesIO(shown)) as opened, Image.open(image) as whole:
+        assert (opened.format, opened.size) == ("WEBP", whole.size)
+        painted = Image.new("RGB", whole.size)
+    with pytest.raises(DatasetError, match="black everywhere"):
+        paint_mask(app_state, {"image": str(image), "png": png_of(painted)})
+    painted.paste("white", (0, 0, 4, 4))
+    mask = paint_mask(app_state, {"image": str(image), "png": png_of(painted)})["mask"]
+    assert Path(mask) == app_state.project.path / STARTS / "start-mask.png"
+    take_rows(app_state, {"rows": [], "fields": {"image": str(image), "mask": mask}, "rev": 1})
+    snapshot = take_snapshot(app_state)
+    shot = preview_form.build_request(snapshot, preview_form.load_fields(snapshot), [])
+    assert (shot.image, shot.mask) == (str(image), mask)
+    shot.check()
+    # Settings of an image from noise take both out of the form.
+    assert apply_infotext(snapshot, parse_infotext(replace(shot, image="", mask="").infotext(0.0, {}))) == []
+    assert not preview_form.load_fields(take_snapshot(app_state))["mask"]
+
+
+def png_of(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_a_run_s_sample_is_tried_with_its_own_options(app_state: AppState) -> None:
