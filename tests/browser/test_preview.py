@@ -172,3 +172,30 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.click("#generate")
     page.wait_for_selector("#preview-facts:has-text('from an image at 0.5')")
     page.wait_for_selector("#preview-state[data-state=idle]:has-text('Seed 7')")
+
+
+def test_a_painted_mask_is_for_an_inpainting_base(page, window: Any, tmp_path: Path) -> None:
+    """It goes from the canvas into the form; the embedded base says that it takes none."""
+    from PIL import Image
+
+    Image.new("RGB", (128, 96), "green").save(tmp_path / "start.png")
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready]")
+    page.click("#sampling summary")
+    page.fill("#start-image input", str(tmp_path / "start.png"))
+    page.click("#paint-mask")
+    box = page.wait_for_selector("dialog canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
+    page.mouse.up()
+    page.click("dialog button:has-text('Done')")
+    page.wait_for_selector("dialog canvas", state="detached")
+    mask = Path(page.input_value("#start-mask input"))
+    with Image.open(mask) as painted:
+        assert (painted.mode, painted.size) == ("L", (128, 96))
+        assert painted.getpixel((40, 48)) == 255
+        assert painted.getpixel((100, 10)) == 0
+    page.fill("#sampler-steps input", "2")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#preview-state[data-state=error]:has-text('takes no mask')")
