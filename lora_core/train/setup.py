@@ -711,7 +711,7 @@ def build_train_state(
                 title = config.optimizer.row.title
                 raise ConfigError(f"{title} averages the adapter itself; set {name} to 0.")
         average = ScheduleFree(injected, storage, optimizer)
-    loss = inpainting_loss if base.facts.inpainting else image_loss
+    loss = inpainting_loss if isinstance(base, InpaintingModel) else image_loss
     how = config.adapter.max_norm, slider_loss if config.slider.on else loss
     return TrainState(base, injected, optimizer, storage, scaler, average, *how), notes
 
