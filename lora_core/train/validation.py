@@ -24,7 +24,7 @@ from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import act_as, adapter_weights, at_strength, load_weights
 from lora_core.lora.weights import LoadedLora
-from lora_core.models.load import BaseModel, InpaintingModel
+from lora_core.models.load import BaseModel
 from lora_core.models.unet import default_time_ids
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
