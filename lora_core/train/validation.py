@@ -211,9 +211,8 @@ def build_validation_sets(
         latents = cache.latents(image.record, image.bucket, False)
         digest = hash_file(image.record.path)
         noise = validator.eval_noise(digest, latents, section.draws_per_image, config.seed, timesteps)
-        seen = (
-            cache.latents(image.record, image.bucket, False, 1) if isinstance(base, InpaintingModel) else None
-        )
+        masks = validator.mask_numbers(base, image.record)[:1]
+        seen = cache.latents(image.record, image.bucket, False, masks[0]) if masks else None
         caption = plain_record_caption((captioned or image).record, config.dataset)
         return validator.EvalImage(latents, noise, caption, image.sizes(), image.weights, seen)
 
