@@ -31,8 +31,8 @@
   const look = async (asked = false) => easel.checked(await post("check", { by_itself: !asked }));
 
   // ---- measured with the base ---------------------------------------------------------------------------------------------
-  const BUTTONS = { caption: "#caption-start", captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
-  const LINES = { caption: "#caption-line", captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
+  const BUTTONS = { caption: "#caption-start", mask: "#masks-preview", captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
+  const LINES = { caption: "#caption-line", mask: "#masks-line", captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
   const PLACES = { captions: "#captions-found", pictures: "#pictures-found", triggers: "#trigger-found" };
 
   let wordsOpen = false;
@@ -49,7 +49,7 @@
       place.hidden = !found;
       easel.fill(place, sortMost && what === "pictures" ? most : found);
     }
-    easel.showCaptioner(state.caption);
+    for (const what of ["caption", "mask"]) easel.showAnnotator(what, state[what]);
     // Words are shown next to the trigger field, and only on request.
     one("#trigger-words").hidden = !wordsOpen;
     one("#pictures-order").hidden = !state.html.pictures.found;
@@ -93,7 +93,11 @@
     if (!target) return;
     const data = target.dataset;
     if (target.id === "learned-start") look(true);
-    else if (target.id === "caption-start") { await easel.waitingSaves(); begin({ do: "begin", what: "caption", ...easel.captioner() }); }
+    else if (target.id === "caption-start" || target.id === "masks-preview") {
+      const what = target.id === "caption-start" ? "caption" : "mask";
+      await easel.waitingSaves();
+      begin({ do: "begin", what, ...easel.annotator(what) });
+    }
     else if (target.id === "captions-start") { await easel.waitingSaves(); begin({ do: "begin", what: "captions" }); }
     else if (target.id === "pictures-start") begin({ do: "begin", what: "pictures" });
     else if (target.id === "trigger-propose") { wordsOpen = true; await easel.waitingSaves(); begin({ do: "begin", what: "triggers" }); }

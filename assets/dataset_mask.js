@@ -1,5 +1,5 @@
 // The Dataset tab's mask editor: a canvas over the large image, white where the image counts. It is saved beside the
-// image when it is left, by any way.
+// image after each stroke; what was there before comes back with Cancel, and with Ctrl+Z once the editor is left.
 (() => {
   const easel = window.easel;
   const { one, all, post, t } = easel;
@@ -9,19 +9,20 @@
 
   const canvas = () => one("#picture-big canvas");
   const png = () => canvas().toDataURL("image/png").split(",")[1];
+  // What is painted; null for nothing where there was no mask.
+  const painted = () => (paint.before === null && !snapshot().data.some((value, index) => index % 4 < 3 && value) ? null : png());
   const snapshot = () => paint.context.getImageData(0, 0, canvas().width, canvas().height);
   const keep = () => {
     paint.past.push(snapshot());
     paint.past.splice(0, paint.past.length - MOST_STEPS);
     paint.future = [];
-    paint.changed = true;
   };
   const stepBack = (forward) => {
     const [from, into] = forward ? [paint.future, paint.past] : [paint.past, paint.future], image = from.pop();
     if (!image) return;
     into.push(snapshot());
     paint.context.putImageData(image, 0, 0);
-    paint.changed = true;
+    store();
   };
 
   const showTools = () => {
@@ -90,7 +91,7 @@
       context.drawImage(image, 0, 0, place.width, place.height);
     }
     const before = picture.mask ? png() : null, size = Math.round(Math.max(place.width, place.height) / 8);
-    enter({ name: picture.name, before, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], changed: false, pen: null });
+    enter({ name: picture.name, before, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], pen: null });
   };
 
   const leave = () => {
@@ -98,28 +99,48 @@
     one("#picture-big").classList.remove("painting");
     one("#mask-bar").hidden = canvas().hidden = one("#picture-big .pen").hidden = true;
   };
-  const send = (picture, data) => async () => {
-    const answer = await post("mask", { picture, png: data });
+  // Writes a mask, or removes it with null; the first answer has the file that was there, as it was.
+  const write = async (state, data) => {
+    const answer = await post("mask", { picture: state.name, png: data }).catch((error) => ({ problem: error.message }));
     if (answer.problem) { easel.toast(answer.problem, "bad"); return false; }
-    await easel.load();
+    if (state.was === undefined) state.was = answer.before;
     return true;
   };
-  // Leaves the editor with the mask as it is painted, or without one; comes back where it cannot be saved.
+  // Saves after a stroke: one request at a time, and of strokes that wait only the last.
+  const store = () => {
+    const state = paint;
+    state.due = painted();
+    state.storing ??= (async () => {
+      let sent;
+      do { sent = state.due; await write(state, sent); } while (sent !== state.due);
+      state.storing = null;
+    })();
+  };
+  const send = (state, data) => async () => {
+    const done = await write(state, data);
+    if (done) await easel.load();
+    return done;
+  };
+  // Leaves the editor with the mask as it is painted, as it was, or without one; comes back where it cannot be saved.
   const finish = (data) => {
-    const state = paint, { name, before } = state, inside = document.activeElement.closest("#picture-big, #mask-bar");
+    const state = paint, { before } = state, now = painted(), inside = document.activeElement.closest("#picture-big, #mask-bar");
     leave();
     if (inside) one("#mask-start").focus();
-    if (data === before) return;
+    if (data === before && now === before && !state.storing) return;
     easel.inTurn(async () => {
-      if (await send(name, data)()) easel.did(data ? t("1 mask saved.") : t("1 mask removed."), send(name, before), send(name, data));
-      else enter(state);
+      await state.storing;
+      const back = () => state.was ?? null, kept = data === before;
+      if (!(await send(state, kept && state.was !== undefined ? back() : data)())) { enter(state); return; }
+      if (now === before && kept) return;
+      const words = kept ? t("Mask as it was.") : data ? t("1 mask saved.") : t("1 mask removed.");
+      easel.did(words, send(state, kept ? now : back() ?? (data ? null : before)), send(state, kept ? back() : data));
     });
   };
-  const save = () => finish(paint.changed ? png() : paint.before);
+  const save = () => finish(painted());
 
   // What else the page does with images: a mask that is being painted is kept first.
   easel.leaveMask = (name) => { if (paint && paint.name !== name) save(); };
-  addEventListener("pagehide", () => { if (paint?.changed) post("mask", { picture: paint.name, png: png() }, { keepalive: true }); });
+  addEventListener("pagehide", () => { if (paint?.pen || paint?.storing) post("mask", { picture: paint.name, png: painted() }, { keepalive: true }); });
 
   const pointAt = ({ clientX, clientY }) => {
     const { left, top, width, height } = canvas().getBoundingClientRect();
@@ -140,7 +161,7 @@
     if (paint.pen && paint.tool !== "fill") { line(paint.pen, paint.at); paint.pen = paint.at; }
     showTools();
   });
-  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { if (paint) paint.pen = null; });
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { if (paint?.pen) { paint.pen = null; store(); } });
 
   document.addEventListener("keydown", (event) => {
     if (!paint || !event.target.closest?.("#picture-big, #mask-bar")) return;
@@ -149,11 +170,11 @@
     const onCanvas = event.target === canvas();
     if (control && (key === "z" || key === "y")) stepBack(key === "y" || event.shiftKey);
     else if (control) return;
-    else if (key === "escape") finish(paint.before);
+    else if (key === "escape") save();
     else if (tool) paint.tool = tool;
     else if (key === "[" || key === "]") resize(paint.size * (key === "[" ? 0.8 : 1.25));
     else if (onCanvas && key === "enter") save();
-    else if (onCanvas && key === " ") press(paint.at);
+    else if (onCanvas && key === " ") { press(paint.at); store(); }
     else if (onCanvas && by) paint.at = within(paint.at.map((at, axis) => at + by[axis] * Math.max(2, paint.size / 4)));
     else return;
     event.preventDefault();

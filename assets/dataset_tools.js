@@ -151,12 +151,13 @@
 
   // ---- bulk edit ------------------------------------------------------------------------------------
   const edit = () => ({
-    do: one("#bulk-do").value, find: one("#bulk-find").value, put: one("#bulk-put").value,
+    do: one("#bulk-do").value, find: one(one("#bulk-do").value === "table" ? "#bulk-table" : "#bulk-find").value, put: one("#bulk-put").value,
     regex: one("#bulk-regex").checked, any_case: one("#bulk-case").checked,
   });
-  // What is asked of a captioner: values by the names of its fields.
-  const VALUES = { checkbox: "checked", number: "valueAsNumber" };
-  const asked = () => Object.fromEntries(all("[data-captioner]").map((input) => [input.dataset.captioner, input[VALUES[input.type] ?? "value"]]));
+  // What is asked of a captioner or of a mask model: values by the names of its fields.
+  const VALUES = { checkbox: "checked", number: "valueAsNumber" }, ANNOTATORS = { caption: "captioner", mask: "masker" };
+  const fieldsOf = (what) => all(`[data-${ANNOTATORS[what]}]`).map((input) => [input.dataset[ANNOTATORS[what]], input]);
+  const asked = (what) => Object.fromEntries(fieldsOf(what).map(([name, input]) => [name, input[VALUES[input.type] ?? "value"]]));
   const scoped = (body) => { const names = easel.scope(); return names ? { ...body, pictures: names } : body; };
   const bulkSay = (text, bad = false) => one("#bulk-preview").replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
 
@@ -166,9 +167,10 @@
     one("#bulk-said").textContent = text;
   };
 
-  const rowOf = ({ picture, pieces }) => {
+  const rowOf = ({ picture, pieces, mask }) => {
     const line = make("p", { className: "changed" });
     for (const [kind, text] of pieces) line.append(kind === "same" ? text : make(kind === "old" ? "del" : "ins", { textContent: text }));
+    if (mask) line.append(make("img", { src: `data:image/png;base64,${mask}`, alt: t("Mask"), className: "made-mask" }));
     return make("li", {}, make("span", { className: "small", textContent: picture }), line);
   };
 
@@ -178,42 +180,46 @@
     button.title = on ? "" : why;
   };
 
-  // What the captioner said last counts as long as the form asks for the same.
-  let captioner = {};
-  const captioned = () => captioner.state === "done" && captioner.fresh && Object.entries(asked()).every(([key, value]) => captioner.asked[key] === value);
-  easel.captioner = () => scoped(asked());
-  easel.showCaptioner = (state) => {
-    const first = !captioner.asked, of = ({ state, fresh, asked, found }) => JSON.stringify([state, fresh, asked, found]);
-    const before = of(captioner);
-    captioner = state;
-    if (first) for (const input of all("[data-captioner]")) {
-      const kept = state.asked[input.dataset.captioner];
+  // What a model made last counts as long as the form asks for the same.
+  const made = { caption: {}, mask: {} };
+  const annotated = (what) => made[what].state === "done" && made[what].fresh && Object.entries(asked(what)).every(([key, value]) => made[what].asked[key] === value);
+  easel.annotator = (what) => scoped(asked(what));
+  easel.showAnnotator = (what, state) => {
+    const first = !made[what].asked, of = ({ state, fresh, asked, found }) => JSON.stringify([state, fresh, asked, found]);
+    const before = of(made[what]);
+    made[what] = state;
+    if (first) for (const [name, input] of fieldsOf(what)) {
+      const kept = state.asked[name];
       if (kept !== undefined) input[VALUES[input.type] === "checked" ? "checked" : "value"] = kept;
     }
-    if (before !== of(state) && one("#bulk")?.open && one("#bulk-do").value === "caption") soon();
+    if (before !== of(state) && one("#bulk")?.open && one("#bulk-do").value === what) soon();
   };
 
   let looked = 0;
   const preview = async () => {
     const form = one("#bulk-form"), number = ++looked;
     if (!form) return;
-    const kind = one("#bulk-do").value, replace = kind === "replace";
+    const kind = one("#bulk-do").value, masks = kind === "mask", replace = kind === "replace";
     all("[data-for]", form).forEach((node) => { node.hidden = !node.dataset.for.split(" ").includes(kind); });
     one("#bulk-put-title").textContent = replace ? t("Replace with") : t("Text");
+    one("#bulk-apply").textContent = masks ? t("Write masks") : t("Change captions");
     const scope = easel.scope(), whom = scope ? plural(scope.length, "image") : t("all images");
-    if (kind === "caption" && !captioned()) {
+    if (kind in ANNOTATORS && !annotated(kind)) {
       allow(false, t("Press Preview first"));
       return bulkSay(t("For {images}. Press Preview to see what the model says of them.", { images: whom }));
     }
-    if (kind !== "caption" && !edit()[replace ? "find" : "put"]) {
+    if (!(kind in ANNOTATORS) && !edit()[replace || kind === "table" ? "find" : "put"]) {
       allow(false, t("Type first what is to be found or added"));
       return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }
     const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
     if (number !== looked) return;
-    allow(!answer.problem && answer.changed > 0, answer.problem ?? t("No caption would change"));
+    allow(!answer.problem && answer.changed > 0, answer.problem ?? (masks ? t("No mask would be written") : t("No caption would change")));
     if (answer.problem) return bulkSay(answer.problem, true);
-    bulkSay(t(scope ? "{captions} of {count} would change ({images})." : "{captions} of {count} would change.", { captions: plural(answer.changed, "caption"), count: answer.asked.toLocaleString("en"), images: whom }));
+    if (masks) {
+      const none = answer.nothing.length ? ` ${t("Nothing was found in {images}, which get no mask.", { images: plural(answer.nothing.length, "image") })}` : "";
+      bulkSay(`${t("{images} of {count} would get a mask.", { images: plural(answer.changed, "image"), count: answer.asked.toLocaleString("en") })}${none}`);
+    } else bulkSay(t(scope ? "{captions} of {count} would change ({images})." : "{captions} of {count} would change.", { captions: plural(answer.changed, "caption"), count: answer.asked.toLocaleString("en"), images: whom }));
     const more = answer.changed - answer.rows.length;
     one("#bulk-preview").append(make("ul", { className: "changes" }, ...answer.rows.map(rowOf)));
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: t("And {count} more.", { count: more.toLocaleString("en") }) }));
@@ -241,7 +247,8 @@
     // What was applied is not offered again.
     if ("regex" in body) for (const name of ["#bulk-find", "#bulk-put"]) one(name).value = "";
     preview();
-    const words = answer.changed ? t("{captions} changed.", { captions: plural(answer.changed, "caption") }) : t("No caption had to be changed.");
+    const changed = body.do === "mask" ? t("{masks} written.", { masks: plural(answer.changed, "mask") }) : t("{captions} changed.", { captions: plural(answer.changed, "caption") });
+    const words = answer.changed ? changed : body.do === "mask" ? t("No mask had to be written.") : t("No caption had to be changed.");
     tell(words);
     if (answer.changed && !again) easel.did(words, undo, () => change(body, outcome, true));
     return true;
@@ -253,8 +260,9 @@
     if (answer.problem) { soon(); outcome(answer.problem, true); return false; }
     await easel.load();
     await tags();
-    const kept = answer.kept ? ` ${t("{captions} changed since then and left as they are.", { captions: plural(answer.kept, "caption") })}` : "";
-    outcome(`${t("{captions} restored.", { captions: plural(answer.undone, "caption") })}${kept}`);
+    const word = answer.masks ? "mask" : "caption";
+    const kept = answer.kept ? ` ${t("{captions} changed since then and left as they are.", { captions: plural(answer.kept, word) })}` : "";
+    outcome(`${t("{captions} restored.", { captions: plural(answer.undone, word) })}${kept}`);
     preview();
     return true;
   });
@@ -417,7 +425,7 @@
   document.addEventListener("input", (event) => {
     if (!event.target.closest?.("#bulk-form")) return;
     // What was typed is not filled any more with what was asked last.
-    captioner.asked ??= {};
+    for (const state of Object.values(made)) state.asked ??= {};
     outcome("");
     soon();
   });

@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from lora_core.data.dataset import scan
 from lora_core.data.images import save_png
 from lora_core.errors import AdapterFileError, ConfigError, OutOfMemory
+from lora_core.evaluate.annotation import make_masks, write_texts
 from lora_core.evaluate.caption_scores import measure_run_images, propose_triggers, score_captions
-from lora_core.evaluate.captioning import write_texts
 from lora_core.evaluate.validator import Evaluator
 from lora_core.generate.grid import make_image_grid
 from lora_core.generate.request import GenerationRequest, WeightedLora
@@ -25,7 +25,7 @@ from lora_core.generate.server import Answer, ImageWorker, Reporter, Request, Re
 from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import BaseModel
-from lora_core.projects.caption_edits import Captioner
+from lora_core.projects.caption_edits import Captioner, Masker
 from lora_core.projects.project import relative_name
 from lora_core.report.report import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
@@ -48,6 +48,7 @@ class Worker(ImageWorker):
         "report": "Reading the run", "shrink": "Cutting the layers", "merge": "Merging the layers",
         "into-base": "Writing a copy of the base", "convert": "Writing the file",
         "extract": "Comparing the layers of the two models", "caption": "Opening the captioner",
+        "mask": "Opening the mask model",
     }  # fmt: skip
 
     def __init__(self, answer: Answer) -> None:
@@ -86,13 +87,22 @@ class Worker(ImageWorker):
 
     def do_caption(self, request: Request, report: Reporter) -> Result:
         """What the captioner of a request says of the `pictures` in the folder `dataset`; writes nothing."""
+        return self._annotate(Captioner, write_texts, request, report)
+
+    def do_mask(self, request: Request, report: Reporter) -> Result:
+        """The masks that a mask model makes of the `pictures` in the folder `dataset`; writes nothing."""
+        return self._annotate(Masker, make_masks, request, report)
+
+    def _annotate(
+        self, kind: Callable[..., Any], work: Callable[..., Any], request: Request, report: Reporter
+    ) -> Result:
         folder, wanted = Path(str(request["dataset"])), set(request["pictures"])
         records = {relative_name(record.path, folder): record for record in scan(folder).records}
         asked = {name: record for name, record in records.items() if name in wanted}
         self.release()
-        captioner = _call(Captioner, request, report)
+        annotator = _call(kind, request, report)
         try:
-            return {"found": {"texts": write_texts(captioner, asked, best_device(), report.phase)}}
+            return {"found": {"texts": work(annotator, asked, best_device(), report.phase)}}
         finally:
             self.release()
 

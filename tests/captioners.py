@@ -1,4 +1,4 @@
-"""Captioners of true architecture and toy size, written to a folder as their makers publish them."""
+"""Captioners and mask models of true architecture and toy size, written as their makers publish them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +13,10 @@ from transformers import (
     BlipImageProcessor,
     BlipProcessor,
     CLIPImageProcessor,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizer,
     CLIPVisionConfig,
     Florence2Config,
     Florence2ForConditionalGeneration,
@@ -22,7 +26,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ViTImageProcessor,
 )
+
+from lora_core.system.files import DEMO_BASE
 
 WORDS = ("a", "red", "blue", "cat", "dog", "on", "grass", "photo", "of")
 TAGS = (
@@ -120,6 +127,21 @@ def write_llava(folder: Path) -> Path:
     return folder
 
 
+def write_clipseg(folder: Path) -> Path:
+    """A CLIPSeg of random weights, for images of 32 pixels, with the demo's tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO_BASE / "tokenizer")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPSegConfig(
+        text_config={**sizes, **marks, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16, reduce_dim=8,
+        extract_layers=[0, 1], decoder_num_attention_heads=2, decoder_intermediate_size=16,
+    )  # fmt: skip
+    _vary(CLIPSegForImageSegmentation(config)).save_pretrained(folder)
+    CLIPSegProcessor(ViTImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
 # An ONNX file is a protocol buffer. Numbers of fields from onnx/onnx.proto.
 
 
@@ -151,6 +173,15 @@ def _tensor(name: str, value: torch.Tensor) -> bytes:
 def _port(name: str, shape: Iterable[int]) -> bytes:
     sizes = b"".join(_field(1, _field(1, size)) for size in shape)
     return _field(1, name) + _field(2, _field(1, _field(1, 1) + _field(2, sizes)))
+
+
+def write_remover(file: Path) -> Path:
+    """A background remover for images of 8 pixels: the mean of red, green and blue, as they were sent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    graph = _field(1, _node("ReduceMean", ["input"], "output", axes=(1,))) + _field(2, "remover")
+    graph += _field(11, _port("input", (1, 3, 8, 8))) + _field(12, _port("output", (1, 8, 8)))
+    file.write_bytes(_field(1, 8) + _field(7, graph) + _field(8, _field(1, "") + _field(2, 13)))
+    return file
 
 
 def write_tagger(folder: Path, weight: torch.Tensor, last: str = "Sigmoid") -> Path:

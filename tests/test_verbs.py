@@ -63,6 +63,8 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "concepts move": (("move",), ()),
     "captions set": (("caption",), ()),
     "caption": (("insights", "bulk"), ("caption",)),
+    "masks make": (("insights", "bulk"), ("mask",)),
+    "captions table": (("bulk",), ()),
     "captions replace": (("bulk",), ()),
     "captions prefix": (("bulk",), ()),
     "captions suffix": (("bulk",), ()),

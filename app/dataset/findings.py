@@ -3,8 +3,8 @@
 Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread; what they measure on the
 images is kept in the project. Measurements (captions that fit badly, trigger words, what the last run learned
 of each image) run in the warm worker and are stored in the project with a hash of their inputs, so they
-survive a restart and can be marked stale. So are the texts of a captioner, which an edit of captions makes
-use of.
+survive a restart and can be marked stale. So are the texts of a captioner and the masks of a mask model,
+which an edit makes use of.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import TrainingView, audit, kept_looks
 from lora_core.data.dataset import split_holdout
-from lora_core.data.images import Dataset, file_stamp
+from lora_core.data.images import Dataset, ImageRecord, file_stamp
 from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.projects.caption_edits import Captioner, Edit, without_captioned
+from lora_core.projects.caption_edits import Captioner, Edit, Masker, left_to_do
 from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import read_json, read_object, write_atomically
 
@@ -154,10 +154,14 @@ def _relative(value: Any, folder: Path, key: str = "") -> Any:
     return relative_name(Path(value), folder) if is_path and value else value
 
 
-WHATS = ("captions", "triggers", "pictures", "caption")
+ANNOTATORS: Mapping[str, tuple[str, type[Captioner | Masker]]] = {
+    "caption": ("captioner", Captioner), "mask": ("masker", Masker),
+}  # fmt: skip
+"""What local models do to images: where the draft keeps what they are asked for, and its fields."""
+WHATS = ("captions", "triggers", "pictures", *ANNOTATORS)
 KEPT_IN = "insights.json"
 LARGEST = 256_000_000
-"""Bytes of that file; a captioner's texts of 100,000 images take a tenth."""
+"""Bytes of that file; a captioner's texts of 100,000 images take a tenth, as do the masks of 2,000."""
 OF_A_RUN = "pictures.json"
 
 
@@ -207,8 +211,8 @@ class DatasetInsights:
 
         Args:
             what: one of `WHATS`.
-            asked: the fields of a captioner, and `how`, where that is what is asked.
-            pictures: the names of the images to caption; None for all.
+            asked: the fields of a captioner or a mask model, and `how`, where that is what is asked.
+            pictures: the names of the images to caption or to mask; None for all.
 
         Raises:
             LoraError: it cannot be measured now, or not so; says why.
@@ -216,8 +220,8 @@ class DatasetInsights:
         why = self._why(what)
         if why:
             raise RunError(why)
-        if what == "caption":
-            self._keep_captioner(asked)
+        if what in ANNOTATORS:
+            self._keep_asked(what, asked)
             self._pictures = None if pictures is None else set(pictures)
         with self._lock:
             before = self._work.get(what)
@@ -228,7 +232,7 @@ class DatasetInsights:
             self._problems.pop(what, None)
             request, mark = self._request(what)
             project = self.project
-            inputs = {"files": self._stamps(request["pictures"])} if what == "caption" else {}
+            inputs = {"files": self._stamps(request["pictures"])} if what in ANNOTATORS else {}
             work = _Work(self.worker.submit(request), mark, project.dataset_folder, project.path, inputs)
             self._work[what] = work
         self.worker.follow(work.reply, self.occupied, functools.partial(self._ended, what, work))
@@ -250,7 +254,7 @@ class DatasetInsights:
         records = self.project.dataset().records
         if not records:
             return _("There are no images yet; add some.")
-        if what == "caption":
+        if what in ANNOTATORS:
             return ""
         if what == "pictures":
             return "" if self._run() else _("No run on these images has a checkpoint yet; train one first.")
@@ -276,9 +280,9 @@ class DatasetInsights:
             run_view = self._run()
             assert run_view is not None
             return {"do": what, "run": str(run_view.run.path)}, run_view.run.name
-        if what == "caption":
-            kept = self.captioner
-            wanted = without_captioned(self.project.images(), str(kept.get("how") or "missing"))
+        if what in ANNOTATORS:
+            kept = self.asked(what)
+            wanted = left_to_do(*self._annotator(what, kept))
             names = [name for name in wanted if self._pictures is None or name in self._pictures]
             mark = json.dumps(kept, sort_keys=True)
             return {"do": what, "dataset": str(self.project.dataset_folder), "pictures": names, **kept}, mark
@@ -308,37 +312,45 @@ class DatasetInsights:
         kept = self._kept_of_run() if what == "pictures" else self._kept(what)
         return {"state": "done" if "found" in kept else "idle", "why": why, **kept}
 
-    @property
-    def captioner(self) -> dict[str, Any]:
-        """The fields of the captioner that was asked last, and `how` its texts become captions."""
-        kept = self.project.draft().get("captioner")
+    def asked(self, what: str) -> dict[str, Any]:
+        """The fields of the captioner or mask model that was asked last, and `how` what it makes is used."""
+        kept = self.project.draft().get(ANNOTATORS[what][0])
         return kept if isinstance(kept, dict) else {}
 
-    def _keep_captioner(self, asked: Mapping[str, Any]) -> None:
-        self.project.refuse_demo()
-        known = {one.name for one in fields(Captioner)}
-        captioner = Captioner(**{"model": "", **{key: asked[key] for key in known & set(asked)}})
-        captioner.check()
-        how = str(asked.get("how", ""))
-        if not without_captioned(self.project.images(), how):
-            raise DatasetError(_("Every image has a caption; append to them, or replace them."))
-        self.project.update_draft(captioner={**asdict(captioner), "how": how})
+    def _annotator(
+        self, what: str, asked: Mapping[str, Any]
+    ) -> tuple[Captioner | Masker, dict[str, ImageRecord], str]:
+        """A model with what it is asked for, the images, and `how`."""
+        kind = ANNOTATORS[what][1]
+        given = {one.name: asked[one.name] for one in fields(kind) if one.name in asked}
+        return kind(**{"model": "", **given}), self.project.images(), str(asked.get("how") or "missing")
 
-    def caption_edit(self, trigger: str) -> Edit:
-        """The edit that makes captions of what the captioner said last.
+    def _keep_asked(self, what: str, asked: Mapping[str, Any]) -> None:
+        self.project.refuse_demo()
+        annotator, images, how = self._annotator(what, asked)
+        annotator.check()
+        if not left_to_do(annotator, images, how):
+            every = _("Every image has a caption; append to them, or replace them.")
+            raise DatasetError(every if what == "caption" else _("Every image has a mask; replace them."))
+        self.project.update_draft(**{ANNOTATORS[what][0]: {**asdict(annotator), "how": how}})
+
+    def annotate(self, what: str, trigger: str) -> Edit:
+        """The edit that makes captions or masks of what the model made last.
 
         Raises:
             DatasetError: it was not asked yet, or would be asked otherwise now, or not of these images.
         """
-        kept, asked = self._kept("caption"), self.captioner
+        kept, asked = self._kept(what), self.asked(what)
         found = kept.get("found", {})
         texts, files = found.get("texts", {}), found.get("files", {})
         # Another image may have come to a name since, or another crop to the image.
         same = {name: texts[name] for name, now in self._stamps(texts).items() if files.get(name) == now}
         if not kept.get("fresh") or (texts and not same):
-            raise DatasetError(_("Press Preview first: the captioner was not asked yet."))
-        name = Captioner(str(asked["model"])).short_name
-        return Edit("caption", name, trigger, texts=same, how=str(asked["how"]))
+            if what == "caption":
+                raise DatasetError(_("Press Preview first: the captioner was not asked yet."))
+            raise DatasetError(_("Press Preview first: the mask model was not asked yet."))
+        name = self._annotator(what, asked)[0].short_name
+        return Edit(what, name, trigger, texts=same, how=str(asked["how"]))
 
     def _stamps(self, names: Iterable[str]) -> dict[str, Any]:
         """What tells an image and its crop from others of its name, as JSON gives it back."""

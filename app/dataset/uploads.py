@@ -14,7 +14,7 @@ from typing import Any
 
 from app.templates import _, pluralize
 from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
+from lora_core.data.importer import ARCHIVES, Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import DEFAULT_TITLE, DEMO_TITLE
@@ -136,7 +136,7 @@ class Importer:
         listed = await parcel.listed()
         room = shutil.disk_usage(folder).free - ROOM_LEFT
         for index, name, size in listed:
-            most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
+            most = LARGEST_ZIP if name.casefold().endswith(ARCHIVES) else LARGEST_FILE
             if size > most:
                 raise DatasetError(_("{} is larger than {:.0f} MB; leave it out.", name, most / 1e6))
             room -= size
@@ -275,7 +275,7 @@ def _summarize(imported: Imported) -> tuple[str, str]:
     counts = [(pictures, "image"), (captions, "caption")]
     added = _(" and ").join(pluralize(count, word) for count, word in counts if count)
     same = sum(one.kind == "same picture" for one in imported.skipped)
-    others = [one for one in imported.skipped if one.kind not in ("same picture", "already there")]
+    others = [one for one in imported.skipped if one.kind not in ("same picture", "already there", "taken")]
     parts = [_("{added} added.", added=added) if added else "" if same else _("Nothing was added.")]
     if same:
         parts.append(_("{images} already here, skipped.", images=pluralize(same, "image is", "images are")))

@@ -15,7 +15,7 @@ import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.dataset.findings import BY_ITSELF, DatasetInsights, plan_training
+from app.dataset.findings import ANNOTATORS, BY_ITSELF, DatasetInsights, plan_training
 from app.dataset.gallery import DatasetSummary, gallery_data, page_versions
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url, too_many
@@ -65,7 +65,7 @@ def build_dataset(bindings: Bindings) -> None:
                 _trigger(bindings)
                 html_block(lambda: render("dataset/trigger.html"), elem_classes="beside")
             html_block(lambda: render("dataset/words.html"))
-            html_block(lambda: render("dataset/tools.html", hows=bulk.HOWS))
+            html_block(lambda: render("dataset/tools.html", hows=bulk.HOWS, mask_hows=bulk.MASK_HOWS))
             html_block(lambda: render("dataset/grid.html"), elem_id="dataset-grid")
         html_block(lambda: render("dataset/detail.html"), elem_classes="side")
     bindings.follow(
@@ -160,8 +160,8 @@ def _image_actions(project: Project) -> dict[str, Callable[[dict[str, Any]], dic
         return {"revision": project.revision}
 
     def mask(sent: dict[str, Any]) -> dict[str, Any]:
-        project.write_mask(str(sent.get("picture", "")), sent.get("png"))
-        return {"revision": project.revision}
+        before = project.write_mask(str(sent.get("picture", "")), sent.get("png"))
+        return {"revision": project.revision, "before": before}
 
     return {
         "leave-out": lambda sent: {"left_out": leave_out(project, _names(sent))},
@@ -246,10 +246,10 @@ def measured(app_state: AppState) -> dict[str, Any]:
     states, html = app_state.insights.state(), {}
     for what, now in states.items():
         html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": "", "most": ""}
-        if what == "caption":
-            # The texts of many images are for the preview of the edit alone.
+        if what in ANNOTATORS:
+            # The texts and masks of many images are for the preview of the edit alone.
             now |= {
-                "asked": app_state.insights.captioner,
+                "asked": app_state.insights.asked(what),
                 "found": len(now.get("found", {}).get("texts", ())),
             }
         elif "found" in now:
@@ -291,8 +291,8 @@ def _edit_captions(project: Project, insights: DatasetInsights, sent: dict[str, 
         put = put.strip() or Plan(project).trigger
         if not put:
             raise DatasetError(_("No trigger word yet; type one first."))
-    if do == "caption":
-        edit = insights.caption_edit(Plan(project).trigger)
+    if do in ANNOTATORS:
+        edit = insights.annotate(do, Plan(project).trigger)
     else:
         how = bool(sent.get("regex")), bool(sent.get("any_case"))
         edit = bulk.Edit(do, str(sent.get("find", "")), put, *how)
@@ -302,8 +302,9 @@ def _edit_captions(project: Project, insights: DatasetInsights, sent: dict[str, 
 
 
 def _undo_edit(project: Project) -> dict[str, Any]:
+    masks = bulk.undoes_masks(project)
     done, kept = bulk.undo(project)
-    return {"undone": done, "kept": kept, "undo": bulk.last_change(project)}
+    return {"undone": done, "kept": kept, "masks": masks, "undo": bulk.last_change(project)}
 
 
 def _folders(sent: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ resumed after an update must see the same captions.
 
 import csv
 import functools
+import importlib
 import io
 import itertools
 import random
@@ -37,6 +38,8 @@ _EXCERPT = 60
 _LONGEST_NAME = 1000
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+PARQUET_TABLE = "metadata.parquet"
+"""Another such table of Hugging Face's `imagefolder`, which is read where pyarrow is installed."""
 _CAPTION_KEYS = ("text", "caption")
 
 # A bar inside a word may be part of a tag, such as |_|. Of several spaces only the first is tried: otherwise
@@ -175,6 +178,11 @@ def choose_parts(line: str, choose: Callable[[list[str]], str]) -> str:
 def split_tags(caption: str) -> list[str]:
     """The parts between commas and line ends, without those that are empty."""
     return [tag.strip() for tag in re.split(r"[,\n]", caption) if tag.strip()]
+
+
+def spaced_tag(tag: str) -> str:
+    """A tag with spaces for underscores, which emoticons such as `>_<` and `u_u` keep."""
+    return tag.replace("_", " ") if re.search(r"[^\W_]{2}", tag) else tag
 
 
 def count_tags(captions: Iterable[str]) -> dict[str, int]:
@@ -405,7 +413,7 @@ def write_caption(picture: Path, text: str, wait: bool = True, file: Path | None
 
 
 def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """The captions in a `metadata.jsonl` or `metadata.csv`.
+    """The captions in a `metadata.jsonl`, `metadata.csv` or `metadata.parquet`.
 
     Args:
         path: the file; its rows have `file_name`, relative to its folder, and `text` or `caption`.
@@ -420,8 +428,10 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
     sentences: list[str] = []
     repeated: list[str] = []
     try:
-        text = read_text(path, shown, TABLE_BYTES)
-        rows = _table_rows(text, path.suffix.casefold() == ".csv")
+        if path.suffix.casefold() == ".parquet":
+            rows = _parquet_rows(path, shown)
+        else:
+            rows = _table_rows(read_text(path, shown, TABLE_BYTES), path.suffix.casefold() == ".csv")
     except DatasetError as error:
         return {}, [str(error)], []
     faults = 0
@@ -460,6 +470,26 @@ def _row_fault(row: Any) -> str:
         if len(values[0] or "") > CAPTION_BYTES
         else ""
     )
+
+
+def _parquet_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
+    check_regular_file(path, shown, TABLE_BYTES)
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DatasetError(
+            f"{shown} needs the package pyarrow, which is not installed: install it, or save the table as"
+            " metadata.csv or metadata.jsonl."
+        ) from error
+    try:
+        file = parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups)]
+        if sum(groups) > 10 * TABLE_BYTES:
+            raise ValueError(f"larger than {10 * TABLE_BYTES // 10**6} MB")
+        names = [name for name in ("file_name", *_CAPTION_KEYS) if name in file.schema_arrow.names]
+        return enumerate(file.read(columns=names).to_pylist(), start=1)
+    except Exception as error:  # the library's errors have no class in common
+        raise DatasetError(f"{shown} cannot be read ({str(error)[:200]}); save it again.") from error
 
 
 def _table_rows(text: str, is_csv: bool) -> Iterator[tuple[int, Any]]:

@@ -380,6 +380,11 @@ def open_rgb(path: Path, least: int | None = None, background: str = "white") ->
         return _apply_orientation(to_rgb(image, background), _orientation(image))
 
 
+def mask_file(record: ImageRecord) -> Path:
+    """The file beside an image that its mask is written to."""
+    return record.path.with_name(f"{record.path.stem}{MASK_ENDINGS[0]}.png")
+
+
 def open_mask(record: ImageRecord) -> Image.Image:
     """The mask of an image as 8-bit grey, upright and cut to its crop: the brightness of a file on black, or
     the opacity of the image itself.

@@ -2,31 +2,37 @@
 
 Originals never change: files are copied, or linked on request, byte for byte, and nothing that exists is
 overwritten. Files are judged one by one; what cannot be used is reported and does not block the others.
-Nothing in a zip's table of contents is trusted: names are checked first and bytes counted while they are
-read. A table of captions becomes one text file an image, because images may get new names and because the
-window edits text files.
+Nothing in a zip's or a tar's table of contents is trusted: names are checked first and bytes counted while
+they are read. A table of captions, what other programs keep beside images or inside of them (`sidecars`) and
+the class folders of Hugging Face's `imagefolder` become one text file an image, because images may get new
+names and because the window edits text files.
 """
 
 import contextlib
 import errno
 import filecmp
 import functools
+import itertools
 import os
 import re
 import shutil
 import stat
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from lora_core.data.captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
+    PARQUET_TABLE,
     read_metadata_captions,
     read_text,
+    spaced_tag,
     write_caption,
 )
 from lora_core.data.images import (
@@ -44,6 +50,7 @@ from lora_core.data.images import (
     is_mask,
     walk_files,
 )
+from lora_core.data.sidecars import SIDECAR_SUFFIXES, Sidecar, read_embedded, read_sidecar
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import (
     clean_text,
@@ -73,6 +80,10 @@ class Limits:
 
 LIMITS = Limits()
 _SHOWN_NAME = 200
+ARCHIVES = (".zip", ".tar")
+"""A tar is a shard of a webdataset. Of a packed one (`.tar.gz`) nothing is known before all is unpacked."""
+_SPLITS = ("train", "test", "validation", "val", "dev", "eval")
+"""Folders above the class folders of an `imagefolder`."""
 _TWICE = "has the name of another entry; the first one is used."
 
 
@@ -96,15 +107,68 @@ def is_dataset_file(name: str) -> bool:
     )
 
 
+def is_import_file(name: str) -> bool:
+    """Whether an import looks at a file: one of a dataset, or one that a caption may be made of."""
+    suffix = PurePosixPath(name).suffix.casefold()
+    is_table = fold_name(PurePosixPath(name).name) == PARQUET_TABLE
+    return is_dataset_file(name) or is_table or suffix in (*SIDECAR_SUFFIXES, ".aae")
+
+
+class _Tar(contextlib.ExitStack):
+    """A tar that is read as a zip is."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it; packed ones are refused."""
+        super().__init__()
+        self._tar = self.enter_context(tarfile.open(path, "r:"))  # noqa: SIM115
+        self._members: dict[int, tarfile.TarInfo] = {}
+
+    def infolist(self) -> list[zipfile.ZipInfo]:
+        """The entries, one more than may be at most."""
+        entries: list[zipfile.ZipInfo] = []
+        for member in itertools.islice(self._tar, LIMITS.entries + 1):
+            entry = zipfile.ZipInfo(clean_text(member.name) + "/" * member.isdir())
+            entry.file_size = entry.compress_size = member.size
+            entry.flag_bits = 0x800
+            is_link = member.issym() or member.islnk()
+            plain = stat.S_IFDIR if member.isdir() else stat.S_IFREG
+            odd = stat.S_IFLNK if is_link else stat.S_IFCHR
+            is_plain = member.isdir() or (member.isreg() and not member.issparse())
+            entry.external_attr = (plain if is_plain else odd) << 16
+            self._members[id(entry)] = member
+            entries.append(entry)
+        return entries
+
+    def open(self, entry: zipfile.ZipInfo) -> IO[bytes]:
+        """The bytes of an entry of `infolist`."""
+        found = self._tar.extractfile(self._members[id(entry)])
+        assert found is not None
+        return found
+
+
+def _open_archive(path: Path, name: str) -> "zipfile.ZipFile | _Tar":
+    return _Tar(path) if PurePosixPath(name).suffix.casefold() == ".tar" else zipfile.ZipFile(path)
+
+
 def unpack(
     zip_path: Path,
     into: Path,
     limits: Limits = Limits(),
     name_of: Callable[[str], PurePosixPath] = plain_name,
+    shown: str = "",
+    wanted: Callable[[str], bool] = is_dataset_file,
 ) -> Imported:
-    """Unpack a zip's images, captions and tables of captions into a folder that is made for it.
+    """Unpack the images, captions and tables of captions of a zip or a tar into a folder that is made for it.
 
     Runs know images by their names, so a zip that is unpacked again gives each the same name: `name_of`.
+
+    Args:
+        zip_path: the archive.
+        into: the folder.
+        limits: of the archive.
+        name_of: the path that an entry gets.
+        shown: the name of the archive where its sender calls it otherwise.
+        wanted: which entries are unpacked.
 
     Raises:
         DatasetError: the zip is damaged, encrypted, too large, or holds an entry that leads out of the
@@ -118,9 +182,10 @@ def unpack(
         # Named so that what a kill leaves of it is known for what it is, and goes with the next start.
         prefix = f".{into.name}.{os.getpid()}-"
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
-        with zipfile.ZipFile(zip_path) as archive:
-            _check(archive, zip_path.name, limits, shutil.disk_usage(temporary).free)
-            useful, skipped = _sort_entries(archive, zip_path, name_of)
+        with _open_archive(zip_path, shown or zip_path.name) as archive:
+            entries = archive.infolist()
+            _check(entries, zip_path.name, limits, shutil.disk_usage(temporary).free)
+            useful, skipped = _sort_entries(entries, zip_path, name_of, wanted)
             added, twice = _extract(archive, zip_path, temporary, limits, useful)
         os.replace(temporary, into)
     except DatasetError:
@@ -137,9 +202,8 @@ def unpack(
     return Imported([into / path for path in added], skipped)
 
 
-def _check(archive: zipfile.ZipFile, shown: str, limits: Limits, free: int) -> None:
+def _check(entries: list[zipfile.ZipInfo], shown: str, limits: Limits, free: int) -> None:
     """Refuse what can be refused by the table of contents."""
-    entries = archive.infolist()
     if len(entries) > limits.entries:
         raise DatasetError(
             f"{shown} has {len(entries)} entries, more than {limits.entries}; pack fewer files."
@@ -187,25 +251,28 @@ def list_skipped_entries(zip_path: Path) -> list[FileProblem]:
     """
     try:
         with zipfile.ZipFile(zip_path) as archive:
-            return _sort_entries(archive, zip_path)[1]
+            return _sort_entries(archive.infolist(), zip_path)[1]
     except (OSError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{zip_path.name} cannot be read ({error}); pack it again.") from error
 
 
 def _sort_entries(
-    archive: zipfile.ZipFile, zip_path: Path, name_of: Callable[[str], PurePosixPath] = plain_name
+    entries: list[zipfile.ZipInfo],
+    zip_path: Path,
+    name_of: Callable[[str], PurePosixPath] = plain_name,
+    wanted: Callable[[str], bool] = is_dataset_file,
 ) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[FileProblem]]:
     """The useful entries by the relative path that they get, and a note on each of the others."""
     useful: dict[PurePosixPath, zipfile.ZipInfo] = {}
     notes: list[FileProblem] = []
     hidden: list[str] = []
-    for entry in archive.infolist():
+    for entry in entries:
         name = _decode_name(entry)
         if entry.is_dir():
             continue
         if any(is_junk(part) for part in name.split("/")):
             hidden.append(name)
-        elif not is_dataset_file(name):
+        elif not wanted(name):
             notes.append(_unused_entry(zip_path, name, "is neither an image nor a caption; it is not used."))
         elif name_of(name) in useful:
             notes.append(_unused_entry(zip_path, name, _TWICE))
@@ -222,7 +289,7 @@ def _unused_entry(zip_path: Path, name: str, why: str) -> FileProblem:
 
 
 def _extract(
-    archive: zipfile.ZipFile,
+    archive: "zipfile.ZipFile | _Tar",
     zip_path: Path,
     into: Path,
     limits: Limits,
@@ -243,7 +310,7 @@ def _extract(
     return added, skipped
 
 
-def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:
+def _write(archive: "zipfile.ZipFile | _Tar", entry: zipfile.ZipInfo, target: Path, most: int) -> int:
     """Write one entry and return its bytes, counted as they come: the size in the table of contents can
     lie."""
     written = 0
@@ -378,6 +445,9 @@ class _Import:
         self.into, self.way = into, way
         self.done = Imported([], [])
         self._placed: dict[str, Path] = {}
+        self._new: set[Path] = set()
+        self._sidecars: dict[str, list[str]] = {"read": [], "inside": [], "captioned": []}
+        self._fields_left: set[str] = set()
         self._taken: dict[Path, tuple[set[str], set[str]]] = {}
 
     def skip(self, one: _Incoming, kind: str, rest: str) -> None:
@@ -385,17 +455,22 @@ class _Import:
         self.done.skipped.append(FileProblem(one.source, kind, f"{one.name} {rest}"))
 
     def add(self, incoming: list[_Incoming]) -> Imported:
-        """Add images with their masks and captions, and then what tables say of them."""
+        """Add images with their masks and captions, and then what tables and sidecars say of them."""
+        sidecars: list[_Incoming] = []
         sets: dict[str, list[_Incoming]] = {}
         tables: list[_Incoming] = []
         pictures = {one.set_name for one in incoming if one.is_picture}
         for one in (each.join_image(pictures) for each in incoming):
-            if fold_name(one.name.name) in METADATA_NAMES:
+            if fold_name(one.name.name) in (*METADATA_NAMES, PARQUET_TABLE):
                 tables.append(one)
             elif one.name == PurePosixPath(CONCEPT_LIST):
                 self._add_concepts(one)
             elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
                 sets.setdefault(one.set_name, []).append(one)
+            elif one.suffix in SIDECAR_SUFFIXES and one.name.name != CROP_LIST:
+                sidecars.append(one)
+            elif one.suffix == ".aae":
+                self.skip(one, "sidecar", "holds edits by Photos, and is not read; export the edited image.")
             else:
                 self.skip(one, "other file", "is neither an image nor a caption nor a zip; it was left out.")
         listed = [one for members in sets.values() for one in members]
@@ -413,14 +488,106 @@ class _Import:
             self._add_set([one for one in members if not faults[one]])
         for table in tables:
             self._add_table(table)
+        for done, one in enumerate(sidecars):
+            self.way.progress("Importing", done, len(sidecars))
+            self._add_sidecar(one)
+        for one in (each for each in listed if each.is_picture):
+            self._add_embedded(one)
+        if not tables:
+            self._add_classes([one for one in listed if one.is_picture])
+        self._tell_sidecars()
         return self.done
+
+    def _placed_picture(self, one: _Incoming) -> Path | None:
+        """The image that a sidecar is of: `cat.jpg` of `cat.jpg.json`, or of `cat.json`."""
+        stem = one.name.with_suffix("")
+        names = [stem, *(one.name.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)]
+        there = (self._placed.get(fold_name(name.as_posix()), self.into / name) for name in names)
+        return next(
+            (path for path in there if path.suffix.casefold() in IMAGE_SUFFIXES and os.path.isfile(path)),
+            None,
+        )
+
+    def _add_sidecar(self, one: _Incoming) -> None:
+        picture = self._placed_picture(one)
+        if picture is None:
+            self.skip(one, "other file", "belongs to no image; it was left out.")
+            return
+        self._caption_from(one, picture, read_sidecar)
+
+    def _add_embedded(self, one: _Incoming) -> None:
+        picture = self._placed.get(fold_name(one.name.as_posix()))
+        if picture and picture in self._new and not _is_captioned(picture):
+            self._caption_from(one, picture, read_embedded)
+
+    def _caption_from(self, one: _Incoming, picture: Path, read: Callable[[Path, str], Sidecar]) -> None:
+        """Write what another program says of an image as its caption, where it has none."""
+        inside = read is read_embedded
+        try:
+            found = read(picture if inside else one.source, str(one.name))
+        except DatasetError as error:
+            self.done.skipped.append(FileProblem(one.source, "sidecar", str(error)))
+            return
+        if not found.caption:
+            if not inside:
+                self.skip(one, "sidecar", "says nothing of its image that is known here; it was left out.")
+        elif _is_captioned(picture):
+            self._sidecars["captioned"].append(str(one.name))
+        else:
+            write_caption(picture, found.caption, wait=False)
+            self.done.added.append(picture.with_suffix(".txt"))
+            self._sidecars["inside" if inside else "read"].append(str(one.name))
+        self._fields_left.update(found.left)
+
+    def _add_classes(self, pictures: list[_Incoming]) -> None:
+        """Caption images by their class folders, as `train/cat/1.png` of an `imagefolder`, if none has a
+        caption."""
+        placed = [(one, self._placed.get(fold_name(one.name.as_posix()))) for one in pictures]
+        split = [
+            (one.name.parts[-2], path)
+            for one, path in placed
+            if path
+            and path in self._new
+            and len(one.name.parts) > 2
+            and fold_name(one.name.parts[-3]) in _SPLITS
+        ]
+        classes = {name for name, _ in split}
+        if len(classes) < 2 or len(split) < len(pictures) or any(_is_captioned(path) for _, path in split):
+            return
+        for name, path in split:
+            write_caption(path, spaced_tag(name), wait=False)
+            self.done.added.append(path.with_suffix(".txt"))
+        sentence = (
+            f"The images have the names of their class folders as captions ({abbreviate(sorted(classes))})."
+        )
+        self.done.skipped.append(FileProblem(self.into, "taken", sentence, False))
+
+    def _tell_sidecars(self) -> None:
+        """What was taken of sidecars, and what was not."""
+        fields = (
+            f" Of their fields not taken: {', '.join(sorted(self._fields_left))}."
+            if self._fields_left
+            else ""
+        )
+        words = {
+            "read": "Captions were made of {} files beside images ({}).",
+            "inside": "Captions were made of the descriptions and keywords inside {} images ({}).",
+            "captioned": "{} files beside images were not taken, as these have a caption already ({}).",
+        }
+        for kind, names in self._sidecars.items():
+            if names:
+                sentence = words[kind].format(len(names), abbreviate(names)) + (
+                    fields if kind == "read" else ""
+                )
+                self.done.skipped.append(FileProblem(self.into, "taken", sentence, False))
 
     def add_zip(self, source: Path, name: str) -> None:
         """Unpack into a hidden folder and add its content."""
         self.way.progress("Unpacking", 0, 1)
         try:
             with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=self.into) as temporary:
-                inside = unpack(source, Path(temporary) / "files", name_of=safe_name)
+                folder = Path(temporary) / "files"
+                inside = unpack(source, folder, name_of=safe_name, shown=name, wanted=is_import_file)
                 inner = import_folder(Path(temporary) / "files", self.into, replace(self.way, how="move"))
         except DatasetError as error:
             # The sender's name, so that messages do not speak of a temporary upload.
@@ -508,6 +675,7 @@ class _Import:
                 self.skip(one, "unreadable", f"cannot be copied ({error.strerror}); try it again.")
                 continue
             self.done.added.append(target)
+            self._new.add(target)
             names.add(fold_name(target.name))
             stems.add(fold_name(target.stem))
             self._placed[fold_name(one.name.as_posix())] = target
@@ -541,7 +709,7 @@ class _Import:
             if not os.path.isfile(picture):
                 missing = f"names {name}, which did not come along; add the image and the table together."
                 self.skip(table, "metadata", missing)
-            elif any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+            elif _is_captioned(picture):
                 captioned.append(name)
             else:
                 write_caption(picture, caption, wait=False)
@@ -551,9 +719,13 @@ class _Import:
             self.skip(table, "unused row", f"has rows that were not taken, {why}")
 
 
+def _is_captioned(picture: Path) -> bool:
+    return any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES)
+
+
 def _bytes_to_copy(file: Path) -> int:
     """The size of a file that may be imported; others are refused one by one."""
-    is_zip = file.suffix.casefold() == ".zip"
+    is_zip = file.suffix.casefold() in ARCHIVES
     size = file.stat().st_size if (is_zip or is_dataset_file(file.name)) and os.path.isfile(file) else 0
     return size if is_zip or size <= MAX_FILE_BYTES else 0
 
@@ -580,7 +752,7 @@ def import_files(
     for source, name in zip(files, map(clean_text, names or [file.name for file in files]), strict=True):
         if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
             continue
-        if PurePosixPath(name).suffix.casefold() == ".zip":
+        if PurePosixPath(name).suffix.casefold() in ARCHIVES:
             under_way.add_zip(source, name)
         else:
             loose.append(_Incoming(source, safe_name(name)))
@@ -604,4 +776,8 @@ def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> 
     under_way.done.skipped.extend(
         one for one in found if isinstance(one, FileProblem) and one.kind != "hidden"
     )
+    # Of a webdataset all shards together; zips in a folder are left out, as before.
+    for shard in (file for file in files if file.suffix.casefold() == ".tar"):
+        under_way.add_zip(shard, shard.relative_to(folder).as_posix())
+    files = [file for file in files if file.suffix.casefold() != ".tar"]
     return under_way.add([_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files])

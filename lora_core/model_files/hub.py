@@ -1,5 +1,5 @@
-"""Bases and captioners on the Hugging Face hub: size of the download, and the download into the local cache;
-and the upload of an adapter.
+"""Bases, captioners and mask models on the Hugging Face hub: size of the download, and the download into the
+local cache; and the upload of an adapter.
 
 Weights are streamed here, into `blobs/<sha256>.incomplete` of the cache: huggingface_hub throws a partial
 file away, so a download of gigabytes that was cut off would begin again. huggingface_hub fetches the small
@@ -9,6 +9,7 @@ torch is imported.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -183,8 +184,9 @@ def needed_files(repo: str, paths: Sequence[str]) -> list[str]:
     return needed
 
 
-def captioner_files(repo: str, paths: Sequence[str]) -> list[str]:
-    """The files of a repository that a captioner needs: of a tagger, else of a model of transformers.
+def annotator_files(repo: str, paths: Sequence[str], called: str = "captioner") -> list[str]:
+    """The files of a repository that a captioner or mask model needs: of a tagger, else of a model of
+    transformers.
 
     Raises:
         ModelFileError: it is neither.
@@ -196,15 +198,21 @@ def captioner_files(repo: str, paths: Sequence[str]) -> list[str]:
     weights = _weights("text_encoder", top) or [name for name in top if name == "pytorch_model.bin"]
     if "config.json" not in top or not weights:
         raise ModelFileError(
-            f"The hub's {repo!r} is no captioner: it has neither config.json with weights, as models of"
+            f"The hub's {repo!r} is no {called}: it has neither config.json with weights, as models of"
             f" transformers have, nor {' and '.join(TAGGER)}; choose another."
         )
     return [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))] + weights
 
 
-def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None) -> Path:
-    """The folder of a captioner: one on this computer, or that of a hub id in the local cache, which is
-    downloaded there only if `fetch` says so.
+def annotator_folder(name: str, called: str, fetch: bool, progress: "Progress | None" = None) -> Path:
+    """The folder of a captioner or a mask model: one on this computer, or that of a hub id in the local
+    cache, which is downloaded there only if `fetch` says so. An ONNX file with a name of its own stays.
+
+    Args:
+        name: of the folder, the file or the hub id.
+        called: what it is, for a message.
+        fetch: whether it may be downloaded.
+        progress: of the download.
 
     Raises:
         ModelFileError: there is none, or it cannot be downloaded.
@@ -213,11 +221,11 @@ def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None)
     folder = expand_home(name)
     if folder.name in TAGGER:
         folder = folder.parent
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".onnx" and folder.is_file()):
         return folder
     if not is_hub_id(name):
         raise ModelFileError(
-            f"There is no folder {name!r}; give the folder of a captioner, or its id on the hub."
+            f"There is no folder {name!r}; give the folder of a {called}, or its id on the hub."
         )
     for last in LAST[1:]:
         found = try_to_load_from_cache(name, last)
@@ -225,12 +233,12 @@ def captioner_folder(name: str, fetch: bool, progress: "Progress | None" = None)
             return Path(found).parent
     if not fetch:
         raise ModelFileError(
-            f"The captioner {name!r} is no folder and has not been downloaded from the hub; allow the"
+            f"The {called} {name!r} is no folder and has not been downloaded from the hub; allow the"
             " download (Download from the hub, or --download), or give a folder."
         )
-    wanted = find_download(name, captioner_files)
+    wanted = find_download(name, functools.partial(annotator_files, called=called))
     download(wanted, progress or _lines_on_stderr(wanted))
-    return captioner_folder(name, fetch=False)
+    return annotator_folder(name, called, fetch=False)
 
 
 def _is_whole(snapshot: Path) -> bool:
@@ -240,7 +248,7 @@ def _is_whole(snapshot: Path) -> bool:
     if TAGGER[1] in names:
         return TAGGER[0] in names
     try:
-        shards = re.findall(r"-of-(\d+)", " ".join(captioner_files(snapshot.name, names)))
+        shards = re.findall(r"-of-(\d+)", " ".join(annotator_files(snapshot.name, names)))
     except ModelFileError:
         return False
     return not shards or len(shards) >= int(shards[-1])

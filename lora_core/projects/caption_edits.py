@@ -1,21 +1,26 @@
-"""Edits of many captions at once: previewed, applied to the open project, and undone.
+"""Edits of many captions at once, and masks by a model: previewed, applied to the open project, and undone.
 
 Preview and edit use the same function. Each line of a caption is edited on its own, and a line that an edit
 does not match keeps every character.
 """
 
+import base64
 import difflib
+import hashlib
+import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from PIL import Image, ImageStat
 
 from lora_core.data.captions import caption_file, rules_of, split_tags, with_trigger
-from lora_core.data.images import ImageRecord
+from lora_core.data.images import ImageRecord, check_mask_png, mask_file
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.projects.project import Project
 from lora_core.settings.config import in_short
@@ -29,7 +34,9 @@ EDITS = {
     "rename tag": ("find", "tag “{0.find}” renamed to “{0.put}”"),
     "delete tag": ("find", "tag “{0.find}” deleted"),
     "trigger": ("put", "trigger word “{0.put}” added"),
+    "table": ("find", "tags changed by a table"),
     "caption": ("find", "captions by {0.find}"),
+    "mask": ("find", "masks by {0.find}"),
 }
 """What may be done, the field that it needs, and the change in words."""
 PATIENCE = 5.0
@@ -43,6 +50,7 @@ json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout
 
 HOWS = {"missing": "Only where missing", "append": "Append", "replace": "Replace"}
 """What becomes of the captions that are there when a model captions the images."""
+MASK_HOWS = {how: HOWS[how] for how in ("missing", "replace")}
 MOST_TOKENS = 1000
 SHOWN_ROWS = 8
 MOST_KEPT, MOST_BYTES = 20, 32_000_000
@@ -64,7 +72,7 @@ class Edit:
         regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
         any_case: capitals and small letters count as the same; tags are always compared so.
         texts: what a captioner, `find`, says of images, by name; `put` is then the trigger word of those
-            whose concept has none, which stays in front.
+            whose concept has none, which stays in front. Of a mask model masks, as PNG in base64.
         how: one of `HOWS`, for these texts.
     """
 
@@ -77,8 +85,44 @@ class Edit:
     how: str = "missing"
 
 
+class Annotator:
+    """What a captioner and a mask model have in common.
+
+    Attributes:
+        model: a folder or a hub id.
+        download: fetch a hub id that is not on this computer.
+        called: what such a model is called in messages.
+        hows: what may become of what is there.
+    """
+
+    model: str
+    prompt: str
+    download: bool
+    called: ClassVar[str]
+    hows: ClassVar[Mapping[str, str]]
+    ranges: ClassVar[Mapping[str, tuple[float, float]]]
+
+    def check(self) -> None:
+        """Raise DatasetError for a value that cannot be used."""
+        texts = (getattr(self, name, "") for name in ("model", "prompt", "exclude"))
+        if not all(isinstance(text, str) for text in texts) or not self.model.strip():
+            raise DatasetError(
+                f"Give the folder of a {self.called}, or its id on the hub, such as owner/name."
+            )
+        for name, (least, most) in self.ranges.items():
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and least <= value <= most):
+                words = name.replace("_", " ")
+                raise DatasetError(f"The {words} {value!r} is no number from {least:g} to {most:g}.")
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the folder or hub id."""
+        return re.split(r"[\\/]", self.model.strip().rstrip("\\/"))[-1]
+
+
 @dataclass(frozen=True)
-class Captioner:
+class Captioner(Annotator):
     """A local model that captions images, and what it is asked for.
 
     Attributes:
@@ -102,33 +146,57 @@ class Captioner:
     underscores: bool = False
     download: bool = False
 
+    called: ClassVar[str] = "captioner"
+    hows: ClassVar[Mapping[str, str]] = HOWS
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"threshold": (0, 1), "character_threshold": (0, 1)}
+
     def check(self) -> None:
         """Raise DatasetError for a value that cannot be used."""
-        texts = (self.model, self.prompt, self.exclude)
-        if not all(isinstance(text, str) for text in texts) or not self.model.strip():
-            raise DatasetError("Give the folder of a captioner, or its id on the hub, such as owner/name.")
-        for name in ("threshold", "character_threshold"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise DatasetError(f"The {name.replace('_', ' ')} {value!r} is no number from 0 to 1.")
+        super().check()
         if not (isinstance(self.max_tokens, int) and 1 <= self.max_tokens <= MOST_TOKENS):
             raise DatasetError(f"A caption of {self.max_tokens!r} tokens is not from 1 to {MOST_TOKENS}.")
 
-    @property
-    def short_name(self) -> str:
-        """The last part of the folder or hub id."""
-        return re.split(r"[\\/]", self.model.strip().rstrip("\\/"))[-1]
+
+@dataclass(frozen=True)
+class Masker(Annotator):
+    """A local model that finds what counts in images, and how a mask is made of it.
+
+    Attributes:
+        model: a folder or a hub id of a CLIPSeg, or a background remover as an ONNX file.
+        prompt: what CLIPSeg looks for, such as `a face`; commas between several.
+        threshold: probability that a place needs.
+        grow: percent of the longer side that the mask grows by; below 0 it shrinks.
+        blur: percent of the longer side that its edge is blurred by.
+        invert: mask all but what is found, such as `a watermark`.
+        download: fetch a hub id that is not on this computer.
+    """
+
+    model: str
+    prompt: str = ""
+    threshold: float = 0.3
+    grow: float = 1.0
+    blur: float = 0.5
+    invert: bool = False
+    download: bool = False
+
+    called: ClassVar[str] = "mask model"
+    hows: ClassVar[Mapping[str, str]] = MASK_HOWS
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "threshold": (0, 1), "grow": (-25, 25), "blur": (0, 25),
+    }  # fmt: skip
 
 
-def without_captioned(images: Mapping[str, ImageRecord], how: str) -> dict[str, ImageRecord]:
-    """The images that a captioner is asked about.
+def left_to_do(annotator: Annotator, images: Mapping[str, ImageRecord], how: str) -> dict[str, ImageRecord]:
+    """The images that a model is asked about.
 
     Raises:
-        DatasetError: `how` is none of `HOWS`.
+        DatasetError: `how` is none of the model's.
     """
-    if how not in HOWS:
-        raise DatasetError(f"{how!r} is no way to caption; choose one of {', '.join(HOWS)}.")
-    return {name: record for name, record in images.items() if how != "missing" or not record.caption}
+    if how not in annotator.hows:
+        verb = "mask" if isinstance(annotator, Masker) else "caption"
+        raise DatasetError(f"{how!r} is no way to {verb}; choose one of {', '.join(annotator.hows)}.")
+    there = "mask" if isinstance(annotator, Masker) else "caption"
+    return {name: one for name, one in images.items() if how != "missing" or not getattr(one, there)}
 
 
 def add_text(caption: str, text: str, how: str, trigger: str) -> str:
@@ -167,6 +235,9 @@ def apply_edit(captions: list[str], edit: Edit) -> list[str]:
         return [_map_lines(caption, lambda line: _rename_tag(line, edit.find, put)) for caption in captions]
     if edit.do == "trigger":
         return [_add_trigger(caption, edit.put) for caption in captions]
+    if edit.do == "table":
+        table = read_tag_table(edit.find)
+        return [_map_lines(caption, table.apply) for caption in captions]
     front = edit.do == "prepend"
     return [_map_lines(caption, lambda line: _join_line(line, edit.put, front)) for caption in captions]
 
@@ -226,6 +297,58 @@ def _rename_tag(line: str, find: str, put: str) -> str:
     return ", ".join(kept)
 
 
+@dataclass(frozen=True)
+class TagTable:
+    """What becomes of tags, in small letters, and which come first and last, in this order."""
+
+    new: Mapping[str, str]
+    first: Sequence[str]
+    last: Sequence[str]
+
+    def apply(self, line: str) -> str:
+        """The tags of a line as the table has them, each once; the same line where nothing changes."""
+        tags = split_tags(line)
+        kept = [self.new.get(tag.casefold(), tag) for tag in tags]
+        if kept != tags:
+            kept = list({tag.casefold(): tag for tag in kept if tag}.values())
+        ends = {tag: -len(self.first) + at for at, tag in enumerate(self.first)}
+        ends |= {tag: 1 + at for at, tag in enumerate(self.last)}
+        kept.sort(key=lambda tag: ends.get(tag.casefold(), 0))
+        return line if kept == tags else ", ".join(kept)
+
+
+def read_tag_table(text: str) -> TagTable:
+    """A table of tags: lines `kitty, kitten -> cat` for synonyms, `watermark ->` for what goes, `first: sks,
+    cat` and `last: simple background` for the order. Lines that begin with # are not read.
+
+    Raises:
+        DatasetError: a line is none of these, or names a tag that a line before named; says which.
+    """
+    new, order = dict[str, str](), {"first": list[str](), "last": list[str]()}
+    for number, line in enumerate(text.splitlines(), start=1):
+        left, arrow, right = (part.strip() for part in line.partition("->"))
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        place, colon, names = (part.strip() for part in line.partition(":"))
+        tags = split_tags(left if arrow else names)
+        taken = new if arrow else (*order["first"], *order["last"])
+        again = [tag for tag in tags if tag.casefold() in taken]
+        if not tags or "," in right or not (arrow or (colon and place in order)):
+            raise DatasetError(
+                f"Line {number} of the table, {in_short(line)}, is neither `old tag, other -> new tag`, nor"
+                " `old tag ->`, nor `first: tags` or `last: tags`."
+            )
+        if again:
+            raise DatasetError(f"Line {number} of the table names {again[0]!r} a second time; remove one.")
+        if arrow:
+            new |= dict.fromkeys((tag.casefold() for tag in tags), right)
+        else:
+            order[place] += [tag.casefold() for tag in tags]
+    if not new and not any(order.values()):
+        raise DatasetError("The table of tags is empty.")
+    return TagTable(new, order["first"], order["last"])
+
+
 def _add_trigger(caption: str, trigger: str) -> str:
     new = with_trigger(caption, trigger)
     lines = [line.strip() for line in caption.split("\n") if line.strip()]
@@ -276,33 +399,49 @@ def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[
         DatasetError: as `apply_edit`.
     """
     changes, asked = _changes(project, edit, only)
-    rows = [
-        {"picture": name, "pieces": diff_captions(record.caption, after)}
-        for name, record, after in changes[:SHOWN_ROWS]
-    ]
-    return {"changed": len(changes), "asked": asked, "rows": rows}
+    rows: list[dict[str, Any]] = []
+    for name, record, after in changes[:SHOWN_ROWS]:
+        if edit.do == "mask":
+            rows.append({"picture": name, "pieces": [], "mask": after, "share": _white_share(after)})
+        else:
+            rows.append({"picture": name, "pieces": diff_captions(record.caption, after)})
+    found = {"changed": len(changes), "asked": asked, "rows": rows}
+    nothing = [name for name, text in edit.texts.items() if not text and (only is None or name in only)]
+    return found | ({"nothing": nothing} if edit.do == "mask" else {})
 
 
 def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
-    """Apply an edit and keep the captions from before; returns how many changed.
+    """Apply an edit and keep the captions or masks from before; returns how many changed.
 
     Raises:
         DatasetError: as `apply_edit`; or the demo is chosen, or the disk refuses.
     """
     project.refuse_demo()
     changes, _ = _changes(project, edit, only)
+    masks = edit.do == "mask"
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
-        changes, before = _still_so(project, changes)
-        alone = all(_is_caption(record, before[name]) for name, record, _ in changes)
+        changes, before = _still_so(project, changes, masks)
+        alone = not masks and all(_is_caption(record, before[name]) for name, record, _ in changes)
         if not alone:
             project.invalidate()
-            changes, before = _still_so(project, changes)
+            changes, before = _still_so(project, changes, masks)
         if changes:
-            after = {name: caption for name, _, caption in changes}
-            kept = {"what": describe_edit(edit), "before": before, "after": after}
+            sizes = project.sizes
+            pngs = [
+                (mask_file(record), check_mask_png(png, sizes.info(record.path, name), name))
+                for name, record, png in (changes if masks else ())
+            ]
+            names = [name for name, _, _ in changes]
+            written = [_digest(png) for _, png in pngs] or [caption for _, _, caption in changes]
+            after = dict(zip(names, written, strict=True))
+            kept = {"what": describe_edit(edit), "masks": masks, "before": before, "after": after}
             _keep(project, [*_steps(project), kept])
-            project.write_captions([(record, caption) for _, record, caption in changes], wait=False)
+            for file, png in pngs:
+                with wrap_os_errors(DatasetError, f"The mask {file.name} cannot be written"):
+                    write_atomically(file, png, sync=False)
+            if not masks:
+                project.write_captions([(record, caption) for _, record, caption in changes], wait=False)
             sync_folder(project.image_folder)
             if not alone:
                 project.invalidate()
@@ -315,9 +454,15 @@ def last_change(project: Project) -> str:
     return str(steps[-1]["what"]) if steps else ""
 
 
+def undoes_masks(project: Project) -> bool:
+    """Whether the last edit that can be undone made masks."""
+    steps = [] if project.uses_demo else _steps(project)
+    return bool(steps) and steps[-1].get("masks") is True
+
+
 def undo(project: Project) -> tuple[int, int]:
-    """Undo the last edit, except where a caption was changed since; returns how many are as before and how
-    many are not.
+    """Undo the last edit, except where a caption or mask was changed since; returns how many are as before
+    and how many are not.
 
     Raises:
         DatasetError: there is nothing to undo, or the disk refuses.
@@ -329,12 +474,12 @@ def undo(project: Project) -> tuple[int, int]:
         if not steps:
             raise DatasetError("There is no change of many captions left to take back.")
         last = steps.pop()
+        masks = last.get("masks") is True
         by_name = project.images()
         done = 0
         for name, old in last["before"].items():
-            record = by_name.get(name)
-            if record is not None and record.caption == last["after"].get(name, "").strip():
-                _put(caption_file(record), old)
+            if (record := by_name.get(name)) and _is_so(record, str(last["after"].get(name, "")), masks):
+                _put(_file(record, masks), old, masks)
                 done += 1
         _keep(project, steps)
         project.invalidate()
@@ -349,6 +494,9 @@ def describe_edit(edit: Edit) -> str:
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
     """The captions that change, and how many were considered."""
     wanted = [(name, record) for name, record in project.images().items() if only is None or name in only]
+    if edit.do == "mask":
+        found = [(name, one, edit.texts.get(name, "")) for name, one in wanted]
+        return [row for row in found if row[2] and (edit.how == "replace" or not row[1].mask)], len(wanted)
     if edit.do == "caption":
         rules = DatasetSection(trigger=edit.put)
         after = [
@@ -361,11 +509,34 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
     return [(name, record, new) for (name, record), new in pairs if new != record.caption], len(wanted)
 
 
-def _still_so(project: Project, changes: list[_Change]) -> tuple[list[_Change], dict[str, str | None]]:
-    """The changes of images that are as they were, and the texts beside them."""
+def _still_so(
+    project: Project, changes: list[_Change], masks: bool
+) -> tuple[list[_Change], dict[str, str | None]]:
+    """The changes of images that are as they were, and what is in the files beside them."""
     now = project.images()
     changes = [one for one in changes if now.get(one[0]) == one[1]]
-    return changes, {name: _bytes(caption_file(record)) for name, record, _ in changes}
+    return changes, {name: _bytes(_file(record, masks), masks) for name, record, _ in changes}
+
+
+def _is_so(record: ImageRecord, after: str, masks: bool) -> bool:
+    """Whether an image has the caption or the mask that an edit wrote."""
+    if not masks:
+        return record.caption == after.strip()
+    file = mask_file(record)
+    return file.is_file() and _digest(file.read_bytes()) == after
+
+
+def _digest(png: bytes) -> str:
+    return hashlib.sha256(png).hexdigest()
+
+
+def _white_share(png: str) -> float:
+    with Image.open(io.BytesIO(base64.b64decode(png))) as mask:
+        return round(ImageStat.Stat(mask).mean[0] / 255, 4)
+
+
+def _file(record: ImageRecord, masks: bool) -> Path:
+    return mask_file(record) if masks else caption_file(record)
 
 
 def _steps(project: Project) -> list[dict[str, Any]]:
@@ -389,14 +560,18 @@ def _is_caption(record: ImageRecord, text: str | None) -> bool:
     return text is not None and text.strip() == record.caption and record.path.is_file()
 
 
-def _bytes(file: Path) -> str | None:
-    """A caption file byte for byte, as text that JSON can hold; None where there is none."""
-    return file.read_bytes().decode("utf-8", "surrogateescape") if file.is_file() else None
+def _bytes(file: Path, masks: bool) -> str | None:
+    """A file byte for byte, as text that JSON can hold; None where there is none."""
+    if not file.is_file():
+        return None
+    data = file.read_bytes()
+    return base64.b64encode(data).decode() if masks else data.decode("utf-8", "surrogateescape")
 
 
-def _put(file: Path, old: str | None) -> None:
-    with wrap_os_errors(DatasetError, f"The caption {file.name} cannot be written"):
+def _put(file: Path, old: str | None, masks: bool) -> None:
+    with wrap_os_errors(DatasetError, f"{file.name} cannot be written"):
         if old is None:
             file.unlink(missing_ok=True)
         else:
-            write_atomically(file, old.encode("utf-8", "surrogateescape"), sync=False)
+            data = base64.b64decode(old) if masks else old.encode("utf-8", "surrogateescape")
+            write_atomically(file, data, sync=False)

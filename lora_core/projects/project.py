@@ -5,6 +5,7 @@ Images that were left out are moved aside into the project, with captions and ma
 journal first, so that the next start completes what a killed process began.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -46,6 +47,7 @@ from lora_core.data.images import (
     folder_kind,
     is_junk,
     is_mask,
+    mask_file,
     walk_files,
 )
 from lora_core.errors import DatasetError, wrap_os_errors
@@ -377,8 +379,9 @@ class Project:
                 put[record.path] = changed
             return before
 
-    def write_mask(self, name: str, png: str | None) -> None:
-        """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has.
+    def write_mask(self, name: str, png: str | None) -> str | None:
+        """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has; returns that
+        file as it was, in base64, where there was one.
 
         Args:
             name: of the image, below the dataset folder.
@@ -391,12 +394,25 @@ class Project:
         self.refuse_demo()
         with self.lock(), wrap_os_errors(DatasetError, f"The mask of {name} cannot be written"):
             record = self.find_image(name)
-            file = record.path.with_name(f"{record.path.stem}{MASK_ENDINGS[0]}.png")
+            file = mask_file(record)
+            before = base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
             if png is None:
                 (record.mask or file).unlink(missing_ok=True)
             else:
-                write_atomically(file, check_mask_png(png, self.sizes.info(record.path, name), name))
+                data = check_mask_png(png, self.sizes.info(record.path, name), name)
+                with self._own_writes({file.name}) as changed:
+                    write_atomically(file, data)
+                    changed[record.path] = replace(record, mask=file)
+                if self._fits_alone(record, file):
+                    return before
             self.invalidate()
+            return before
+
+    def _fits_alone(self, record: ImageRecord, file: Path) -> bool:
+        """Whether a mask that was written makes no difference to other images, files and problems."""
+        told = self._scanned[1].problems + self._scanned[1].notes if self._scanned else []
+        others = [one for one in self._records() if _stem(one.path) == _stem(record.path)]
+        return record.mask in (None, file) and len(others) == 1 and all(one.path != file for one in told)
 
     def change_concepts(self, change: Callable[[Path], str]) -> dict[str, str]:
         """Write the `dataset.toml` of the images anew; returns its text `before` and `after`.

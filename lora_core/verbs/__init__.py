@@ -49,6 +49,7 @@ GROUPS = {
     "queue": "Train runs one after the other.",
     "concepts": "Parts of a dataset with rules of their own.",
     "captions": "Change the captions of a folder or project.",
+    "masks": "Mask the images of a folder or project.",
     "projects": "Projects: images, captions, settings and runs.",
     "caches": "Encoded images and captions, unpacked zips.",
     "trash": "Deleted runs and projects.",

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lora_core.data.captions import read_text
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.model_files.detect import read_base_facts
-from lora_core.projects.caption_edits import HOWS, Captioner, Edit, without_captioned
+from lora_core.projects.caption_edits import HOWS, MASK_HOWS, Annotator, Captioner, Edit, Masker, left_to_do
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import FIELDS, checked_value, parse_toml
 from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
@@ -472,6 +473,22 @@ def captions_delete_tag(dataset: File, tag: str, dry_run: bool = False, workspac
 
 
 @verb
+def captions_table(dataset: File, table: File, dry_run: bool = False, workspace: Place = None) -> Found:
+    """Change tags by a table of synonyms, of tags that go, and of tags that come first or last.
+
+    Args:
+        dataset: a folder of images, or a project's name.
+        table: a text file with lines `kitty, kitten -> cat`, `watermark ->`, `first: sks, cat` and `last:
+            simple background`.
+
+    Raises:
+        DatasetError: the file cannot be read, or a line is none of these.
+    """
+    text = read_text(expand_home(table), str(table))
+    return _edit(_pictures_of(dataset, workspace), dry_run, Edit("table", text))
+
+
+@verb
 def captions_trigger(dataset: File, word: str, dry_run: bool = False, workspace: Place = None) -> Found:
     """Add a trigger word to all captions that lack it; as `captions_replace`."""
     return _edit(_pictures_of(dataset, workspace), dry_run, Edit("trigger", "", word))
@@ -500,33 +517,79 @@ def caption(  # noqa: PLR0913 - one option each
         LoraError: the captioner is not there, broken or of another kind; no caption is changed then.
     """
     project = _pictures_of(dataset, workspace)
-    project.refuse_demo()
-    captioner.check()
-    asked = without_captioned(project.images(), how)
-    from lora_core.model_files.hub import captioner_folder
-
-    captioner_folder(captioner.model, captioner.download)
-    texts: dict[str, str] = {}
-    if asked:
-        from lora_core.evaluate.captioning import write_texts
-
-        def phase(words: str, done: int, total: int) -> None:
-            if note and total:
-                note(done, total)
-
-        texts = write_texts(captioner, asked, choose_device(device), phase)
+    texts = _annotate(project, captioner, how, device, note)
     word = trigger or str(project.draft().get("trigger") or "")
     edit = Edit("caption", captioner.short_name, word, texts=texts, how=how)
     return _edit(project, dry_run, edit)
 
 
 @verb
-def captions_undo(dataset: File, workspace: Place = None) -> dict[str, int]:
-    """Undo the last change of many captions; returns how many are undone, and kept as changed since."""
-    from lora_core.projects.caption_edits import undo
+def masks_make(
+    dataset: File,
+    masker: Masker,
+    how: Annotated[str, tuple(MASK_HOWS)] = "missing",
+    device: str = "auto",
+    dry_run: bool = False,
+    workspace: Place = None,
+    note: Progress | None = None,
+) -> Found:
+    """Mask images with a local model: CLIPSeg by a prompt, or a background remover.
 
-    undone, kept = undo(_pictures_of(dataset, workspace))
-    return {"undone": undone, "kept": kept}
+    Args:
+        dataset: a folder of images, or a project's name.
+        masker: the model, and what it is asked for.
+        how: only where an image has no mask, or replace those that are there.
+
+    Returns:
+        changed and asked (images), rows {picture, share} of the first, where share is how much counts, and
+        the images in which nothing was found, which get no mask. `captions undo` takes it back.
+
+    Raises:
+        LoraError: the model is not there, broken or of another kind; no mask is changed then.
+    """
+    project = _pictures_of(dataset, workspace)
+    texts = _annotate(project, masker, how, device, note)
+    found = _edit(project, dry_run, Edit("mask", masker.short_name, texts=texts, how=how))
+    return found | {"rows": [{key: row[key] for key in ("picture", "share")} for row in found["rows"]]}
+
+
+def _annotate(
+    project: "Project", annotator: Annotator, how: str, device: str, note: Progress | None
+) -> dict[str, str]:
+    """What a local model makes of the images that are to be done, by their names."""
+    project.refuse_demo()
+    annotator.check()
+    asked = left_to_do(annotator, project.images(), how)
+    from lora_core.model_files.hub import annotator_folder
+
+    annotator_folder(annotator.model, annotator.called, annotator.download)
+    if not asked:
+        return {}
+    from lora_core.evaluate.annotation import make_masks, write_texts
+
+    def phase(words: str, done: int, total: int) -> None:
+        if note and total:
+            note(done, total)
+
+    if isinstance(annotator, Masker):
+        return make_masks(annotator, asked, choose_device(device), phase)
+    assert isinstance(annotator, Captioner)
+    return write_texts(annotator, asked, choose_device(device), phase)
+
+
+@verb
+def captions_undo(dataset: File, workspace: Place = None) -> Found:
+    """Undo the last change of many captions or masks.
+
+    Returns:
+        How many are undone, and kept as changed since; `masks` where it were masks.
+    """
+    from lora_core.projects.caption_edits import undo, undoes_masks
+
+    project = _pictures_of(dataset, workspace)
+    masks = undoes_masks(project)
+    undone, kept = undo(project)
+    return {"undone": undone, "kept": kept} | ({"masks": masks} if masks else {})
 
 
 def _edit(project: "Project", dry_run: bool, edit: Edit) -> Found:

@@ -1,6 +1,7 @@
 """Changes of many captions in the project: seen before, taken back after, byte for byte."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from app.state import AppState
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects import project as projects
-from lora_core.projects.caption_edits import Edit
+from lora_core.projects.caption_edits import Edit, apply_edit
 from lora_core.system.files import LARGEST_JSON
 
 
@@ -220,3 +221,47 @@ def test_more_than_other_small_files_may_have_can_be_taken_back(
     assert (app_state.project.path / "undo.json").stat().st_size > LARGEST_JSON
     assert bulk.undo(app_state.project) == (3, 0)
     assert bulk.last_change(app_state.project) == "“two” put at the end"
+
+
+TABLE = """# what the taggers call it
+Kitty, kitten -> cat
+watermark, signature ->
+first: sks, cat
+last: simple background, grey background
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a dog,  on grass", "a dog,  on grass"),
+        ("kitty, on grass, watermark", "cat, on grass"),
+        ("simple background, on grass, KITTEN, sks", "sks, cat, on grass, simple background"),
+        ("cat, kitten, kitty", "cat"),
+        ("grey background, a, simple background, b", "a, b, simple background, grey background"),
+        ("signature", ""),
+        ("kitty, a, Cat, a", "Cat, a"),
+        ("a, a", "a, a"),
+        ("b, a\nkitten, sks", "b, a\nsks, cat"),
+    ],
+)
+def test_tags_are_changed_by_a_table(before: str, after: str) -> None:
+    edit = Edit("table", TABLE)
+    assert apply_edit([before, after], edit) == [after, after]
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("# nothing\n", "The table of tags is empty"),
+        ("cat -> a, b", "Line 1 of the table, 'cat -> a, b', is neither"),
+        ("\n-> cat", "Line 2 of the table"),
+        ("cat", "Line 1 of the table"),
+        ("middle: cat", "Line 1 of the table"),
+        ("a -> b\nc, A -> d", "Line 2 of the table names 'A' a second time"),
+        ("first: a\nlast: b, a", "Line 2 of the table names 'a' a second time"),
+    ],
+)
+def test_a_wrong_table_is_a_sentence(table: str, sentence: str) -> None:
+    with pytest.raises(DatasetError, match=re.escape(sentence)):
+        apply_edit(["a"], Edit("table", table))

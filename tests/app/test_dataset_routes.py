@@ -20,6 +20,7 @@ from app.dataset.gallery import summarize
 from app.state import AppState, take_snapshot
 from app.train.start import details
 from lora_core.data import audit, importer
+from lora_core.data.dataset import scan
 from lora_core.runs import preflight
 from tests.waiting import PATIENCE, wait_for
 
@@ -265,7 +266,9 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
     wide, high = before["size"]
     half = Image.new("RGBA", (wide // 2, high // 2), "black")
     half.paste("white", (0, 0, 9, 9))
-    assert sent(half)["revision"]
+    first = sent(half)
+    assert first["revision"]
+    assert first["before"] is None
     file = app_state.project.image_folder / "a-masklabel.png"
     with Image.open(file) as written:
         assert (written.mode, written.size, written.getbbox()) == ("L", half.size, (0, 0, 9, 9))
@@ -278,7 +281,9 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
         answer = client.post("/easel/mask", json={"picture": "a.png", "png": wrong}).json()
         assert answer["problem"] == "The mask of a.png is not a PNG in base64."
     assert file.is_file()
-    client.post("/easel/mask", json={"picture": "a.png", "png": None})
+    painted = file.read_bytes()
+    answer = client.post("/easel/mask", json={"picture": "a.png", "png": None}).json()
+    assert base64.b64decode(answer["before"]) == painted
     assert (file.exists(), shelf(client)) == (False, [before])
     # One of another name goes too.
     other = file.with_name("a_mask.png")
@@ -286,6 +291,42 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
     assert shelf(client)[0]["mask"].startswith("a_mask.png?v=")
     client.post("/easel/mask", json={"picture": "a.png", "png": None})
     assert (other.exists(), shelf(client)) == (False, [before])
+
+
+def test_strokes_are_saved_without_reading_the_folder_again(
+    client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported(client, {"a.png": png(), "b.png": png(3)})
+    wide, high = shelf(client)[0]["size"]
+    project, file = app_state.project, app_state.project.image_folder / "a-masklabel.png"
+
+    def stroke(value: int) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        Image.new("L", (wide, high), value).save(buffer, "PNG")
+        words = base64.b64encode(buffer.getvalue()).decode()
+        return client.post("/easel/mask", json={"picture": "a.png", "png": words}).json()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_core.projects.project.scan", None)
+        for value in (9, 99):
+            revision = project.revision
+            assert stroke(value)["revision"] > revision
+            assert project.images()["a.png"].mask == file
+            with Image.open(file) as written:
+                assert written.getextrema() == (value, value)
+    assert scan(project.image_folder).records == project.dataset().records
+    # A disk that refuses, or a kill before the file is renamed into place, leaves the stroke before.
+    whole = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert "The mask of a.png cannot be written" in stroke(200)["problem"]
+    assert file.read_bytes() == whole
+    # What a black mask had spoilt is well again.
+    Image.new("L", (wide, high)).save(file)
+    project.invalidate()
+    assert [one.kind for one in project.dataset().problems] == ["black mask"]
+    stroke(200)
+    assert project.dataset().problems == []
 
 
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:

@@ -144,8 +144,8 @@ def test_a_mask_that_opens_or_is_saved_late_leaves_the_next_image_alone(
     first.click()
     page.click("#mask-start")
     page.wait_for_selector("#picture-big canvas:focus")
-    page.keyboard.press("Space")
     with held_back(page, "**/easel/mask", "POST") as held:
+        page.keyboard.press("Space")
         second.click()
         page.wait_for_selector("#mask-bar", state="hidden")
         until(page, lambda: held)

@@ -19,8 +19,8 @@ from lora_core.data.captions import write_caption
 from lora_core.data.dataset import scan
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError, ModelFileError
-from lora_core.evaluate.captioning import write_texts
-from lora_core.model_files.hub import captioner_folder
+from lora_core.evaluate.annotation import write_texts
+from lora_core.model_files.hub import annotator_folder
 from lora_core.projects.caption_edits import Captioner, add_text
 from lora_core.system.files import DEMO_BASE
 from lora_core.verbs.datasets import caption
@@ -357,13 +357,13 @@ def test_a_captioner_that_is_in_the_cache_in_part_is_downloaded(
         (sharded / file).write_text(file)
     snapshot_download(f"owner/{name}", allow_patterns=there)
     with pytest.raises(ModelFileError, match="allow the download"):
-        captioner_folder(f"owner/{name}", fetch=False)
-    folder = captioner_folder(f"owner/{name}", fetch=True)
+        annotator_folder(f"owner/{name}", "captioner", fetch=False)
+    folder = annotator_folder(f"owner/{name}", "captioner", fetch=True)
     assert {file.name for file in folder.iterdir()} == {
         file.name for file in hub.repos[f"owner/{name}"].iterdir()
     }
     hub.asked.clear()
-    assert captioner_folder(f"owner/{name}", fetch=True) == folder
+    assert annotator_folder(f"owner/{name}", "captioner", fetch=True) == folder
     assert hub.asked == []
 
 
