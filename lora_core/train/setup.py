@@ -614,9 +614,7 @@ def prepare(
     items = [item for item in trained if not item.record.reg]
     held_items = largest(assign_buckets(held, *sides)) if held else []
     measured = [*held_items, *(item for item in largest(items) if item.variants)]
-    views = [(*view, mask_numbers(base, view[0].record)) for view in all_views(trained, rules)]
-    wanted = [*views, *((item, False, mask_numbers(base, item.record)[:1]) for item in measured)]
-    _encode_pictures(base, latents, wanted, say)
+    _encode_pictures(base, latents, all_views(trained, rules), measured, say)
     sets = build_validation_sets(largest(items), held_items, latents, config, base)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
@@ -828,10 +826,14 @@ def _encode_captions(
 
 
 def _encode_pictures(
-    base: BaseModel, cache: LatentCache, wanted: list[tuple[TrainImage, bool, range]], say: OnProgress
-) -> None:
-    """Encode images, mirrored or not, and what an inpainting base sees of them with so many masks; from the
-    first that does not fit into the device's memory on, on the CPU."""
+    base: BaseModel, cache: LatentCache, views: list[tuple[TrainImage, bool]], measured: list[TrainImage],
+    say: OnProgress,
+) -> None:  # fmt: skip
+    """Encode images, mirrored or not, and what an inpainting base sees of them with each of their masks, of
+    those that are measured with the first; from one that does not fit into the device's memory on, on the
+    CPU."""
+    wanted = [(*view, mask_numbers(base, view[0].record)) for view in views]
+    wanted += [(item, False, mask_numbers(base, item.record)[:1]) for item in measured]
 
     def encode(item: TrainImage, mirrored: bool, masks: range) -> None:
         for mask in (0, *masks):
