@@ -3,7 +3,9 @@
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
   const { one, all, get, post, make, plural, t, toast } = window.easel;
-  const AT_ONCE = 1500, MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
+  const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
+  const SIDE = 112, GAP = 10, EDGE = 4;  // of a cell at least, between two, and around all, in pixels
+  const BEYOND = 800, SOON = 300;  // pixels above and below the window: cells exist, and the next ones are made
   const EMPTY = {
     none: [t("No images yet"), t("Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned.")],
     filter: [t("Nothing matches"), t("No image fits this filter. Choose All, or clear the search field.")],
@@ -16,7 +18,10 @@
   let filter = "all";
   let twins = new Set();        // told by the check
   let doubts = new Set();       // told by the base, and by the last run
-  let cells = new Map();        // name to button
+  let seen = [];                // the images that the filter lets through, in order
+  let places = new Map();       // where in that order each of them is, by name
+  let cells = new Map();        // name to element, of the images in view, some beyond, and the chosen one
+  let columns = 1, wide = 0;    // of the grid: how many, and its width when they were counted
   const edits = new Map();      // name to { past, future, base }: captions that Ctrl+Z goes back to
   const waiting = new Map();    // captions typed but not yet saved, by image
 
@@ -26,80 +31,73 @@
   const kind = () => (filter === "out" ? "left-out" : "dataset");
   const bare = (picture) => !picture.caption.trim();
   const grid = () => one("#dataset-grid [role=listbox]");
-  const shown = () => pictures().filter((picture) => cells.get(picture.name) && !cells.get(picture.name).hidden);
   const acted = () => (picked.size ? [...picked] : chosen ? [chosen] : []);
 
   // ---- the grid -------------------------------------------------------------------------------------------------
-  // Native lazy loading requests every image that was ever scrolled past, and the visible ones wait behind them.
-  const near = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      const image = target.firstChild;
-      if (isIntersecting) image.src = image.dataset.src;
-      else if (!image.complete) image.removeAttribute("src");
-    }
-  }, { rootMargin: "800px 0px" });
-
-  const thumb = (picture) => {
-    const image = make("img", { decoding: "async", alt: "" });
-    image.dataset.src = `/easel/thumb/${kind()}/${picture.url}`;
-    const cell = make("button", { type: "button", className: "thumb", tabIndex: -1, title: picture.name }, image, make("em"));
-    cell.setAttribute("role", "option");
-    cell.dataset.picture = picture.name;
-    near.observe(cell);
-    return cell;
-  };
+  const thumb = (picture, src) => make("div", { className: "thumb", title: picture.name, draggable: true, data: { picture: picture.name }, attributes: { role: "option" } },
+    make("img", { decoding: "async", alt: "", draggable: false, src }), make("em"));
 
   const describe = (picture) => {
-    const cell = cells.get(picture.name), marks = [];
+    const { name } = picture, cell = cells.get(name), at = places.get(name), marks = [];
+    if (!cell) return;
     if (bare(picture)) marks.push(t("uncaptioned"));
     if (picture.held) marks.push(t("validation"));
     if (picture.small) marks.push(t("small"));
-    if (twins.has(picture.name)) marks.push(t("duplicate"));
-    if (doubts.has(picture.name)) marks.unshift(t("in doubt"));
+    if (twins.has(name)) marks.push(t("duplicate"));
+    if (doubts.has(name)) marks.unshift(t("in doubt"));
     // Only what differs is written: setting what is there already costs the browser as much as a change.
-    const words = marks.join(", ");
-    if (cell.marks === words) return;
-    cell.marks = words;
+    const looks = [name === chosen, picked.has(name), at, columns, wide, seen.length, ...marks].join();
+    if (cell.looks === looks) return;
+    cell.looks = looks;
+    const [on, too] = [name === chosen, picked.has(name)], pitch = (wide + GAP) / columns;
+    Object.assign(cell, { tabIndex: on ? 0 : -1, ariaSelected: too, ariaPosInSet: at + 1, ariaSetSize: seen.length, ariaLabel: [name, ...marks].join(", ") });
+    Object.assign(cell.style, { width: `${pitch - GAP}px`, left: `${EDGE + (at % columns) * pitch}px`, top: `${EDGE + Math.floor(at / columns) * pitch}px` });
+    cell.classList.toggle("on", on);
+    cell.classList.toggle("too", too);
     // Two chips fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
-    cell.setAttribute("aria-label", [picture.name, ...marks].join(", "));
   };
 
-  const draw = () => {
-    const place = grid();
-    if (!place) return false;
-    const old = cells;
-    cells = new Map();
-    byName = new Map(pictures().map((picture) => [picture.name, picture]));
-    for (const picture of pictures()) {
-      const before = old.get(picture.name);
-      const same = before?.firstChild.dataset.src === `/easel/thumb/${kind()}/${picture.url}`;
-      cells.set(picture.name, same ? before : thumb(picture));
-      describe(picture);
-    }
-    for (const [name, cell] of old) if (cells.get(name) !== cell) near.unobserve(cell);
-    place.dataset.mark = shelf.mark;
-    return true;
-  };
-
-  // Puts the cells that are seen into the grid, and what is there already stays where it is. The first come at
-  // once, the others while the page goes on: a browser takes seconds to lay out 20,000.
-  let laying = null;
+  // Only the cells in view and some beyond exist. Two strips stand for the others above and below: more cells are
+  // made as soon as one of them comes near, because of scrolling or of what unfolds above.
+  const strips = [make("i"), make("i")];
+  const near = new IntersectionObserver((entries) => { if (entries.some((one) => one.isIntersecting)) lay(); }, { rootMargin: `${SOON}px 0px` });
+  const resized = new ResizeObserver(() => { if (grid() && grid().clientWidth !== wide + 2 * EDGE) lay(); });
   const lay = () => {
-    const place = grid(), now = [...cells.values()].filter((cell) => !cell.hidden), wanted = new Set(now);
-    const own = laying = {};
-    for (const cell of [...place.children]) if (!wanted.has(cell)) cell.remove();
-    let next = 0, at = place.firstElementChild;
-    const more = () => {
-      if (own !== laying) return;
-      for (let left = AT_ONCE; next < now.length && left; next += 1) {
-        if (now[next] === at) at = at.nextElementSibling;
-        else { place.insertBefore(now[next], at); left -= 1; }
-      }
-      if (next < now.length) setTimeout(more);
-    };
-    more();
+    const place = grid();
+    if (!place) return;
+    resized.observe(place);
+    place.hidden = !seen.length;
+    if (seen.length && !place.clientWidth) return;  // the tab is hidden
+    wide = place.clientWidth - 2 * EDGE;
+    columns = Math.max(1, Math.floor((wide + GAP) / (SIDE + GAP)));
+    const pitch = (wide + GAP) / columns, rows = Math.ceil(seen.length / columns), top = place.getBoundingClientRect().top + EDGE;
+    const [first, last] = [-BEYOND, innerHeight + BEYOND + pitch].map((y) => Math.min(rows, Math.max(0, Math.floor((y - top) / pitch))));
+    const now = seen.slice(first * columns, last * columns), at = places.get(chosen), old = cells;
+    // The keyboard enters at the chosen one, wherever it is.
+    const wanted = at < first * columns ? [seen[at], ...now] : at >= last * columns ? [...now, seen[at]] : now;
+    cells = new Map();
+    for (const picture of wanted) {
+      const src = `/easel/thumb/${kind()}/${picture.url}`, before = old.get(picture.name);
+      cells.set(picture.name, before?.firstChild.getAttribute("src") === src ? before : thumb(picture, src));
+    }
+    for (const [name, cell] of old) if (cells.get(name) !== cell) {
+      // Images that are not shown any more would hold up those that are.
+      if (!cell.firstChild.complete) cell.firstChild.removeAttribute("src");
+      cell.remove();
+    }
+    let next = place.firstElementChild;
+    for (const cell of [...strips, ...cells.values()]) if (cell === next) next = next.nextElementSibling; else place.insertBefore(cell, next);
+    wanted.forEach(describe);
+    place.style.height = `${rows * pitch - GAP + 2 * EDGE}px`;
+    for (const [strip, from, to] of [[strips[0], 0, first], [strips[1], last, rows]]) {
+      strip.hidden = from === to;
+      Object.assign(strip.style, { top: `${from * pitch}px`, height: `${(to - from) * pitch}px` });
+      // Observed anew, each is looked at once more.
+      near.unobserve(strip);
+      near.observe(strip);
+    }
   };
 
   const fits = {
@@ -109,13 +107,11 @@
   const applyFilter = () => {
     if (!grid()) return;
     const words = (one("#dataset-search")?.value ?? "").trim().toLowerCase();
-    for (const picture of pictures()) {
-      const found = !words || picture.name.toLowerCase().includes(words) || picture.caption.toLowerCase().includes(words);
-      // An image whose caption is being edited stays visible even if it no longer matches.
-      const written = picture.name === chosen && document.activeElement === one("#caption textarea");
-      const cell = cells.get(picture.name), hide = !(found && fits[filter](picture)) && !written;
-      if (cell.hidden !== hide) cell.hidden = hide;
-    }
+    // An image whose caption is being edited stays visible even if it no longer matches.
+    const written = document.activeElement === one("#caption textarea") ? chosen : null;
+    const found = (picture) => !words || picture.name.toLowerCase().includes(words) || picture.caption.toLowerCase().includes(words);
+    seen = pictures().filter((picture) => (fits[filter](picture) && found(picture)) || picture.name === written);
+    places = new Map(seen.map((picture, at) => [picture.name, at]));
     lay();
     for (const button of all("[data-filter]")) {
       const which = button.dataset.filter;
@@ -125,7 +121,7 @@
       // Empty filters are hidden, except for the two most used.
       button.hidden = !count && !["all", "bare"].includes(which) && which !== filter;
     }
-    const nothing = !shown().length, [title, text] = EMPTY[shelf.pictures.length || shelf.left_out.length ? "filter" : "none"];
+    const nothing = !seen.length, [title, text] = EMPTY[shelf.pictures.length || shelf.left_out.length ? "filter" : "none"];
     one("#grid-empty").hidden = !nothing;
     if (nothing) one("#grid-empty").replaceChildren(make("h3", { textContent: title }), make("p", { className: "small", textContent: text }));
     const any = shelf.pictures.length + shelf.left_out.length > 0;
@@ -222,7 +218,7 @@
     if (!bar) return;
     bar.hidden = !count;
     one("#grid-keys").parentElement.hidden = Boolean(count);
-    one("#grid-keys").hidden = !shown().length;
+    one("#grid-keys").hidden = !seen.length;
     const members = [...picked].map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
     one("#selection-count").textContent = count ? t("{count} selected", { count: count.toLocaleString("en") }) : "";
     for (const [does, words, hidden] of [["captions", t("Edit captions"), out || shelf.fixed], ["validation", held ? t("Use for training") : t("Use for validation"), out || shelf.fixed], ["exclude", out ? t("Include") : t("Exclude"), shelf.fixed]]) {
@@ -246,13 +242,7 @@
     if (picture) leave.title = out ? t("Puts it back among the images") : t("Moves it aside within the project; Excluded shows it");
     leave.hidden = shelf.fixed;
     hold.hidden = one("#crop-start").hidden = one("#mask-start").hidden = shelf.fixed || out;
-    for (const [name, cell] of cells) {
-      const on = name === chosen, too = picked.has(name);
-      if (cell.on === on && cell.too === too) continue;
-      Object.assign(cell, { on, too, tabIndex: on ? 0 : -1, ariaSelected: too });
-      cell.classList.toggle("on", on);
-      cell.classList.toggle("too", too);
-    }
+    lay();
     grid().toggleAttribute("data-picked", picked.size > 0);
     showSelection();
   };
@@ -302,7 +292,7 @@
     countTokens(name, text);
     showTags();
     showButtons();
-    if (focus) { cells.get(name).focus({ preventScroll: true }); cells.get(name).scrollIntoView({ block: "nearest" }); }
+    if (focus) { cells.get(name)?.focus({ preventScroll: true }); cells.get(name)?.scrollIntoView({ block: "nearest" }); }
   };
 
   // ---- choosing -------------------------------------------------------------------------------------------------
@@ -312,8 +302,8 @@
   // Focus and selection are two things: arrows move the focus, Space, Ctrl and Shift select, Esc clears.
   const choose = (name, { toggle = false, range = false, keep = false, focus = true } = {}) => {
     if (range && chosen) {
-      const names = shown().map((p) => p.name), [a, b] = [names.indexOf(names.includes(anchor.name) ? anchor.name : chosen), names.indexOf(name)].sort((x, y) => x - y);
-      picked = new Set([...anchor.kept, ...names.slice(Math.max(0, a), b + 1)]);
+      const [a, b] = [places.get(anchor.name) ?? places.get(chosen) ?? 0, places.get(name)].sort((x, y) => x - y);
+      picked = new Set([...anchor.kept, ...seen.slice(a, b + 1).map((p) => p.name)]);
     } else {
       if (toggle && !picked.delete(name)) picked.add(name);
       if (!toggle && !keep) forget();
@@ -324,14 +314,11 @@
   };
 
   const move = (by, { range = false, focus = true } = {}) => {
-    const names = shown().map((picture) => picture.name), at = names.indexOf(chosen);
-    const next = names[Math.min(names.length - 1, Math.max(0, at + by))];
-    if (next !== undefined) choose(next, { range, focus, keep: true });
+    const next = seen[Math.min(seen.length - 1, Math.max(0, (places.get(chosen) ?? -1) + by))];
+    if (next) choose(next.name, { range, focus, keep: true });
   };
 
   const clear = () => { forget(); tellSelection(); };
-
-  const columns = () => Math.max(1, getComputedStyle(grid()).gridTemplateColumns.split(" ").length);
 
   // ---- captions: saved while typing, together with the image's name --------------------------------
   // One request at a time: of two in flight, the older text might arrive last.
@@ -558,17 +545,18 @@
   };
 
   const render = () => {
-    const before = [...cells].filter(([, cell]) => !cell.hidden).map(([name]) => name), at = before.indexOf(chosen);
+    const place = grid(), before = seen.map((picture) => picture.name), at = places.get(chosen) ?? -1;
+    if (!place) return;
     // A removed cell loses the keyboard focus, even if it is inserted again at once.
-    const focused = grid()?.contains(document.activeElement);
-    if (!draw()) return;
-    picked = new Set([...picked].filter((name) => cells.has(name)));
+    const focused = place.contains(document.activeElement);
+    byName = new Map(pictures().map((picture) => [picture.name, picture]));
+    place.dataset.mark = shelf.mark;
+    picked = new Set([...picked].filter(named));
     applyFilter();
     const typing = document.activeElement === one("#caption textarea") && waiting.has(chosen);
     if (typing) return;
-    const left = new Set(shown().map((picture) => picture.name));
-    const neighbour = [...before.slice(at + 1), ...before.slice(0, Math.max(0, at)).reverse()].find((name) => left.has(name));
-    show([chosen, kept()].find(named) ?? neighbour ?? [...left][0] ?? null);
+    const neighbour = [...before.slice(at + 1), ...before.slice(0, Math.max(0, at)).reverse()].find((name) => places.has(name));
+    show([chosen, kept()].find(named) ?? neighbour ?? seen[0]?.name ?? null);
     if (focused) cells.get(chosen)?.focus({ preventScroll: true });
   };
 
@@ -578,7 +566,8 @@
     try { const [project, name] = JSON.parse(sessionStorage.getItem(KEPT)); return project === window.easel.project ? name : null; } catch { return null; }
   };
 
-  let meter = null;
+  // The images are asked for while Gradio still builds the page.
+  let meter = null, first = load().finally(() => { first = null; window.easel.settle(); });
   window.easel.settling.push(() => {
     const mark = one("#dataset-mark");
     if (!mark || !grid()) return;
@@ -591,7 +580,8 @@
       window.easel.project = mark.dataset.project;
       window.easel.joining = false;
     }
-    if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
+    if (first) { /* the list is on its way */ }
+    else if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
     // Gradio may have rebuilt the tab.
     else if (grid().dataset.mark === undefined && shelf.mark) render();
     if (mark.dataset.meter !== meter) {
@@ -620,7 +610,7 @@
       const other = (data.filter === "out") !== (filter === "out");
       filter = data.filter;
       forget();
-      if (other) render(); else { applyFilter(); if (!shown().some((p) => p.name === chosen)) show(shown()[0]?.name ?? null); }
+      if (other) render(); else { applyFilter(); if (!places.has(chosen)) show(seen[0]?.name ?? null); }
     } else if (data.step) move(Number(data.step), { focus: false });
     else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
     else if (data.select === "exclude") leaveOut().then(() => cells.get(chosen)?.focus({ preventScroll: true }));
@@ -656,14 +646,14 @@
   };
 
   const inGrid = (event) => {
-    const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns(), ArrowUp: -columns(), Home: -1e6, End: 1e6 }[event.key];
+    const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -1e6, End: 1e6 }[event.key];
     const control = event.ctrlKey || event.metaKey;
     if (by !== undefined) { event.preventDefault(); move(by, { range: event.shiftKey }); }
     else if (event.key === " ") { event.preventDefault(); choose(chosen, { toggle: true }); }
     else if (event.key === "Enter" && !control) { event.preventDefault(); editOnPhone(true); one("#caption textarea").focus(); }
     else if (event.key === "Delete") { event.preventDefault(); leaveOut(); }
     else if (event.key === "Escape") clear();
-    else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(shown().map((p) => p.name)); tellSelection(); }
+    else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(places.keys()); tellSelection(); }
   };
 
   document.addEventListener("focusin", (event) => { if (event.target.id === "tag-in") suggestTags(); });
@@ -683,23 +673,22 @@
 
   // API for the other scripts.
   Object.assign(window.easel, {
-    load, inTurn, leaveOut, did, undone,
+    load, inTurn, leaveOut, did, undone, choose,
     shelf: () => shelf,
     chosenPicture: () => named(chosen),
     picked: () => [...picked],
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // The images that a bulk edit applies to, null for all.
-    scope: () => (picked.size ? [...picked] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
+    scope: () => (picked.size ? [...picked] : seen.length < shelf.pictures.length ? [...places.keys()] : null),
     setDoubts: (names) => {
       window.easel.tellAgain();
       if (names.size === doubts.size && [...names].every((name) => doubts.has(name))) return;
       doubts = names;
-      for (const picture of pictures()) if (cells.has(picture.name)) describe(picture);
       applyFilter();
     },
     // The facts of the shown image have changed.
     tellAgain: () => { if (named(chosen)) one("#picture-facts").textContent = facts(named(chosen)); },
-    setTwins: (names) => { twins = new Set(names); for (const picture of pictures()) describe(picture); applyFilter(); },
+    setTwins: (names) => { twins = new Set(names); applyFilter(); },
   });
 })();

@@ -27,6 +27,7 @@ import re
 import stat
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -657,6 +658,33 @@ class SizeCache:
             flat = {path: [*known[:2], *map(int, known[2])] for path, known in self._known.items()}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(flat).encode())
+
+
+SETTLED = 3 * 10**9
+"""Nanoseconds after which another change of a file shows in its time: FAT counts every other second."""
+
+
+def stamp_files(folder: Path) -> int | None:
+    """A number that changes with names, times and sizes of the files below a folder; None where one changed
+    so lately that its next change may not show, or cannot be looked at."""
+    rows = [(str(folder), 0, 0, 0)]
+    folders, now = [str(folder)], time.time_ns()
+    try:
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    # Of hidden ones it counts that they are there.
+                    if is_junk(entry.name):
+                        rows.append((entry.path, 0, 0, 0))
+                        continue
+                    found = entry.stat()
+                    rows.append((entry.path, found.st_mtime_ns, found.st_ctime_ns, found.st_size))
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    except OSError:
+        return None
+    lately = any(abs(now - at) < SETTLED for row in rows for at in row[1:3])
+    return None if lately else hash(frozenset(rows))
 
 
 def file_stamp(path: Path) -> tuple[int, int] | None:

@@ -48,6 +48,7 @@ from lora_core.data.images import (
     is_junk,
     is_mask,
     mask_file,
+    stamp_files,
     walk_files,
 )
 from lora_core.errors import DatasetError, wrap_os_errors
@@ -102,6 +103,7 @@ class Project:
             self.sizes = SizeCache(path / "sizes.json")
             self._read_draft()
             self._scanned: tuple[object, Dataset] | None = None
+            self._stamp: int | None = None
             self._named: tuple[Dataset, dict[str, ImageRecord]] | None = None
             self.notes: list[FileProblem] = []
             self._file_lock = FileLock(path / _LOCK)
@@ -244,7 +246,7 @@ class Project:
             self.update_draft(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
 
     def dataset(self) -> Dataset:
-        """The images, read again only after a change of the folder or `invalidate()`."""
+        """The images, read again only after a change of the folder, or of a file and `invalidate()`."""
         folder = self.dataset_folder
         with self._lock:
             try:
@@ -252,7 +254,10 @@ class Project:
             except OSError:
                 return Dataset([], [])
             if self._scanned is None or self._scanned[0] != key:
-                before = self._scanned
+                before, known, self._stamp = self._scanned, self._stamp, stamp_files(folder)
+                if before and known is not None and known == self._stamp:
+                    self._scanned = (key, before[1])
+                    return before[1]
                 self._scanned = (key, scan(folder, self.sizes))
                 self.sizes.save(self.path, self.image_folder)
                 if before is None or before[1] != self._scanned[1]:
@@ -260,7 +265,7 @@ class Project:
             return self._scanned[1]
 
     def invalidate(self) -> None:
-        """Read the folder again next time."""
+        """Look next time whether a file has changed, and if so read the folder again."""
         with self._lock:
             if self._scanned is not None:
                 # Kept for comparison: the revision changes only where something is different.

@@ -15,12 +15,13 @@ from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app import routes
-from app.dataset import findings, uploads
+from app.dataset import findings, gallery, uploads
 from app.dataset.gallery import summarize
 from app.state import AppState, take_snapshot
 from app.train.start import details
-from lora_core.data import audit, importer
+from lora_core.data import audit, images, importer
 from lora_core.data.dataset import scan
+from lora_core.projects import project as projects
 from lora_core.runs import preflight
 from tests.waiting import PATIENCE, wait_for
 
@@ -90,6 +91,54 @@ def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, app_state
     thumb = client.get(f"/easel/thumb/dataset/{first['url']}")
     assert (thumb.status_code, thumb.headers["content-type"]) == (200, "image/webp")
     assert list((app_state.workspace / "tmp" / "incoming").iterdir()) == []
+
+
+def test_the_folder_is_read_again_only_if_a_file_has_changed(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans: list[Path] = []
+    plain = projects.scan
+    monkeypatch.setattr(
+        projects, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
+    )
+
+    def read_again() -> int:
+        scans.clear()
+        app_state.project.invalidate()
+        app_state.project.dataset()
+        return len(scans)
+
+    # What was written a moment ago may be written again in the same tick of the file system's clock.
+    assert [read_again(), read_again()] == [1, 1]
+    monkeypatch.setattr(images, "SETTLED", 0)
+    before, revision = client.get("/easel/dataset").json(), app_state.project.revision
+    assert [read_again(), read_again()] == [0, 0]
+    pictures[0].with_suffix(".txt").write_text("by another program")
+    assert [read_again(), read_again()] == [1, 0]
+    assert shelf(client)[0]["caption"] == "by another program"
+    assert app_state.project.revision == revision + 1
+    # Another image of the same size comes with another address.
+    Image.new("RGB", (160, 160), "white").save(pictures[0])
+    assert read_again() == 1
+    assert shelf(client)[0]["url"] != before["pictures"][0]["url"]
+    (pictures[0].parent / "deep").mkdir()
+    (pictures[0].parent / "deep" / "c.png").write_bytes(png(5))
+    assert shelf(client)[0]["name"] == "deep/c.png"
+
+
+def test_the_list_of_images_is_made_once(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    plain = gallery.image_facts
+    monkeypatch.setattr(gallery, "image_facts", lambda *given: (made.append(given), plain(*given))[1])
+    first = client.get("/easel/dataset")
+    assert (len(made), client.get("/easel/dataset").content) == (3, first.content)
+    assert len(made) == 3
+    client.post("/easel/caption", json={"picture": "picture-2.png", "text": "new"})
+    assert shelf(client)[2]["caption"] == "new"
+    client.post("/easel/leave-out", json={"pictures": ["picture-2.png"]})
+    assert len(client.get("/easel/dataset").json()["left_out"]) == 1
 
 
 def test_a_zip_and_what_is_wrong_in_it(client: TestClient, app_state: AppState) -> None:
