@@ -546,7 +546,7 @@
 
   const render = () => {
     const place = grid(), before = seen.map((picture) => picture.name), at = places.get(chosen) ?? -1;
-    if (!place) return;
+    if (!place || window.easel.project === undefined) return;
     // A removed cell loses the keyboard focus, even if it is inserted again at once.
     const focused = place.contains(document.activeElement);
     byName = new Map(pictures().map((picture) => [picture.name, picture]));

@@ -340,15 +340,12 @@
     const again = async () => { const next = await move(back); if (next) back = next; return Boolean(next); };
     easel.did(t("{images} moved.", { images: plural(Object.keys(back).length, "image") }), again, again);
   });
-  // Images are dragged onto a concept's row: those that are selected, or the one. The table floats meanwhile if it
-  // is out of view.
+  // Images are dragged onto a concept's row: those that are selected, or the one. A table out of view floats meanwhile.
   let dragged = null;
   const rowAt = ({ target }) => (dragged ? (target.closest ? target : target.parentElement)?.closest("#concepts-found tr:has([data-move-into])") : null);
   const markRow = (row) => { for (const each of all("#concepts-found tr")) each.classList.toggle("over", each === row); };
-  const dragging = (names) => {
-    dragged = names;
-    markRow(null);
-    const place = one("#concepts"), { top, bottom } = one("#concepts-found").getBoundingClientRect(), away = Boolean(names) && (top < 60 || bottom > innerHeight);
+  const float = () => {
+    const place = one("#concepts"), { top, bottom } = one("#concepts-found").getBoundingClientRect(), away = Boolean(dragged) && (top < 60 || bottom > innerHeight);
     place.style.minHeight = away ? `${place.offsetHeight}px` : "";
     place.classList.toggle("afloat", away);
   };
@@ -356,17 +353,15 @@
     const cell = event.target.closest?.(".thumb"), name = cell?.dataset.picture, picked = easel.picked();
     if (!cell) return;
     if (!one("#concepts").open || !one("#concepts-found [data-move-into]")) return event.preventDefault();
+    dragged = picked.includes(name) ? picked : [name];
     event.dataTransfer.setData("application/x-lora-easel", name);
     event.dataTransfer.effectAllowed = "move";
-    // A drag ends at once if the page changes while it begins. The cell of the chosen image stays, however far one scrolls.
-    setTimeout(() => {
-      easel.choose(name, { keep: picked.includes(name), focus: false });
-      dragging(picked.includes(name) ? picked : [name]);
-    });
+    // A drag ends if the page changes while it begins. The cell of the chosen image stays, however far one scrolls.
+    setTimeout(() => { easel.choose(name, { keep: picked.includes(name), focus: false }); float(); });
   });
   document.addEventListener("dragover", (event) => {
-    const row = rowAt(event);
     if (!dragged) return;
+    const row = rowAt(event);
     if (row) event.preventDefault();
     markRow(row);
   });
@@ -375,9 +370,13 @@
     if (!row) return;
     event.preventDefault();
     moveInto(one("[data-move-into]", row).dataset.moveInto, dragged);
-    dragging(null);
   });
-  document.addEventListener("dragend", () => { if (dragged) dragging(null); });
+  document.addEventListener("dragend", () => {
+    if (!dragged) return;
+    dragged = null;
+    markRow(null);
+    float();
+  });
   document.addEventListener("change", ({ target }) => {
     const { concept, key, was } = target.dataset ?? {};
     if (concept === undefined) return;

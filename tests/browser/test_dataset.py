@@ -574,19 +574,18 @@ def test_concepts_are_edited_in_their_table_and_images_moved_between_them(
     page.keyboard.press("Control+z")
     page.wait_for_selector("#dataset-grid [data-picture='ball 0 é.png']")
     # The same with the mouse: the images that are selected, or the one that is dragged.
-    row = page.locator("#concepts-found tr", has_text="3_more")
     page.keyboard.press("Control+a")
     page.click("#dataset-grid [data-picture='3_more/ball 4 é.png']", modifiers=["ControlOrMeta"])
     page.click("#dataset-grid [data-picture='3_more/ball 5 é.png']", modifiers=["ControlOrMeta"])
     page.wait_for_selector("#selection-count >> text=4 selected")
-    page.locator("#dataset-grid [data-picture='ball 1 é.png']").drag_to(row)
+    _drag(page, "ball 1 é.png", "3_more")
     page.wait_for_selector("#easel-toast >> text=4 images moved")
     page.wait_for_selector("#dataset-grid [data-picture='3_more/ball 3 é.png']")
     page.focus(".thumb.on")
     page.keyboard.press("Control+z")
     page.wait_for_selector("#dataset-grid [data-picture='ball 3 é.png']")
     page.keyboard.press("Escape")
-    page.locator("#dataset-grid [data-picture='ball 2 é.png']").drag_to(row)
+    _drag(page, "ball 2 é.png", "3_more")
     page.wait_for_selector("#dataset-grid [data-picture='3_more/ball 2 é.png']")
     page.focus(".thumb.on")
     page.keyboard.press("Control+z")
@@ -594,3 +593,14 @@ def test_concepts_are_edited_in_their_table_and_images_moved_between_them(
     page.keyboard.press("Control+z")
     until(page, lambda: "style" not in file.read_text())
     has_value(page, "#concepts-found select[data-concept='2']", "subject")
+
+
+def _drag(page, name: str, concept: str) -> None:
+    """Drag an image onto a concept's row with the mouse."""
+    row = page.locator("#concepts-found tr", has_text=concept)
+    page.hover(f"#dataset-grid [data-picture='{name}']")
+    page.mouse.down()
+    row.hover()
+    row.hover(position={"x": 9, "y": 9})
+    page.wait_for_selector("#concepts-found tr.over")
+    page.mouse.up()
