@@ -359,7 +359,7 @@
     // A drag ends if the page changes while it begins. The cell of the chosen image stays, however far one scrolls.
     setTimeout(() => { easel.choose(name, { keep: picked.includes(name), focus: false }); float(); });
   });
-  document.addEventListener("dragover", (event) => {
+  for (const kind of ["dragenter", "dragover"]) document.addEventListener(kind, (event) => {
     if (!dragged) return;
     const row = rowAt(event);
     if (row) event.preventDefault();
