@@ -8,6 +8,7 @@ before. A build of Gradio that looks different is served as it is.
 import contextlib
 import inspect
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,8 @@ def without_stubs() -> Iterator[None]:
         inspect.getfile = whole
 
 
+# Before Gradio imports the hub's client, which reads it then: an upload would tell the hub of this computer.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 with without_stubs():
     import gradio
     from gradio.routes import templates

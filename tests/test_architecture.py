@@ -2,6 +2,7 @@
 runs."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_the_window_starts_without_torch() -> None:
     code = "import sys, app.main; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     command = [program("window"), "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_window_tells_no_hub_of_this_computer() -> None:
+    """Gradio imports the hub's client, which reads this variable once."""
+    setting = "HF_HUB_DISABLE_TELEMETRY"
+    code = f"import app.gradio_modules, huggingface_hub.constants as c; assert c.{setting}"
+    bare = {name: value for name, value in os.environ.items() if name != setting}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

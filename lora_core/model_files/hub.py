@@ -461,14 +461,31 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
                 f" {constants.ENDPOINT}/{repo}/settings, or {otherwise} --public."
             )
         kept = ["README.md"] if api.file_exists(repo, "README.md") else []
-        added = [CommitOperationAdd(name, data) for name, data in files.items() if name not in kept]
+        new = {name: data for name, data in files.items() if name not in kept}
         try:
-            api.create_commit(repo, added, commit_message=f"Upload {next(iter(files))}")
+            _commit(api, repo, new)
         except (RuntimeError, ValueError) as error:
             if isinstance(error.__cause__, NetworkError):
                 raise error.__cause__ from error
             raise ModelFileError(f"The hub did not take the files of {repo}: {error}") from error
     return f"{constants.ENDPOINT}/{repo}", [name for name in files if name not in kept]
+
+
+def _commit(api: HfApi, repo: str, files: Mapping[str, Path | bytes]) -> None:
+    """Commit files; as LFS where Xet fails, whose server has another name, which a network may not let by."""
+    disabled = constants.HF_HUB_DISABLE_XET
+    try:
+        while True:
+            added = [CommitOperationAdd(name, data) for name, data in files.items()]
+            try:
+                api.create_commit(repo, added, commit_message=f"Upload {next(iter(files))}")
+                return
+            except (RuntimeError, OSError) as error:
+                if constants.HF_HUB_DISABLE_XET or isinstance(error, NetworkError):
+                    raise
+                constants.HF_HUB_DISABLE_XET = True
+    finally:
+        constants.HF_HUB_DISABLE_XET = disabled
 
 
 @contextlib.contextmanager

@@ -284,6 +284,24 @@ def test_what_others_see_is_asked_for(hub: Hub, adapter: Path, capfd: pytest.Cap
     assert (hub.root / "cat" / "cat.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_goes_by_xet_and_where_that_fails_as_lfs(
+    there: bool, hub: Hub, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = there
+    save_file({"lora_unet_x.lora_down.weight": torch.randint(256, (100, 2000), dtype=torch.uint8)}, adapter)
+    assert main(["upload", str(adapter), "owner/cat"]) == 0
+    assert (hub.root / "cat" / "cat.safetensors").read_bytes() == adapter.read_bytes()
+    asked = " ".join(path for _, path, _ in hub.asked)
+    assert ("/xet/v1/xorbs/" in asked) == there
+    assert ("/info/lfs/objects/batch" in asked) != there
+    assert "telemetry" not in asked
+    assert not huggingface_hub.constants.HF_HUB_DISABLE_XET
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
