@@ -207,6 +207,7 @@ _SUMMARIES = {
     "other file": "{} other files are not used ({}).",
     "no concept": "{} images are in no concept of dataset.toml, and are not used ({}).",
     "reg folder": "{} images are in a folder for regularisation, but their concepts are not is_reg ({}).",
+    "sidecar": "{} files of other programs beside images gave no caption ({}).",
     "same picture": "{} images are already here and were skipped ({}).",
     "already there": "{} captions or masks are already here and were left as they are ({}).",
 }

@@ -1,5 +1,7 @@
 """What the base says of pictures, as the window keeps it: asked, found, stale, refused, cancelled."""
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
@@ -38,6 +40,8 @@ while (asked := asks.get()) is not None:
         say(id=name, event="error", message="It is broken.")
     elif asked["do"] == "caption":
         say(id=name, event="done", found={"texts": {one: asked["prompt"] + one for one in asked["pictures"]}})
+    elif asked["do"] == "mask":
+        say(id=name, event="done", found={"texts": {one: asked["prompt"] for one in asked["pictures"]}})
     else:
         rows = [{"picture": asked["dataset"] + "/picture-0.png", "asked": asked,
                  "better": {"picture": asked["dataset"] + "/picture-1.png"}, "suspect": True,
@@ -237,6 +241,55 @@ def test_a_captioner_is_asked_previewed_applied_and_taken_back(
     assert texts[2].read_text() == "of picture-2.png"
     assert client.post("/easel/bulk/undo").json()["undone"] == 2
     assert [text.read_bytes() if text.exists() else None for text in texts] == before
+
+
+def masked(client: TestClient, prompt: str, how: str, **other: Any) -> dict[str, Any]:
+    """What a mask model comes to that is asked so; the worker of these tests answers the prompt."""
+    sent = {"do": "begin", "what": "mask", "model": "owner/clipseg", "prompt": prompt, "how": how, **other}
+    problem = client.post("/easel/insights", json=sent).json().get("problem")
+    return {"problem": problem} if problem else settled(client, "mask")
+
+
+def test_a_mask_model_is_asked_previewed_applied_and_taken_back(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
+    for number, path in enumerate(pictures):
+        Image.new("RGB", (96, 72), (80 * number, 0, 0)).save(path)
+    buffer = io.BytesIO()
+    Image.new("L", (96, 72), 51).save(buffer, "PNG")
+    png, bulk = base64.b64encode(buffer.getvalue()).decode(), {"do": "mask"}
+    assert "the mask model was not asked" in client.post("/easel/bulk", json=bulk).json()["problem"]
+    for wrong, sentence in (
+        ({"model": ""}, "Give the folder of a mask model"), ({"threshold": None}, "The threshold None is no"),
+        ({"grow": "wide"}, "The grow 'wide' is no number"), ({"how": "append"}, "'append' is no way to mask"),
+    ):  # fmt: skip
+        assert sentence in masked(client, png, **{"how": "missing", **wrong})["problem"]
+    own = pictures[0].with_name("picture-0-masklabel.png")
+    own.write_bytes(buffer.getvalue() + b"as it was")
+    app_state.project.invalidate()
+    state = masked(client, png, "missing")
+    assert (state["state"], state["fresh"], state["found"]) == ("done", True, 2)
+    seen = client.post("/easel/bulk", json=bulk).json()
+    assert (seen["changed"], seen["asked"], seen["nothing"]) == (2, 3, [])
+    assert seen["rows"][0] == {"picture": "picture-1.png", "pieces": [], "mask": png, "share": 0.2}
+    assert client.post("/easel/bulk", json={**bulk, "apply": True}).json() == {
+        "changed": 2, "undo": "masks by clipseg",
+    }  # fmt: skip
+    assert own.read_bytes().endswith(b"as it was")
+    assert all(record.mask for record in app_state.project.images().values())
+    assert "Every image has a mask" in masked(client, png, "missing")["problem"]
+    assert masked(client, png, "replace")["found"] == 3
+    assert client.post("/easel/bulk", json={**bulk, "apply": True}).json()["changed"] == 3
+    assert not own.read_bytes().endswith(b"as it was")
+    for undone in (3, 2):
+        answer = client.post("/easel/bulk/undo").json()
+        assert (answer["undone"], answer["kept"], answer["masks"]) == (undone, 0, True)
+    assert [one.name for one in pictures[0].parent.glob("*-masklabel.png")] == [own.name]
+    assert own.read_bytes().endswith(b"as it was")
+    # Nothing found is said, and nothing written.
+    assert masked(client, "", "replace")["found"] == 3
+    seen = client.post("/easel/bulk", json=bulk).json()
+    assert (seen["changed"], len(seen["nothing"])) == (0, 3)
 
 
 def test_what_was_said_of_an_image_is_not_said_of_another_of_its_name(

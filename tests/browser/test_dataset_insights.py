@@ -17,7 +17,7 @@ from tests.browser.pages import unfold
 from tests.browser.test_axe import violations
 from tests.browser.test_dataset import apply_bulk
 from tests.browser.windows import Window
-from tests.captioners import write_blip
+from tests.captioners import write_blip, write_clipseg
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
@@ -104,6 +104,25 @@ def test_what_will_be_learned(page, window: Window, tmp_path: Path) -> None:
     page.click("#caption-start:enabled")
     page.wait_for_selector("#caption-line.problem >> text=There is no folder")
     assert page.is_disabled("#bulk-apply")
+
+    # A model masks the images, by the same steps.
+    page.select_option("#bulk-do", "mask")
+    for field, value in (
+        ("model", str(write_clipseg(tmp_path / "clipseg"))), ("prompt", "grapes"), ("threshold", "0"),
+    ):  # fmt: skip
+        page.fill(f"[data-masker={field}]", value)
+    page.wait_for_selector("#bulk-preview >> text=Press Preview")
+    page.click("#masks-preview:enabled")
+    page.wait_for_selector("#bulk-preview >> text=5 images of 5 would get a mask.")
+    page.wait_for_function("document.querySelector('#bulk-preview img.made-mask')?.naturalWidth > 0")
+    apply_bulk(page)
+    page.wait_for_selector("#bulk-said >> text=5 masks written")
+    page.click("#bulk-undo")
+    page.wait_for_selector("#bulk-said >> text=5 masks restored")
+    page.select_option("#bulk-do", "table")
+    page.fill("#bulk-table", "noto style -> another style\nfirst: another style")
+    page.wait_for_selector("#bulk-preview >> text=captions of 5 would change")
+    page.select_option("#bulk-do", "caption")
 
     # A word is proposed, and a click makes it the trigger word.
     page.click("#trigger-propose:enabled")

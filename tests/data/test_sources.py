@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
+from lora_core.data.dataset import summarize_notes
 from lora_core.data.importer import Imported, import_files, import_folder
 from lora_core.data.sidecars import read_embedded, read_sidecar
 from lora_core.errors import DatasetError
@@ -330,3 +331,11 @@ def test_malformed_sidecars_are_sentences(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(DatasetError, match=r"b\.json is no"):
             read_sidecar(tmp_path / "b.json", "b.json")
+
+
+def test_many_sidecars_that_are_not_read_are_one_note(tmp_path: Path, draw: Draw) -> None:
+    for number in range(3):
+        draw(tmp_path / "from" / f"{number}.png", seed=number)
+        (tmp_path / "from" / f"{number}.aae").write_text("<plist/>")
+    (note,) = summarize_notes(import_folder(tmp_path / "from", tmp_path / "into").skipped)
+    assert note.sentence == ("3 files of other programs beside images gave no caption (0.aae, 1.aae, 2.aae).")
