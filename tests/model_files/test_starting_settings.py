@@ -16,6 +16,7 @@ from lora_core.model_files.starting_settings import (
     settings_from_lora,
     starting_settings,
 )
+from lora_core.runs.preflight import check_kind
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import PRESETS
 from tests.app.bases import write_header
@@ -197,6 +198,15 @@ def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[obje
     names = ("loss.type", "loss.huber_schedule", "loss.huber_delta")
     assert tuple(like.values.get(name) for name in names) == values
     assert said in " ".join(like.left)
+
+
+def test_lycoris_diag_oft_is_our_oft(tmp_path: Path) -> None:
+    arguments = {"algo": "diag-oft", "conv_dim": "8", "constraint": "0.1"}
+    header = {"ss_network_module": "lycoris.kohya", "ss_network_dim": "8", "ss_network_alpha": "1"}
+    like = settings_from_lora(lora(tmp_path, {**header, "ss_network_args": json.dumps(arguments)}))
+    assert like.values["adapter.kind"] == "oft"
+    assert like.left == ["The network argument constraint = 0.1 is not known here."]
+    check_kind(RunConfig().changed(like.values))
 
 
 def test_an_older_header_of_ours_with_retired_settings(tmp_path: Path) -> None:
