@@ -144,7 +144,7 @@ def preflight(
         found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
-    found += _found_by(lambda: _check_adapter(config, family), "adapter")
+    found += _found_by(lambda: check_adapter(config, family), "adapter")
     found += _samples(config, facts.multiple if facts else 1)
     found += [*_loss(config, facts), *_prior(records, config), *_auto_rank(config)]
     found += rate_problems(config, family)
@@ -230,9 +230,13 @@ def _check_vae(name: str) -> None:
         raise ModelFileError(f"The VAE {name} lacks its config.json or its weights.")
 
 
-def _check_adapter(config: RunConfig, family: Family | None) -> None:
+def check_adapter(config: RunConfig, family: Family | None) -> None:
     """The kind of adapter is possible; the LoRA to start from exists, is complete, and is for a base of this
-    family where its header says so."""
+    family where its header says so.
+
+    Raises:
+        ConfigError, AdapterFileError: one of these is not so.
+    """
     name = config.adapter.init.strip()
     file = expand_home(name)
     check_kind(config)

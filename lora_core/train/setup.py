@@ -37,7 +37,7 @@ from lora_core.data.dataset import (
     split_holdout,
 )
 from lora_core.data.images import ImageRecord, choose_bucket, draw_cut, hash_file
-from lora_core.errors import AdapterFileError, ConfigError, DatasetError, InputsChanged, ModelFileError
+from lora_core.errors import ConfigError, DatasetError, InputsChanged, ModelFileError
 from lora_core.evaluate.validator import mask_numbers, weigh_latents
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
@@ -58,7 +58,7 @@ from lora_core.lora.layer import AdaptedLayer, FlatParams
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts, weight_paths
 from lora_core.model_files.families import Family, is_text_encoder, named_targets
-from lora_core.model_files.header import read_header, what_is_there
+from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.sizes import INT8, OFFLOAD, TEXT_ON_CPU, VAE_ON_CPU, count_base_parameters
 from lora_core.models.device import (
@@ -74,7 +74,7 @@ from lora_core.models.device import (
 from lora_core.models.load import BaseModel, InpaintingModel, open_base
 from lora_core.models.weight_files import PRECISIONS, SAMPLE, short_digest
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.preflight import check_kind
+from lora_core.runs.preflight import check_adapter
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
 from lora_core.system.files import expand_home, write_atomically
@@ -391,11 +391,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
     rates = part_rates(base.family, optim)
     targets = named_targets(section.targets, base.family)
     file = start_file(section)
-    if file is not None and not file.is_file():
-        raise AdapterFileError(
-            f"The LoRA {file} that adapter.init names {what_is_there(file)}; choose another file."
-        )
-    check_kind(config)
+    check_adapter(config, base.family)
     plain = section.kind == RunConfig().adapter.kind
     start = load_adapter(file, base.family, plain) if file is not None else None
     kept = start.every_layer() if start else ()
