@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.data.images import ImageRecord
-from lora_core.model_files.detect import lookup_base, read_base_facts
+from lora_core.model_files.detect import base_of, lookup_base, read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.sizes import FALLBACKS, count_base_parameters, fit_on_card
 from lora_core.runs import costs
@@ -72,6 +72,18 @@ def test_what_costs_none_has_the_same(name: str, value: object) -> None:
 def test_the_base_s_own_size_is_the_same_as_its_number() -> None:
     own = lookup_base("demo").resolution
     assert cost_key(RunConfig()) == cost_key(RunConfig().changed({"train.resolution": own}))
+
+
+def test_a_merge_whose_prediction_is_set_by_hand_has_the_size_that_goes_with_it(tmp_path: Path) -> None:
+    """A file of SD 2.x that says nothing is taken for one that predicts velocity at 768 px."""
+    silent = RunConfig().changed({"model.base": str(checkpoint(tmp_path / "merge.safetensors", "sd2"))})
+    for prediction, side in (("auto", 768), ("epsilon", 512), ("v_prediction", 768)):
+        config = silent.changed({"model.prediction": prediction})
+        assert cost_key(config) == cost_key(config.changed({"train.resolution": side}))
+    zero = silent.changed({"model.prediction": "v_prediction", "model.zero_terminal_snr": "on"})
+    assert base_of(zero.model).zero_terminal_snr
+    wrong = silent.changed({"model.prediction": "epsilon", "model.zero_terminal_snr": "on"})
+    assert "predicts noise" in base_of(wrong.model).problem
 
 
 def test_it_is_kept_by_device_and_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
