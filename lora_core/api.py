@@ -40,10 +40,10 @@ from lora_core.verbs.runs import (
 )
 from lora_core.verbs.datasets import (
     audit, caption, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,
-    captions_replace, captions_set, captions_suffix, captions_trigger, captions_undo, concepts_list,
-    concepts_make, concepts_move, concepts_set, crop, docs, doctor, hold_out, leave_out, left_out, pictures,
-    probe, projects_delete, projects_import, projects_list, projects_new, projects_open,
-    projects_rename, take_back, trash_empty, trash_list, trash_restore,
+    captions_replace, captions_set, captions_suffix, captions_table, captions_trigger, captions_undo,
+    concepts_list, concepts_make, concepts_move, concepts_set, crop, docs, doctor, hold_out, leave_out,
+    left_out, masks_make, pictures, probe, projects_delete, projects_import, projects_list, projects_new,
+    projects_open, projects_rename, take_back, trash_empty, trash_list, trash_restore,
 )
 from lora_core.verbs.adapters import (
     amplify, compare, convert, copy, extract, generate, grid, inspect, merge, merge_into_base, shrink,
