@@ -104,7 +104,7 @@ def test_pictures_are_held_out_and_captions_written(
     assert main(["crop", name, "a.png", "0,0,1,0.5"]) == 0
     assert (folder / "crops.json").is_file()
     assert main(["crop", name, "a.png", "0,0,half,1"]) == 1
-    assert "is not four numbers" in capsys.readouterr().err
+    assert "is not four or six numbers" in capsys.readouterr().err
     assert main(["crop", name, "a.png", "0,0,1,1"]) == 0
     assert not (folder / "crops.json").exists()
     with pytest.raises(LoraError, match=r"no image named 'x\.png'"):
