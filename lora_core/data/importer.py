@@ -30,7 +30,11 @@ from lora_core.data.captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
     PARQUET_TABLE,
+    SIDECAR_SUFFIXES,
+    Sidecar,
+    read_embedded,
     read_metadata_captions,
+    read_sidecar,
     read_text,
     spaced_tag,
     write_caption,
@@ -50,7 +54,6 @@ from lora_core.data.images import (
     is_mask,
     walk_files,
 )
-from lora_core.data.sidecars import SIDECAR_SUFFIXES, Sidecar, read_embedded, read_sidecar
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import (
     clean_text,

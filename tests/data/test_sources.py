@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
+from lora_core.data.captions import read_embedded, read_sidecar
 from lora_core.data.dataset import summarize_notes
 from lora_core.data.importer import Imported, import_files, import_folder
-from lora_core.data.sidecars import read_embedded, read_sidecar
 from lora_core.errors import DatasetError
 
 Draw = Callable[..., Path]
