@@ -528,6 +528,8 @@
         if (saved !== saves) { again = true; continue; }
         if (answer.problem) throw new Error(answer.problem);
         shelf = answer;
+        // The images may be here before the stream's first message, which says it too.
+        window.easel.project ??= answer.project;
         for (const picture of shelf.pictures) {
           const entry = waiting.get(picture.name), history = edits.get(picture.name);
           if (entry) picture.caption = entry.text;
@@ -546,7 +548,7 @@
 
   const render = () => {
     const place = grid(), before = seen.map((picture) => picture.name), at = places.get(chosen) ?? -1;
-    if (!place || window.easel.project === undefined) return;
+    if (!place) return;
     // A removed cell loses the keyboard focus, even if it is inserted again at once.
     const focused = place.contains(document.activeElement);
     byName = new Map(pictures().map((picture) => [picture.name, picture]));

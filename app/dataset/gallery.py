@@ -184,6 +184,7 @@ def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
     sizes = _sizes(plan)
     return {
         "mark": gallery_version(project, plan),
+        "project": project.path.name,
         "revision": project.revision,
         "fixed": project.uses_demo,
         "pictures": [image_facts(record, folder, *sizes) for record in dataset.records],
