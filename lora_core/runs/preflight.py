@@ -138,7 +138,8 @@ def preflight(
     family = facts.family if facts else None
     if facts is not None:
         found += [*_resolution(records, config, facts), *_variants(records, config, facts)]
-        found += [*_captions(texts, config, facts), *_new_tokens([text for _, text in texts], config, facts)]
+        found += _captions(texts, config, facts)
+    found += _new_tokens([text for _, text in texts], config, facts)
     if config.name:
         folder = runs_folder(workspace)
         found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
@@ -468,7 +469,7 @@ def _slider(config: RunConfig) -> list[RunProblem]:
     return found
 
 
-def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     """New tokens that could not be trained, or that the base knows as words."""
     tokens = parse_new_tokens(config.adapter.new_tokens)
     if tokens and config.slider.on:
@@ -492,7 +493,7 @@ def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts) ->
             sentence = f"The new token {name} cannot start from itself, {words!r}; name other words."
             found.append(RunProblem("tokens", sentence))
         with contextlib.suppress(ModelFileError):
-            if count_tokens(name, facts.tokenizer) == 1:
+            if facts and count_tokens(name, facts.tokenizer) == 1:
                 sentence = (
                     f"The new token {name} is a word that the base knows, and with the LoRA means the new"
                     " token everywhere. A word of your own leaves it alone."

@@ -117,10 +117,10 @@ def test_only_the_new_rows_get_a_gradient_and_it_is_that_of_autograd(own_toy: To
 def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(own_toy: Toy) -> None:
     """With an average, dropout, and all else that is drawn at random."""
     more = {key.replace(".", "__"): value for key, value in RANDOM.items()}
-    own = {**ZWX, **more, "save__ema": 0.9, "train__steps": 6}
+    own = {**ZWX, **more, "save__ema": 0.9, "train__steps": 4, "save__every": 2}
     whole, broken = (own_toy.run(name, **own) for name in ("whole", "broken"))
     trained(whole)
-    broken_at(broken, events.StepDone, 5)
+    broken_at(broken, events.StepDone, 3)
     trained(broken)
     bits = result(whole)
     assert result(broken) == bits
@@ -297,3 +297,12 @@ def test_two_encoders_read_a_token_as_the_words_that_it_starts_from(shared_toy: 
     assert torch.equal(found.pooled, wanted.pooled)
     found.pooled.sum().backward()
     assert layers["text_encoder_2"].vectors.grad is not None
+
+
+def test_tokens_go_with_another_kind_of_adapter(own_toy: Toy) -> None:
+    run = own_toy.run("one", **ZWX, adapter__kind="lokr", train__steps=1, save__every=1)
+    file = trained(run).export
+    assert file is not None
+    found = load_adapter(file, FAMILIES["sd15"], plain=False)
+    assert found.others
+    assert found.tokens["text_encoder"]["zwx"].shape == (2, 768)
