@@ -285,9 +285,9 @@ def strip_sheet(app_state: AppState) -> Path:
 # CFG_Rescale_webui.
 
 STARTS = "starts"
+"""The folder of a project for images that others start from."""
 PAINTED_SIDE = 1024
 """The longer side of an image that a mask is painted on, in pixels."""
-"""The folder of a project for images that others start from."""
 LONGEST_SHOWN = 600
 LONGEST = 200_000
 """Characters that are parsed; no image tool writes more."""

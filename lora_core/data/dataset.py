@@ -494,7 +494,15 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
         for name in {where, f"*/{where.rpartition('/')[2]}"}:
             images.setdefault(name, []).append(path)
     found: dict[Path, Path] = {}
-    ranks = {path: (folder_kind(listing.shown(path)) == "mask", not is_mask(path)) for path in listing.masks}
+    # A PNG first: that is what the window writes over a mask of another format.
+    ranks = {
+        path: (
+            folder_kind(listing.shown(path)) == "mask",
+            not is_mask(path),
+            path.suffix.casefold() != ".png",
+        )
+        for path in listing.masks
+    }
     for mask in sorted(ranks, key=ranks.__getitem__):
         *folders, stem = fold_name(listing.shown(mask.with_suffix(""))).split("/")
         above = [part for part in folders if folder_kind(f"{part}/") != "mask"]

@@ -447,6 +447,7 @@ class _Import:
             )
         self.into, self.way = into, way
         self.done = Imported([], [])
+        self._came: set[str] = set()
         self._placed: dict[str, Path] = {}
         self._new: set[Path] = set()
         self._sidecars: dict[str, list[str]] = {"read": [], "inside": [], "captioned": []}
@@ -477,6 +478,7 @@ class _Import:
             else:
                 self.skip(one, "other file", "is neither an image nor a caption nor a zip; it was left out.")
         listed = [one for members in sets.values() for one in members]
+        self._came = {fold_name(one.name.as_posix()) for one in listed if one.is_picture}
         faults: dict[_Incoming, FileProblem | None] = {}
         threads = ThreadPoolExecutor(_THREADS)
         try:
@@ -504,10 +506,13 @@ class _Import:
     def _placed_picture(self, one: _Incoming) -> Path | None:
         """The image that a sidecar is of: `cat.jpg` of `cat.jpg.json`, or of `cat.json`."""
         stem = one.name.with_suffix("")
-        names = [stem, *(one.name.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)]
-        there = (self._placed.get(fold_name(name.as_posix()), self.into / name) for name in names)
+        names = [stem, *(one.name.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))]
+        # Of what came along first: an image of that name that was here before is another one.
+        came = [name for name in names if fold_name(name.as_posix()) in self._came]
+        there = (self._placed.get(fold_name(name.as_posix())) for name in came)
+        found = filter(None, there) if came else (self.into / name for name in names)
         return next(
-            (path for path in there if path.suffix.casefold() in IMAGE_SUFFIXES and os.path.isfile(path)),
+            (path for path in found if path.suffix.casefold() in IMAGE_SUFFIXES and os.path.isfile(path)),
             None,
         )
 

@@ -340,6 +340,13 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
     assert shelf(client)[0]["mask"].startswith("a_mask.png?v=")
     client.post("/easel/mask", json={"picture": "a.png", "png": None})
     assert (other.exists(), shelf(client)) == (False, [before])
+    # What is painted over one of another format is used, and taking it back leaves that one.
+    photo = file.with_suffix(".jpg")
+    half.convert("RGB").save(photo)
+    sent(half)
+    assert shelf(client)[0]["mask"].startswith("a-masklabel.png?v=")
+    client.post("/easel/mask", json={"picture": "a.png", "png": None})
+    assert shelf(client)[0]["mask"].startswith("a-masklabel.jpg?v=")
 
 
 def test_strokes_are_saved_without_reading_the_folder_again(

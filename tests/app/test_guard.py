@@ -358,7 +358,7 @@ NO_PATHS = {
     ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"),
     ("POST", "/easel/settings/sweep"),
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
-    ("POST", "/easel/insights"),
+    ("POST", "/easel/insights"), ("POST", "/easel/preview/mask"),
     ("POST", "/easel/toolbox/go-on"),
     ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"), ("POST", "/easel/export/upload"),
     # What is kept is looked up later among what there is.

@@ -339,3 +339,19 @@ def test_many_sidecars_that_are_not_read_are_one_note(tmp_path: Path, draw: Draw
         (tmp_path / "from" / f"{number}.aae").write_text("<plist/>")
     (note,) = summarize_notes(import_folder(tmp_path / "from", tmp_path / "into").skipped)
     assert note.sentence == ("3 files of other programs beside images gave no caption (0.aae, 1.aae, 2.aae).")
+
+
+def test_a_sidecar_does_not_caption_another_image_of_its_name(tmp_path: Path, draw: Draw) -> None:
+    source, into = tmp_path / "from", tmp_path / "into"
+    draw(source / "cat.jpg", seed=1)
+    draw(source / "dog.jpg").write_bytes(b"broken")
+    for name in ("cat", "dog"):
+        (source / f"{name}.json").write_text(json.dumps({"tags": [name]}))
+        # Here before, and without a caption.
+        draw(into / f"{name}.{'png' if name == 'cat' else 'jpg'}", seed=2)
+    imported = import_folder(source, into)
+    assert captions(into) == {"cat-2.txt": "cat"}
+    assert "dog.json belongs to no image" in said(imported)
+    # Brought alone it is of the image that is here.
+    import_files([source / "dog.json"], into)
+    assert captions(into) == {"cat-2.txt": "cat", "dog.txt": "dog"}
