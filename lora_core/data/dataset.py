@@ -865,7 +865,9 @@ def at_resolutions(
     rounds = math.lcm(*(len(sizes) // math.gcd(len(sizes), record.repeats) for record, sizes in found))
     return [
         (
-            replace(record, repeats=record.repeats * rounds // len(sizes)) if rounds > 1 else record,
+            replace(record, repeats=record.repeats * rounds // len(sizes))
+            if len(sizes) != rounds
+            else record,
             cut_at_focus(record.width, record.height, bucket, record.focus),
         )
         for record, sizes in found

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -481,8 +480,8 @@ def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | N
         sentence = "adapter.rank = auto cannot cut an adapter with new tokens; give adapter.rank a number."
         return [RunProblem("tokens", sentence)]
     found = []
-    for name, _, words in tokens:
-        word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+    for token in tokens:
+        name, words, word = token.name, token.words, token.word
         if not any(map(word.search, captions)):
             sentence = (
                 f"The new token {name} is in no caption, so nothing could be learned of it; put it into"
@@ -656,6 +655,12 @@ def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts)
     limit, tokenizer = config.train.max_token_length, facts.tokenizer
     cut: list[tuple[str, str]] = []
     try:
+        for token in parse_new_tokens(config.adapter.new_tokens):
+            # Room for as many vectors as the token has.
+            more = (token.vectors or count_tokens(token.words, tokenizer)) - count_tokens(
+                token.name, tokenizer
+            )
+            texts = [(name, token.word.sub(token.name + " a" * more, text)) for name, text in texts]
         for name, text in texts:
             parts = (truncated_part(line, limit, tokenizer) for line in text.splitlines())
             beyond = max(parts, key=len, default="")

@@ -506,6 +506,11 @@ class NewToken(NamedTuple):
     vectors: int
     words: str
 
+    @property
+    def word(self) -> re.Pattern[str]:
+        """Finds the token as a word of a caption."""
+        return re.compile(rf"(?<!\w){re.escape(self.name)}(?!\w)", re.IGNORECASE)
+
 
 def parse_new_tokens(lines: Sequence[str]) -> list[NewToken]:
     """The lines of `adapter.new_tokens`, such as "zwx = cat" and "zwx*4 = grey cat".

@@ -29,7 +29,7 @@ from lora_core.models.unet import default_time_ids
 from lora_core.models.weight_files import load_or_compute, short_digest
 from lora_core.runs import events
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import PRIOR_IMAGES, SLIDER_IMAGES
+from lora_core.settings.schema import PRIOR_IMAGES, SLIDER_IMAGES, parse_new_tokens
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import TrainState
 from lora_core.train.objectives import PriorBatches, partial_denoise, slider_target
@@ -138,10 +138,15 @@ def prior_set(
     records: Sequence[ImageRecord],
 ) -> ForgettingSet | None:  # fmt: skip
     """The images on which the base's predictions are to be kept, of the captions of `records` without the
-    trigger word, or of plain things where it has none; None where that is off, and for a concept slider."""
+    trigger word, or of plain things where it has none; None where that is off, and for a concept slider. Other
+    new tokens, which are to be learned, are there the words that they start from."""
     if not config.keeps_prior:
         return None
     prompts = record_class_captions(records, config.dataset)
+    for token in parse_new_tokens(config.adapter.new_tokens):
+        words = token.words.replace("\\", r"\\")
+        prompts = [token.word.sub(words, prompt) for prompt in prompts]
+    prompts = list(dict.fromkeys(prompts))
     prompts = prompts or list(base.family.prior_prompts)
     prompts = random.Random(f"{config.seed}/prior").sample(prompts, min(PRIOR_IMAGES, len(prompts)))
     return ForgettingSet(base, text, kept, repeat_prompts(prompts, PRIOR_IMAGES, PRIOR_SEED), side)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_core.data.images import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.io import (
     convert_adapter,
@@ -34,7 +35,9 @@ from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import NewToken, parse_new_tokens
 from lora_core.tools.svd import truncate_adapter
+from lora_core.train.data import PromptCache
 from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.train.validation import prior_set
 from tests.train.runs import RANDOM, Toy, broken_at, notes, result, trained, trouble
 
 ZWX: dict[str, Any] = {
@@ -240,6 +243,29 @@ def test_what_a_run_cannot_do_with_tokens_is_said_before_it_starts(own_toy: Toy)
     assert said(**ZWX, optimizer__name="prodigy", optimizer__lr=1.0) == {
         "Prodigy works with one learning rate; set optimizer.token_lr to 1 too.": True
     }
+
+
+def test_the_base_makes_prior_images_of_the_words_that_a_token_starts_from(shared_toy: Toy) -> None:
+    """It does not know the token, and what is kept must not be what is to be learned."""
+    base, text = opened(shared_toy), PromptCache(opened(shared_toy), Path(), True, 1, 75)
+    records = [
+        ImageRecord(Path(f"{n}.png"), 32, 32, f"zwx, a STY dot, {n}, sty-like, styx") for n in range(2)
+    ]
+    own = {"dataset.trigger": "zwx", "loss.prior_preservation": 1.0, "adapter.new_tokens": ["sty = red hat"]}
+    made = prior_set(base, text, (Path(), ""), 32, RunConfig().changed(own), records)
+    assert made is not None
+    assert sorted(made.prompts) == [f"a red hat dot, {n}, red hat-like, styx" for n in range(2)]
+
+
+def test_captions_are_as_long_as_the_vectors_of_their_tokens_make_them(own_toy: Toy) -> None:
+    (own_toy.pictures / "0.txt").write_text("zwx zwy zwz the end")
+    for vectors, count in ((12, 0), (32, 1)):
+        tokens = [f"{name}*{vectors} = dot" for name in ("zwx", "zwy", "zwz")]
+        config = own_toy.run(f"r{vectors}", adapter__new_tokens=tokens).config().changed({"name": "another"})
+        said = [one.sentence for one in preflight(config, own_toy.home, card=lambda: None)]
+        long = [one for one in said if one.startswith("1 caption is longer than the 75 tokens")]
+        assert len(long) == count
+        assert all("the end” is not" in one for one in long)
 
 
 def test_diffusers_reads_a_token_s_own_file_as_we_do(shared_toy: Toy, tmp_path: Path) -> None:

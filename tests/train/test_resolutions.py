@@ -112,6 +112,13 @@ def test_each_image_keeps_its_part_of_the_looks_at_whatever_sizes_it_is_shown(ba
     assert measured == pytest.approx(shares, rel=1e-9 if batch == 1 else 0.05)
 
 
+@pytest.mark.parametrize(("repeats", "parts"), [(2, [1, 1, 2]), (4, [2, 2, 4]), (1, [1, 1, 2])])
+def test_repeats_are_divided_among_the_sizes_of_an_image(repeats: int, parts: list[int]) -> None:
+    records = [ImageRecord(Path(f"{side}.png"), side, side, "", repeats) for side in (128, 64)]
+    views = at_resolutions(records, DatasetSection(resolutions=[64, 128]), 64, 8)
+    assert [record.repeats for record, _ in views] == parts
+
+
 def test_one_resolution_is_an_epoch_of_one_round_and_changes_no_record() -> None:
     records = [ImageRecord(Path(f"{n}.png"), 64 + 8 * n, 64, "", 1 + n) for n in range(5)]
     for rules in (DatasetSection(), DatasetSection(resolutions=[64])):
