@@ -138,8 +138,8 @@ def prior_set(
     records: Sequence[ImageRecord],
 ) -> ForgettingSet | None:  # fmt: skip
     """The images on which the base's predictions are to be kept, of the captions of `records` without the
-    trigger word, or of plain things where it has none; None where that is off, and for a concept slider. Other
-    new tokens, which are to be learned, are there the words that they start from."""
+    trigger word and with the words that new tokens start from, or of plain things where there is no trigger;
+    None where that is off, and for a concept slider."""
     if not config.keeps_prior:
         return None
     prompts = record_class_captions(records, config.dataset)
