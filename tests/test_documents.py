@@ -18,7 +18,7 @@ from lora_core.cli import main
 from lora_core.evaluate import caption_scores
 from lora_core.runs.folder import RunFolder
 from lora_core.system.files import DEMO_TRAIN
-from tests.captioners import TAGS, write_blip, write_tagger
+from tests.captioners import TAGS, write_blip, write_clipseg, write_tagger
 from tests.hub import hub_of, use_hub
 from tests.system.test_other_tools import install
 from tests.test_readme import ROOT, commands, lines_of_commands, page
@@ -43,6 +43,8 @@ ELSEWHERE = {
     r"python -m tests\.catalogues.*": "writes assets/locale: tests/app/test_words.py checks what it wrote",
     r"python assets/(base|demo)/make.*": "hours, and writes the embedded base",
     r"lora-easel (train demo --name first|.* first\b.*)": "a page executed as a whole: tests/test_readme.py",
+    r"lora-easel masks make FOLDER --model CIDAS.*": "of a hub: tests/evaluate/test_masks_by_models.py",
+    r"lora-easel generate --base sd-v1-5-inpainting.*": "needs such a base: tests/train/test_inpainting.py",
     r"lora-easel caption FOLDER --model florence.*": "0.5 GB of a hub: tests/evaluate/test_captioning.py",
 }
 """Commands that do not run here: why, and what runs them instead."""
@@ -75,7 +77,7 @@ LIVE = ("stop", "pause", "save", "preview")
 """Verbs that ask something of a run that is being trained."""
 WORDS = {
     "PICTURE$": "PICTURE.png",
-    "LEFT,TOP,RIGHT,BOTTOM$": "0.1,0,0.9,1",
+    r"LEFT,TOP,RIGHT,BOTTOM(\[,X,Y\])?$": "0.1,0,0.9,1",
     "FILE(?=:|$)": "FILE.safetensors",
     "OUT$": "OUT.safetensors",
     "OWNER/NAME$": "owner/name",
@@ -143,6 +145,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run(f"merge FILE --into-base BASE --out {shared / 'TUNED'}") == 0
         Path("TUNED").symlink_to(shared / "TUNED")
         write_blip(place / "CAPTIONER")
+        for name in ("CLIPSEG", "MODEL"):
+            write_clipseg(place / name)
+        Path("TABLE").write_text("TAG -> thing\n", encoding="utf-8")
         write_tagger(place / "tagger", torch.ones(3, len(TAGS)))
         install(place / "home" / "ComfyUI", "ComfyUI")
         Path("PROMPTS.txt").write_text("a castle --n blur --w 64 --h 64 --s 1\n", encoding="utf-8")
