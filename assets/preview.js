@@ -348,7 +348,8 @@
     else if (data.startFrom) {
       const answer = await post("preview/start", { file: data.startFrom });
       report(answer);
-      if (answer.image) { form().elements.image.value = answer.image; summarize(); changed(false, 0); }
+      // A mask is of the image before.
+      if (answer.image) { form().elements.image.value = answer.image; form().elements.mask.value = ""; summarize(); changed(false, 0); }
     }
     else if (target.id === "send-to-form") window.easel.useSettings(infotext);
     else if (data.compare) setMode(data.compare);

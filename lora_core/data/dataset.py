@@ -152,10 +152,9 @@ def check_crop(edges: object, name: str) -> tuple[float, ...]:
     """
     numbers = list(edges) if isinstance(edges, list | tuple) else []
     if len(numbers) in (4, 6) and all(type(edge) in (int, float) for edge in numbers):
-        found = tuple(map(float, numbers))
-        left, top, right, bottom, x, y = (*found, *found[:2])[:6]
+        left, top, right, bottom, x, y = (*numbers, *numbers[:2])[:6]
         if 0 <= left <= x <= right <= 1 and 0 <= top <= y <= bottom <= 1 and left < right and top < bottom:
-            return found
+            return tuple(map(float, numbers))
     raise DatasetError(
         f"The crop of {name} is not left, top, right and bottom as shares of the image, such as"
         f" [0.1, 0.0, 0.9, 1.0], and perhaps a focus point inside: {edges!r}."

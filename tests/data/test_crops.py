@@ -69,6 +69,7 @@ def test_reading_what_was_written(tmp_path: Path) -> None:
         ('{"a.png": [0.5, 0, 0.5, 1]}', "The crop of a.png is not left"),
         ('{"a.png": [0, 0, true, 1]}', "The crop of a.png is not left"),
         ('{"a.png": [0, 0, 1e999, 1]}', "The crop of a.png is not left"),
+        ('{"a.png": [0, 0, 1%s, 1]}' % (400 * "0"), "The crop of a.png is not left"),
         ('{"a.png": [0, 0, 0.1, 1]}', "The crop of a.png is only 6 x 64 pixels"),
     ],
 )
