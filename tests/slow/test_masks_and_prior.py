@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_core.runs.events import Validated, read_events
+from tests.benchmarks.pictures import picture_set
 from tests.evaluator import Evaluator, mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,15 +66,19 @@ def test_masked_training_gains_at_least_half_more_than_unmasked(tmp_path: Path) 
     assert gains["masked, 0.1 outside"] > 0
 
 
-def test_prior_preservation_halves_forgetting_and_keeps_the_gain(tmp_path: Path) -> None:
-    judge, found = Evaluator(ROOT / "assets" / "base", DEMO / "held_out"), {}
+@pytest.mark.parametrize(("name", "trigger"), [("demo", "duskprint style"), ("subject", "zorbit")])
+def test_prior_preservation_halves_forgetting_and_keeps_the_gain(
+    name: str, trigger: str, tmp_path: Path
+) -> None:
+    images = picture_set(name, tmp_path / "sets")
+    judge, found = Evaluator(ROOT / "assets" / "base", images / "held_out"), {}
     base, home = judge.losses(), tmp_path / "home"
-    measured = {"dataset__trigger": "duskprint style", "validation__every": 120, "validation__forgetting": 8}
+    measured = {"dataset__trigger": trigger, "validation__every": 120, "validation__forgetting": 8}
     for weight in (0.0, 1.0):
-        name = f"prior-{weight:g}"
-        file = train("demo", name, home, **measured, loss__prior_preservation=weight)
+        run = f"prior-{weight:g}"
+        file = train(images / "train", run, home, **measured, loss__prior_preservation=weight)
         gain, error = mean_and_error(base - judge.losses(file))
-        events = read_events(home / "runs" / name / "events.jsonl")[0]
+        events = read_events(home / "runs" / run / "events.jsonl")[0]
         last = [event for event in events if isinstance(event, Validated)][-1]
         found[weight] = (gain, -last.prior)
         sys.stdout.write(
