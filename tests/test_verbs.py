@@ -115,6 +115,7 @@ VIEW_STATE = {
     "preview/rows": "keeps the form of the Preview tab; `generate --lora FILE:STRENGTH`",
     "preview/file": "a file that was dropped on the Preview tab; its path on the command line",
     "preview/start": "keeps an image that was dropped on the Preview tab; `generate --image FILE`",
+    "preview/mask": "keeps a mask that was painted on the Preview tab; `generate --mask FILE`",
     "preview/infotext": "fills the form of the Preview tab with the settings in a PNG",
     "preview/put-back": "fills the form of the Preview tab with the settings of an image of the history",
     "export/choose": "keeps the form of the Export tab",
