@@ -14,7 +14,11 @@ Below the verbs are the parts that they are made of: open a base, put an adapter
     >>> weights = load_adapter(file, base.family)
     >>> merger = Merger(base.modules)
     >>> merger.apply([LoadedLora(weights, 0.5)])
+    >>> len(put_tokens(base, [weights]))
+    0
     >>> generate_image(base, GenerationRequest(prompt="a red cat", seed=3)).save(out)
+
+The base knows an adapter's new tokens by `put_tokens`, which returns them by text encoder: here none.
 
 Paths are `str` or `Path`. A run is a folder or a name in the workspace; `workspace=None` means the
 environment variable LORA_EASEL_HOME, else the platform's user data folder. Every problem that a user can fix
@@ -61,6 +65,7 @@ _LAZY = {
     "inject": "lora_core.lora.inject",
     "inspect_file": "lora_core.formats.verify",
     "load_base": "lora_core.models.load",
+    "put_tokens": "lora_core.lora.inject",
     "load_adapter": "lora_core.formats.io",
     "validation_report": "lora_core.evaluate.validator",
     "save_adapter": "lora_core.formats.io",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = """
     AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger RunConfig
     RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out load_base
-    load_adapter merge_into_base run_config save_adapter settings_from_lora shrink_intrinsic
+    load_adapter merge_into_base put_tokens run_config save_adapter settings_from_lora shrink_intrinsic
     validation_report write_adapter
 """
 
@@ -67,7 +67,7 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
     names = {**vars(api), "torch": torch, "file": file, "out": out}
     names |= {name: getattr(api, name) for name in api.__all__} | {"merged": tmp_path / "merged.safetensors"}
     example = doctest.DocTestParser().get_doctest(api.__doc__ or "", names, "api", None, 0)
-    assert len(example.examples) == 7
+    assert len(example.examples) == 8
     failed, _ = doctest.DocTestRunner(verbose=False).run(example)
     assert failed == 0
     with Image.open(out) as image:
