@@ -781,7 +781,8 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
 
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
     """Bytes of encoded images on disk; what an inpainting base sees with each mask is a quarter larger."""
-    shown = at_resolutions(records, config.dataset, config.resolution(facts.resolution), facts.multiple)
+    used = apply_settings(records, config)
+    shown = at_resolutions(used, config.dataset, config.resolution(facts.resolution), facts.multiple)
     found = 0
     for record, bucket in shown:
         masks = (1 if record.mask else sizes.RANDOM_MASKS) if facts.inpainting else 0

@@ -18,14 +18,15 @@ from lora_core.formats.verify import verify_adapter
 from lora_core.generate.pipeline import Pipeline, generate_image, make_scheduler
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger
-from lora_core.model_files.detect import UNET, family_layout
+from lora_core.model_files.detect import UNET, family_layout, lookup_base
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.ldm_names import ldm_unet_path
 from lora_core.model_files.sizes import RANDOM_MASKS
 from lora_core.models.load import InpaintingModel, encode_start, load_base, unet_config
 from lora_core.models.unet import PromptEmbeds
-from lora_core.runs import events
+from lora_core.runs import events, preflight
 from lora_core.runs.events import read_events
+from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import FAMILY_CONFIGS
 from lora_core.tools.merge import merge_files_into_base
@@ -184,6 +185,18 @@ def test_an_image_is_trained_and_measured_with_its_own_mask(
 
     losses = [eval_losses(base, [image], embed) for image in (measured, replace(measured, condition=None))]
     assert not torch.equal(*losses)
+
+
+def test_the_room_of_images_is_forecast_with_the_masks_that_they_are_trained_with(
+    place: Toy, tmp_path: Path
+) -> None:
+    Image.open(place.pictures / "0.png").save(tmp_path / "0.png")
+    half_mask(tmp_path / "0-masklabel.png")
+    facts, (masked,) = lookup_base(str(place.base)), scan(tmp_path).records
+    assert facts.inpainting
+    off, on = (RunConfig().changed({"dataset.masks": rule}) for rule in ("off", "on"))
+    own, drawn = (preflight._latent_bytes([masked], rule, facts) for rule in (on, off))
+    assert own < drawn == preflight._latent_bytes([replace(masked, mask=None)], on, facts)
 
 
 def test_a_run_is_resumed_bit_for_bit_and_measured_with_fixed_masks(place: Toy) -> None:
