@@ -32,6 +32,8 @@
   const bare = (picture) => !picture.caption.trim();
   const grid = () => one("#dataset-grid [role=listbox]");
   const acted = () => (picked.size ? [...picked] : chosen ? [chosen] : []);
+  // Where the keyboard enters the grid: at the chosen image, or where the filter hides it at the first.
+  const tabStop = () => (places.has(chosen) ? chosen : seen[0]?.name);
 
   // ---- the grid -------------------------------------------------------------------------------------------------
   const thumb = (picture, src) => make("div", { className: "thumb", title: picture.name, draggable: true, data: { picture: picture.name }, attributes: { role: "option" } },
@@ -46,11 +48,11 @@
     if (twins.has(name)) marks.push(t("duplicate"));
     if (doubts.has(name)) marks.unshift(t("in doubt"));
     // Only what differs is written: setting what is there already costs the browser as much as a change.
-    const looks = [name === chosen, picked.has(name), at, columns, wide, seen.length, ...marks].join();
+    const looks = [name === chosen, name === tabStop(), picked.has(name), at, columns, wide, seen.length, ...marks].join();
     if (cell.looks === looks) return;
     cell.looks = looks;
     const [on, too] = [name === chosen, picked.has(name)], pitch = (wide + GAP) / columns;
-    Object.assign(cell, { tabIndex: on ? 0 : -1, ariaSelected: too, ariaPosInSet: at + 1, ariaSetSize: seen.length, ariaLabel: [name, ...marks].join(", ") });
+    Object.assign(cell, { tabIndex: name === tabStop() ? 0 : -1, ariaSelected: too, ariaPosInSet: at + 1, ariaSetSize: seen.length, ariaLabel: [name, ...marks].join(", ") });
     Object.assign(cell.style, { width: `${pitch - GAP}px`, left: `${EDGE + (at % columns) * pitch}px`, top: `${EDGE + Math.floor(at / columns) * pitch}px` });
     cell.classList.toggle("on", on);
     cell.classList.toggle("too", too);
@@ -74,8 +76,7 @@
     columns = Math.max(1, Math.floor((wide + GAP) / (SIDE + GAP)));
     const pitch = (wide + GAP) / columns, rows = Math.ceil(seen.length / columns), top = place.getBoundingClientRect().top + EDGE;
     const [first, last] = [-BEYOND, innerHeight + BEYOND + pitch].map((y) => Math.min(rows, Math.max(0, Math.floor((y - top) / pitch))));
-    const now = seen.slice(first * columns, last * columns), at = places.get(chosen), old = cells;
-    // The keyboard enters at the chosen one, wherever it is.
+    const now = seen.slice(first * columns, last * columns), at = places.get(tabStop()), old = cells;
     const wanted = at < first * columns ? [seen[at], ...now] : at >= last * columns ? [...now, seen[at]] : now;
     cells = new Map();
     for (const picture of wanted) {
@@ -658,7 +659,10 @@
     else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(places.keys()); tellSelection(); }
   };
 
-  document.addEventListener("focusin", (event) => { if (event.target.id === "tag-in") suggestTags(); });
+  document.addEventListener("focusin", (event) => {
+    if (event.target.id === "tag-in") suggestTags();
+    else if (event.target.closest?.("#dataset-grid .thumb") && !places.has(chosen)) choose(event.target.dataset.picture, { keep: true });
+  });
   document.addEventListener("keydown", (event) => {
     if (event.target.closest?.("#caption")) inCaption(event);
     else if (event.target.id === "tag-in" && event.key === "Enter") {

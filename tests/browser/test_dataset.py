@@ -344,6 +344,19 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.keyboard.press("Delete")
     pictures_in(page, 4)
     assert page.evaluate(focused) == after
+    # A search that hides the chosen image leaves the grid within reach.
+    other = next(name for name in names(page) if name != after)
+    page.fill("#dataset-search", other)
+    pictures_in(page, 1)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('thumb')"):
+            break
+    assert page.evaluate(focused) == other
+    page.wait_for_selector(f"{GRID}.on[data-picture='{other}']")
+    page.fill("#dataset-search", "")
+    pictures_in(page, 4)
+    page.click(f"{GRID}[data-picture='{after}']")
     _crop(page, stored(window) / "crops.json")
     _paint(page, stored(window))
 
