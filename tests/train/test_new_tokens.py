@@ -1,5 +1,6 @@
 """New tokens: how they are found in captions, what is trained, which files hold them, and what is refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,8 @@ def test_the_base_makes_prior_images_of_the_words_that_a_token_starts_from(share
     assert sorted(made.prompts) == [f"a red hat dot, {n}, red hat-like, styx" for n in range(2)]
 
 
-def test_captions_are_as_long_as_the_vectors_of_their_tokens_make_them(own_toy: Toy) -> None:
+def test_captions_are_as_long_as_the_vectors_of_their_tokens_make_them(own_toy: Toy, tmp_path: Path) -> None:
+    own_toy = replace(own_toy, pictures=shutil.copytree(own_toy.pictures, tmp_path / "pictures"))
     (own_toy.pictures / "0.txt").write_text("zwx zwy zwz the end")
     for vectors, count in ((12, 0), (32, 1)):
         tokens = [f"{name}*{vectors} = dot" for name in ("zwx", "zwy", "zwz")]
