@@ -66,4 +66,4 @@ def loaded_anew(page) -> Iterator[None]:
     before it goes."""
     page.evaluate("window.old = true")
     yield
-    page.wait_for_function("!window.old && document.documentElement.dataset.ready")
+    page.wait_for_function("!window.old && document.documentElement?.dataset.ready")
