@@ -459,6 +459,15 @@ def locked(handle: int) -> bool:
     return True
 
 
+def compile_imports() -> None:
+    """Compile what the window and a run import. Python would at the first start, but where
+    PYTHONDONTWRITEBYTECODE is set, it would compile all of it at each start and keep nothing."""
+    around = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with contextlib.suppress(OSError):
+        command = [str(PYTHON), "-c", "import app.main, lora_core.train.trainer"]
+        subprocess.run(command, cwd=ROOT, env=around, capture_output=True, check=False)
+
+
 def set_up(extra: str, afresh: bool = False) -> None:
     """Make .venv if it is incomplete or `afresh`, and install the project into it.
 
@@ -491,6 +500,7 @@ def set_up(extra: str, afresh: bool = False) -> None:
                 f"The installation failed.\n{pip_errors()}\n{advice}, and start again: what was downloaded is"
                 f" kept. All of it: {VENV / 'pip.log'}"
             )
+        compile_imports()
         write_stamp(extra, python)
     say(f"Set up in {time.monotonic() - began:.0f} s.")
 
