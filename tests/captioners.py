@@ -1,5 +1,6 @@
 """Captioners and mask models of true architecture and toy size, written as their makers publish them."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,15 @@ def write_tagger(folder: Path, weight: torch.Tensor, last: str = "Sigmoid") -> P
     rows = [f"{number},{name},{category},1" for number, (name, category) in enumerate(TAGS)]
     (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *rows]))
     return folder
+
+
+def another_kind(folder: Path) -> None:
+    """Have a model's folder name a kind that does nothing of what is asked."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+
+
+def cut(folder: Path) -> None:
+    """Leave half of a model's weights."""
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -25,7 +25,7 @@ from lora_core.projects.caption_edits import Captioner, add_text
 from lora_core.system.files import DEMO_BASE
 from lora_core.verbs.datasets import caption
 from lora_core.worker import Worker
-from tests.captioners import TAGS, write_blip, write_florence, write_llava, write_tagger
+from tests.captioners import TAGS, another_kind, cut, write_blip, write_florence, write_llava, write_tagger
 from tests.hub import hub_of, use_hub
 
 CPU = torch.device("cpu")
@@ -133,16 +133,6 @@ def without_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["text_decoder.bert.embeddings.word_embeddings.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def another_kind(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-
-
-def cut(folder: Path) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
 WRONG = {

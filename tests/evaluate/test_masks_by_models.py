@@ -22,7 +22,7 @@ from lora_core.evaluate.annotation import make_masks
 from lora_core.projects.caption_edits import Masker
 from lora_core.verbs.datasets import masks_make
 from lora_core.worker import Worker
-from tests.captioners import write_blip, write_clipseg, write_remover
+from tests.captioners import another_kind, cut, write_blip, write_clipseg, write_remover
 
 CPU = torch.device("cpu")
 PLAIN = {"grow": 0, "blur": 0}
@@ -186,16 +186,6 @@ def test_a_run_that_ends_early_changes_nothing(
             masks_make(images, masker, "replace")
     captions_undo(images)
     assert files(images) == before
-
-
-def another_kind(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-
-
-def cut(folder: Path) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
 WRONG = {
