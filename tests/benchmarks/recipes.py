@@ -1,47 +1,57 @@
 """Recipes beside the preset: the gain of adapter kinds, optimizers, losses and noise levels.
 
-    python -m tests.benchmarks.recipes [demo|second|subject] [STEPS] [SEEDS] [GROUP ...] [--equal-steps]
+    python -m tests.benchmarks.recipes [demo] [second] [subject] [STEPS] [SEEDS] [GROUP ...] [--equal-steps]
         [--home FOLDER] [--table] > table.md
 
 Each recipe is the demo's preset with something changed. It takes as many steps as the preset would take time
-for its own (60 unless given), or the same number with `--equal-steps`, where the machine has other work and
-seconds mean nothing. Its gain on the held-out images of the run comes with the difference to the preset,
-paired by image and noise; a column beside it has the gain on images of things that no run saw, by
-`tests/evaluator.py`, which shares no code with the trainer. What cannot run (an optional package is missing)
-is named below the table. Runs stay in FOLDER and are not trained again, so that a measurement can be broken
-off and gone on with; `--table` trains none, and has the runs of any length that are there. The share is of
-the gain of the preset's longest run.
+for its own (40 unless given), or the same number with `--equal-steps`. How long a step takes is measured
+first, in rounds, and kept in FOLDER/clock.json; what is trained after that may share the machine with other
+work. The gain on the held-out images of the run comes with the difference to the preset, paired by image and
+noise; a column beside it has the difference on images of things that no run saw, by `tests/evaluator.py`,
+which shares no code with the trainer. What cannot run (an optional package is missing) is named below the
+table. Runs stay in FOLDER and are not trained again, so that a measurement can be broken off and gone on
+with; `--table` trains none, and has the runs of any length that are there. The share is of the gain of the
+preset's longest run.
 """
 
 import argparse
 import contextlib
+import functools
+import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_core.errors import LoraError
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.runs.costs import Trial, compare_trials, cost_key
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import preflight, require_none_blocking
-from lora_core.runs.queue import Queue, run_queue
 from lora_core.settings.config import FIELDS, RunConfig, choices_of
+from lora_core.system.files import read_json, write_atomically
 from lora_core.train.autotune import time_steps
+from lora_core.verbs.runs import resume
 from tests.benchmarks.pictures import SETS, picture_set
 from tests.benchmarks.rows import machine
-from tests.evaluator import Evaluator
+from tests.evaluator import Evaluator, mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "assets" / "base"
 PRESET = "the preset"
-STEPS, SEEDS = 60, 1
+STEPS, SEEDS = 40, 1
 LEAST = 1e-3
 """A difference of gains that matters to anyone."""
-VALIDATIONS, TIMINGS = 2, 2
-"""Of each run; of each step that is timed, of which the shorter counts."""
+ROUNDS = 4
+"""How often each step is timed; the shortest counts."""
+ALIKE = 0.05
+"""Steps whose times differ by less count as equal: so much is left between rows that compute the same."""
+LOOKS = 8
+"""The judge's, on each image."""
 SAME: dict[str, Any] = {
     **starting_settings("demo", None), "sample.every": 0, "save.every": 0, "validation.patience": 0,
     "validation.draws_per_image": 8, "validation.memorization": False,
@@ -103,24 +113,26 @@ def settings_of(name: str, pictures: Path, changes: Mapping[str, Any]) -> RunCon
 
 
 class Clock:
-    """Seconds of a step, measured once for all settings that cost the same."""
+    """Seconds of a step, kept in a file, once for all settings that cost the same."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, float] = {}
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._times: dict[str, list[float]] = read_json(file)
+
+    def measure(self, configs: Iterable[RunConfig]) -> None:
+        """Go on where it was broken off: in rounds, so that a busy minute does not strike one alone."""
+        by_key = {cost_key(config): config for config in configs}
+        for number in range(ROUNDS):
+            for key, config in by_key.items():
+                times = self._times.setdefault(key, [])
+                if len(times) <= number:
+                    with tempfile.TemporaryDirectory() as folder:
+                        times.append(float(time_steps(config, Path(folder))["step"]))
+                    write_atomically(self._file, json.dumps(self._times, indent=1).encode())
 
     def seconds(self, config: RunConfig) -> float:
         """Of one step."""
-        key = cost_key(config)
-        if key not in self._known:
-            with tempfile.TemporaryDirectory() as folder:
-                times = [float(time_steps(config, Path(folder))["step"]) for _ in range(TIMINGS)]
-            self._known[key] = min(times)
-        return self._known[key]
-
-
-def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The settings for so many steps."""
-    return config.changed({"train.steps": steps, "validation.every": max(1, steps // VALIDATIONS)})
+        return min(self._times[cost_key(config)])
 
 
 def steps_of(config: RunConfig, steps: int, clock: Clock | None) -> int:
@@ -128,27 +140,42 @@ def steps_of(config: RunConfig, steps: int, clock: Clock | None) -> int:
     if clock is None:
         return steps
     usual = settings_of("usual", Path(config.dataset.path).parent, {})
-    return max(VALIDATIONS, round(steps * clock.seconds(usual) / clock.seconds(config)))
+    ratio = clock.seconds(usual) / clock.seconds(config)
+    return steps if abs(ratio - 1) <= ALIKE else max(1, round(steps * ratio))
 
 
-def add_runs(group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None) -> list[str]:
-    """Queue the runs of a group that are not done; a line on each that cannot run."""
-    missing, queue = list[str](), Queue(given.home)
-    for title, changes in recipes(group).items():
-        try:
-            config = settings_of(slug(title), pictures, changes)
-            require_none_blocking(preflight(config, given.home))
-        except LoraError as error:
-            missing.append(f"{title}: {error}")
-            continue
-        config = with_steps(config, steps_of(config, given.steps, clock))
+def train_missing(
+    groups: Iterable[str], sets: Mapping[str, Path], given: argparse.Namespace
+) -> dict[str, str]:
+    """Train what is not done, in this process; returns why some recipes cannot be."""
+    configs: dict[tuple[str, str], RunConfig] = {}
+    missing: dict[str, str] = {}
+    for title, changes in {title: own for group in groups for title, own in recipes(group).items()}.items():
+        for name, pictures in sets.items():
+            try:
+                config = settings_of(slug(title), pictures, changes)
+                require_none_blocking(preflight(config, given.home))
+                configs[name, title] = config
+            except LoraError as error:
+                missing[title] = str(error)
+    clock = None if given.equal_steps else Clock(given.home / "clock.json")
+    if clock is not None:
+        usual = [settings_of("usual", pictures, {}) for pictures in sets.values()]
+        clock.measure([*usual, *configs.values()])
+    for (name, title), config in configs.items():
+        steps = steps_of(config, given.steps, clock)
         for seed in range(given.seeds):
-            name = f"{given.set}-{slug(title)}-{config.train.steps}-{seed}"
-            run = RunFolder(given.home / "runs" / name)
-            if not run.config_file.is_file():
-                queue.add_new([config.changed({"name": name, "seed": seed})])
-            elif run.progress().ending != "done":
-                queue.add(run)
+            run = RunFolder(given.home / "runs" / f"{name}-{slug(title)}-{steps}-{seed}")
+            own = {"name": run.name, "seed": seed, "train.steps": steps, "validation.every": steps}
+            try:
+                if not run.config_file.is_file():
+                    RunFolder.create(run.path, config.changed(own))
+                if run.progress().ending != "done":
+                    sys.stderr.write(f"{run.name}\n")
+                    if resume(run.path).signalled:
+                        raise SystemExit("Broken off; the same command goes on.")
+            except LoraError as error:
+                missing[title] = str(error)
     return missing
 
 
@@ -157,68 +184,89 @@ def slug(title: str) -> str:
     return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def found_runs(title: str, given: argparse.Namespace) -> list[list[Trial]]:
-    """The runs of a recipe that are done, all seeds of a length together."""
-    runs = [RunFolder(path) for path in given.home.glob(f"runs/{given.set}-{slug(title)}-*")]
-    named = re.compile(f"{given.set}-{slug(title)}-[0-9]+-[0-9]+")
-    trials = [Trial(run, run.config(), run.progress()) for run in runs if named.fullmatch(run.name)]
-    done = [trial for trial in trials if trial.progress.ending == "done" and trial.progress.export]
-    lengths = sorted({trial.config.train.steps for trial in done})
-    return [[trial for trial in done if trial.config.train.steps == length] for length in lengths]
+def found_runs(title: str, set_name: str, home: Path) -> dict[int, list[Trial]]:
+    """The runs of a recipe that are done, by length, all seeds together."""
+    named = re.compile(f"{set_name}-{slug(title)}-[0-9]+-[0-9]+")
+    runs = [RunFolder(path) for path in home.glob("runs/*") if named.fullmatch(path.name)]
+    found: dict[int, list[Trial]] = {}
+    for trial in (Trial(run, run.config(), run.progress()) for run in runs):
+        if trial.progress.ending == "done" and trial.progress.export:
+            found.setdefault(trial.config.train.steps, []).append(trial)
+    return dict(sorted(found.items()))
 
 
-def compared(group: str, pictures: Path, given: argparse.Namespace, clock: Clock | None) -> None:
-    """Train the recipes of a group, and print their table."""
-    missing = [] if given.table else add_runs(group, pictures, given, clock)
-    if not given.table:
-        run_queue(given.home, lambda line: sys.stderr.write(f"{line}\n") and None)
-    presets = found_runs(PRESET, given)
-    judge = Evaluator(BASE, pictures / "held_out", looks=8)
-    base = float(judge.losses().mean())
+def print_group(group: str, sets: Mapping[str, Path], given: argparse.Namespace) -> None:
+    """The table of a group: a row for each recipe and length, columns for each set."""
     write = sys.stdout.write
-    heads: tuple[str, ...] = ("rate", "steps", "gain", "share", "less the preset's", "on unseen things")
-    heads += ("forgotten", "file", *(("time",) if clock else ()))
-    write(f"| {' | '.join((group, *heads))} |\n|{'---|' * (1 + len(heads))}\n")
+    heads = ("gain", "less the preset's", "on unseen things", "forgotten")
+    columns = [group, "steps", "file", *(f"{name}: {head}" for name in sets for head in heads)]
+    write(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
+    presets = {name: found_runs(PRESET, name, given.home) for name in sets}
     for title in recipes(group):
-        if not (lengths := found_runs(title, given)) and not any(title in line for line in missing):
-            missing.append(title)
-        for own in lengths:
-            config = own[0].config
-            # Beside a longer or shorter run of the preset only where both took as much time.
-            alike = [one for one in presets if clock or one[0].config.train.steps == config.train.steps]
-            row = row_of(own, alike[0] if alike else [], presets[-1] if presets else own)
-            unseen = ""
-            if config.adapter.kind == "lora":  # diffusers, which the judge uses, reads no other
-                after = [judge.losses(one.run.path / one.progress.export) for one in own]
-                unseen = f"{base - sum(float(each.mean()) for each in after) / len(after):+.4f}"
-            cells = [title, f"{config.optimizer.lr:g}", str(config.train.steps), row["gain"], row["share"]]
-            cells += [
-                row["against"],
-                unseen,
-                row["forgotten"],
-                row["file"],
-                *([row["time"]] if clock else []),
-            ]
-            write(f"| {' | '.join(cells)} |\n")
+        found = {name: found_runs(title, name, given.home) for name in sets}
+        lengths = sorted({length for runs in found.values() for length in runs})
+        for length in lengths:
+            cells = list[str]()
+            for name, pictures in sets.items():
+                own = found[name].get(length)
+                # Beside another length of the preset only where both took as much time.
+                alike = presets[name].get(length if given.equal_steps else given.steps, [])
+                whole = [*presets[name].values()][-1:]
+                cells += cells_of(own, alike, *whole or [own], pictures) if own else ["", "", "", ""]
+            one = next(runs[length][0] for runs in found.values() if length in runs)
+            size = (one.run.path / str(one.progress.export)).stat().st_size
+            rate = f" at {one.config.optimizer.lr:g}" if group == "optimizer" else ""
+            write(f"| {' | '.join([title + rate, str(length), f'{size / 1e6:.2f} MB', *cells])} |\n")
             sys.stdout.flush()
-    write("\n" + "".join(f"Not run: {line}\n" for line in missing) + "\n")
+    write("\n")
 
 
-def row_of(own: list[Trial], preset: list[Trial], whole: list[Trial]) -> dict[str, str]:
-    """The cells that the runs tell: the difference is to `preset`, the share of the gain of `whole`."""
+def cells_of(own: list[Trial], preset: list[Trial], whole: list[Trial], pictures: Path) -> list[str]:
+    """What the runs tell of a set: differences are to `preset`, the share is of the gain of `whole`."""
     mine = row_among(own, own)
-    against = ""
-    if preset and own[0].run.path != preset[0].run.path:
+    share = mine["gain"] / row_among(whole, whole)["gain"]
+    against = unseen = ""
+    if not preset or own[0].run.path == preset[0].run.path:
+        unseen = f"{float((base_losses(pictures) - unseen_losses(own, pictures)).mean()):+.3f}"
+    else:
         first, other = row_among(own, [*own, *preset]), row_among(preset, [*own, *preset])
         sign, gap = (-1.0, other) if first["against"] is None else (1.0, first)
-        clear = "**" if abs(gap["against"]) > max(LEAST, 2 * gap["against_error"]) else ""
-        against = f"{clear}{sign * gap['against']:+.4f} ± {gap['against_error']:.4f}{clear}"
-    return {
-        "gain": f"{mine['gain']:+.4f} ± {mine['standard_error']:.4f}", "against": against,
-        "share": f"{mine['gain'] / row_among(whole, whole)['gain']:.0%}",
-        "forgotten": f"{mine['forgetting']:+.3f} ± {mine['forgetting_error']:.3f}",
-        "time": f"{mine['seconds']:.0f} s", "file": f"{mine['bytes'] / 1e6:.2f} MB",
-    }  # fmt: skip
+        against = difference(sign * gap["against"], gap["against_error"])
+        if own[0].config.adapter.kind == "lora":  # diffusers, which the judge uses, reads no other
+            less = unseen_losses(preset, pictures) - unseen_losses(own, pictures)
+            unseen = difference(*mean_and_error(less))
+    gain = f"{mine['gain']:+.3f} ± {mine['standard_error']:.3f} ({share:.0%})"
+    return [gain, against, unseen, f"{mine['forgetting']:.2f} ± {mine['forgetting_error']:.2f}"]
+
+
+def difference(value: float, error: float) -> str:
+    """With its standard error; in bold where it is one."""
+    clear = "**" if abs(value) > max(LEAST, 2 * error) else ""
+    return f"{clear}{value:+.3f} ± {error:.3f}{clear}"
+
+
+@functools.cache
+def judge(pictures: Path) -> Evaluator:
+    """The one of a set."""
+    return Evaluator(BASE, pictures / "held_out", looks=LOOKS)
+
+
+@functools.cache
+def base_losses(pictures: Path) -> torch.Tensor:
+    """The judge's of the base, (images, looks)."""
+    return judge(pictures).losses()
+
+
+def unseen_losses(trials: list[Trial], pictures: Path) -> torch.Tensor:
+    """The judge's of some runs, (images, looks), their mean; each run's stay in its folder."""
+    found = []
+    for trial in trials:
+        file = trial.run.path / "unseen.json"
+        if not file.is_file():
+            losses = judge(pictures).losses(trial.run.path / str(trial.progress.export))
+            write_atomically(file, json.dumps({"losses": losses.tolist()}).encode())
+        found.append(torch.tensor(read_json(file)["losses"], dtype=torch.float64))
+    return torch.stack(found).mean(0)
 
 
 def row_among(own: list[Trial], trials: list[Trial]) -> dict[str, Any]:
@@ -227,7 +275,7 @@ def row_among(own: list[Trial], trials: list[Trial]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the tables of a set."""
+    """Train, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--equal-steps", action="store_true")
@@ -236,15 +284,17 @@ def main() -> None:
     given = parser.parse_args()
     numbers = [int(word) for word in given.words if word.isdigit()]
     given.steps, given.seeds = (numbers + [STEPS, SEEDS][len(numbers) :])[:2]
-    given.set = next((word for word in given.words if word in SETS), "demo")
     with contextlib.ExitStack() as stack:
         given.home = given.home or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pictures = picture_set(given.set, given.home)
+        sets = {name: picture_set(name, given.home) for name in ("demo", *SETS) if name in given.words}
+        sets = sets or {"demo": picture_set("demo", given.home)}
         alike = "the same steps" if given.equal_steps else f"the time of {given.steps} steps"
-        sys.stdout.write(f"{machine()}; {alike}, {given.seeds} seeds, the {given.set} set\n\n")
-        clock = None if given.equal_steps else Clock()
-        for group in [one for one in ONE_EACH if one in given.words] or ONE_EACH:
-            compared(group, pictures, given, clock)
+        sys.stdout.write(f"{machine()}; {alike}, {given.seeds} seeds\n\n")
+        groups = [one for one in ONE_EACH if one in given.words] or [*ONE_EACH]
+        missing = {} if given.table else train_missing(groups, sets, given)
+        for group in groups:
+            print_group(group, sets, given)
+        sys.stdout.write("".join(f"Not run: {title}: {why}\n" for title, why in missing.items()))
 
 
 if __name__ == "__main__":
