@@ -20,16 +20,16 @@ def clip_message(text: str) -> str:
 
 
 class LoraError(Exception):
-    """A problem that a user can fix: shown as one sentence, exit code 1.
+    """A problem that a user can fix: one sentence, exit code 1.
 
     Attributes:
-        cause: what kind of problem it is, as the events of a run say it; see `runs.events.Failed`.
+        cause: the kind of problem in a run's events; see `runs.events.Failed`.
     """
 
     cause: ClassVar[str] = "other"
 
     def __init__(self, sentence: str = "") -> None:
-        """Say it in `sentence`, clipped by `clip_message`."""
+        """`sentence` is clipped by `clip_message`."""
         super().__init__(clip_message(sentence))
 
 
@@ -58,7 +58,7 @@ class AdapterFileError(LoraError):
 
 
 class RunError(LoraError):
-    """A run folder in a state that does not allow what was asked."""
+    """A run folder whose state does not allow the request."""
 
     cause = "run"
 
@@ -69,7 +69,7 @@ class InputsChanged(RunError):
     cause = "inputs_changed"
 
     def __init__(self, sentence: str, changed: list[str]) -> None:
-        """Say it in `sentence`; `changed` names all that differs."""
+        """`changed` lists all differences."""
         super().__init__(sentence)
         self.changed = changed
 

@@ -411,7 +411,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
         settings("adapter.rank=0", "seed=-1"),
         r"(?=.*adapter\.rank = 0)(?=.*seed = -1)",
     ),
-    "wrong type": (settings("train.steps=many"), r"train\.steps = 'many' should be a whole number"),
+    "wrong type": (settings("train.steps=many"), r"train\.steps = 'many' should be an integer"),
     "set without =": (settings("adapter.rank"), r"section\.key=value"),
     "unknown optimizer": (settings("optimizer.name=adamx"), r"optimizer\.name = 'adamx'.*adamw"),
     "unknown schedule": (settings("optimizer.schedule=cubic"), r"optimizer\.schedule = 'cubic'.*cosine"),

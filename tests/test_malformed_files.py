@@ -179,7 +179,7 @@ ADAPTERS: dict[str, tuple[dict[str, object], str]] = {
     "rank 0": (
         {f"{STEM}.lora_up.weight": torch.ones(1280, 0), f"{STEM}.lora_down.weight": torch.ones(0, 1280)}, ".",
     ),
-    "whole numbers": (
+    "integers": (
         {f"{STEM}.lora_up.weight": torch.ones(1280, 4, 1, 1, dtype=torch.int8)}, "floating-point",
     ),
     "a layer of no model": ({"lora_unet_left_block_7.lora_down.weight": torch.ones(4, 8)}, "."),

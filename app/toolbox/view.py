@@ -226,7 +226,7 @@ def _text(sent: dict[str, Any], key: str, problem: str) -> str:
 def _rank(value: Any) -> int:
     number = _number(value, _("The rank"))
     if number != int(number) or not 1 <= number <= 4096:
-        raise ConfigError(_("The rank should be a whole number from 1 on, not {!r}.", str(value)[:40]))
+        raise ConfigError(_("The rank should be an integer of 1 or more, not {!r}.", str(value)[:40]))
     return int(number)
 
 

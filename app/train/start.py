@@ -174,7 +174,7 @@ def queue_sweep(app_state: AppState, axes: Sequence[tuple[str, str]], name: str,
     (setting, values), *by = [(one, re.split("[,;\n]", text)) for one, text in axes]
     by = [(one, texts) for one, texts in by if any(map(str.strip, texts))]
     if not re.fullmatch("[1-9][0-9]{0,2}", str(seeds).strip()):
-        raise ConfigError(_("Seeds is {}, which should be a whole number, such as 1 or 3.", in_short(seeds)))
+        raise ConfigError(_("Seeds is {}, which should be an integer, such as 1 or 3.", in_short(seeds)))
     try:
         configs = sweep_configs(base, setting, values, runs_folder(app_state.workspace), by, int(seeds))
     except ConfigError as error:

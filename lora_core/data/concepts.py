@@ -212,7 +212,7 @@ class _Reader:
             self.problem(where, f"caption_extension = {ending!r} is not read; captions are .txt or .caption.")
         repeats, share = given.get("num_repeats", 1), own.get("share", 0)
         if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
-            most = f"a whole number from 1 to {MOST_REPEATS:,}"
+            most = f"an integer from 1 to {MOST_REPEATS:,}"
             self.problem(where, f"num_repeats = {in_short(repeats)} is not {most}; change it.")
         if type(share) not in (int, float) or not 0 <= share < math.inf:
             self.problem(where, f"share = {in_short(share)} is no number of 0 or more; change it.")
@@ -357,7 +357,7 @@ def balance_looks(
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """The images of an epoch with the repeats that their shares come to.
 
-    With shares all images of a concept have the same repeats, the smallest whole numbers whose looks are
+    With shares all images of a concept have the same repeats, the smallest integers whose looks are
     within 1% of the shares. Images for regularisation without a share get as many looks as all others.
 
     Args:
@@ -388,7 +388,7 @@ def _repeated(record: ImageRecord, repeats: Mapping[Concept, int]) -> ImageRecor
 
 
 def _whole_repeats(rates: Mapping[Concept, float]) -> dict[Concept, int]:
-    """Whole numbers in the ratio of `rates`, of which the smallest is 1, as small as 1% allows."""
+    """Integers in the ratio of `rates`, of which the smallest is 1, as small as 1% allows."""
 
     def off(rounds: int) -> float:
         return max(abs(round(rounds * rate) / (rounds * rate) - 1) for rate in rates.values())

@@ -288,7 +288,7 @@ def check_lycoris_factors(name: str, roles: Tensors) -> None:
     if missing:
         raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
     if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
-        raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
+        raise AdapterFileError(f"{name!r} holds tensors that are empty or of integers.")
 
 
 def lycoris_update(

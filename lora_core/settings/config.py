@@ -73,7 +73,8 @@ class RunConfig(schema.Section):
 
     @property
     def keeps_prior(self) -> bool:
-        """Whether steps keep the base's predictions on images of its own; a concept slider does it itself."""
+        """Whether steps preserve the base's predictions on its own images; a concept slider does so by
+        itself."""
         return self.loss.prior_preservation > 0 and not self.slider.on
 
     def resolution(self, own: int) -> int:
@@ -85,10 +86,9 @@ class RunConfig(schema.Section):
     def from_dict(
         cls, values: Mapping[str, Any], say: bool = True, absent: Mapping[str, Any] | None = None
     ) -> "RunConfig":
-        """A config from nested tables as TOML gives them; what is absent takes its default, or its
-        value in `absent`.
-
-        Settings that an earlier version wrote and this one does not have are left out; `retired` names them.
+        """A config from nested tables as TOML gives them; absent settings take their default, or their value
+        in `absent`. Settings that an earlier version wrote and this one does not have are left out; `retired`
+        names them.
 
         Args:
             values: the tables, with names of today or of earlier versions.
@@ -134,8 +134,8 @@ class RunConfig(schema.Section):
         return config
 
     def _with_usual(self, changes: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """The changes, with what another optimizer is usually given where they name one and no learning
-        rate."""
+        """The changes; one that names another optimizer and no learning rate adds that optimizer's usual
+        rates."""
         given = dict(changes)
         yield from given.items()
         name = given.get("optimizer.name")
@@ -153,7 +153,7 @@ class RunConfig(schema.Section):
         """The value of a setting by its dotted name.
 
         Raises:
-            ConfigError: there is no such setting.
+            ConfigError: no such setting.
         """
         name = OLD_NAMES.get(name, name)
         if name not in FIELDS:
@@ -177,12 +177,12 @@ FIELDS: dict[str, FieldInfo] = {
 
 
 def label_of(name: str) -> str:
-    """What the window calls a setting."""
+    """The label of a setting in the window."""
     return str(FIELDS[name].title)
 
 
 def help_of(name: str) -> str:
-    """What a setting does, in a sentence or two."""
+    """The help of a setting."""
     section, _, key = name.rpartition(".")
     model = SECTIONS.get(section, RunConfig)
     return _help_texts(inspect.getfile(model))[model.__name__, key]
@@ -235,7 +235,7 @@ def is_table(name: str) -> bool:
 
 
 def item_type(name: str) -> type | None:
-    """What a setting is a list of, int or str; None where it is none."""
+    """The item type of a list setting, int or str; None for other settings."""
     annotation = FIELDS[name].annotation
     inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
     return typing.get_args(inner)[0] if typing.get_args(inner) else inner
@@ -301,8 +301,8 @@ def split_sample(line: str) -> tuple[str, str]:
 
 
 def parse_sample(section: schema.SampleSection, line: str) -> dict[str, Any]:
-    """What a line of `sample.prompts` asks for, as fields of a generation request: the section's values, and
-    in their place those of the line's own options. A size of 0 is the base's own.
+    """A line of `sample.prompts` as fields of a generation request; the line's options override the section's
+    values. A size of 0 is the base's resolution.
 
     Raises:
         ConfigError: an option is unknown, or its value is wrong.
@@ -330,7 +330,7 @@ def parse_sample(section: schema.SampleSection, line: str) -> dict[str, Any]:
 
 
 def sample_fields(section: schema.SampleSection, line: str) -> dict[str, Any]:
-    """As `parse_sample`, but a line with a wrong option is all prompt, as in runs of earlier versions."""
+    """Like `parse_sample`, but a line with a wrong option is all prompt, as in runs of earlier versions."""
     try:
         return parse_sample(section, line)
     except ConfigError:
@@ -355,7 +355,7 @@ def _sentences(error: ValidationError, tables: Mapping[str, Any], called: str = 
 
 
 _TYPES = {
-    "int_type": "a whole number",
+    "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a text",
@@ -383,7 +383,7 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
             return f"= {shown} is not possible; choose one of {known}"
     if item_type(name):
         most = f"at most {problem['ctx']['max_length']} " if problem["type"] == "too_long" else ""
-        kind = f"a list of {most}{'whole numbers' if item_type(name) is int else 'texts'}"
+        kind = f"a list of {most}{'integers' if item_type(name) is int else 'texts'}"
     else:
         kind = _TYPES[problem["type"]]
     return f"= {shown} should be {kind}{f' or {schema.AUTO}' if takes_auto(name) else ''}"
@@ -525,10 +525,10 @@ def _unknown(name: str) -> str:
 def parsed_assignment(text: str) -> tuple[str, Any]:
     """Parse a `section.key=value` of the command line into (name, value).
 
-    The value is read as TOML; what is not TOML is a text, which saves a second level of quotes.
+    The value is parsed as TOML, else taken as text, which saves a second level of quotes.
 
     Raises:
-        ConfigError: there is no `=` or nothing before it, or the value is nested too deeply.
+        ConfigError: `=` or the name before it is missing, or the value is nested too deeply.
     """
     given, equals, raw = text.partition("=")
     (name,) = current_names({given.strip(): raw})
@@ -546,7 +546,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file.
 
     Raises:
-        ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not TOML.
+        ConfigError: the file cannot be read, is not a regular file, is larger than 1 MB, or is not TOML.
     """
     text = _read_small(path, f"The config {path}")
     try:
@@ -568,7 +568,8 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a file of sample prompts as kohya reads it: not those that are empty or begin with #.
 
     Raises:
-        ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not UTF-8 text.
+        ConfigError: the file cannot be read, is not a regular file, is larger than 1 MB, or is not UTF-8
+            text.
     """
     lines = _read_small(path, f"The file of sample prompts {path}").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

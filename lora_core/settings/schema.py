@@ -45,9 +45,9 @@ NumberOrAuto = float | Literal["auto"]
 AUTO_RANK = 16
 """The least that `adapter.rank = auto` trains at: a style needs 2 or 3, 32 gains 2% more (docs/rank.md)."""
 SLIDER_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-"""Of a concept slider: its range in the preview, and the images of its samples."""
+"""A concept slider's range in the preview, and the number of its sample images."""
 PRIOR_IMAGES = 16
-"""So many images of the base's own are trained on for prior preservation."""
+"""Number of the base's own images used for prior preservation."""
 SLIDER_IMAGES = 4
 """Images at least that a slider is measured along."""
 SLIDER_STEPS = 5
@@ -61,7 +61,7 @@ LONGEST_PATTERN = 200
 MOST_PATTERNS = 100
 """Patterns of one table."""
 _TO_RE2 = re.compile(r"\\Z|\{,(?=\d*\})|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
-"""What RE2 spells otherwise than `re`, and the escapes and character classes to skip."""
+"""Syntax that differs between RE2 and `re`, and the escapes and character classes to skip."""
 CLASS_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """A class of an installed package, "module:Class"."""
 OWN_ARGUMENTS = ("params", "lr")
@@ -185,7 +185,7 @@ class LayerSet(Choice):
 
 
 def _attribute(reference: str) -> Any:
-    """What "module:attribute" names."""
+    """The object that "module:attribute" names."""
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -225,8 +225,7 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
         load: "module:class"; the class may be imported there from another module.
         depth: how many modules further it is looked for.
 
-    Returns:
-        None where the source does not tell.
+    Returns: None if the source does not show it.
     """
     module, _, name = load.partition(":")
     top, *inner = module.split(".")
@@ -244,7 +243,7 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
         if isinstance(node, ast.ClassDef) and node.name == name:
             makers = (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
             maker = next(makers, None)
-            # One that only hands on what it is given takes what its base takes.
+            # A constructor that only passes its arguments on has its base's.
             if maker is not None and (maker.args.args[1:] or maker.args.kwonlyargs or not maker.args.kwarg):
                 return _argument_defaults(maker.args)
             base = ast.unparse(node.bases[0]) if node.bases else ""
@@ -313,8 +312,8 @@ QUANTIZED = {
 
 
 def optimizer_row(name: str) -> OptimizerChoice:
-    """The row of an optimizer, or one for a class by its "module:Class", which any could be: it gets each
-    factor as a tensor of its own.
+    """The row of an optimizer, or one for any class by its "module:Class", which gets each factor as a
+    separate tensor.
 
     Raises:
         ConfigError: there is neither.
@@ -336,7 +335,7 @@ def chosen(table: Mapping[str, Row], name: str, setting: str) -> Row:
     """The row `name`, found by key or by title, in any case.
 
     Raises:
-        ConfigError: there is no such row; the sentence lists those that there are.
+        ConfigError: no such row; the message lists the rows.
     """
     key = find_key(table, name)
     if key is None:
@@ -351,8 +350,8 @@ class PatternError(ConfigError):
 def compile_pattern(text: str) -> Any:
     """A pattern over layer names, whose `search` finds what `re.search` would, in linear time.
 
-    Patterns also come from files of other people: a LoRA's header, a config, a run folder. `re` backtracks,
-    so that one such as `(\\w+)+!` would block the process for hours.
+    Patterns also come from untrusted files: a LoRA's header, a config, a run folder. `re` backtracks, so that
+    one such as `(\\w+)+!` would block the process for hours.
 
     Raises:
         PatternError: it cannot be used.
@@ -493,8 +492,8 @@ def _check_arguments(table: Any) -> Any:
 
 Arguments = BeforeValidator(_check_arguments)
 MOST_TOKENS = 6
-"""New tokens of a LoRA; Forge drops a whole file with more than 12 tensors that it does not know, and a token
-of a base with two text encoders has two."""
+"""New tokens of a LoRA: Forge rejects a file with more than 12 unknown tensors, and a token has two with two
+text encoders."""
 _NEW_TOKEN = re.compile(r"\s*([\w-]{1,64})(?:\*([1-9]|[12]\d|3[0-2]))?\s*=\s*(\S.*?)\s*")
 
 
@@ -516,7 +515,7 @@ def parse_new_tokens(lines: Sequence[str]) -> list[NewToken]:
     """The lines of `adapter.new_tokens`, such as "zwx = cat" and "zwx*4 = grey cat".
 
     Raises:
-        PydanticCustomError: what is wrong with them.
+        PydanticCustomError: one is invalid.
     """
     parts = [_NEW_TOKEN.fullmatch(line) for line in lines]
     found = [NewToken(part[1], int(part[2] or 0), part[3]) for part in parts if part]
@@ -542,10 +541,10 @@ def _check_new_tokens(lines: list[str]) -> list[str]:
 
 Rank = Annotated[int, Field(ge=0, le=1024)]
 MOST_RESOLUTIONS = 4
-"""Of one dataset: an epoch shows all of them, so that more of them make it long."""
+"""Resolutions of one dataset; each makes an epoch longer."""
 Alpha = Annotated[float, Field(gt=0.0)]
 MAX_TIMESTEP = 1000
-"""In which settings count timesteps, whatever the base's own number is."""
+"""Unit of timestep settings, independent of the base's own count."""
 MAX_RATE = 10.0
 RATES = ("lr", "text_encoder_lr", "text_encoder_2_lr")
 """Settings of the optimizer that are a part's learning rate."""
@@ -570,7 +569,7 @@ class AdapterSection(Section):
     """The trained low-rank layers."""
 
     kind: Annotated[str, RowOf(ADAPTER_KINDS)] = Field("lora", title="Kind")
-    """How the update of a layer is made of what is trained."""
+    """How a layer's update is computed from the trained parameters."""
     rank: int = Field(16, title="Rank (size)", ge=1, le=1024)
     """How many directions each layer may learn. A higher rank learns more detail and makes a larger file."""
     auto_rank: bool = Field(False, title="Auto rank")
@@ -601,11 +600,11 @@ class AdapterSection(Section):
     rank_dropout: float = Field(0.0, title="Rank dropout", ge=0.0, le=0.99)
     """Share of the rank's directions dropped at each step."""
     module_dropout: float = Field(0.0, title="Module dropout", ge=0.0, le=0.99)
-    """Probability that a layer's whole update is dropped at a step."""
+    """Probability of dropping a layer's entire update at a step."""
     new_tokens: Annotated[list[str], AfterValidator(_check_new_tokens)] = Field([], title="New tokens")
-    """Words of the captions that are learned with the LoRA, each with the words that it starts from, such as
-    "zwx = cat", one a line; "zwx*4 = cat" for 4 vectors. They go into the same file, and into files of their
-    own (pivotal tuning)."""
+    """Caption words whose embeddings are trained with the LoRA, one a line with the words to start from: "zwx
+    = cat", or "zwx*4 = cat" for 4 vectors. Saved in the LoRA's file and in separate embedding files (pivotal
+    tuning)."""
     max_norm: float = Field(0.0, title="Max. norm of weights", ge=0.0, le=1000.0)
     """Each layer's update is scaled down to this norm after a step, which keeps an adapter from burning and
     lets it mix better with others; 1 is usual. 0: off."""
@@ -617,7 +616,7 @@ class AdapterSection(Section):
         if not isinstance(values, dict) or values.get("auto_rank") is not True:
             return values
         rank, alpha = (values.get(key, 0) for key in ("rank", "alpha"))
-        # What is no such number is refused later.
+        # Invalid numbers are refused later.
         if rank in range(1, AUTO_RANK) and rank is not True and type(alpha) in (int, float):
             more = AUTO_RANK / rank
             alpha *= math.sqrt(more) if values.get("rslora") is True else more
@@ -626,7 +625,7 @@ class AdapterSection(Section):
 
     @property
     def scale(self) -> float:
-        """What the update is multiplied by, where no block has numbers of its own."""
+        """Factor of the update, for blocks without their own rank or alpha."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -636,37 +635,37 @@ class DatasetSection(Section):
     path: str = Field("demo", title="Dataset")
     """A folder of images with captions beside them, a zip of one, or `demo`."""
     trigger: str = Field("", title="Trigger word")
-    """The word that calls up what was learned; prepended to each caption that lacks it."""
+    """The word that triggers the LoRA's subject or style; prepended to each caption that lacks it."""
     flip: bool = Field(False, title="Flip")
     """Mirror each image half of the time. Not for faces or writing."""
     resolutions: list[Annotated[int, Field(ge=16, le=4096)]] = Field(
         [], title="Several resolutions", max_length=MOST_RESOLUTIONS
     )
-    """In pixels, one a line, in place of Resolution: an epoch shows each image at each of them that it is
-    large enough for. The largest one needs the most memory and time. Empty: Resolution alone."""
+    """In pixels, one a line, instead of Resolution: an epoch shows each image at every size that it is large
+    enough for. The largest needs the most memory and time. Empty: Resolution alone."""
     random_crop: float = Field(0.0, title="Random crop", ge=0.0, le=0.9)
     """Largest share of an image's sides that is cut off, another part in each variant: 0.2 shows at least 80%
     of them. Nothing is enlarged, and a focus point stays in sight. 0: off."""
     color_aug: float = Field(0.0, title="Colour augmentation", ge=0.0, le=1.0)
-    """How far brightness, contrast and saturation vary between variants, and hue a little: 0.1 is up to a
-    tenth. Not where the colours are what is learned. 0: off."""
+    """Random change of brightness, contrast and saturation between variants, and slightly of hue: 0.1 is up
+    to 10%. Leave it off if the LoRA should learn colours. 0: off."""
     variants: int = Field(8, title="Variants", ge=2, le=64)
-    """So many versions of each image are encoded where crop or colours vary; each look shows one of them."""
+    """Number of encoded versions of each image if crop or colours vary; each training sample uses one."""
     caption_dropout: float = Field(0.05, title="Caption dropout", ge=0.0, le=1.0)
     """Share of training samples shown without their caption; keeps guidance working."""
     tag_dropout: float = Field(0.0, title="Tag dropout", ge=0.0, le=1.0)
-    """Share of comma-separated tags dropped, drawn anew for each training sample."""
+    """Share of comma-separated tags dropped at random in each training sample."""
     shuffle_tags: bool = Field(False, title="Shuffle tags")
-    """Shuffle the comma-separated tags anew for each training sample."""
+    """Shuffle the comma-separated tags in each training sample."""
     keep_tags: int = Field(0, title="Keep tags", ge=0, le=100)
     """This many tags at the start are neither shuffled nor dropped."""
     masks: Annotated[str, RowOf(MASKS)] = Field("on", title="Masks")
-    """Whether masks say which part of an image counts: white in full, black by the weight outside masks."""
+    """Weights the loss by masks: white counts fully, black by the weight outside masks."""
     background: Annotated[str, RowOf(BACKGROUNDS)] = Field("white", title="Background")
-    """What an image that is see-through in places is laid on."""
+    """Background colour behind transparent parts of images."""
     reg_weight: float = Field(1.0, title="Weight of regularisation images", ge=0.0, le=10.0)
-    """What images of the class in a `reg` folder count; half of the steps show them, without the trigger.
-    0: they are not used."""
+    """Loss weight of class images in a `reg` folder; half of the steps train on them, without the trigger. 0:
+    not used."""
 
     @property
     def varies(self) -> bool:
@@ -686,10 +685,10 @@ class SliderSection(Section):
     negative: str = Field("", title="Less of")
     """The opposite words, such as "very young": what strength -1 adds."""
     target: list[str] = Field([], title="Acts on")
-    """What the slider changes, such as "a man": prompts, one a line, that the two above are put behind.
+    """What the slider changes, such as "a man": prompts, one a line, to which the two above are appended.
     Empty: any image."""
     preserve: list[str] = Field([], title="Leaves alone")
-    """Prompts whose images must stay as they are, one a line."""
+    """Prompts whose images must not change, one a line."""
     guidance: float = Field(1.0, title="Slider guidance", gt=0.0, le=100.0)
     """How far strength 1 goes, in differences between the two prompts (eta of Gandikota et al. 2023)."""
 
@@ -712,7 +711,7 @@ class SliderSection(Section):
         return [(prompt, prompt, prompt) for prompt in self.preserve]
 
     def captions(self) -> list[str]:
-        """All texts that training reads, the negative prompt of guidance included; none where it is off."""
+        """All texts that training encodes, guidance's negative prompt included; none if it is off."""
         prompts = ["", *(prompt for three in (*self.prompts(), *self.kept()) for prompt in three)]
         return list(dict.fromkeys(prompts)) if self.on else []
 
@@ -768,21 +767,21 @@ class OptimizerSection(Section):
 
     name: Annotated[str, RowOf(OPTIMIZERS, classes=True)] = Field("adamw", title="Optimizer")
     """AdamW is the safe default; Prodigy finds its own learning rate. Or a class of an installed package, as
-    module:Class. Another one brings its usual learning rate with it, unless that is set too."""
+    module:Class. Choosing one also sets its usual learning rate, unless you set that too."""
     args: Annotated[dict[str, Any], Arguments] = Field({}, title="Optimizer arguments")
-    """What the optimizer's class takes besides the learning rate, such as weight_decay = 0.1 or
-    betas = [0.9, 0.99]; the rest keeps its default."""
+    """Further arguments of the optimizer, such as weight_decay = 0.1 or betas = [0.9, 0.99]; the others keep
+    their defaults."""
     lr: Rate = Field(1e-4, title="Learning rate")
-    """Of the UNet's adapter. What counts is this times alpha / rank."""
+    """Learning rate of the UNet's adapter. Effective rate: this times alpha / rank."""
     range_test: bool = Field(False, title="Auto learning rate")
     """A short range test before the first step finds the learning rate; the others keep their ratio to it. In
     a file or on the command line, `optimizer.lr = auto` does the same."""
     text_encoder_lr: Rate = Field(5e-5, title="Text encoder rate")
-    """Of the (first) text encoder's adapter. 0: the text encoder is not trained."""
+    """Learning rate of the (first) text encoder's adapter. 0: not trained."""
     text_encoder_2_lr: Rate = Field(0.0, title="Second text encoder rate")
-    """Of the second text encoder's adapter, where a base has two. 0: it is not trained."""
+    """Learning rate of the second text encoder's adapter. 0: not trained."""
     token_lr: float = Field(1e-3, title="Rate of new tokens", gt=0.0, le=MAX_RATE)
-    """Of the vectors of `adapter.new_tokens`."""
+    """Learning rate of the embeddings of `adapter.new_tokens`."""
     stop_text_encoder_at: float = Field(1.0, title="Stop text encoder at", ge=0.0, le=1.0)
     """Share of the steps after which the text encoders' adapter and new tokens are frozen; less keeps them
     from overfitting."""
@@ -805,14 +804,13 @@ class OptimizerSection(Section):
         return optimizer_row(self.name)
 
     def usual_for(self, name: str, lr: float | None = None) -> dict[str, Any]:
-        """What the optimizer `name` is usually given in place of this one: learning rates, and the schedule
-        where it has its own.
+        """The usual settings of the optimizer `name`: learning rates, and its own schedule if it has one.
 
         Args:
             name: a row's, or a class.
             lr: its learning rate; None for one as far from its usual rate as this is from the usual rate of
-                this optimizer. The other rates keep their ratio to it; what is not trained stays so, and no
-                rate leaves the range of its row that was not out of range before.
+                this optimizer. The other rates keep their ratio to it; untrained parts stay so, and no rate
+                leaves the range of its row that was not out of range before.
         """
         old, new = self.row, optimizer_row(name)
         factor = lr / self.lr if lr and self.lr else new.lr / old.lr
@@ -824,7 +822,7 @@ class OptimizerSection(Section):
         return found | ({"schedule": "constant"} if new.averages else {})
 
     def argument_problem(self) -> str:
-        """What is wrong with `args` for this optimizer, in a sentence, or ""."""
+        """The problem with `args` for this optimizer, in a sentence, or ""."""
         row, found = self.row, []
         known = constructor_defaults(row.load) if self.args else None
         for name, value in self.args.items():
@@ -841,8 +839,8 @@ class OptimizerSection(Section):
 
 
 def _other_kind(value: Any, usual: Any) -> str:
-    """What an argument with the default `usual` should be, where `value` is something else; "" where it
-    fits, or where the default does not tell."""
+    """The expected type of an argument with the default `usual`; "" if `value` fits, or if the default does
+    not show it."""
     match usual:
         case bool():
             return "" if isinstance(value, bool) else "true or false"
@@ -858,7 +856,7 @@ def _other_kind(value: Any, usual: Any) -> str:
 
 
 class LossSection(Section):
-    """What is minimised."""
+    """The training loss."""
 
     type: Annotated[str, RowOf(LOSSES)] = Field("mse", title="Loss")
     """How an error is weighted."""
@@ -870,8 +868,8 @@ class LossSection(Section):
     """Evens out the weight of the noise levels (gamma of Hang et al. 2023). `auto`: 5 for a base that
     predicts noise, off for one that predicts velocity or with debiased estimation. 0: off."""
     debias: bool = Field(False, title="Debiased estimation")
-    """Weights the noise levels by 1 / sqrt(SNR) (Yu et al. 2023): more weight on what is drawn first, the
-    composition."""
+    """Weights the noise levels by 1 / sqrt(SNR) (Yu et al. 2023): more weight on the composition, which is
+    drawn first."""
     noise_offset: float = Field(0.0, title="Noise offset", ge=0.0, le=1.0)
     """Lets very dark and very bright images be learned; 0.05 is usual. 0: off."""
     multires_noise: int = Field(0, title="Multi-resolution noise", ge=0, le=10)
@@ -891,8 +889,8 @@ class LossSection(Section):
     timestep_std: float = Field(1.0, title="Timestep spread", ge=0.05, le=5.0)
     """A small spread keeps to few noise levels. Only for logit-normal."""
     timestep_shift: float = Field(1.0, title="Timestep shift", ge=0.05, le=20.0)
-    """Above 1 trains on more noise, below 1 on less, whatever the distribution; 3 is what large images ask
-    for (Esser et al. 2024). 1: as it is."""
+    """Above 1 trains on more noise, below 1 on less, for any distribution; use 3 for large images (Esser et
+    al. 2024). 1: unchanged."""
     min_timestep: int = Field(0, title="Least timestep", ge=0, le=999)
     """The least noise that is trained on, of 1,000. Above 0 leaves fine detail to the base."""
     max_timestep: int = Field(1000, title="Greatest timestep", ge=1, le=1000)
@@ -916,11 +914,10 @@ class LossSection(Section):
         return schedule(noise, timesteps, self.huber_delta)
 
     prior_preservation: float = Field(0.0, title="Prior preservation", ge=0.0, le=10.0)
-    """How much the base's own predictions are kept, on images that it makes of the captions without the
-    trigger word, or of plain things. 1 is usual; a step takes about twice as long. 0: off."""
+    """Weight of prior preservation: keeps the base's predictions on images that it generates from the
+    captions without the trigger word. 1 is usual; a step takes about twice as long. 0: off."""
     unmasked_weight: float = Field(0.1, title="Weight outside masks", ge=0.0, le=1.0)
-    """What the part outside of an image's mask counts beside the part inside. 0: it is not learned at all;
-    1: as without masks."""
+    """Loss weight outside an image's mask; inside it is 1. 0: ignored; 1: as without masks."""
 
     def gamma(self, prediction: str) -> float:
         """gamma of min-SNR for a base that predicts `prediction`; 0: off.
@@ -951,17 +948,17 @@ class ValidationSection(Section):
     every: int = Field(100, title="Validate every", ge=0, le=1_000_000)
     """Steps between two validations. 0: never."""
     every_epochs: int = Field(0, title="Validate every (epochs)", ge=0, le=100_000)
-    """The same in epochs. 0: as the steps say."""
+    """The same in epochs. 0: use the steps."""
     pictures: float = Field(0.1, title="Held-out images", ge=0.0, le=10_000.0)
     """Kept out of training and used to measure: a share below 1, or a number. 0: none."""
     draws_per_image: int = Field(4, title="Noise draws per image", ge=1, le=1000)
     """Fixed (noise, timestep) pairs for each held-out image."""
     max_time_share: float = Field(0.05, title="Max. time spent validating", ge=0.0, le=1.0)
-    """As a share of the training time: validations that cost more are done less often. 0: no limit."""
+    """Share of the training time; validation runs less often if it would take more. 0: no limit."""
     memorization: bool = Field(True, title="Measure overfitting")
-    """Measure training images too: what they gain beyond held-out images is memorized."""
+    """Measure training images too: their gain beyond that of held-out images is memorization."""
     forgetting: int = Field(4, title="Prior images", ge=0, le=1000)
-    """Images that the base generates before the first step, to measure what it forgets. 0: none."""
+    """Images that the base generates before the first step, to measure forgetting. 0: none."""
     patience: int = Field(4, title="Patience", ge=0, le=1000)
     """Stop after this many validations without improvement if the last is clearly worse than the best, else
     after twice as many. 0: never stop early."""
@@ -973,13 +970,13 @@ class SampleSection(Section):
     every: int = Field(100, title="Sample every", ge=0, le=1_000_000)
     """Steps between two rounds of samples. 0: never."""
     every_epochs: int = Field(0, title="Sample every (epochs)", ge=0, le=100_000)
-    """The same in epochs. 0: as the steps say."""
+    """The same in epochs. 0: use the steps."""
     prompts: list[str] = Field([], title="Sample prompts")
     """One per line. Empty: captions of held-out or training images. `(word:1.2)`, `[word]` and BREAK act as
     in A1111. A line may end with kohya's options: `--n` negative prompt, `--w` width, `--h` height, `--d`
     seed, `--l` guidance, `--s` steps."""
     negative_prompt: str = Field("", title="Negative prompt")
-    """What samples should not show, unless their line has `--n`."""
+    """Negative prompt of samples without `--n`."""
     seed: int = Field(0, title="Sample seed", ge=0, le=2**32 - 1)
     """The same noise in every round, so that only the adapter differs."""
     steps: int = Field(20, title="Sampler steps", ge=1, le=200)
@@ -999,7 +996,7 @@ class SaveSection(Section):
     every: int = Field(100, title="Save every", ge=0, le=1_000_000)
     """Steps between two checkpoints. 0: only at the end."""
     every_epochs: int = Field(0, title="Save every (epochs)", ge=0, le=100_000)
-    """The same in epochs. 0: as the steps say."""
+    """The same in epochs. 0: use the steps."""
     keep_last: int = Field(3, title="Keep last", ge=1, le=1000)
     """How many of the newest checkpoints are kept."""
     keep_best: bool = Field(True, title="Keep best")

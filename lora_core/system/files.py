@@ -30,7 +30,7 @@ from lora_core.errors import NoRoom, RunError, wrap_os_errors
 
 PACKAGE = Path(__file__).resolve().parents[1]
 IS_CHECKOUT = not (PACKAGE / "assets").is_dir()
-"""Whether launch.py and the sources lie beside the packages; a wheel has the assets inside this one."""
+"""Whether launch.py and the sources are next to the packages; a wheel has the assets inside this one."""
 ASSETS = (PACKAGE.parent if IS_CHECKOUT else PACKAGE) / "assets"
 SITE = (PACKAGE.parent if IS_CHECKOUT else ASSETS) / "site" / "index.html"
 """The first page of the documents, where `mkdocs build` made them."""
@@ -97,7 +97,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         patiently(os.replace, temporary, path)
     except OSError as error:
-        # A write that fails does not say of which file.
+        # A failed write does not name its file.
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -137,7 +137,7 @@ def read_small_file(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
     """The bytes of a regular file; a pipe would block and a device never end.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more than `most` bytes.
+        OSError: it cannot be read, is not a regular file, or has more than `most` bytes.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -275,7 +275,7 @@ def format_bytes(size: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """A size in GB, or in MB below 0.1 GB, for what is compared."""
+    """A size in GB, or in MB below 0.1 GB, for comparisons."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
@@ -306,7 +306,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 _LARGEST = 2**63 - 1
 LARGEST_JSON = 16 * 2**20
-"""Bytes; what is larger was not written here."""
+"""Bytes; larger files were not written here."""
 
 T = TypeVar("T")
 
@@ -325,12 +325,12 @@ def clean_value(value: Any) -> Any:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Expand `~`; unlike `Path.expanduser`, a user that does not exist is no error."""
+    """Expand `~`; unlike `Path.expanduser`, an unknown user is not an error."""
     return Path(os.path.expanduser(path))
 
 
 def fold_name(name: str) -> str:
-    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
+    """A name for comparison: casefolded and normalized, as on Windows and macOS."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -346,7 +346,7 @@ def safe_name(name: str) -> PurePosixPath:
 
 
 def plain_name(name: str) -> PurePosixPath:
-    """As `safe_name`, with `_` for each illegal letter: how the images of a zip were always called."""
+    """Like `safe_name`, with `_` for each illegal letter, as for the images of a zip."""
     return safe_name(_ILLEGAL.sub("_", re.sub(r"^[A-Za-z]:", "", name)))
 
 
@@ -387,7 +387,7 @@ def unused_path(folder: Path, stem: str, ending: str) -> Path:
 
 
 def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
-    """The value of a JSON text, its texts made valid; NaN and Infinity, which are no JSON, become null.
+    """The value of a JSON text, its texts made valid; NaN and Infinity, which are not JSON, become null.
 
     Raises:
         ValueError: it is not JSON, or nested too deep to be read.
@@ -402,8 +402,7 @@ def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
 
 
 def read_json(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
-    """The object that a file of ours with at most so many bytes holds; one that is missing or broken counts
-    as empty."""
+    """The object in a JSON file of at most this many bytes; {} if it is missing or broken."""
     try:
         return read_object(file, most)
     except (OSError, ValueError):
@@ -411,7 +410,7 @@ def read_json(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
 
 
 def read_object(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
-    """As `read_json`; OSError or ValueError where the file is missing or broken."""
+    """Like `read_json`, but raises OSError or ValueError if the file is missing or broken."""
     found = parse_json(read_small_file(file, most))
     if not isinstance(found, dict):
         raise ValueError("no object")
@@ -422,7 +421,7 @@ def check_fields(kind: type[T], values: Any) -> T:
     """An instance of a dataclass, each value of the type that its field says.
 
     Raises:
-        TypeError: `values` is no table, lacks a field or has one that is unknown or of another type.
+        TypeError: `values` is not a table, lacks a field, or has an unknown or mistyped one.
     """
     fields = {one.name: one.type for one in dataclasses.fields(typing.cast(Any, kind))}
     for name, value in dict(values).items():

@@ -27,7 +27,7 @@ MEGABYTE = 2**20
 PROCESSOR = "processor"
 CARD_FIELDS = "name,memory.used,memory.total,driver_version,power.max_limit,compute_cap"
 OLD_FIELDS = CARD_FIELDS.removesuffix(",compute_cap")
-"""What drivers before 510 know."""
+"""Fields that drivers before 510 support."""
 DRIVERS = {13: 580, 12: 525, 11: 450}
 """The oldest driver of NVIDIA's for each CUDA (RELEASE.md of github.com/pytorch/pytorch)."""
 OLDEST_CAPABILITY, VOLTA, TURING = 5.0, 7.0, 7.5
@@ -73,7 +73,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a forecast asks of a GPU: bytes that no other process holds, None where that is not known, and
+    """The GPU's side of a forecast: bytes that no other process holds, None where that is not known, and
     whether `train.precision` = auto means fp32 on it, as `models.device.dtype_of` says."""
 
     free: int | None = None
@@ -81,10 +81,10 @@ class Gpu:
 
 
 class Hardware:
-    """The machine's cards, looked at anew at most every few seconds."""
+    """The machine's cards, queried at most every few seconds."""
 
     def __init__(self, device: Callable[[], str] = str, wanted: Callable[[], str] = lambda: "auto") -> None:
-        """Nothing is asked before the first look.
+        """The driver is queried on first use.
 
         Args:
             device: gives the kind of device that PyTorch computes on, "" while that is not known.
@@ -116,7 +116,7 @@ class Hardware:
 
     @property
     def device(self) -> str:
-        """What a run would train on, as far as it is known."""
+        """The device that a run would train on, if known."""
         card = self.card()
         return card.name if card else PROCESSOR
 
@@ -128,7 +128,7 @@ class Hardware:
         return self.card() is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
 
     def gpu(self, free: int | None) -> Gpu | None:
-        """What a run computes on, with `free` bytes free, where that is known; None for the processor."""
+        """The device of a run with `free` bytes free, if known; None for the CPU."""
         card = self.card()
         if not self.has_gpu:
             return None
@@ -236,11 +236,11 @@ def list_amd_cards(devices: Path = Path("/sys/class/drm")) -> list[Card]:
 
 
 def card_problem(card: Card, found: Mapping[str, str], system: str = platform.system()) -> str:
-    """Why PyTorch does not compute on a card that is there, and what to do about it, in two sentences.
+    """Why PyTorch does not use an installed card, and the fix, in two sentences.
 
     Args:
         card: from its driver.
-        found: `torch`, `build` and `lacks_code`, as `describe_torch` says them.
+        found: `torch`, `build` and `lacks_code`, from `describe_torch`.
         system: as `platform.system()`.
     """
     build = found.get("build", "")
@@ -283,7 +283,7 @@ def _why_unused(card: Card, kind: str, version: str, lacks_code: str, system: st
 
 
 def resident_bytes(process: psutil.Process | None) -> int | None:
-    """Memory that a process holds, or None where it is gone."""
+    """Memory of a process, or None if it has ended."""
     if process is None:
         return None
     try:

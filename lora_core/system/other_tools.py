@@ -1,8 +1,8 @@
 """Other image tools on this computer: where their base models are and where they look for LoRAs.
 
-A tool is recognised by files that only it has, and searched for in the usual places: the home folder, the
-top of each drive, and where managers of tools say. A search of the whole disk would take minutes; folders
-can be added by hand.
+A tool is recognised by files that only it has, and searched for in the usual places: the home folder, the top
+of each drive, and where managers of tools say. Searching the entire disk would take minutes; folders can be
+added by hand.
 """
 
 import contextlib
@@ -61,12 +61,12 @@ def extra_model_paths(file: Path) -> Folders:
 
 
 def _extra_sections(file: Path) -> list[dict[str, Any]]:
-    """The sections, those that are the default first; none where the file is no YAML."""
+    """The sections, those that are the default first; none if the file is not YAML."""
     import yaml
 
     try:
         values = yaml.safe_load(_text(file)).values()
-    # A value that is not of the type its tag says (`!!int ""`) ends in one of the other errors.
+    # A value that contradicts its tag (`!!int ""`) raises one of the other errors.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
         return []
     sections = [one for one in values if isinstance(one, dict)]
@@ -132,7 +132,7 @@ def _invoke(root: Path) -> Folders:
 FOLDERS: dict[str, Callable[[Path], Folders]] = {
     "webui": _webui, "sdnext": _sdnext, "comfy": _comfy, "invoke": _invoke,
 }  # fmt: skip
-"""From the root of a tool to its folders, whether they are there or not."""
+"""From the root of a tool to its folders, which may not exist."""
 MOST_ENTRIES, MOST_SECONDS = 4_000, 15.0
 
 SMALLEST_BASE = 100_000_000
@@ -157,8 +157,8 @@ class InstalledTool:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where tools may lie: folders whose children are looked at, folders in which programs keep their
-    settings, and variables of the environment."""
+    """Where to look for tools: folders whose children are searched, settings folders of programs, and
+    environment variables."""
 
     places: tuple[Path, ...]
     settings: tuple[Path, ...] = ()
@@ -191,7 +191,7 @@ def find_tools(
     Args:
         extra: folders that the user added: of a tool, or of models.
         machine: where to look; this computer where it is None.
-        seconds: after so long the search ends with what it has.
+        seconds: time limit; the search then returns its results so far.
     """
     search = _Search(seconds)
     tools: dict[Path, InstalledTool] = {}
@@ -219,7 +219,7 @@ def recognise_tool(folder: Path) -> InstalledTool | None:
                 there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
                 target = next((path for path in loras if path.is_dir()), None)
                 return InstalledTool(row["name"], folder, there, target)
-    except OSError:  # A folder that may not be read is nobody's; the next one may.
+    except OSError:  # An unreadable folder is skipped.
         pass
     return None
 
@@ -232,7 +232,7 @@ class _Search:
         self.entries_left = entries
 
     def entries(self, folder: Path) -> list["os.DirEntry[str]"]:
-        """What is in `folder`; less where the search is over, nothing where it cannot be read."""
+        """The entries of `folder`; fewer once the search is over, none if it cannot be read."""
         found: list[os.DirEntry[str]] = []
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
@@ -261,7 +261,7 @@ class _Search:
                 yield child / "app"
 
     def candidates(self, machine: Machine) -> Iterator[Path]:
-        """Folders that may be a tool's: first those that somebody names, then those with a telling name."""
+        """Folders that may be a tool's: configured ones first, then those with a matching name."""
         if "INVOKEAI_ROOT" in machine.environment:
             yield Path(machine.environment["INVOKEAI_ROOT"])
         for settings in machine.settings:
@@ -283,7 +283,7 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
     Args:
         tool: the tool.
         most: how many at most.
-        seconds: after so long the search ends with what it has.
+        seconds: time limit; the search then returns its results so far.
     """
     search = _Search(seconds)
     seen: set[tuple[int, int]] = set()
@@ -314,14 +314,14 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
 
 
 SIDE_FILES = (".json", ".preview.png")
-"""What other tools read beside `<stem>.safetensors`: words and strength, and an image."""
+"""Files that other tools read next to `<stem>.safetensors`: trigger words and strength, and an image."""
 MOST_NUMBERS = 1000
 
 
 @dataclass(frozen=True)
 class CopiedFile:
-    """What was copied: the adapter and the side files that went with it; `kept` are side files that were
-    there and differ, `renamed` says that its name was taken by another file."""
+    """The copied adapter and its side files; `kept` are existing side files that differ, `renamed` means that
+    its name was taken."""
 
     file: Path
     beside: tuple[Path, ...]
@@ -333,7 +333,7 @@ def copy_export(file: Path, folder: Path) -> CopiedFile:
     """Copy an adapter and its side files into `folder`, under a name that is free there.
 
     Raises:
-        RunError: there is no such folder, or it cannot be written.
+        RunError: no such folder, or it cannot be written.
     """
     if not folder.is_dir():
         raise RunError(f"There is no folder at {folder}; make it first, or choose another.")

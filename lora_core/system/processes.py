@@ -40,7 +40,7 @@ LANGUAGE = "LORA_EASEL_LANGUAGE"
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
 ACCEPTING = "--accept-changes"
-"""Its option to go on although what the run follows from has changed."""
+"""Its option to continue although the run's inputs have changed."""
 INTERRUPTED = 130
 """The exit code of a process that left on such a signal."""
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -54,7 +54,7 @@ COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
 `others_spin` before each piece of work, and takes one thread where they do, which waits for nobody; any
 other, whose waiting threads sleep soon."""
 PATIENCE = 0.3
-"""Seconds to wait for the right: who only asks whether somebody has it holds it for a moment."""
+"""Seconds to wait for the lock: a check whether it is taken holds it for a moment."""
 WHY = "A training run is in progress"
 _CONTINUOUS, _SYSTEM_REQUIRED = 0x80000000, 0x00000001
 _SYSTEMD = Path("/run/systemd/system")
@@ -72,7 +72,7 @@ def detached() -> dict[str, Any]:
 
 
 def child_environment(workspace: Path) -> dict[str, str]:
-    """The environment of a child that must find the project from any folder, and say its words unbuffered."""
+    """The environment of a child that can import the project from any folder, with unbuffered output."""
     root = str(PACKAGE.parent)
     path = os.environ.get("PYTHONPATH", "")
     return {
@@ -87,7 +87,7 @@ def child_environment(workspace: Path) -> dict[str, str]:
 def start_detached(
     command: list[str], log_file: Path, workspace: Path, stdin: int = subprocess.DEVNULL
 ) -> "subprocess.Popen[bytes]":
-    """A child of its own session, all that it says appended to `log_file`."""
+    """A child in its own session, its output appended to `log_file`."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "ab") as log:
         return subprocess.Popen(
@@ -120,7 +120,7 @@ def hold_lock(lock_file: Path, process_file: Path, busy: str, timeout: float = 0
     """While the context is open, this process holds a lock, and `process_file` names it.
 
     Raises:
-        RunError: another process holds it, which `busy` says, or the folder cannot be written.
+        RunError: another process holds it (`busy` is the message), or the folder cannot be written.
     """
     lock = FileLock(lock_file)
     with wrap_os_errors(RunError, f"{lock_file} cannot be written"):
@@ -207,8 +207,8 @@ def catch_signals(take: Callable[[int], None]) -> Iterator[None]:
 class StopRequest:
     """Whether a signal asked this process to end (`came`). A second Ctrl-C ends it at once.
 
-    Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever supervises
-    a process may say SIGTERM twice.
+    Only that one: closing a terminal sends SIGHUP from the shell and from the system, and a supervisor may
+        send SIGTERM twice.
     """
 
     def __init__(self) -> None:
@@ -232,8 +232,7 @@ class StopRequest:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Have a signal end what is done while the context is open, such as an import, by a
-        KeyboardInterrupt.
+        """A signal ends the work inside the context, such as an import, by a KeyboardInterrupt.
 
         An import ends where the next module would be searched for: raised at any other point of it, the
         KeyboardInterrupt may pass through the C++ that initializes torch, which aborts the process.
@@ -255,7 +254,7 @@ class StopRequest:
         self._raise_if_came()
 
     def find_spec(self, *asked: object) -> None:
-        """As a finder of modules, which `raising` makes of it: finds none, but ends the import."""
+        """The module finder that `raising` installs: finds nothing, but ends the import."""
         self._raise_if_came()
 
     def _raise_if_came(self) -> None:
@@ -315,12 +314,11 @@ def _spin_lock() -> FileLock:
 
 @contextlib.contextmanager
 def without_collecting(freeze: bool = True) -> Iterator[None]:
-    """Imports without the garbage collector, for a process that has just started.
-
-    What an import makes stays, yet the collector goes through all of it again and again: a fifth of the
-    processor time of importing the trainer (3.7 s with it, 3.0 s without, two shared cores). What is there
-    afterwards is left out of later collections too; the first time only, for in a process that has worked
-    already this would keep its garbage for ever. Where much is made that goes again, it is not: `freeze`.
+    """Imports without the garbage collector, for a process that has just started. Objects made by imports
+    stay, yet the collector goes through all of it again and again: a fifth of the processor time of importing
+    the trainer (3.7 s with it, 3.0 s without, two shared cores). They are left out of later collections too
+    (the first time only: later it would keep garbage forever). Where much is made that goes again, it is not:
+    `freeze`.
     """
     was_on = gc.isenabled()
     gc.disable()

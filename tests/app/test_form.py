@@ -51,7 +51,7 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
     [
         ("train.steps", 0, "Steps"),
         ("train.steps", None, "Steps is empty."),
-        ("train.resolution", "large", "Resolution = 'large' should be a whole number"),
+        ("train.resolution", "large", "Resolution = 'large' should be an integer"),
         ("adapter.rank", 5000, "Rank (size)"),
         ("optimizer.lr", -1, "Learning rate"),
         ("adapter.block_ranks", "mid_block", "Ranks by block has the line 'mid_block'"),

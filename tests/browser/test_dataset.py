@@ -579,7 +579,7 @@ def test_concepts_are_edited_in_their_table_and_images_moved_between_them(
     # What cannot be is said, and what is there stays.
     page.fill(repeats, "0")
     page.press(repeats, "Tab")
-    page.wait_for_selector("#easel-toast >> text=num_repeats = 0 is not a whole number")
+    page.wait_for_selector("#easel-toast >> text=num_repeats = 0 is not an integer")
     has_value(page, repeats, "5")
     page.click("#dataset-grid [data-picture='ball 0 é.png']", modifiers=["ControlOrMeta"])
     page.click("#concepts-found [data-move-into='3_more']")

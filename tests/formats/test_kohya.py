@@ -199,7 +199,7 @@ ALPHAS = {
     "one element": (torch.tensor([2.0]), 2.0),
     "fp16": (torch.tensor(0.5, dtype=torch.float16), 0.5),
     "bf16": (torch.tensor([3.0], dtype=torch.bfloat16), 3.0),
-    "whole number": (torch.tensor(8), 8.0),
+    "integer": (torch.tensor(8), 8.0),
     # At its word, as five of six tools do; kohya's own loader alone reads it as the rank (formats.md).
     "zero": (torch.tensor(0.0), 0.0),
     "absent": (None, 4.0),

@@ -130,7 +130,7 @@ def first_layer_only(part, name):
 CASES = {
     "attention": (attention, lambda i: 4, lambda i: 4.0),
     "alpha is not the rank": (attention, lambda i: 4, lambda i: 1.0),
-    "alpha is no whole number": (attention, lambda i: 4, lambda i: 0.3),
+    "alpha is no integer": (attention, lambda i: 4, lambda i: 0.3),
     "kohya's default targets": (kohya, lambda i: 4, lambda i: 8.0),
     "convolutions too": (lambda part, name: True, lambda i: 2, lambda i: 1.0),
     "mixed ranks": (kohya, lambda i: 2 + i % 3, lambda i: 2.0),

@@ -39,7 +39,7 @@ INSIDE = {
     "of no dimension": (pair(down=(4,)), "shapes"),
     "of three dimensions": (pair(down=(4, 768, 1)), "shapes"),
     "empty": (pair(down=(0, 768), up=(1280, 0)), "shapes"),
-    "whole numbers": ({key: tensor.long() for key, tensor in pair().items()}, "floating-point"),
+    "integers": ({key: tensor.long() for key, tensor in pair().items()}, "floating-point"),
     "PEFT without its B": (
         {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(4, 8)},
         "up half",

@@ -282,7 +282,7 @@ BROKEN = {
     "NaN": (replaced("hada_w1_b", torch.full((3, 128), float("nan"))), "not finite"),
     "alpha of several": (replaced("alpha", torch.ones(3)), "must be one number"),
     "alpha not finite": (replaced("alpha", torch.tensor(float("inf"))), "not finite"),
-    "whole numbers": (replaced("hada_w1_b", torch.ones(3, 128, dtype=torch.int32)), "whole numbers"),
+    "integers": (replaced("hada_w1_b", torch.ones(3, 128, dtype=torch.int32)), "integers"),
     "empty": (replaced("hada_w2_b", torch.ones(3, 0)), "empty"),
     "magnitudes alone": (good() | {"lora_unet_conv_in.dora_scale": torch.ones(4, 1)}, "no update"),
     "magnitudes of two axes": (replaced("dora_scale", torch.ones(4, 5)), "impossible shape"),

@@ -215,8 +215,8 @@ def test_resolutions_are_typed_in_the_window_as_lines_or_with_commas() -> None:
         assert from_widget_value(name, text) == [512, 768]
     assert from_widget_value(name, "") == []
     for text, says in (
-        ("512, many", "a list of whole numbers"),
-        ("64 " * 5, "a list of at most 4 whole numbers"),
+        ("512, many", "a list of integers"),
+        ("64 " * 5, "a list of at most 4 integers"),
         ("8", "between 16 and 4,096"),
     ):
         with pytest.raises(ConfigError, match=says):
