@@ -417,7 +417,9 @@ def _from_trainer(path: Path) -> LoraSettings:
     pairs = list(_leaves_of(given, ""))
     trainers = [(_by_key(pairs, trainer), trainer) for trainer in read_table("other_trainers.toml").values()]
     # Some keys are the same in several of them.
-    values, trainer = max(trainers, key=lambda one: len(one[0].keys() & set(one[1]["known_by"])))
+    values, trainer = max(
+        trainers, key=lambda one: [len(one[0].keys() & set(one[1][table])) for table in ("known_by", "names")]
+    )
     if values.keys() & set(trainer["known_by"]):
         defaults = {key: [value] for key, value in trainer.get("defaults", {}).items()}
         return _translate(defaults | values, trainer)
@@ -452,7 +454,7 @@ def _read_configuration(path: Path) -> dict[str, Any]:
 def _options_of(text: str) -> dict[str, Any]:
     """The options of a command, `--network_dim=16 --flip_aug`; several words of one are a list."""
     options: dict[str, Any] = {}
-    for line in re.sub(r"[\\^`]\s*\n", " ", text).splitlines():
+    for line in re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^\s*(rem\b|::).*", "", text)).splitlines():
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # an open quote
@@ -573,6 +575,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     for key, text, name, value in trainer["when"]:
         if text_of.get(key) == text and name != "moot":
             read.give(name, value, key)
+    if rank := read.texts.get("ss_network_dim"):
+        read.texts.setdefault("ss_network_alpha", str(trainer.get("alpha", rank)))
     result = read.settings(trainer["title"])
     if aside["places"]:
         names = ", ".join(aside["places"])

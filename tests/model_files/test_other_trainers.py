@@ -519,6 +519,63 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     assert "datasets.N.caption_dropout_rate has several values; 0.1 is used." in found.left
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "alpha"),
+    [
+        ("a.sh", "train_network.py --network_dim 8", 1),
+        ("a.json", '{"lora_rank": 8, "training_method": "LORA"}', 1),
+        ("a.yaml", "network: {linear: 8}", 1),
+        ("a.json", '{"lora_rank": 8, "lora_type": "standard", "model_family": "sdxl"}', 8),
+    ],
+)
+def test_a_rank_alone_brings_the_trainer_s_own_alpha(
+    tmp_path: Path, name: str, text: str, alpha: float
+) -> None:
+    """Defaults of `network_alpha` (sd-scripts), `lora_alpha` (OneTrainer), `alpha` (ai-toolkit); SimpleTuner takes
+    the rank. Ours, 16, would be up to 16 times the learning rate."""
+    (tmp_path / name).write_text(text)
+    values = settings_from_lora(tmp_path / name).values
+    assert (values["adapter.rank"], values["adapter.alpha"]) == (8, alpha)
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "sentences"),
+    [
+        ('{"lora_rank": 8, "unet": {"train": false}, "training_method": "LORA"}', {"optimizer.lr": 0.0}, []),
+        ('{"config": {"process": [{"network": {"linear": 8}, "train": {"train_unet": false}}]}}',
+         {"optimizer.lr": 0.0}, []),
+        ('{"lora_rank": 8, "training_method": "FINE_TUNE", "model_type": "FLUX_DEV_1", "optimizer": {"beta1": 0.5}}',
+         {}, ["training_method = FINE_TUNE", "model_type = FLUX_DEV_1", "optimizer.beta1 = 0.5"]),
+        ('{"lora_rank": 8, "model_family": "flux", "model_type": "full", "lora_type": "lycoris"}',
+         {}, ["model_family = flux", "model_type = full", "lora_type = lycoris"]),
+        ('{"config": {"process": [{"network": {"linear": 8}, "model": {"arch": "flux"}}]}}',
+         {}, ["model.arch = flux"]),
+        ('{"network_dim": 8, "LoRA_type": "Standard", "max_train_steps": "0", "max_train_epochs": 4}',
+         {"train.epochs": 4}, []),
+        ('{"network_dim": 8, "LoRA_type": "Kohya LoCon", "conv_dim": 4}', {"adapter.conv_rank": 4}, []),
+        ('{"lora_rank": 8, "model_family": "sdxl", "max_train_steps": 0, "num_train_epochs": 10}',
+         {"train.epochs": 10}, []),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_trains_is_taken_or_named(
+    tmp_path: Path, text: str, values: dict[str, Any], sentences: list[str]
+) -> None:
+    """A UNet that is not trained, another family or method; no remark where there is nothing to remark."""
+    (tmp_path / "a.json").write_text(text)
+    found = settings_from_lora(tmp_path / "a.json")
+    assert values.items() <= found.values.items()
+    assert found.left == [f"{sentence} is not known here." for sentence in sentences]
+
+
+def test_a_line_that_a_batch_file_comments_out_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.bat"
+    lines = ["train_network.py --network_dim 8", "REM train_network.py --network_dim 99", ":: --flip_aug"]
+    file.write_text("\r\n".join(lines))
+    values = settings_from_lora(file).values
+    assert values["adapter.rank"] == 8
+    assert "dataset.flip" not in values
+
+
 def test_options_of_the_launcher_end_at_the_script(tmp_path: Path) -> None:
     file = tmp_path / "a.sh"
     file.write_text("accelerate launch --mixed_precision bf16 train_network.py --network_dim 8")
