@@ -544,7 +544,8 @@ def test_a_rank_alone_brings_the_trainer_s_own_alpha(
         ('{"lora_rank": 8, "unet": {"train": false}, "training_method": "LORA"}', {"optimizer.lr": 0.0}, []),
         ('{"config": {"process": [{"network": {"linear": 8}, "train": {"train_unet": false}}]}}',
          {"optimizer.lr": 0.0}, []),
-        ('{"lora_rank": 8, "training_method": "FINE_TUNE", "model_type": "FLUX_DEV_1", "optimizer": {"beta1": 0.5}}',
+        ('{"lora_rank": 8, "training_method": "FINE_TUNE", "model_type": "FLUX_DEV_1",'
+         ' "optimizer": {"beta1": 0.5}}',
          {}, ["training_method = FINE_TUNE", "model_type = FLUX_DEV_1", "optimizer.beta1 = 0.5"]),
         ('{"lora_rank": 8, "model_family": "flux", "model_type": "full", "lora_type": "lycoris"}',
          {}, ["model_family = flux", "model_type = full", "lora_type = lycoris"]),
