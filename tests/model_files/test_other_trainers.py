@@ -531,8 +531,8 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
 def test_a_rank_alone_brings_the_trainer_s_own_alpha(
     tmp_path: Path, name: str, text: str, alpha: float
 ) -> None:
-    """Defaults of `network_alpha` (sd-scripts), `lora_alpha` (OneTrainer), `alpha` (ai-toolkit); SimpleTuner takes
-    the rank. Ours, 16, would be up to 16 times the learning rate."""
+    """Defaults of `network_alpha` (sd-scripts), `lora_alpha` (OneTrainer), `alpha` (ai-toolkit); SimpleTuner
+    takes the rank. Ours, 16, would be up to 16 times the learning rate."""
     (tmp_path / name).write_text(text)
     values = settings_from_lora(tmp_path / name).values
     assert (values["adapter.rank"], values["adapter.alpha"]) == (8, alpha)
