@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.request
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
         lifespan="on",
         http=Connection,
     )
-    server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser)
+    server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser, app_state.prepare)
     app_state.on_quit = server.quit
     write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
@@ -130,9 +131,12 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
 class _Server(uvicorn.Server):
     """Prints the line that scripts wait for once it is ready."""
 
-    def __init__(self, config: uvicorn.Config, address: str, browser: bool) -> None:
+    def __init__(
+        self, config: uvicorn.Config, address: str, browser: bool, prepare: Callable[[], None]
+    ) -> None:
+        """`prepare` is called once it is ready, while the browser comes up."""
         super().__init__(config)
-        self.address, self.browser = address, browser
+        self.address, self.browser, self.prepare = address, browser, prepare
 
     def quit(self) -> None:
         """End the server; runs are processes of their own and continue."""
@@ -147,6 +151,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             _say_ready(self.address, self.browser)
+            threading.Thread(target=self.prepare, daemon=True).start()
 
 
 def _say_ready(address: str, browser: bool) -> None:

@@ -175,7 +175,7 @@ def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _compress(data: bytes) -> bytes:
-    return bytes(brotli.compress(data, quality=10))
+    return bytes(brotli.compress(data, quality=6))
 
 
 @functools.lru_cache(maxsize=2)

@@ -5,6 +5,7 @@ Two pages of the same window therefore show the same project, run and images. Ot
 its file manager, which no run or project owns, are here too.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -212,6 +213,8 @@ class AppState:
         self.queue = QueueClient(workspace, self.jobs)
         self.checks = Checks(workspace, self.free_on_card)
         self.on_quit: Callable[[], None] = lambda: None
+        self.list_images: Callable[[], bytes] = bytes
+        self.listing = threading.Lock()
         self.greet: Callable[[str], None] = lambda languages: None
         self.like_said = ""
         self.has_password = False
@@ -228,6 +231,12 @@ class AppState:
         self.render_queue = RenderQueue(self.worker, lambda: self.generated)
         self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
         self.insights = DatasetInsights(self.project, self.worker, self.jobs, self._occupied)
+
+    def prepare(self) -> None:
+        """Have the list of the images at hand when the first page asks for it."""
+        # What is wrong, the page's own request says.
+        with contextlib.suppress(Exception):
+            self.list_images()
 
     @property
     def generated(self) -> Path:

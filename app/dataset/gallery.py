@@ -22,15 +22,18 @@ from app.templates import _, pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.captions import (
+    CHUNK,
     MOST_CAPTIONS,
+    WRAP,
     choose_parts,
-    count_tokens,
+    count_all_tokens,
     rules_of,
     truncated_part,
     with_trigger,
 )
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
 from lora_core.data.images import (
+    Crop,
     Dataset,
     FileProblem,
     ImageRecord,
@@ -132,16 +135,25 @@ def _limits(plan: Plan) -> tuple[int, Path]:
     return plan.config.train.max_token_length, plan.base.tokenizer
 
 
+_UNCOUNTED = (LoraError, OSError, NotImplementedError)
+"""What counting raises where there is no such tokenizer."""
+
+
 @functools.lru_cache(MOST_CAPTIONS)
 def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> TokenCount:
-    lines = [line for line in caption.splitlines() if line.strip()] or [""]
-    texts = [with_trigger(_longest(line), trigger) for line in lines]
+    texts = _longest_texts(caption, trigger)
     try:
-        counts = [count_tokens(text, tokenizer) for text in texts]
+        counts = count_all_tokens(texts, tokenizer)
         most = max(counts)
         return TokenCount(most, limit, truncated_part(texts[counts.index(most)], limit, tokenizer))
-    except (LoraError, OSError, NotImplementedError):
+    except _UNCOUNTED:
         return TokenCount(None, limit)
+
+
+def _longest_texts(caption: str, trigger: str) -> list[str]:
+    """The longest text that training may draw from each line."""
+    lines = [line for line in caption.splitlines() if line.strip()] or [""]
+    return [with_trigger(_longest(line), trigger) for line in lines]
 
 
 def _longest(line: str) -> str:
@@ -151,9 +163,21 @@ def _longest(line: str) -> str:
 
 def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     """A sentence about truncated captions, "" if there are none."""
-    records, rules, limits = dataset.records, plan.config.dataset, _limits(plan)
-    counts = [_counted(clean_text(r.full_caption), rules_of(r, rules).trigger, *limits) for r in records]
-    cut = [record.path.name for record, count in zip(records, counts, strict=True) if count.cut]
+    rules, limits = plan.config.dataset, _limits(plan)
+    captions = [(clean_text(r.full_caption), rules_of(r, rules).trigger) for r in dataset.records]
+    texts = [_longest_texts(*caption) for caption in captions]
+    every = [text for several in texts for text in several]
+    try:
+        counts = dict(zip(every, count_all_tokens(every, limits[1]), strict=True))
+    except _UNCOUNTED:
+        return ""
+    # Of longer ones it matters at which commas the chunks end.
+    surely_read = limits[0] - (limits[0] // CHUNK - 1) * WRAP
+    cut = [
+        record.path.name
+        for record, caption, several in zip(dataset.records, captions, texts, strict=True)
+        if max(counts[text] for text in several) > surely_read and _counted(*caption, *limits).cut
+    ]
     if not cut:
         return ""
     limit, most = plan.config.train.max_token_length, LIMITS[-1]
@@ -211,55 +235,56 @@ def image_facts(
     """An image's name, mask, caption, size, buckets (the largest first), repeats and time, what training cuts
     off in percent per side, and the `box` that the user chose, with its focus point."""
     own = dict(record.concept.rules).get("resolutions") if record.concept else None
-    resolutions = tuple(own or resolutions)
-    buckets, cut = _crop(record.width, record.height, record.focus, resolutions, multiple)
-    bucket = buckets[0]
-    left, top, right, bottom = record.crop or (0.0, 0.0, 1.0, 1.0)
-    wide, high = right - left, bottom - top
-    x, y = record.focus or (0.0, 0.0)
-    focus = (left + wide * x / record.width, top + high * y / record.height) if record.focus else ()
-    outside = (left, top, 1 - right, 1 - bottom)
-    crop = [100 * out + part * side for out, part, side in zip(outside, cut, (wide, high) * 2, strict=True)]
+    size, name = (record.width, record.height), relative_name(record.path, folder)
     return {
-        "name": relative_name(record.path, folder),
-        "url": _versioned(record.path, folder),
-        "mask": record.mask and _versioned(record.mask, folder),
+        "name": name,
+        "url": _versioned(record.path, name),
+        "mask": record.mask and _versioned(record.mask, relative_name(record.mask, folder)),
         "caption": record.caption,
-        "size": [record.width, record.height],
-        "whole": [round(record.width / wide), round(record.height / high)],
-        "buckets": buckets,
-        "crop": [round(part, 2) for part in crop],
-        "box": (left, top, right, bottom, *focus) if record.crop or focus else None,
-        "small": record.width < bucket[0]
-        or record.height < bucket[1]
-        or _is_much_smaller(record, max(resolutions)),
+        **_shape_facts(size, record.crop, record.focus, tuple(own or resolutions), multiple),
         "repeats": record.repeats,
         "held": record.held_out,
     }
 
 
-def _versioned(path: Path, folder: Path) -> str:
+def _versioned(path: Path, name: str) -> str:
     """The part of an image's URL that the route adds its kind to; it contains the file's time."""
     try:
         version = path.stat().st_mtime_ns
     except OSError:
         version = 0
-    return f"{quote(relative_name(path, folder))}?v={version}"
-
-
-def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
-    """Whether the area is less than a quarter of the training area."""
-    return record.width * record.height * 4 < resolution**2
+    return f"{quote(name)}?v={version}"
 
 
 @functools.lru_cache(maxsize=4096)
-def _crop(
-    width: int, height: int, focus: tuple[float, float] | None, resolutions: tuple[int, ...], multiple: int
-) -> tuple[list[list[int]], list[float]]:
+def _shape_facts(
+    size: tuple[int, int], own: Crop | None, point: tuple[float, float] | None,
+    resolutions: tuple[int, ...], multiple: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Of `image_facts` what follows from size, own crop and focus point: most images of a set share it."""
+    width, height = size
     buckets = choose_buckets(width, height, resolutions, multiple)[::-1]
-    left, top, right, bottom = crop_box(width, height, cut_at_focus(width, height, buckets[0], focus))
-    shares = (left / width, top / height, 1 - right / width, 1 - bottom / height)
-    return [[one.width, one.height] for one in buckets], [round(100 * share, 2) for share in shares]
+    least = buckets[0]
+    cut = crop_box(width, height, cut_at_focus(width, height, least, point))
+    left, top, right, bottom = own or (0.0, 0.0, 1.0, 1.0)
+    wide, high = right - left, bottom - top
+    focus = (left + wide * point[0] / width, top + high * point[1] / height) if point else ()
+    # What the user's crop leaves out, and then the bucket of it.
+    outside = (left, top, 1 - right, 1 - bottom)
+    inside = (cut[0] / width, cut[1] / height, 1 - cut[2] / width, 1 - cut[3] / height)
+    sides = (wide, high) * 2
+    return {
+        "size": [width, height],
+        "whole": [round(width / wide), round(height / high)],
+        "buckets": [[one.width, one.height] for one in buckets],
+        "crop": [
+            round(100 * (out + part * side), 2)
+            for out, part, side in zip(outside, inside, sides, strict=True)
+        ],
+        "box": (left, top, right, bottom, *focus) if own or focus else None,
+        # Less than a quarter of the area that is trained at.
+        "small": width < least.width or height < least.height or 4 * width * height < max(resolutions) ** 2,
+    }
 
 
 def page_versions(project: Project, plan: Plan) -> dict[str, str]:

@@ -25,7 +25,6 @@ from app.train.form import Plan
 from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags
 from lora_core.data.concepts import edit_concept, parse_concepts, propose_concepts, read_concept_file
-from lora_core.data.images import Dataset
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects.project import Project, leave_out, list_left_out, move_images, take_back
@@ -52,6 +51,9 @@ def build_dataset(bindings: Bindings) -> None:
         app_state.thumbs.prepare([record.path for record in project.dataset().records[:FIRST_SEEN]])
 
     def status(snapshot: Snapshot) -> str:
+        # The grid first: to count what is in the captions would hold it up.
+        with app_state.listing:
+            pass
         shown = summary.read(project, snapshot.plan) | page_versions(project, snapshot.plan)
         return render("dataset/status.html", **shown)
 
@@ -127,10 +129,11 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
         html = render("dataset/tags.html", tags=list(found.items()))
         return {"tags": list(found.items()), "undo": bulk.last_change(project), "html": html}
 
+    app_state.list_images = _listing(app_state)
     add_reads(
         app,
         {
-            "dataset": _listing(project),
+            "dataset": app_state.list_images,
             "tags": count_all_tags,
             "concepts": lambda: _concepts(project),
             "check": lambda: checked(app_state),
@@ -155,18 +158,19 @@ def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     _add_uploads(app, importer)
 
 
-def _listing(project: Project) -> Callable[[], bytes]:
+def _listing(app_state: AppState) -> Callable[[], bytes]:
     """`gallery_data` as JSON, kept until it changes: of 20,000 images it is 6 MB."""
-    known: tuple[Dataset, object, bytes] | None = None
+    project, known = app_state.project, None
 
     def read() -> bytes:
         nonlocal known
-        plan, dataset, latest = Plan(project), project.dataset(), known
-        inputs = (gallery_version(project, plan), list_left_out(project))
-        # The same object: a file's time, which is in its URL, is no part of what is compared.
-        if latest is None or latest[0] is not dataset or latest[1] != inputs:
-            known = latest = (dataset, inputs, bytes(Answer(gallery_data(project, plan)).body))
-        return latest[2]
+        with app_state.listing:
+            plan, dataset = Plan(project), project.dataset()
+            inputs = (gallery_version(project, plan), list_left_out(project))
+            # The same object: a file's time, which is in its URL, is no part of what is compared.
+            if known is None or known[0] is not dataset or known[1] != inputs:
+                known = (dataset, inputs, bytes(Answer(gallery_data(project, plan)).body))
+            return known[2]
 
     return read
 

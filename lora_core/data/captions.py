@@ -12,6 +12,7 @@ import html
 import importlib
 import io
 import itertools
+import os
 import random
 import re
 import struct
@@ -40,6 +41,8 @@ TABLE_BYTES = 50_000_000
 """Larger captions and tables of captions are refused, not read."""
 MOST_CAPTIONS = 50_000
 """Captions of which the length in tokens is remembered, 0.3 kB each."""
+_BATCH = 256
+"""Captions that are tokenized at once."""
 _MOST_FAULTS = 100
 _EXCERPT = 60
 _LONGEST_NAME = 1000
@@ -210,7 +213,30 @@ def count_tokens(text: str, tokenizer_folder: Path) -> int:
     Raises:
         ModelFileError: the folder holds no tokenizer of this kind.
     """
-    return len(_clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).ids)
+    return count_all_tokens([text], tokenizer_folder)[0]
+
+
+def count_all_tokens(texts: Sequence[str], tokenizer_folder: Path) -> list[int]:
+    """As `count_tokens`, of many texts, of which the numbers are remembered; other threads go on meanwhile.
+
+    Raises:
+        ModelFileError: the folder holds no tokenizer of this kind.
+    """
+    tokenizer, known = _clip_tokenizer(tokenizer_folder.absolute()), _known_counts(tokenizer_folder)
+    counts = {text: known.get(text, -1) for text in texts}
+    new = [text for text, count in counts.items() if count < 0]
+    for start in range(0, len(new), _BATCH):
+        batch = new[start : start + _BATCH]
+        counts |= zip(batch, map(len, tokenizer.encode_batch(batch, add_special_tokens=False)), strict=True)
+    if len(known) + len(new) > MOST_CAPTIONS:
+        known.clear()
+    known |= {text: counts[text] for text in new}
+    return [counts[text] for text in texts]
+
+
+@functools.lru_cache(maxsize=8)
+def _known_counts(tokenizer_folder: Path) -> dict[str, int]:
+    return {}
 
 
 @functools.lru_cache(MOST_CAPTIONS)
@@ -327,6 +353,8 @@ def _clip_tokenizer(folder: Path) -> "Tokenizer":
     # Three megabytes, for which a window has no use until captions are counted.
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+    # Threads of its own would not outlive a fork, of which it warns; it lets ours go on as it is.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         model = models.BPE.from_file(
             str(folder / "vocab.json"),

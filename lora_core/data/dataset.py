@@ -14,6 +14,7 @@ drawings half of them are near zero and their sign is chance. A 4 x 4 colour thu
 one shape in different colours.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 
 from lora_core.data.captions import (
     CAPTION_SUFFIXES,
@@ -83,6 +85,7 @@ from lora_core.system.files import (
     expand_home,
     fold_name,
     parse_json,
+    read_small_file,
     write_atomically,
 )
 
@@ -291,6 +294,44 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     _note_texts(every, listing)
     _note_rows(every, rows_of, listing)
     return Dataset(records, [*listing.problems, *problems], listing.notes, reg, loose, folder)
+
+
+def scan_again(folder: Path, sizes: SizeCache, stamp: int | None, kept: Path) -> Dataset:
+    """As `scan`, from the file `kept` where nothing has changed since it was written.
+
+    Args:
+        stamp: what `stamp_files` said of the folder before; None where it has to be read, and is not kept.
+    """
+    sources = [(file.name, *(file_stamp(file) or ())) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    head = f"{json.dumps([str(folder), stamp, sources])}\n".encode()
+    form = _kept_form()
+    with contextlib.suppress(OSError, ValueError):
+        if stamp is not None and (data := read_small_file(kept)).startswith(head):
+            return _share_concepts(form.validate_json(data[len(head) :]))
+    found = scan(folder, sizes)
+    # Without the file the folder is read once more, nothing else.
+    with contextlib.suppress(OSError, ValueError):
+        if stamp is not None:
+            write_atomically(kept, head + form.dump_json(found), sync=False)
+    return found
+
+
+@functools.cache
+def _kept_form() -> TypeAdapter[Dataset]:
+    return TypeAdapter(Dataset)
+
+
+def _share_concepts(found: Dataset) -> Dataset:
+    """The dataset with one object for each concept, as a scan makes it."""
+    same: dict[Concept, Concept] = {}
+
+    def shared(records: list[ImageRecord]) -> list[ImageRecord]:
+        return [
+            replace(one, concept=same.setdefault(one.concept, one.concept)) if one.concept else one
+            for one in records
+        ]
+
+    return replace(found, records=shared(found.records), reg=shared(found.reg))
 
 
 def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()) -> list[FileProblem]:

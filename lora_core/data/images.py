@@ -29,6 +29,7 @@ import struct
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
 Crop = tuple[float, float, float, float]
+Rule = bool | int | float | str | tuple[int, ...]
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
@@ -75,7 +77,7 @@ class Concept:
     caption_extension: str = ""
     prefix: str = ""
     suffix: str = ""
-    rules: tuple[tuple[str, Any], ...] = ()
+    rules: tuple[tuple[str, Rule], ...] = ()
     number: int = 0
 
 
@@ -614,17 +616,21 @@ class SizeCache:
     """Path to modification time, bytes and decoded info; kept in a file if one is given."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """Read what `file` remembers; a broken file counts as empty."""
+        """Remember in `file`, which is read when first asked; a broken file counts as empty."""
         self.file = file
-        self._known: dict[str, _Known] = {}
         self._changed = False
-        if file is not None:
+
+    @functools.cached_property
+    def _known(self) -> dict[str, _Known]:
+        found: dict[str, _Known] = {}
+        if self.file is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                for path, known in parse_json(read_small_file(file)).items():
+                for path, known in parse_json(read_small_file(self.file)).items():
                     time, length, width, height, *seen = map(int, known)
                     # Entries of earlier versions do not tell whether a mask is black.
                     if len(seen) == 3:
-                        self._known[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
+                        found[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
+        return found
 
     def info(self, path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
         """As `check_image`, without decoding a file that has not changed since it was decoded."""
@@ -665,9 +671,10 @@ SETTLED = 3 * 10**9
 
 
 def stamp_files(folder: Path) -> int | None:
-    """A number that changes with names, times and sizes of the files below a folder; None where one changed
-    so lately that its next change may not show, or cannot be looked at."""
-    rows = [(str(folder), 0, 0, 0)]
+    """A number that changes with names, times and sizes of the files below a folder,
+    the same in every process; None where one changed so lately that its next change may not show, or cannot
+    be looked at."""
+    rows = [(_checksum(folder), 0, 0, 0)]
     folders, now = [str(folder)], time.time_ns()
     try:
         while folders:
@@ -675,16 +682,21 @@ def stamp_files(folder: Path) -> int | None:
                 for entry in entries:
                     # Of hidden ones it counts that they are there.
                     if is_junk(entry.name):
-                        rows.append((entry.path, 0, 0, 0))
+                        rows.append((_checksum(entry), 0, 0, 0))
                         continue
                     found = entry.stat()
-                    rows.append((entry.path, found.st_mtime_ns, found.st_ctime_ns, found.st_size))
+                    rows.append((_checksum(entry), found.st_mtime_ns, found.st_ctime_ns, found.st_size))
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
     except OSError:
         return None
     lately = any(abs(now - at) < SETTLED for row in rows for at in row[1:3])
     return None if lately else hash(frozenset(rows))
+
+
+def _checksum(path: str | os.PathLike[str]) -> int:
+    # Python's own hash of a text is another in each process.
+    return zlib.crc32(os.fsencode(path))
 
 
 def file_stamp(path: Path) -> tuple[int, int] | None:

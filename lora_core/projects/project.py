@@ -31,6 +31,7 @@ from lora_core.data.dataset import (
     read_crops,
     read_holdout_list,
     scan,
+    scan_again,
     write_crops,
     write_holdout_list,
 )
@@ -258,7 +259,8 @@ class Project:
                 if before and known is not None and known == self._stamp:
                     self._scanned = (key, before[1])
                     return before[1]
-                self._scanned = (key, scan(folder, self.sizes))
+                kept = self.path / "images.json"
+                self._scanned = (key, scan_again(folder, self.sizes, self._stamp, kept))
                 self.sizes.save(self.path, self.image_folder)
                 if before is None or before[1] != self._scanned[1]:
                     self._revision += 1
