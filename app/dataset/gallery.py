@@ -180,13 +180,13 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     ]
     if not cut:
         return ""
-    limit, most = plan.config.train.max_token_length, LIMITS[-1]
+    limit, most = limits[0], LIMITS[-1]
     advice = (
         _("shorten them") if limit == most else _("shorten them, or raise Caption tokens to up to {}", most)
     )
     named = ", ".join(cut[:3]) + (_(" and others") if len(cut) > 3 else "")
-    captions = pluralize(len(cut), "caption")
-    return _("{} longer than the {} tokens that are read ({}): {}.", captions, limit, named, advice)
+    said = pluralize(len(cut), "caption")
+    return _("{} longer than the {} tokens that are read ({}): {}.", said, limit, named, advice)
 
 
 def meter_version(plan: Plan) -> str:

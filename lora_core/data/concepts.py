@@ -421,7 +421,13 @@ _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
 def kohya_folder(path: Path, root: Path) -> tuple[int, str]:
     """Repeats and the caption of last resort, of the nearest `10_name` folder below the root; (1, "") without
     one."""
-    for parent in reversed(path.relative_to(root).parts[:-1]):
+    # Many images are in one folder.
+    return _kohya_parent(os.path.dirname(path), root)
+
+
+@functools.lru_cache(maxsize=1000)
+def _kohya_parent(folder: str, root: Path) -> tuple[int, str]:
+    for parent in reversed(Path(folder).relative_to(root).parts):
         if match := _REPEATED.fullmatch(parent):
             return int(match[1]), match[2].replace("_", " ").strip()
     return 1, ""

@@ -322,16 +322,21 @@ def _kept_form() -> TypeAdapter[Dataset]:
 
 
 def _share_concepts(found: Dataset) -> Dataset:
-    """The dataset with one object for each concept, as a scan makes it."""
-    same: dict[Concept, Concept] = {}
+    """The dataset with one object for each concept, as a scan makes it, and without the lists that JSON made
+    of tuples."""
+    known: dict[int, Concept] = {}
 
-    def shared(records: list[ImageRecord]) -> list[ImageRecord]:
-        return [
-            replace(one, concept=same.setdefault(one.concept, one.concept)) if one.concept else one
-            for one in records
-        ]
+    def shared(record: ImageRecord) -> ImageRecord:
+        if (one := record.concept) is None:
+            return record
+        if one.number not in known:
+            rules = tuple(
+                (key, tuple(value) if isinstance(value, list) else value) for key, value in one.rules
+            )
+            known[one.number] = replace(one, rules=rules)
+        return replace(record, concept=known[one.number])
 
-    return replace(found, records=shared(found.records), reg=shared(found.reg))
+    return replace(found, records=list(map(shared, found.records)), reg=list(map(shared, found.reg)))
 
 
 def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()) -> list[FileProblem]:
@@ -529,7 +534,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
     """Image to mask: of its name without the ending and the `mask` folder, wherever there is one image alone
     of that name; masks that no image has are noted."""
     images: dict[str, list[Path]] = {}
-    for path in listing.pictures:
+    for path in listing.pictures if listing.masks else ():
         where = fold_name(listing.stem(path))
         for name in {where, f"*/{where.rpartition('/')[2]}"}:
             images.setdefault(name, []).append(path)

@@ -45,7 +45,6 @@ from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
 from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
 
 Crop = tuple[float, float, float, float]
-Rule = bool | int | float | str | tuple[int, ...]
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
@@ -77,7 +76,7 @@ class Concept:
     caption_extension: str = ""
     prefix: str = ""
     suffix: str = ""
-    rules: tuple[tuple[str, Rule], ...] = ()
+    rules: tuple[tuple[str, Any], ...] = ()
     number: int = 0
 
 

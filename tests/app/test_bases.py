@@ -265,3 +265,9 @@ def test_captions_that_are_cut_are_named(app_state: AppState, pictures: list[Pat
     said = warn_of_long_captions(app_state.project.dataset(), plan)
     assert said.startswith("1 caption longer than the 75 tokens that are read (picture-0.png)")
     assert "150" in said or "225" in said
+    # Of 140 tokens 131 are read, as the first chunk of 75 ends at its last comma, the 56th.
+    app_state.project.save_caption(pictures[0].name, "dog " * 55 + ", " + "dog " * 84)
+    said = warn_of_long_captions(
+        app_state.project.dataset(), plan_with(app_state, train__max_token_length=150)
+    )
+    assert said.startswith("1 caption longer than the 150 tokens that are read (picture-0.png)")

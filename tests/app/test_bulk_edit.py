@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from app.state import AppState
+from lora_core.data import dataset
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects import project as projects
@@ -114,9 +115,9 @@ def test_the_folder_is_read_again_only_where_captions_came_from_elsewhere(
 ) -> None:
     app_state.project.dataset()
     scans: list[Path] = []
-    plain = projects.scan
+    plain = dataset.scan
     monkeypatch.setattr(
-        projects, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
+        dataset, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
     )
     named = {"picture-0.png", "picture-1.png"}
     assert bulk.apply(app_state.project, Edit("append", put="outside"), named) == 2

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app import routes
 from app.dataset import findings, gallery, uploads
 from app.dataset.gallery import summarize
+from app.dataset.view import add_dataset_routes
+from app.page import build_page
 from app.state import AppState, take_snapshot
 from app.train.start import details
-from lora_core.data import audit, images, importer
+from lora_core.data import audit, dataset, images, importer
 from lora_core.data.dataset import scan
-from lora_core.projects import project as projects
 from lora_core.runs import preflight
 from tests.waiting import PATIENCE, wait_for
 
@@ -97,9 +99,9 @@ def test_the_folder_is_read_again_only_if_a_file_has_changed(
     client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scans: list[Path] = []
-    plain = projects.scan
+    plain = dataset.scan
     monkeypatch.setattr(
-        projects, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
+        dataset, "scan", lambda folder, sizes: (scans.append(folder), plain(folder, sizes))[1]
     )
 
     def read_again() -> int:
@@ -139,6 +141,89 @@ def test_the_list_of_images_is_made_once(
     assert shelf(client)[2]["caption"] == "new"
     client.post("/easel/leave-out", json={"pictures": ["picture-2.png"]})
     assert len(client.get("/easel/dataset").json()["left_out"]) == 1
+
+
+def test_a_second_start_lists_images_without_reading_or_counting_captions(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    scanned, counted, opened = dataset.scan, gallery.count_all_tokens, images.check_image
+    monkeypatch.setattr(dataset, "scan", lambda *given: (done.append("scan"), scanned(*given))[1])
+    monkeypatch.setattr(
+        gallery, "count_all_tokens", lambda *given: (done.append("count"), counted(*given))[1]
+    )
+    monkeypatch.setattr(images, "check_image", lambda *given: (done.append("decode"), opened(*given))[1])
+    monkeypatch.setattr(images, "SETTLED", 0)
+
+    def started() -> list[dict[str, Any]]:
+        done.clear()
+        window = AppState(app_state.workspace, worker_command=["no-such-program"])
+        add_dataset_routes(FastAPI(), window)
+        window.prepare()
+        made = len(done)
+        listed = json.loads(window.list_images())
+        assert len(done) == made
+        window.close()
+        return listed["pictures"]
+
+    first, project = shelf(client), app_state.project
+    assert done == ["scan", *["decode"] * 3]
+    assert (started(), done) == (first, [])
+    # What the window writes is read at the next start, and so is what another program does.
+    project.save_caption("picture-2.png", "now with a caption")
+    assert [one["caption"] for one in started()] == [
+        *(one["caption"] for one in first[:2]),
+        "now with a caption",
+    ]
+    assert done == ["scan"]
+    pictures[0].unlink()
+    assert ([one["name"] for one in started()], done) == (["picture-1.png", "picture-2.png"], ["scan"])
+    assert (len(started()), done) == (2, [])
+    (project.path / "images.json").write_bytes((project.path / "images.json").read_bytes()[:-9])
+    assert (len(started()), done) == (2, ["scan"])
+
+
+def test_the_list_is_made_before_captions_are_counted(
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    asked, waiting, facts = threading.Event(), threading.Event(), gallery.image_facts
+    counting = gallery.count_all_tokens
+
+    class Listing:
+        """The lock, which tells when a look has come to it."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if threading.current_thread().name == "look":
+                waiting.set()
+            self.lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self.lock.release()
+
+    def slow(*given: Any) -> Any:
+        asked.set()
+        assert waiting.wait(PATIENCE)
+        done.append("listed")
+        return facts(*given)
+
+    monkeypatch.setattr(app_state, "listing", Listing())
+    monkeypatch.setattr(gallery, "image_facts", slow)
+    monkeypatch.setattr(
+        gallery, "count_all_tokens", lambda *given: (done.append("counted"), counting(*given))[1]
+    )
+    build_page(app_state)
+    listing = threading.Thread(target=client.get, args=("/easel/dataset",))
+    listing.start()
+    assert asked.wait(PATIENCE)
+    look = threading.Thread(target=app_state.live.look, name="look")
+    look.start()
+    look.join(PATIENCE)
+    listing.join(PATIENCE)
+    assert done == ["listed"] * 3 + ["counted"]
 
 
 def test_a_zip_and_what_is_wrong_in_it(client: TestClient, app_state: AppState) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lora_core.data import captions
 from lora_core.data.captions import (
+    count_all_tokens,
     count_tags,
     count_tokens,
     sample_caption,
@@ -221,6 +223,16 @@ def test_long_captions_are_cut_into_chunks_as_a1111_does(ids, chunks, lengths):
     assert [len(row) for row in rows] == lengths
     flat = [token for row in rows for token in row]
     assert flat == ids[: len(flat)]
+
+
+def test_many_texts_are_counted_as_each_of_them_and_once(small_tokenizer, monkeypatch):
+    texts = ["the hat", "of the cat " * 9, "", "the hat"]
+    assert count_all_tokens(texts, small_tokenizer) == [count_tokens(text, small_tokenizer) for text in texts]
+    monkeypatch.setattr(captions, "_BATCH", 1)
+    texts = [f"the cat {number}" for number in range(5)]
+    together = count_all_tokens(texts, small_tokenizer)
+    monkeypatch.setattr(captions, "_clip_tokenizer", lambda folder: None)
+    assert count_all_tokens(texts[::-1], small_tokenizer) == together[::-1]
 
 
 def test_what_is_not_read_follows_the_chunks():

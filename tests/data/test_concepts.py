@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,9 +15,11 @@ from unittest import mock
 import pytest
 from PIL import Image
 
+from lora_core.data import dataset
 from lora_core.data.audit import TrainingView, audit, concept_rows
 from lora_core.data.concepts import edit_concept, propose_concepts
-from lora_core.data.dataset import apply_settings, open_dataset, scan, split_holdout
+from lora_core.data.dataset import apply_settings, open_dataset, scan, scan_again, split_holdout
+from lora_core.data.images import Dataset, SizeCache
 from lora_core.data.importer import import_folder
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, move_images
@@ -46,6 +49,35 @@ def written(folder: Path, *subsets: str, above: str = "[[datasets]]") -> Path:
 
 def sentences(folder: Path) -> list[str]:
     return [one.sentence for one in scan(folder).problems]
+
+
+def test_a_scan_that_was_kept_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = images(tmp_path / "set", "a/1.png", "a/2.png", "b/3.png", "bare/4.png", "reg/5.png", "c/6.png")
+    shutil.copy(folder / "b/3.png", folder / "b/3-masklabel.png")
+    (folder / "b/broken.png").write_bytes(b"no image")
+    (folder / "crops.json").write_text('{"a/1.png": [0, 0, 0.5, 0.5, 0.25, 0.25]}')
+    (folder / "held_out.txt").write_text("a/2.png\n")
+    written(
+        folder,
+        'image_dir = "a"\nresolution = 256\ncustom_attributes = {share = 2, trigger = "ohwx"}',
+        'image_dir = "b"\ncustom_attributes = {share = 1}',
+        'image_dir = "bare"\nclass_tokens = "a thing"\ncustom_attributes = {share = 1}',
+        'image_dir = "reg"\nis_reg = true',
+    )
+    made, kept = scan(folder), tmp_path / "kept.json"
+    assert (len(made.records), len(made.reg), len(made.loose), len(made.problems)) == (4, 1, 1, 1)
+    assert scan_again(folder, SizeCache(), 1, kept) == made
+    monkeypatch.setattr(dataset, "scan", lambda *given: Dataset([], []))
+    again = scan_again(folder, SizeCache(), 1, kept)
+    assert (again, again.root) == (made, folder)
+    # Concepts are compared by their values, and many images have the same object.
+    assert {one.concept for one in again.records} == {one.concept for one in made.records}
+    assert again.records[0].concept is again.records[1].concept
+    assert (
+        scan_again(folder, SizeCache(), 2, kept)
+        == scan_again(folder, SizeCache(), None, kept)
+        == Dataset([], [])
+    )
 
 
 # From the documentation of sd-scripts (docs/config_README-en.md), with the folders of this test.
