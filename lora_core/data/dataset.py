@@ -297,22 +297,25 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
 
 
 def scan_again(folder: Path, sizes: SizeCache, stamp: int | None, kept: Path) -> Dataset:
-    """As `scan`, from the file `kept` where nothing has changed since it was written.
+    """As `scan`, from the file `kept` where nothing has changed since it was written. A dataset with problems
+    is not kept: what cannot be read now may be readable next time.
 
     Args:
         stamp: what `stamp_files` said of the folder before; None where it has to be read, and is not kept.
     """
+    if stamp is None:
+        return scan(folder, sizes)
+    # Another version may read a folder in another way.
     sources = [(file.name, *(file_stamp(file) or ())) for file in sorted(Path(__file__).parent.glob("*.py"))]
     head = f"{json.dumps([str(folder), stamp, sources])}\n".encode()
-    form = _kept_form()
     with contextlib.suppress(OSError, ValueError):
-        if stamp is not None and (data := read_small_file(kept)).startswith(head):
-            return _share_concepts(form.validate_json(data[len(head) :]))
+        if (data := read_small_file(kept)).startswith(head):
+            return _share_concepts(_kept_form().validate_json(data[len(head) :]))
     found = scan(folder, sizes)
     # Without the file the folder is read once more, nothing else.
     with contextlib.suppress(OSError, ValueError):
-        if stamp is not None:
-            write_atomically(kept, head + form.dump_json(found), sync=False)
+        if not found.problems:
+            write_atomically(kept, head + _kept_form().dump_json(found), sync=False)
     return found
 
 

@@ -615,21 +615,17 @@ class SizeCache:
     """Path to modification time, bytes and decoded info; kept in a file if one is given."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """Remember in `file`, which is read when first asked; a broken file counts as empty."""
+        """Read what `file` remembers; a broken file counts as empty."""
         self.file = file
+        self._known: dict[str, _Known] = {}
         self._changed = False
-
-    @functools.cached_property
-    def _known(self) -> dict[str, _Known]:
-        found: dict[str, _Known] = {}
-        if self.file is not None:
+        if file is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                for path, known in parse_json(read_small_file(self.file)).items():
+                for path, known in parse_json(read_small_file(file)).items():
                     time, length, width, height, *seen = map(int, known)
                     # Entries of earlier versions do not tell whether a mask is black.
                     if len(seen) == 3:
-                        found[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
-        return found
+                        self._known[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
 
     def info(self, path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
         """As `check_image`, without decoding a file that has not changed since it was decoded."""
@@ -670,9 +666,8 @@ SETTLED = 3 * 10**9
 
 
 def stamp_files(folder: Path) -> int | None:
-    """A number that changes with names, times and sizes of the files below a folder,
-    the same in every process; None where one changed so lately that its next change may not show, or cannot
-    be looked at."""
+    """A number that changes with names, times and sizes of the files below a folder, one in all processes;
+    None where one changed so lately that its next change may not show, or cannot be looked at."""
     rows = [(_checksum(folder), 0, 0, 0)]
     folders, now = [str(folder)], time.time_ns()
     try:

@@ -54,7 +54,6 @@ def sentences(folder: Path) -> list[str]:
 def test_a_scan_that_was_kept_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = images(tmp_path / "set", "a/1.png", "a/2.png", "b/3.png", "bare/4.png", "reg/5.png", "c/6.png")
     shutil.copy(folder / "b/3.png", folder / "b/3-masklabel.png")
-    (folder / "b/broken.png").write_bytes(b"no image")
     (folder / "crops.json").write_text('{"a/1.png": [0, 0, 0.5, 0.5, 0.25, 0.25]}')
     (folder / "held_out.txt").write_text("a/2.png\n")
     written(
@@ -65,7 +64,10 @@ def test_a_scan_that_was_kept_is_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         'image_dir = "reg"\nis_reg = true',
     )
     made, kept = scan(folder), tmp_path / "kept.json"
-    assert (len(made.records), len(made.reg), len(made.loose), len(made.problems)) == (4, 1, 1, 1)
+    assert (len(made.records), len(made.reg), len(made.loose), len(made.problems)) == (4, 1, 1, 0)
+    (folder / "b/broken.png").write_bytes(b"no image")
+    assert len(scan_again(folder, SizeCache(), 1, kept).problems) == 1
+    (folder / "b/broken.png").unlink()
     assert scan_again(folder, SizeCache(), 1, kept) == made
     monkeypatch.setattr(dataset, "scan", lambda *given: Dataset([], []))
     again = scan_again(folder, SizeCache(), 1, kept)
