@@ -536,7 +536,7 @@ def uninstall(words: list[str]) -> None:
     """Say what goes and what stays, and remove .venv, with `--workspace` the workspace too.
 
     Raises:
-        SetupError: it was not confirmed, an option is unknown, a run is going on, or something cannot be
+        SetupError: it was not confirmed, an option is unknown, a run is active, or something cannot be
             removed.
     """
     if unknown := set(words) - {"--workspace", "--yes"}:

@@ -167,7 +167,7 @@ class Jobs:
             return run_view.state()
 
     def live(self) -> RunView | None:
-        """The run that is going on, if one is."""
+        """The active run, if any."""
         return next((run_view for run_view in self.all() if self.state(run_view) in LIVE), None)
 
     def current(self) -> RunView | None:
@@ -231,7 +231,7 @@ class Jobs:
         """Make a run folder from `config` and start its trainer.
 
         Raises:
-            RunError: the name is taken or no folder's, or another run is going on.
+            RunError: the name is taken or no folder's, or another run is active.
         """
         with self._lock:
             self._refuse_beside_another()
@@ -243,7 +243,7 @@ class Jobs:
         """Move a run into the workspace's trash.
 
         Raises:
-            RunError: there is none of that name, or it is going on.
+            RunError: there is none of that name, or it is running.
         """
         run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
         if run.live_process() is not None:
@@ -260,7 +260,7 @@ class Jobs:
             accept_changes: also where images, settings, base or packages have changed since its start.
 
         Raises:
-            RunError: it does not exist, or a run is going on.
+            RunError: it does not exist, or a run is active.
         """
         with self._lock:
             self._refuse_beside_another()
@@ -272,7 +272,7 @@ class Jobs:
         """Start a new run with the settings of another one and a lower learning rate.
 
         Raises:
-            LoraError: there is no such run, its settings cannot be read, or a run is going on.
+            LoraError: there is no such run, its settings cannot be read, or a run is active.
         """
         config = RunFolder.open(runs_folder(self.workspace) / check_run_name(name)).config()
         return self.start(config.changed({"name": "", "optimizer.lr": config.optimizer.lr * LOWER_RATE}))
@@ -281,7 +281,7 @@ class Jobs:
         """Ask the live run for something.
 
         Raises:
-            RunError: none is going on.
+            RunError: none is running.
         """
         live = self.live()
         if live is None:
@@ -361,7 +361,7 @@ class QueueClient:
         return self.queue.runner() is not None
 
     def add(self, *configs: RunConfig) -> list[RunFolder]:
-        """Make runs and put them at the end, all or none. While a run is going on the queue is started behind
+        """Make runs and put them at the end, all or none. While a run is active the queue is started behind
         it.
 
         Raises:
@@ -399,7 +399,7 @@ class QueueClient:
         """Take a job out; a run that never began goes to the trash with it.
 
         Raises:
-            RunError: it is not in the queue, or is going on.
+            RunError: it is not in the queue, or is running.
         """
         name = check_run_name(name)
         self.queue.remove(name)
@@ -411,7 +411,7 @@ class QueueClient:
         """Move a run to the trash, and take it out of the queue where it waits.
 
         Raises:
-            RunError: there is none of that name, or it is going on.
+            RunError: there is none of that name, or it is running.
         """
         self._runs.delete(name)
         with contextlib.suppress(RunError):

@@ -334,7 +334,7 @@ class ShownRun:
 
     @property
     def live(self) -> bool:
-        """Whether it is going on."""
+        """Whether it is running."""
         return self.state in LIVE
 
     @property

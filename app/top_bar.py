@@ -1,4 +1,4 @@
-"""The header above every tab: the run that is going on, whatever run is shown, with its buttons, the project
+"""The header above every tab: the active run, whatever run is shown, with its buttons, the project
 picker, whose list `assets/projects.js` fills when it opens, the documents and the doctor."""
 
 import dataclasses

@@ -209,7 +209,7 @@
       return bulkSay(t("For {images}. Press Preview to see what the model says of them.", { images: whom }));
     }
     if (!(kind in ANNOTATORS) && !edit()[replace || kind === "table" ? "find" : "put"]) {
-      allow(false, t("Type first what is to be found or added"));
+      allow(false, t("Type the text to find or add first"));
       return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }
     const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));

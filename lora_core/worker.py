@@ -166,7 +166,7 @@ class Worker(ImageWorker):
         return {"compare": adapters.compare(files[0].file, files[1].file, report.step)}
 
     def do_stack(self, request: Request, report: Reporter) -> Result:
-        """What happens when several files are on at once; with `measure`, what they gain."""
+        """The effect of several files at once; with `measure`, their gain."""
         loras = _loras(request)
         found = adapters.stack(loras, note=report.step)
         if request.get("measure"):

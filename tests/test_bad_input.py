@@ -424,7 +424,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "workspace below a file": (unwritable_workspace, r"file/workspace cannot be written"),
     "workspace is a file": (workspace_is_a_file, r"file cannot be written"),
     "name with a slash": (lambda p: ["train", p.pictures, "--name", "a/b", "--workspace", p.workspace],
-    "a/b"), "name taken": (name_is_taken, r"mine exists already.*resume"),
+    "a/b"), "name taken": (name_is_taken, r"mine already exists.*resume"),
     "resume of no run": (resume_of_no_run, r"pictures is not a run"),
     "resume without more steps": (resume_with_no_more_steps, r"50 steps"),
     "resume to fewer steps": (resume_to_fewer_steps, r"50 steps"),
@@ -442,7 +442,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "out below a file": (out_below_a_file, r"file/out\.png"),
     "empty validation set": (empty_validation_set, r"no images in .*empty"),
     "triples 0": (lambda p: ["validate", "--dataset", p.pictures, "--triples", "0"], r"--triples = 0"),
-    "convert onto a file": (convert_onto_a_file, r"there\.safetensors exists already"),
+    "convert onto a file": (convert_onto_a_file, r"there\.safetensors already exists"),
     "convert no lora": (convert_no_lora, r"whole UNet"),
     "convert into nowhere": (convert_into_nowhere, r"no/new\.safetensors cannot be written"),
 }  # fmt: skip
@@ -553,7 +553,7 @@ def test_the_corrected_second_try_takes_the_same_name(
     assert RunFolder.open(place.run).summary()["status"] == "done"
     capsys.readouterr()
     assert main(arguments) == 1
-    assert "exists already" in one_sentence(capsys.readouterr().err)
+    assert "already exists" in one_sentence(capsys.readouterr().err)
 
 
 def test_all_that_is_wrong_is_said_at_once_and_no_run_is_made(

@@ -104,7 +104,7 @@ CONTAINERS: dict[str, bytes | Callable[[], bytes]] = {
     "a header nested without end": file(b"[" * 200_000 + b"]" * 200_000),
     "metadata that is a list": file({"__metadata__": ["a"], "a": entry()}),
     "metadata with a number": file({"__metadata__": {"a": 1}, "a": entry()}),
-    "a tensor that is no table": file({"a": 7}),
+    "a tensor that is not a table": file({"a": 7}),
     "a tensor without offsets": file({"a": {"dtype": "F32", "shape": [4, 4]}}),
     "an unknown number type": file({"a": entry(dtype="F7")}),
     "a number type that is a list": file({"a": entry(dtype=["F32"])}),

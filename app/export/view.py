@@ -181,7 +181,7 @@ def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, di
     """Have the worker write the file; returns the run and the worker's answer.
 
     Raises:
-        LoraError: there is no such run, the name is no file's, or the worker could not write it.
+        LoraError: there is no such run, the name is not a file's, or the worker could not write it.
     """
     names = ("run", "checkpoint", "name", "format", "precision")
     run, checkpoint, name, form, precision = (str(sent.get(key) or "") for key in names)
@@ -221,7 +221,7 @@ def check_folder(text: str | None) -> Path:
     """Check the folder that was chosen or typed.
 
     Raises:
-        RunError: nothing was, or it is no folder.
+        RunError: nothing was, or it is not a folder.
     """
     name = (text or "").strip().strip('"')
     if not name:
@@ -282,7 +282,7 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
     """Start making the report of a run.
 
     Raises:
-        RunError: a report is being made, or it would measure while a run is going on.
+        RunError: a report is being made, or it would measure while a run is active.
         BadRequest: no run has this name.
     """
     name = str(sent.get("run", ""))

@@ -69,7 +69,7 @@ class History:
             return [one for one in reversed(self._kept) if not one.beside][:most]
 
     def last_pair(self) -> list[HistoryEntry]:
-        """The newest image that is no sheet, and the base's own; [] if one is missing or a LoRA has changed
+        """The newest image but sheets, and the base's own; [] if one is missing or a LoRA has changed
         since."""
         newest = next((one for one in self.newest() if not one.is_sheet), None)
         if newest is None or any(file_time(lora.file) > newest.time * 1e9 for lora in newest.shot.loras):

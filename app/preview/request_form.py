@@ -121,7 +121,7 @@ def add_lora(project: Project, file: Path) -> Path:
     """Move a LoRA file that was sent by a page into the project; returns its new path.
 
     Raises:
-        LoraError: it is no safetensors file, or the disk refuses.
+        LoraError: it is not a safetensors file, or the disk refuses.
     """
     read_header(file)
     return keep_file(file, project.path / ADDED)
@@ -223,7 +223,7 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
     """Build the request described by the form. A seed of -1 becomes random.
 
     Raises:
-        ConfigError: a side is no multiple of what the base needs, or a number is out of range.
+        ConfigError: a side is not a multiple of what the base needs, or a number is out of range.
     """
     config = settings_for(snapshot, loras)
     base = base_for(snapshot, loras)
@@ -276,7 +276,7 @@ def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:
         below, above = value // multiple * multiple, (value // multiple + 1) * multiple
         near = _("{below} or {above}", below=below, above=above) if below else str(above)
         raise ConfigError(
-            _("{} {} is no multiple of {}; take {}.", _(NUMBERS[name][0]), value, multiple, near)
+            _("{} {} is not a multiple of {}; take {}.", _(NUMBERS[name][0]), value, multiple, near)
         )
     return value
 

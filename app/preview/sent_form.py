@@ -69,7 +69,7 @@ def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
 
 
 def parse_strength(value: Any) -> float:
-    """A strength within its limits; 0 for what is no number."""
+    """A strength within its limits; 0 for what is not a number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -110,6 +110,6 @@ def parse_strengths(text: Any) -> tuple[float, ...]:
     """The strengths of the strip, as they are typed.
 
     Raises:
-        ConfigError: there is none, or one is no number in range.
+        ConfigError: there is none, or one is not a number in range.
     """
     return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)

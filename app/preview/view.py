@@ -386,7 +386,7 @@ def read_infotext(file: Path) -> tuple[str, Infotext]:
     """A1111's infotext in a PNG, as text and parsed; nothing in it is trusted.
 
     Raises:
-        DatasetError: it is no image, or holds no settings.
+        DatasetError: it is not an image, or holds no settings.
     """
     try:
         with Image.open(file) as opened:

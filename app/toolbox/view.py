@@ -258,10 +258,10 @@ def _size(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_memory_is_free(app_state: AppState) -> None:
-    """Refuse to load a base for measuring while a run is going on.
+    """Refuse to load a base for measuring while a run is active.
 
     Raises:
-        RunError: a run is going on.
+        RunError: a run is active.
     """
     if app_state.jobs.live() is not None:
         raise RunError(_("A run is using the memory; measure once it has ended."))

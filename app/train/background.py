@@ -254,7 +254,7 @@ class Prober:
         return (reply.done, reply.total) if reply else (0, 0)
 
     def schedule(self, config: RunConfig) -> bool:
-        """Measure the settings once they were asked for a while, where that is no burden.
+        """Measure the settings once they were asked for a while, where that is cheap.
 
         Returns:
             Whether they will be.
@@ -287,7 +287,7 @@ class Prober:
         """Measure now, on request.
 
         Raises:
-            RunError: something else is going on, or the base cannot be used.
+            RunError: something else is running, or the base cannot be used.
         """
         base, busy = lookup_base(config.model.base), self._occupied()
         if base.facts is None or busy:

@@ -260,7 +260,7 @@ def _render(snapshot: Snapshot, part: str, **values: Any) -> str:
 
 
 def running(snapshot: Snapshot) -> str:
-    """The heading, and the run that is going on."""
+    """The heading, and the active run."""
     rows = [_Row(ShownRun(view, state)) for view, state in snapshot.runs if state in LIVE]
     return _render(snapshot, "running", rows=rows, any=bool(snapshot.runs))
 

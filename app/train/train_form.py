@@ -397,7 +397,7 @@ def _asks(snapshot: Snapshot) -> bool:
 def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """What choosing a base makes of the form.
 
-    A folder full of models is no base: it is remembered, and its models are offered from then on.
+    A folder full of models is not a base: it is remembered, and its models are offered from then on.
 
     Args:
         app_state: where it is remembered.

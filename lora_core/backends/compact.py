@@ -314,7 +314,7 @@ class CompactLayer(FrozenModule):
             self.offload(self.store)
 
     def offload(self, store: OffloadStore) -> None:
-        """Keep what is kept in `store`."""
+        """Keep a weight in `store`."""
         assert self.data is not None
         self.store, self.fetch = store, store.put(self.data)
         self.data = None

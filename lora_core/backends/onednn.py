@@ -1,8 +1,8 @@
 """Frozen layers on a processor: weights laid out once for oneDNN, and Winograd convolutions in fp32.
 
-oneDNN lays a weight out anew in every call otherwise, which for the small images and single batches of
-training takes up to half of the time. A weight is laid out twice, for the forward pass and, transposed, for
-the backward pass; the plain one stays. This pays for large weights only. The operators are private to torch:
+Otherwise oneDNN reorders a weight in every call, which for the small images and single batches of training
+takes up to half of the time. A weight is laid out twice, for the forward pass and, transposed, for the
+backward pass; the plain one stays. This pays for large weights only. The operators are private to torch:
 `is_available` compares them once with the plain layers, and everything stays plain if they are missing or
 compute something else.
 
@@ -200,7 +200,7 @@ def is_available() -> bool:
 
 
 def _self_test() -> str:
-    """Compare output and input gradient of small layers with the plain ones; "" or what is wrong."""
+    """Compare output and input gradient of small layers with the plain ones; "" or the difference."""
     generator = torch.Generator().manual_seed(0)
     layers: list[Any] = [nn.Linear(16, 24), nn.Conv2d(4, 8, 3, padding=1)]
     for layer in layers:

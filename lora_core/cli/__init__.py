@@ -219,7 +219,7 @@ class Training:
         return api.run_config(self.dataset, self.name, asked, self.preset, self.like)
 
     def say_like(self) -> None:
-        """Print what was taken from the file of --like, and what was not."""
+        """Print the settings taken from the file of --like, and those that were not."""
         if self.like:
             like = api.settings_from_lora(self.like)
             say(f"Like {self.like.name}: {len(like.values)} settings from {like.source}.")

@@ -84,7 +84,7 @@ class Parameter:
         kinds: the types that it may have, but None.
         default: its value if it is not given, `NEEDED` if it must be.
         help: one line.
-        option: what it is set by, such as "--rank"; "" for an argument.
+        option: its flag, such as "--rank"; "" for an argument.
         metavar: placeholder of its value.
         choices: its legal values, where they are few.
         checkpoint: whether it may also name a run's checkpoint.
@@ -107,7 +107,7 @@ class Parameter:
         return typing.get_origin(self.kinds[0]) in (collections.abc.Sequence, tuple, list)
 
     def typed(self) -> inspect.Parameter:
-        """As typer takes it: a flag is False unless given, what is not given None."""
+        """For typer: a flag is False unless given, any other option None."""
         kind, default = self._kind(), self.default
         if kind is bool:
             default = False
@@ -272,7 +272,7 @@ def parse(words: Sequence[str]) -> Call:
     """The verb that a command line names, and its values.
 
     Raises:
-        SystemExit: with 0 after help, with 2 after saying what is wrong with the words.
+        SystemExit: with 0 after help, with 2 after a usage error.
     """
     known = [verb for verb in VERBS if words and verb.split()[0] == words[0]]
     try:

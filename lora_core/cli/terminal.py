@@ -48,8 +48,8 @@ def one_line(value: Any) -> Any:
 def write(stream: TextIO, text: str, over: bool = False) -> None:
     """Write at once, for as long as somebody reads.
 
-    Work continues when the reader of the output is gone: `train ... | head` must not end a run. What is
-    written after that is dropped, so that the process does not fail on its last flush either.
+    Work continues when the reader of the output is gone: `train ... | head` must not end a run. Later output
+        is dropped, so that the process does not fail on its last flush either.
 
     Args:
         stream: where.
@@ -157,7 +157,7 @@ EVENT_TEXTS: dict[type[events.Event], str] = {
     events.CheckpointDone: "step {0.step}  saved {0.path}",
     events.Warned: "Note: {0.message}",
     events.Resumed: "Resuming from step {0.step}",
-    events.Paused: "Paused at step {0.step}; go on with `resume`",
+    events.Paused: "Paused at step {0.step}; continue with `resume`",
     events.Finished: "Done, {0.step} steps",
 }
 
@@ -203,8 +203,7 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
 
     Args:
         verb: its command.
-        result: what it returned.
-        given: its arguments.
+        result: its return value. given: its arguments.
     """
     if verb in _templates():
         text = _environment().get_template(verb).render(result=result, given=given)

@@ -1,4 +1,4 @@
-"""Finds what is wrong with a dataset, and what training will pick up beside the subject.
+"""Finds problems of a dataset, and what training will pick up besides the subject.
 
 Findings are advice, from pixels and captions, without a model. Thresholds let a sharp photo, a flat drawing
 and a short caption pass, and each finding says what to do about it.
@@ -69,13 +69,13 @@ MAJORITY = 0.6
 MIN_IMAGES = 5
 """With fewer images common attributes are not reported."""
 OVERREPRESENTED = 2.0
-"""An image with so many times an even share of the steps is named."""
+"""An image with more than this multiple of an even share of the steps is named."""
 _FEW, _NEARLY_ALL = 0.25, 0.75
 _ALL_CAPTIONS = 0.8
 _MOST_WORDS = 8
 _WORD = re.compile(r"[^\W\d_][\w&'-]+")
 STOP_WORDS = frozenset(_TABLES["stop_words"].split())
-"""Words that say nothing of an image."""
+"""Words that do not describe an image."""
 TOKENS_READ = 75
 # The steepest edges of an image rise by this share of its contrast from one pixel to the next, or it is
 # blurred. Photos measured at 0.2 to 0.7, blurred by 3 pixels at 0.07 to 0.1, flat drawings above both.
@@ -104,7 +104,7 @@ class Attribute:
 
 
 def reduce_image(image: Image.Image) -> np.ndarray:
-    """What is kept of an image: (24, 24, 3), 0 to 255."""
+    """A thumbnail to compare images by: (24, 24, 3), 0 to 255."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
@@ -223,7 +223,7 @@ def _dominant_hue(image: np.ndarray, chroma: np.ndarray) -> str:
 
 
 def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
-    """The images whose light and dark lie as in the mean of all others."""
+    """The images whose light and dark are placed as in the mean of all others."""
     if len(thumbs) < 3:
         return []
     blocks = np.array([one.astype(np.float64) @ _WEIGHTS for one in thumbs]).reshape(-1, 8, 3, 8, 3)
@@ -314,7 +314,7 @@ class TrainingView:
         resolution: in pixels.
         multiple: what a bucket's sides are divisible by, in pixels.
         tokenizer: the base's tokenizer folder; None leaves the length of captions unchecked.
-        trigger: which should stand in most captions.
+        trigger: expected in most captions.
         batch_size: images a micro-batch, all of one bucket.
         held_out: images that are kept to measure on, by path; those chosen by hand are too.
         reg: images for regularisation that are trained on too.
@@ -336,18 +336,17 @@ class TrainingView:
 
 
 def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[float]:
-    """The share of all looks that each image gets, on average over epochs; 0 for one that is held out.
-
-    As `train/data` does it: an image comes as often as it repeats; the last batch of a bucket is
-    filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
-    for ceil(n / batch) * batch, and an image for its part of that.
+    """The share of all samples that each image gets, on average over epochs; 0 if it is held out. As in
+    `train/data`, an image is drawn as often as it repeats, and the last batch of a bucket is filled up from
+    the same bucket, uniformly. So a bucket of n samples counts for ceil(n / batch) * batch, and an image for
+    its part of that.
     """
     return [look.share for look in _epoch_looks(records, training)[: len(records)]]
 
 
 @dataclass(frozen=True)
 class _ImageLooks:
-    """An image with its repeats and its share of an epoch's looks, none of both where it is held out."""
+    """An image with its repeats and its share of an epoch's samples, both 0 if it is held out."""
 
     record: ImageRecord
     repeats: int
@@ -355,7 +354,7 @@ class _ImageLooks:
 
 
 def _epoch_looks(records: Sequence[ImageRecord], training: TrainingView) -> list[_ImageLooks]:
-    """Of `records` in their order, and of the images for regularisation behind them."""
+    """For `records` in order, then for the regularisation images."""
     balanced, reg = balance_looks([one for one in records if training.trains_on(one)], training.reg)
     shown = iter(balanced)
     every = [*(next(shown) if training.trains_on(one) else one for one in records), *reg]
@@ -432,7 +431,7 @@ def report_bias(
         seen, called, looks = (list(column) for column in zip(*used, strict=True))
         found = find_attributes(looks)
         own = [number for number, one in enumerate(seen) if not (one.concept and one.concept.role == "style")]
-        # What images of a style have in common is what is to be learned.
+        # A style is what its images have in common.
         of_own = found if len(own) == len(seen) else find_attributes([looks[number] for number in own])
         if len(own) >= MIN_IMAGES:
             rows += _common_attributes([seen[number] for number in own], of_own, training.trigger)
@@ -552,8 +551,7 @@ def _single_image_buckets(
             f" {training.batch_size} times. Crop it to the shape of others, or add images of its shape."
             if len(images) == 1
             else (
-                f"{name} is over half of what is looked at in the size {size}, by its {record.repeats}"
-                " repeats."
+                f"{name} makes up over half of the samples of size {size}, by its {record.repeats} repeats."
             )
         )
         rows.append(bias_finding("bucket", size, sentence, [record], {"pictures": len(images)}))
@@ -562,8 +560,8 @@ def _single_image_buckets(
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """What is measured on an image's pixels; `print` and `thumb` are None and `sharpness` 1 where it cannot
-    be read any more."""
+    """Measurements of an image's pixels; `print` and `thumb` are None and `sharpness` 1 if it cannot be read
+    any more."""
 
     print: Fingerprint | None
     sharpness: float
@@ -571,10 +569,10 @@ class _Look:
 
 
 MEASURE = 1
-"""Raised with each change of a measurement, so that what was kept before is measured anew."""
+"""Raised with each change of a measurement, which invalidates stored ones."""
 Looks = dict[tuple[str, int, int, int, int, Crop | None, str], _Look]
-"""What was measured before, by path, time and bytes of the file, resolution, what sides are divisible by,
-crop and background."""
+"""Stored measurements, by path, time and bytes of the file, resolution, multiple of sides, crop and
+background."""
 
 
 @contextlib.contextmanager
@@ -683,7 +681,7 @@ def _looks(
     known: Looks,
     progress: Callable[[int, int], None] | None,
 ) -> list[_Look]:
-    """What is measured on each image; `size` is the resolution and what sides are divisible by."""
+    """The measurements of each image; `size` is the resolution and the multiple of sides."""
     looks: list[_Look] = []
     threads = ThreadPoolExecutor(_THREADS)
     try:
@@ -714,7 +712,7 @@ def sharpness(image: Image.Image) -> float:
 
 
 def _percentile(counts: np.ndarray, percent: float) -> float:
-    """As `np.percentile` of the values 0, 1, ..., each of which there are `counts`, without sorting them."""
+    """`np.percentile` of the values 0, 1, ..., each of which there are `counts`, without sorting them."""
     ends = counts.cumsum()
     below, part = divmod((ends[-1] - 1) * percent / 100, 1)
     low, high = np.searchsorted(ends, (below, min(below + 1, ends[-1] - 1)), side="right")
@@ -722,8 +720,8 @@ def _percentile(counts: np.ndarray, percent: float) -> float:
 
 
 def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
-    """Phrases of up to six words that stand in over 80% of the captions, longest first, with how many have
-    them."""
+    """Phrases of up to six words in over 80% of the captions, longest first, with their number of
+    captions."""
     least = _COMMON_SHARE * len(captions)
     # A phrase is as rare as its rarest word: those of other words need not be counted.
     words = Counter(word for caption in captions for word in set(_PART.sub(" ", caption.casefold()).split()))
@@ -756,7 +754,7 @@ def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
     own = f" {' '.join(trigger.casefold().replace(',', ' ').split())} "
     return [
         f"“{phrase}” is in {count} of {len(captions)} captions: unless it is your trigger word, remove it"
-        " from most, or it will stand for what you teach."
+        " from most, or it will become a trigger word."
         for phrase, count in common_phrases(captions)
         if f" {phrase} " not in own
     ]
@@ -809,8 +807,7 @@ def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> 
         FileProblem(
             records[index].path,
             "twins",
-            f"{names[index]} looks the same as {names[first]}; keep one, or what they show is learned too"
-            " strongly.",
+            f"{names[index]} looks the same as {names[first]}; keep one, or it is learned too strongly.",
         ): records[first].path
         for index, first in enumerate(group_near_duplicates([look.print for look in looks]))
         if first != index

@@ -65,7 +65,7 @@ COMMA = ",</w>"
 CHUNK = 75
 """Tokens that a CLIP text encoder reads at once, its begin and end marks not counted."""
 WRAP = 20
-"""How many tokens back a full chunk looks for a comma to end at."""
+"""How many tokens back a full chunk may end at a comma."""
 Prompt = tuple[tuple[str, float], ...]
 """Parts of a prompt with their weights."""
 BREAK = ("BREAK", -1.0)
@@ -103,7 +103,7 @@ def triggers_of(records: Iterable[ImageRecord], rules: DatasetSection) -> list[s
 
 
 def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
-    """What the captions say without the trigger word, each once; none without a trigger, and no empty one."""
+    """The distinct captions without the trigger word; none without a trigger, and no empty one."""
     trigger, found = trigger.strip(), []
     for caption in captions if trigger else ():
         word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
@@ -113,17 +113,17 @@ def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
 
 
 def record_class_captions(records: Iterable[ImageRecord], rules: DatasetSection) -> list[str]:
-    """What the captions of images say without their trigger words, as `class_captions`."""
+    """The captions of images without their trigger words, as `class_captions`."""
     found = (class_captions([one.full_caption], rules_of(one, rules).trigger) for one in records)
     return list(dict.fromkeys(caption for captions in found for caption in captions))
 
 
 def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> str:
-    """The caption of one look; it depends on the arguments only.
+    """The caption of one sample; it depends on the arguments only.
 
     With the chance `caption_dropout` it is empty. Else one of the caption's lines is drawn, then one of each
     `{red|blue}`, then one of the parts between bars; then tags are left out and shuffled, and the trigger put
-    in front if it is not there.
+    in front if it is missing.
     """
     if draw.random() < rules.caption_dropout:
         return ""
@@ -141,7 +141,7 @@ def plain_caption(caption: str, trigger: str) -> str:
 
 
 def sample_record_caption(record: ImageRecord, rules: DatasetSection, draw: random.Random) -> str:
-    """The caption of one look at an image: as `sample_caption`, by the rules of its concept."""
+    """The caption of one sample of an image: `sample_caption` by the rules of its concept."""
     return sample_caption(record.full_caption, rules_of(record, rules), draw)
 
 
@@ -156,7 +156,7 @@ def plain_record_caption(record: ImageRecord, rules: DatasetSection) -> str:
 
 
 def varies_by_draw(record: ImageRecord, rules: DatasetSection) -> bool:
-    """Whether an image's caption reads differently from look to look, other than by being left out."""
+    """Whether an image's caption varies between samples, other than by dropout."""
     caption, rules = record.full_caption, rules_of(record, rules)
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
@@ -241,7 +241,7 @@ def _known_counts(tokenizer_folder: Path) -> dict[str, int]:
 
 @functools.lru_cache(MOST_CAPTIONS)
 def truncated_part(text: str, limit: int, tokenizer_folder: Path) -> str:
-    """What of a text a limit of 75, 150 or 225 tokens leaves unread; "" where it leaves nothing.
+    """The part of a text beyond a limit of 75, 150 or 225 tokens, or "".
 
     Raises:
         ModelFileError: the folder holds no tokenizer of this kind.
@@ -286,14 +286,14 @@ def parse_prompt(text: str) -> str | Prompt:
     """A prompt of an image as A1111 reads it; the plain text where nothing is weighted and nothing breaks.
 
     `(x)` multiplies the weight of x by 1.1, `[x]` divides by it, `(x:1.3)` multiplies by 1.3. They nest, and
-    what is not closed reaches to the end. A backslash makes a bracket or a backslash ordinary text. BREAK
+    an unclosed bracket reaches to the end. A backslash makes a bracket or a backslash ordinary text. BREAK
     ends a chunk of 75 tokens; in brackets it is a word, as there.
 
     Captions of training are not read so: their brackets are text.
     Source: A1111's `prompt_parser.py`.
 
     Raises:
-        ConfigError: a weight is no number.
+        ConfigError: a weight is not a number.
     """
     parts: list[list[Any]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -328,7 +328,7 @@ def _weight(number: str) -> float:
     try:
         return float(number)
     except ValueError as error:
-        raise ConfigError(f"The weight {number!r} of a prompt is no number; write (word:1.2).") from error
+        raise ConfigError(f"The weight {number!r} of a prompt is not a number; write (word:1.2).") from error
 
 
 def check_prompt(text: str) -> None:
@@ -488,7 +488,7 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
 
 
 def _row_fault(row: Any) -> str:
-    """What is wrong with a row, or nothing."""
+    """The problem with a row, or ""."""
     if isinstance(row, str):
         return f"cannot be read ({row})"
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"].strip():
@@ -571,12 +571,12 @@ _ODD = (
     OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, EOFError, struct.error,
     ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow may raise for odd metadata."""
+"""Exceptions of Pillow on odd metadata."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The caption that a file gives, and the fields with words of the image that were not taken."""
+    """The caption in a file, and the descriptive fields that were not used."""
 
     caption: str
     left: tuple[str, ...] = ()
@@ -586,7 +586,7 @@ def read_sidecar(path: Path, shown: str) -> Sidecar:
     """The caption in a `.json` or `.xmp` file; `shown` is how to name it.
 
     Raises:
-        DatasetError: it cannot be read or is none; says why.
+        DatasetError: it cannot be read or has none.
     """
     text = read_text(path, shown)
     if path.suffix.casefold() == ".xmp":
@@ -594,9 +594,9 @@ def read_sidecar(path: Path, shown: str) -> Sidecar:
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise DatasetError(f"{shown} is not JSON ({error}); its image has no caption of it.") from error
+        raise DatasetError(f"{shown} is not JSON ({error}); its image gets no caption from it.") from error
     if not isinstance(found, dict):
-        raise DatasetError(f"{shown} is no JSON object; its image has no caption of it.")
+        raise DatasetError(f"{shown} is not a JSON object; its image gets no caption from it.")
     return _from_fields(found)
 
 
@@ -611,7 +611,7 @@ def read_embedded(path: Path, shown: str) -> Sidecar:
             xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
             words = IptcImagePlugin.getiptcinfo(image) or {}
     except _ODD:
-        # An image that cannot be opened is told elsewhere.
+        # An image that cannot be opened is reported elsewhere.
         return Sidecar("")
     if xmp and len(xmp) <= CAPTION_BYTES:
         text = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
@@ -641,7 +641,7 @@ def _read_xmp(text: str, shown: str) -> Sidecar:
     try:
         root = ET.fromstring(text)
     except (ET.ParseError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{shown} is not XML ({error}); its image has no caption of it.") from error
+        raise DatasetError(f"{shown} is not XML ({error}); its image gets no caption from it.") from error
     tags = [item.text or "" for item in root.iterfind(f".//{_DC}subject//{_RDF}li")]
     texts: dict[str, str] = {}
     for field in ("description", "title"):

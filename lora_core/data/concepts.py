@@ -38,13 +38,13 @@ MOST_REPEATS = 10_000
 _REGULARISATION = ROLES[-1]
 _CLOSE = 0.01
 _MOST_ROUNDS = 50
-"""An epoch has at most so many rounds over the image that is shown least, to hold shares within 1%."""
+"""Most repeats of the least shown image in an epoch, to hold shares within 1%."""
 _OWN_RULES = ("trigger", "masks", "background", "resolutions", "random_crop", "color_aug")
 """Settings of the section `dataset` that are in `custom_attributes`."""
 _SWITCHES = ("random_crop", "color_aug")
 """Numbers here that are true or false for kohya's trainer."""
 _SWITCHED = 0.1
-"""What true is: little is cut off or changed, as there."""
+"""The meaning of `true`: a small crop or change, as in sd-scripts."""
 _OWN = ("name", "role", "share", "images", *_OWN_RULES)
 _TEXTS = ("class_tokens", "caption_prefix", "caption_suffix", "caption_extension")
 
@@ -69,7 +69,7 @@ def _rule_keys() -> dict[str, str]:
 
 @dataclass
 class ConceptList:
-    """What a `dataset.toml` says: its concepts, and sentences on what is wrong and on what has no effect."""
+    """The content of a `dataset.toml`: its concepts, and sentences on problems and on keys without effect."""
 
     concepts: list[Concept] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -97,12 +97,12 @@ def read_concept_file(folder: Path) -> str:
 
 
 def parse_concepts(text: str, folder: Path) -> ConceptList:
-    """The concepts that a text says of the images in `folder`."""
+    """The concepts that a text defines for the images in `folder`."""
     found = ConceptList()
     try:
         tables = parse_toml(text, CONCEPT_LIST)
     except (ConfigError, tomllib.TOMLDecodeError) as error:
-        found.problems.append(f"{CONCEPT_LIST} is not valid TOML ({error}); mend or remove it.")
+        found.problems.append(f"{CONCEPT_LIST} is not valid TOML ({error}); fix or remove it.")
         return found
     reader = _Reader(folder, found)
     general = reader.table(tables.pop("general", {}), "[general]")
@@ -151,7 +151,7 @@ def _check_shares(found: ConceptList) -> None:
 
 
 class _Reader:
-    """Reads the tables of a file, and notes what is wrong with them."""
+    """Reads the tables of a file, and collects their problems."""
 
     def __init__(self, folder: Path, found: ConceptList) -> None:
         self.folder, self.found = folder, found
@@ -163,13 +163,13 @@ class _Reader:
     def table(self, value: Any, where: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
-        self.problem(where, "is no table; write its keys below that line.")
+        self.problem(where, "is not a table; write its keys below that line.")
         return {}
 
     def tables(self, value: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(value, list) and all(isinstance(one, dict) for one in value):
             return value
-        self.problem(where, "is no list of tables; write [[datasets]] and [[datasets.subsets]].")
+        self.problem(where, "is not a list of tables; write [[datasets]] and [[datasets.subsets]].")
         return []
 
     def check_keys(self, given: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -189,7 +189,7 @@ class _Reader:
             if key in run:
                 sentence = f"{key} = {in_short(value)} has no effect here; set {run[key]} of the run."
             elif key in off and value not in (off[key], ""):
-                sentence = f"{key} = {in_short(value)} has no effect here, where there is no such thing."
+                sentence = f"{key} = {in_short(value)} has no effect here."
             elif key in moot:
                 sentence = f"{key} = {in_short(value)} needs no setting here."
             else:
@@ -197,7 +197,8 @@ class _Reader:
             self.found.notes.append(f"{CONCEPT_LIST}, {where}: {sentence}")
 
     def add(self, given: dict[str, Any], own: dict[str, Any], number: int) -> None:
-        """Add the concept of a subset, with what the tables above it say; `own` are its custom attributes."""
+        """Add the concept of a subset, with defaults from the tables above it; `own` are its custom
+        attributes."""
         before, where = len(self.found.problems), f"subset {number}"
         self.check_keys(own, _OWN, f"{where}, custom_attributes")
         folder = self._folder(given.get("image_dir"), where)
@@ -215,7 +216,7 @@ class _Reader:
             most = f"an integer from 1 to {MOST_REPEATS:,}"
             self.problem(where, f"num_repeats = {in_short(repeats)} is not {most}; change it.")
         if type(share) not in (int, float) or not 0 <= share < math.inf:
-            self.problem(where, f"share = {in_short(share)} is no number of 0 or more; change it.")
+            self.problem(where, f"share = {in_short(share)} is not a number of 0 or more; change it.")
         name = self._text(own.get("name", ""), "name", where)
         name = name or (f"{folder}/" if folder and names else folder or "") + ", ".join(names) or "."
         if len(self.found.problems) == before:
@@ -238,7 +239,7 @@ class _Reader:
             hint = f"did you mean {near!r}?" if near else "put it there, and write its path below that one."
             self.problem(where, f"image_dir = {given!r} is outside of the folder of {CONCEPT_LIST}; {hint}")
         elif not os.path.isdir(place):
-            self.problem(where, f"image_dir = {given!r} is not there; make it, or remove the subset.")
+            self.problem(where, f"image_dir = {given!r} does not exist; create it, or remove the subset.")
         else:
             shown = place.relative_to(root).as_posix()
             return "" if shown == "." else shown
@@ -248,7 +249,7 @@ class _Reader:
         patterns = [given] if isinstance(given, str) else given
         if isinstance(patterns, list) and all(isinstance(one, str) and one.strip() for one in patterns):
             return tuple(patterns)
-        self.problem(where, f'images = {in_short(given)} is no list such as ["cat*.png"]; change it.')
+        self.problem(where, f'images = {in_short(given)} is not a list such as ["cat*.png"]; change it.')
         return ()
 
     def _role(self, is_reg: Any, own: Mapping[str, Any], where: str) -> str:
@@ -289,12 +290,13 @@ class _Reader:
     def _text(self, value: Any, key: str, where: str) -> str:
         if isinstance(value, str):
             return value.strip()
-        self.problem(where, f"{key} = {in_short(value)} is no text; put it in quotes.")
+        self.problem(where, f"{key} = {in_short(value)} is not text; put it in quotes.")
         return ""
 
 
 def _side(resolution: Any) -> Any:
-    """kohya's resolution, a number or width and height, as the side of a square; what is neither stays."""
+    """kohya's resolution, a number or width and height, as the side of a square; anything else is returned as
+    it is."""
     sides = resolution if isinstance(resolution, list) else [resolution]
     if len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides):
         return math.isqrt(sides[0] * sides[-1])
@@ -304,8 +306,8 @@ def _side(resolution: Any) -> Any:
 def assign_concepts(shown: Mapping[Path, str], found: ConceptList, root: Path) -> dict[Path, Concept]:
     """The concept of each image, by its name below the dataset folder; images that have none are left out.
 
-    The nearest folder above an image counts, and there the concept that names it by a pattern. What is wrong
-    is added to the problems of `found`.
+    The nearest folder above an image counts, and there the concept that names it by a pattern. Problems are
+    added to those of `found`.
     """
     owners: dict[Path, Concept] = {}
     twice: dict[tuple[str, ...], list[str]] = {}
@@ -399,8 +401,7 @@ def _whole_repeats(rates: Mapping[Concept, float]) -> dict[Concept, int]:
 
 
 def repeat_reg(reg: Sequence[ImageRecord], looks: int) -> list[ImageRecord]:
-    """The images for regularisation with as many repeats as it takes for `looks` at them, as many as at the
-    others; those beyond are left out.
+    """The regularisation images, repeated or cut to `looks` samples, as many as of the others.
 
     Source: kohya-ss/sd-scripts, library/train_util.py, DreamBoothDataset.
     """
@@ -434,7 +435,7 @@ def _kohya_parent(folder: str, root: Path) -> tuple[int, str]:
 
 
 def concept_of(record: ImageRecord, root: Path) -> Concept:
-    """The concept of an image: its own, or the one that the names of its folders stand for."""
+    """The concept of an image: its own, or the one implied by the names of its folders."""
     if record.concept:
         return record.concept
     folder = record.path.parent.relative_to(root).as_posix() if record.path.is_relative_to(root) else "."
@@ -444,11 +445,10 @@ def concept_of(record: ImageRecord, root: Path) -> Concept:
 
 
 def propose_concepts(dataset: Dataset, root: Path) -> str:
-    """The text of a `dataset.toml` with a concept for each folder of images that has none yet, behind what is
-    there.
+    """The text of a `dataset.toml` with a concept for each folder of images that has none yet, appended.
 
     Raises:
-        DatasetError: what is there has to be mended first, or nothing is lacking.
+        DatasetError: the file is invalid, or nothing is lacking.
     """
     images = [*dataset.records, *dataset.reg, *dataset.loose]
     lacking = {concept_of(one, root): None for one in images if one.concept is None}
@@ -476,17 +476,17 @@ def propose_concepts(dataset: Dataset, root: Path) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        # tomlkit takes some texts that are no TOML, and cannot read some that are; both show later alone.
+        # tomlkit accepts some invalid TOML and rejects some valid TOML, and only later.
         parse_toml(text, CONCEPT_LIST)
         document = tomlkit.parse(text)
         document.unwrap()
         return document
     except (ConfigError, tomllib.TOMLDecodeError, TOMLKitError) as error:
-        raise DatasetError(f"{CONCEPT_LIST} cannot be edited ({error}); mend or remove it.") from error
+        raise DatasetError(f"{CONCEPT_LIST} cannot be edited ({error}); fix or remove it.") from error
 
 
 def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
-    """The text of the `dataset.toml` with a key of a concept changed, comments and all else kept.
+    """The `dataset.toml` with a key of a concept changed and comments kept.
 
     Args:
         number: of the concept in the file, from 1.
@@ -494,7 +494,7 @@ def edit_concept(folder: Path, number: int, key: str, value: Any) -> str:
         value: None or "" to remove it; without its image_dir the concept goes.
 
     Raises:
-        DatasetError: there is no such concept, or the value is not one that the key may have.
+        DatasetError: no such concept, or the key cannot have this value.
     """
     text = read_concept_file(folder)
     document = _parse(text)

@@ -1,4 +1,4 @@
-"""Reads a dataset folder: its images, their captions, what is wrong with it, and which images are held out.
+"""Reads a dataset folder: its images, their captions, its problems, and which images are held out.
 
 Every image is decoded once, which costs some milliseconds each and finds damaged files before a run starts.
 The user's own validation images are listed in `held_out.txt`, one path below the folder a line, so that the
@@ -133,7 +133,7 @@ def read_crops(folder: Path) -> dict[str, tuple[float, ...]]:
         rows = parse_json(read_text(file, CROP_LIST, TABLE_BYTES))
         return {name: check_crop(edges, name) for name, edges in rows.items()}
     except (ValueError, AttributeError) as error:
-        raise DatasetError(f"{CROP_LIST} is not a table of crops ({error}); mend or remove it.") from error
+        raise DatasetError(f"{CROP_LIST} is not a table of crops ({error}); fix or remove it.") from error
 
 
 def write_crops(folder: Path, crops: Mapping[str, Sequence[float]]) -> None:
@@ -165,7 +165,7 @@ def check_crop(edges: object, name: str) -> tuple[float, ...]:
 
 
 def crop_record(record: ImageRecord, edges: Sequence[float]) -> ImageRecord:
-    """The record of an image, until now whole, that is cropped, see `check_crop`.
+    """The record of an uncropped image with a crop, see `check_crop`.
 
     Raises:
         DatasetError: less than the smallest image that can be trained on would be left.
@@ -196,12 +196,12 @@ _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS, _PART = 4, 32
 AUDIT_ONLY = ("hidden", "link", "unread caption")
-"""Notes that only the audit needs: a problem says it too, or nothing is lost."""
+"""Notes that only the audit needs: a problem repeats them, or nothing is lost."""
 UNUSED = ("no concept", "mask", "caption without picture", "second caption", "other file")
 """Notes on files that a user may think are used."""
 _SUMMARIES = {
     "mask": "{} masks belong to no image or to one that has another mask, and are not used ({}).",
-    "transparent": "{} images are see-through in places; dataset.background is what they are laid on ({}).",
+    "transparent": "{} images are partly transparent; dataset.background fills in behind them ({}).",
     "animated": "{} images are animated, and only their first frame is trained on ({}).",
     "caption without picture": "{} captions belong to no image, and are not used ({}).",
     "second caption": "{} captions are not used, as their images have another one ({}).",
@@ -213,7 +213,7 @@ _SUMMARIES = {
     "same picture": "{} images are already here and were skipped ({}).",
     "already there": "{} captions or masks are already here and were left as they are ({}).",
 }
-"""What many notes of a kind come to: how many there are, and the names of some."""
+"""The summary of many notes of a kind: their number, and the names of some."""
 
 
 @dataclass
@@ -260,14 +260,14 @@ class _Listing:
 def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     """Every image below a folder with its caption, in an order that is the same on all systems.
 
-    A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv`
-    of the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest
-    folder counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or
-    alike are for regularisation. A `dataset.toml` takes the place of what folders' names say, see
-    `data/concepts`. A mask is, in this order, `NAME-masklabel.png` or
-    `NAME_mask.png` beside the image, or its namesake in a `mask` folder. Nothing is raised for a file that is
-    wrong; it becomes a problem. Each file or row that is not used is a problem or a note; hidden files share
-    one. Without `sizes`, what is known from before, every image is decoded.
+    A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv` of
+    the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest folder
+    counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or alike
+    are for regularisation. A `dataset.toml` takes the place of what folders' names say, see `data/concepts`.
+    A mask is, in this order, `NAME-masklabel.png` or `NAME_mask.png` beside the image, or its namesake in a
+    `mask` folder. Nothing is raised for a file that is wrong; it becomes a problem. Each file or row that is
+    not used is a problem or a note; hidden files share one. Without `sizes`, the known ones, every image is
+    decoded.
     """
     listing = _list_files(folder, sizes or SizeCache())
     tables, rows_of = _read_tables(listing)
@@ -287,7 +287,7 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     problems = [*(one for one in found if isinstance(one, FileProblem)), *unfit]
     for record in every:
         if record.transparent:
-            sentence = "is see-through in places; dataset.background is what it is laid on."
+            sentence = "is partly transparent; dataset.background fills in behind it."
             listing.note(record.path, "transparent", sentence)
         if record.animated:
             listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
@@ -400,7 +400,7 @@ def open_dataset(where: str | Path, unpack_into: Path, sizes: SizeCache | None =
     Args:
         where: `demo`, a folder, or a zip.
         unpack_into: where a zip is unpacked, in a folder named by its hash; an existing one is reused.
-        sizes: what is known from before, see `scan`.
+        sizes: known sizes, see `scan`.
 
     Raises:
         DatasetError: it does not exist, is neither, cannot be unpacked, or holds no image file.
@@ -451,7 +451,7 @@ def require_clean(dataset: Dataset) -> None:
     """Refuse a dataset with problems, rather than leave files out in silence.
 
     Raises:
-        DatasetError: lists what is wrong.
+        DatasetError: lists the problems.
     """
     if dataset.problems:
         raise DatasetError(" ".join(first_problems(dataset)))
@@ -495,7 +495,7 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
 
 
 def _note_concepts(found: ConceptList, listing: _Listing) -> None:
-    """What is wrong with `dataset.toml`, what of it has no effect, and which images it leaves out."""
+    """Problems of `dataset.toml`, keys without effect, and images that it leaves out."""
     file = listing.root / CONCEPT_LIST
     listing.problems.extend(FileProblem(file, "concepts", sentence) for sentence in found.problems)
     listing.notes.extend(FileProblem(file, "concepts", sentence, False) for sentence in found.notes)
@@ -542,7 +542,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
         for name in {where, f"*/{where.rpartition('/')[2]}"}:
             images.setdefault(name, []).append(path)
     found: dict[Path, Path] = {}
-    # A PNG first: that is what the window writes over a mask of another format.
+    # A PNG first: the window writes one over a mask of another format.
     ranks = {
         path: (
             folder_kind(listing.shown(path)) == "mask",
@@ -633,7 +633,7 @@ def _read_tables(listing: _Listing) -> tuple[dict[Path, str], dict[Path, list[Pa
                 captions[picture] = caption
                 rows_of.setdefault(picture, []).extend([table] * (2 if name in several else 1))
         for name in missing[:_SHOWN_ROWS]:
-            sentence = f"{shown} names {name}, which is not there; add the image or remove the row."
+            sentence = f"{shown} names {name}, which does not exist; add the image or remove the row."
             listing.problems.append(FileProblem(table, "metadata", sentence))
         if len(missing) > _SHOWN_ROWS:
             sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more images that are not there."
@@ -733,7 +733,7 @@ class Fingerprint:
 
 
 def compute_fingerprint(image: Image.Image) -> Fingerprint:
-    """What is compared of an RGB image."""
+    """The fingerprint of an RGB image for comparisons."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     # Low frequencies are the largest in nearly all images; the weight lets the others count as much.
     weight = np.hypot(_FREQUENCIES, _FREQUENCIES.T)
@@ -744,11 +744,11 @@ def compute_fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
-    """For each image the index of the first one of its group; its own where nothing looks like it.
+    """For each image the index of the first one of its group; its own if nothing resembles it.
 
     Near-duplicates of near-duplicates are one group. None, an unreadable image, is alone.
 
-    Sorted by their mean colour, near-duplicates lie at most `_COLOUR_APART` apart, as the mean difference is
+    Sorted by their mean colour, near-duplicates are at most `_COLOUR_APART` apart, as the mean difference is
     at least the difference of the means; a block of images is compared with those alone.
     """
     group = np.arange(len(prints))
@@ -791,7 +791,7 @@ def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
 
 @functools.lru_cache(maxsize=_MOST_PRINTS)
 def _fingerprint_of(path: Path, changed_at: int, size: int) -> Fingerprint:
-    """Of a file as it was at that time; a forecast in epochs asks with each change of a setting."""
+    """Cached by the file's time; a forecast in epochs asks with each change of a setting."""
     return compute_fingerprint(open_rgb(path, 2 * _SIDE))
 
 
@@ -818,7 +818,7 @@ def split_holdout(
     if not by_hand and not wished:
         return list(records), []
     by_look = _group_files(tuple((record.path, file_stamp(record.path)) for record in records))
-    # Of a file that is there twice, the first counts.
+    # The first of several files counts.
     first: dict[str, int] = {}
     groups = [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
     if by_hand:
@@ -863,7 +863,7 @@ EPOCHS = {
 
 @remember_latest
 def with_epochs(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with the steps that its epochs come to with these images, where it asks for epochs.
+    """The config with its epochs converted to steps for these images.
 
     Raises:
         DatasetError: the images that are held out do not leave enough.
@@ -897,8 +897,8 @@ def at_resolutions(
     """An epoch's images with their buckets: each at every resolution that it is large enough for, the largest
     last.
 
-    An image that is shown at fewer sizes than others is shown more often at each, so that all keep their
-    parts of the looks. An epoch has as many rounds over the images as that takes.
+    An image with fewer sizes than others is shown more often at each, so that all keep their shares of the
+    samples. An epoch has as many rounds over the images as that takes.
 
     Args:
         images: with their repeats.

@@ -81,7 +81,7 @@ class Concept:
 
 
 ROLES = ("subject", "style", "regularisation")
-"""What a concept's images are for: what is to be learned, how it is to look, or the class beside it."""
+"""The role of a concept's images: the subject, a style, or regularisation by the subject's class."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class ImageRecord:
     chosen to measure on, `transparent` that parts of it are see-through, `animated` that it has more frames,
     of which the first is trained on. `mask` is the file that says which parts of it count: white ones in
     full, black ones `outside` of that. `background` is the colour that it is laid on. An image for
-    regularisation (`reg`) is of the class, without what is to be learned; `weight` is what its loss counts.
-    `concept` has the rules that `dataset.toml` gives it; None where there is no such file. `focus` is the
-    point that stays in sight however it is cropped, across and down in pixels; None for its middle.
+    regularisation (`reg`) shows the class without the subject; `weight` multiplies its loss. `concept` has
+    the rules that `dataset.toml` gives it; None without such a file. `focus` is the point that stays in sight
+    however it is cropped, across and down in pixels; None for its middle.
     """
 
     path: Path
@@ -162,8 +162,8 @@ class Dataset:
 
 
 def remember_latest(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """The function, which keeps its newest answer: a window asks for the same with every look. What it is
-    given must never change; the same lists are not compared, however long."""
+    """Cache the function's newest result, which a window asks for repeatedly. Arguments must never change;
+    identical lists are not compared, however long."""
     latest: tuple[Any, Found] | None = None
 
     @functools.wraps(function)
@@ -183,9 +183,9 @@ _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 CROP_LIST = "crops.json"
 CONCEPT_LIST = "dataset.toml"
 MASK_ENDINGS = ("-masklabel", "-condlabel")
-"""Of files that go with an image: its mask, and OneTrainer's conditioning image, which is not used."""
+"""Files that accompany an image: its mask, and OneTrainer's conditioning image, which is not used."""
 MASK_OF = ("_mask", "-mask", ".mask")
-"""Of masks where there is an image of the name before it; else such a file is an image itself."""
+"""Of masks, if an image with the rest of the name exists; else the file is an image itself."""
 _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
@@ -290,7 +290,7 @@ def _walk_folder(
         elif entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
             yield _check_folder_link(path, shown, bounds[0])
         elif shown.count("/") + 1 > MOST_DEPTH:
-            sentence = f"The folder {shown} lies more than {MOST_DEPTH} folders deep; move it further up."
+            sentence = f"The folder {shown} is more than {MOST_DEPTH} folders deep; move it further up."
             yield FileProblem(path, "deep", sentence)
         else:
             yield from _walk_folder(path, f"{shown}/", bounds, hidden)
@@ -312,7 +312,7 @@ def _check_file(path: Path, shown: str, real: Path, may_lead_out: Container[str]
 
 def _check_folder_link(path: Path, shown: str, real: Path) -> FileProblem:
     if _is_inside(path, real):
-        sentence = f"{shown} is a link to a folder that is there already; it is not followed."
+        sentence = f"{shown} is a link to a folder that is listed already; it is not followed."
         return FileProblem(path, "link", sentence, False)
     sentence = f"{shown} is a link to a folder elsewhere, which is not followed; put the folder itself there."
     return FileProblem(path, "link", sentence)
@@ -358,8 +358,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class ImageInfo(NamedTuple):
-    """What a decoded image shows: its upright size in pixels, whether any pixel is see-through, whether more
-    frames follow the first, and of a mask whether it is black everywhere."""
+    """Facts of a decoded image: its upright size in pixels, whether any pixel is transparent, whether it has
+    more than one frame, and whether a mask is all black."""
 
     width: int
     height: int
@@ -403,7 +403,7 @@ def open_mask(record: ImageRecord) -> Image.Image:
 
 
 def open_masked(path: Path, mask_path: Path) -> tuple[Image.Image, Image.Image]:
-    """An image and a mask for it, as `open_rgb`; what is see-through of the mask is black.
+    """An image and its mask, as `open_rgb`; transparent parts of the mask are black.
 
     Raises:
         DatasetError: as `open_rgb`, or their shapes differ.
@@ -438,12 +438,14 @@ def check_mask_png(png: str, image: "ImageInfo | FileProblem", shown: str) -> by
     """A mask that was painted, in base64, as the bytes of a grey PNG.
 
     Raises:
-        DatasetError: it is no PNG of the image's shape, or black everywhere; names the image as `shown`.
+        DatasetError: it is not a PNG of the image's shape, or black everywhere; names the image as `shown`.
     """
     try:
         with Image.open(io.BytesIO(base64.b64decode(png, validate=True)), formats=["PNG"]) as opened:
             if isinstance(image, FileProblem) or not same_shape(opened.size, (image.width, image.height)):
-                raise DatasetError(f"The mask of {shown} has not the shape of its image; paint it anew.")
+                raise DatasetError(
+                    f"The mask of {shown} does not have the shape of its image; paint it again."
+                )
             mask = to_rgb(opened, "black").convert("L")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"The mask of {shown} is not a PNG in base64.") from error
@@ -501,8 +503,8 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
 
 
 def check_image(path: Path, shown: str, mask: bool = False) -> ImageInfo | FileProblem:
-    """What an image or a mask shows, after decoding the full file; or the problem of one that cannot be
-    used, which names it as `shown`."""
+    """The facts of an image or a mask, after decoding the full file, or its problem, which names it as
+    `shown`."""
     try:
         with _load_image(path, shown, 1) as (image, stated):
             # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
@@ -602,7 +604,7 @@ def _describe_error(shown: str, error: Exception) -> str:
             " smaller copy of it."
         )
     if isinstance(error, UnidentifiedImageError):
-        return f"{shown} is not an image, whatever its name says; remove it, or save it as PNG or JPEG."
+        return f"{shown} is not an image despite its name; remove it, or save it as PNG or JPEG."
     if isinstance(error, OSError) and error.errno is not None:
         return f"{shown} cannot be opened: {error.strerror}{_LOOK}"
     return f"{shown} is damaged or cut short ({error}); copy it again from its source or remove it."
@@ -623,7 +625,7 @@ class SizeCache:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                 for path, known in parse_json(read_small_file(file)).items():
                     time, length, width, height, *seen = map(int, known)
-                    # Entries of earlier versions do not tell whether a mask is black.
+                    # Entries of earlier versions lack whether a mask is black.
                     if len(seen) == 3:
                         self._known[path] = (time, length, ImageInfo(width, height, *map(bool, seen)))
 
@@ -666,8 +668,8 @@ SETTLED = 3 * 10**9
 
 
 def stamp_files(folder: Path) -> int | None:
-    """A number that changes with names, times and sizes of the files below a folder, one in all processes;
-    None where one changed so lately that its next change may not show, or cannot be looked at."""
+    """A number that changes with names, times and sizes of the files below a folder, equal in all processes;
+    None if one is unreadable, or changed too recently for its next change to show."""
     rows = [(_checksum(folder), 0, 0, 0)]
     folders, now = [str(folder)], time.time_ns()
     try:
@@ -694,7 +696,7 @@ def _checksum(path: str | os.PathLike[str]) -> int:
 
 
 def file_stamp(path: Path) -> tuple[int, int] | None:
-    """Modification time in ns and bytes of a file; None where it is not there."""
+    """Modification time in ns and bytes of a file; None if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -862,8 +864,8 @@ def size_conditioning(
         mirrored: whether the image is mirrored before it is cropped.
 
     Returns:
-        Original height and width, in pixels of the image on disk; top and left of the crop, in pixels of
-        the image as resized before cropping, rounded; height and width of what is left, the bucket.
+        Original height and width, in pixels of the image on disk; top and left of the crop, in pixels of the
+        image as resized before cropping, rounded; height and width of the bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)
     if mirrored and isinstance(bucket, Cut):

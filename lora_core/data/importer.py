@@ -70,8 +70,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a zip may hold: entries, bytes of one file, bytes of all, and bytes that one packed byte may
-    become."""
+    """Limits of a zip: entries, bytes of one file, bytes of all, and the largest compression ratio."""
 
     entries: int = 100_000
     file_bytes: int = 500_000_000
@@ -92,7 +91,7 @@ _TWICE = "has the name of another entry; the first one is used."
 
 @dataclass(frozen=True)
 class Imported:
-    """The files that were added, and what was not and why."""
+    """The files that were added, and those that were not and why."""
 
     added: list[Path]
     skipped: list[FileProblem]
@@ -111,7 +110,7 @@ def is_dataset_file(name: str) -> bool:
 
 
 def is_import_file(name: str) -> bool:
-    """Whether an import looks at a file: one of a dataset, or one that a caption may be made of."""
+    """Whether an import reads a file: one of a dataset, or one that may contain a caption."""
     suffix = PurePosixPath(name).suffix.casefold()
     is_table = fold_name(PurePosixPath(name).name) == PARQUET_TABLE
     return is_dataset_file(name) or is_table or suffix in (*SIDECAR_SUFFIXES, ".aae")
@@ -178,11 +177,11 @@ def unpack(
             folder; names the entry. Nothing is left of it then. Also if `into` exists.
     """
     if into.exists():
-        raise DatasetError(f"{into} exists already; unpack {zip_path.name} into a new folder.")
+        raise DatasetError(f"{into} already exists; unpack {zip_path.name} into a new folder.")
     temporary = None
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        # Named so that what a kill leaves of it is known for what it is, and goes with the next start.
+        # Named so that the next start recognizes and removes what a kill leaves.
         prefix = f".{into.name}.{os.getpid()}-"
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
         with _open_archive(zip_path, shown or zip_path.name) as archive:
@@ -236,7 +235,7 @@ def _zip_fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is not a plain file; leave it out"
     if name.count("/") > MOST_DEPTH:
-        return f"lies more than {MOST_DEPTH} folders deep; pack it flatter"
+        return f"is more than {MOST_DEPTH} folders deep; pack it flatter"
     if entry.flag_bits & 0x1:
         return "is encrypted; pack it without a password"
     if entry.file_size > limits.file_bytes:
@@ -314,8 +313,8 @@ def _extract(
 
 
 def _write(archive: "zipfile.ZipFile | _Tar", entry: zipfile.ZipInfo, target: Path, most: int) -> int:
-    """Write one entry and return its bytes, counted as they come: the size in the table of contents can
-    lie."""
+    """Write one entry and return its bytes, counted as they come: the size in the table of contents may be
+    false."""
     written = 0
     with archive.open(entry) as source, open(target, "xb") as file:
         while chunk := source.read(_CHUNK):
@@ -330,7 +329,7 @@ def _write(archive: "zipfile.ZipFile | _Tar", entry: zipfile.ZipInfo, target: Pa
 
 
 def _decode_name(entry: zipfile.ZipInfo) -> str:
-    """The entry's name with slashes; UTF-8 that a packer did not announce is read as what it is."""
+    """The entry's name with slashes; undeclared UTF-8 is read as UTF-8."""
     name = entry.filename
     if not entry.flag_bits & 0x800:
         try:
@@ -341,7 +340,7 @@ def _decode_name(entry: zipfile.ZipInfo) -> str:
 
 
 def _ignore_progress(phase: str, done: int, total: int) -> None:
-    """Where nobody wants to hear how far it is."""
+    """The default: no progress."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +350,7 @@ class TransferMode:
     Attributes:
         how: "copy"; "link", where images share the originals' place on the disk and captions are copied all
         the same, as the window writes them; or "move", for files that were made for the import only.
-        progress: called with (phase, done, total); what it raises ends the import.
+        progress: called with (phase, done, total); an exception ends the import.
         sizes: where the sizes of the images that were decoded are remembered.
     """
 
@@ -459,7 +458,7 @@ class _Import:
         self.done.skipped.append(FileProblem(one.source, kind, f"{one.name} {rest}"))
 
     def add(self, incoming: list[_Incoming]) -> Imported:
-        """Add images with their masks and captions, and then what tables and sidecars say of them."""
+        """Add images with their masks and captions, then their data from tables and sidecars."""
         sidecars: list[_Incoming] = []
         sets: dict[str, list[_Incoming]] = {}
         tables: list[_Incoming] = []
@@ -529,7 +528,7 @@ class _Import:
             self._caption_from(one, picture, read_embedded)
 
     def _caption_from(self, one: _Incoming, picture: Path, read: Callable[[Path, str], Sidecar]) -> None:
-        """Write what another program says of an image as its caption, where it has none."""
+        """Write another program's description of an image as its caption, if it has none."""
         inside = read is read_embedded
         try:
             found = read(picture if inside else one.source, str(one.name))
@@ -538,7 +537,7 @@ class _Import:
             return
         if not found.caption:
             if not inside:
-                self.skip(one, "sidecar", "says nothing of its image that is known here; it was left out.")
+                self.skip(one, "sidecar", "has no known description of its image; it was left out.")
         elif _is_captioned(picture):
             self._sidecars["captioned"].append(str(one.name))
         else:
@@ -571,7 +570,7 @@ class _Import:
         self.done.skipped.append(FileProblem(self.into, "taken", sentence, False))
 
     def _tell_sidecars(self) -> None:
-        """What was taken of sidecars, and what was not."""
+        """Which sidecars were used, and which were not."""
         fields = (
             f" Of their fields not taken: {', '.join(sorted(self._fields_left))}."
             if self._fields_left
@@ -606,7 +605,7 @@ class _Import:
         self.done.skipped.extend([*inside.skipped, *inner.skipped])
 
     def _fault(self, one: _Incoming) -> FileProblem | None:
-        """What is wrong with an image or a caption."""
+        """The problem of an image or a caption."""
         if one.suffix in IMAGE_SUFFIXES:
             info = self.way.sizes.info(one.source, str(one.name))
             return info if isinstance(info, FileProblem) else None
@@ -656,7 +655,7 @@ class _Import:
         has_picture = any(one.is_picture and one not in same for one in firsts)
         folder, stem = self.into / members[0].name.parent, firsts[0].stem
         if same and not has_picture:
-            # Its caption and mask go beside the image that is there.
+            # Its caption and mask go next to the existing image.
             there = next(iter(same.values()))
             folder, stem = there.parent, there.stem
         names, stems = self._names_in(folder)
@@ -673,9 +672,7 @@ class _Import:
                 self._placed[fold_name(one.name.as_posix())] = same[one]
                 continue
             if not has_picture and fold_name(target.name) in names:
-                self.skip(
-                    one, "already there", "is there already and was left as it is; change it in its place."
-                )
+                self.skip(one, "already there", "already exists and was not replaced; edit it in place.")
                 continue
             try:
                 transfer_file(one.source, target, self.way)
@@ -695,7 +692,7 @@ class _Import:
         """Add the list of concepts, whose folders keep their names, where there is none yet."""
         target = self.into / CONCEPT_LIST
         if os.path.lexists(target):
-            self.skip(one, "already there", "is there already and was left as it is; change it in its place.")
+            self.skip(one, "already there", "already exists and was not replaced; edit it in place.")
             return
         try:
             transfer_file(one.source, target, self.way)
@@ -715,7 +712,7 @@ class _Import:
             picture = self._placed.get(fold_name(shown.as_posix()), self.into / shown)
             # `Path.is_file` raises where a name is too long for the file system.
             if not os.path.isfile(picture):
-                missing = f"names {name}, which did not come along; add the image and the table together."
+                missing = f"names {name}, which was not added; add the image and the table together."
                 self.skip(table, "metadata", missing)
             elif _is_captioned(picture):
                 captioned.append(name)
@@ -744,10 +741,10 @@ def import_files(
     """Take over images, their captions and masks into a dataset folder, and unpack zips.
 
     A name that is taken gets `-2`, an image together with its caption; an image that the dataset holds byte
-    for byte is skipped. What is wrong with a file, a zip included, is told in `skipped`.
+    for byte is skipped. Problems of files, zips included, are listed in `skipped`.
 
     Args:
-        files: where they lie now.
+        files: their paths.
         into: the dataset folder, made if absent.
         names: what their sender calls them, with sub-folders before slashes; default the files' own names.
         way: how; default is to copy.

@@ -42,9 +42,9 @@ from lora_core.settings.schema import require_package
 from lora_core.system.files import read_json
 
 Phase = Callable[[str, int, int], None]
-"""Called with what is being done, done and total; may raise to end it."""
+"""Called with (phase, done, total); may raise to end it."""
 Write = Callable[[Image.Image, Callable[[], None]], str]
-"""The text or the mask of an image; the function is called now and then, and may raise to end it."""
+"""The text or the mask of an image; the function is called regularly, and may raise to end it."""
 
 PROMPTS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
 """What models were trained to be asked for a caption, by the `model_type` of their config."""
@@ -75,7 +75,7 @@ def write_texts(
 
     Raises:
         DatasetError: a value of the captioner is out of range, or an image cannot be read.
-        ModelFileError: the captioner is not there, broken, or of another kind; or fails on an image.
+        ModelFileError: the captioner is missing, broken, or of another kind; or fails on an image.
         ConfigError: onnxruntime is needed and not installed.
         OutOfMemory: the captioner does not fit.
     """
@@ -162,13 +162,13 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _is_none(file: Path, what: str) -> Iterator[None]:
-    """Raise what onnxruntime raises, whose errors have no class in common, as a file that is no `what`."""
+    """Raise what onnxruntime raises, whose errors have no class in common, as a file that is not a `what`."""
     try:
         yield
     except LoraError:
         raise
     except Exception as error:
-        raise ModelFileError(f"{file} is no {what}: {_first_line(error)}.") from error
+        raise ModelFileError(f"{file} is not a {what}: {_first_line(error)}.") from error
 
 
 def _open_onnx(file: Path, feature: str, device: torch.device) -> Any:
@@ -285,7 +285,7 @@ def _open_tagger(folder: Path, captioner: Captioner, device: torch.device) -> Wr
         likely = session.run(None, {entry.name: np.full((1, side, side, 3), 255, np.float32)})[0]
     if likely.shape != (1, len(tags)) or not ((likely >= 0) & (likely <= 1)).all():
         raise ModelFileError(
-            f"{folder} is no tagger: its {TAGGER[1]} names {len(tags)} tags, and the model does not give a"
+            f"{folder} is not a tagger: its {TAGGER[1]} names {len(tags)} tags, and the model does not give a"
             f" probability for each (but values of the shape {list(likely.shape)})."
         )
     least = {GENERAL: captioner.threshold, CHARACTER: captioner.character_threshold}
@@ -311,7 +311,7 @@ def _read_tags(folder: Path) -> list[tuple[str, str]]:
     rows = list(csv.DictReader(io.StringIO(read_text(file, str(file), TABLE_BYTES))))
     tags = [(str(row.get("name") or ""), str(row.get("category") or "")) for row in rows]
     if not tags or not all(name and category for name, category in tags):
-        raise ModelFileError(f"{file} is no table of tags with the columns name and category.")
+        raise ModelFileError(f"{file} is not a table of tags with the columns name and category.")
     return tags
 
 
@@ -377,14 +377,14 @@ def _open_remover(file: Path, device: torch.device) -> Callable[[Image.Image], t
 
 
 def _mask_png(likely: torch.Tensor, size: tuple[int, int], masker: Masker) -> str:
-    """The mask of an image of so many pixels, from the likelihoods (n, high, wide) of each place."""
+    """The mask of an image of a size in pixels, from the likelihoods (n, high, wide) of each place."""
     shrunk = min(1.0, MASK_SIDE / max(size))
     wide, high = (max(1, round(side * shrunk)) for side in size)
     large = interpolate(likely[None], (high, wide), mode="bilinear", align_corners=False)
     there = (large >= masker.threshold).any(1, keepdim=True)
     if not there.any():
         return ""
-    # Shrinking is growing what is outside.
+    # Shrinking is growing the outside.
     outside = masker.grow < 0
     mask = (there ^ masker.invert ^ outside).float()
     reach = round(abs(masker.grow) / 100 * max(wide, high))

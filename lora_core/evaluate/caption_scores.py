@@ -66,9 +66,9 @@ def _encoder(base: BaseModel, cached: int, clip_skip: int = 1, tokens: int = 75)
     return encode
 
 
-# How well captions fit. An image is compared with a few captions of other images first; only where its own
-# does not stand out are all of them tried, and the best of those is measured again on fresh draws, because
-# the best of many is partly luck.
+# How well captions fit. An image is compared with a few captions of other images first; only where its own is
+# not an outlier are all of them tried, and the best of those is measured again on fresh draws, because the
+# best of many is partly luck.
 
 OTHERS = 6
 """Captions of other images that every image is compared with."""
@@ -257,7 +257,7 @@ def propose_triggers(
         `tokens`, `reaction` as a multiple of that, its `error` over images, `given`, `sentence`.
 
     Raises:
-        DatasetError: there is no image, or no candidate is left.
+        DatasetError: no image, or no candidate is left.
     """
     if not records:
         raise DatasetError("Proposing a trigger word needs images; put some in.")
@@ -400,8 +400,8 @@ def measure_run_images(
         `step`, `triples` (the draws), and `rows`, see `image_rows`.
 
     Raises:
-        RunError: there is no such checkpoint.
-        DatasetError, ModelFileError, AdapterFileError: the images, the base or the adapter cannot be read.
+        RunError: no such checkpoint. DatasetError, ModelFileError, AdapterFileError: the images, the base or
+        the adapter cannot be read.
     """
     config, step = run.config(), run.step_of(which)
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
@@ -431,7 +431,7 @@ def image_rows(
     on_progress: OnProgress | None = None,
     reg: Sequence[ImageRecord] = (),
 ) -> list[dict[str, Any]]:
-    """What was learned of each image: outliers first, then the least learned ones.
+    """The gain on each image: outliers first, then the smallest.
 
     Args:
         base: with no adapter in it, before and after.

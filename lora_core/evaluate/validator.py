@@ -58,7 +58,7 @@ class EvalNoise:
 def eval_noise(name: str, latents: torch.Tensor, count: int, seed: int, num_timesteps: int) -> EvalNoise:
     """The fixed draws of one image, a function of (name, seed, count) and not of the other images.
 
-    Timesteps are stratified over the whole range, one per stratum; noise comes in pairs of opposite sign,
+    Timesteps are stratified over the full range, one per stratum; noise comes in pairs of opposite sign,
     which cancels its odd part.
 
     Args:
@@ -329,7 +329,7 @@ class Evaluator:
         Args:
             base: with no adapter in it.
             records: images with captions.
-            on_phase: called with what is being measured, in a few words.
+            on_phase: called with the name of the measurement.
             on_image: called within each measurement.
             encode: the text encoders; None for the base's own at clip skip 1.
         """
@@ -443,8 +443,8 @@ def is_worse(gained: float, error: float) -> bool:
 def reason_to_stop(validations: Sequence[Validated], patience: int) -> str:
     """Why a run should stop after its last validation, or "" where it should continue.
 
-    It stops after `patience` validations in a row that were no better than the best, if the last of them is
-    clearly worse; after twice as many in any case.
+    It stops after `patience` validations in a row without improvement, if the last of them is clearly worse;
+    after twice as many in any case.
 
     Args:
         validations: of the run, in order.

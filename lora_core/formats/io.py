@@ -1,4 +1,4 @@
-"""Adapter files: `load_adapter` and `save_adapter`, the one way in and out, and what they stand on.
+"""Adapter files: `load_adapter` and `save_adapter`, and the functions that they use.
 
 Reading goes through the safetensors library, after `model_files/header.py` has checked each claim of the
 header. Writing does not: the library orders metadata differently at each save, and equal adapters shall give
@@ -152,7 +152,7 @@ def save_adapter(
     """
     chosen(FORMATS, format, "format")
     if dtype not in (*PRECISIONS, AS_IT_IS):
-        raise AdapterFileError(f"{dtype!r} is no precision of a file; choose one of {', '.join(PRECISIONS)}.")
+        raise AdapterFileError(f"{dtype!r} is not a file precision; choose one of {', '.join(PRECISIONS)}.")
     check_finite(weights)
     translator = _translator(format)
     tensors = {
@@ -283,7 +283,7 @@ def read_tensors(path: Path, only: str = "", header: Header | None = None) -> tu
         header: of the file, where it was read already.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file.
+        AdapterFileError: one sentence on the problem.
     """
     header = header or read_header(path)
     try:
@@ -391,11 +391,11 @@ def file_hashes(path: Path, header: Header | None = None) -> dict[str, Any]:
     """The hashes by which users and sites know a file; `header` is its own, where it was read already.
 
     Returns:
-        `sha256` of the whole file, `autov2` (its first 10 digits), `autov3` (the first 12 of the tensor
-        bytes' hash), and `hash_matches`: whether the header's own hash is right, None if it has none.
+        `sha256` of the file, `autov2` (its first 10 digits), `autov3` (the first 12 of the tensor bytes'
+        hash), and `hash_matches`: whether the header's own hash is right, None if it has none.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file.
+        AdapterFileError: one sentence on the problem.
     """
     header = header or read_header(path)
     whole, data = hashlib.sha256(), hashlib.sha256()

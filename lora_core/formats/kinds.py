@@ -77,7 +77,7 @@ def detect_kind(shapes: Shapes) -> str:
 
 
 def extra_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The tensors that do not fit into a plain LoRA, each with what it is.
+    """The tensors that do not fit into a plain LoRA, each with its kind.
 
     The alpha of a module that has only such tensors is one of them.
     """

@@ -2,7 +2,7 @@
 other kinds have the names that LyCORIS gives them: `.hada_w1_a`, `.lokr_w1`, `.dora_scale`; new tokens those
 of A1111, `bundle_emb.TOKEN.clip_l`.
 
-One alpha for the whole file, because diffusers 0.42 takes the most frequent alpha of a component for most
+One alpha for the entire file, because diffusers 0.42 takes the most frequent alpha of a component for most
 layers; where layers differ, `lora_up` is scaled instead. Ranks may differ.
 """
 

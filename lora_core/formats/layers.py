@@ -1,7 +1,7 @@
 """The layers of a family's models: their names in adapter files, and the tensors of one layer.
 
-In kohya's key prefixes underscores stand for dots, and since they are part of the names too, a prefix cannot
-be split at them. So each layer of a family is a row of a table with `#` for each number: a name's numbers are
+In kohya's key prefixes underscores replace dots, and since they are part of the names too, a prefix cannot be
+split at them. So each layer of a family is a row of a table with `#` for each number: a name's numbers are
 replaced, the row is looked up, and the numbers are put back. The original (ldm) block names, which some
 families have in kohya files (`Family.kohya_block_names`), are another table.
 """
@@ -361,10 +361,10 @@ def check_finite(weights: AdapterWeights) -> None:
 
 
 def check_plain(weights: AdapterWeights) -> None:
-    """Refuse what is no plain LoRA.
+    """Refuse what is not a plain LoRA.
 
     Raises:
-        AdapterFileError: there is no layer, or one of another kind.
+        AdapterFileError: it has no layer, or one of another kind.
     """
     if not weights.every_layer():
         raise AdapterFileError("The adapter has no layer, so there is nothing to write.")

@@ -187,9 +187,9 @@ class AppliedLayer:
         scale: of the product of the factors; None for kinds other than LoRA.
         rank: of the factors; 0 for kinds other than LoRA.
         kind: "LoRA", "DoRA", or a key of `LYCORIS`.
-        dora_norm: what it divides DoRA magnitudes by, as in `lycoris.dora_update`, or "base rows where rows";
-            "" if it applies none.
-        failed: what it does in place of what the file means, "{layers}" for how many; or "".
+        dora_norm: the divisor of DoRA magnitudes, as in `lycoris.dora_update`, or "base rows where rows"; ""
+            if it applies none.
+        failed: the wrong thing that it does, "{layers}" for how many; or "".
     """
 
     keys: tuple[str, ...]
@@ -261,7 +261,7 @@ def _fits(file: AdapterFile, module: Module, pair: Pair, exact: bool) -> bool:
 IN_ENCODER = r"text_model\..+"
 NO_BIAS_KINDS = ("LoHa", "LoKr", "full difference", "norm")
 TUCKER_FAILS = "skips {layers} of Tucker form with an error in its log, since "
-OFT_LIMIT = "turns {layers} less than the file means, since it takes alpha for the limit of a whole layer"
+OFT_LIMIT = "turns {layers} less than the file means, since it takes alpha for the limit of an entire layer"
 KRON = "it passes PyTorch's kron a tensor that is not contiguous (fails with 2.13; other versions may differ)"
 """Why Forge and ComfyUI cannot use a LoKr of Tucker form."""
 
@@ -271,7 +271,7 @@ def a1111(file: AdapterFile) -> Loaded:
     network_*.py.
 
     It fails at a layer that it knows with nothing that it knows. It counts blocks as SD1 has them, where the
-    coarsest level has no attention. It changes the attention of an OpenCLIP text encoder only as a whole.
+    coarsest level has no attention. It changes the attention of an OpenCLIP text encoder only entirely.
     Bundled embeddings become textual inversions.
     """
     open_clip = {encoder.part: encoder.open_clip for encoder in file.family.text_encoders}
@@ -312,8 +312,8 @@ def forge(file: AdapterFile) -> Loaded:
     """lllyasviel/stable-diffusion-webui-forge dfdcbab6: packages_3rdparty/comfyui_lora_collection/lora.py,
     backend/patcher/lora.py.
 
-    It drops a whole file with more than 12 keys that it does not know, such as those of an OFT, and fails at
-    a LoKr of Tucker form.
+    It rejects a file with more than 12 unknown keys, such as those of an OFT, and fails at a LoKr of Tucker
+    form.
     """
     names, norms = _comfyui_names(file)
     others = [kind for kind in LYCORIS if kind != "OFT"]
@@ -322,7 +322,7 @@ def forge(file: AdapterFile) -> Loaded:
     unknown = [key for key in file.shapes if key not in known]
     if len(unknown) > 12:
         raise LoadError(
-            f"it drops the whole file, as it does with more than 12 keys that it does not know; here are"
+            f"it rejects the file, as any with more than 12 unknown keys; here are"
             f" {len(unknown)}, such as {unknown[0]!r}"
         )
     for module in modules:
@@ -335,7 +335,7 @@ def comfyui(file: AdapterFile) -> Loaded:
     """comfyanonymous/ComfyUI 0.3.64 (0.8 and 0.12 agree): comfy/lora.py (`load_lora`, `model_lora_keys_*`),
     comfy/weight_adapter.
 
-    It takes what it knows and logs the rest; a LoKr of Tucker form fails in its log, layer by layer. It
+    It takes known keys and logs the rest; a LoKr of Tucker form fails in its log, layer by layer. It
     multiplies the change of an OFT by the strength twice.
     """
     names, norms = _comfyui_names(file)
@@ -386,8 +386,8 @@ def invokeai(file: AdapterFile) -> Loaded:
     """invoke-ai/InvokeAI 8e71a8a5: invokeai/backend/model_manager/configs/lora.py,
     backend/patches/lora_conversions/sd_lora_conversion_utils.py, sdxl_lora_conversion_utils.py.
 
-    It tells the base from widths and refuses what it cannot tell. Each name in the file must have something
-    that it knows, on a layer of the base or not. For SDXL all UNet names must be of one sort.
+    It recognizes the base by widths and refuses unknown ones. Each name in the file must have something that
+    it knows, on a layer of the base or not. For SDXL all UNet names must be of one sort.
     """
     unet = [("unet", "lora_unet_{ldm_flat}")] if file.ldm_named else []
     unet.append(("unet", "lora_unet_{flat}"))
@@ -485,9 +485,9 @@ _TIME_DOWN = "time_emb_proj.lora_down"
 def kohya(file: AdapterFile) -> Loaded:
     """kohya-ss/sd-scripts 48d368fa: networks/lora.py (`create_network_from_weights`).
 
-    It takes what it knows without a word on the rest, has no `lora_mid`, and reads alpha 0 as the rank.
-    Factors must have the dimensions of their layer. It translates diffusers' block names in SDXL files, for
-    which it must know the first one.
+    It takes known keys and ignores the rest, has no `lora_mid`, and reads alpha 0 as the rank. Factors must
+    have the dimensions of their layer. It translates diffusers' block names in SDXL files, for which it must
+    know the first one.
     """
     in_blocks = r".*(?:attentions|resnets|downsamplers|upsamplers)\..+"
     own = "lora_unet_{ldm_flat}" if file.ldm_named else "lora_unet_{flat}"
@@ -588,7 +588,7 @@ _BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_
 def _by_block(prefixes: Sequence[str]) -> list[str]:
     """Prefixes with original names in the order in which diffusers translates them.
 
-    What is in no block comes first, conv_in included; then the blocks, in the order in which Python's set
+    Names outside of blocks come first, conv_in included; then the blocks, in the order in which Python's set
     has their numbers: not always ascending.
     """
     blocks = [None if p.startswith("lora_unet_input_blocks_0_0") else _BLOCK.match(p) for p in prefixes]

@@ -102,7 +102,7 @@ def _kind(config: RunConfig) -> str:
 
 
 def _settings_texts(config: RunConfig) -> dict[str, str]:
-    """The settings as A1111 shows them, and whole, as TOML."""
+    """The settings as A1111 shows them, and all of them as TOML."""
     section, lycoris = config.adapter, ADAPTER_KINDS[config.adapter.kind].network_args
     network_args: dict[str, Any] = {"targets": section.targets, "dropout": section.dropout}
     unusual = ("rslora", "block_ranks", "block_alphas")

@@ -34,7 +34,7 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = True
         keep_alphas: ignored, for the same signature as `kohya.to_tensors`; alphas are always kept.
 
     Raises:
-        AdapterFileError: the family lacks a part, or a layer is no plain LoRA.
+        AdapterFileError: the family lacks a part, or a layer is not a plain LoRA.
     """
     check_plain(weights)
     tensors: Tensors = {}

@@ -55,8 +55,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
         `new_tokens`: how many vectors each has; `metadata`: the header's texts.
 
-    Raises:
-        AdapterFileError: one sentence on what is wrong with the file.
+        Raises:
+            AdapterFileError: one sentence on the problem.
     """
     path = Path(path)
     header = read_header(path)
@@ -101,7 +101,7 @@ def _alphas(path: Path, header: Header) -> list[float]:
 def _problem(path: Path, header: Header, kind: str) -> str:
     """What is wrong with the tensors of a file whose header is fine, whatever its layers are called."""
     if not header.tensors:
-        return f"{path} holds no tensors; it is no adapter."
+        return f"{path} holds no tensors; it is not an adapter."
     if kind not in kinds.ADAPTERS:
         return ""
     tensors, _ = read_tensors(path, header=header)
@@ -162,7 +162,7 @@ def verify_adapter(
         unknown), and a `note` for users; `family`, `format`, `kind` and `extras` as in `inspect_file`.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file, or that its family is unknown.
+        AdapterFileError: the file is broken, or its family is unknown.
     """
     path = Path(path)
     header = read_header(path)
@@ -199,9 +199,7 @@ class Outcome:
     Attributes:
         refused: why it loads nothing, or "".
         keys: how many the file has.
-        dropped: those that it makes no use of.
-        loaded: what it takes.
-        meant: what the file means.
+        dropped: unused keys. loaded: the loaded update. meant: the intended one.
         errors: relative error of each layer's update; None where it is unknown.
         tolerance: up to which an error is rounding.
     """
@@ -294,8 +292,8 @@ def run_loaders(
 
 
 def _layout_of(weights: AdapterWeights, family: Family) -> Layout:
-    """The layers of the base that an adapter is for: the family's, or those of its inpainting checkpoint
-    where the adapter has so many inputs."""
+    """The layers of the base that an adapter is for: the family's, or those of its inpainting checkpoint if
+    the adapter has its inputs."""
     layout, own = family_layout(family), weights.layers.get(FIRST)
     if own is None or own.weight_shape[1] != INPAINTING_CHANNELS or FIRST not in layout:
         return layout
@@ -357,7 +355,7 @@ def _meant(
 
 
 Products = dict[LayerKey, tuple[float, float, float] | None]
-"""For each layer that should be there: |BA|^2 of the file, its product with what is right, |right|^2."""
+"""For each layer that should be there: |BA|^2 of the file, its product with the right one, |right|^2."""
 
 
 def _inner_products(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float, float] | None:

@@ -143,7 +143,7 @@ def grid_requests(
     """The images of a grid, row by row.
 
     Raises:
-        ConfigError: both axes vary the same, there are too many cells, or there is no adapter to vary.
+        ConfigError: both axes vary the same, too many cells, or no adapter to vary.
     """
     if rows is not None and columns is not None and rows.kind == columns.kind:
         raise ConfigError(f"Rows and columns both vary the {rows.kind}; choose another for one of them.")

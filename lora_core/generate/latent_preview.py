@@ -1,4 +1,4 @@
-"""The latent preview: a small image of what is being sampled, while it is.
+"""The latent preview: a small image of a sample in progress.
 
 Latents are mapped to colours by one small matrix. It is fitted once per base by least squares between the
 latents of a few images and their colours averaged over the pixels of a latent. It leaves out texture;
@@ -76,7 +76,7 @@ def predict_clean(
 
 
 def previewer(matrix: torch.Tensor, send: Callable[..., None]) -> OnLatents:
-    """Calls `send` now and then with `image`, the image so far as a JPEG in base64."""
+    """Calls `send` every few steps with `image`, the image so far as a JPEG in base64."""
     sent_at = time.monotonic()
 
     def on_latents(latents: Callable[[], torch.Tensor]) -> None:

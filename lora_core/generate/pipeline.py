@@ -51,7 +51,7 @@ def make_scheduler(base: BaseModel, name: str) -> Any:
     """A fresh diffusers scheduler, configured as the base asks.
 
     Raises:
-        ConfigError: there is no such sampler.
+        ConfigError: no such sampler.
     """
     row = chosen(SAMPLERS, name, "sampler")
     return row.resolve().from_config(base.facts.scheduler, **row.defaults)
@@ -156,7 +156,7 @@ def sample_image(
     base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
     on_step: OnStep | None = None, on_latents: OnLatents | None = None, start: torch.Tensor | None = None,
 ) -> Image.Image:  # fmt: skip
-    """The image (RGB) of what is encoded already, with whatever adapter is in the base."""
+    """The image (RGB) of encoded prompts, with the base's current adapters."""
     latents = sample_latents(base, request, text, negative, on_step, on_latents, start)
     pixels = decode_latents(base, latents)[0].permute(1, 2, 0).numpy()
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
@@ -224,7 +224,7 @@ class Pipeline:
     def __call__(
         self, request: GenerationRequest, on_step: OnStep | None = None, on_latents: OnLatents | None = None
     ) -> Image.Image:
-        """The image, RGB. Where a card runs out of memory, the base is kept in a smaller way from then on.
+        """The image, RGB. Where a card runs out of memory, the base stays in a smaller form afterwards.
 
         Raises:
             LoraError: an adapter does not fit, or the base cannot make such an image.
@@ -298,6 +298,6 @@ class Pipeline:
 
 
 def _version(file: str) -> tuple[str, int, int]:
-    """A file with what changes when it is written anew."""
+    """A file with its time and size."""
     status = Path(file).stat() if Path(file).is_file() else None
     return file, status.st_mtime_ns if status else 0, status.st_size if status else 0

@@ -92,7 +92,7 @@ class GenerationRequest:
         width, height: in pixels; 0 for the base's own.
         tokens: length of the prompt in tokens, a multiple of 75.
         image: the file of an image to start from, "" to start from noise.
-        denoising_strength: how much of it is made anew: the share of the steps that are done.
+        denoising_strength: how much of it is regenerated: the share of the steps that are run.
         mask: the file of a mask of the image, white where an inpainting base paints it; "" for all of it.
         loras: adapters, all on at once.
     """
@@ -144,7 +144,7 @@ class GenerationRequest:
         """Raise a ConfigError for a value that no sampler supports."""
         phi = self.cfg_rescale
         for name, legal, hint in (
-            ("seed", 0 <= self.seed <= LARGEST_SEED, "it is an integer from 0 on"),
+            ("seed", 0 <= self.seed <= LARGEST_SEED, "it must be 0 or more"),
             ("steps", 1 <= self.steps <= 1000, "it must be between 1 and 1,000"),
             ("cfg", math.isfinite(self.cfg), "take a number such as 5"),
             ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it must be between 0 and 1"),

@@ -2,8 +2,8 @@
 
 Requests come on stdin, one object per line, each with an "id" and what to "do"; answers go to stdout and
 carry the id. The first line says that the worker is ready, on which kind of device it computes and with which
-torch. A request may name another "device", as `train.device` does, which is used from then on. "cancel" is
-read while a request is worked on, and "quit" ends the worker.
+torch. A request may name another "device", as `train.device` does, which later ones use too. "cancel" is read
+while a request is worked on, and "quit" ends the worker.
 
 Each method `do_...` is a request; `lora_core.worker` adds those about datasets and adapter files.
 """
@@ -62,7 +62,7 @@ class Reporter:
         self._answer({"id": self._name, "event": event, **what})
 
     def phase(self, words: str, done: int = 0, total: int = 0) -> None:
-        """Say what is being done, and how far that is."""
+        """Report the current phase and its progress."""
         if words != self._phase:
             self._phase, self._sent_at = words, 0.0
         self.step(done, total)

@@ -1,5 +1,4 @@
-"""An adapter put into a base for training: which layers, what they start from, what was trained, and its
-average.
+"""An adapter in a base for training: its layers, what they start from, the trained state, and its average.
 
 Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
 "text_encoder.text_model.encoder.layers.0.self_attn.q_proj". The patterns of block tables
@@ -223,7 +222,7 @@ class TokenLayer(AdaptedLayer):
     started from, which the base knows. The frozen table is not touched.
 
     Source: Gal et al. 2022, "An Image is Worth One Word", section 4; Roich et al. 2021, "Pivotal Tuning", for
-    training the model around what was learned.
+    training the model around learned embeddings.
     """
 
     factor_names = ("vectors",)
@@ -325,7 +324,7 @@ def start_tokens(base: BaseModel, tokens: Sequence[NewToken]) -> AdapterWeights:
 
 
 def adapter_weights(injected: Injected) -> AdapterWeights:
-    """The canonical form of what was trained."""
+    """The canonical form of the trained adapter."""
     found = {key: layer.layer_weights() for key, layer in injected.layers.items()}
     plain = {key: layer for key, layer in found.items() if isinstance(layer, LayerWeights)}
     others = {key: one for key, one in found.items() if key not in plain}
@@ -369,7 +368,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
     that it lacks stay fresh. `name` of its file is for messages.
 
     Returns:
-        What the user should know, a sentence each: what was cut off, and what is not continued.
+        Notes for the user: what was truncated, and what is not continued.
 
     Raises:
         AdapterFileError: nothing of it fits, or a layer has another shape than the base's.
@@ -421,7 +420,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
 
 
 def _take_tokens(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
-    """Go on from a file's vectors of the new tokens; a sentence on those that the run has not."""
+    """Continue a file's vectors of the new tokens; a sentence on those that the run has not."""
     for part, layer in injected.tokens.items():
         layer.load(layer.by_token() | weights.tokens.get(part, {}), name)
     own = {token for layer in injected.tokens.values() for token in layer.counts}
@@ -489,7 +488,7 @@ def limit_norms(injected: Injected, flat_params: FlatParams, limit: float) -> No
 
 
 def limit_norm(layer: LoraLayer, limit: float) -> None:
-    """Scale both factors alike so that the norm of the whole update is at most `limit`.
+    """Scale both factors alike so that the norm of the update is at most `limit`.
 
     |up down|^2 = <up^T up, down down^T> needs no product as large as the weight. Source: max-norm
     regularization, Srivastava et al. 2014, section 5.1, of the update, as kohya's `scale_weight_norms`.

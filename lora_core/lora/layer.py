@@ -1,14 +1,14 @@
 """LoRA layers, and flat parameters: all of an adapter in one tensor, all their gradients in another.
 
-Optimizer, clipping, averaging and the check for non-finite values are one operation each; layers see views.
-A base in half precision computes with a cast copy. Writes through `.data`, aliases and kernels of other
-packages leave no trace in a tensor, so the copy is made anew after every `mutate` and at each `zero_grad`.
+Optimizer, clipping, averaging and the check for non-finite values are one operation each; layers see views. A
+base in half precision computes with a cast copy. Writes through `.data`, aliases and kernels of other
+packages leave no trace in a tensor, so the copy is remade after every `mutate` and at each `zero_grad`.
 
-`LoraLayer.forward` says what is computed in plain torch, which is what runs with dropout. Otherwise
-`_LoraLinear` and `_LoraConv2d` compute the same (`tests/lora/test_fused.py` keeps the two equal): products
-are added up in place, the gradients of the factors go straight to where the optimizer finds them, and nothing
-is kept for the backward pass but the layer's input and the product as wide as the rank. The price: autograd
-sees no gradient of the factors, so hooks on them, `torch.autograd.grad` and DDP do not work.
+`LoraLayer.forward` is the computation in plain torch, used with dropout. Otherwise `_LoraLinear` and
+`_LoraConv2d` compute the same (`tests/lora/test_fused.py` keeps the two equal): products are added up in
+place, the gradients of the factors go straight to where the optimizer finds them, and nothing is kept for the
+backward pass but the layer's input and the product as wide as the rank. The price: autograd sees no gradient
+of the factors, so hooks on them, `torch.autograd.grad` and DDP do not work.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class FlatParams:
                 layer.bind(self, places)
 
     def mark_changed(self) -> None:
-        """Declare that the parameters were written to: the next use of a cast copy casts anew."""
+        """Declare that the parameters were written to: the next use of a cast copy casts again."""
         for copy in self._casts.values():
             copy.stale = True
 
@@ -94,7 +94,7 @@ class FlatParams:
                         parameter.data = home
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero at the start of a step, for which the parameters are cast anew."""
+        """Set all gradients to zero at the start of a step, for which the parameters are cast again."""
         self.mark_changed()
         for grads in (self.grads, *(copy.grads for copy in self._casts.values())):
             grads.zero_()

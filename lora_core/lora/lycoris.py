@@ -9,7 +9,7 @@ layers that train them. With s = alpha / rank, the update of a weight W0 is
 DoRA is written here since PEFT's cannot be exported: it norms rows of the weight, which no other tool does
 right, where the paper and LyCORIS norm columns (docs/decisions). Columns are a scale of the layer's input, so
 that it costs a LoRA and one norm of the weight. OFT is written here too, since PEFT's rotates a layer's input
-where LyCORIS and the tools rotate its output; s plays no part in it. PEFT's layers bring the parameters,
+where LyCORIS and the tools rotate its output; s has no effect in it. PEFT's layers bring the parameters,
 their random start and the formula; forward pass, seeds and files are ours, since theirs draw from the global
 generator. A LoHa or a LoKr multiplies a dense update, which is as large as the weight: slower than a LoRA and
 more memory.
@@ -34,7 +34,7 @@ from lora_core.model_files.sizes import oft_side
 PEFT_NAME = "default"
 """The name of the one adapter of a PEFT layer."""
 NO_LIMIT = 1e6
-"""The alpha of an OFT's file, which limits |Q|. 0 is no limit in LyCORIS, and no rotation in kohya's
+"""The alpha of an OFT's file, which limits |Q|. 0 is not a limit in LyCORIS, and no rotation in kohya's
 networks/oft.py and in A1111 before 1.9."""
 
 
@@ -208,7 +208,7 @@ def _lokr_half(tensors: Mapping[str, torch.Tensor], n: str) -> torch.Tensor:
 
 
 def _paired(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A LoHa or a LoKr as (up, down), or None where one of its two parts is no product."""
+    """A LoHa or a LoKr as (up, down), or None where one of its two parts is not a product."""
     if "hada_t1" in tensors or "lokr_t2" in tensors:
         return None
     if "hada_w1_a" in tensors:
@@ -329,7 +329,7 @@ class DoraLayer(LoraLayer):
             gain = gain.view(-1, 1, 1)
         if x.dtype == gain.dtype:
             return super().forward(x * gain)
-        # In half precision a gain near 1 is 1, so what it adds goes through the layer by itself.
+        # In half precision a gain near 1 is 1, so its difference to 1 goes through the layer separately.
         added, bias = super().forward(x * (gain - 1).to(x.dtype)), self.base.bias
         if bias is not None:
             added = added - (bias.view(-1, 1, 1) if isinstance(self.base, nn.Conv2d) else bias)

@@ -2,9 +2,9 @@
 
 On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference costs
 what the base costs. On other devices memory is scarcer than time: W0 stays, the factors are copied to the
-device once, in the base's dtype, and each use of a layer computes the sum anew, by one `addmm` for each
-adapter. So a new strength copies nothing, and no weight is there twice; of other kinds (`lycoris.py`) it is,
-since the update is kept whole there.
+device once, in the base's dtype, and each use of a layer computes the sum, by one `addmm` for each adapter.
+So a new strength copies nothing, and no weight is there twice; of other kinds (`lycoris.py`) it is, since
+they keep the full update.
 """
 
 import math
@@ -25,7 +25,7 @@ LayerKey = tuple[str, str]
 dotted name below it, for text encoders always with the `text_model.` level
 ("text_model.encoder.layers.0.self_attn.q_proj")."""
 Factors = tuple[torch.Tensor, torch.Tensor | None]
-"""up (out, r) and down (r, in), or a whole update (out, in) and None."""
+"""up (out, r) and down (r, in), or a full update (out, in) and None."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
 
 class Merger:
     """Merges adapters: W = W0 + sum of s (alpha/r) B A. Where every strength is 0 the weight is W0 bit for
-    bit, and nothing depends on what was merged before."""
+    bit, and nothing depends on earlier merges."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules

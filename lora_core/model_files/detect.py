@@ -66,7 +66,7 @@ class BaseFacts:
     Attributes:
         name: what the user called it ("demo", a path, a hub id).
         path: the diffusers folder or the file.
-        family: its row, or None for a `.ckpt`, which has to be loaded to tell.
+        family: its row, or None for a `.ckpt`, which has to be loaded first.
         resolution: the side in pixels that it was trained at.
         multiple: sides of images, in pixels, must be multiples of this.
         scheduler: its noise schedule and prediction type, as a diffusers scheduler config.
@@ -208,7 +208,7 @@ def _cached_folder(repo: str) -> Path | None:
     try:
         family = family_of_context_width(_json(Path(found)).get("cross_attention_dim", 0))
     except ModelFileError:
-        # Reading it says what it is.
+        # Reading it reports its kind.
         return folder
     return None if missing_files(folder, family) else folder
 
@@ -346,7 +346,7 @@ def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto")
         zero_snr: "auto", or whether it has zero terminal SNR ("on", "off"), whatever the files say.
 
     Raises:
-        ModelFileError: nothing is there, or it cannot be trained here; the message says what it is.
+        ModelFileError: nothing is there, or it cannot be trained here; the message names its kind.
     """
     path = base_path(name.strip())
     if path.is_dir():
@@ -363,7 +363,7 @@ def read_single_file_facts(
     """Recognize a single file by the names and shapes of its tensors.
 
     Raises:
-        ModelFileError: it cannot be trained here; the message says what it is.
+        ModelFileError: it cannot be trained here; the message names its kind.
     """
     kind = unsupported_kind(header.shapes)
     if kind:
@@ -509,7 +509,7 @@ def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> 
 
 
 def base_of(model: ModelSection) -> BaseFacts:
-    """`lookup_base` of the base that a run's settings name, with what they say of it."""
+    """`lookup_base` of the base in a run's settings, with their overrides."""
     return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
 
 

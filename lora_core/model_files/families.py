@@ -102,8 +102,8 @@ class Family:
             original (ldm) block numbers follow from diffusers' names.
         denoiser: the part that predicts from noisy latents, and its folder in a diffusers folder.
         configs: the folder below `assets/families` with the configs for single files, "" if there is none.
-        subject_blocks, style_blocks: regular expressions for the UNet paths that carry what is shown, and how
-            it looks.
+        subject_blocks, style_blocks: regular expressions for the UNet paths that carry the subject, and the
+        style.
         usual: whether an unmarked single file of this context width is assumed to be of this row.
         zero_negative: whether an empty negative prompt is zeros instead of an encoded empty text.
         settings: defaults of a run on such a base that differ from the general ones, dotted name to value.
@@ -222,8 +222,8 @@ class Targets:
         blocks = getattr(family, self.blocks)
         if not blocks:
             raise ConfigError(
-                f"Which blocks of the {family.title} carry what is not known, so adapter.targets cannot"
-                " choose them; choose attention, kohya or locon."
+                f"The subject and style blocks of the {family.title} are unknown, so adapter.targets cannot "
+                f"select them; choose attention, kohya or locon."
             )
         return replace(self, unet=rf"(?=(?:{blocks})\Z)(?:{self.unet})", blocks="")
 
@@ -232,7 +232,7 @@ def named_targets(name: str, family: Family | None = None) -> Targets:
     """The set of layers that `adapter.targets` names, narrowed to the family's blocks where it asks for that.
 
     Raises:
-        ConfigError: there is no such set, or not for this family.
+        ConfigError: no such set, or not for this family.
     """
     row = chosen(TARGETS, name, "adapter.targets")
     targets = Targets(row.unet, row.text, row.blocks)

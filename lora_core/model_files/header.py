@@ -56,9 +56,9 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     """The header of a safetensors file, with each of its claims checked against the file.
 
     Raises:
-        LoraError: of the class `error`, `AdapterFileError` or `ModelFileError`: what is wrong with the file.
+        LoraError: of the class `error`, `AdapterFileError` or `ModelFileError`: the problem.
     """
-    # A megabyte, for which a window has no use until a file is looked at.
+    # A megabyte that a window does not need until a file is opened.
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -103,7 +103,7 @@ def check_vae_path(path: Path) -> None:
     """Refuse a VAE that is neither a folder nor a regular file.
 
     Raises:
-        ModelFileError: says what is there.
+        ModelFileError: it is neither.
     """
     if not path.is_dir() and not path.is_file():
         raise ModelFileError(f"The VAE {path} {what_is_there(path)}; give a folder or a .safetensors file.")
@@ -149,7 +149,8 @@ def kind_tables() -> dict[str, Any]:
 
 
 def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
-    """What a file is, for messages, if it is no Stable Diffusion checkpoint that makes images; else ""."""
+    """The kind of a file, for messages, if it is not a Stable Diffusion checkpoint that makes images; else
+    ""."""
     if kind := first_match("kinds", shapes):
         return kind
     entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
@@ -171,7 +172,7 @@ INPAINTING_CHANNELS = 9
 
 
 def channels_kind(channels: object) -> str:
-    """What a UNet with this many input channels is, for messages, if neither a text-to-image nor an
+    """The kind of a UNet with this many input channels, for messages, if neither a text-to-image nor an
     inpainting model; else ""."""
     named = kind_tables()["channels"].get(str(channels), f"a model with {channels} input channels")
     return "" if channels in (4, INPAINTING_CHANNELS) else str(named)

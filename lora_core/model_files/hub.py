@@ -64,7 +64,7 @@ Progress = Callable[[int, int], None]
 
 
 class DownloadCancelled(ModelFileError):
-    """The download was cancelled; what has arrived is kept."""
+    """The download was cancelled; the partial download is kept."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def find_download(repo: str, needed: Callable[[str, list[str]], list[str]] | Non
         lfs = found[path].lfs
         sha = lfs.sha256 if lfs else ""
         blob = sha or str(found[path].blob_id)
-        # What the hub says becomes a path here.
+        # Names from the hub become paths here.
         if re.fullmatch(r"[0-9a-f]{8,64}", blob) is None or not info.sha:
             raise ModelFileError(f"The hub's list of the files of {repo!r} cannot be read.")
         files.append(RemoteFile(path, int(found[path].size or 0), blob, bool(sha)))
@@ -163,7 +163,7 @@ def needed_files(repo: str, paths: Sequence[str]) -> list[str]:
     weights.
 
     Raises:
-        ModelFileError: it is no diffusers repository of a Stable Diffusion model, or lacks weights.
+        ModelFileError: it is not a diffusers repository of a Stable Diffusion model, or lacks weights.
     """
     if UNET_CONFIG not in paths:
         raise ModelFileError(
@@ -198,7 +198,7 @@ def annotator_files(repo: str, paths: Sequence[str], called: str = "captioner") 
     weights = _weights("text_encoder", top) or [name for name in top if name == "pytorch_model.bin"]
     if "config.json" not in top or not weights:
         raise ModelFileError(
-            f"The hub's {repo!r} is no {called}: it has neither config.json with weights, as models of"
+            f"The hub's {repo!r} is not a {called}: it has neither config.json with weights, as models of"
             f" transformers have, nor {' and '.join(TAGGER)}; choose another."
         )
     return [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))] + weights
@@ -210,7 +210,7 @@ def annotator_folder(name: str, called: str, fetch: bool, progress: "Progress | 
 
     Args:
         name: of the folder, the file or the hub id.
-        called: what it is, for a message.
+        called: its kind, for messages.
         fetch: whether it may be downloaded.
         progress: of the download.
 
@@ -233,7 +233,7 @@ def annotator_folder(name: str, called: str, fetch: bool, progress: "Progress | 
             return Path(found).parent
     if not fetch:
         raise ModelFileError(
-            f"The {called} {name!r} is no folder and has not been downloaded from the hub; allow the"
+            f"The {called} {name!r} is not a folder and has not been downloaded from the hub; allow the"
             " download (Download from the hub, or --download), or give a folder."
         )
     wanted = find_download(name, functools.partial(annotator_files, called=called))
@@ -284,7 +284,7 @@ def fetch_base(name: str) -> None:
 
 
 def download(found: Download, progress: Progress, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Download what is missing of a base or a captioner; a partial file is continued.
+    """Download the missing files of a base or a captioner; a partial file is continued.
 
     Args:
         progress: called with (bytes done, bytes in all).
@@ -292,7 +292,7 @@ def download(found: Download, progress: Progress, cancelled: Callable[[], bool] 
 
     Raises:
         DownloadCancelled: `cancelled` returned True.
-        ModelFileError: there is no room, the hub refuses or goes away, or a file arrived damaged.
+        ModelFileError: the disk is full, the hub refuses or disconnects, or a file arrived damaged.
     """
     if not found.fits:
         raise ModelFileError(
@@ -397,12 +397,12 @@ def _partial(blob: Path) -> Path:
 
 
 def _cancelled(found: Download) -> DownloadCancelled:
-    return DownloadCancelled(f"The download of {found.repo!r} was cancelled; what has arrived is kept.")
+    return DownloadCancelled(f"The download of {found.repo!r} was cancelled; the partial download is kept.")
 
 
 def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path | bytes]:
-    """What goes to the hub with an adapter, by name: itself, its preview image if there is one, and its model
-    card as README.md.
+    """The files of an upload, by name: itself, its preview image if there is one, and its model card as
+    README.md.
 
     Args:
         license: the hub's name of one, for the card; "" states none.
@@ -412,7 +412,7 @@ def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path 
     """
     if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
         raise ConfigError(
-            f"The licence {license!r} is no name of the hub's list, such as openrail++ or apache-2.0; see"
+            f"The licence {license!r} is not in the hub's list, such as openrail++ or apache-2.0; see"
             " https://huggingface.co/docs/hub/repositories-licenses."
         )
     if license:
@@ -426,8 +426,8 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
     """Commit files to a repository for models, which is made, private, if there is none; returns its address
     and the names of the files that were written.
 
-    A README.md that is there already stays. The token is huggingface_hub's own, of HF_TOKEN or `hf auth
-    login`: it is neither taken as an argument nor written anywhere.
+    An existing README.md is kept. The token is huggingface_hub's own, of HF_TOKEN or `hf auth login`: it is
+    neither taken as an argument nor written anywhere.
 
     Args:
         repo: OWNER/NAME.
@@ -439,7 +439,7 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
             the hub does not answer or refuses.
     """
     if not is_hub_id(repo):
-        raise ModelFileError(f"{repo!r} is no repository of the hub; give OWNER/NAME.")
+        raise ModelFileError(f"{repo!r} is not a repository of the hub; give OWNER/NAME.")
     if not constants.HF_HUB_OFFLINE and get_token() is None:
         raise ModelFileError(
             "Nobody is logged in to the hub: run `hf auth login` in a terminal, or set HF_TOKEN, with a token"
@@ -457,7 +457,7 @@ def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -
                 else ("everybody can see it", "private", "give")
             )
             raise ModelFileError(
-                f"{repo} is there already and {seen}; choose another, make it {wanted} at"
+                f"{repo} already exists and {seen}; choose another, make it {wanted} at"
                 f" {constants.ENDPOINT}/{repo}/settings, or {otherwise} --public."
             )
         kept = ["README.md"] if api.file_exists(repo, "README.md") else []
@@ -528,7 +528,7 @@ def _reason(repo: str, error: BaseException, otherwise: str) -> str:
             advice = login if status in (401, 403) else "try again later"
             return f"{hub} answered with error {status}; {advice}."
         case OSError() if error.errno == errno.ENOSPC:
-            return f"the drive of {constants.HF_HUB_CACHE} is full; make room, what has arrived is kept."
+            return f"the drive of {constants.HF_HUB_CACHE} is full; free some space and download again."
         case OSError() if error.errno is not None:
             return f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}."
         case _:

@@ -1,6 +1,6 @@
 """Sizes that follow from settings and from the shapes of a base's layers, of which headers are read and no
-weights: checkpoint, samples, exported file, the whole run on disk, and its memory on a card with what is done
-where that is short."""
+weights: checkpoint, samples, exported file, the run on disk, and its memory on a card with the fallbacks if
+    that is short."""
 
 import functools
 import importlib.util
@@ -29,7 +29,8 @@ from lora_core.system.files import MARGIN
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory for encoded captions that vary from draw to draw: some 800 of SDXL."""
 RANDOM_MASKS = 4
-"""Of each image without a mask of its own, for inpainting bases; few, as what is seen with each is kept."""
+"""Random masks of each image without its own, for inpainting bases; few, as each one's condition is
+cached."""
 PREPACKED_COPIES = 2
 """How many times the CPU backend lays out a base's weights beside the plain ones."""
 WINOGRAD_COPIES = 3
@@ -54,8 +55,8 @@ ON_CPU = VAE_ON_CPU, TEXT_ON_CPU
 CHECKPOINTING, HALVES, OPTIMIZER_8BIT = "checkpointing", "half", "8-bit optimizer"
 INT8, OFFLOAD = "int8", "offload"
 FALLBACKS: dict[str, str] = rows()["fallbacks"]
-"""What is done where memory is short, in the order in which it is tried before the first step: name in
-`plan.json` to what it does and costs. `train/autotune.py` applies them."""
+"""The memory fallbacks, in the order in which they are tried before the first step: name in `plan.json` to
+effect and cost. `train/autotune.py` applies them."""
 HEADER_A_LAYER = 450
 """Bytes of the exported file's header for each layer: three tensors with long names."""
 _HEADERS = 64 * 1024
@@ -91,8 +92,8 @@ def preview_bytes(config: RunConfig) -> int:
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
-    """About how much a whole run takes on its drive, at the moment when it takes most; `export` is what
-    `export_bytes` says, twice the number of trained parameters."""
+    """Estimated peak disk use of a run; `export` comes from `export_bytes`, twice the number of trained
+    parameters."""
     parameters = export // _HALF
     save = config.save
     # Those that stay, the best, the one to go back to, and the new one before an old one goes.
@@ -143,7 +144,7 @@ def count_oft(rank: int, shape: Sequence[int]) -> int:
 
 
 def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
-    """About how large the exported fp16 file is. None where the base does not say."""
+    """Estimated size of the exported fp16 file. None if the base is unknown."""
     adapted = adapted_shapes(facts, config)
     kind = ADAPTER_KINDS[config.adapter.kind]
     parameters = sum(kind.count_parameters(rank, shape) for rank, shape in adapted)
@@ -151,7 +152,7 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
 
 
 def adapted_shapes(facts: BaseFacts, config: RunConfig) -> list[tuple[int, Sequence[int]]]:
-    """The rank of each layer to adapt and the shape of its weight; empty where the base does not say."""
+    """The rank of each layer to adapt and the shape of its weight; empty if the base is unknown."""
     family, section = facts.family, config.adapter
     if family is None:
         return []
@@ -280,7 +281,7 @@ def _card_phases(
     config: RunConfig, facts: BaseFacts, counts: tuple[int, int], varied: bool, applied: Collection[str]
 ) -> tuple[float, float, list[float]]:
     """Bytes of a card: of the UNet alone, at the peak of steps, validation and what comes before, and in
-    samples decoded whole or in ever smaller tiles. `counts` are the parameters of base and adapter."""
+    samples decoded at once or in ever smaller tiles. `counts` are the parameters of base and adapter."""
     assert facts.family is not None
     row, train, (weights, trained) = facts.family.footprint, config.train, counts
     larger = weights / (row.unet + row.text + row.vae)

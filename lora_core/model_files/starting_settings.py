@@ -50,7 +50,7 @@ def preset(name: str) -> Mapping[str, Any]:
     """The settings of a preset, dotted name to value. A level alone ("quick") means it for a character.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: no such preset.
     """
     wanted = f"character-{name}" if name in LEVELS else name
     if wanted not in preset_names():
@@ -59,14 +59,14 @@ def preset(name: str) -> Mapping[str, Any]:
 
 
 def starting_settings(name: str, family: Family | None) -> dict[str, Any]:
-    """What a run starts from before the user changes anything, dotted name to value.
+    """The starting settings of a run, dotted name to value.
 
     Args:
         name: of a preset, or "" for the general defaults.
         family: of the base, whose own settings override the preset's; None where it is not known.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: no such preset.
     """
     return {**(preset(name) if name else {}), **(family.settings if family else {})}
 
@@ -81,13 +81,12 @@ Texts = Mapping[str, str]
 
 @dataclass
 class LoraSettings:
-    """What a LoRA file says about its training.
+    """The training settings in a LoRA file.
 
     Attributes:
-        source: who wrote that down, in words.
-        values: dotted name to value, each legal.
-        left: a sentence for each thing that cannot be used.
-        base: what it was trained on, "" where the file does not say.
+        source: who wrote them, in words. values: dotted name
+    to value, each legal. left: a sentence for each thing that cannot be used. base: its base model, "" if
+    unknown.
     """
 
     source: str = ""
@@ -103,12 +102,12 @@ class LoraSettings:
             self.left.append(f"{label_of(name)} is {_short(value)} there, which cannot be set here.")
 
     def take_text(self, name: str, text: str, read: Callable[[str], Any]) -> None:
-        """Take what `read` makes of a text; an empty text or "None" says nothing.
+        """Take a text parsed by `read`; an empty text or "None" is skipped.
 
         Args:
             name: of the setting.
             text: as the header has it.
-            read: raises KeyError for a name that is not known, ValueError for what is not a number.
+            read: raises KeyError for a name that is not known, ValueError for anything but a number.
         """
         if text.lower() in ("", "none"):
             return
@@ -144,7 +143,7 @@ def settings_from_lora(path: Path) -> LoraSettings:
     """The settings that a LoRA file was trained with, or of a configuration that another trainer was given.
 
     Raises:
-        AdapterFileError: it is no such file, or says nothing about its training.
+        AdapterFileError: it is neither, or has no record of its training.
         ConfigError: it is a configuration that cannot be read, or of no trainer that is known.
     """
     if path.suffix.casefold() in CONFIG_SUFFIXES:
@@ -160,9 +159,7 @@ def settings_from_lora(path: Path) -> LoraSettings:
     if "adapter.rank" not in found.values:
         _take_from_layers(header, found)
     if not found.values:
-        raise AdapterFileError(
-            f"{path.name} says nothing of how it was trained, and no layer of it is known."
-        )
+        raise AdapterFileError(f"{path.name} has no record of its training, and no known layer.")
     return found
 
 
@@ -256,7 +253,7 @@ def _read(kind: str, text: str) -> Any:
 
 
 _NOTHING = ("", "none", "0", "0.0", "false", "{}")
-"""What kohya gives `conv_dim` to: convolutions wider than one pixel."""
+"""The layers of kohya's `conv_dim`: convolutions larger than 1 x 1."""
 
 
 def _from_kohya(texts: Texts) -> LoraSettings:
@@ -292,7 +289,7 @@ def _from_kohya(texts: Texts) -> LoraSettings:
 
 
 def _first_dataset(texts: Texts) -> dict[str, str]:
-    """What newer versions write for each dataset, of the first one, under the older names."""
+    """The first dataset's values of newer versions, under the older names."""
     with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
         first = parse_json(texts.get("ss_datasets", ""))[0]
         flat = {**(first.get("subsets") or [{}])[0], **first}
@@ -351,7 +348,7 @@ def _take_arguments(optimizer: str, text: str, found: LoraSettings) -> None:
 
 
 def _take_huber(texts: Texts, found: LoraSettings) -> None:
-    """Huber's delta; with another loss, what kohya writes about Huber says nothing."""
+    """Huber's delta; with another loss, kohya's values for Huber mean nothing."""
     if found.values.get("loss.type") != "huber":
         found.values.pop("loss.huber_schedule", None)
         return
@@ -406,7 +403,7 @@ CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".p
 _OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
 _MOST_SENTENCES = 30
 _UNITS = {"%": 0.01, "x1000": 1000.0}
-"""What a number is multiplied by where a table gives a unit."""
+"""Factors of the units in a table."""
 
 
 def _from_trainer(path: Path) -> LoraSettings:
@@ -424,8 +421,8 @@ def _from_trainer(path: Path) -> LoraSettings:
         defaults = {key: [value] for key, value in trainer.get("defaults", {}).items()}
         return _translate(defaults | values, trainer)
     raise ConfigError(
-        f"{path.name} is no configuration of LoRA Easel, kohya's trainer, OneTrainer, ai-toolkit or"
-        " SimpleTuner; no key of them is in it."
+        f"{path.name} is not a configuration of LoRA Easel, kohya's trainer, OneTrainer, ai-toolkit or"
+        " SimpleTuner; it has none of their keys."
     )
 
 
@@ -496,7 +493,8 @@ def _by_key(pairs: list[tuple[str, Any]], trainer: Mapping[str, Any]) -> dict[st
 
 @dataclass
 class _Translation:
-    """What a configuration says: texts of kohya's header, its network's arguments, and values of `ours`."""
+    """The content of a configuration: texts of kohya's header, its network's arguments, and values of
+    `ours`."""
 
     leaf: bool
     texts: dict[str, str] = field(default_factory=dict)
@@ -538,7 +536,7 @@ class _Translation:
         """The legal ones of the values, and a sentence for each that is not."""
         texts = dict(self.texts)
         arguments = re.sub(r"\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
-        if arguments:  # AdamW is what they take where none is named
+        if arguments:  # AdamW is their default
             texts["ss_optimizer"] = f"{texts.get('ss_optimizer') or 'AdamW'}({arguments})"
         found = _from_kohya(texts | ({"ss_network_args": json.dumps(self.network)} if self.network else {}))
         found.source, found.base = f"a configuration of {title}", self.base
@@ -551,7 +549,7 @@ class _Translation:
 
 
 def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> LoraSettings:
-    """What the keys of a trainer's configuration say."""
+    """The settings in a trainer's configuration."""
     read = _Translation(trainer.get("leaf", False))
     text_of = {key: str(found[0]).casefold() for key, found in values.items()}
     instead = {row[0]: "".join(row[3:]) for row in trainer["unless"] if text_of.get(row[1]) == row[2]}

@@ -41,7 +41,7 @@ def use_device(name: str) -> torch.device:
     """Compute on the device that `train.device` names from now on: auto, cpu, mps, xpu, cuda, or a card.
 
     Raises:
-        ConfigError: there is no such device, or accelerate gives each of several processes its own.
+        ConfigError: no such device, or accelerate gives each of several processes its own.
     """
     _device.clear()
     if name == AUTO:
@@ -60,7 +60,8 @@ def use_device(name: str) -> torch.device:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         hides = "" if hidden is None else f" CUDA_VISIBLE_DEVICES = {hidden!r} hides all other NVIDIA cards."
         raise ConfigError(
-            f"train.device = {name} is not there; PyTorch sees {listed}.{hides} Choose one of these, or auto."
+            f"train.device = {name} does not exist; PyTorch sees {listed}.{hides} Choose one of these, or "
+            f"auto."
         )
     if device.type == "cuda":
         # A plan stores "cuda" without a number, which means this one from now on.
@@ -262,7 +263,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next allocation; no effect elsewhere. By default it returns
-    each to the system, and every step touches its pages anew: 12% of a step of SD 1.5 on a CPU."""
+    each to the system, and every step touches its pages again: 12% of a step of SD 1.5 on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -295,7 +296,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def release_failed(error: BaseException | None, device: torch.device) -> None:
     """Free what the frames of a failure hold, and the allocator's cache. The error loses its traceback: a
-    cleared frame still refers to its function, and a closure to what it encloses."""
+    cleared frame still refers to its function, and a closure to its variables."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None

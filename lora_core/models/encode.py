@@ -82,7 +82,7 @@ def encode_batches(
 def encode_captions(
     base: BaseModel, encoder: TextEncoder, captions: Sequence[str], clip_skip: int, chunks: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The `hidden_states` of one text encoder for captions of so many chunks each."""
+    """The `hidden_states` of one text encoder for captions of `chunks` chunks each."""
     tokenizer = base.tokenizers[encoder.part]
     ids = torch.cat([token_chunks(tokenizer, caption, chunks) for caption in captions])
     return hidden_states(base, encoder, ids, clip_skip)

@@ -75,7 +75,7 @@ DECODING = 24
 SAMPLING = 2**29
 """Bytes that a sampler step takes beside the UNet, SDXL at 1024 px with guidance."""
 TITLES = {"unet": "UNet", "vae": "VAE"}
-"""Components in messages, where the part's own name is no word."""
+"""Names of components in messages."""
 
 
 @dataclass
@@ -210,8 +210,7 @@ class BaseModel(NoisePredictor):
 
 @dataclass
 class InpaintingModel(BaseModel):
-    """A base whose UNet sees, beside the noisy latents, what is to be painted: a mask, and the latents of the
-    image without what it covers."""
+    """A base whose UNet also sees a mask and the latents of the masked image."""
 
     blank: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     """By size, what `blank_condition` returns."""
@@ -225,7 +224,7 @@ class InpaintingModel(BaseModel):
 
         Args:
             pixels: of the image, (3, H, W) in [-1, 1].
-            mask: (1, H, W); what is to be painted is 0.5 or more.
+            mask: (1, H, W); 0.5 or more where to paint.
         """
         covered = (mask >= 0.5).float()
         size = [side // self.vae_scale_factor for side in mask.shape[-2:]]
@@ -233,7 +232,7 @@ class InpaintingModel(BaseModel):
         return torch.cat([small, self.encode_image(pixels * (1.0 - covered))])
 
     def blank_condition(self, height: int, width: int) -> torch.Tensor:
-        """The condition of a mask that covers the whole image, (5, height, width) in latents, on the CPU."""
+        """The condition of a mask over the full image, (5, height, width) in latents, on the CPU."""
         if (height, width) not in self.blank:
             sides = [side * self.vae_scale_factor for side in (height, width)]
             self.blank[height, width] = self.mask_condition(torch.zeros(3, *sides), torch.ones(1, *sides))
@@ -244,7 +243,7 @@ class InpaintingModel(BaseModel):
         sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """As of any base. `noisy_latents` are (B, 9, h, w) with the condition, or (B, 4, h, w), to which that
-        of a whole image is added."""
+        of a full mask is added."""
         if noisy_latents.shape[1] == self.latent_channels:
             (blank,) = to_device(noisy_latents.device, self.blank_condition(*noisy_latents.shape[-2:]))
             noisy_latents = torch.cat([noisy_latents, blank.expand(len(noisy_latents), -1, -1, -1)], 1)
@@ -263,7 +262,7 @@ def encode_start(base: BaseModel, file: str, size: tuple[int, int], mask: str = 
 
     Raises:
         ConfigError: the base takes no mask.
-        DatasetError: a file is no image, or they differ in shape.
+        DatasetError: a file is not an image, or they differ in shape.
     """
     if not mask:
         return base.encode_image(to_pixels(open_rgb(Path(file)), Bucket(*size)))[None] if file else None
@@ -305,7 +304,7 @@ def open_base(
         zero_snr: "auto", or whether the base has zero terminal SNR ("on", "off"), whatever the files say.
 
     Raises:
-        ModelFileError: names what is missing or broken.
+        ModelFileError: names the missing or broken file.
         OutOfMemory: a component does not fit into the device's memory.
     """
     fetch_base(name)

@@ -117,7 +117,7 @@ def default_time_ids(count: int, height: int, width: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class NoiseSchedule:
     """`alphas_cumprod` (T,), the share of the signal's variance, falling with the timestep, and the
-    `objective`: what is predicted, "epsilon", "v_prediction" or "flow" (a line from latents to noise)."""
+    `objective`: the prediction, "epsilon", "v_prediction" or "flow" (a line from latents to noise)."""
 
     alphas_cumprod: torch.Tensor
     objective: str

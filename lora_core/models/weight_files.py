@@ -1,7 +1,7 @@
 """Reading weights tensor by tensor, locating each parameter of a component in its files, and a cache on disk.
 
-Nothing is mapped and no file is read in one piece: the peak is what is kept plus one tensor. Mapped pages
-would count as memory of this process until the file is closed, which nearly doubles it for a base in half
+Nothing is mapped and no file is read in one piece: the peak is the result plus one tensor. Mapped pages would
+count as memory of this process until the file is closed, which nearly doubles it for a base in half
 precision. A `.ckpt` is the exception: torch maps the zip that it is.
 """
 
@@ -50,7 +50,7 @@ class SafetensorsFile:
     """A safetensors file, its header checked; each tensor is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header; ModelFileError says what is wrong with the file."""
+        """Read the header; raises ModelFileError."""
         header = read_header(path, ModelFileError)
         self.path = path
         self.shapes = header.shapes
@@ -162,7 +162,7 @@ WeightFile = SafetensorsFile | PickledFile
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a file of weights by its extension; ModelFileError says what is wrong with it."""
+    """Open a file of weights by its extension; raises ModelFileError."""
     return PickledFile(path) if path.suffix.lower() == ".ckpt" else SafetensorsFile(path)
 
 
@@ -277,7 +277,7 @@ def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> 
     tensors, one of them named "value"."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
             if "value" in found and (file.metadata() or {}).get("sha256") == _hash_tensors(found):
                 return found
     except (OSError, SafetensorError):

@@ -38,7 +38,7 @@ EDITS = {
     "caption": ("find", "captions by {0.find}"),
     "mask": ("find", "masks by {0.find}"),
 }
-"""What may be done, the field that it needs, and the change in words."""
+"""The edits, the field that each needs, and its description."""
 PATIENCE = 5.0
 """Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
 # A pattern runs in a process of its own: `re` can neither be stopped nor shares the interpreter, and the
@@ -49,7 +49,7 @@ pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
 json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
 
 HOWS = {"missing": "Only where missing", "append": "Append", "replace": "Replace"}
-"""What becomes of the captions that are there when a model captions the images."""
+"""The choices for existing captions when a model captions the images."""
 MASK_HOWS = {how: HOWS[how] for how in ("missing", "replace")}
 MOST_TOKENS = 1000
 SHOWN_ROWS = 8
@@ -92,7 +92,7 @@ class Annotator:
         model: a folder or a hub id.
         download: fetch a hub id that is not on this computer.
         called: what such a model is called in messages.
-        hows: what may become of what is there.
+        hows: choices for images that have one already.
     """
 
     model: str
@@ -113,7 +113,7 @@ class Annotator:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and least <= value <= most):
                 words = name.replace("_", " ")
-                raise DatasetError(f"The {words} {value!r} is no number from {least:g} to {most:g}.")
+                raise DatasetError(f"The {words} {value!r} is not a number from {least:g} to {most:g}.")
 
     @property
     def short_name(self) -> str:
@@ -123,7 +123,7 @@ class Annotator:
 
 @dataclass(frozen=True)
 class Captioner(Annotator):
-    """A local model that captions images, and what it is asked for.
+    """A local model that captions images, and its options.
 
     Attributes:
         model: a folder or a hub id: an image-to-text model of transformers, or model.onnx and
@@ -159,7 +159,7 @@ class Captioner(Annotator):
 
 @dataclass(frozen=True)
 class Masker(Annotator):
-    """A local model that finds what counts in images, and how a mask is made of it.
+    """A local model that finds the subject of images, and how its mask is made.
 
     Attributes:
         model: a folder or a hub id of a CLIPSeg, or a background remover as an ONNX file.
@@ -167,7 +167,7 @@ class Masker(Annotator):
         threshold: probability that a place needs.
         grow: percent of the longer side that the mask grows by; below 0 it shrinks.
         blur: percent of the longer side that its edge is blurred by.
-        invert: mask all but what is found, such as `a watermark`.
+        invert: mask all but the match, such as `a watermark`.
         download: fetch a hub id that is not on this computer.
     """
 
@@ -194,7 +194,7 @@ def left_to_do(annotator: Annotator, images: Mapping[str, ImageRecord], how: str
     """
     if how not in annotator.hows:
         verb = "mask" if isinstance(annotator, Masker) else "caption"
-        raise DatasetError(f"{how!r} is no way to {verb}; choose one of {', '.join(annotator.hows)}.")
+        raise DatasetError(f"{how!r} is not a way to {verb}; choose one of {', '.join(annotator.hows)}.")
     there = "mask" if isinstance(annotator, Masker) else "caption"
     return {name: one for name, one in images.items() if how != "missing" or not getattr(one, there)}
 
@@ -219,15 +219,15 @@ def _unsaid(line: str, text: str) -> str:
 
 
 def apply_edit(captions: list[str], edit: Edit) -> list[str]:
-    """What the captions become.
+    """The edited captions.
 
     Raises:
         DatasetError: something that the change needs is empty, or the pattern is wrong or takes too long.
     """
     if edit.do not in EDITS:
-        raise DatasetError(f"{edit.do!r} is no change of captions; choose one of {', '.join(EDITS)}.")
+        raise DatasetError(f"{edit.do!r} is not an edit; choose one of {', '.join(EDITS)}.")
     if not getattr(edit, EDITS[edit.do][0]).strip() and not (edit.do == "replace" and edit.find):
-        raise DatasetError("Type first what is to be found or added.")
+        raise DatasetError("Type the text to find or add first.")
     if edit.do == "replace":
         return _replace(captions, edit)
     if edit.do in ("rename tag", "delete tag"):
@@ -299,7 +299,7 @@ def _rename_tag(line: str, find: str, put: str) -> str:
 
 @dataclass(frozen=True)
 class TagTable:
-    """What becomes of tags, in small letters, and which come first and last, in this order."""
+    """Replacements of tags, in lower case, and which come first and last, in this order."""
 
     new: Mapping[str, str]
     first: Sequence[str]
@@ -388,7 +388,7 @@ def _replace(captions: list[str], edit: Edit) -> list[str]:
 
 
 def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[str, Any]:
-    """What an edit would do: how many captions it changes, and the first of them as pieces.
+    """Preview an edit: how many captions it changes, and the first of them as pieces.
 
     Args:
         project: the open one.
@@ -420,7 +420,7 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     changes, _ = _changes(project, edit, only)
     masks = edit.do == "mask"
     with project.lock():
-        # A pattern may take a while: what has moved or changed since stays as it is.
+        # A pattern may take a while: files that have moved or changed since stay untouched.
         changes, before = _still_so(project, changes, masks)
         alone = not masks and all(_is_caption(record, before[name]) for name, record, _ in changes)
         if not alone:
@@ -472,7 +472,7 @@ def undo(project: Project) -> tuple[int, int]:
         project.invalidate()
         steps = _steps(project)
         if not steps:
-            raise DatasetError("There is no change of many captions left to take back.")
+            raise DatasetError("No edit of captions is left to undo.")
         last = steps.pop()
         masks = last.get("masks") is True
         by_name = project.images()
@@ -512,7 +512,7 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
 def _still_so(
     project: Project, changes: list[_Change], masks: bool
 ) -> tuple[list[_Change], dict[str, str | None]]:
-    """The changes of images that are as they were, and what is in the files beside them."""
+    """The changes of images that are still the same, and the contents of their files."""
     now = project.images()
     changes = [one for one in changes if now.get(one[0]) == one[1]]
     return changes, {name: _bytes(_file(record, masks), masks) for name, record, _ in changes}
@@ -546,7 +546,7 @@ def _steps(project: Project) -> list[dict[str, Any]]:
 
 def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
     advice = ". Nothing was changed; free some disk space."
-    with wrap_os_errors(DatasetError, "What the captions were before cannot be kept", advice):
+    with wrap_os_errors(DatasetError, "The captions before the edit cannot be saved", advice):
         project.path.mkdir(exist_ok=True)
         rows = [json.dumps(step) for step in steps[-MOST_KEPT:]]
         while len(rows) > 1 and sum(map(len, rows)) > MOST_BYTES:
@@ -555,8 +555,8 @@ def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
 
 
 def _is_caption(record: ImageRecord, text: str | None) -> bool:
-    """Whether the text file beside an image, read as `_bytes`, is still its caption, so that there is no need
-    to read the whole folder again."""
+    """Whether the text file beside an image, read as `_bytes`, is still its caption, which saves reading the
+    folder again."""
     return text is not None and text.strip() == record.caption and record.path.is_file()
 
 

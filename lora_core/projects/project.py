@@ -93,7 +93,7 @@ class Project:
             DatasetError: the folder of its images cannot be made; the project that was open stays open.
         """
         pictures = image_folder or path / "pictures"
-        advice = "; move what is in its place elsewhere, or choose another workspace."
+        advice = "; move the file in its place elsewhere, or choose another workspace."
         with wrap_os_errors(DatasetError, f"The folder {pictures} cannot be made", advice):
             pictures.mkdir(parents=True, exist_ok=True)
         with self._lock:
@@ -110,7 +110,7 @@ class Project:
             self._file_lock = FileLock(path / _LOCK)
             self.draft_problem = ""
             self._revision += 1
-        self._mend()
+        self._repair()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -138,7 +138,7 @@ class Project:
         """The folder of the images and of those that were left out."""
         return self.image_folder if self.path.is_relative_to(self.image_folder) else self.path
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         """Finish moves of a killed process, and bring captions back to their images."""
         clear_abandoned(self.path)
         if not self.left_out_folder.is_dir() and not (self.root / JOURNAL).exists():
@@ -180,7 +180,7 @@ class Project:
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """While the context is open, no other thread changes the draft: what is read of it holds."""
+        """While the context is open, no other thread changes the draft."""
         with self._lock:
             yield
 
@@ -222,8 +222,8 @@ class Project:
 
     def _say_draft_is_kept(self, done: str, where: Path) -> None:
         self.draft_problem = (
-            f"The settings that were typed in this project could not be {done}, so the form starts anew;"
-            f" they are kept in {where}."
+            f"The settings of this project could not be {done}, so the form starts over; they are kept in "
+            f"{where}."
         )
 
     @property
@@ -267,7 +267,7 @@ class Project:
             return self._scanned[1]
 
     def invalidate(self) -> None:
-        """Look next time whether a file has changed, and if so read the folder again."""
+        """Check at the next access whether a file has changed."""
         with self._lock:
             if self._scanned is not None:
                 # Kept for comparison: the revision changes only where something is different.
@@ -306,7 +306,7 @@ class Project:
         """Write an image's caption beside it.
 
         Raises:
-            DatasetError: there is no such image, or it is one of the demo's, or the disk refuses.
+            DatasetError: no such image, it is one of the demo's, or the disk refuses.
         """
         if self.uses_demo:
             raise DatasetError(
@@ -395,8 +395,8 @@ class Project:
             png: the mask in base64, white where the image counts; None for no mask.
 
         Raises:
-            DatasetError: it is the demo's, there is no such image, the mask is no PNG, is black everywhere or
-                of another shape, or it cannot be written.
+            DatasetError: it is the demo's, no such image, the mask is not a PNG, all black or of another
+                shape, or it cannot be written.
         """
         self.refuse_demo()
         with self.lock(), wrap_os_errors(DatasetError, f"The mask of {name} cannot be written"):
@@ -422,7 +422,7 @@ class Project:
         return record.mask in (None, file) and len(others) == 1 and all(one.path != file for one in told)
 
     def change_concepts(self, change: Callable[[Path], str]) -> dict[str, str]:
-        """Write the `dataset.toml` of the images anew; returns its text `before` and `after`.
+        """Rewrite the `dataset.toml` of the images; returns its text `before` and `after`.
 
         Args:
             change: makes the new text, "" for no file; given the folder.
@@ -524,7 +524,7 @@ def take_back(project: Project, names: list[str]) -> int:
 
 def move_images(project: Project, folders: Mapping[str, str]) -> dict[str, str]:
     """Move images into other folders of the dataset, with captions, masks, crops and whether they are held
-    out. A mask in a folder of masks comes to lie beside its image.
+    out. A mask in a folder of masks moves next to its image.
 
     Args:
         project: the open one.
@@ -612,7 +612,7 @@ def _move(project: Project, names: list[str], images: list[Path], source: Path, 
     many.
 
     Raises:
-        DatasetError: one is not there, or the disk refuses; then none has moved.
+        DatasetError: one does not exist, or the disk refuses; then none has moved.
     """
     moves, now = _plan_moves(names, images, source, lambda path: into / path.parent.relative_to(source))
     _carry_out(project, moves)
@@ -627,7 +627,7 @@ def _plan_moves(
     `masks` are those that are elsewhere, and whether others have them too.
 
     Raises:
-        DatasetError: one is not there.
+        DatasetError: one does not exist.
     """
     by_name = {relative_name(path, source): path for path in images}
     paths = {name: by_name.get(name) for name in names}
@@ -735,7 +735,7 @@ def finish_moves(root: Path) -> bool:
 
 
 def rejoin_sidecars(pictures: Path, aside: Path) -> int:
-    """Bring captions and masks back to images from which they were parted; returns how many.
+    """Move captions and masks back to their images; returns how many.
 
     Before moves were written down, a kill left a caption in the other folder, or, after Take back, beside an
     image with a number (`a.txt`, `a-2.png`).
@@ -780,7 +780,7 @@ def _by_stem(folder: Path) -> tuple[dict[str, Path], dict[Path, str]]:
 
 
 def _name_after_stem(path: Path) -> str:
-    """What follows an image's stem in its name or in that of its caption or mask."""
+    """The part after an image's stem in its name or in that of its caption or mask."""
     stem = path.stem[: -len("-masklabel")] if is_mask(path) else path.stem
     return path.name[len(stem) :]
 

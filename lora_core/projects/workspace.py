@@ -1,9 +1,9 @@
 """The projects of a workspace, which of its runs belong to one, its trash and its caches.
 
 Deleted runs, projects and generated images move into the workspace's own `.trash`, from which they can be
-restored. The system's trash is not used: on Windows it deletes at once what is too large for it or on a
-network drive, and on other drives it may copy gigabytes. A rename within the workspace is instant, atomic,
-and needs no desktop.
+restored. The system's trash is not used: on Windows it deletes large files and those on network drives at
+once, and on other drives it may copy gigabytes. A rename within the workspace is instant, atomic, and needs
+no desktop.
 """
 
 import difflib
@@ -126,7 +126,7 @@ class Projects:
         """Give a project another title; its folder keeps its name, as runs know it by that.
 
         Raises:
-            RunError: there is no such project, or the title is empty or taken.
+            RunError: no such project, or the title is empty or taken.
         """
         path = self._path(key)
         self._label(path, self._checked(title, key))
@@ -137,7 +137,7 @@ class Projects:
         """Move a project into the trash, and return where it is; if it was open, another is opened.
 
         Raises:
-            RunError: there is no such project, it is the only one, a run uses it, or the disk refuses.
+            RunError: no such project, it is the only one, a run uses it, or the disk refuses.
         """
         path = self._path(key)
         with self._lock:
@@ -196,7 +196,7 @@ def open_images(name: str, workspace: Path) -> Project:
     Images left out of a plain folder, and its former captions, are kept in its hidden `.lora-easel`.
 
     Raises:
-        DatasetError: it is the demo, which stays as it is.
+        DatasetError: it is the demo, which cannot be changed.
         RunError: there is neither.
     """
     if name == DEMO:
@@ -242,7 +242,7 @@ class TrashItem:
 
     @property
     def content(self) -> Path:
-        """What was deleted, as it was."""
+        """A deleted run, project or image."""
         return self.place / _CONTENT
 
     def row(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class TrashItem:
 
 
 def trash_folder(workspace: Path) -> Path:
-    """Where a workspace keeps what was deleted."""
+    """Where a workspace keeps deleted things."""
     return workspace / ".trash"
 
 
@@ -292,7 +292,7 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
 
 
 def list_trash(workspace: Path) -> list[TrashItem]:
-    """What is in the trash, the newest first."""
+    """The contents of the trash, newest first."""
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
@@ -323,7 +323,7 @@ def restore(one: TrashItem, workspace: Path) -> Path:
 
 
 def empty_trash(workspace: Path) -> None:
-    """Remove for good all that is in the trash.
+    """Delete the contents of the trash permanently.
 
     Raises:
         RunError: the disk refuses.
@@ -344,7 +344,7 @@ def _removing(folder: Path) -> Iterator[None]:
 
 
 def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
-    """The full path and what it is: only runs, projects and generated images of this workspace are moved.
+    """The full path and its kind: only runs, projects and generated images of this workspace are moved.
 
     Raises:
         RunError: it is something else.
@@ -396,12 +396,13 @@ def cache_sizes(workspace: Path) -> dict[str, int]:
 
 
 def clean_caches(workspace: Path) -> int:
-    """Remove all that a run can make again (encoded images and captions, unpacked zips); returns the bytes.
+    """Remove everything that a run can recreate (encoded images and captions, unpacked zips); returns the
+    bytes.
 
     Caches are renamed first, so that a run that starts meanwhile finds an empty cache and not half of one.
 
     Raises:
-        RunError: a run is going on, or the disk refuses.
+        RunError: a run is active, or the disk refuses.
     """
     live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
     if live:

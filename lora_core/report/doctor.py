@@ -66,7 +66,7 @@ def _(text: str, **values: object) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, in English, what was found, and what to do, in a sentence; "" if nothing is wrong."""
+    """The name of the check, in English, the finding, and the fix, a sentence; "" if all is well."""
 
     name: str
     found: str
@@ -161,7 +161,7 @@ def _packages() -> Iterator[Check]:
 
 def _torch() -> Iterator[Check]:
     card = find_card(hidden=True)
-    restart = _("Restart the computer; if `nvidia-smi` still names no card, install the driver anew.")
+    restart = _("Restart the computer; if `nvidia-smi` still names no card, reinstall the driver.")
     silent = card is None and (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"))
     yield Check(
         "Graphics card, as its driver says",
@@ -176,7 +176,7 @@ def _torch() -> Iterator[Check]:
     try:
         import_module("lora_core.models.load")
         yield Check("Engine", _("diffusers and transformers can be imported"))
-    except (ImportError, OSError, RuntimeError) as error:  # transformers makes the last of what it meets
+    except (ImportError, OSError, RuntimeError) as error:  # transformers keeps the last one it meets
         yield Check("Engine", _("cannot be imported: {error}", error=error), _(REINSTALL))
     found = describe_torch()
     fix = card_problem(card, found) if card is not None and found["device"] == "cpu" else ""
@@ -256,7 +256,7 @@ def _folders(chosen: Path | None) -> Iterator[Check]:
 
 
 def _rights(home: Path) -> Check:
-    """Whether what is in the workspace can be written too: a start with sudo leaves files of another user."""
+    """Whether the workspace's contents are writable too: a start with sudo leaves files of another user."""
     inside = [*home.glob("*"), *home.glob("runs/*"), *home.glob("projects/*")]
     closed = [path for path in inside if not os.access(path, os.W_OK)]
     give = f'sudo chown -R "$USER" "{home}"'

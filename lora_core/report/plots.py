@@ -146,7 +146,7 @@ class Chart:
 
     Attributes:
         title: of its button, where it shares its place with other charts.
-        label: what it shows, in a sentence.
+        label: its description, a sentence.
         curves: at least one, each of a point or more; the table has the points of the first.
         mark: a point to mark: x, y and its label.
         x: what its x axis counts.
@@ -194,7 +194,7 @@ def chart_tables(charts: Sequence[Chart]) -> str:
 
 
 def run_charts(runs: Mapping[str, events.Progress]) -> list[Chart]:
-    """Improvement and loss by step of a run, or of several, each named; what was not measured is left out."""
+    """Improvement and loss by step of a run, or of several, each named, without missing measurements."""
     alone = len(runs) == 1
     styles = itertools.cycle(("smooth", "second"))
     gains: list[Curve] = []
@@ -346,7 +346,7 @@ def spectrum_html(spectrum: Row) -> str:
         f" of their energy in {statistics.median(row['rank99'] for row in layers):g} or fewer directions; the"
         f" effective rank is {statistics.fmean(row['effective_rank'] for row in layers):.1f} on average."
     )
-    held = "Of the median layer, by its leading directions; four of five layers lie between the thin lines."
+    held = "Of the median layer, by its leading directions; four of five layers are between the thin lines."
     plots = [
         figure("Energy held, in percent", _held(layers), held),
         figure("Ranks of all layers", _sorted_ranks(layers), "Each curve is sorted, largest first."),
@@ -425,7 +425,7 @@ def _energy_by_block(blocks: Sequence[Row]) -> str:
 
 
 def intrinsic_html(found: Row) -> str:
-    """The measurements of the intrinsic rank, and what they say.
+    """The measurements of the intrinsic rank, and their result.
 
     Args:
         found: the document of `shrink --intrinsic --json`, with `sentences`.
@@ -448,7 +448,7 @@ def strength_html(found: Row, what: str = "") -> str:
 
     Args:
         found: the document of `strength --json`.
-        what: the part that it is of, "" for the whole adapter.
+        what: its part, "" for the full adapter.
     """
     points = [(float(row["strength"]), float(row["gain"])) for row in found["curve"]]
     errors = [2 * float(row["standard_error"]) for row in found["curve"]]

@@ -63,7 +63,7 @@ def run_evaluator(
     """Load a run's base in fp32 and encode the images that it held out.
 
     Args:
-        on_phase: called with what is being measured, in a few words.
+        on_phase: called with the name of the measurement.
         on_image: called within each measurement.
 
     Raises:
@@ -98,7 +98,7 @@ def run_evaluator(
 
 NOT_ASKED = "It was not measured for this report."
 OnPhase = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total); an exception from it ends the work."""
+"""Called with (phase, done, total); an exception from it ends the work."""
 
 
 @dataclass
@@ -262,7 +262,7 @@ def report_html(data: ReportData, now: float) -> str:
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str]]:
-    """(value, what it is) of the most important figures."""
+    """(value, label) of the most important figures."""
     best = events.best_of(data.progress.validations)
     done, planned, adapter = data.progress.step, data.progress.steps, data.config.adapter
     gain, error = (f"{best.gain:+.4f}", f"{2 * best.standard_error:.4f}") if best else ("", "")
@@ -450,7 +450,7 @@ def encode_thumbnail(file: Path, side: int) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-# Plots of what was measured during the run.
+# Plots of measurements during the run.
 
 MOST_PICTURES = 40
 

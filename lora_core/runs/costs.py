@@ -60,7 +60,7 @@ class StepCost:
         draw: seconds of a sampler's step of one sample.
         peak: bytes of the device's memory at the most; 0 where it does not tell.
         base: the base, as the user named it.
-        device: what it was measured on.
+        device: of the measurement.
         passes: `step_passes` of the settings; 0 where an earlier version measured.
         time: when, in seconds since the epoch.
     """
@@ -112,7 +112,7 @@ class RunForecast:
 
 
 def costs_file(workspace: Path) -> Path:
-    """Where a workspace keeps what was measured."""
+    """Where a workspace keeps measurements."""
     return workspace / "measured.json"
 
 
@@ -125,7 +125,7 @@ def cost_key(config: RunConfig) -> str:
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
     if (more := [adapter.kind, adapter.conv_rank]) != ["lora", 0]:
-        # Not for these, so that what was measured before there was a choice still counts.
+        # Not for these, so that older measurements still count.
         adapted += more
     if adapter.new_tokens:
         adapted.append("tokens")
@@ -138,13 +138,13 @@ def cost_key(config: RunConfig) -> str:
 
 
 def read_costs(workspace: Path, device: str) -> dict[str, StepCost]:
-    """What was measured on a device, by `cost_key`; a file that is missing or broken counts as empty."""
+    """The measurements on a device, by `cost_key`; a file that is missing or broken counts as empty."""
     rows = _read_all(workspace).items()
     return {key.removeprefix(f"{device} "): cost for key, cost in rows if cost.device == device}
 
 
 def keep_cost(workspace: Path, config: RunConfig, cost: StepCost) -> None:
-    """Add what was measured for some settings; the newest stay.
+    """Add the measurement of some settings; the newest are kept.
 
     Raises:
         OSError: the disk refuses.
@@ -193,7 +193,7 @@ def forecast_run(
         facts: of its base, None where that cannot be read.
         records: its images.
         runs: of this machine, the newest first.
-        costs: what was measured on this device, as `read_costs` returns it.
+        costs: measurements on this device, from `read_costs`.
         gpu: that it trains on; None for the processor.
     """
     step, source = _forecast_step(config, runs, costs, len(records)) or (None, "")
@@ -372,7 +372,7 @@ def _best_losses(file: Path, changed_at: int) -> list[list[float]]:
 
 
 def compare_trials(trials: Sequence[Trial]) -> dict[str, Any]:
-    """What runs gained beside what they cost, a row for each combination of settings, the best first.
+    """Gain and cost of runs, a row for each combination of settings, best first.
 
     Returns:
         settings: the names of those that differ, but for name and seed; rows: {settings: values by name,
@@ -459,7 +459,7 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
 
 
 def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is better beyond the error, in a sentence."""
+    """A sentence on the significant differences."""
     known = [row for row in rows if row["gain"] is not None]
     if len(known) < 2:
         return "Fewer than two of these settings have a measured gain, so there is nothing to compare yet."

@@ -1,8 +1,8 @@
 """How runs end: why one broke off, where a resume continues, who is notified, and a zip for a bug report.
 
 The parent of a trainer records how its process ended in `exit.json`, with a last look at memory, since a
-killed process cannot. Where there was no parent, the events, the log and the boot time of the machine decide.
-The zip holds settings, versions, events and the log; what users wrote or named, and every path, is replaced.
+killed process cannot. Without a parent, the events, the log and the boot time of the machine decide. The zip
+holds settings, versions, events and the log; what users wrote or named, and every path, is replaced.
 
 Whom to notify, a command or a web address, is kept in the workspace's `notify.toml` or the variable
 LORA_EASEL_NOTIFY and never in a run's settings: those travel in config files, and a stranger's config must
@@ -174,7 +174,7 @@ def find_crash(run: RunFolder) -> Crash:
     lines = _last_lines(run, ended)
     crash = _from_traceback(lines, progress, ended is not None) or _from_code(ended, progress)
     if crash is None and is_silent and lines:
-        # It printed what was wrong before it could write an event.
+        # It printed the error before it could write an event.
         return Crash(_as_sentence(lines[-1]))
     return crash or Crash(_silence_sentence(run, progress, lines))
 
@@ -476,7 +476,7 @@ def read_recipient(workspace: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); mend or remove it.") from error
+        raise ConfigError(f"{file} cannot be read ({error}); fix or remove it.") from error
     if not isinstance(found, str):
         raise ConfigError(f"{file} says tell = {found!r}, which should be a text.")
     return found.strip()
@@ -575,7 +575,7 @@ def _split(command: str) -> list[str]:
 
 
 def _post(address: str, facts: dict[str, Any]) -> str:
-    """One POST of JSON: `text` is what Slack and Mattermost show, `content` what Discord does."""
+    """One POST of JSON: Slack and Mattermost show `text`, Discord `content`."""
     import urllib.request  # takes longer than most commands
 
     body = json.dumps({**facts, "content": facts["text"]}).encode()

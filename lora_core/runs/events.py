@@ -111,9 +111,9 @@ class Validated(Event):
     -1 from the wanted ones, so that the gain is the share of `base_loss` that it has learned to add.
 
     Attributes:
-        on: what it was measured on, in words.
-        best: whether this is now the best step, by the rule of `evaluate/validator.py`.
-        against_best, against_best_error: the gain less that of the best step before, paired; NaN at the
+        on: the images of the measurement, in words. best: whether this is now the best step, by the
+        rule of `evaluate/validator.py`. against_best, against_best_error: the gain less that of the best step
+        before, paired; NaN at the
             first.
         train_gain, gauge, gauge_error: the gain on training images; how much more that is than `gain`, the
             memorisation gauge, with its error. NaN where it was not measured.
@@ -149,7 +149,7 @@ class RanksChosen(Event):
     """The exported file is cut (`adapter.auto_rank`); the checkpoint of `step` keeps all.
 
     Attributes:
-        sentence: what was cut, and what that costs.
+        sentence: the cut and its cost.
         trained: the rank of the checkpoint.
         rank: the highest of the file.
         parameters: the share of the checkpoint's that the file has.
@@ -191,8 +191,8 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Paused(Event):
-    """The process ended, to go on later: on request, or for `reason`, as when a drive is full, with
-    its `cause` as of `Failed`."""
+    """The process ended, to be resumed later: on request, or for `reason`, as when a drive is full, with its
+    `cause` as of `Failed`."""
 
     reason: str = ""
     cause: str = ""
@@ -265,7 +265,7 @@ def from_line(line: str) -> Event | None:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
-    """The complete lines from byte `offset` on, and the offset after them; none if `path` is no file."""
+    """The complete lines from byte `offset` on, and the offset after them; none if `path` is not a file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return [], offset
@@ -328,14 +328,13 @@ class EventWriter:
     def _hole(self) -> str:
         lines = "line" if self._lost == 1 else "lines"
         return (
-            f"{self._lost} {lines} about this run could not be written ({self._reason}); the training itself"
-            " went on."
+            f"{self._lost} {lines} about this run could not be written ({self._reason}); the training "
+            f"itself continued."
         )
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """What is written inside may fail; the file is opened anew for the next line, which ends a half
-        one."""
+        """Writes inside may fail; the file is reopened for the next line, which ends a half one."""
         try:
             yield
         except OSError as error:
@@ -527,7 +526,7 @@ class Progress:
         return left + self.took.get(PreviewDone.kind, 0.0) * self._rounds_left(config.sample.every)
 
     def _rounds_left(self, every: int) -> int:
-        """How often what is done every so many steps and after the last one is still to come."""
+        """How many times a periodic action, also due after the last step, is still to come."""
         return math.ceil(self.steps / every) - self.step // every if every else 0
 
 
@@ -613,7 +612,7 @@ def describe_forgetting(last: Validated) -> str:
 
 
 def describe_average(last: Validated) -> str:
-    """Whether the averaged adapter or the raw one gains more, in a sentence; "" where there is no average."""
+    """Whether the averaged adapter or the raw one gains more, in a sentence; "" without an average."""
     if not math.isfinite(last.raw_gain):
         return ""
     gains = f"{last.gain:+.4f} and {last.raw_gain:+.4f}"

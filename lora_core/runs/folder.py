@@ -72,7 +72,7 @@ class RunFolder:
     requests_file = _Below("requests.jsonl")  # to the trainer, appended by anyone
     lock_file = _Below("run.lock")  # held by the live trainer; freed by the system on a crash
     process_file = _Below("process.json")  # the lock's holder, for readers, which never try the lock
-    plan_file = _Below("plan.json")  # what was chosen by measuring before the first step
+    plan_file = _Below("plan.json")  # choices measured before the first step
     inputs_file = _Below("inputs.json")  # hashes of all inputs of the run, written at its first start
     log_file = _Below("log.txt")  # the trainer's own output
     checkpoints = _Below("checkpoints")  # resumable states, one folder a step
@@ -84,8 +84,8 @@ class RunFolder:
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
         """Make the folder and freeze its config, atomically.
 
-        A run of that name that failed before its first step holds nothing to go on with and is replaced: who
-        has mended what was wrong can give the same command again.
+        A run of that name that failed before its first step has nothing to resume and is replaced, so the
+        same command works once the problem is fixed.
 
         Epochs become steps here, of the images that there are now.
 
@@ -119,7 +119,7 @@ class RunFolder:
         """
         if self.path.exists() and not self._failed_at_once():
             raise RunError(
-                f"A run named {self.name} exists already in {self.path.parent}; go on with it by"
+                f"A run named {self.name} already exists in {self.path.parent}; continue it with"
                 f" `resume {self.path}`, or choose another --name."
             )
 
@@ -135,7 +135,7 @@ class RunFolder:
         """An existing run.
 
         Raises:
-            RunError: there is no run at `path`.
+            RunError: no run at `path`.
         """
         folder = cls(path)
         if not folder.config_file.is_file():
@@ -173,7 +173,7 @@ class RunFolder:
             RunError: `action` is not a request, or the folder cannot be written.
         """
         if action not in REQUESTS:
-            raise RunError(f"{action!r} is no request; choose one of {', '.join(REQUESTS)}.")
+            raise RunError(f"{action!r} is not a request; choose one of {', '.join(REQUESTS)}.")
         line = {"id": uuid.uuid4().hex, "action": action}
         with wrap_os_errors(RunError, f"The request cannot be written to {self.requests_file}"):
             handle = open_for_append(self.requests_file)
@@ -249,7 +249,7 @@ class RunFolder:
         """The step of a checkpoint: `best` (the last one where none was the best), `last`, or a step.
 
         Raises:
-            RunError: there is no such checkpoint.
+            RunError: no such checkpoint.
         """
         steps = self.checkpoint_steps()
         if not steps:

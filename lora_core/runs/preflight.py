@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts, checked without torch: settings, files, machine and images.
+"""Problems of a run before it starts, checked without torch: settings, files, machine and images.
 
 All checks run and all problems are reported together. A problem blocks where the run would fail; else it is a
 note.
@@ -91,7 +91,7 @@ class RunProblem:
             busy, slider, dataset, picture, masks, regularisation, prior, caption, tokens, resolution,
             variants,
             sample, validation, or the kind of a note on the dataset.
-        sentence: for people, with what to do.
+        sentence: for users, with what to do.
         blocking: whether the run would fail.
     """
 
@@ -170,7 +170,7 @@ def require_none_blocking(problems: list[RunProblem]) -> None:
 
 
 def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
-    """The base that a config names, and what is wrong with it."""
+    """The base that a config names, and its problems."""
     model = config.model
     name = model.base
     if is_remote(name):
@@ -260,7 +260,7 @@ def check_kind(config: RunConfig) -> None:
     """The kind of adapter knows the settings that are set, and can continue the file that is named.
 
     Raises:
-        ConfigError: names what it does not know.
+        ConfigError: names the unknown ones.
     """
     kind, row = config.adapter.kind, ADAPTER_KINDS[config.adapter.kind]
     usual = RunConfig()
@@ -298,7 +298,7 @@ def _convolutions(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     if not shapes or any(math.prod(shape[2:]) > 1 for _, shape in shapes):
         return []
     sentence = (
-        f"adapter.{names[0]} plays no part: adapter.targets = {config.adapter.targets} has no convolution"
+        f"adapter.{names[0]} has no effect: adapter.targets = {config.adapter.targets} has no convolution"
         " larger than 1 x 1."
     )
     return [RunProblem("targets", sentence, False)]
@@ -309,7 +309,7 @@ def _prior(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     if not config.loss.prior_preservation:
         return []
     if not config.keeps_prior:
-        sentence = "loss.prior_preservation plays no part for a slider, which keeps the base as it is."
+        sentence = "loss.prior_preservation has no effect for a slider, which keeps the base as it is."
         return [RunProblem("prior", sentence, False)]
     prompts = record_class_captions(records, config.dataset)
     what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
@@ -326,14 +326,14 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     usual = LossSection()
     for name in ("huber_delta", "huber_schedule") if loss.type != "huber" else ():
         if getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} plays no part where loss.type is {loss.type}; it is for huber."
+            sentence = f"loss.{name} has no effect while loss.type is {loss.type}; it is for huber."
             found.append(RunProblem("loss", sentence, False))
     for name in ("timestep_mean", "timestep_std") if loss.timesteps != "logit_normal" else ():
         if getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} plays no part where loss.timesteps is {loss.timesteps}."
+            sentence = f"loss.{name} has no effect while loss.timesteps is {loss.timesteps}."
             found.append(RunProblem("loss", sentence, False))
     if loss.multires_discount != usual.multires_discount and not loss.multires_noise:
-        sentence = "loss.multires_discount plays no part where loss.multires_noise is 0."
+        sentence = "loss.multires_discount has no effect while loss.multires_noise is 0."
         found.append(RunProblem("loss", sentence, False))
     if loss.multires_noise and loss.noise_offset:
         sentence = "loss.multires_noise takes the place of loss.noise_offset; set one of them to 0."
@@ -428,17 +428,17 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
 def _images(dataset: Dataset) -> list[RunProblem]:
     found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
     if not dataset.records and not found:
-        found.append(RunProblem("dataset", "There are no images yet; put some in."))
+        found.append(RunProblem("dataset", "There are no images yet; add some."))
     notes = summarize_notes(dataset.notes, AUDIT_ONLY)
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
 def _slider(config: RunConfig) -> list[RunProblem]:
-    """What keeps a concept slider from having a direction, and what plays no part for it, or without it."""
+    """What keeps a concept slider from having a direction, and what has no effect for it, or without it."""
     slider, usual = config.slider, RunConfig()
     if not slider.on:
         given = next((f"slider.{name}" for name in ("target", "preserve") if getattr(slider, name)), "")
-        sentence = f"{given} plays no part without slider.positive and slider.negative, which make a slider."
+        sentence = f"{given} has no effect without slider.positive and slider.negative, which make a slider."
         return [RunProblem("slider", sentence, False)] if given else []
     found = []
     empty = next((name for name in ("positive", "negative") if not getattr(slider, name).strip()), "")
@@ -508,14 +508,14 @@ def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     unused = sum(record.mask is not None for record in records) - masked
     if masked:
         sentence = (
-            f"{masked} of {len(records)} images {'has a mask' if masked == 1 else 'have masks'}: what lies"
-            f" outside counts {outside:g} (loss.unmasked_weight) beside 1 inside, in validation too."
+            f"{masked} of {len(records)} images {'has a mask' if masked == 1 else 'have masks'}: the area "
+            f"outside counts {outside:g} (loss.unmasked_weight) beside 1 inside, in validation too."
         )
     elif unused > 0:
         sentence = f"{unused} {'mask is' if unused == 1 else 'masks are'} not used, as dataset.masks is off."
     elif rule == "alpha" or outside != LossSection().unmasked_weight:
         name = "dataset.masks = alpha" if rule == "alpha" else "loss.unmasked_weight"
-        sentence = f"{name} plays no part: no image has a mask."
+        sentence = f"{name} has no effect: no image has a mask."
     else:
         return []
     return [RunProblem("masks", sentence, False)]
@@ -535,7 +535,7 @@ def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
         many = "Half" if not any(one.concept and one.concept.share for one in reg) else f"{part:.0%}"
         sentence = f"{many} of the steps show{first} {images}, which count {weight:g} (dataset.reg_weight)."
     elif weight != DatasetSection().reg_weight:
-        sentence = "dataset.reg_weight plays no part: there is no folder `reg` with images of the class."
+        sentence = "dataset.reg_weight has no effect: there is no folder `reg` with images of the class."
     else:
         return []
     return [RunProblem("regularisation", sentence, False)]
@@ -585,7 +585,7 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
                 " step of its images takes more."
             )
     if several and one:
-        found.append(f"train.resolution = {one} plays no part beside dataset.resolutions; set it to 0.")
+        found.append(f"train.resolution = {one} has no effect beside dataset.resolutions; set it to 0.")
     rows = [one for one in records if not (one.concept and "resolutions" in dict(one.concept.rules))]
     for lower, side in itertools.pairwise(sorted(set(several))):
         if rows and not any(one.width * one.height > lower * side for one in rows):
@@ -602,12 +602,12 @@ def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
     if not any(rules_of(record, rules).varies for record in records):
         if rules.variants == usual.variants or not records:
             return []
-        sentence = "dataset.variants plays no part without dataset.random_crop or dataset.color_aug."
+        sentence = "dataset.variants has no effect without dataset.random_crop or dataset.color_aug."
         return [RunProblem("variants", sentence, False)]
     size = _latent_bytes(records, config, facts)
     if size > psutil.virtual_memory().available / 2:
         sentence = (
-            f"The encoded images take {gigabytes(size)} of memory, over half of what is free; lower"
+            f"The encoded images take {gigabytes(size)} of memory, over half of the free memory; lower"
             f" dataset.variants, which is {rules.variants}."
         )
         return [RunProblem("variants", sentence, False)]
@@ -617,8 +617,8 @@ def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
         record.width * record.height <= bucket.width * bucket.height for record, bucket in shown
     ):
         sentence = (
-            "dataset.random_crop plays no part: no image is larger than what it is trained at, and none is"
-            " enlarged; use larger images, or a lower resolution."
+            "dataset.random_crop has no effect: no image is larger than its training size, and none is "
+            "enlarged; use larger images, or a lower resolution."
         )
         return [RunProblem("variants", sentence, False)]
     return []
@@ -643,7 +643,7 @@ def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
             if (side := fields[name]) % multiple:
                 near = ", ".join(str(n * multiple) for n in (side // multiple, side // multiple + 1) if n)
                 called = f"--{letter} in the sample prompt {in_short(line)}"
-                raise ConfigError(f"{called} is no multiple of {multiple}; take {near}.")
+                raise ConfigError(f"{called} is not a multiple of {multiple}; take {near}.")
 
     lines = (*section.prompts, "")
     found = [problem for line in lines for problem in _found_by(functools.partial(check, line), "sample")]
@@ -651,7 +651,7 @@ def _samples(config: RunConfig, multiple: int) -> list[RunProblem]:
 
 
 def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """Captions, given with what they are of, of which the end is not read."""
+    """Captions, each with its image, that are too long to be read to the end."""
     limit, tokenizer = config.train.max_token_length, facts.tokenizer
     cut: list[tuple[str, str]] = []
     try:
@@ -717,7 +717,7 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
 def _memory(
     config: RunConfig, facts: BaseFacts, card: int | None, captions: int, varied: bool
 ) -> list[RunProblem]:
-    """Weights and adapter against what is free; rough, since activations come on top. No problem on a card
+    """Weights and adapter against free memory; rough, since activations come on top. No problem on a card
     where the trainer fits the run into its memory."""
     parameters, export = sizes.count_base_parameters(facts), sizes.export_bytes(facts, config)
     if not parameters or not export:

@@ -95,7 +95,7 @@ class QueuedRun:
         reason: why it failed, in a sentence.
         restarts: how often the runner started it again after its process died.
         events_bytes: size of the run's events when the state was written; a larger file means that the run
-            went on since.
+            has continued since.
     """
 
     run: str
@@ -223,7 +223,7 @@ class Queue:
         """Put runs at the end, all or none; one that is paused or ended in the queue waits again.
 
         Raises:
-            RunError: one is no run of this workspace, waits or is trained already, or is done.
+            RunError: one is not a run of this workspace, waits or is trained already, or is done.
         """
         jobs = [self._new_job(run) for run in runs]
         with self._transaction() as db:
@@ -245,7 +245,7 @@ class Queue:
         """Give a waiting run another place among those that wait; 1 is the next to start.
 
         Raises:
-            RunError: it does not wait in the queue, or there is no such place.
+            RunError: it does not wait in the queue, or no such place.
         """
         with self._transaction() as db:
             job = _job(db, name)
@@ -269,7 +269,7 @@ class Queue:
         """Take a run out of the queue; the run itself stays as it is.
 
         Raises:
-            RunError: it is not in the queue, or is going on.
+            RunError: it is not in the queue, or is running.
         """
         with self._transaction() as db:
             job = _job(db, name)
@@ -347,8 +347,7 @@ class Queue:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
-                f"The queue {self._old_file} cannot be read; mend it, or remove it to begin with an empty"
-                " one."
+                f"The queue {self._old_file} cannot be read; fix it, or remove it to begin with an empty one."
             ) from error
         db.execute("BEGIN IMMEDIATE")
         with db:
@@ -406,12 +405,12 @@ def _journal_mode(workspace: Path) -> str:
 
 
 def _problem(error: sqlite3.Error) -> str:
-    """What is wrong with the file and what to do, to follow its name."""
+    """The problem of the file and what to do, to follow its name."""
     code = (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
         return "is being changed by a process that hangs."
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
-        return f"cannot be read ({error}); mend it, or remove it to begin with an empty one."
+        return f"cannot be read ({error}); fix it, or remove it to begin with an empty one."
     return f"cannot be written: {error}; make room or give the right to write there."
 
 
@@ -435,10 +434,10 @@ def sweep_configs(
         values: of the setting.
         runs: the folder in which the names are to be free.
         by: further settings with their values: each combination is a run.
-        seeds: so many runs of each combination, from the config's seed on.
+        seeds: number of runs of each combination, from the config's seed on.
 
     Raises:
-        ConfigError: there is no such setting, no value, or one that is not legal; all in one message.
+        ConfigError: no such setting, no value, or one that is not legal; all in one message.
     """
     axes = [(setting, values), *by]
     if not 1 <= seeds <= MOST_SWEPT:
@@ -625,7 +624,7 @@ class _Runner:
         self._end(job, FAILED if state == DIED else state, reason)
 
     def _outcome_elsewhere(self, run: RunFolder, events_bytes: int) -> tuple[str, str] | None:
-        """How a run ended that went on outside the queue, or None where there is more to do."""
+        """How a run that continued outside the queue ended, or None if it has more to do."""
         if file_bytes(run.events_file) <= events_bytes:
             return None
         progress = run.progress()
@@ -679,7 +678,7 @@ class _Runner:
 
 
 def _ask_to_pause(run: RunFolder) -> None:
-    """Ask until it is written down: the trainer's first act is to void what was asked of it before."""
+    """Repeat the request until it is recorded: a starting trainer voids earlier requests."""
     if not any(request["action"] == "pause" for request in run.requests()):
         with contextlib.suppress(RunError):
             run.request("pause")

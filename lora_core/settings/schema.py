@@ -225,7 +225,8 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
         load: "module:class"; the class may be imported there from another module.
         depth: how many modules further it is looked for.
 
-    Returns: None if the source does not show it.
+    Returns:
+        None if the source does not show it.
     """
     module, _, name = load.partition(":")
     top, *inner = module.split(".")

@@ -1,7 +1,7 @@
-"""What adapters do: how alike they are, several at once, what they amplify in the base, their best strength.
+"""Analysis of adapters: their similarity, combinations, amplification of the base, best strength.
 
 Similarity (Hu et al. 2021, section 7.2, equation 4) is phi(A, B, i, j) = ||U_A^i^T U_B^j||_F^2 / min(i, j) of
-the leading i and j singular vectors: 1 where the smaller subspace lies within the larger one, 0 where the two
+the leading i and j singular vectors: 1 where the smaller subspace is within the larger one, 0 where the two
 are orthogonal. The paper takes the right singular vectors of A, the directions that an adapter reads from.
 Here they are those of the update (alpha/r) B A: the rows of A span the same space, but A and B can trade
 scale and rotation between them, which changes the order of A's own directions and not of the update's. The
@@ -625,11 +625,11 @@ def measure_strength(
     """The best strength of an adapter file, or one for the UNet and one for the text encoders.
 
     Returns:
-        `fits`: rows of `part` ("" for the whole adapter, else "UNet" or "text encoders") and `StrengthFit`;
+        `fits`: rows of `part` ("" for the full adapter, else "UNet" or "text encoders") and `StrengthFit`;
         `strengths`: to bake in; `sentences`.
 
     Raises:
-        LoraError: it is no plain LoRA, or `apart` and on one of the two alone.
+        LoraError: it is not a plain LoRA, or `apart` and on one of the two alone.
     """
     weights = load_plain_lora(file, family)[0]
     if apart:
@@ -674,10 +674,10 @@ def bake_strength(to: Rewrite, known: Family | None, strengths: Sequence[float])
         strengths: one, or one for the UNet and one for the text encoders.
 
     Returns:
-        What was done, in a sentence.
+        A summary, one sentence.
 
     Raises:
-        LoraError: a strength is not above 0, or the file is no plain LoRA or cannot be written.
+        LoraError: a strength is not above 0, or the file is not a plain LoRA or cannot be written.
     """
     check_out(to.out)
     weights, family = load_plain_lora(to.source, known)

@@ -1,7 +1,8 @@
 """The updates that adapter files make to a base: LoRA, LoCon, LoHa, LoKr and OFT, and DoRA on each.
 
 Files are read here and nothing is approximated; see `shrink.to_lora` for that. The weights of a base are read
-layer by layer, without opening the base. New files are saved here, with what was done in the header.
+layer by layer, without opening the base. New files are saved here, with a record of the operation in the
+header.
 """
 
 import json
@@ -138,7 +139,7 @@ def check_out(out: Path) -> None:
         AdapterFileError: it exists, does not end in .safetensors, or is in a folder that does not exist.
     """
     if out.exists():
-        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
+        raise AdapterFileError(f"{out} already exists; choose another name or remove it first.")
     if out.suffix.lower() != ".safetensors":
         raise AdapterFileError(f"--out {out} should end in .safetensors.")
     if not out.absolute().parent.is_dir():
@@ -196,7 +197,7 @@ def save_with_side_file(
 
 @dataclass(frozen=True)
 class Rewrite:
-    """An adapter file to be saved anew with other weights, in its own format and with its own metadata.
+    """An adapter file to be saved again with other weights, in its format and with its metadata.
 
     Attributes:
         precision: "fp32", "fp16", "bf16", `io.AS_IT_IS`, or "" for that of the source.

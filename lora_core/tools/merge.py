@@ -207,7 +207,7 @@ def _size(layer: LayerWeights) -> str:
 # Files.
 
 MERGED_KEY = "lora_easel.merged"
-"""Our own key of a header: what was merged, as a JSON list of {name, sha256, strength, text_strength}."""
+"""Our own key of a header: the merged files, as a JSON list of {name, sha256, strength, text_strength}."""
 _AGREED = (
     "ss_sd_model_name",
     "ss_clip_skip",
@@ -252,11 +252,11 @@ def merge_files(
         base_name: the base that a DoRA is for, or "".
         on_layer: called for a file whose decomposition takes long.
 
-    Returns:
-        What was done and what it cost, in sentences.
+    Returns: The operation and its cost, in sentences.
 
     Raises:
-        LoraError: one sentence on what is wrong; nothing is written then.
+        LoraError: one sentence on the problem; nothing
+        is written then.
     """
     check_out(out)
     base = BaseWeights(base_name) if base_name else None
@@ -385,7 +385,7 @@ def merge_files_into_base(
         note: called with (done, all) as the changed tensors are written.
 
     Returns:
-        What was done, in sentences.
+        A summary, in sentences.
 
     Raises:
         AdapterFileError: a layer is not in this base or has another shape, or nothing would change.
@@ -393,7 +393,7 @@ def merge_files_into_base(
     """
     base = BaseWeights(base_name)
     if out.exists():
-        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
+        raise AdapterFileError(f"{out} already exists; choose another name or remove it first.")
     if base.single != (out.suffix.lower() == ".safetensors"):
         kind = (
             "file, so --out should end in .safetensors"

@@ -49,7 +49,7 @@ from lora_core.tools.svd import (
 )
 
 SHRUNK_KEY = "lora_easel.shrunk"
-"""Our own key of a header: what was truncated, as JSON."""
+"""Our own key of a header: the truncation, as JSON."""
 
 Ranks = Mapping[LayerKey, int]
 
@@ -98,7 +98,7 @@ def plain_lora(
     """The plain LoRA in a file, as it is, or `to_lora` of another kind, with its error.
 
     Raises:
-        AdapterFileError: it is of another kind and there is no rank, or it needs its base and there is none.
+        AdapterFileError: it is of another kind and no rank is given, or it needs its base and none is given.
     """
     of_base = any(update.needs_base for update in updates.values())
     layers = {key: update.low for key, update in updates.items() if update.low is not None}
@@ -152,7 +152,7 @@ def decompose(weights: AdapterWeights) -> DecomposedAdapter:
     """The singular triples of each layer; vectors in fp32, the precision of an adapter.
 
     Raises:
-        AdapterFileError: it is no plain LoRA.
+        AdapterFileError: it is not a plain LoRA.
     """
     check_plain(weights)
     found = {}
@@ -270,10 +270,10 @@ def shrink_file(
         on_layer: called for a file whose decomposition takes long.
 
     Returns:
-        What was done and what it cost, in sentences.
+        The operation and its cost, in sentences.
 
     Raises:
-        LoraError: one sentence on what is wrong; nothing is written then.
+        LoraError: one sentence on the problem; nothing is written then.
     """
     check_out(to.out)
     updates, metadata, family = file_updates(to.source, base.family if base else None)
@@ -292,10 +292,11 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
     """Write an adapter truncated to the ranks that `measure_rank` found for it.
 
     Returns:
-        What was done, in a sentence.
+        A summary, one
+    sentence.
 
     Raises:
-        AdapterFileError: it is no plain LoRA, or cannot be written.
+        AdapterFileError: it is not a plain LoRA, or cannot be written.
     """
     check_out(to.out)
     weights, family = load_plain_lora(to.source, known)
@@ -307,7 +308,7 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
 # energy says how much of the update is kept and not how much of its use. The adapter is truncated and
 # measured on the same draws, so that the error of "keeps 99%" is far smaller than that of the gain itself. A
 # bisection over ranks takes few measurements; then the pooled energies are bisected over the number of
-# columns, and the smaller of the two files wins. A bisection assumes that what is kept grows with the rank.
+# columns, and the smaller of the two files wins. A bisection assumes that the kept gain grows with the rank.
 # Where noise breaks that, it finds one crossing of the bar, and every rank that it proposes was measured and
 # is above the bar.
 
@@ -386,7 +387,7 @@ def intrinsic_rank(
     """The smallest truncation of a plain LoRA that keeps a share of its gain, and how it was found.
 
     Raises:
-        AdapterFileError: the adapter gains nothing here, so there is no gain to keep.
+        AdapterFileError: the adapter gains nothing here.
     """
     parts = decompose(weights)
     gain, error, measured = _measured_cuts(parts, measure)
@@ -442,9 +443,9 @@ def automatic_ranks(
     """A small truncation of a plain LoRA that keeps a share of its gain, found in about five measurements.
 
     The largest singular values of all layers together are kept; their number is bisected on a logarithmic
-    scale. It is enough where what is kept exceeds the share by its standard error. The smallest that is
-    enough is measured again, on the draws of `confirm`, which had no say in the choice; while it falls short
-    there, a quarter more are kept.
+    scale. It suffices if the kept gain exceeds the share by its standard error. The smallest that is enough
+    is measured again, on the draws of `confirm`, which had no say in the choice; while it falls short there,
+    a quarter more are kept.
 
     Returns:
         The truncation as `confirm` measured it; None where the gain is within two errors of nothing.
@@ -504,10 +505,10 @@ def shrink_to_intrinsic(to: Rewrite, known: Family, measure: MeasureGains) -> di
     """Write the smallest truncation of an adapter file that keeps nearly all of its gain.
 
     Returns:
-        The document of `shrink --intrinsic --json`; `ranks` by layer is what `truncate_file` takes.
+        The document of `shrink --intrinsic --json`; `ranks` by layer are for `truncate_file`.
 
     Raises:
-        AdapterFileError: it is no plain LoRA, gains nothing on these images, or cannot be written.
+        AdapterFileError: it is not a plain LoRA, gains nothing on these images, or cannot be written.
     """
     weights, family = load_plain_lora(to.source, known)
     smaller, found = intrinsic_rank(weights, measure)
@@ -580,8 +581,7 @@ def extract_lora(
 
     Args:
         tuned: the fine-tuned model.
-        base: what it was made from.
-        rank: of all layers.
+        base: the model that it was tuned from. rank: of all layers.
         energy: without a rank, the share of it to keep of each layer.
 
     Raises:
@@ -645,7 +645,7 @@ def _differences(
 
 
 def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra: Spectra) -> list[str]:
-    """What was extracted and what it cost."""
+    """The extraction and its cost."""
     ranks = [layer.rank for layer in weights.layers.values()]
     sentences = [f"{len(ranks)} layers of {rank_words(ranks)}.", loss.sentence(), spectra.sentence()]
     whole = spectra.outside + sum(spectra.energies.values())
@@ -665,10 +665,8 @@ def extract_file(
     arguments as of `extract_lora`.
 
     Returns:
-        What was extracted, what it cost and which rank the spectrum suggests, in sentences.
-
-    Raises:
-        LoraError: one sentence on what is wrong; nothing is written then.
+        The extraction, its cost and the rank that the spectrum suggests, in sentences. Raises:
+        LoraError: one sentence on the problem; nothing is written then.
     """
     check_out(out)
     models = BaseWeights(tuned), BaseWeights(base)

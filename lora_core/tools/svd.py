@@ -263,8 +263,8 @@ def left_out_row(layer: LayerKey, reason: str) -> dict[str, str]:
 
 
 def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, list[dict[str, str]]]:
-    """The updates of an adapter file of any kind that need no base, and what is left out; `family` is that of
-    the base that it is used with, if that is known.
+    """The updates of an adapter file of any kind that need no base, and the names of the others; `family` is
+    that of the base that it is used with, if that is known.
 
     Raises:
         AdapterFileError: the file is broken, or no adapter.

@@ -1,8 +1,8 @@
 """Fits a run to its machine: memory fallbacks, and what steps before the first one find out.
 
 Each fallback costs time, or nothing, and all but one change a gradient by rounding alone: a base in 8 bits is
-another base, by a little. What was applied, and after which step, is kept in `plan.json`, so that a resumed
-run does the same at the same steps.
+another base, by a little. The applied ones, with their steps, are kept in `plan.json`, so that a resumed run
+does the same at the same steps.
 
 The learning rate is found by a range test: short training at rates that rise from far too low to far too
 high. The loss of a single diffusion batch says nothing, since noise and timesteps are random, so the bare
@@ -57,7 +57,7 @@ from lora_core.train.objectives import PriorBatches, SliderBatches
 TIMED_STEPS = 4
 """The first one warms up and does not count."""
 MAX_SECONDS = 20.0
-"""No further step is timed after so many seconds."""
+"""No further step is timed after this many seconds."""
 CAPTION = "a picture of something"
 CFG_BATCH = 2
 """What one step of a sampler puts through the UNet: with the prompt and without."""
@@ -139,7 +139,7 @@ class MemoryFallback:
         fallback = self.next
         if fallback is None:
             raise OutOfMemory(self._nothing_left())
-        # What was planned for later steps no longer applies.
+        # Plans for later steps no longer apply.
         del self.applied[self._count :]
         self.applied.append((fallback.name, step))
         self.apply_until(step)

@@ -1,6 +1,6 @@
-"""What happens between two steps: events and requests, the watch over losses and times, and what is due.
+"""Callbacks between two steps: events and requests, checks of losses and times, and periodic actions.
 
-Validation, checkpoints and samples are due every so many steps and after the last one, or on request.
+Validation, checkpoints and samples are due at fixed intervals and after the last step, or on request.
 Validation and samples only observe a run: where memory is too short for them they are skipped with a warning,
 and training continues.
 """
@@ -73,7 +73,7 @@ SCALARS: dict[type[events.Event], dict[str, str]] = {
 }
 """What TensorBoard and Weights & Biases show: for each kind of event, the curves and their fields."""
 MAX_NONFINITE, MAX_ROLLBACKS = 3, 3
-"""After so many steps in a row that are not finite, the run rolls back; so often at most."""
+"""After this many steps in a row that are not finite, the run rolls back; so often at most."""
 RECENT, EARLIER = 10, 100
 RUNAWAY, STABLE = 5.0, 2.0
 PREDICT_NOTHING = 1.0
@@ -82,7 +82,7 @@ TIMED_STEPS, SLOW = 20, 5.0
 RANK_PASSES = 10
 """Measurements of about that many adapters choose the ranks of a file."""
 NAMED = 4
-"""So many images are named in a message."""
+"""Number of images named in a message."""
 
 
 class Interrupted(BaseException):
@@ -203,8 +203,7 @@ class RunContext:
             raise Interrupted
 
     def export(self, step: int) -> dict[str, Any]:
-        """Write the checkpoint of `step` as the run's file, and report what was cut; see
-        `export_checkpoint`."""
+        """Write the checkpoint of `step` as the run's file, and report the cut; see `export_checkpoint`."""
         made = export_checkpoint(self.run, str(step), self.run.name, EXPORT_FORMAT)
         if made["cut"]:
             self.emit(events.RanksChosen(step=step, **made["cut"]))
@@ -216,7 +215,7 @@ class RunContext:
 
 
 class NeedsRollback(Exception):
-    """Training diverged and may go on from an earlier state; the message says how it diverged."""
+    """Training diverged and may continue from an earlier state; the message says how."""
 
 
 @dataclass
@@ -263,7 +262,8 @@ class DivergenceGuard:
         return not self.nonfinite and (len(self.losses) < RECENT or self._recent() <= STABLE * self._level())
 
     def roll_back_to(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Halve the learning rates and go on with the losses of an earlier `record`; returns the new one."""
+        """Halve the learning rates and continue with the losses of an earlier `record`; returns the new
+        one."""
         self.lr_scale, self.rollbacks, self.nonfinite = self.lr_scale / 2, self.rollbacks + 1, 0
         self.losses = list(record.get("losses", []))
         return self.record()
@@ -359,7 +359,7 @@ def describe_slow_step(step: int, seconds: float, times: float, device: str) -> 
     return (
         f"{start} The graphics memory may be full and its driver moving some of it to the computer's own, as"
         " Windows does without an error: pause, close other programs that use the graphics card, or set"
-        " train.gradient_checkpointing or a lower train.batch_size, and go on."
+        " train.gradient_checkpointing or a lower train.batch_size, and resume."
     )
 
 
@@ -445,7 +445,7 @@ class Validate(Callback):
             self._limit_frequency(step)
 
     def restore(self, state: CheckpointState, before: Sequence[events.Validated]) -> None:
-        """Go on from a checkpoint; of the validations `before`, those after it no longer count."""
+        """Resume from a checkpoint; of the validations `before`, those after it no longer count."""
         self.validator.best = BestStep.from_record(state.best)
         self.history = [event for event in before if event.step <= state.step]
 
@@ -488,7 +488,7 @@ class Save(Callback):
         guard: DivergenceGuard, header: Callable[[int], dict[str, str]],
     ) -> None:  # fmt: skip
         """Write checkpoints with the records of `validator` and `guard`; `header` makes the texts for the
-        adapter's file after so many steps."""
+        adapter's file after a number of steps."""
         super().__init__(context, checkpoints.section.every)
         self._checkpoints = checkpoints
         self._validator = validator
@@ -590,7 +590,7 @@ def checksum(flat_params: FlatParams) -> int:
 @dataclass
 class Export:
     """Writes the adapter for other tools, when a process's part of the run ends; `header` makes the texts for
-    a file after so many steps, and `start` is the checksum of the parameters before the first."""
+    a file after a number of steps, and `start` is the checksum of the parameters before the first."""
 
     context: RunContext
     config: RunConfig
@@ -602,8 +602,8 @@ class Export:
     def __call__(self, step: int, measure: bool = True) -> Path:
         """Write the file, and return its path.
 
-        It has the best checkpoint if the validation of this very step says that the last is worse, else what
-        is trained. Where an average is kept, it has that, and a second file has what is trained. With
+        It has the best checkpoint if the validation of this very step says that the last is worse, else the
+        last. Where an average is kept, it has that, and a second file has what is trained. With
         `adapter.auto_rank` it is cut, by measuring unless `measure` is False.
         """
         run, state, history = self.context.run, self.state, self.validate.history
@@ -728,13 +728,13 @@ class WandbWriter:
     """Writes one run's events for Weights & Biases, below the run's folder; nothing is sent, and `wandb sync`
     does that later, unless the environment variable WANDB_MODE is `online`.
 
-    A step that is repeated after a resume has two points: there is no taking back.
+    A step that is repeated after a resume has two points: none can be removed.
     """
 
     name = "Weights & Biases"
 
     def __init__(self, run: RunFolder, done: int) -> None:
-        """Begin, or go on with what an earlier process of the run began.
+        """Begin, or continue the log of an earlier process of the run.
 
         Raises:
             ConfigError: it refuses, as when WANDB_MODE is `online` and nobody is logged in.
@@ -748,7 +748,7 @@ class WandbWriter:
             for name, value in flattened(run.config().to_dict()).items()
             if isinstance(value, int | float) or choices_of(name)
         }
-        # Neither paths nor what it would collect by itself: name of the computer, packages, code, output.
+        # Neither paths nor its automatic data: name of the computer, packages, code, output.
         own = self._wandb.Settings(
             console="off",
             silent=True,
@@ -789,7 +789,7 @@ class WandbWriter:
             self._board.log({**shown, "step": event.step})
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush the log."""
         self._board.finish()
 
 

@@ -1,10 +1,10 @@
 """Checkpoints: all that a step depends on and that does not follow from (seed, step).
 
 A checkpoint is a folder that appears complete, by one rename, and disappears by another. Its adapter is a
-kohya-format file that any tool can load, the average where one is kept; where that is not bit for bit what is
-trained, a second file has the exact factors. The optimizer's tensors are beside it, and `state.json` names
-the SHA-256 of each file, so that damage is detected. `CheckpointManager` saves, resumes from and rolls back
-to checkpoints of one run.
+kohya-format file that any tool can load, the average where one is kept; where that differs from the trained
+state, a second file has the exact factors. The optimizer's tensors are beside it, and `state.json` names the
+SHA-256 of each file, so that damage is detected. `CheckpointManager` saves, resumes from and rolls back to
+checkpoints of one run.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from lora_core.train.loop import TrainState
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 FACTORS = "factors.safetensors"
-"""What is trained, beside an adapter that is an average or whose layers have different alphas: a kohya file
+"""The trained state, beside an adapter that is an average or whose layers have different alphas: a kohya file
 has one alpha for all, which costs a rounding."""
 AVERAGE = "average.safetensors"
 """The exact average, where layers have different alphas."""
@@ -114,7 +114,7 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
     """What `save_checkpoint` wrote, bit for bit.
 
     Raises:
-        RunError: a file is missing or is not what was written.
+        RunError: a file is missing or has changed.
     """
     record = verify_checkpoint(path)
     names = record["sha256"]
@@ -132,23 +132,24 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """What `state.json` of a checkpoint says, once its files have been seen to be what was written.
+    """The content of a checkpoint's `state.json`, after its files were verified.
 
     Raises:
-        RunError: one is not, or is missing.
+        RunError: one has
+    changed, or is missing.
     """
     try:
         record = read_record(path)
         for name, digest in record["sha256"].items():
             if _sha256(path / name) != digest:
-                raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
+                raise RunError(f"The checkpoint {path} is broken: {name} has changed since it was written.")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"The checkpoint {path} is broken: {error}.") from error
     return record
 
 
 def is_valid(path: Path) -> bool:
-    """Whether a checkpoint is there and is what was written."""
+    """Whether a checkpoint exists and is unchanged."""
     try:
         return bool(verify_checkpoint(path))
     except RunError:
@@ -317,7 +318,7 @@ class CheckpointManager:
         last: a kill anywhere in here leaves a run that comes to the same rollback by itself.
 
         Raises:
-            RunError: there is no such state.
+            RunError: no such state.
         """
         state = self._load_first_valid(self._rollback_steps()) or self._load_start()
         health = next_health(state.health)
@@ -346,7 +347,7 @@ class CheckpointManager:
         return [step for step in steps if has_flag(self._run.checkpoint(step), "planned")]
 
     def _load_first_valid(self, steps: list[int]) -> CheckpointState | None:
-        anew = "There is no other one to go on from, so training begins anew."
+        anew = "There is no other one to resume from, so training starts over."
         found = load_first_valid(self._run, steps, self._emit, anew)
         return self._restore(*found) if found else None
 

@@ -75,7 +75,7 @@ class Batches:
         self._batches_per_epoch = len(self._epoch_batches(0))
 
     def batch(self, number: int) -> Batch:
-        """Micro-batch `number`, counted from 0 over the whole run."""
+        """Micro-batch `number`, counted from 0 over the run."""
         rows = self._rows(number)
         latents = [self._cache.latents(item.record, item.bucket, flip) for item, flip, _ in rows]
         names, captions = ([item.record.path.name for item, _, _ in rows], [caption for *_, caption in rows])
@@ -245,7 +245,7 @@ class PromptCache:
         return {one: None for one in captions if one not in self._fixed and one not in self._random}
 
     def _key(self, caption: str | Prompt, clip_skip: int, tokens: int) -> str:
-        """A hash of all that embeddings depend on; token ids stand for the tokenizers and their padding."""
+        """A hash of all that embeddings depend on; token ids represent the tokenizers and their padding."""
         encoders = self._base.family.text_encoders
         tokenizers = [self._base.tokenizers[encoder.part] for encoder in encoders]
         chunks = tokens // CHUNK

@@ -2,7 +2,7 @@
 
 Each process computes its rows of each micro-batch. Gradients and losses are summed over all processes, and
 each takes the same optimizer step with the same bits, as in DDP. The main process alone writes files, decides
-and keeps the events; before each step it says whether to go on, and it sends its state at the start and
+and keeps the events; before each step it says whether to continue, and it sends its state at the start and
 after a rollback. All communication goes through accelerate, which chooses the backend.
 """
 
@@ -143,7 +143,7 @@ TAKE_A_STEP = "step"
 
 @dataclass(frozen=True)
 class WorkerStart:
-    """Sent once: the run's folder, what was chosen for it, and the step to train to."""
+    """Sent once: the run's folder, its plan, and the step to train to."""
 
     run: Path
     plan: RuntimePlan
@@ -180,7 +180,7 @@ def train_as_worker(group: ProcessGroup) -> None:
     """Take the same steps as the main process until it ends; everything is encoded and cached by then.
 
     Raises:
-        RunError: the main process is gone, or the run cannot go on.
+        RunError: the main process is gone, or the run cannot continue.
     """
     start: WorkerStart | None = group.broadcast_object()
     if start is None:

@@ -84,7 +84,7 @@ def write_export(
         try:
             header = header | {metadata.THUMBNAIL_KEY: metadata.thumbnail_uri(metadata.thumbnail(picture))}
         except OSError:
-            # A damaged sample is no reason to lose what was trained.
+            # A damaged sample must not lose the export.
             picture = None
     save_adapter(weights, path, family, format=kind, dtype=precision, metadata=header)
     write_atomically(
@@ -122,7 +122,7 @@ def latest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
 
 
 def cut_record(found: MeasuredCut | None, why: str) -> dict[str, Any]:
-    """What was found, as plain values for a checkpoint's record; `why` nothing was, if so."""
+    """The measurement, as plain values for a checkpoint's record; `why` nothing was, if so."""
     if found is None:
         return {"why": why}
     rows = [{"part": part, "module": module, "rank": rank} for (part, module), rank in found.ranks.items()]
@@ -131,7 +131,7 @@ def cut_record(found: MeasuredCut | None, why: str) -> dict[str, Any]:
 
 def cut_adapter(weights: AdapterWeights, record: Mapping[str, Any]) -> tuple[AdapterWeights, dict[str, Any]]:
     """An adapter cut as a `cut_record` says: to the ranks that were measured, else to those that keep 99% of
-    the energy; and what was cut, as the fields of `RanksChosen`."""
+    the energy; and the cut, as the fields of `RanksChosen`."""
     parts, trained = decompose(weights), weights.highest_rank
     measured = {key: record[key] for key in ("kept", "standard_error") if key in record}
     if measured:
@@ -139,11 +139,11 @@ def cut_adapter(weights: AdapterWeights, record: Mapping[str, Any]) -> tuple[Ada
         cut = truncate_to_ranks(parts, ranks)[0]
         how = (
             f" and keeps {record['kept']:.1%} of the gain on held-out images (standard error"
-            f" {record['standard_error']:.1%}, on other noise than that which chose the ranks)."
+            f" {record['standard_error']:.1%}, on other noise than the choice of ranks)."
         )
     else:
         cut = shrink_adapter(parts, energy=KEEP)[0]
-        how = f", those with {KEEP:.0%} of the energy; what they gain was not measured: {record['why']}."
+        how = f", those with {KEEP:.0%} of the energy; their gain was not measured: {record['why']}."
     gone, numbers = len(weights.layers) - len(cut.layers), sum(map(_numbers, cut.layers.values()))
     share = numbers / parts.own_parameters()
     left = f", {gone} of {len(weights.layers)} layers are left out" if gone else ""
@@ -167,12 +167,12 @@ def export_checkpoint(
 
     Returns:
         {file, raw, tokens, bytes, modules, sha256, cut, works_in}: `raw` is the path of the raw adapter's
-        file, or "", `tokens` the folder of its new tokens' own files, or "", `cut` what was cut, the fields
-        of `RanksChosen`, or {}, and `works_in` what `verify_adapter` says of the file against what was to be
-        written: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
+        file, or "", `tokens` the folder of its new tokens' own files, or "", `cut` the fields of
+        `RanksChosen`, or {}, and `works_in` the result of `verify_adapter` against the adapter in memory:
+        {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
-        RunError: there is no such checkpoint, it is incomplete, or the name cannot be a file's.
+        RunError: no such checkpoint, it is incomplete, or the name cannot be a file's.
         AdapterFileError: the file cannot be written.
     """
     step = run.step_of(which)

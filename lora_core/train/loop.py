@@ -31,7 +31,7 @@ CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """What is random in one batch, on the CPU: `timesteps` (B,), `noise` (B, 4, h, w), and the noise of the
+    """The random draws of one batch, on the CPU: `timesteps` (B,), `noise` (B, 4, h, w), and the noise of the
     input where that is perturbed."""
 
     timesteps: torch.Tensor
@@ -47,7 +47,7 @@ class NoiseSample:
 @dataclass(frozen=True)
 class StepSettings:
     """What a step depends on besides the state and its number: the run's settings, the optimizer steps of the
-    whole run, and a factor of all learning rates, below 1 after a rollback."""
+    run, and a factor of all learning rates, below 1 after a rollback."""
 
     config: RunConfig
     steps: int
@@ -218,7 +218,7 @@ def optimizer_step(
 
     Returns:
         The losses on the CPU, and False where one of them or the gradient is not finite. A loss scaler that
-        still searches for its scale overflows now and then; that counts as fine.
+        still searches for its scale may overflow; that counts as fine.
 
     Raises:
         PartialUpdate: the optimizer failed midway.
@@ -331,8 +331,8 @@ def prediction_loss(
     text: PromptEmbeds, rules: LossSection, sizes: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The weighted error of what is predicted, (B,): see `diffusion_loss`; `pair` are the noisy latents and
-    what should be predicted for them, (B, 4, h, w) on the CPU.
+    """The weighted error of the prediction, (B,): see `diffusion_loss`; `pair` are the noisy latents and what
+    should be predicted for them, (B, 4, h, w) on the CPU.
 
     What needs no gradient is computed on the CPU and copied together: on a card it would be a dozen small
     kernels.

@@ -26,7 +26,7 @@ from lora_core.train.loop import (
 )
 
 WHOLE = 0.25
-"""Share of the rows of an inpainting base whose mask covers the whole image, as in the training of Stable
+"""Share of the rows of an inpainting base whose mask covers the full image, as in the training of Stable
 Diffusion inpainting (its model card: "in 25% mask everything")."""
 KEPT = 0.5
 """Share of a slider's rows that are prompts to leave alone, where there are any."""
@@ -61,7 +61,7 @@ def constant_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) 
 def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
     """(1 - delta) / (1 + s)^2 + delta, (B,), with s = sqrt((1 - a) / a), the noise over the signal.
 
-    Finite where there is no signal, too. Source: as of `huber_error`, section 3.2.
+    Finite without a signal, too. Source: as of `huber_error`, section 3.2.
     """
     share = noise.alphas_cumprod.to(timesteps.device)[timesteps]
     signal, spread = share.sqrt(), (1.0 - share).sqrt()
@@ -75,7 +75,7 @@ def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: floa
 
 @dataclass(frozen=True)
 class InpaintingBatch(Batch):
-    """One micro-batch of an inpainting base, with what it sees of each image, `conditions` (B, 5, h, w)."""
+    """One micro-batch of an inpainting base, with the condition of each image, `conditions` (B, 5, h, w)."""
 
     conditions: torch.Tensor
 
@@ -93,7 +93,7 @@ class InpaintingBatches(Batches):
         self._base = base
 
     def batch(self, number: int) -> InpaintingBatch:
-        """Micro-batch `number`, counted from 0 over the whole run."""
+        """Micro-batch `number`, counted from 0 over the run."""
         batch, seen = super().batch(number), []
         for row, (item, flip, _) in enumerate(self._rows(number)):
             draw = random.Random(f"{self._seed}/mask/{number}/{row}")
@@ -108,8 +108,8 @@ class InpaintingBatches(Batches):
 def inpainting_loss(
     state: TrainState, text: PromptCache, batch: Batch, rows: slice, draw: NoiseSample, config: RunConfig
 ) -> torch.Tensor:
-    """As `image_loss`, over the whole image, with what an inpainting base sees of it; a batch without masks
-    counts as masked all over."""
+    """As `image_loss`, over the full image, with an inpainting base's condition; a batch without masks counts
+    as masked all over."""
     noise, latents = state.base.noise, batch.latents[rows]
     added = draw.noise if draw.perturbed is None else draw.perturbed
     noisy = noise.add_noise(latents, added, draw.timesteps)
@@ -135,7 +135,7 @@ class PriorBatches:
         self._seed = seed
 
     def batch(self, number: int) -> Batch:
-        """What goes with micro-batch `number`, counted from 0 over the whole run."""
+        """What goes with micro-batch `number`, counted from 0 over the run."""
         draw = random.Random(f"{self._seed}/prior/{number}")
         latents, captions = zip(*draw.choices(self._made, k=len(self._sizes)), strict=True)
         return Batch(torch.stack(latents), list(captions), ["prior"] * len(captions), self._sizes)
@@ -164,8 +164,8 @@ class PriorBatches:
 
 @dataclass(frozen=True)
 class SliderBatch(Batch):
-    """One micro-batch of a concept slider: `captions` are what it acts on, with B prompts of each opposite,
-    and a direction, 1 or -1. `latents` are zeros, for their shape."""
+    """One micro-batch of a concept slider: `captions` are the slider's targets, with B prompts of each
+    opposite, and a direction, 1 or -1. `latents` are zeros, for their shape."""
 
     positive: list[str]
     negative: list[str]
@@ -187,7 +187,7 @@ class SliderBatches(Batches):
         self._seed = seed
 
     def batch(self, number: int) -> SliderBatch:
-        """Micro-batch `number`, counted from 0 over the whole run."""
+        """Micro-batch `number`, counted from 0 over the run."""
         draw, kept = random.Random(f"{self._seed}/slider/{number}"), self._section.kept()
         sources = [kept if kept and draw.random() < KEPT else self._section.prompts() for _ in self._latents]
         rows = [draw.choice(source) for source in sources]
@@ -243,8 +243,8 @@ def partial_denoise(
     base: NoisePredictor, text: PromptCache, prompts: list[str], noisy: torch.Tensor,
     span: tuple[torch.Tensor, torch.Tensor], steps: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Latents (B, 4, h, w) on the base's device, taken in so many DDIM steps from one timestep to a lower
-    one, `span` (B,) and (B,), under B prompts with guidance."""
+    """Latents (B, 4, h, w) on the base's device, taken in DDIM steps from one timestep to a lower one, `span`
+    (B,) and (B,), under B prompts with guidance."""
     first, last = span
     guided = any(prompts)
     embeds = text.embed_batch(prompts)
@@ -266,8 +266,8 @@ def ddim_step(
     noise: NoiseSchedule, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor,
     to: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """A DDIM step without noise from `timesteps` to the lower ones `to`, both (B,), given what was predicted,
-    all (B, C, h, w). Source: Song et al. 2021, equation 12 with sigma = 0."""
+    """A DDIM step without noise from `timesteps` to the lower ones `to`, both (B,), given the prediction, all
+    (B, C, h, w). Source: Song et al. 2021, equation 12 with sigma = 0."""
     signal, spread = noise.factors(timesteps, noisy)
     if noise.objective == "epsilon":
         return noise.add_noise((noisy - spread * prediction) / signal, prediction, to)

@@ -91,7 +91,7 @@ from lora_core.train.validation import (
 )
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with (phase, done, total); what it raises ends the work."""
+"""Called with (phase, done, total); an exception ends the work."""
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter from scratch."""
@@ -111,13 +111,13 @@ _DEVICES = {
     "xpu": "an Intel graphics card",
 }
 _PLACES = 4096
-"""So many places are read of a file without a table of its tensors."""
+"""Number of places read in a file without a table of its tensors."""
 _CONFIGS = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class RuntimePlan:
-    """What was chosen for this machine; a resumed run reads it from `plan.json` and chooses nothing again.
+    """The choices for this machine; a resumed run reads them from `plan.json` and chooses nothing again.
 
     Attributes:
         precision: of the base.
@@ -151,7 +151,7 @@ class RuntimePlan:
 
         Raises:
             InputsChanged: it was made on another kind of device, and that is not accepted.
-            ConfigError: `train.device` is not there.
+            ConfigError: `train.device` does not exist.
         """
         try:
             found = json.loads(run.plan_file.read_text(encoding="utf-8"))
@@ -175,8 +175,8 @@ class RuntimePlan:
             raise InputsChanged(
                 f"The run {run.name} began on {_DEVICES.get(saved.device, saved.device)}, and this"
                 f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
-                " available again, or go on with --accept-changes; the result is then not that of an"
-                " unbroken run.",
+                " available again, or continue with --accept-changes; the result then differs from an "
+                "uninterrupted run.",
                 ["the device"],
             )
         dtype = training_dtype(config, device)
@@ -276,7 +276,7 @@ def base_inputs(model: schema.ModelSection) -> dict[str, str]:
     """A hash for each component of a folder, for a single file, and for a VAE of its own.
 
     Raises:
-        ModelFileError: the base is not there.
+        ModelFileError: the base is missing.
     """
     fetch_base(model.base)
     facts = read_base_facts(model.base, model.prediction, model.zero_terminal_snr)
@@ -313,7 +313,7 @@ def _component_digest(folder: Path, part: str) -> str:
 def weights_digest(path: Path) -> str:
     """A hash of a file's size, its header, and 64 bytes from the middle of each tensor; "" without a file.
 
-    A whole hash of a large base takes half a minute; another training, precision or merge changes every
+    A full hash of a large base takes half a minute; another training, precision or merge changes every
     tensor. A `.ckpt` has no table of tensors that is safe to read, so 4,096 places are taken instead.
     """
     if not path.is_file():
@@ -351,8 +351,8 @@ def check_inputs(
             f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         )
         raise InputsChanged(
-            f"Since the run {run.name} began, this has changed: {named}. Put it back, or go on with"
-            " --accept-changes; the result is then not that of an unbroken run.",
+            f"Since the run {run.name} began, this has changed: {named}. Put it back, or continue with "
+            f"--accept-changes; the result then differs from an uninterrupted run.",
             changed,
         )
     write_atomically(run.inputs_file, json.dumps(now, ensure_ascii=False, indent=1).encode())
@@ -360,7 +360,7 @@ def check_inputs(
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What is to be trained: the layers, the LoRA to start from with its file's name, notes for the user, and
+    """The adapter to train: its layers, the LoRA to start from with its file's name, notes for the user, and
     new tokens."""
 
     layers: dict[LayerKey, LayerPlan]
@@ -406,7 +406,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
         notes.append(f"{file.name}: {out}")
     if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
         notes.append(
-            f"optimizer.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder."
+            f"optimizer.text_encoder_2_lr has no effect: the {base.family.title} has one text encoder."
         )
     tokens = schema.parse_new_tokens(section.new_tokens)
     return AdapterPlan(layers, start, file.name if file else "", notes, tokens)
@@ -581,8 +581,8 @@ def prepare(
     """Load the base, encode images and captions, inject the adapter.
 
     Raises:
-        ConfigError, DatasetError, ModelFileError, AdapterFileError: what is wrong.
-        InputsChanged: images, settings or packages changed since it began, and that is not accepted.
+        ConfigError, DatasetError, ModelFileError, AdapterFileError: the problem. InputsChanged: images,
+        settings or packages changed since it began, and that is not accepted.
     """
     cache = run.path.parent.parent / "cache"
     say("Reading the images", 0, 1)
@@ -677,8 +677,8 @@ def build_train_state(
 ) -> tuple[TrainState, list[str]]:
     """Inject the adapter and build its optimizer; returns the state, and notes for the user.
 
-    `weights` is how the base's weights are laid out for the CPU; "" for what is best here. Text encoders that
-    are not trained may be gone from `base`.
+    `weights` is the layout of the base's weights on the CPU; "" for the best one. Text encoders that are not
+    trained may be gone from `base`.
 
     Raises:
         AdapterFileError: the LoRA to start from does not fit.

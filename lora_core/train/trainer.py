@@ -1,8 +1,8 @@
 """Trains a run: prepares it, drives the loop, and reports how it ended.
 
 All that a user sees of a run goes through its events; all that they ask for comes through `requests.jsonl` or
-a signal. `Trainer` owns the decisions: what is due after a step, when to roll back, to take less memory, to
-pause or to stop. With several processes the main one runs a `Trainer`, and the others
+a signal. `Trainer` owns the decisions: which callbacks run after a step, when to roll back, to take less
+memory, to pause or to stop. With several processes the main one runs a `Trainer`, and the others
 `distributed.train_as_worker`.
 """
 
@@ -35,8 +35,8 @@ from lora_core.train.setup import RuntimePlan, TrainSession, prepare, versions
 from lora_core.train.validation import Validator
 
 OUT_OF_MEMORY_IN_A_PROCESS = (
-    "The device of one of the processes ran out of memory in a step. With several processes that is not"
-    " mended by itself: set train.gradient_checkpointing, train.quantize_base or train.offload, or lower"
+    "The device of one of the processes ran out of memory in a step. With several processes there is no "
+    "automatic fallback: set train.gradient_checkpointing, train.quantize_base or train.offload, or lower"
     " train.batch_size or train.resolution, in a new run."
 )
 PATIENCE, POLL = 10.0, 0.5
@@ -67,8 +67,8 @@ def set_up(
     """Choose what the machine decides, load the base, encode the data, try a step where memory is limited.
 
     Returns:
-        The config with the learning rates found, what was chosen for this machine, the run ready to train,
-        and what was done to fit it into memory.
+        The config with the learning rates found, the choices for this machine, the run ready to train, and
+        the fallbacks applied to fit it into memory.
 
     Raises:
         LoraError: it cannot train.
@@ -87,7 +87,7 @@ def set_up(
     )  # fmt: skip
     notes = [*run.retired_settings(), *plan.notes()]
     if plan.rungs != fallbacks:
-        notes.append("More memory is free than before, so what was done to take less of it is tried anew.")
+        notes.append("More memory is free than before, so the memory fallbacks are chosen again.")
     for note in notes:
         context.warn(0, note)
     config = plan.with_lr(config)
@@ -197,7 +197,7 @@ class Trainer:
         return self.step == self._context.goal or bool(self._stop_reason)
 
     def _resume(self, accept_changes: bool) -> None:
-        """Restore the newest valid checkpoint, and catch up on what was due at its step."""
+        """Restore the newest valid checkpoint, and run the callbacks due at its step."""
         state = self._checkpoints.load_latest()
         if state is not None:
             self._restore(state)
@@ -217,7 +217,7 @@ class Trainer:
         self._validate.restore(state, self._validate.history or self._context.before.validations)
 
     def _steps(self) -> Iterator[Step]:
-        """The steps from here on, until one does not fit into memory and the stretch has to begin anew."""
+        """The steps from here on, until one does not fit into memory and the stretch has to start over."""
         settings = StepSettings(self._config, self._context.goal, self._guard.lr_scale)
         group, session = self._context.group, self._session
         if group is not None:
@@ -274,7 +274,7 @@ class Trainer:
         return "Other programs may have held the memory; it is tried as it is once more."
 
     def _after_step(self, step: Step) -> None:
-        """Log a step and do what is due after it; raises NeedsRollback if training diverged."""
+        """Log a step and run the callbacks due; raises NeedsRollback if training diverged."""
         context, number = self._context, step.number
         self.step = number
         context.emit(events.StepDone(step=number, loss=step.loss, lr=step.lr, seconds=step.seconds))
@@ -391,9 +391,9 @@ def train(
 
     Args:
         run: the run.
-        steps: train to so many steps in all; None for what was planned.
+        steps: train to this many steps in all; None for the config's.
         on_event: called with each event after it is written.
-        accept_changes: go on although images, settings or packages are not those that the run began with.
+        accept_changes: continue although images, settings or packages are not those that the run began with.
         stopping: takes signals already; else they are taken here.
         group: the processes that train it together, of which this is the main one.
 
@@ -432,7 +432,7 @@ def train(
 
 
 def _failure(step: int, problem: LoraError | None, error: BaseException) -> events.Event:
-    """The event that tells of an error; `problem` is what it means for a user, None for a defect."""
+    """The event that tells of an error; `problem` is its user error, None for a defect."""
     if problem is None:
         reason = f"A defect of the program: {type(error).__name__}: {error}"
         return events.Failed(step=step, reason=reason, cause="defect")
@@ -453,7 +453,7 @@ def _to_lora_error(run: RunFolder, error: BaseException) -> LoraError | None:
             str(error) if isinstance(error, LoraError) else f"{place} cannot be written: {cause.strerror}."
         )
         return NoRoom(
-            f"{sentence} The run is paused at what it saved last; resume it when the drive is well."
+            f"{sentence} The run is paused at its last checkpoint; resume it when the drive works again."
         )
     if isinstance(error, LoraError):
         return error

@@ -1,7 +1,7 @@
 """Validation of a run: the adapter measured on the same fixed noise draws each time.
 
 Three sets of images answer three questions. Held-out images: is there a gain? Training images: how much of it
-is memorization? The base's own images: what is forgotten? The base's losses on them are measured once.
+is memorization? The base's own images: forgetting? The base's losses on them are measured once.
 """
 
 import functools
@@ -35,11 +35,11 @@ from lora_core.train.loop import TrainState
 from lora_core.train.objectives import PriorBatches, partial_denoise, slider_target
 
 OnStep = Callable[[int, int], None]
-"""Called with (done, total); what it raises ends the work."""
+"""Called with (done, total); an exception ends the work."""
 RAW = "raw"
 """The held-out images with the raw adapter, where the rest is measured with its average."""
 MIN_TRAINING_IMAGES = 4
-"""So many training images are measured at least, where there are as many."""
+"""Least number of training images measured, if there are as many."""
 MAX_CROSSED = 16
 FEWEST_DRAWS, MOST_DRAWS = 4, 32
 STEPS_BETWEEN = 2
@@ -62,8 +62,7 @@ class ForgettingSet:
     Latents sampled from plain prompts with the adapter off, made when they are first asked for and cached.
 
     Attributes:
-        side: of the images, in pixels.
-        prompts: what they show.
+        side: of the images, in pixels. prompts: their prompts.
     """
 
     def __init__(
@@ -138,8 +137,8 @@ def prior_set(
     records: Sequence[ImageRecord],
 ) -> ForgettingSet | None:  # fmt: skip
     """The images on which the base's predictions are to be kept, of the captions of `records` without the
-    trigger word and with the words that new tokens start from, or of plain things where there is no trigger;
-    None where that is off, and for a concept slider."""
+    trigger word and with the words that new tokens start from, or of plain things without a trigger; None if
+    that is off, and for a concept slider."""
     if not config.keeps_prior:
         return None
     prompts = record_class_captions(records, config.dataset)
@@ -362,7 +361,7 @@ class Validator:
     """Measures the adapter of one run.
 
     Attributes:
-        state: what is measured.
+        state: the adapter and base.
         best: the best step so far, kept by `validate`.
         seconds: duration of the last measurement, without that of the base.
     """

@@ -129,7 +129,7 @@ def choose_device(name: str) -> Any:
     """The device of this process from now on; `auto` leaves it as it is.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: no such device.
     """
     from lora_core.models.device import best_device, use_device
 

@@ -189,8 +189,8 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> Found:
         spectrum: the singular values of each layer, and ranks.
 
     Returns:
-        family, format, kind, ranks, alphas, modules, parameters, hashes, metadata, problem (what is wrong
-        with it, in a sentence) and, with `spectrum`, layers.
+        family, format, kind, ranks, alphas, modules, parameters, hashes, metadata, problem (a sentence, or
+        "") and, with `spectrum`, layers.
     """
     from lora_core.formats.verify import inspect_file
 
@@ -241,7 +241,7 @@ def convert(
     from lora_core.formats.io import convert_adapter
 
     if Path(target).exists():
-        raise AdapterFileError(f"{target} exists already; choose another name or remove it first.")
+        raise AdapterFileError(f"{target} already exists; choose another name or remove it first.")
     return convert_adapter(Path(source), Path(target), to, keep_alphas)
 
 
@@ -256,7 +256,7 @@ def merge(  # noqa: PLR0913 - one option each
     note: Progress | None = None,
     into_base: Annotated[str, "--into-base B"] = "",
 ) -> list[str]:
-    """Merge adapters into one file, or into a base; returns what was done and what it cost, in sentences.
+    """Merge adapters into one file, or into a base; returns a summary with the cost, in sentences.
 
     Args:
         loras: adapters, LoHa, LoKr, OFT and DoRA too.
@@ -284,7 +284,7 @@ def merge(  # noqa: PLR0913 - one option each
 def merge_into_base(
     loras: Sequence[Lora], base: str, out: File, blocks: str = "", note: Progress | None = None
 ) -> list[str]:
-    """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
+    """Merge adapters into a copy of a base, a file or a folder; returns a summary, in sentences."""
     from lora_core.tools.merge import merge_files_into_base
 
     return merge_files_into_base(checked_loras(loras), base, Path(out), blocks, note)
@@ -321,7 +321,7 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     """Write an adapter file cut to the lowest rank that keeps 99% of the gain measured on `measure`.
 
     Returns:
-        file, sentences, and what was found, as `shrink --intrinsic --json`.
+        file, sentences, and the measurement, as `shrink --intrinsic --json`.
     """
     from lora_core.tools.delta import Rewrite, check_out
     from lora_core.tools.shrink import shrink_to_intrinsic
@@ -342,7 +342,7 @@ def extract(
     precision: Annotated[str, FILE_PRECISIONS] = "fp32",
     note: Progress | None = None,
 ) -> list[str]:
-    """Extract a LoRA from a fine-tuned model; returns what was done, in sentences.
+    """Extract a LoRA from a fine-tuned model; returns a summary, in sentences.
 
     Args:
         tuned: a diffusers folder or a .safetensors file.
@@ -402,7 +402,7 @@ def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Plac
         stayed), renamed.
 
     Raises:
-        RunError: there is no such folder or tool, or it cannot be written.
+        RunError: no such folder or tool, or it cannot be written.
     """
     from lora_core.system.other_tools import copy_export
 
@@ -437,7 +437,7 @@ def upload(
         and the licence is not written).
 
     Raises:
-        LoraError: there is no such file, nobody is logged in, or the hub refuses.
+        LoraError: no such file, not logged in, or the hub refuses.
     """
     from lora_core.formats.metadata import card_file, model_card
     from lora_core.model_files.hub import files_to_upload

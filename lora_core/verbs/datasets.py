@@ -33,7 +33,7 @@ def audit(
     workspace: Place = None,
     note: Progress | None = None,
 ) -> Found:
-    """Check a dataset: what is wrong with it, and what will be learned from it.
+    """Check a dataset: its problems, and what will be learned from it.
 
     Args:
         base: the base that it is for.
@@ -48,7 +48,7 @@ def audit(
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
     facts = read_base_facts(base)
-    # What is measured on the images is kept: another audit takes seconds, and a cancelled one continues.
+    # Measurements of the images are kept: another audit takes seconds, and a cancelled one continues.
     name = hashlib.sha256(str(expand_home(dataset).absolute()).encode("utf-8", "surrogatepass")).hexdigest()
     kept = workspace_folder(workspace) / "cache" / "audits" / name[:16]
     sizes = SizeCache(kept / "sizes.json")
@@ -105,7 +105,7 @@ def concepts_make(dataset: File, workspace: Place = None) -> Path:
         dataset: a folder of images, or a project's name.
 
     Raises:
-        DatasetError: each image has a concept already, or the file has to be mended first.
+        DatasetError: each image has a concept already, or the file is invalid.
     """
     from lora_core.data.concepts import propose_concepts
     from lora_core.data.images import CONCEPT_LIST
@@ -126,7 +126,7 @@ def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Pl
         value: as in TOML, or a text; an empty one removes the key.
 
     Raises:
-        DatasetError: there is no such concept, or it cannot have that value.
+        DatasetError: no such concept, or it cannot have that value.
     """
     from lora_core.data.concepts import edit_concept
 
@@ -223,7 +223,7 @@ def caches_clean(workspace: Place = None) -> int:
 
 @verb
 def trash_list(workspace: Place = None) -> list[Found]:
-    """List what is in the trash, newest first: id, name, kind, came_from, time."""
+    """List the trash, newest first: id, name, kind, came_from, time."""
     from lora_core.projects.workspace import list_trash
 
     return [one.row() for one in list_trash(workspace_folder(workspace))]
@@ -255,7 +255,7 @@ def trash_restore(name: str, workspace: Place = None) -> Path:
 
 @verb
 def trash_empty(workspace: Place = None) -> int:
-    """Delete everything in the trash for good; returns the bytes freed."""
+    """Permanently delete everything in the trash; returns the bytes freed."""
     from lora_core.projects.workspace import empty_trash, trash_folder
     from lora_core.system.files import folder_bytes
 
@@ -295,7 +295,7 @@ def projects_rename(project: str, title: str, workspace: Place = None) -> None:
     """Give a project another title; its folder keeps its name.
 
     Raises:
-        RunError: there is no such project, or the title is empty or taken.
+        RunError: no such project, or the title is empty or taken.
     """
     projects = _projects(workspace)
     projects.rename(projects.find_key(project), title)
@@ -306,7 +306,7 @@ def projects_delete(project: str, workspace: Place = None) -> Path:
     """Move a project to the trash; returns where it is now.
 
     Raises:
-        RunError: there is no such project, it is the only one, or a live run uses it.
+        RunError: no such project, it is the only one, or a live run uses it.
     """
     projects = _projects(workspace)
     return projects.delete(projects.find_key(project))
@@ -404,7 +404,7 @@ def crop(
             Behind them the focus point, across and down, that stays in sight, such as 0,0,1,1,0.5,0.3.
 
     Raises:
-        DatasetError: there is no such image, or the box cannot be used.
+        DatasetError: no such image, or the box cannot be used.
     """
     try:
         edges = [float(edge) for edge in box.split(",")]
@@ -509,12 +509,12 @@ def caption(  # noqa: PLR0913 - one option each
 
     Args:
         dataset: a folder of images, or a project's name.
-        captioner: the model, and what it is asked for.
+        captioner: the model and its options.
         how: only where a caption is missing, append to those that are there, or replace them.
         trigger: a word that stays in front of captions that have it; else the project's.
 
     Raises:
-        LoraError: the captioner is not there, broken or of another kind; no caption is changed then.
+        LoraError: the captioner is missing, broken or of another kind; no caption is changed then.
     """
     project = _pictures_of(dataset, workspace)
     texts = _annotate(project, captioner, how, device, note)
@@ -537,7 +537,7 @@ def masks_make(
 
     Args:
         dataset: a folder of images, or a project's name.
-        masker: the model, and what it is asked for.
+        masker: the model and its options.
         how: only where an image has no mask, or replace those that are there.
 
     Returns:
@@ -545,7 +545,7 @@ def masks_make(
         the images in which nothing was found, which get no mask. `captions undo` takes it back.
 
     Raises:
-        LoraError: the model is not there, broken or of another kind; no mask is changed then.
+        LoraError: the model is missing, broken or of another kind; no mask is changed then.
     """
     project = _pictures_of(dataset, workspace)
     texts = _annotate(project, masker, how, device, note)

@@ -57,7 +57,7 @@ def train(
         on_event: called with each event.
 
     Raises:
-        LoraError: what is in the way, all in one message, or what went wrong.
+        LoraError: all problems in one message, or the failure.
     """
     from lora_core.runs.preflight import preflight, require_none_blocking
 
@@ -83,8 +83,8 @@ def run_config(
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo", and for a
             slider's.
-        like: a LoRA file or another trainer's configuration, see `model_files.settings_from_lora`; what it
-            does not say stays as it is.
+        like: a LoRA file or another trainer's configuration, see `model_files.settings_from_lora`; other
+            settings stay as they are.
 
     Raises:
         ConfigError: something is not a setting or not legal, or there is neither a dataset nor a slider, or
@@ -119,7 +119,7 @@ def run_config(
 def _family_of(base: object) -> "Family | None":
     """The family of a base, which is downloaded where it is a hub id.
 
-    What is wrong with the files, the run says when it opens them.
+    Problems of the files are reported when the run opens them.
 
     Raises:
         ModelFileError: it cannot be downloaded.
@@ -144,7 +144,7 @@ def _in_full(place: str) -> str:
 
 @verb
 def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) -> Found:
-    """Predict what a run will take (time, memory, file size), and what is in its way.
+    """Predict a run's time, memory and file size, and list its problems.
 
     Args:
         config: of the run, see `run_config`.
@@ -153,7 +153,7 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
     Returns:
         pictures, captions, looks (at each image), steps, seconds and memory_bytes (None where they are not
         known), source (measured, probed, scaled or ""), file_bytes, learning_rate (the effective one),
-        fallbacks (what is done to fit into a card's free memory), memory_as_set (without them), and problems
+        fallbacks (applied to fit into a card's free memory), memory_as_set (without them), and problems
         [{kind, sentence, blocking}].
     """
     from lora_core.runs.costs import forecast_run, read_costs
@@ -180,7 +180,7 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
 
 
 def _measure_step(config: RunConfig, place: Path, device: str) -> None:
-    """Take a few steps, and keep what they took in the workspace."""
+    """Time a few steps, and keep the result in the workspace."""
     from lora_core.runs.costs import StepCost, keep_cost, step_passes
     from lora_core.train.autotune import time_steps
 
@@ -200,7 +200,7 @@ def resume(
     """Start or resume a run and train it to its end; returns how it ended and its exported file.
 
     Args:
-        steps: train to so many steps in all, also a finished run.
+        steps: train to this many steps in all, also a finished run.
         accept_changes: resume although images, settings or packages changed since the run began.
         on_event: called with each event.
 
@@ -329,7 +329,7 @@ def queue_sweep(
         values: such as 4 8 16; each copy is named after its own.
         start: have the queue worked through by another process.
         by: a further setting and its values, such as optimizer.lr=1e-4,3e-4; each combination is a run.
-        seeds: so many runs of each combination, with seeds of their own.
+        seeds: number of runs of each combination, with different seeds.
 
     Raises:
         LoraError: a value is not legal or something else is in the way; nothing is queued then.
@@ -362,7 +362,7 @@ def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Plac
         settings (the names of those that differ), rows and sentence, as of `costs.compare_trials`.
 
     Raises:
-        RunError: there is no such run, or no sweep yet.
+        RunError: no such run, or no sweep yet.
     """
     from lora_core.runs.costs import Trial, compare_trials
 
@@ -394,7 +394,7 @@ def queue_move(run: File, position: int, workspace: Place = None) -> None:
         position: 1 is the next to start.
 
     Raises:
-        RunError: it does not wait, or there is no such place.
+        RunError: it does not wait, or no such place.
     """
     queue, name = _queue_of(run, workspace)
     queue.move(name, position)

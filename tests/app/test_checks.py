@@ -72,11 +72,11 @@ def test_what_masks_and_reg_images_do_stands_beside_start(app_state: AppState, p
     assert len(app_state.project.dataset().records) == 4
     said = wait_for(lambda: [text for text in _notes(app_state) if "masks" in text])
     assert said == [
-        "2 of 6 images have masks: what lies outside counts 0.1 (Weight outside masks) beside 1 inside, in"
+        "2 of 6 images have masks: the area outside counts 0.1 (Weight outside masks) beside 1 inside, in"
         " validation too."
     ]
     notes = _notes(app_state)
-    assert sum("see-through" in text for text in notes) == 1
+    assert sum("partly transparent" in text for text in notes) == 1
     (reg,) = [text for text in notes if "regularisation" in text]
     assert reg.endswith("show 2 images for regularisation, which count 1 (Weight of regularisation images).")
     assert start_problems(take_snapshot(app_state)) == []
@@ -87,7 +87,7 @@ def test_what_masks_and_reg_images_do_stands_beside_start(app_state: AppState, p
 
 def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path]) -> None:
     make_run(app_state, "taken", started(), step(3))
-    with pytest.raises(LoraError, match="taken exists already"):
+    with pytest.raises(LoraError, match="taken already exists"):
         ready_config(app_state, "taken")
     assert ready_config(app_state, "free").name == "free"
 

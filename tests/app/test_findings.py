@@ -261,7 +261,7 @@ def test_a_mask_model_is_asked_previewed_applied_and_taken_back(
     assert "the mask model was not asked" in client.post("/easel/bulk", json=bulk).json()["problem"]
     for wrong, sentence in (
         ({"model": ""}, "Give the folder of a mask model"), ({"threshold": None}, "The threshold None is no"),
-        ({"grow": "wide"}, "The grow 'wide' is no number"), ({"how": "append"}, "'append' is no way to mask"),
+        ({"grow": "wide"}, "The grow 'wide' is not a number"), ({"how": "append"}, "'append' is not a way"),
     ):  # fmt: skip
         assert sentence in masked(client, png, **{"how": "missing", **wrong})["problem"]
     own = pictures[0].with_name("picture-0-masklabel.png")
@@ -319,8 +319,8 @@ def test_a_captioner_that_is_cancelled_or_cannot_be_asked_changes_nothing(
 ) -> None:
     for wrong, sentence in (
         ({"model": " "}, "Give the folder"), ({"model": 5}, "Give the folder"),
-        ({"threshold": None}, "The threshold None is no number"), ({"max_tokens": 2.5}, "2.5 tokens"),
-        ({"how": "over"}, "is no way to caption"),
+        ({"threshold": None}, "The threshold None is not a number"), ({"max_tokens": 2.5}, "2.5 tokens"),
+        ({"how": "over"}, "is not a way to caption"),
     ):  # fmt: skip
         assert sentence in captioned(client, **{"how": "append", **wrong})["problem"]
     client.post(

@@ -101,8 +101,8 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
 CHANGED = events.Failed(
     step=3,
     reason=(
-        "Since the run asks began, this has changed: the image a.png. Put it back, or go on with"
-        " --accept-changes; the result is then not that of an unbroken run."
+        "Since the run asks began, this has changed: the image a.png. Put it back, or continue with"
+        " --accept-changes; the result then differs from an uninterrupted run."
     ),
     changed=["config.toml", f"the picture {HOSTILE}.png", "the package torch", "a", "b", "c", "d"],
 )

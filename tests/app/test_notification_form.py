@@ -51,5 +51,5 @@ def test_a_file_that_cannot_be_read_is_a_sentence(app_state: AppState, tmp_path:
     notify_file(app_state.workspace).write_text("tell = <b>")
     whom, note = chosen(Bindings(app_state))
     assert whom == ""
-    assert "mend or remove it" in note
+    assert "fix or remove it" in note
     assert "<b>" not in note

@@ -395,7 +395,7 @@ def test_images_start_from_one_that_was_opened(app_state: AppState) -> None:
     assert (shot.image, shot.denoising_strength) == (str(kept), 0.35)
     with pytest.raises(ConfigError, match="denoising strength 2 is out of range"):
         preview_form.build_request(snapshot, fields | {"denoising_strength": 2}, [])
-    # Without an image, the number beside it plays no part.
+    # Without an image, the number beside it has no effect.
     assert preview_form.build_request(snapshot, {"denoising_strength": 2}, []) == preview_form.build_request(
         snapshot, {}, []
     )

@@ -32,7 +32,7 @@ def main() -> int:
         sys.stderr.write(f"There is no section {unknown[0]}; there are {', '.join(SECTIONS)}.\n")
         return 2
     if names[1:]:
-        # What one section leaves in memory is no burden for the next in a process of its own.
+        # What one section leaves in memory does not burden the next in a process of its own.
         command = [sys.executable, "-m", "tests.benchmarks"]
         return max(subprocess.run([*command, name], check=False).returncode for name in names)
     sys.stdout.write(f"{machine()}\n\n{HEAD}\n")

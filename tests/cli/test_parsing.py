@@ -144,7 +144,7 @@ def test_a_base_of_the_hub_is_fetched_before_its_family_is_asked_for(monkeypatch
 
 
 def test_files_are_kept_by_their_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run may be gone on with from another folder; what is no file here is left as it is."""
+    """A run may be gone on with from another folder; what is not a file here is left as it is."""
     monkeypatch.chdir(tmp_path)
     for name in ("lora.safetensors", "default", "demo"):
         (tmp_path / name).write_bytes(b"")
@@ -327,7 +327,7 @@ def test_a_device_that_is_not_there_is_a_sentence(
     words = {"validate": ["--dataset", "demo"]}.get(verb, ["--prompt", "a", "--out", str(tmp_path / "a.png")])
     words += ["--columns", "seed=1,2"] if verb == "grid" else []
     assert main([verb, *words, "--device", "cuda:77", "--workspace", str(tmp_path)]) == 1
-    assert "cuda:77 is not there" in capsys.readouterr().err
+    assert "cuda:77 does not exist" in capsys.readouterr().err
     assert main([verb, *words, "--device", "abacus", "--workspace", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("--device = 'abacus'")
 

@@ -108,7 +108,7 @@ def test_a_terminal_has_one_bar(clock: Clock) -> None:
     assert text.count("\r") == 50
     assert "[###############...............]  50%" in text
     assert len(text.splitlines()) == len(text.split("\n")[:-1]) + 50
-    assert text.endswith("go on with `resume`\n")
+    assert text.endswith("continue with `resume`\n")
     assert "\nstep 50  saved" in text
 
 

@@ -77,7 +77,7 @@ def test_captions_are_changed_shown_and_taken_back(
         assert words(capsys, "captions", "undo", name) == f"{found['changed']} captions are as before."
     assert captions(folder) == before
     assert main(["captions", "undo", name]) == 1
-    assert "no change of many captions left" in capsys.readouterr().err
+    assert "No edit of captions is left" in capsys.readouterr().err
 
 
 def test_pictures_are_left_out_and_taken_back(

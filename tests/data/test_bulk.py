@@ -51,16 +51,16 @@ def test_edits(caption: str, edit: Edit, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (Edit("replace", "", "x"), "Type first"),
-        (Edit("delete tag", " "), "Type first"),
-        (Edit("append", put=" "), "Type first"),
+        (Edit("replace", "", "x"), "Type the text"),
+        (Edit("delete tag", " "), "Type the text"),
+        (Edit("append", put=" "), "Type the text"),
         (Edit("replace", "(", "x", regex=True), "pattern"),
         (Edit("replace", "a", r"\1", regex=True), "cannot be used"),
         (Edit("replace", "(?R)", "x", regex=True), "The pattern .* cannot be used"),
         (Edit("replace", "(" * 9000, "x", regex=True), r"The pattern '\({60,80}… cannot be used"),
         (Edit("replace", "(a)", r"\9", regex=True), "The replacement .* cannot be used"),
         (Edit("replace", "a", r"\g<x>", regex=True), "cannot be used"),
-        (Edit("explode", "a"), "no change"),
+        (Edit("explode", "a"), "not an edit"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence(edit: Edit, said: str) -> None:

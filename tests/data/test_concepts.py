@@ -148,7 +148,7 @@ def test_a_plain_file_of_kohyas_trainer_is_read_with_all_its_keys(tmp_path: Path
     for part in (
         "[general]: enable_bucket = True needs no setting here",
         "dataset 1: batch_size = 4 has no effect here; set train.batch_size",
-        "subset 3: face_crop_aug_range = '0.5,1.0' has no effect here, where there is no such thing",
+        "subset 3: face_crop_aug_range = '0.5,1.0' has no effect here",
         "10_other/e.png is in no concept of dataset.toml; it is not used.",
     ):
         assert part in said
@@ -171,7 +171,10 @@ def test_a_file_that_says_what_folders_say_leads_to_the_same_images(tmp_path: Pa
 @pytest.mark.parametrize(
     ("subsets", "says"),
     [
-        (['image_dir = "gone"'], "subset 1: image_dir = 'gone' is not there; make it, or remove the subset."),
+        (
+            ['image_dir = "gone"'],
+            "subset 1: image_dir = 'gone' does not exist; create it, or remove the subset.",
+        ),
         (['image_dir = "/data/cat"'], "outside of the folder of dataset.toml; did you mean 'cat'?"),
         (['image_dir = "../elsewhere"'], "'../elsewhere' is outside of the folder of dataset.toml; put it"),
         (["num_repeats = 2"], "subset 1: has no image_dir; name the folder of its images."),
@@ -183,7 +186,7 @@ def test_a_file_that_says_what_folders_say_leads_to_the_same_images(tmp_path: Pa
         (['image_dir = "cat"\nnum_repeats = 0'], "num_repeats = 0 is not an integer from 1 to 10,000"),
         (['image_dir = "cat"\nflip_aug = "yes"'], "subset 1: flip_aug = 'yes' should be true or false."),
         (['image_dir = "cat"\ncaption_dropout_rate = 2'], "caption_dropout_rate"),
-        (['image_dir = "cat"\nclass_tokens = 3'], "class_tokens = 3 is no text; put it in quotes."),
+        (['image_dir = "cat"\nclass_tokens = 3'], "class_tokens = 3 is not text; put it in quotes."),
         (['image_dir = "cat"\ncaption_extension = ".tags"'], "captions are .txt or .caption."),
         (['image_dir = "cat"\nis_reg = 1'], "is_reg = 1 is neither true nor false"),
         (
@@ -194,7 +197,7 @@ def test_a_file_that_says_what_folders_say_leads_to_the_same_images(tmp_path: Pa
             ['image_dir = "cat"\ncustom_attributes = { role = "styl" }'],
             "'styl' is not one of subject, style, reg",
         ),
-        (['image_dir = "cat"\ncustom_attributes = { share = -1 }'], "share = -1 is no number of 0 or more"),
+        (['image_dir = "cat"\ncustom_attributes = { share = -1 }'], "share = -1 is not a number"),
         (
             ['image_dir = "cat"\ncustom_attributes = { images = ["z*"] }'],
             "has no image of its own; put some into",
@@ -235,9 +238,9 @@ def test_what_cannot_be_meant_is_said_before_the_start(tmp_path: Path, subsets: 
     ("text", "says"),
     [
         ("[[datasets", "dataset.toml is not valid TOML"),
-        ("datasets = 3", "is no list of tables"),
+        ("datasets = 3", "is not a list of tables"),
         ("[train]\nlr = 1", "dataset.toml: the key train is not known here; remove it."),
-        ("general = 3", "[general]: is no table"),
+        ("general = 3", "[general]: is not a table"),
         ("\xff", "dataset.toml is not UTF-8 text"),
     ],
 )
@@ -430,7 +433,7 @@ def test_the_list_comes_along_with_an_import_and_is_not_replaced(tmp_path: Path)
     assert [(one.path.name, one.repeats) for one in scan(into).records] == [("a.png", 3)]
     written(source, 'image_dir = "cat"')
     skipped = import_folder(source, into).skipped
-    assert "dataset.toml is there already" in " ".join(one.sentence for one in skipped)
+    assert "dataset.toml already exists" in " ".join(one.sentence for one in skipped)
     assert "num_repeats = 3" in (into / "dataset.toml").read_text()
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in source.rglob("*.*"):
@@ -551,7 +554,7 @@ def test_a_mask_of_two_images_stays_with_the_one_that_stays(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("subsets", "says"),
     [
-        ([f'image_dir = "{"x" * 300}"'], "is not there"),
+        ([f'image_dir = "{"x" * 300}"'], "does not exist"),
         (
             [f'image_dir = "{name}"\ncustom_attributes = {{ share = {share} }}' for name, share in
              (("cat", "1e-300"), ("dog", "1e300"))],

@@ -208,7 +208,7 @@ def test_a_picture_alone_in_its_bucket_is_told() -> None:
         ("bucket", "64 x 64"), ("bucket", "40 x 80"), ("bucket", "80 x 40"),
     ]  # fmt: skip
     assert "its batches shows it 4 times" in rows[1]["sentence"]
-    assert "over half of what is looked at in the size 64 x 64, by its 3 repeats" in rows[0]["sentence"]
+    assert "makes up over half of the samples of size 64 x 64, by its 3 repeats" in rows[0]["sentence"]
 
 
 def test_a_picture_with_many_steps_is_told() -> None:

@@ -108,7 +108,7 @@ def test_a_gallery_is_imported_with_its_captions(tmp_path: Path, draw: Draw) -> 
         " taken: title.",
         "1 files beside images were not taken, as these have a caption already (artist/c.png.json).",
         "artist/d.png.json is not JSON",
-        "artist/e.png.json says nothing of its image",
+        "artist/e.png.json has no known description of its image",
         "artist/info.json belongs to no image",
     ):
         assert sentence in words
@@ -278,7 +278,7 @@ def test_a_parquet_table(tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyP
     parquet.write_table(pyarrow.table(rows), tmp_path / "from" / "metadata.parquet")
     words = said(import_folder(tmp_path / "from", tmp_path / "second"))
     assert captions(tmp_path / "second") == {"a.txt": "a field"}
-    assert "names gone.png, which did not come along" in words
+    assert "names gone.png, which was not added" in words
 
 
 def test_sidecars_in_a_zip(tmp_path: Path, draw: Draw) -> None:

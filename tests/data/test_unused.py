@@ -216,7 +216,7 @@ def test_what_is_not_used_is_said_before_the_start(
     assert found["regularisation"].sentence == (
         "Half of the steps show 3 images for regularisation, which count 1 (dataset.reg_weight)."
     )
-    assert "3 images are see-through" in found["transparent"].sentence
+    assert "3 images are partly transparent" in found["transparent"].sentence
     assert "dataset.background" in found["transparent"].sentence
     assert "(clear 0.png, clear 1.png, clear 2.png)" in found["transparent"].sentence
     assert main(["audit", str(folder), "--workspace", str(tmp_path)]) == 0
@@ -369,7 +369,7 @@ def test_too_deep_a_folder_is_refused(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path.joinpath(*["d"] * 20) / "b.png")
     assert len(scan(tmp_path).records) == 2
     draw(tmp_path.joinpath(*["d"] * 300) / "c.png")
-    with pytest.raises(DatasetError, match="lies more than 20 folders deep"):
+    with pytest.raises(DatasetError, match="is more than 20 folders deep"):
         require_clean(scan(tmp_path))
 
 

@@ -55,7 +55,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "drive": (lambda p: packed(p, ("C:/out.png", b"x")), "absolute path"),
     "link": (lambda p: packed(p, (entry("a.png", stat.S_IFLNK | 0o777), b"/etc/passwd")), "symbolic link"),
     "pipe": (lambda p: packed(p, (entry("a.png", stat.S_IFIFO | 0o644), b"")), "not a plain file"),
-    "deep": (lambda p: packed(p, ("d/" * 21 + "a.png", b"")), "lies more than 20 folders deep"),
+    "deep": (lambda p: packed(p, ("d/" * 21 + "a.png", b"")), "is more than 20 folders deep"),
     "encrypted": (encrypted, "'a.png' is encrypted"),
     "not a zip": (lambda p: p.write_bytes(b"not a zip") and p, "cannot be unpacked"),
     "cut short": (
@@ -152,7 +152,7 @@ def test_unpack_takes_what_is_of_use(tmp_path: Path, draw: Draw) -> None:
         tmp_path / "into"
     )
     assert [problem.sentence.split()[0] for problem in imported.skipped] == ["readme.md", "run.py"]
-    with pytest.raises(DatasetError, match="exists already"):
+    with pytest.raises(DatasetError, match="already exists"):
         unpack(good, tmp_path / "into")
 
 

@@ -159,10 +159,10 @@ def test_a_wrong_model_is_a_sentence(why: str, blip: Path, images: Path, tmp_pat
     [
         (Captioner("  "), "Give the folder of a captioner"),
         (Captioner("/nowhere/at all"), "There is no folder '/nowhere/at all'"),
-        (Captioner("owner/not-here"), "'owner/not-here' is no folder and has not been downloaded"),
+        (Captioner("owner/not-here"), "'owner/not-here' is not a folder and has not been downloaded"),
         (Captioner(str(DEMO_BASE)), "holds no captioner"),
-        (Captioner("x", threshold=float("nan")), "The threshold nan is no number from 0 to 1"),
-        (Captioner("x", character_threshold=2), "The character threshold 2 is no number"),
+        (Captioner("x", threshold=float("nan")), "The threshold nan is not a number from 0 to 1"),
+        (Captioner("x", character_threshold=2), "The character threshold 2 is not a number"),
         (Captioner("x", max_tokens=0), "of 0 tokens is not from 1 to 1000"),
     ],
 )
@@ -179,12 +179,10 @@ def test_a_wrong_tagger_is_a_sentence(onnxruntime: Any, images: Path, tmp_path: 
         assert captions(images) == {"a": "sks, by hand"}
 
     weight = torch.ones(3, len(TAGS))
-    refused(
-        write_tagger(tmp_path / "logits", weight, "Softplus"), "is no tagger: its selected_tags.csv names 6"
-    )
+    refused(write_tagger(tmp_path / "logits", weight, "Softplus"), "is not a tagger: its selected_tags.csv")
     refused(write_tagger(tmp_path / "few", weight[:, :4]), r"names 6 tags.*shape \[1, 4\]")
     (tagger / "model.onnx").write_bytes(b"no model")
-    refused(tagger, "is no tagger that takes an image")
+    refused(tagger, "is not a tagger that takes an image")
     (tagger / "selected_tags.csv").write_text("a,b\n1,2\n")
     refused(tagger, "no table of tags with the columns name and category")
     (tagger / "selected_tags.csv").unlink()
@@ -324,7 +322,7 @@ def test_a_hub_id_is_downloaded_only_where_that_is_asked_for(
     hub.asked.clear()
     assert caption(images, Captioner("owner/blip", max_tokens=5), "append", dry_run=True)["asked"] == 3
     assert hub.asked == []
-    with pytest.raises(ModelFileError, match="'owner/nothing' is no captioner"):
+    with pytest.raises(ModelFileError, match="'owner/nothing' is not a captioner"):
         caption(images, Captioner("owner/nothing", download=True), "append")
 
 

@@ -192,7 +192,10 @@ WRONG = {
     "another kind": (another_kind, "a model of the kind 'bert', which makes no mask from a prompt"),
     "cut short": (cut, "The mask model .* cannot be opened"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no mask model: neither"),
-    "no model": (lambda folder: (folder / "model.onnx").write_bytes(b"no model"), "is no background remover"),
+    "no model": (
+        lambda folder: (folder / "model.onnx").write_bytes(b"no model"),
+        "is not a background remover",
+    ),
 }
 
 
@@ -220,11 +223,11 @@ def test_a_wrong_model_is_a_sentence(
             "missing",
             "There is no folder '/nowhere/at all'; give the folder of a mask",
         ),
-        (Masker("owner/not-here"), "missing", "The mask model 'owner/not-here' is no folder"),
-        (Masker("x", threshold=float("nan")), "missing", "The threshold nan is no number from 0 to 1"),
-        (Masker("x", grow=26), "missing", "The grow 26 is no number from -25 to 25"),
-        (Masker("x", blur=-1), "missing", "The blur -1 is no number from 0 to 25"),
-        (Masker("x"), "append", "'append' is no way to mask; choose one of missing, replace"),
+        (Masker("owner/not-here"), "missing", "The mask model 'owner/not-here' is not a folder"),
+        (Masker("x", threshold=float("nan")), "missing", "The threshold nan is not a number from 0 to 1"),
+        (Masker("x", grow=26), "missing", "The grow 26 is not a number from -25 to 25"),
+        (Masker("x", blur=-1), "missing", "The blur -1 is not a number from 0 to 25"),
+        (Masker("x"), "append", "'append' is not a way to mask; choose one of missing, replace"),
     ],
 )
 def test_a_wrong_place_or_value_is_a_sentence(masker: Masker, how: str, sentence: str, images: Path) -> None:

@@ -43,7 +43,7 @@ def test_without_a_card_it_says_so(
     assert gpu.main(["--device", "cpu"]) == 2
     assert capsys.readouterr().err == "There is no graphics card in this computer.\n"
     assert gpu.main(["--device", "cuda:7"]) == 2
-    assert "cuda:7 is not there" in capsys.readouterr().err
+    assert "cuda:7 does not exist" in capsys.readouterr().err
 
 
 def test_a_part_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_a_file_goes_by_xet_and_where_that_fails_as_lfs(
     ("words", "reason"),
     [
         (["cat"], "give OWNER/NAME"),
-        (["owner/cat", "--license", "My own"], "is no name of the hub's list"),
+        (["owner/cat", "--license", "My own"], "is not in the hub's list"),
         (["owner/shut"], "answered with error 403; log in with"),
         (["owner/limit"], "answered with error 429; try again later"),
     ],

@@ -78,10 +78,10 @@ def test_what_is_not_there_is_named_with_what_is(cards, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError) as caught:
         device.use_device("cuda:1")
     assert str(caught.value) == (
-        "train.device = cuda:1 is not there; PyTorch sees cpu, cuda:0 (Card 0). CUDA_VISIBLE_DEVICES = '1'"
+        "train.device = cuda:1 does not exist; PyTorch sees cpu, cuda:0 (Card 0). CUDA_VISIBLE_DEVICES = '1'"
         " hides all other NVIDIA cards. Choose one of these, or auto."
     )
-    with pytest.raises(ConfigError, match="mps is not there"):
+    with pytest.raises(ConfigError, match="mps does not exist"):
         device.use_device("mps")
 
 

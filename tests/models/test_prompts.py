@@ -112,7 +112,7 @@ def test_each_text_encoder_of_a_large_base_is_weighted_by_itself_and_the_pooled_
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("an (owl:1.2.3)", "'1.2.3' of a prompt is no number"),
+        ("an (owl:1.2.3)", "'1.2.3' of a prompt is not a number"),
         ("[cat:dog:0.5]", r"write \[ and \]"),
         ("a [cat|dog]", "'[cat|dog]'"),
         ("[from: 10 ]", "not supported"),

@@ -50,7 +50,7 @@ def test_a_new_run_holds_its_whole_config(run: RunFolder) -> None:
 
 
 def test_a_name_is_given_once(run: RunFolder) -> None:
-    with pytest.raises(RunError, match=r"exists already.*resume"):
+    with pytest.raises(RunError, match=r"already exists.*resume"):
         RunFolder.create(run.path, RunConfig())
     assert run.config().adapter.rank == 4
 
@@ -153,7 +153,7 @@ def test_requests_come_in_order_and_resume_voids_those_before(run: RunFolder) ->
 
 
 def test_what_is_no_request_is_refused(run: RunFolder) -> None:
-    with pytest.raises(RunError, match="'explode' is no request; choose one of stop, pause"):
+    with pytest.raises(RunError, match="'explode' is not a request; choose one of stop, pause"):
         run.request("explode")
     assert not run.requests_file.exists()
 

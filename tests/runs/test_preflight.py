@@ -297,7 +297,7 @@ def test_name_and_neighbours(config: RunConfig, tmp_path: Path) -> None:
     taken = RunFolder.create(runs_folder(tmp_path) / "mine", config)
     (problem,) = found(config, tmp_path)
     assert (problem.kind, problem.blocking) == ("name", True)
-    assert "mine exists already" in problem.sentence
+    assert "mine already exists" in problem.sentence
     with taken.hold():
         assert kinds(found(config, tmp_path, name="other")) == [("busy", False)]
     assert found(config, tmp_path, name="") == []
@@ -399,10 +399,10 @@ def test_a_loss_that_leaves_out_the_last_timestep_is_said(config: RunConfig, tmp
     [
         (
             {"loss__timestep_mean": 1.0},
-            "plays no part where loss.timesteps is uniform",
+            "has no effect while loss.timesteps is uniform",
             False,
         ),
-        ({"loss__multires_discount": 0.5}, "plays no part where loss.multires_noise is 0", False),
+        ({"loss__multires_discount": 0.5}, "has no effect while loss.multires_noise is 0", False),
         ({"loss__multires_noise": 6, "loss__noise_offset": 0.05}, "set one of them to 0", True),
         ({"loss__min_timestep": 500, "loss__max_timestep": 500}, "is not below loss.max_timestep", True),
         ({"loss__timesteps": "logit_normal", "loss__timestep_std": 0.5}, "", False),
@@ -417,13 +417,13 @@ def test_settings_of_the_loss_that_do_not_go_together(
 
 def test_a_rank_of_convolutions_where_none_is_adapted_is_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, adapter__conv_rank=4, adapter__targets="attention")
-    assert one.sentence.startswith("adapter.conv_rank plays no part: adapter.targets = attention has")
+    assert one.sentence.startswith("adapter.conv_rank has no effect: adapter.targets = attention has")
     assert found(config, tmp_path, adapter__conv_rank=4, adapter__targets="locon") == []
 
 
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, loss__huber_delta=0.5)
-    assert one.sentence == "loss.huber_delta plays no part where loss.type is mse; it is for huber."
+    assert one.sentence == "loss.huber_delta has no effect while loss.type is mse; it is for huber."
     assert found(config, tmp_path, loss__huber_delta=0.5, loss__type="huber") == []
 
 
@@ -457,10 +457,10 @@ def test_a_path_that_is_too_long_is_a_problem(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("a cat --w 100", "--w in the sample prompt 'a cat --w 100' is no multiple of 32; take 96, 128."),
+        ("a cat --w 100", "--w in the sample prompt 'a cat --w 100' is not a multiple of 32; take 96, 128."),
         ("a cat --h 16", "take 32."),
         ("a cat --q 3", "--q in the sample prompt 'a cat --q 3' is not known"),
-        ("a (cat:1.2.3)", "'1.2.3' of a prompt is no number"),
+        ("a (cat:1.2.3)", "'1.2.3' of a prompt is not a number"),
         ("a cat --n [a:b:0.5]", "not supported"),
     ],
 )

@@ -238,7 +238,7 @@ def test_dora_made_plain_against_the_embedded_base(path):
 @pytest.mark.parametrize("alpha", [None, 0.0, 1e-3, 1e3])
 @pytest.mark.parametrize("layer", [LINEAR, WIDE, TEXT], ids=["linear", "3x3", "text"])
 def test_an_oft_turns_outputs_within_its_limit(path, layer, alpha):
-    """LyCORIS' and kohya's networks/oft.py limit |Q| to alpha times the outputs; LyCORIS' 0 is no limit."""
+    """LyCORIS' and kohya's networks/oft.py limit |Q| to alpha times the outputs; its 0 is no limit."""
     base = BaseWeights("demo")
     weight = base.weight(layer)
     blocks = torch.randn(len(weight) // 8, 8, 8, generator=torch.Generator().manual_seed(0)) / 8

@@ -254,7 +254,7 @@ def test_what_does_not_go_together(files, tmp_path, capsys):
         "--out",
         out,
     )
-    refused(capsys, "exists already", one, "--out", two)
+    refused(capsys, "already exists", one, "--out", two)
     refused(capsys, "should end in .safetensors", one, "--out", tmp_path / "out")
     refused(capsys, "cannot be written", one, "--out", tmp_path / "no" / "out.safetensors")
     refused(capsys, "does not exist", one, tmp_path / "no.safetensors", "--out", out)

@@ -326,8 +326,8 @@ def test_an_adapter_for_another_family(place):
 
 def test_places_that_do_not_fit(place):
     folder, file, _, _, tmp_path = place
-    refused(place, "exists already", out=file)
-    refused(place, "exists already", base=folder, out=tmp_path)
+    refused(place, "already exists", out=file)
+    refused(place, "already exists", base=folder, out=tmp_path)
     refused(place, "should be one too", base=folder)
     refused(place, r"should end in \.safetensors", out=tmp_path / "out")
     refused(place, "cannot be written", out=tmp_path / "none" / "out.safetensors")
@@ -376,7 +376,7 @@ def test_the_weights_of_the_base_are_found_in_both(bases):
     with pytest.raises(ModelFileError, match=r"has no layer unet\.nothing"):
         folder.weight(("unet", "nothing"))
     assert file.places(("text_encoder_9", "nothing")) == []
-    with pytest.raises(AdapterFileError, match="exists already"):
+    with pytest.raises(AdapterFileError, match="already exists"):
         merge_files_into_base([], str(folder.path), folder.path)
 
 

@@ -150,7 +150,7 @@ def test_sizes_that_are_none(tmp_path, capsys, arguments, words):
 def test_a_file_is_not_overwritten(tmp_path, capsys):
     path = saved(layers(), tmp_path / "a.safetensors")
     assert main(["shrink", str(path), "--out", str(path), "--rank", "2"]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def known_gain(useful, noise=0.0):

@@ -200,7 +200,7 @@ def test_presets_of_blocks_train_the_unet_alone_and_say_so(tmp_path, config, tar
 def test_a_rate_for_an_encoder_that_is_not_there_is_told(tmp_path, config):
     session = _session(tmp_path, config.changed({"optimizer.text_encoder_2_lr": 1e-4}))
     assert session.notes == [
-        "optimizer.text_encoder_2_lr plays no part: the Embedded tiny base has one text encoder."
+        "optimizer.text_encoder_2_lr has no effect: the Embedded tiny base has one text encoder."
     ]
 
 

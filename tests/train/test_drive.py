@@ -57,7 +57,7 @@ def test_a_write_that_fails_pauses_the_run(own_toy: Toy, what: str, wanted: dict
     fault = WRITES[what]
     with armed(Fault(fault.on, fault.path, fault.nth, 0, code=fault.code, half=fault.half)):
         sentence = trouble(run)
-    assert "resume it when the drive is well" in sentence
+    assert "resume it when the drive works again" in sentence
     assert sentence.count("\n") == 0
     assert (run.status(), run.progress().reason) == ("paused", sentence)
     assert run.progress().cause == "disk_full"

@@ -106,7 +106,7 @@ def test_the_mask_of_a_request_is_read_as_it_is_now(
     Image.new("L", (32, 32), "white").save(masked.mask)
     whole = np.asarray(opened(masked))
     assert (first != whole).any()
-    # All of it is masked where no mask is given, and from noise alone the image then plays no part.
+    # All of it is masked where no mask is given, and from noise alone the image then has no effect.
     assert (whole == np.asarray(opened(replace(masked, mask="", image="")))).all()
     weaker = replace(masked, denoising_strength=0.4)
     assert (np.asarray(opened(weaker)) != whole).any()

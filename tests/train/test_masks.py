@@ -306,11 +306,11 @@ def test_what_masks_do_is_said_before_the_start(tmp_path: Path) -> None:
         return [one.sentence for one in preflight(found, tmp_path, card=lambda: None) if one.kind == "masks"]
 
     assert said() == []
-    assert said(loss__unmasked_weight=0.5) == ["loss.unmasked_weight plays no part: no image has a mask."]
-    assert said(dataset__masks="alpha") == ["dataset.masks = alpha plays no part: no image has a mask."]
+    assert said(loss__unmasked_weight=0.5) == ["loss.unmasked_weight has no effect: no image has a mask."]
+    assert said(dataset__masks="alpha") == ["dataset.masks = alpha has no effect: no image has a mask."]
     paint(folder / "mask" / "0.png", (64, 64), (0, 0, 9, 9))
     assert said(loss__unmasked_weight=0.25) == [
-        "1 of 3 images has a mask: what lies outside counts 0.25 (loss.unmasked_weight) beside 1 inside, in"
+        "1 of 3 images has a mask: the area outside counts 0.25 (loss.unmasked_weight) beside 1 inside, in"
         " validation too."
     ]
     assert said(dataset__masks="off") == ["1 mask is not used, as dataset.masks is off."]

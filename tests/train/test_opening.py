@@ -148,7 +148,7 @@ def test_a_run_of_a_card_is_resumed_elsewhere_only_if_that_is_accepted(own_toy: 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are(own_toy: Toy) -> None:
     run = own_toy.run("elsewhere", train__steps=2, train__device="cuda:1")
-    assert "train.device = cuda:1 is not there; PyTorch sees cpu. Choose" in trouble(run)
+    assert "train.device = cuda:1 does not exist; PyTorch sees cpu. Choose" in trouble(run)
     # A run that began on it goes on with what is there, if that is accepted.
     run.plan_file.write_text(json.dumps(vars(RuntimePlan("bf16", "cuda", 1))))
     trouble(run)

@@ -124,7 +124,7 @@ def test_what_class_images_do_is_said_before_the_start(own_toy: Toy, tmp_path: P
 
     assert said() == []
     assert said(dataset__reg_weight=0.5) == [
-        "dataset.reg_weight plays no part: there is no folder `reg` with images of the class."
+        "dataset.reg_weight has no effect: there is no folder `reg` with images of the class."
     ]
     (pictures / "reg").mkdir()
     for number in range(6):

@@ -198,7 +198,7 @@ def test_what_resolutions_cannot_do_is_said_before_start(tmp_path: Path) -> None
     said = [one.sentence for one in preflight(config, tmp_path) if one.kind == "resolution"]
     parts = [
         "The resolution of a = 128 is more than the run's 100, which time and memory are forecast for",
-        "train.resolution = 64 plays no part beside dataset.resolutions; set it to 0",
+        "train.resolution = 64 has no effect beside dataset.resolutions; set it to 0",
         "No image is large enough for 100 of dataset.resolutions: 64 is as close to the size of each",
     ]
     if 100 % multiple:
@@ -408,8 +408,8 @@ def test_a_project_keeps_focus_points_and_takes_them_back(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dataset__random_crop": 0.3, "train__resolution": 64}, "dataset.random_crop plays no part"),
-        ({"dataset__variants": 3}, "dataset.variants plays no part without"),
+        ({"dataset__random_crop": 0.3, "train__resolution": 64}, "dataset.random_crop has no effect"),
+        ({"dataset__variants": 3}, "dataset.variants has no effect without"),
         ({"dataset__random_crop": 0.3, "train__resolution": 32}, ""),
     ],
 )

@@ -163,7 +163,7 @@ def test_before_start(tmp_path: Path) -> None:
         ({**PROMPTS, "loss__input_perturbation": 0.1}, "loss.input_perturbation can do nothing", False),
         ({**PROMPTS, "loss__unmasked_weight": 0.5}, "loss.unmasked_weight can do nothing", False),
         ({**PROMPTS, "slider__target": ["very " * 90]}, "longer than the 75 tokens", False),
-        ({"slider__preserve": ["a"]}, "slider.preserve plays no part", False),
+        ({"slider__preserve": ["a"]}, "slider.preserve has no effect", False),
     ):  # fmt: skip
         ((sentence, blocking),) = problems(tmp_path, **changes)
         assert words in sentence

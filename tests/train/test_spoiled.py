@@ -69,7 +69,7 @@ def test_where_no_checkpoint_is_whole_it_begins_anew_and_says_so(own_toy: Toy, w
     told = [note for note in notes(run) if " is broken: " in note]
     assert ["step-000006" in told[0], "step-000004" in told[1]] == [True, True]
     assert told[0].endswith("The one before it is used.")
-    assert told[1].endswith("There is no other one to go on from, so training begins anew.")
+    assert told[1].endswith("There is no other one to resume from, so training starts over.")
     assert result(run) == wanted
     check_story(run)
 
@@ -145,7 +145,7 @@ def test_settings_edited_by_hand_are_told(
     capsys.readouterr()
     assert main(["resume", str(run.path)]) == 1
     said = capsys.readouterr().err
-    assert "this has changed: config.toml. Put it back, or go on with --accept-changes" in said
+    assert "this has changed: config.toml. Put it back, or continue with --accept-changes" in said
     assert said.count("\n") == 1
     assert main(["resume", str(run.path), "--accept-changes"]) == 0
     assert run.status() == "done"

@@ -95,7 +95,7 @@ def test_shrinking_to_the_planted_rank_loses_nothing(worker: Worker, planted: Pa
     before, after = load_adapter(planted, TINY).layers, load_adapter(out, TINY).layers
     for key in before:
         assert torch.allclose(dense(after[key]), dense(before[key]), atol=1e-5)
-    assert "exists already" in worker.error(
+    assert "already exists" in worker.error(
         {"id": "x", "do": "shrink", "file": str(planted), "out": str(out), "rank": 3}
     )
     cut = tmp_path / "cut.safetensors"
@@ -103,7 +103,7 @@ def test_shrinking_to_the_planted_rank_loses_nothing(worker: Worker, planted: Pa
     done(worker, do="shrink", file=str(planted), out=str(cut), ranks=ranks)
     assert {row["numeric_rank"] for row in file_spectrum(cut)["layers"]} == {2}
     again = {"id": "x", "do": "shrink", "file": str(planted), "out": str(cut), "ranks": ranks}
-    assert "exists already" in worker.error(again)
+    assert "already exists" in worker.error(again)
 
 
 def test_a_strength_is_baked_in(worker: Worker, planted: Path, tmp_path: Path) -> None:
