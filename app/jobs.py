@@ -33,7 +33,7 @@ from lora_core.runs.queue import (
 )
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import require_package
-from lora_core.system.files import fold_name, folder_bytes, safe_name, unused_stem
+from lora_core.system.files import changed_at, fold_name, folder_bytes, safe_name, unused_stem
 from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_detached
 
 LIVE = ("preparing", "running", "pausing", "stopping")
@@ -111,7 +111,7 @@ class RunView:
 
     def resume_info(self) -> ResumeInfo:
         """What an ended run left; read from disk only where it went on meanwhile."""
-        key = (self.offset, _changed_at(self.run.path / "exit.json"), _changed_at(self.run.checkpoints))
+        key = (self.offset, changed_at(self.run.path / "exit.json"), changed_at(self.run.checkpoints))
         if self._resume_info is None or self._resume_info[0] != key:
             crash, step = find_crash(self.run), resume_step(self.run)
             info = ResumeInfo(crash.reason, crash.cause, step, folder_bytes(self.run.path))
@@ -126,7 +126,7 @@ class RunView:
     @property
     def made(self) -> str:
         """The day on which it was made, such as 29 Nov 2026."""
-        seconds = _changed_at(self.run.config_file) / 1e9
+        seconds = changed_at(self.run.config_file) / 1e9
         return time.strftime("%d %b %Y", time.localtime(seconds)).lstrip("0") if seconds else ""
 
     @property
@@ -184,7 +184,7 @@ class Jobs:
                     self._chosen = live.run.path
                 self._last_live = live.run.path
         # Runs that only wait have no events and come last.
-        own = sorted(filter(self.own, self.all()), key=lambda view: -_changed_at(view.run.events_file))
+        own = sorted(filter(self.own, self.all()), key=lambda view: -changed_at(view.run.events_file))
         shown = self._find(self._chosen) or next(iter(own), None)
         return shown, live or self._find(self._last_live) or shown
 
@@ -324,13 +324,6 @@ def _record_exit(child: "subprocess.Popen[bytes]", recorder: ExitRecorder) -> No
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(LOOK_SECONDS)
     recorder.record(code)
-
-
-def _changed_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 class QueueClient:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 LONGEST_SENTENCE = 10_000
 """Characters of a message; what others send can be of any length."""
+LONGEST_REASON = 300
 _LONG_WORD = re.compile(r"(\S{200})\S{250,}(\S{50})")
 
 
@@ -96,6 +97,12 @@ class OutOfMemory(LoraError):
     """The device has too little memory for the settings; names the two settings to lower."""
 
     cause = "out_of_memory"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, without a period, or the name of the error where it says
+    nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST_REASON].rstrip(".")
 
 
 @contextlib.contextmanager

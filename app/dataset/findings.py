@@ -24,11 +24,11 @@ from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.data.audit import TrainingView, audit, kept_looks
 from lora_core.data.dataset import split_holdout
-from lora_core.data.images import Dataset, ImageRecord, file_stamp
+from lora_core.data.images import Dataset, ImageRecord
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.caption_edits import Captioner, Edit, Masker, left_to_do
 from lora_core.projects.project import DEMO, Project, relative_name
-from lora_core.system.files import read_json, read_object, write_atomically
+from lora_core.system.files import file_stamp, read_json, read_object, write_atomically
 
 BY_ITSELF = 150
 """Up to so many images are looked over without being asked; a thousand would take a minute of both

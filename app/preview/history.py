@@ -20,7 +20,7 @@ from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axi
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import list_trash, move_to_trash, restore
-from lora_core.system.files import parse_json
+from lora_core.system.files import changed_at, parse_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"
@@ -72,7 +72,7 @@ class History:
         """The newest image but sheets, and the base's own; [] if one is missing or a LoRA has changed
         since."""
         newest = next((one for one in self.newest() if not one.is_sheet), None)
-        if newest is None or any(file_time(lora.file) > newest.time * 1e9 for lora in newest.shot.loras):
+        if newest is None or any(changed_at(lora.file) > newest.time * 1e9 for lora in newest.shot.loras):
             return []
         alone = newest.shot.alone()
         with self._lock:
@@ -163,14 +163,6 @@ class History:
             return HistoryEntry(file, shot, rows, columns, drawn_at, bool(row.get("beside")))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
-
-
-def file_time(file: str | Path) -> int:
-    """When a file was last written, in nanoseconds; 0 if there is none."""
-    try:
-        return Path(file).stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 # Sheets: several images as one.

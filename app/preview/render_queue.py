@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.preview.history import GridState, History, HistoryEntry, file_time
+from app.preview.history import GridState, History, HistoryEntry
 from app.templates import _
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.generate.grid import vary
 from lora_core.generate.request import GenerationRequest
+from lora_core.system.files import changed_at
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class RenderQueue:
 
     def _key(self, shot: GenerationRequest) -> ImageKey:
         files = (*(one.file for one in shot.loras), *filter(None, [shot.image]))
-        return shot, tuple(self._times.setdefault(file, file_time(file)) for file in files)
+        return shot, tuple(self._times.setdefault(file, changed_at(file)) for file in files)
 
     def _next(self) -> tuple[str, GenerationRequest | None] | None:
         """Where the next image is shown, and its request: shown image, base beside it, strip, grid, sheet."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import RunView
-from app.preview.history import file_time
 from app.preview.sent_form import FIELDS, parse_rows, row_data, save_form, strip_values
 from app.state import Snapshot
 from app.templates import _, render
@@ -25,7 +24,7 @@ from lora_core.projects.project import Project
 from lora_core.runs.events import Progress
 from lora_core.settings.config import RunConfig, parse_cfg_rescale, sample_fields
 from lora_core.settings.schema import AUTO, NumberOrAuto
-from lora_core.system.files import safe_name, unused_path
+from lora_core.system.files import changed_at, safe_name, unused_path
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
 LOOK_AGAIN = 20
@@ -75,7 +74,7 @@ def lora_groups(snapshot: Snapshot) -> list[Group]:
     groups: list[Group] = [(_("Runs"), [file for is_own, file in found if is_own])]
     period = int(time.monotonic() / LOOK_AGAIN)
     added = snapshot.app_state.project.path / ADDED
-    groups.append((_("Added here"), _in_folder(added, file_time(added), 0)))
+    groups.append((_("Added here"), _in_folder(added, changed_at(added), 0)))
     for tool, folder in snapshot.app_state.tools.lora_folders():
         groups.append((tool, _in_folder(folder, 0, period)))
     groups.append((_("Runs of other projects"), [file for is_own, file in found if not is_own]))

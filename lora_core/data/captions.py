@@ -27,7 +27,7 @@ from PIL import Image, IptcImagePlugin
 
 from lora_core.data.images import ImageRecord, check_regular_file
 from lora_core.errors import ConfigError, DatasetError, ModelFileError, wrap_os_errors
-from lora_core.settings.schema import DatasetSection
+from lora_core.settings.schema import DatasetSection, word_pattern
 from lora_core.system.files import clean_text, parse_json, write_atomically
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def with_trigger(caption: str, trigger: str) -> str:
     trigger = trigger.strip()
     if not trigger:
         return caption
-    word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+    word = word_pattern(trigger)
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
     return "\n".join(line if word.search(line) else _join_tags([trigger, line]) for line in lines)
 
@@ -106,8 +106,7 @@ def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
     """The distinct captions without the trigger word; none without a trigger, and no empty one."""
     trigger, found = trigger.strip(), []
     for caption in captions if trigger else ():
-        word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-        words = word.sub(" ", plain_caption(caption, ""))
+        words = word_pattern(trigger).sub(" ", plain_caption(caption, ""))
         found.append(_join_tags([" ".join(tag.split()) for tag in split_tags(words)]))
     return [caption for caption in dict.fromkeys(found) if caption]
 

@@ -42,7 +42,14 @@ from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from lora_core.errors import ConfigError, DatasetError, wrap_os_errors
-from lora_core.system.files import clean_text, fold_name, parse_json, read_small_file, write_atomically
+from lora_core.system.files import (
+    clean_text,
+    file_stamp,
+    fold_name,
+    parse_json,
+    read_small_file,
+    write_atomically,
+)
 
 Crop = tuple[float, float, float, float]
 Given = ParamSpec("Given")
@@ -258,10 +265,10 @@ def walk_files(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path |
         yield FileProblem(root, "hidden", sentence, False)
 
 
-def abbreviate(names: list[str]) -> str:
+def abbreviate(names: list[str], most: int = _SHOWN_NAMES) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(names[:_SHOWN_NAMES])
-    more = len(names) - _SHOWN_NAMES
+    shown = ", ".join(names[:most])
+    more = len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown
 
 
@@ -451,9 +458,7 @@ def check_mask_png(png: str, image: "ImageInfo | FileProblem", shown: str) -> by
         raise DatasetError(f"The mask of {shown} is not a PNG in base64.") from error
     if mask.getbbox() is None:
         raise DatasetError(f"The mask of {shown} is black everywhere; paint what counts, or remove it.")
-    buffer = io.BytesIO()
-    mask.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return encode_file(mask, "PNG", optimize=True)
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -470,9 +475,14 @@ def make_thumbnail(path: Path, side: int = 256) -> bytes:
     """
     small = open_rgb(path, side)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=80, method=2)
-    return buffer.getvalue()
+    return encode_file(small, "WEBP", quality=80, method=2)
+
+
+def encode_file(image: Image.Image, kind: str, **how: Any) -> bytes:
+    """The file of an image, in memory; `how` are options of Pillow's writer."""
+    data = io.BytesIO()
+    image.save(data, kind, **how)
+    return data.getvalue()
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
@@ -483,11 +493,10 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """
     info = PngInfo()
     info.add_text("parameters", parameters)
-    data = io.BytesIO()
-    image.save(data, format="PNG", pnginfo=info)
+    data = encode_file(image, "PNG", pnginfo=info)
     with wrap_os_errors(ConfigError, f"The image cannot be written to {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data.getvalue())
+        write_atomically(path, data)
 
 
 def hash_file(path: Path, most: int = sys.maxsize) -> str:
@@ -693,15 +702,6 @@ def stamp_files(folder: Path) -> int | None:
 def _checksum(path: str | os.PathLike[str]) -> int:
     # Python's own hash of a text is another in each process.
     return zlib.crc32(os.fsencode(path))
-
-
-def file_stamp(path: Path) -> tuple[int, int] | None:
-    """Modification time in ns and bytes of a file; None if it does not exist."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 @dataclass(frozen=True)

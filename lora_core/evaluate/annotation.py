@@ -33,8 +33,8 @@ from transformers.models.clipseg.modeling_clipseg import CLIPSegForImageSegmenta
 from transformers.utils.logging import disable_progress_bar
 
 from lora_core.data.captions import TABLE_BYTES, read_text, spaced_tag
-from lora_core.data.images import ImageRecord, open_image
-from lora_core.errors import ConfigError, LoraError, ModelFileError, OutOfMemory
+from lora_core.data.images import ImageRecord, encode_file, open_image
+from lora_core.errors import ConfigError, LoraError, ModelFileError, OutOfMemory, first_line
 from lora_core.model_files.hub import TAGGER, annotator_folder
 from lora_core.models.device import dtype_of, out_of_memory
 from lora_core.projects.caption_edits import Annotator, Captioner, Masker
@@ -61,7 +61,6 @@ _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 """Mean and deviation of red, green and blue."""
 MASK_SIDE = 512
 """Pixels that the longer side of a mask has at most: latents have an eighth of the image's."""
-_EXCERPT = 300
 _LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError,
     MemoryError, SafetensorError,
@@ -151,13 +150,8 @@ def _in_a_sentence(failed: str, device: torch.device) -> Iterator[None]:
                 " it (the device cpu)."
             ) from error
         raise ModelFileError(
-            f"{failed}: {_first_line(error)}. Download it again or choose another."
+            f"{failed}: {first_line(error)}. Download it again or choose another."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first[:_EXCERPT].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -168,7 +162,7 @@ def _is_none(file: Path, what: str) -> Iterator[None]:
     except LoraError:
         raise
     except Exception as error:
-        raise ModelFileError(f"{file} is not a {what}: {_first_line(error)}.") from error
+        raise ModelFileError(f"{file} is not a {what}: {first_line(error)}.") from error
 
 
 def _open_onnx(file: Path, feature: str, device: torch.device) -> Any:
@@ -394,6 +388,4 @@ def _mask_png(likely: torch.Tensor, size: tuple[int, int], masker: Masker) -> st
     image = image.filter(ImageFilter.GaussianBlur(masker.blur / 100 * max(wide, high)))
     if image.getbbox() is None:
         return ""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encode_file(image, "PNG", optimize=True)).decode()

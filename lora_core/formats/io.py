@@ -5,11 +5,9 @@ header. Writing does not: the library orders metadata differently at each save, 
 equal bytes (hashes, tests, resumed runs); and merged checkpoints are streamed through the same header.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +36,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.schema import FORMATS, chosen
-from lora_core.system.files import patiently, safe_name, sync_folder
+from lora_core.system.files import replacing, safe_name
 
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
@@ -300,16 +298,9 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
     Raises:
         AdapterFileError: it cannot be written, or reading it back gives something else.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with wrap_os_errors(AdapterFileError, f"{path} cannot be written"):
-            write_pieces(draft, serialize(tensors, metadata))
-            _check_written(draft, tensors)
-            patiently(os.replace, draft, path)
-            sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+    with wrap_os_errors(AdapterFileError, f"{path} cannot be written"), replacing(path) as draft:
+        write_pieces(draft, serialize(tensors, metadata))
+        _check_written(draft, tensors)
 
 
 def _check_written(path: Path, meant: Tensors) -> None:
@@ -327,12 +318,9 @@ def _check_written(path: Path, meant: Tensors) -> None:
 
 
 def write_pieces(path: Path, data: Iterable[bytes | memoryview]) -> None:
-    """Write a file and flush it to disk."""
+    """Write a file."""
     with open(path, "wb") as file:
-        for piece in data:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+        file.writelines(data)
 
 
 def serialize(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

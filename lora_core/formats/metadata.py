@@ -6,7 +6,6 @@ Users share these files, so nothing that is written may name a folder of the mac
 
 import base64
 import importlib.metadata
-import io
 import json
 import re
 import tomllib
@@ -20,6 +19,7 @@ import tomli_w
 from PIL import Image
 
 from lora_core.data.captions import count_tags
+from lora_core.data.images import encode_file
 from lora_core.formats.kinds import detect_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.starting_settings import CONFIG_KEY, kohya_header
@@ -172,9 +172,7 @@ def thumbnail(image_path: Path) -> bytes:
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = b""
     for quality in _QUALITIES:
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True)
-        data = buffer.getvalue()
+        data = encode_file(small, "JPEG", quality=quality, optimize=True)
         if len(data) <= _MOST_BYTES:
             break
     return data

@@ -7,7 +7,6 @@ decoding would cost as much as some steps of the sampler.
 
 import base64
 import functools
-import io
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lora_core.data.images import encode_file
 from lora_core.models.load import BaseModel
 from lora_core.system.files import DEMO_TRAIN
 
@@ -85,8 +85,6 @@ def previewer(matrix: torch.Tensor, send: Callable[..., None]) -> OnLatents:
             sent_at = time.monotonic()
             image = latent_preview(latents(), matrix)
             image.thumbnail((SIDE, SIDE))
-            data = io.BytesIO()
-            image.save(data, format="JPEG", quality=85)
-            send(image=base64.b64encode(data.getvalue()).decode())
+            send(image=base64.b64encode(encode_file(image, "JPEG", quality=85)).decode())
 
     return on_latents

@@ -42,6 +42,7 @@ from lora_core.models.prompts import encode_prompts
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents
 from lora_core.settings.schema import SAMPLERS, chosen
+from lora_core.system.files import file_stamp
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, number of steps); an exception from it ends the image."""
@@ -202,8 +203,8 @@ class Pipeline:
         self.kept = kept
         self._merger = Merger(base.modules)
         keep = functools.lru_cache(MOST_ADAPTERS)
-        self._read = keep(lambda file, time, size: load_adapter(Path(file), base.family, plain=False))
-        self._truncated = keep(lambda rank, file, *_: truncate(load_adapter(Path(file), base.family), rank))
+        self._read = keep(lambda file, stamp: load_adapter(Path(file), base.family, plain=False))
+        self._truncated = keep(lambda rank, file, _: truncate(load_adapter(Path(file), base.family), rank))
         self._merged: tuple[object, ...] | None = ()
         self._merged_text: tuple[object, ...] = ()
         self._conditions = functools.lru_cache(MOST_PROMPTS)(self._encode_prompts)
@@ -297,7 +298,6 @@ class Pipeline:
         return (*version, lora.rank), weights
 
 
-def _version(file: str) -> tuple[str, int, int]:
+def _version(file: str) -> tuple[str, tuple[int, int] | None]:
     """A file with its time and size."""
-    status = Path(file).stat() if Path(file).is_file() else None
-    return file, status.st_mtime_ns if status else 0, status.st_size if status else 0
+    return file, file_stamp(file)

@@ -35,6 +35,7 @@ from lora_core.system.files import (
     DEMO_BASE,
     FAMILY_CONFIGS,
     expand_home,
+    file_stamp,
     parse_json,
     read_object,
 )
@@ -505,7 +506,8 @@ FRESH_SECONDS = 20
 def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
     """`read_base_facts`, cached, and with the problem in place of an error; arguments as there."""
     name = name.strip().strip('"')
-    return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
+    period = int(time.monotonic() / FRESH_SECONDS)
+    return _base(name, prediction, zero_snr, file_stamp(expand_home(name)), period)
 
 
 def base_of(model: ModelSection) -> BaseFacts:
@@ -513,16 +515,8 @@ def base_of(model: ModelSection) -> BaseFacts:
     return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
-def _changed_at(name: str) -> tuple[int, int]:
-    try:
-        found = expand_home(name).stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
-
-
 @functools.lru_cache(maxsize=16)
-def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> BaseFacts:
+def _base(name: str, prediction: str, zero_snr: str, stamp: tuple[int, int] | None, period: int) -> BaseFacts:
     try:
         return read_base_facts(name, prediction, zero_snr)
     except ModelFileError as error:

@@ -33,7 +33,7 @@ from lora_core.settings.config import (
     takes_class,
 )
 from lora_core.settings.schema import ADAPTER_KINDS, OPTIMIZERS, OptimizerChoice, OptimizerSection
-from lora_core.system.files import PRESETS, parse_json, read_small_file, read_table
+from lora_core.system.files import PRESETS, changed_at, parse_json, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -121,10 +121,7 @@ class LoraSettings:
 
 def is_slider(path: Path) -> bool:
     """Whether a LoRA file says in its header that it is a concept slider; not where it cannot be read."""
-    try:
-        return _is_slider(path, path.stat().st_mtime_ns)
-    except OSError:
-        return False
+    return _is_slider(path, changed_at(path))
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,7 +32,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from lora_core.backends.compact import WeightPolicy, quantize_int8
 from lora_core.data.images import Bucket, open_masked, open_rgb, resize_and_crop
-from lora_core.errors import ConfigError, ModelFileError, OutOfMemory
+from lora_core.errors import ConfigError, ModelFileError, OutOfMemory, first_line
 from lora_core.model_files.detect import (
     CONV_IN,
     UNET,
@@ -398,9 +398,8 @@ def _reading(path: Path, device: torch.device) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise _too_large(path, device) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(
-            f"The base {path} cannot be opened: {first.rstrip('.')}. Download it again or choose another."
+            f"The base {path} cannot be opened: {first_line(error)}. Download it again or choose another."
         ) from error
 
 

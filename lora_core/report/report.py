@@ -7,7 +7,6 @@ names of images do not appear in it, since the page may be passed on.
 import base64
 import functools
 import importlib.metadata
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_record_caption
 from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
+from lora_core.data.images import encode_file
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
@@ -445,9 +445,7 @@ def encode_thumbnail(file: Path, side: int) -> str:
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
         return ""
     image.thumbnail((side, side))
-    data = io.BytesIO()
-    image.save(data, format="WEBP", quality=QUALITY, method=4)
-    return base64.b64encode(data.getvalue()).decode()
+    return base64.b64encode(encode_file(image, "WEBP", quality=QUALITY, method=4)).decode()
 
 
 # Plots of measurements during the run.

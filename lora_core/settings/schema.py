@@ -509,7 +509,12 @@ class NewToken(NamedTuple):
     @property
     def word(self) -> re.Pattern[str]:
         """Finds the token as a word of a caption."""
-        return re.compile(rf"(?<!\w){re.escape(self.name)}(?!\w)", re.IGNORECASE)
+        return word_pattern(self.name)
+
+
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds a word or several in a text, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
 
 
 def parse_new_tokens(lines: Sequence[str]) -> list[NewToken]:

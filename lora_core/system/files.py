@@ -287,6 +287,20 @@ def file_bytes(path: Path) -> int:
         return 0
 
 
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Modification time in ns and bytes of a file; None where it is not there."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def changed_at(path: str | Path) -> int:
+    """When a file or folder was last changed, in nanoseconds; 0 where there is none."""
+    return (file_stamp(path) or (0, 0))[0]
+
+
 def is_network_drive(path: Path) -> bool:
     """Whether `path` is on a drive that other machines can write too, as far as the system says so."""
     path = Path(os.path.abspath(path))

@@ -474,10 +474,8 @@ def _write_file(
             written.update(piece)
         file.flush()
         os.fsync(file.fileno())
-    found = hashlib.sha256()
     with open(target, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
+        found = hashlib.file_digest(file, "sha256")
     if found.digest() != written.digest() or read_header(target, ModelFileError).tensors != header.tensors:
         raise ModelFileError(f"{target} was read back changed; is the disk failing?")
 

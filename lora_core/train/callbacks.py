@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.data.images import save_png
+from lora_core.data.images import abbreviate, save_png
 from lora_core.errors import ConfigError
 from lora_core.evaluate.validator import is_worse, reason_to_stop
 from lora_core.formats.io import load_adapter
@@ -307,8 +307,7 @@ def describe_nonfinite(session: TrainSession, settings: StepSettings, step: Step
         if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.trained())
     )
     what = "loss" if in_loss else next(bad, "gradient")
-    more = f" and {len(images) - NAMED} more" if len(images) > NAMED else ""
-    return f"the {what} is not finite ({', '.join(images[:NAMED])}{more})"
+    return f"the {what} is not finite ({abbreviate(images, NAMED)})"
 
 
 class StepTimer:
@@ -749,16 +748,9 @@ class WandbWriter:
             if isinstance(value, int | float) or choices_of(name)
         }
         # Neither paths nor its automatic data: name of the computer, packages, code, output.
-        own = self._wandb.Settings(
-            console="off",
-            silent=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-        )
+        off = ("x_disable_meta", "x_disable_stats", "x_disable_machine_info", "disable_code", "disable_git",
+               "disable_job_creation")  # fmt: skip
+        own = self._wandb.Settings(console="off", silent=True, **dict.fromkeys(off, True))
         mode = os.environ.get("WANDB_MODE") or "offline"
         try:
             self._board = self._wandb.init(

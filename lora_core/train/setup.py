@@ -36,8 +36,8 @@ from lora_core.data.dataset import (
     run_dataset,
     split_holdout,
 )
-from lora_core.data.images import ImageRecord, choose_bucket, draw_cut, hash_file
-from lora_core.errors import ConfigError, DatasetError, InputsChanged, ModelFileError
+from lora_core.data.images import ImageRecord, abbreviate, choose_bucket, draw_cut, hash_file
+from lora_core.errors import ConfigError, DatasetError, InputsChanged, ModelFileError, first_line
 from lora_core.evaluate.validator import mask_numbers, weigh_latents
 from lora_core.formats.io import load_adapter
 from lora_core.formats.kinds import extras_sentence
@@ -77,7 +77,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import check_adapter
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
-from lora_core.system.files import expand_home, write_atomically
+from lora_core.system.files import expand_home, read_json, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import TrainState, cosine, image_loss
 from lora_core.train.objectives import InpaintingBatches, SliderBatches, inpainting_loss, slider_loss
@@ -341,15 +341,10 @@ def check_inputs(
         InputsChanged: something has changed and the user has not accepted it; names what.
     """
     now = input_hashes(run, records) | (more or {})
-    try:
-        before = json.loads(run.inputs_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = now
+    before = read_json(run.inputs_file) or now
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept_changes:
-        named = ", ".join(changed[:5]).replace("the picture ", "the image ") + (
-            f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        )
+        named = abbreviate(changed).replace("the picture ", "the image ")
         raise InputsChanged(
             f"Since the run {run.name} began, this has changed: {named}. Put it back, or continue with "
             f"--accept-changes; the result then differs from an uninterrupted run.",
@@ -667,7 +662,7 @@ def open_base_for(
         except Exception as error:
             raise ConfigError(
                 f"train.quantize_base = {name} does not work on the device {device}; choose another one."
-                f" ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+                f" ({first_line(error)})"
             ) from error
     return open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
 
