@@ -660,11 +660,8 @@ class _Import:
             folder, stem = there.parent, there.stem
         names, stems = self._names_in(folder)
         if has_picture:
-            stem = unused_stem(stem, stems)
             # One may have been taken back since the folder was read.
-            while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
-                stems.add(fold_name(stem))
-                stem = unused_stem(firsts[0].stem, stems)
+            stem = unused_stem(stem, stems, folder, [one.suffix for one in firsts])
         for one in firsts:
             target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
             if one in same:

@@ -20,8 +20,12 @@ MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""
 LONGEST_NAME = 1000
 """Characters of a tensor's name; real ones stay under 200."""
-DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
-"""Supported dtypes."""
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+"""Supported dtypes, and what torch calls them."""
 
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a pickled torch file or a zip"),
@@ -83,7 +87,8 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     for name, entry in values.items():
         # The library also takes a list of the three values, and sides that torch cannot hold.
         what = f"{entry['dtype']} {str(entry['shape'])[:60]}" if isinstance(entry, dict) else "a list"
-        usable = isinstance(entry, dict) and entry["dtype"] in DTYPES and _is_usable_shape(entry["shape"])
+        usable = isinstance(entry, dict) and entry["dtype"] in DTYPE_NAMES
+        usable = usable and len(entry["shape"]) <= 8 and max(entry["shape"], default=0) < 2**63
         if len(name) > LONGEST_NAME or not usable:
             raise error(
                 f"{path} holds the tensor {name[:200]!r} ({what}), which no tool writes into a model."
@@ -122,10 +127,6 @@ def _refuse_duplicate_tensors(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=_refuse_duplicate_tensors)
-
-
-def _is_usable_shape(shape: list[int]) -> bool:
-    return len(shape) <= 8 and max(shape, default=0) < 2**63
 
 
 def _refusal(start: bytes, length: int, size: int) -> str:

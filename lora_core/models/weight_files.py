@@ -21,24 +21,11 @@ from safetensors.torch import save
 from lora_core.errors import ModelFileError, wrap_os_errors
 from lora_core.model_files.detect import UNET, VAE, weight_paths
 from lora_core.model_files.families import Family, TextEncoder, is_text_encoder
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import DTYPE_NAMES, read_header
 from lora_core.model_files.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.system.files import write_atomically
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
 """The dtypes of safetensors files."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What users choose from, for a base in memory and for a file."""

@@ -51,7 +51,6 @@ json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout
 HOWS = {"missing": "Only where missing", "append": "Append", "replace": "Replace"}
 """The choices for existing captions when a model captions the images."""
 MASK_HOWS = {how: HOWS[how] for how in ("missing", "replace")}
-MOST_TOKENS = 1000
 SHOWN_ROWS = 8
 MOST_KEPT, MOST_BYTES = 20, 32_000_000
 """Edits that can be undone, and bytes that all but the last may take."""
@@ -111,7 +110,8 @@ class Annotator:
             )
         for name, (least, most) in self.ranges.items():
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and least <= value <= most):
+            whole = isinstance(getattr(type(self), name), int)
+            if not (isinstance(value, int if whole else int | float) and least <= value <= most):
                 words = name.replace("_", " ")
                 raise DatasetError(f"The {words} {value!r} is not a number from {least:g} to {most:g}.")
 
@@ -148,13 +148,9 @@ class Captioner(Annotator):
 
     called: ClassVar[str] = "captioner"
     hows: ClassVar[Mapping[str, str]] = HOWS
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"threshold": (0, 1), "character_threshold": (0, 1)}
-
-    def check(self) -> None:
-        """Raise DatasetError for a value that cannot be used."""
-        super().check()
-        if not (isinstance(self.max_tokens, int) and 1 <= self.max_tokens <= MOST_TOKENS):
-            raise DatasetError(f"A caption of {self.max_tokens!r} tokens is not from 1 to {MOST_TOKENS}.")
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "threshold": (0, 1), "character_threshold": (0, 1), "max_tokens": (1, 1000),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -644,19 +644,16 @@ def _plan_moves(
             there = folder.iterdir() if folder.is_dir() else ()
             taken[folder] = {fold_name(one.stem) for one in there if one.suffix.casefold() in IMAGE_SUFFIXES}
         # An image of that name, or a caption for it, may have come or been left out meanwhile.
-        stem = unused_stem(path.stem, taken[folder])
-        while any(os.path.lexists(folder / (stem + file.name[len(path.stem) :])) for file in files):
-            taken[folder].add(fold_name(stem))
-            stem = unused_stem(path.stem, taken[folder])
+        endings = {file: file.name[len(path.stem) :] for file in files}
+        stem = unused_stem(path.stem, taken[folder], folder, endings.values())
         taken[folder].add(fold_name(stem))
         now[name] = folder / (stem + path.suffix)
         # Other images that share its captions.
         beside = (other for other in path.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
         same = {other for other in beside if fold_name(other.stem) == fold_name(path.stem)}
         shared = bool(same - leaving)
-        for file in files:
-            target = folder / (stem + file.name[len(path.stem) :])
-            moves.append(Move(file, target, copy=shared and file != path))
+        for file, ending in endings.items():
+            moves.append(Move(file, folder / (stem + ending), copy=shared and file != path))
         if path in masks:
             mask, several = masks[path]
             moves.append(Move(mask, folder / f"{stem}{MASK_ENDINGS[0]}{mask.suffix}", copy=several))

@@ -19,7 +19,7 @@ import tomllib
 import types
 import typing
 import unicodedata
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -383,10 +383,11 @@ def _safe_part(part: str) -> str:
     return stem.encode()[:room].decode(errors="ignore") + dot + ending
 
 
-def unused_stem(stem: str, used: Container[str]) -> str:
-    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
+def unused_stem(stem: str, used: Container[str], folder: Path = Path(), endings: Iterable[str] = ()) -> str:
+    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`, nor
+    with one of the endings a file in the folder."""
     candidate, number = stem, 1
-    while fold_name(candidate) in used:
+    while fold_name(candidate) in used or any(os.path.lexists(folder / (candidate + end)) for end in endings):
         number += 1
         candidate = f"{stem}-{number}"
     return candidate

@@ -36,6 +36,7 @@ from lora_core.system.files import (
     patiently,
     require_room,
     sync_folder,
+    unused_path,
     write_atomically,
 )
 from lora_core.train.loop import TrainState
@@ -209,9 +210,7 @@ def remove_checkpoint(path: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Rename a checkpoint so that no run resumes from it, and the user still has its files."""
-    ends = ("", *(f"-{number}" for number in range(2, 999)))
-    names = (path.with_name(f"{path.name}-{SET_ASIDE}{end}") for end in ends)
-    os.rename(path, next(name for name in names if not name.exists()))
+    os.rename(path, unused_path(path.parent, f"{path.name}-{SET_ASIDE}", ""))
 
 
 def _write_checked(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ from lora_core.formats.io import (
 )
 from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
-from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.families import Family, family_of_version
 from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
@@ -180,9 +180,7 @@ def export_checkpoint(
     record = verify_checkpoint(folder) if (folder / STATE).exists() else {}
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
     weights = load_adapter(folder / "adapter.safetensors", plain=False)
-    family = next(
-        (f for f in FAMILIES.values() if f.base_version == header.get("ss_base_model_version")), None
-    )
+    family = family_of_version(header.get("ss_base_model_version", ""))
     if family is None:
         raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
     cut: dict[str, Any] = {}
