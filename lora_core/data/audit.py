@@ -582,13 +582,12 @@ def kept_looks(file: Path) -> Iterator[Looks]:
     looks: Looks = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(file) as kept:
-            current = int(kept["measure"]) == MEASURE
-            keys = json.loads(kept["keys"].tobytes()) if current else []
-            columns = [kept[name] for name in _COLUMNS] if current else []
-        for (*plain, crop, behind), shape, colours, sharp, thumb in zip(keys, *columns, strict=True):
-            path, time, size, side, multiple = plain
+            keys = json.loads(kept["keys"].tobytes()) if int(kept["measure"]) == MEASURE else []
+            rows = kept["looks"][: len(keys)]
+        for (path, time, size, side, multiple, crop, behind), row in zip(keys, rows, strict=True):
             key = (path, time, size, side, multiple, crop and tuple(crop), behind)
-            looks[key] = _Look(Fingerprint(shape, colours.astype(np.float64)), float(sharp), thumb)
+            known = Fingerprint(row["shape"], row["colours"].astype(np.float64))
+            looks[key] = _Look(known, float(row["sharpness"]), row["thumb"])
     before = looks.keys() | ()
     try:
         yield looks
@@ -597,20 +596,18 @@ def kept_looks(file: Path) -> Iterator[Looks]:
             _keep_looks(file, looks)
 
 
-_COLUMNS = ("shapes", "colours", "sharpness", "thumbs")
+_ROW = [
+    ("shape", "f8", (64,)),
+    ("colours", "u1", (48,)),
+    ("sharpness", "f8"),
+    ("thumb", "u1", (SIDE, SIDE, 3)),
+]
 
 
 def _keep_looks(file: Path, looks: Looks) -> None:
-    rows = [
-        (o.print.shape, o.print.colours.astype(np.uint8), o.sharpness, o.thumb)
-        for o in looks.values()
-        if o.print
-    ]
-    columns = map(np.array, zip(*rows, strict=True)) if rows else [()] * len(_COLUMNS)
-    arrays: dict[str, Any] = dict(zip(_COLUMNS, columns, strict=True))
-    buffer = io.BytesIO()
-    keys = np.frombuffer(json.dumps(list(looks)).encode(), np.uint8)
-    np.savez(buffer, measure=MEASURE, keys=keys, **arrays)
+    buffer, keys = io.BytesIO(), np.frombuffer(json.dumps(list(looks)).encode(), np.uint8)
+    rows = [(o.print.shape, o.print.colours, o.sharpness, o.thumb) for o in looks.values() if o.print]
+    np.savez(buffer, measure=MEASURE, keys=keys, looks=np.array(rows, _ROW))
     # Without the file the images are looked at once more, nothing else.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -582,7 +582,7 @@ def _common_alpha(file: AdapterFile, part: str, keys: Sequence[str]) -> float | 
     return Counter(alphas).most_common(1)[0][0] if alphas else None
 
 
-_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
+_BLOCK = re.compile(r"lora_unet_(?!input_blocks_0_0)(input_blocks|middle_block|output_blocks)_(\d+)_")
 
 
 def _by_block(prefixes: Sequence[str]) -> list[str]:
@@ -591,16 +591,13 @@ def _by_block(prefixes: Sequence[str]) -> list[str]:
     Names outside of blocks come first, conv_in included; then the blocks, in the order in which Python's set
     has their numbers: not always ascending.
     """
-    blocks = [None if p.startswith("lora_unet_input_blocks_0_0") else _BLOCK.match(p) for p in prefixes]
-    order: dict[tuple[str, int], int] = {}
+    blocks = [(found[1], int(found[2])) if (found := _BLOCK.match(p)) else None for p in prefixes]
+    order: list[tuple[str, int] | None] = [None]
     for kind in ("input_blocks", "middle_block", "output_blocks"):
-        numbers = set()
-        for block in blocks:
-            if block and block[1] == kind:
-                numbers.add(int(block[2]))
-        order |= {(kind, number): len(order) + index for index, number in enumerate(numbers)}
-    ranks = [order[block[1], int(block[2])] if block else -1 for block in blocks]
-    return [prefix for _, prefix in sorted(zip(ranks, prefixes, strict=True), key=lambda pair: pair[0])]
+        numbers = {block[1] for block in blocks if block and block[0] == kind}
+        order += [(kind, number) for number in numbers]
+    pairs = zip(map(order.index, blocks), prefixes, strict=True)
+    return [prefix for _, prefix in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> Applied:
