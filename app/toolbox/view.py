@@ -38,7 +38,7 @@ from lora_core.system.files import (
     folder_bytes,
     format_bytes,
     free_bytes,
-    parse_json,
+    parse_object,
     unused_path,
 )
 
@@ -627,8 +627,8 @@ def _numbers(values: Any) -> str:
 
 def find_writer(metadata: Mapping[str, str]) -> str:
     """The program that wrote a file, "" if its metadata does not say."""
-    software = _json(metadata.get("software", ""))
-    if isinstance(software, dict) and software.get("name"):
+    software = parse_object(metadata.get("software", ""))
+    if software.get("name"):
         return f"{software['name']} {software.get('version') or ''}".strip()
     return next((name for key, name in WRITERS if key in metadata), "")
 
@@ -638,9 +638,8 @@ def find_trigger_words(metadata: Mapping[str, str]) -> list[str]:
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
         return [phrase]
-    tables = _json(metadata.get("ss_tag_frequency", ""))
     counts: Counter[str] = Counter()
-    for table in tables.values() if isinstance(tables, dict) else ():
+    for table in parse_object(metadata.get("ss_tag_frequency", "")).values():
         for tag, count in table.items() if isinstance(table, dict) else ():
             if isinstance(count, int):
                 counts[str(tag).strip()] += count
@@ -658,10 +657,3 @@ def describe_training(metadata: Mapping[str, str]) -> str:
         if re.fullmatch("[0-9]{1,18}", value) and int(value):
             words.append(pluralize(int(value), unit))
     return ", ".join(words)
-
-
-def _json(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError:
-        return None

@@ -25,7 +25,7 @@ from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.starting_settings import CONFIG_KEY, kohya_header
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.settings.schema import ADAPTER_KINDS
-from lora_core.system.files import parse_json, write_atomically
+from lora_core.system.files import parse_object, write_atomically
 
 if TYPE_CHECKING:
     import jinja2
@@ -216,11 +216,7 @@ def model_card(metadata: Mapping[str, str], file_name: str, images: Sequence[str
         file_name: of the adapter file.
         images: names of files beside it.
     """
-    try:
-        datasets = parse_json(metadata.get("ss_dataset_dirs") or "{}")
-    except ValueError:
-        datasets = {}
-    entries = datasets.values() if isinstance(datasets, dict) else ()
+    entries = parse_object(metadata.get("ss_dataset_dirs", "")).values()
     counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
     return _template().render(
         header=metadata,

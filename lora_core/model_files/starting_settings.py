@@ -33,7 +33,7 @@ from lora_core.settings.config import (
     takes_class,
 )
 from lora_core.settings.schema import ADAPTER_KINDS, OPTIMIZERS, OptimizerChoice, OptimizerSection
-from lora_core.system.files import PRESETS, changed_at, parse_json, read_small_file, read_table
+from lora_core.system.files import PRESETS, changed_at, parse_json, parse_object, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -365,11 +365,7 @@ def _take_huber(texts: Texts, found: LoraSettings) -> None:
 
 def _take_network(text: str, found: LoraSettings) -> None:
     """The kind of adapter and its arguments, convolutions included."""
-    try:
-        arguments = parse_json(text or "{}")
-    except ValueError:
-        arguments = {}
-    given = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
+    given = {str(name): str(value) for name, value in parse_object(text).items()}
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
     kind = given.pop("algo", "").lower().replace("locon", "lora").removeprefix("diag-") or "lora"
     if given.pop("dora_wd", "") and kind == "lora":

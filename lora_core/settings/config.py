@@ -492,15 +492,17 @@ def flattened(values: Mapping[str, Any], say: bool = True) -> dict[str, Any]:
     Raises:
         ConfigError: a setting is given by its old and its new name.
     """
-    return current_names(dict(_leaves(values, "")), say)
+    return current_names(dict(leaves(values)), say)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names in nested tables with their values, as TOML takes an unquoted `up_blocks.1` for a table in
+    a table."""
     for key, value in values.items():
         old = f"{prefix}{key}"
         name = OLD_NAMES.get(old, old)
         if isinstance(value, Mapping) and not (name in FIELDS and is_table(name)):
-            yield from _leaves(value, f"{old}.")
+            yield from leaves(value, f"{old}.")
         else:
             yield old, value
 

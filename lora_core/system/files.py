@@ -416,6 +416,15 @@ def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def parse_object(text: str) -> dict[str, Any]:
+    """The object of a JSON text by anyone; what is none counts as empty."""
+    try:
+        found = parse_json(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_json(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
     """The object in a JSON file of at most this many bytes; {} if it is missing or broken."""
     try:

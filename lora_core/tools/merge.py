@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +32,9 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Loade
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
-from lora_core.settings.config import load_toml, parse_toml
+from lora_core.settings.config import leaves, load_toml, parse_toml
 from lora_core.settings.schema import PatternError, compile_pattern, last_matches
-from lora_core.system.files import expand_home, parse_json, read_object, sync_folder
+from lora_core.system.files import expand_home, parse_object, read_object, sync_folder
 from lora_core.tools.delta import (
     BaseWeights,
     Updates,
@@ -96,22 +96,13 @@ def parse_block_weights(text: str, files: int) -> BlockWeights:
     path = expand_home(text)
     if path.suffix == ".toml" and not path.exists():
         raise ConfigError(f"The table {path} of --blocks does not exist.")
-    table = dict(_flatten(load_toml(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
+    table = dict(leaves(load_toml(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
     for name in table:
         try:
             compile_pattern(name)
         except PatternError as error:
             raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
     return {name: _weights(name, value, files) for name, value in table.items()}
-
-
-def _flatten(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    """Rows of nested tables joined by dots, since TOML takes an unquoted `up_blocks.1` for a nested table."""
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 def _inline(text: str) -> dict[str, Any]:
@@ -339,11 +330,7 @@ def _tag_counts(files: Sequence[LoraFile]) -> dict[str, dict[str, int]]:
     """The tags of all files by dataset, for A1111's list of trained words; broken entries are left out."""
     tags: dict[str, dict[str, int]] = {}
     for file in files:
-        try:
-            found = parse_json(file.metadata.get("ss_tag_frequency", "{}"))
-        except ValueError:
-            continue
-        for name, counts in found.items() if isinstance(found, dict) else ():
+        for name, counts in parse_object(file.metadata.get("ss_tag_frequency", "")).items():
             if isinstance(counts, dict):
                 own = f"{file.path.stem} {name}" if name in tags else str(name)
                 tags[own] = {str(tag): n for tag, n in counts.items() if isinstance(n, int)}
