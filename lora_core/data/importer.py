@@ -339,10 +339,6 @@ def _decode_name(entry: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")
 
 
-def _ignore_progress(phase: str, done: int, total: int) -> None:
-    """The default: no progress."""
-
-
 @dataclass(frozen=True)
 class TransferMode:
     """How files are transferred.
@@ -355,7 +351,7 @@ class TransferMode:
     """
 
     how: str = "copy"
-    progress: Callable[[str, int, int], None] = _ignore_progress
+    progress: Callable[[str, int, int], None] = field(default=lambda phase, done, total: None)
     sizes: SizeCache = field(default_factory=SizeCache)
 
 

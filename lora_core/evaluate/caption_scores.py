@@ -34,9 +34,8 @@ from lora_core.evaluate.validator import (
 from lora_core.formats.io import load_adapter
 from lora_core.lora.inject import merged
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
-from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import encode_prompt
-from lora_core.models.load import BaseModel, load_base
+from lora_core.models.load import BaseModel, load_model
 from lora_core.models.unet import PromptEmbeds
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -405,21 +404,13 @@ def measure_run_images(
     """
     config, step = run.config(), run.step_of(which)
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
-    base = (open_base or _load_base)(config.model)
+    base = (open_base or load_model)(config.model)
     weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family, plain=False)
     reg = dataset.reg if config.dataset.reg_weight else []
     rows = image_rows(base, dataset.records, weights, config, draws, on_progress, reg)
     found = {"step": step, "triples": draws, "rows": rows}
     write_atomically(run.path / IMAGES_FILE, json.dumps(found, ensure_ascii=False).encode())
     return found
-
-
-def _load_base(model: ModelSection) -> BaseModel:
-    device = best_device()
-    return load_base(
-        model.base, device, dtype_of("auto", device), model.prediction, model.vae,
-        zero_snr=model.zero_terminal_snr,
-    )  # fmt: skip
 
 
 def image_rows(

@@ -66,6 +66,7 @@ from lora_core.models.weight_files import (
     unet_in_file,
     vae_in_file,
 )
+from lora_core.settings.schema import ModelSection
 from lora_core.system.files import CLIP_TOKENIZER, expand_home
 
 RESIDENT, ASIDE, INT8 = range(3)
@@ -284,6 +285,13 @@ def load_base(
     base = open_base(name, device, dtype, prediction, vae, policy, zero_snr)
     base.load(*base.waiting)
     return base
+
+
+def load_model(model: ModelSection, precision: str = "auto") -> BaseModel:
+    """The base of a run's settings on the best device, in the dtype of `dtype_of`; see `open_base`."""
+    device = best_device()
+    names = (model.prediction, model.vae, None, model.zero_terminal_snr)
+    return load_base(model.base, device, dtype_of(precision, device), *names)
 
 
 def open_base(

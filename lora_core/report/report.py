@@ -22,11 +22,9 @@ from lora_core.data.images import encode_file
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
 from lora_core.evaluate.validator import Evaluator, OnProgress
-from lora_core.models.device import best_device
 from lora_core.models.encode import encode_prompt
-from lora_core.models.load import BaseModel, load_base
+from lora_core.models.load import BaseModel, load_model
 from lora_core.models.unet import PromptEmbeds
-from lora_core.models.weight_files import PRECISIONS
 from lora_core.report import plots
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
@@ -78,12 +76,8 @@ def run_evaluator(
     known, now = read_json(run.inputs_file), input_hashes(run, every)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
-    model, rules = config.model, config.dataset
+    rules, base = config.dataset, load_model(config.model, "fp32")
     records = [replace(one, caption=plain_record_caption(one, rules), concept=None) for one in held]
-    base = load_base(
-        model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
-        zero_snr=model.zero_terminal_snr,
-    )  # fmt: skip
     base = replace(base, facts=replace(base.facts, resolution=config.resolution(base.resolution)))
 
     def encode(caption: str) -> PromptEmbeds:

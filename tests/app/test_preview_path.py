@@ -19,7 +19,7 @@ HELPERS = {
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
     # A request that waits says for how many others.
     "app/templates.py": {"_", "pluralize"},
-    "lora_core/data/images.py": {"save_png"},
+    "lora_core/data/images.py": {"encode_file", "save_png"},
     "lora_core/errors.py": {"wrap_os_errors"},
     "lora_core/generate/grid.py": {"make_axis", "split_values", "_check_value"},
     "lora_core/lora/inject.py": {"put_tokens"},
