@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,41 +191,40 @@ WeightLocator = Callable[[str], TensorSource | None]
 """From a parameter's name in a component to its source, or None where the files lack it."""
 
 
-def unet_in_file(file: WeightFile, family: Family) -> WeightLocator:
-    """The UNet of a single-file checkpoint."""
+def _locator(files: Sequence[WeightFile], spell: Callable[[str], Iterable[str]]) -> WeightLocator:
+    """Finds the first of a parameter's spellings that one of the files has."""
 
     def find(name: str) -> TensorSource | None:
-        path = ldm_unet_path(name, family.attention_levels)
-        key = f"{UNET}{path}"
-        return TensorSource(file, key) if path is not None and key in file.shapes else None
+        found = (TensorSource(file, key) for key in spell(name) for file in files if key in file.shapes)
+        return next(found, None)
 
     return find
+
+
+def unet_in_file(file: WeightFile, family: Family) -> WeightLocator:
+    """The UNet of a single-file checkpoint."""
+    return _locator([file], lambda name: [f"{UNET}{ldm_unet_path(name, family.attention_levels)}"])
 
 
 def vae_in_file(file: WeightFile, levels: int) -> WeightLocator:
     """The VAE of a single-file checkpoint, or a VAE alone in a file, in original or in diffusers' names."""
 
-    def find(name: str) -> TensorSource | None:
+    def spell(name: str) -> Iterable[str]:
         original = ldm_vae_path(name, levels)
-        for key in (VAE + original, original, *_vae_spellings(name)):
-            if key in file.shapes:
-                return TensorSource(file, key)
-        return None
+        return (VAE + original, original, *_vae_spellings(name))
 
-    return find
+    return _locator([file], spell)
 
 
 def text_encoder_in_file(file: WeightFile, encoder: TextEncoder) -> WeightLocator:
     """A text encoder of a single-file checkpoint, in OpenCLIP's or in transformers' names."""
+    if not encoder.open_clip:
+        return _locator([file], lambda name: [encoder.single_file + one for one in _text_spellings(name)])
 
     def find(name: str) -> TensorSource | None:
-        if encoder.open_clip:
-            path, third = open_clip_path(name)
-            transposed = path == "text_projection"
-            keys = [(encoder.single_file + path, third, transposed)]
-        else:
-            keys = [(encoder.single_file + spelling, None, False) for spelling in _text_spellings(name)]
-        return next((TensorSource(file, *place) for place in keys if place[0] in file.shapes), None)
+        path, third = open_clip_path(name)
+        key = encoder.single_file + path
+        return TensorSource(file, key, third, path == "text_projection") if key in file.shapes else None
 
     return find
 
@@ -234,13 +233,7 @@ def component_in_folder(folder: Path, part: str) -> WeightLocator:
     """A component of a diffusers folder, in one file or sharded; ModelFileError if there is none or one is
     broken."""
     files = [SafetensorsFile(path) for path in weight_paths(folder, part)]
-
-    def find(name: str) -> TensorSource | None:
-        spell = _text_spellings if is_text_encoder(part) else _vae_spellings
-        keys = ((file, key) for key in spell(name) for file in files if key in file.shapes)
-        return next((TensorSource(*place) for place in keys), None)
-
-    return find
+    return _locator(files, _text_spellings if is_text_encoder(part) else _vae_spellings)
 
 
 def _text_spellings(name: str) -> Iterable[str]:
