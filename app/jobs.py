@@ -23,14 +23,7 @@ from lora_core.projects.workspace import move_to_trash
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
 from lora_core.runs.events import Progress, read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, is_run_folder, runs_folder
-from lora_core.runs.queue import (
-    PAUSED,
-    RUNNING,
-    WAITING,
-    Queue,
-    QueuedRun,
-    ensure_runner,
-)
+from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, QueuedRun, ensure_runner
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import require_package
 from lora_core.system.files import changed_at, fold_name, folder_bytes, safe_name, unused_stem

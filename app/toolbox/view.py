@@ -602,10 +602,7 @@ def file_facts(name: str, result: Row) -> str:
         (_("Written by"), find_writer(metadata) or _("unknown")),
         (_("Rank"), _numbers(report.get("ranks"))),
         (_("Alpha"), _numbers(report.get("alphas"))),
-        (
-            _("Layers"),
-            _("{:,}, {:,} parameters", report.get("modules", 0), report.get("parameters", 0)),
-        ),
+        (_("Layers"), _("{:,}, {:,} parameters", report.get("modules", 0), report.get("parameters", 0))),
         (_("Trained"), describe_training(metadata) or _("unknown")),
     ]
     return render(

@@ -27,12 +27,7 @@ from PIL import Image, ImageChops
 
 from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.concepts import balance_looks, concept_of, read_concepts
-from lora_core.data.dataset import (
-    Fingerprint,
-    at_resolutions,
-    compute_fingerprint,
-    group_near_duplicates,
-)
+from lora_core.data.dataset import Fingerprint, at_resolutions, compute_fingerprint, group_near_duplicates
 from lora_core.data.images import (
     Bucket,
     Concept,

@@ -40,13 +40,7 @@ from lora_core.data.captions import (
     read_text,
     rules_of,
 )
-from lora_core.data.concepts import (
-    ConceptList,
-    assign_concepts,
-    balance_looks,
-    kohya_folder,
-    read_concepts,
-)
+from lora_core.data.concepts import ConceptList, assign_concepts, balance_looks, kohya_folder, read_concepts
 from lora_core.data.images import (
     CONCEPT_LIST,
     CROP_LIST,

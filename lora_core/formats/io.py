@@ -320,7 +320,8 @@ def _check_written(path: Path, meant: Tensors) -> None:
 def write_pieces(path: Path, data: Iterable[bytes | memoryview]) -> None:
     """Write a file."""
     with open(path, "wb") as file:
-        file.writelines(data)
+        for piece in data:
+            file.write(piece)
 
 
 def serialize(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

@@ -30,14 +30,7 @@ from lora_core.lora.inject import put_tokens
 from lora_core.lora.weights import AdapterWeights, LoadedLora, Merger
 from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import WithoutWaiting, out_of_memory, release_failed
-from lora_core.models.load import (
-    INT8,
-    RESIDENT,
-    BaseModel,
-    encode_start,
-    keep_in_less_memory,
-    load_to_fit,
-)
+from lora_core.models.load import INT8, RESIDENT, BaseModel, encode_start, keep_in_less_memory, load_to_fit
 from lora_core.models.prompts import encode_prompts
 from lora_core.models.unet import PromptEmbeds, default_time_ids, to_device
 from lora_core.models.vae import decode_latents

@@ -9,13 +9,7 @@ import torch
 
 from lora_core.data.captions import BREAK, CHUNK, COMMA, Prompt, check_prompt, parse_prompt, split_chunks
 from lora_core.model_files.families import TextEncoder
-from lora_core.models.encode import (
-    encode_batches,
-    hidden_states,
-    pad_chunks,
-    token_chunks,
-    tokenize,
-)
+from lora_core.models.encode import encode_batches, hidden_states, pad_chunks, token_chunks, tokenize
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds, to_device
 

@@ -35,13 +35,7 @@ from lora_core.generate.request import WeightedLora
 from lora_core.lora.lycoris import LycorisUpdate
 from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.families import Family, is_text_encoder
-from lora_core.tools.delta import (
-    BaseWeights,
-    Rewrite,
-    Updates,
-    check_out,
-    shared_family,
-)
+from lora_core.tools.delta import BaseWeights, Rewrite, Updates, check_out, shared_family
 from lora_core.tools.shrink import load_plain_lora
 from lora_core.tools.svd import (
     EXACT_UP_TO,
@@ -418,10 +412,7 @@ def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None =
         raise AdapterFileError(
             f"{path.name} has no layer whose update can be set against the base's weights."
         )
-    columns = {
-        "amplification": _overall,
-        "intruders": lambda rows: sum(row["intruders"] for row in rows),
-    }
+    columns = {"amplification": _overall, "intruders": lambda rows: sum(row["intruders"] for row in rows)}
     return {
         "amplification": _overall(rows),
         "intruders": sum(row["intruders"] for row in rows),

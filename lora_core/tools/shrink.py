@@ -25,14 +25,7 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.detect import base_layout, family_layout
 from lora_core.model_files.families import Family, named_targets
 from lora_core.model_files.header import read_header
-from lora_core.tools.delta import (
-    BaseWeights,
-    Rewrite,
-    Updates,
-    check_out,
-    file_updates,
-    titles,
-)
+from lora_core.tools.delta import BaseWeights, Rewrite, Updates, check_out, file_updates, titles
 from lora_core.tools.svd import (
     OnLayer,
     Pair,

@@ -16,14 +16,7 @@ from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, d
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import SLIDER_STEPS, DatasetSection, SliderSection
 from lora_core.train.data import Batch, Batches, LatentCache, PromptCache, TrainImage
-from lora_core.train.loop import (
-    Delta,
-    NoiseSample,
-    TrainState,
-    noise_seed,
-    prediction_loss,
-    sample_noise,
-)
+from lora_core.train.loop import Delta, NoiseSample, TrainState, noise_seed, prediction_loss, sample_noise
 
 WHOLE = 0.25
 """Share of the rows of an inpainting base whose mask covers the full image, as in the training of Stable
@@ -205,12 +198,7 @@ class SliderBatches(Batches):
 
 
 def slider_loss(
-    state: TrainState,
-    text: PromptCache,
-    batch: Batch,
-    rows: slice,
-    draw: NoiseSample,
-    config: RunConfig,
+    state: TrainState, text: PromptCache, batch: Batch, rows: slice, draw: NoiseSample, config: RunConfig
 ) -> torch.Tensor:
     """The loss of some rows of a micro-batch of a concept slider, (B,), with the adapter at the batch's
     direction afterwards.

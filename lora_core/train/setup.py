@@ -29,13 +29,7 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.data.concepts import balance_looks
-from lora_core.data.dataset import (
-    apply_settings,
-    at_resolutions,
-    require_clean,
-    run_dataset,
-    split_holdout,
-)
+from lora_core.data.dataset import apply_settings, at_resolutions, require_clean, run_dataset, split_holdout
 from lora_core.data.images import ImageRecord, abbreviate, choose_bucket, draw_cut, hash_file
 from lora_core.errors import ConfigError, DatasetError, InputsChanged, ModelFileError, first_line
 from lora_core.evaluate.validator import mask_numbers, weigh_latents

@@ -15,14 +15,7 @@ from lora_core.model_files.detect import base_of, is_remote, read_base_facts
 from lora_core.model_files.starting_settings import LEVELS, settings_from_lora, starting_settings
 from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
 from lora_core.runs.events import Event
-from lora_core.runs.folder import (
-    RunFolder,
-    all_runs,
-    check_run_name,
-    find_run,
-    is_run_folder,
-    runs_folder,
-)
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, find_run, is_run_folder, runs_folder
 from lora_core.runs.queue import Queue, ensure_runner, run_queue, sweep_configs
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
 from lora_core.settings.schema import FORMATS, chosen

@@ -44,7 +44,7 @@ WRITES = {
     "the state": Fault("open", r"step-000008.*state"),
     "a checkpoint's name": Fault("rename", r"checkpoints/step-000008"),
     "a sample": Fault("write", r"previews", nth=2),
-    "the export": Fault("write", r"export/.*\.draft", nth=3, half=True),
+    "the export": Fault("write", r"export/.*\.safetensors\..*\.tmp", nth=3, half=True),
     "the page beside it": Fault("fsync", r"export/.*\.md"),
     "a drive that fails": Fault("fsync", r"step-000008.*optimizer", code="EIO"),
     "a drive that became read-only": Fault("open", r"step-000008", code="EROFS"),
