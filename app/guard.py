@@ -237,7 +237,7 @@ class Guard:
             too_large, receive = len(body) > most, _once(body, receive)
         if too_large:
             answer = PlainTextResponse(
-                f"What was sent is larger than the {most:,} bytes that this address takes.", status_code=413
+                f"The request is larger than the {most:,} bytes that this address accepts.", status_code=413
             )
             await answer(scope, receive, send)
         else:

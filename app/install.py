@@ -2,7 +2,7 @@
 
 Standard library only, as it runs before anything is installed. A stamp written after everything succeeded
 marks a finished setup: an interrupted one is resumed, and later starts cost nothing. A connection that breaks
-is tried again; what was downloaded is kept.
+is retried; downloads are kept.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ BROKEN = re.compile(
     re.IGNORECASE,
 )
 """What pip's log says after a connection broke: of a page of the index or a wheel that was cut short, older
-versions of pip only notice what it lacks. Other failures would only repeat."""
+versions of pip only notice the missing part. Other failures would only repeat."""
 EXTRAS = ("optimizers", "tensorboard", "kinds")
-"""Extras of pyproject.toml that every installation gets: the window offers what they bring."""
+"""Extras of pyproject.toml that every installation gets: the window offers their features."""
 CARD_EXTRAS = ("eight-bit",)
 """Extras that need an NVIDIA card."""
 
@@ -296,7 +296,7 @@ def run_install(command: list[str], quiet: bool = False) -> bool:
 
 
 def give_signs(ended: threading.Event) -> None:
-    """Print a sign of life now and then."""
+    """Print a sign of life regularly."""
     began = time.monotonic()
     while not ended.wait(SIGN_SECONDS):
         say(f"  still at work after {time.monotonic() - began:.0f} s")
@@ -487,7 +487,7 @@ def set_up(extra: str, afresh: bool = False) -> None:
             python = environment_version()
         cards = find_cards()
         install_torch(cards)
-        say("Installing the project and what it needs ...")
+        say("Installing the project and its dependencies ...")
         project = ("--editable", wanted(cards, extra))
         if not uv(*project) and not pip(*project):
             advice = "See that the internet can be reached and that the disk is not full"
@@ -497,8 +497,8 @@ def set_up(extra: str, afresh: bool = False) -> None:
                     " a computer of the same kind with the same Python, or remove it"
                 )
             raise SetupError(
-                f"The installation failed.\n{pip_errors()}\n{advice}, and start again: what was downloaded is"
-                f" kept. All of it: {VENV / 'pip.log'}"
+                f"The installation failed.\n{pip_errors()}\n{advice}, and start again: downloads are kept. "
+                f"All of it: {VENV / 'pip.log'}"
             )
         compile_imports()
         write_stamp(extra, python)
@@ -528,7 +528,7 @@ def download_wheels() -> None:
     tools = [*project["build-system"]["requires"], "editables", "pip"]
     for packages in ([torch, "--no-deps", *index], [wanted(cards), *tools, "--find-links", folder.as_uri()]):
         if not pip("--dest", str(folder), *packages, verb="download"):
-            raise SetupError(f"The download failed.\n{pip_errors()}\nStart it again: it goes on from there.")
+            raise SetupError(f"The download failed.\n{pip_errors()}\nStart it again to continue.")
     say(f"{folder} is complete: copy it together with the project, to a computer of the same kind.")
 
 
@@ -543,14 +543,14 @@ def uninstall(words: list[str]) -> None:
         raise SetupError(f"uninstall takes --workspace and --yes, not {' '.join(sorted(unknown))}.")
     home, goes = find_workspace(), [VENV] if VENV.exists() else []
     if live := ask_python(LIVE, str(home)) if home else None:
-        raise SetupError(f"Stop first what is being trained ({live}); nothing was removed.")
+        raise SetupError(f"Stop the running training first ({live}); nothing was removed.")
     if live is None and "--yes" not in words and ask_python("") is not None:
         raise SetupError(
             "Whether something is being trained could not be checked, so nothing was removed; see that"
             " nothing is, then give --yes."
         )
     if "--workspace" in words:
-        # A home folder may have projects of another sort, and what lies within is more than a workspace.
+        # A home folder may have projects of another sort, and contains more than a workspace.
         within = (Path.home(), ROOT)
         if home is None or not (home / "projects").is_dir() or any(p.is_relative_to(home) for p in within):
             raise SetupError(f"{home or 'The workspace'} is not known as a workspace; nothing was removed.")

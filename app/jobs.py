@@ -103,7 +103,7 @@ class RunView:
         )
 
     def resume_info(self) -> ResumeInfo:
-        """What an ended run left; read from disk only where it went on meanwhile."""
+        """The results of an ended run; read again only if it was resumed."""
         key = (self.offset, changed_at(self.run.path / "exit.json"), changed_at(self.run.checkpoints))
         if self._resume_info is None or self._resume_info[0] != key:
             crash, step = find_crash(self.run), resume_step(self.run)

@@ -76,7 +76,7 @@ class LiveStream:
             try:
                 await asyncio.to_thread(self._look_if_due)
             except Exception:
-                # The pages keep what they show, and the next look may succeed.
+                # The pages stay as they are, and the next look may succeed.
                 logging.getLogger(__name__).exception("What the page shows cannot be made")
             if self._number != before:
                 self._signal()

@@ -179,7 +179,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             for at, (_, shows) in enumerate(updates)
         ]
 
-    # An open page of another version, or in another language, loads itself anew.
+    # An open page of another version, or in another language, reloads itself.
     version = sum(map(zlib.crc32, list_assets().values()))
     app_state.live.look = look
     filled = [component for component, _ in bindings.initial]

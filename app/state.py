@@ -317,7 +317,7 @@ class AppState:
 
 @dataclass(frozen=True)
 class ShownRun:
-    """A run as a part of the page shows it; `view` is None, and the state "none", where there is no run."""
+    """A run as a part of the page shows it; without one `view` is None and the state "none"."""
 
     view: RunView | None = None
     state: str = "none"

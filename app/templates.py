@@ -1,11 +1,11 @@
-"""Templates of the window: Python hands over what it knows, a template says it in words and escapes them.
+"""Templates of the window: Python passes data, a template formats and escapes it.
 
 `render("train/run.html", ...)` reads `app/train/templates/run.html`; names without a folder are in
 `app/templates`. In every template `ui` holds the macros of `parts.html`, `plots` the figures of reports, and
-the functions that format are filters named by what they return: `{{ size|bytes }}`.
+the functions that format are filters named by their result: `{{ size|bytes }}`.
 
 Words are English in the code and translated where they are shown, by gettext: `_("Step {step}", step=7)`. All
-pages of a window show one project, in one language: what is rendered is shared by them, as is all state.
+pages of a window show one project, in one language: rendered HTML is shared by them, as is all state.
 """
 
 import functools
@@ -277,6 +277,6 @@ def edit_events(component: Any) -> list[Any]:
     """The events that mean the user edited a field.
 
     A text box swallows the first input event after its value was set, so leaving it counts too. Its change
-    event is no use: it fires with empty fields before the draft is loaded.
+    event does not help: it fires with empty fields before the draft is loaded.
     """
     return [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]

@@ -1,5 +1,5 @@
-"""The header above every tab: the active run, whatever run is shown, with its buttons, the project
-picker, whose list `assets/projects.js` fills when it opens, the documents and the doctor."""
+"""The header above every tab: the active run with its buttons (another may be shown), the project picker,
+whose list `assets/projects.js` fills when it opens, the documents and the doctor."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ DOCUMENTS = re.compile(r"[A-Z]+(\.md)?|(docs|assets/base)/.+\.(md|png|webp)")
 SITE_TYPES = {".html", ".css", ".js", ".json", ".png", ".webp", ".svg", ".ico", ".license"}
 DIAGNOSIS_SECONDS = 120
 FEW_STEPS = 10
-"""So many steps say how long each of the rest takes."""
+"""Steps needed to estimate the time of the rest."""
 
 
 def run_actions(snapshot: Snapshot) -> str:
@@ -161,7 +161,7 @@ def _diagnose(workspace: Path, *options: str, language: str = "en") -> dict[str,
 
 
 def _checks(workspace: Path) -> dict[str, str]:
-    """The doctor's dialog: what is wrong first."""
+    """The doctor's dialog: problems first."""
     rows = sorted(_diagnose(workspace, language=WORDS.language)["checks"], key=lambda row: row["ok"])
     wrong = sum(not row["ok"] for row in rows)
     return {
@@ -178,7 +178,7 @@ def _document(path: str) -> Response:
     """A file of the documents: of their site, or where that was not built, of its sources.
 
     Raises:
-        BadRequest: there is no such document.
+        BadRequest: no such document.
     """
     if SITE.is_file():
         return FileResponse(below(SITE.parent, path or SITE.name, SITE_TYPES))

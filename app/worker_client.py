@@ -71,7 +71,7 @@ class WorkerClient:
         self.wanted_device: Callable[[], str] = lambda: ""
         """Gives the value of `train.device` that requests are answered on, "" to leave it."""
         self.waiting: list[Reply] = []
-        """What was asked and is not begun, in order."""
+        """Waiting requests, in order."""
         self.in_hand: Reply | None = None
         self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
         """Called with the seconds since the last request; returns whether the memory should be freed."""

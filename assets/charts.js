@@ -30,7 +30,7 @@
     });
   };
 
-  // What was chosen in one place holds for the next, as when another run is shown; a report has no storage of its own.
+  // A choice in one place holds for the next, as when another run is shown; a report has no storage of its own.
   const kept = { title: "", log: false, steps: Number((window.easel && localStorage.getItem("easel-smoothing")) ?? 50) };
 
   class Place {
@@ -59,7 +59,7 @@
     get width() { return this.box.clientWidth; }
     get chart() { return this.charts[this.shown]; }
 
-    // Takes new data; what is zoomed, hidden and chosen stays.
+    // Takes new data; zoom, hidden curves and choices stay.
     take(charts, note = "") {
       for (const { curves } of charts) for (const { name, hidden } of curves) if (hidden && !this.known?.has(name)) this.hidden.add(name);
       this.known = new Set(charts.flatMap(({ curves }) => curves.map(({ name }) => name)));
@@ -104,7 +104,7 @@
       if (!chart || !this.width) return;
       this.list = this.columns();
       const data = uPlot.join(this.list.map(({ curve, y }) => [curve.x, y])), xs = data[0];
-      // What the samples stand on, else all data.
+      // The axis of the samples, else all data.
       const asked = chart.x === "Step" ? this.node.dataset.range?.split(",").map(Number) : null;
       this.full = asked ? [Math.min(asked[0], xs[0]), Math.max(asked[1], xs.at(-1))] : [xs[0], xs.length > 1 ? xs.at(-1) : xs[0] + 1];
       this.least = Math.min(xs[0], 0);
@@ -118,7 +118,7 @@
       this.plot?.destroy();
       const bands = this.list.flatMap((column, i) => (column.band && this.list[i + 1].band ? [{ series: [i + 1, i + 2], fill: () => `${column.band()}24` }] : []));
       const axis = { stroke: () => token("muted"), font: `12px ${family}`, ticks: { show: false } };
-      // Below samples the ticks stand under them, else at round numbers; beyond the data there are none.
+      // Below samples the ticks are under them, else at round numbers; beyond the data there are none.
       const incrs = (_, __, low) => (asked && low === this.full[0] ? [Number(this.node.dataset.gap)] : INCREMENTS);
       const xTicks = (_, ticks) => ticks.map((tick) => (tick === null || tick < this.least ? "" : chart.logX ? tick.toExponential(0) : number(tick)));
       this.plot = new uPlot({
@@ -289,11 +289,11 @@
   const placeOf = (node) => {
     if (!places.has(node)) places.set(node, new Place(node));
     const place = places.get(node);
-    // Gradio keeps the node, but not what it does not know, when its HTML changes.
+    // Gradio keeps the node, but not foreign content, when its HTML changes.
     if (place.head.parentElement !== node) node.prepend(place.head, place.box, place.note);
     return place;
   };
-  // Draws what came into the page, and what was not visible before.
+  // Draws new and newly visible charts.
   const settle = () => {
     for (const node of document.querySelectorAll(".chart[data-chart]")) {
       const place = placeOf(node);

@@ -7,17 +7,17 @@
   const SIDE = 112, GAP = 10, EDGE = 4;  // of a cell at least, between two, and around all, in pixels
   const BEYOND = 800, SOON = 300;  // pixels above and below the window: cells exist, and the next ones are made
   const EMPTY = {
-    none: [t("No images yet"), t("Take images of one thing or one style. In each caption write what is in the image: what you do not write is what gets learned.")],
+    none: [t("No images yet"), t("Take images of one thing or one style. Describe each image in its caption: the LoRA learns what captions leave out.")],
     filter: [t("Nothing matches"), t("No image fits this filter. Choose All, or clear the search field.")],
   };
 
   let shelf = { mark: "", pictures: [], left_out: [], fixed: false };
   let chosen = null;            // the name of the image shown large, which arrow keys move
   let picked = new Set();       // the names that are selected; actions are for these, or for the chosen one
-  let anchor = { name: null, kept: new Set() };  // where a range begins, and what was selected before it
+  let anchor = { name: null, kept: new Set() };  // where a range begins, and the selection before it
   let filter = "all";
-  let twins = new Set();        // told by the check
-  let doubts = new Set();       // told by the base, and by the last run
+  let twins = new Set(); // from the check
+  let doubts = new Set(); // from the base, and from the last run
   let seen = [];                // the images that the filter lets through, in order
   let places = new Map();       // where in that order each of them is, by name
   let cells = new Map();        // name to element, of the images in view, some beyond, and the chosen one
@@ -47,7 +47,7 @@
     if (picture.small) marks.push(t("small"));
     if (twins.has(name)) marks.push(t("duplicate"));
     if (doubts.has(name)) marks.unshift(t("in doubt"));
-    // Only what differs is written: setting what is there already costs the browser as much as a change.
+    // Only differences are written: setting the same value costs the browser as much as a change.
     const looks = [name === chosen, name === tabStop(), picked.has(name), at, columns, wide, seen.length, ...marks].join();
     if (cell.looks === looks) return;
     cell.looks = looks;
@@ -61,7 +61,7 @@
     cell.lastChild.hidden = !marks.length;
   };
 
-  // Only the cells in view and some beyond exist. Two strips stand for the others above and below: more cells are
+  // Only the cells in view and some beyond exist. Two strips replace the others above and below: more cells are
   // made as soon as one of them comes near, because of scrolling or of what unfolds above.
   const strips = [make("i"), make("i")];
   const near = new IntersectionObserver((entries) => { if (entries.some((one) => one.isIntersecting)) lay(); }, { rootMargin: `${SOON}px 0px` });
@@ -95,7 +95,7 @@
     for (const [strip, from, to] of [[strips[0], 0, first], [strips[1], last, rows]]) {
       strip.hidden = from === to;
       Object.assign(strip.style, { top: `${from * pitch}px`, height: `${(to - from) * pitch}px` });
-      // Observed anew, each is looked at once more.
+      // Observed again, each is checked once more.
       near.unobserve(strip);
       near.observe(strip);
     }
@@ -348,7 +348,7 @@
       if (name === chosen && !waiting.has(name)) { say("saved", t("Saved")); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
       return;
     }
-    // Without an answer it is tried again; a refusal is told.
+    // Without an answer it is retried; a refusal is shown.
     if (away) entry.timer = setTimeout(() => save(name), RETRY);
     if (name === chosen) say("error", away ? t("Not saved yet, retrying") : t("Not saved: {problem}", { problem }));
   };
@@ -454,7 +454,7 @@
     const before = named(name)?.box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
     if (!(await send(edges)())) return;
     if (chosen === name) stopCropping();
-    window.easel.did(edges ? t("1 image cropped.") : t("1 image trained on as a whole."), send(before), send(edges));
+    window.easel.did(edges ? t("1 image cropped.") : t("1 image uncropped."), send(before), send(edges));
   });
   // The box as the crop, with the focus point where that is inside; or the middle of the box as focus point of the crop that there is.
   const cropTo = () => {
@@ -493,7 +493,7 @@
 
   // ---- undo: a note for ten seconds, and Ctrl+Z for as long as the page is open -----------------------------------
   const journal = { past: [], future: [] };
-  // Notes what was done, with functions that take it back and do it again; both answer whether they could.
+  // Records an edit, with functions that undo and redo it; both answer whether they could.
   const did = (text, undo, redo) => {
     journal.past.push({ text, undo, redo });
     journal.past.splice(0, journal.past.length - MOST_STEPS);

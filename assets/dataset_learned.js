@@ -5,7 +5,7 @@
   const { one, get, post, plural, t } = easel;
 
   let state = {};             // of /easel/insights
-  let odd = [];               // images that are told by the check to have a wrong caption
+  let odd = [];               // images with a wrong caption, by the check
   let sortMost = false;
 
   let seen = "";
@@ -27,7 +27,7 @@
     if (check.fresh) seen = easel.shelf().mark;
   };
 
-  // The check finds both what is wrong and what will be learned.
+  // The check finds both problems and what will be learned.
   const look = async (asked = false) => easel.checked(await post("check", { by_itself: !asked }));
 
   // ---- measured with the base ---------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // The Dataset tab's mask editor: a canvas over the large image, white where the image counts. It is saved beside the
-// image after each stroke; what was there before comes back with Cancel, and with Ctrl+Z once the editor is left.
+// image after each stroke; the former mask comes back with Cancel, and with Ctrl+Z once the editor is left.
 (() => {
   const easel = window.easel;
   const { one, all, post, t } = easel;
@@ -9,7 +9,7 @@
 
   const canvas = () => one("#picture-big canvas");
   const png = () => canvas().toDataURL("image/png").split(",")[1];
-  // What is painted; null for nothing where there was no mask.
+  // The painted mask; null for nothing without a mask before.
   const painted = () => (paint.before === null && !snapshot().data.some((value, index) => index % 4 < 3 && value) ? null : png());
   const snapshot = () => paint.context.getImageData(0, 0, canvas().width, canvas().height);
   const keep = () => {

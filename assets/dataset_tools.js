@@ -45,7 +45,7 @@
     request.upload.onprogress = (event) => seen(event.loaded);
     request.onload = () => {
       let answer = {};
-      try { answer = JSON.parse(request.responseText); } catch { /* said below */ }
+      try { answer = JSON.parse(request.responseText); } catch { /* reported below */ }
       if (answer.received) { seen(body.size); resolve(); } else reject(new Error(answer.problem || t("The window did not take the file.")));
     };
     request.onerror = () => reject(new Error(t("The window does not answer; nothing was added.")));
@@ -103,18 +103,18 @@
     if (!one("#import-note")) return false;
     const { number } = state;
     if (state.state === "working" && (followed?.number ?? 0) < number && !sending) followed = { number, from: 0, own: easel.project, done: () => {} };
-    // Numbers only grow: the server was started anew since, or another page began the next import.
+    // Numbers only grow: the server was restarted since, or another page began the next import.
     if (followed && number > followed.number) {
       const { done } = followed, lost = state.state === "idle";
       followed = null;
       easel.load().then(() => {
-        note(lost ? t("LoRA Easel was started anew before the import was done; import the same again, and what is here already is skipped.") : "", lost);
+        note(lost ? t("LoRA Easel was restarted before the import was done; import the same again, images already here are skipped.") : "", lost);
         done();
         easel.tell("import");
       });
       return;
     }
-    // What is told of an earlier import is older than the one that was begun here.
+    // A status of an earlier import is older than the one begun here.
     if (followed?.number !== number) return;
     if (state.state !== "working") {
       const { own, done } = followed;
@@ -154,7 +154,7 @@
     do: one("#bulk-do").value, find: one(one("#bulk-do").value === "table" ? "#bulk-table" : "#bulk-find").value, put: one("#bulk-put").value,
     regex: one("#bulk-regex").checked, any_case: one("#bulk-case").checked,
   });
-  // What is asked of a captioner or of a mask model: values by the names of its fields.
+  // The options of a captioner or of a mask model: values by the names of its fields.
   const VALUES = { checkbox: "checked", number: "valueAsNumber" }, ANNOTATORS = { caption: "captioner", mask: "masker" };
   const fieldsOf = (what) => all(`[data-${ANNOTATORS[what]}]`).map((input) => [input.dataset[ANNOTATORS[what]], input]);
   const asked = (what) => Object.fromEntries(fieldsOf(what).map(([name, input]) => [name, input[VALUES[input.type] ?? "value"]]));
@@ -244,7 +244,7 @@
     if (answer.problem) { soon(); tell(answer.problem, true); return false; }
     await easel.load();
     await tags();
-    // What was applied is not offered again.
+    // An applied edit is not offered again.
     if ("regex" in body) for (const name of ["#bulk-find", "#bulk-put"]) one(name).value = "";
     preview();
     const changed = body.do === "mask" ? t("{masks} written.", { masks: plural(answer.changed, "mask") }) : t("{captions} changed.", { captions: plural(answer.changed, "caption") });
@@ -304,7 +304,7 @@
     field.addEventListener("blur", () => { if (field.isConnected && field.value === tag) tags(); });
   };
 
-  // ---- concepts: what is typed in their table is written to dataset.toml ---------------------------------------
+  // ---- concepts: edits of their table are written to dataset.toml ---------------------------------------
   let listed = null;  // the revision of the images that the table is of
   const concepts = easel.inOrder(async () => {
     if (!one("#concepts")?.open) return;
@@ -313,7 +313,7 @@
   });
   const changeConcepts = async (body) => {
     const answer = await post("concepts", body).catch((error) => ({ problem: error.message }));
-    // What was typed is not what is there.
+    // The typed value differs from the file's.
     if (answer.problem) { easel.toast(answer.problem, "bad"); one("#concepts-found").replaceChildren(); } else await easel.load();
     await concepts();
     return answer.problem ? null : answer;
@@ -392,7 +392,7 @@
     const working = state.state === "working", stopped = state.state === "idle" && button.dataset.do;
     button.dataset.do = working ? "cancel" : "";
     button.textContent = working ? t("Cancel") : state.state === "done" && !state.fresh ? t("Check again") : t("Check now");
-    if (stopped) line.textContent = t("Cancelled; what was measured is kept, and the next check goes on from there.");
+    if (stopped) line.textContent = t("Cancelled; measurements are kept, and the next check continues from there.");
     button.hidden = state.state === "done" && state.fresh;
     if (state.state === "working") line.textContent = t("Checking {done} of {images}", { done: state.done, images: plural(state.total, "image") });
     if (state.state === "failed") line.textContent = state.problem;
@@ -410,7 +410,7 @@
     if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
     showCheck(state);
   });
-  // A check under way is told of by the stream; what it found is asked for.
+  // The stream reports a running check; its findings are requested.
   easel.on("check", (state) => {
     if (!one("#check-state")) return false;
     if (state.state === "working") showCheck(state); else if (state.state !== "idle") watchCheck();
@@ -460,7 +460,7 @@
   };
   document.addEventListener("input", (event) => {
     if (!event.target.closest?.("#bulk-form")) return;
-    // What was typed is not filled any more with what was asked last.
+    // Typed values are no longer replaced by the last request's.
     for (const state of Object.values(made)) state.asked ??= {};
     outcome("");
     soon();

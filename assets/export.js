@@ -39,7 +39,7 @@
     if (focused && document.activeElement === document.body) button.focus();
     const place = one(note);
     if (mine !== turn) {
-      // Another file was chosen meanwhile: what is shown is for that one.
+      // Another file was chosen meanwhile, and is shown.
       if (said.problem) window.easel.toast(said.problem, "bad");
       else window.easel.toast(t("The file that you asked for before is written."));
       if (said.link) location.assign(said.link);
@@ -75,7 +75,7 @@
       if (now.html && !(first && now.state === "done")) tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
       else tell("idle", "");
     }
-    // The tab that was never open is not in the page; it is told of work under way when it opens.
+    // A tab that was never open is not in the page; it learns of running work when it opens.
     return Boolean(one("#report-state"));
   });
   const makeReport = async ({ reportRun: run, reportQuick }) => {

@@ -83,7 +83,7 @@
   document.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey) return;
     const { enlarge } = event.target.closest("[data-enlarge]")?.dataset ?? {};
-    // Below the comparison's slider lie two images; the upper one is meant.
+    // Below the comparison's slider are two images; the upper one is meant.
     const node = enlarge ? all(enlarge).at(-1) : event.target.closest("[data-zoom], [data-large]");
     if (!node || node.closest("dialog.lightbox")) return;
     event.preventDefault();

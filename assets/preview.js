@@ -62,7 +62,7 @@
     place.dataset.ready = "1";
   };
 
-  // What is folded says what it holds.
+  // A folded group shows its values.
   const summarize = () => {
     const { sampler, steps, cfg, width, height, negative, image } = form().elements;
     const size = width.value && height.value ? `, ${width.value} × ${height.value}` : "";
@@ -106,7 +106,7 @@
     if (!proceed()) read();
   };
   const hold = () => { clearTimeout(timer); timer = null; later = moved = false; };
-  // An answer that brings the form with it outranks what was typed before the click.
+  // An answer with the form outranks edits before the click.
   const take = (data) => {
     if (!data) return;
     hold();
@@ -181,7 +181,7 @@
     if (look && state?.offsetParent) image.src = `/easel/preview/look?n=${look}`;
   });
 
-  // What was changed arrives before what is asked for next: the server may finish two requests in the other order, and
+  // Changes arrive before the next request: the server may finish two requests in the other order, and
   // an older form would count as the newer one.
   const idle = async () => { while (sending) await window.easel.later(20); };
   const generate = async (what) => {
@@ -193,7 +193,7 @@
     sending = true;
     const answer = keep(await post("preview/generate", { ...sent(), what, grid: gridOf() }));
     if (answer.problem && (what === "grid" || !answer.away)) note.textContent = answer.problem;
-    // What was changed meanwhile.
+    // Changes made meanwhile.
     proceed();
   };
   document.addEventListener("submit", (event) => {
@@ -277,7 +277,7 @@
   };
 
   // ---- the mask -------------------------------------------------------------------------------------------------
-  // A brush over the image that the form starts from: an inpainting base paints what is white.
+  // A brush over the image that the form starts from: an inpainting base paints the white area.
   const paintMask = async () => {
     const { image, mask } = form().elements, shown = await post("preview/mask", { image: image.value });
     if (shown.problem) { window.easel.toast(shown.problem, "bad"); return; }
@@ -314,7 +314,7 @@
     canvas.onpointermove = (event) => { if (last) stroke(event); };
     canvas.onpointerup = canvas.onpointercancel = () => { last = null; };
     clear();
-    const box = window.easel.dialog(t("Mask"), frame, make("p", { className: "small", textContent: t("Paint what is to be made anew; the rest is dark.") }), bar);
+    const box = window.easel.dialog(t("Mask"), frame, make("p", { className: "small", textContent: t("Paint the area to regenerate; the rest is dark.") }), bar);
   };
 
   document.addEventListener("click", async (event) => {

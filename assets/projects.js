@@ -1,4 +1,4 @@
-// The project picker: a dialog that lists the projects and what they take on disk, as the server renders it.
+// The project picker: a dialog that lists the projects and their size on disk, as the server renders it.
 (() => {
   const { one, all, get, post, make, t } = window.easel;
   const say = (text) => { one("#projects-note").textContent = text; };
@@ -51,7 +51,7 @@
       const input = make("input", { type: "text", value: title, attributes: { "aria-label": t("New name of {title}", { title }) } });
       askIn(target, make("label", { className: "entry grow" }, input), t("Rename"), () => ({ do: "rename", project, title: input.value }));
     } else if (does === "delete") askIn(target, words(t("Delete “{title}”? Its images go to the trash, where Trash below restores them; runs are kept.", { title })), t("Delete"), () => ({ do: "delete", project }), "danger");
-    else if (does === "empty") askIn(target, words(t("Delete everything in the trash for good?")), t("Delete for good"), () => ({ do: "empty" }), "danger");
+    else if (does === "empty") askIn(target, words(t("Delete everything in the trash permanently?")), t("Delete permanently"), () => ({ do: "empty" }), "danger");
   });
 
   document.addEventListener("submit", (event) => {

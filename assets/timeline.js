@@ -19,7 +19,7 @@
     for (const figure of all("#samples figure")) figure.classList.toggle("on", Number(figure.dataset.step) === steps[index]);
     const scroll = one(".samples-scroll"), figure = one("#samples figure.on"), pinned = one("#samples figure.pinned");
     if (!figure) return;
-    // What was scrolled by hand stays, until another step is shown.
+    // Manual scrolling stays, until another step is shown.
     const same = last[0] === scroll && last[1] === index;
     last = [scroll, index];
     const left = figure.offsetLeft - (figure === pinned || !pinned ? 0 : pinned.offsetWidth + 12), right = figure.offsetLeft + figure.offsetWidth;
@@ -28,7 +28,7 @@
     if (chart()) window.charts.placeOf(chart()).point(step ?? steps[index]);
   };
 
-  // Columns of evenly spaced steps stand above their places on the chart's axis, where all of them fit.
+  // Columns of evenly spaced steps are above their places on the chart's axis, where all of them fit.
   const align = () => {
     const node = chart(), scroll = one(".samples-scroll");
     if (!node || !scroll?.clientWidth) return;

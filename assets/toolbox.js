@@ -105,7 +105,7 @@
     const { problem } = await inTurn(() => post(path, body));
     if (problem) tell("error", problem);
   };
-  // What was pressed last arrives last: a cancel that overtakes the start would cancel nothing.
+  // The last click arrives last: a cancel that overtakes the start would cancel nothing.
   const inTurn = window.easel.inTurns();
   const tell = (state, words) => {
     const place = one("#toolbox-state");
@@ -130,7 +130,7 @@
     revision = now.revision;
     if (!now.html) return;
     answers[now.name] = now.html;
-    // What was chosen while the answer was on its way counts more.
+    // A choice made while the answer was on its way counts more.
     if (now.name !== tool && !picked) choose(now.name); else showAnswer();
     load();
   });

@@ -4,7 +4,7 @@
 (() => {
   const { one, all, make, dialog, refill, t, toast } = window.easel;
 
-  // Problems are told; null then.
+  // Problems are shown; null then.
   const told = (said) => {
     if (said.problem) toast(said.problem, "bad");
     return said.problem ? null : said;
@@ -131,7 +131,7 @@
     refill();
     toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(() => before));
   });
-  // What is changed by hand since then is not taken back by a key.
+  // Later manual changes are not undone by a key.
   document.addEventListener("focusin", ({ target }) => { if (target.closest(".page-train .side")) former = null; });
   document.addEventListener("keydown", (event) => {
     if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z") return;
@@ -168,7 +168,7 @@
     started = ["resume", "accept"].includes(body.do);
     await post(path, body);
     sent.delete(target);
-    // What was changed in the draft comes into the form.
+    // Changes of the draft come into the form.
     if (["reset", "rates"].includes(body.do)) refill();
   };
   document.addEventListener("click", (event) => {

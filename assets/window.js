@@ -72,7 +72,7 @@
     if (made.innerHTML !== place.innerHTML) refocus(place, () => place.replaceChildren(...made.childNodes));
   };
 
-  // A note for ten seconds; `undo` takes back what it tells.
+  // A note for ten seconds; `undo` reverts its action.
   const toast = (text, tone = "", undo = null) => {
     const place = one("#easel-toast") ?? one(".gradio-container").appendChild(make("div", { id: "easel-toast", attributes: { role: "status" } }));
     const close = () => place.classList.remove("on");
@@ -117,7 +117,7 @@
     try { await navigator.clipboard.writeText(text); button.textContent = t("Copied"); } catch { toast(t("The browser allows no copying at this address; select the text instead."), "bad"); }
   };
 
-  // What is right and wrong with this computer, as the server renders it.
+  // The doctor's findings, as the server renders them.
   const diagnose = async () => {
     const shown = dialog(t("Doctor"), make("p", { textContent: t("Checking this computer takes some seconds."), attributes: { role: "status" } }));
     const { html, problem } = await get("doctor").catch(() => ({ problem: t("The window does not answer.") }));
@@ -181,7 +181,7 @@
   });
   const keepAddress = () => {
     if (!page.dataset.ready) return showTab();
-    // An address is followed before its event comes, as what is shown now would take its place.
+    // An address is followed before its event comes, as the current view would take its place.
     if (location.hash !== followed) return follow();
     const [name, run] = place(), shown = shownRun();
     if (awaited && awaited === shown) awaited = "";
@@ -219,7 +219,7 @@
       keyed.delete(key);
       if (kept === at) at = at.nextSibling; else old.insertBefore(kept, at);
       if (wanted.nodeType !== 1) { if (kept.data !== wanted.data) kept.data = wanted.data; continue; }
-      // What is folded open is the user's choice.
+      // Unfolded groups are the user's choice.
       for (const { name } of [...kept.attributes]) if (name !== "open" && !wanted.hasAttribute(name)) kept.removeAttribute(name);
       for (const { name, value } of [...wanted.attributes]) {
         if (name === "open" || kept.getAttribute(name) === value) continue;
@@ -233,7 +233,7 @@
     const now = chosen(old);
     if (now !== undefined && now !== before) old.value = now;
   };
-  // Makes the content of `place` like `html`, and keeps what is the same.
+  // Makes the content of `place` like `html`, and keeps equal nodes.
   const fill = (place, html) => {
     const fresh = place.cloneNode(), held = document.activeElement;
     fresh.innerHTML = html;
@@ -243,7 +243,7 @@
   };
   window.easel.fill = fill;
   const draw = (name) => { if (places.has(name) && latest[name] !== undefined) fill(places.get(name), latest[name]); };
-  // A function that answers false is told again once there is more of the page.
+  // A function that answers false is called again once there is more of the page.
   const tell = (name) => { if (tellers[name]?.(latest[name]) === false) untold.add(name); else untold.delete(name); };
   window.easel.tell = tell;
   window.easel.on = (name, teller) => { tellers[name] = teller; if (latest[name] !== undefined) setTimeout(tell, 0, name); };
@@ -341,7 +341,7 @@
       if ((tab.dataset.badge ?? "") !== badge) tab.dataset.badge = badge;
     }
   };
-  // A control with a name that a response drew anew keeps the keyboard focus.
+  // A named control that a response redrew keeps the keyboard focus.
   let focused = null;
   document.addEventListener("focusin", ({ target }) => { focused = target.matches(CONTROLS) && (target.id || target.dataset.body) ? target : null; });
   document.addEventListener("pointerdown", () => { focused = null; }, true);

@@ -1,10 +1,10 @@
 """What the Dataset tab finds out about the images: file checks, and measurements by the base model.
 
-Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread; what they measure on the
-images is kept in the project. Measurements (captions that fit badly, trigger words, what the last run learned
-of each image) run in the warm worker and are stored in the project with a hash of their inputs, so they
-survive a restart and can be marked stale. So are the texts of a captioner and the masks of a mask model,
-which an edit makes use of.
+Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread; measurements of the images
+are kept in the project. Measurements (captions that fit badly, trigger words, what the last run learned of
+each image) run in the warm worker and are stored in the project with a hash of their inputs, so they survive
+a restart and can be marked stale. So are the texts of a captioner and the masks of a mask model, which an
+edit makes use of.
 """
 
 import contextlib
@@ -31,8 +31,7 @@ from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import file_stamp, read_json, read_object, write_atomically
 
 BY_ITSELF = 150
-"""Up to so many images are looked over without being asked; a thousand would take a minute of both
-cores."""
+"""Up to this many images are checked automatically; a thousand would take a minute of both cores."""
 LISTS = ("problems", "learned", "shares")
 LOOKS = "looks.npz"
 
@@ -51,7 +50,7 @@ class Checker:
         self._state: dict[str, Any] = {"state": "idle"}
         self._made = 0
         self._inputs: tuple[object, ...] = ()
-        """What was checked: folder, revision, and how the run would train."""
+        """The input of a check: folder, revision, and how the run would train."""
 
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), progress, findings, and `fresh`: whether they are of the
@@ -75,7 +74,7 @@ class Checker:
         threading.Thread(target=self._run, args=(inputs,), daemon=True, name="check").start()
 
     def cancel(self) -> None:
-        """Stop the check; what it has measured is kept, so that the next one goes on from there."""
+        """Stop the check; its measurements are kept, and the next one continues from there."""
         with self._lock:
             if self._state["state"] == "working":
                 self._inputs, self._state = (), {"state": "idle"}
@@ -157,7 +156,7 @@ def _relative(value: Any, folder: Path, key: str = "") -> Any:
 ANNOTATORS: Mapping[str, tuple[str, type[Captioner | Masker]]] = {
     "caption": ("captioner", Captioner), "mask": ("masker", Masker),
 }  # fmt: skip
-"""What local models do to images: where the draft keeps what they are asked for, and its fields."""
+"""Actions of local models on images: where the draft keeps their options, and the fields."""
 WHATS = ("captions", "triggers", "pictures", *ANNOTATORS)
 KEPT_IN = "insights.json"
 LARGEST = 256_000_000
@@ -167,7 +166,7 @@ OF_A_RUN = "pictures.json"
 
 @dataclass
 class _Work:
-    """A running measurement and its inputs, and what is kept of them beside what is found."""
+    """A running measurement, its inputs and its results."""
 
     reply: Reply
     mark: str
@@ -202,7 +201,7 @@ class DatasetInsights:
         return {what: self._state(what) for what in WHATS}
 
     def progress(self) -> dict[str, Any]:
-        """`state`, working or idle, and the progress of what is being measured."""
+        """`state`, working or idle, and the progress of the measurement."""
         done = {what: (work.reply.done, work.reply.message) for what, work in dict(self._work).items()}
         return {"state": "working" if done else "idle", "done": done}
 
@@ -211,7 +210,7 @@ class DatasetInsights:
 
         Args:
             what: one of `WHATS`.
-            asked: the fields of a captioner or a mask model, and `how`, where that is what is asked.
+            asked: the fields of a captioner or a mask model, and `how`, if needed.
             pictures: the names of the images to caption or to mask; None for all.
 
         Raises:
@@ -313,14 +312,14 @@ class DatasetInsights:
         return {"state": "done" if "found" in kept else "idle", "why": why, **kept}
 
     def asked(self, what: str) -> dict[str, Any]:
-        """The fields of the captioner or mask model that was asked last, and `how` what it makes is used."""
+        """The fields of the last captioner or mask model, and `how` its result is used."""
         kept = self.project.draft().get(ANNOTATORS[what][0])
         return kept if isinstance(kept, dict) else {}
 
     def _annotator(
         self, what: str, asked: Mapping[str, Any]
     ) -> tuple[Captioner | Masker, dict[str, ImageRecord], str]:
-        """A model with what it is asked for, the images, and `how`."""
+        """A model with its options, the images, and `how`."""
         kind = ANNOTATORS[what][1]
         given = {one.name: asked[one.name] for one in fields(kind) if one.name in asked}
         return kind(**{"model": "", **given}), self.project.images(), str(asked.get("how") or "missing")
@@ -379,7 +378,7 @@ class DatasetInsights:
         return {"found": shown, "run": run_view.run.name, "fresh": found.get("step") == wanted}
 
     def _ended(self, what: str, work: _Work) -> None:
-        """Store what was found, or say why nothing was."""
+        """Store the results, or the reason why there are none."""
         reply = work.reply
         found = reply.result.get("found")
         with self._lock:

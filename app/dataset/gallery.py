@@ -79,8 +79,7 @@ class Thumbnails:
             if _whole(data):
                 return data
         data = make_thumbnail(file, side)
-        # A full disk is no reason to show nothing. Nothing waits for the disk either: what a power cut spoils
-        # is
+        # A full disk must not blank the page. Nothing waits for the disk either: what a power cut spoils is
         # seen by its length and made again.
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +302,7 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
         dataset: the images.
         skipped: what the last import left out.
         demo: whether they are the demo's.
-        advice: sentences on the captions as a whole.
+        advice: sentences on all captions.
     """
     bare = sum(not record.caption for record in dataset.records)
     held = sum(record.held_out for record in dataset.records)

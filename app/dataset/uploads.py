@@ -55,7 +55,7 @@ class _BodyReader:
         return listed
 
     async def bytes(self, size: int, name: str) -> AsyncIterator[bytes]:
-        """The next so many bytes.
+        """The next `size` bytes.
 
         Raises:
             DatasetError: the request ends before.
@@ -128,7 +128,7 @@ class Importer:
         small files would cost a request each otherwise.
 
         Raises:
-            DatasetError: the batch is not known, the parcel is not whole, or a file is too large for its kind
+            DatasetError: the batch is unknown, the request is incomplete, or a file is too large for its kind
                 or for the disk.
         """
         names, folder = self._names(batch), self.staging / batch
@@ -212,7 +212,7 @@ class Importer:
         self._start(work, "link" if link else "copy")
 
     def cancel(self) -> None:
-        """Stop the import under way after the file that it is at; what it has added stays."""
+        """Stop the running import after its current file; files added so far stay."""
         self._cancelled = self._state["number"]
 
     def _refuse_two(self) -> None:
@@ -258,7 +258,9 @@ class Importer:
             project.invalidate()
             self.after()
         except _Cancelled:
-            note = _("The import was cancelled; what is here stays, and importing the same again skips it.")
+            note = _(
+                "The import was cancelled. Files added so far stay; importing the same again skips them."
+            )
             project.invalidate()
         except LoraError as error:
             note = str(error)

@@ -167,7 +167,7 @@ def _listing(app_state: AppState) -> Callable[[], bytes]:
         with app_state.listing:
             plan, dataset = Plan(project), project.dataset()
             inputs = (gallery_version(project, plan), list_left_out(project))
-            # The same object: a file's time, which is in its URL, is no part of what is compared.
+            # The same object: a file's time, which is in its URL, is not compared.
             if known is None or known[0] is not dataset or known[1] != inputs:
                 known = (dataset, inputs, bytes(Answer(gallery_data(project, plan)).body))
             return known[2]
@@ -263,7 +263,7 @@ def checked(app_state: AppState) -> dict[str, Any]:
 
 def measured(app_state: AppState) -> dict[str, Any]:
     """What the base and the last run say of the images: each with a `line` and what was `found` as HTML; of
-    images also sorted by what was learned `most`."""
+    images also sorted by gain, `most`."""
     states, html = app_state.insights.state(), {}
     for what, now in states.items():
         html[what] = {"line": _findings(app_state, "line", what=what, now=now), "found": "", "most": ""}
@@ -274,7 +274,7 @@ def measured(app_state: AppState) -> dict[str, Any]:
                 "found": len(now.get("found", {}).get("texts", ())),
             }
         elif "found" in now:
-            # What an older version kept may lack what is shown now.
+            # Results of an older version may lack newer fields.
             try:
                 for order in ("found", "most") if what == "pictures" else ("found",):
                     html[what][order] = _findings(app_state, what, now=now, most=order == "most")

@@ -122,7 +122,7 @@ def choose(app_state: AppState, sent: dict[str, Any]) -> None:
 
 
 def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Write the file; returns HTML of what was written and of what reads it, and the link to download it.
+    """Write the file; returns HTML of the result and of the tools that read it, and the download link.
 
     Raises:
         LoraError: it could not be written.
@@ -142,7 +142,7 @@ def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def written_line(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> str:
-    """What was written, a download link, and its location."""
+    """The result, a download link, and its location."""
     values = {"result": result, "precision": precision, "link": link, "places": places}
     return render("export/written_file.html", name=Path(str(result["file"])).name, **values)
 
@@ -151,7 +151,7 @@ def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Write the file and copy it to a folder of another tool.
 
     Raises:
-        LoraError: there is no such folder, or the file could not be written.
+        LoraError: no such folder, or the file could not be written.
     """
     target = check_folder(str(sent.get("folder") or ""))
     _, result = write_export(app_state, sent)
@@ -181,7 +181,7 @@ def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, di
     """Have the worker write the file; returns the run and the worker's answer.
 
     Raises:
-        LoraError: there is no such run, the name is not a file's, or the worker could not write it.
+        LoraError: no such run, the name is not a file's, or the worker could not write it.
     """
     names = ("run", "checkpoint", "name", "format", "precision")
     run, checkpoint, name, form, precision = (str(sent.get(key) or "") for key in names)
@@ -233,7 +233,7 @@ def check_folder(text: str | None) -> Path:
 
 
 def copied_line(app_state: AppState, done: CopiedFile) -> str:
-    """What was copied, and where it is."""
+    """The copied files and their location."""
     tools = [name for name, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()]
     kept = [file.name for file in done.kept]
     place = app_state.files.place(done.file, _("Saved to"))
@@ -272,8 +272,8 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     def page(run: str, download: int = 0) -> Response:
         path = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
         name = f"{run}.html" if download else None
-        # A report is made of what people and files say: its scripts, which draw the charts, are kept from the
-        # window by an origin of their own, and no others run.
+        # A report contains untrusted text: its scripts, which draw the charts, are kept from the window by an
+        # origin of their own, and no others run.
         headers = {"Content-Security-Policy": f"{content_policy()}; sandbox allow-scripts", **FRESH}
         return FileResponse(path, filename=name, media_type="text/html", headers=headers)
 

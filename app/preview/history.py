@@ -32,8 +32,7 @@ class HistoryEntry:
 
     Attributes:
         file: the PNG.
-        shot: what it shows; of a sheet what its images have in common.
-        rows, columns: what a sheet varies.
+        shot: its request; of a sheet the common part. rows, columns: what a sheet varies.
         time: when it was drawn, in seconds since the epoch.
         beside: whether it is the base's own image beside another, which the list does not show.
     """
@@ -110,7 +109,7 @@ class History:
             self._half_line = False
 
     def remove(self, name: object, workspace: Path) -> tuple[HistoryEntry, str]:
-        """Move an image to the trash; returns what it was, and its name in the trash.
+        """Move an image to the trash; returns the image, and its name in the trash.
 
         Raises:
             RunError: there is none of that name, or the disk refuses.
@@ -123,11 +122,7 @@ class History:
         return kept, place
 
     def bring_back(self, place: object, workspace: Path) -> None:
-        """Take an image out of the trash again.
-
-        Raises:
-            RunError: it is not there any more, or the disk refuses.
-        """
+        """Restore an image from the trash. Raises: RunError: it is gone, or the disk refuses."""
         kept = self._removed.pop(str(place), None)
         item = next((one for one in list_trash(workspace) if one.place.name == place), None)
         if kept is None or item is None:

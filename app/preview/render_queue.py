@@ -1,8 +1,8 @@
 """What the Preview tab generates: an image beside the base's own, a strip of strengths, and a grid.
 
-A page states what it wants to see and follows it; generation continues without it. The image looked at comes
-first, then the base's, the strip, and the grid. All of them are `GenerationRequest`s, so an image is
-generated once and reused wherever it appears.
+A page states its request and follows it; generation continues without it. The image looked at comes first,
+then the base's, the strip, and the grid. All of them are `GenerationRequest`s, so an image is generated once
+and reused wherever it appears.
 """
 
 import threading
@@ -28,10 +28,10 @@ class PreviewState:
         state: of the image looked at, idle, working or error; strip and grid say for themselves.
         message: why it waits or what went wrong.
         done, total: steps of the image in hand.
-        shot: what is looked at, None before the first.
+        shot: the image shown, None before the first.
         strip: the strengths of the strip, none where it is not wanted.
         grid: the grid, or None.
-        images: those that are there, of what is looked at, the strip and the grid.
+        images: the finished ones of the image shown, the strip and the grid.
         wanted_at: when it was wanted, which tells one look from the next.
         drawing: the shot in hand.
         looks: how many looks there were at it.
@@ -79,7 +79,7 @@ ImageKey = tuple[GenerationRequest, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class _RenderJob:
-    """What is being generated: where it is shown, the image, None for a grid's sheet, and the grid."""
+    """The image in progress: where it is shown, the image, None for a grid's sheet, and the grid."""
 
     place: str
     shot: GenerationRequest | None
@@ -100,8 +100,8 @@ class RenderQueue:
         self._error = self._note = ""
         self._wanted_at = 0.0
         self._drawn: dict[ImageKey, Path] = {}
-        # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
-        # until somebody asks again.
+        # Of the files as they were at the last wish: a rewritten one changes nothing that is shown until
+        # somebody asks again.
         self._times: dict[str, int] = {}
         self._histories: dict[Path, History] = {}
         self._job: _RenderJob | None = None

@@ -188,7 +188,7 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
 
 
 def form_data(snapshot: Snapshot) -> dict[str, Any]:
-    """The whole form as the page's script needs it."""
+    """The form as the page's script needs it."""
     rows, kept = lora_rows(snapshot)
     project = snapshot.app_state.project
     strip = ", ".join(f"{value:g}" for value in strip_values(project, rows))
@@ -222,7 +222,7 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
     """Build the request described by the form. A seed of -1 becomes random.
 
     Raises:
-        ConfigError: a side is not a multiple of what the base needs, or a number is out of range.
+        ConfigError: a side is not a multiple of the base's, or a number is out of range.
     """
     config = settings_for(snapshot, loras)
     base = base_for(snapshot, loras)
@@ -298,7 +298,7 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     """A run's export at its own first sample prompt, with the sampler, seed and size of that sample.
 
     Raises:
-        ConfigError: there is no such run, or it has no file yet.
+        ConfigError: no such run, or it has no file yet.
     """
     run_view: RunView | None = next((w for w, _ in snapshot.runs if w.run.name == name), None)
     files = list_run_loras(run_view) if run_view else []

@@ -27,7 +27,7 @@ MOST_STRENGTH = 20.0
 
 
 def take_rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Store the form; if only strengths changed, draw the shown image anew."""
+    """Store the form; if only strengths changed, redraw the shown image."""
     rows, rev = take_sent_form(app_state.project, sent)
     shot = app_state.render_queue.view().shot if sent.get("moved") and rows else None
     # Another file waits for Generate, because it may need another base.
@@ -69,7 +69,7 @@ def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
 
 
 def parse_strength(value: Any) -> float:
-    """A strength within its limits; 0 for what is not a number."""
+    """A strength within its limits; 0 for anything but a number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -107,7 +107,7 @@ def strip_values(project: Project, rows: Iterable[WeightedLora] = ()) -> tuple[f
 
 
 def parse_strengths(text: Any) -> tuple[float, ...]:
-    """The strengths of the strip, as they are typed.
+    """The strengths of the strip, as typed.
 
     Raises:
         ConfigError: there is none, or one is not a number in range.

@@ -1,6 +1,6 @@
 """The Preview tab: the values of its templates, its routes, and files opened on it. The form belongs to
-`assets/preview.js`, so that no answer replaces a control that is in use: every change of it is posted, is
-stored, and draws what it asks for. Images, strip, grid and history follow the render queue."""
+`assets/preview.js`, so that no answer replaces a control that is in use: every change is posted, stored and
+rendered. Images, strip, grid and history follow the render queue."""
 
 import asyncio
 import base64
@@ -249,7 +249,7 @@ def put_back(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Put the settings of an image of the history into the form, which is returned, and show it.
 
     Raises:
-        RunError: there is no such image any more.
+        RunError: the image is gone.
     """
     kept = app_state.render_queue.history.named(sent.get("file"))
     save_request(app_state.project, kept.shot)

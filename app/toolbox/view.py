@@ -55,7 +55,7 @@ class LoraTool:
 
     Attributes:
         title: on its button.
-        line: what it tells, or makes.
+        line: its result.
         files: how few and how many it takes.
         needs: which fields it has: "base", "tuned", "measure", "apart", "size", "rank", "strengths",
             "blocks", "format", "alphas"; those with a ? may be left empty.
@@ -301,7 +301,7 @@ def _base_place(app_state: AppState, base: str, source: str) -> Path:
     """Path for a base with `source` merged into it: among the project's bases.
 
     Raises:
-        ModelFileError: the base is not on this computer, or there is no room for a copy of it.
+        ModelFileError: the base is not on this computer, or its copy does not fit.
     """
     path = base_path(base)
     folder = app_state.project.path / BASES
@@ -347,7 +347,7 @@ class BackgroundTask:
         """Start a task.
 
         Args:
-            title: what it is called while it is under way.
+            title: its name while it runs.
             request: for the worker.
             shows: makes HTML of its answer.
             name: tells a page what the answer belongs to.
@@ -405,7 +405,7 @@ def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) ->
 Row = Mapping[str, Any]
 MOST_BARS = 14
 MOST_TAGS = 12
-# Texts of a header that one program writes, and what it is called; the more telling first.
+# Texts of a header that only one program writes, and its name; the more specific first.
 WRITERS = (
     ("lora_easel.config", "LoRA Easel"),
     ("ot_branch", "OneTrainer"),
@@ -502,7 +502,7 @@ class Toolbox:
         )
 
     def _keep_best(self, file: str, strengths: list[float]) -> None:
-        """Keep a measured strength of the whole adapter, which the Preview tab marks at its slider."""
+        """Keep a measured strength of the full adapter, which the Preview tab marks at its slider."""
         if len(strengths) == 1:
             with self._app_state.project.editing():
                 known = dict(self._app_state.project.draft().get("best_strengths") or {})
@@ -539,8 +539,7 @@ def result_html(tool: str, request: Row, result: Row) -> str:
 
     Args:
         tool: of `TOOLS`.
-        request: what was asked.
-        result: what the worker answered.
+        request: of the tool. result: the worker's answer.
     """
     if TOOLS[tool].makes:
         return written_html(result)

@@ -53,7 +53,7 @@ class Checks:
         self._busy = False
 
     def known(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
-        """What was found last; where that is of another plan it is looked up meanwhile."""
+        """The last result; if it is for another plan, a new lookup starts."""
         now = time.monotonic()
         with self._lock:
             asked = self._asked
@@ -108,7 +108,7 @@ class DownloadOffer:
 class Downloads:
     """Bases of the hub that were asked about: how large they are, and the download that is under way.
 
-    What has arrived stays in the cache, from which a download that was cancelled continues.
+    Partial downloads stay in the cache; a cancelled one continues from there.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Downloads:
         return any(offer.state in ("asking", "downloading") for offer in list(self._offers.values()))
 
     def offer(self, repo: str) -> DownloadOffer:
-        """What is known of a base; the hub is asked where that is nothing yet."""
+        """The facts of a base; the hub is queried if there are none yet."""
         with self._lock:
             known = self._offers.get(repo)
             if known is not None and known.state != "done":
@@ -155,13 +155,13 @@ class Downloads:
                 raise RunError(_("{busy} is being downloaded; wait for it, or cancel it.", busy=busy))
             offer = self._offers.get(repo)
             if offer is None or offer.found is None:
-                raise RunError(_("The hub has not said yet how large {repo} is.", repo=repo))
+                raise RunError(_("The hub has not yet answered how large {repo} is.", repo=repo))
             offer.state, offer.problem = "downloading", ""
             self._cancelled.clear()
         self._begin(offer, self._download)
 
     def cancel(self) -> None:
-        """End the download that is under way; what has arrived stays."""
+        """Cancel the download; the partial file stays."""
         self._cancelled.set()
 
     def _begin(self, offer: DownloadOffer, work: Callable[[DownloadOffer], None]) -> None:
@@ -220,7 +220,7 @@ class Prober:
         self._read_at: tuple[int, str] = (0, "")
 
     def costs(self) -> dict[str, StepCost]:
-        """What was measured on this machine's device, read again where the file has changed."""
+        """The measurements on this machine's device, read again if the file has changed."""
         try:
             read_at = costs_file(self._workspace).stat().st_mtime_ns, self._hardware.device
         except OSError:
@@ -254,7 +254,7 @@ class Prober:
         return (reply.done, reply.total) if reply else (0, 0)
 
     def schedule(self, config: RunConfig) -> bool:
-        """Measure the settings once they were asked for a while, where that is cheap.
+        """Measure the settings once they have stayed for a while, if that is cheap.
 
         Returns:
             Whether they will be.
@@ -331,7 +331,7 @@ class Prober:
             elif reply.message != CANCELLED:
                 self._problems[key] = reply.message
         except (OSError, KeyError, TypeError, ValueError) as error:
-            self._problems[key] = _("What was measured could not be kept: {error}.", error=error)
+            self._problems[key] = _("The measurement could not be saved: {error}.", error=error)
         with self._lock:
             self._current_key, self._reply = "", None
 

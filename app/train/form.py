@@ -110,7 +110,7 @@ def current_values(project: Project) -> dict[str, Any]:
 
 
 def keep_changed_values(project: Project, seen: list[Any] | None, values: list[Any]) -> None:
-    """Put into the draft what was typed on a page, but not what was merely displayed there.
+    """Put the typed values of a page into the draft, but not those merely displayed.
 
     Args:
         project: whose draft.
@@ -203,7 +203,7 @@ def family_differences(goal: str, level: str, family: Family | None) -> list[str
 
 
 def carry_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
-    """The form's values for another base: what was left at its starting value takes the new base's.
+    """The form's values for another base: unchanged starting values take the new base's.
 
     Args:
         values: dotted name to what the widget holds.

@@ -1,5 +1,5 @@
-"""Before a run: what it will take, what is in the way, Start and Add to queue, the same as a command, and
-settings imported from a LoRA file."""
+"""Before a run: forecast, problems, Start and Add to queue, the same as a command, and settings imported from
+a LoRA file."""
 
 import contextlib
 import functools
@@ -69,7 +69,7 @@ def build_start(bindings: Bindings) -> Any:
 
 
 def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
-    """Lay out the bar that stays in sight: what is in the way, Start and Add to queue."""
+    """Lay out the sticky bar: problems, Start and Add to queue."""
     with gr.Row(elem_id="action-bar"):
         bindings.follow(html_block(elem_id="facts", elem_classes="grow"), facts)
         with gr.Row(elem_classes="start-row"):
@@ -117,7 +117,7 @@ def _pressed(
     bindings: Bindings, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
 ) -> tuple[Any, str]:
     app_state = bindings.app_state
-    # The press of the button takes all with it: what was typed last may still be on its way to the draft.
+    # The click carries the form: the last edits may not have reached the draft yet.
     keep_changed_values(app_state.project, seen, list(values))
     app_state.project.update_draft(trigger=(trigger or "").strip())
     try:
@@ -141,7 +141,7 @@ def ready_config(
     Args:
         app_state: of the window.
         name: of the run, "" for the project's title and a number.
-        do: "start", which takes that no run is going on, or "queue".
+        do: "start", if no run is active, or "queue".
         config: the settings, where they differ from the form's.
 
     Raises:
@@ -165,7 +165,7 @@ def queue_sweep(app_state: AppState, axes: Sequence[tuple[str, str]], name: str,
     Args:
         axes: settings, and their values as typed; after the first, those without values do not count.
         name: begins the names.
-        seeds: so many runs of each combination.
+        seeds: number of runs of each combination.
 
     Raises:
         LoraError: a value is not legal, or something else is in the way.
@@ -187,7 +187,7 @@ def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
     """Put the settings of a run into the form; returns what the draft held `before`, and how many are `new`.
 
     Raises:
-        LoraError: there is no such run, or its settings cannot be read.
+        LoraError: no such run, or its settings cannot be read.
     """
     project = app_state.project
     config = RunFolder.open(runs_folder(app_state.workspace) / check_run_name(name)).config()
@@ -251,7 +251,7 @@ def notes(snapshot: Snapshot) -> list[str]:
 
 
 def facts(snapshot: Snapshot) -> str:
-    """The bar: time, memory and size of the run to come, what is in the way, and Resume where it is due."""
+    """The bar: time, memory and size of the run to come, problems, and Resume if due."""
     plan = snapshot.plan
     expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
     fields = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
@@ -275,7 +275,7 @@ def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
     records, costs = images_of(snapshot), app_state.prober.costs()
     gpu = app_state.hardware.gpu(app_state.free_on_card())
-    with contextlib.suppress(LoraError):  # what is in the way says it
+    with contextlib.suppress(LoraError):  # the list of problems says so
         config = with_epochs(config, app_state.project.dataset())
     return forecast_run(config, base.facts, records, runs, costs, gpu)
 
@@ -332,7 +332,7 @@ def build_like(bindings: Bindings) -> None:
 
 
 def import_settings(app_state: AppState, path: str) -> None:
-    """Put the settings of the LoRA file at `path` into the form, or say what is wrong with it."""
+    """Put the settings of the LoRA file at `path` into the form, or report its problem."""
     name = path.strip().strip('"')
     try:
         if not name:
@@ -344,7 +344,7 @@ def import_settings(app_state: AppState, path: str) -> None:
 
 
 def take_settings(project: Project, like: LoraSettings, name: str) -> str:
-    """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
+    """Put a file's settings into the draft; returns those used and those not, as HTML."""
     taken = {name: to_widget_value(name, value) for name, value in like.values.items() if name in FORM}
     trigger = like.values.get("dataset.trigger")
     with project.editing():

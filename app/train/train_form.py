@@ -162,7 +162,7 @@ class TrainForm:
         filled, base = [self.seen, *self.fields], self.widgets["model.base"]
         optimizer = self.widgets["optimizer.name"]
         typed = [field for field in self.fields if field not in (base, optimizer)]
-        # Unfolding a group renders its fields anew, so only events of the user count.
+        # Unfolding a group rerenders its fields, so only events of the user count.
         events = [event for field in typed for event in edit_events(field)]
         gr.on(events, self._keep, filled, self.seen, **TYPING)
         optimizer.input(self._choose_optimizer, filled, filled, **TYPING)
@@ -179,7 +179,7 @@ class TrainForm:
         return list(values)
 
     def _choose_preset(self, base: str, goal: str, level: str) -> list[Any]:
-        """Fill the form; a dropdown's event also fires on blur, which must not undo what was typed."""
+        """Fill the form; a dropdown's event also fires on blur, which must not undo edits."""
         if (goal, level) == chosen_preset(self.project.draft()):
             return [gr.skip()] * (1 + len(FORM))
         family = lookup_base(str(base or EMBEDDED)).family
@@ -200,8 +200,8 @@ class TrainForm:
         return [list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
 
     def _choose_base(self, seen: list[Any] | None, *values: Any) -> list[Any]:
-        """Fill in only what the choice changes: the event fires also where the field is merely left, and what
-        is typed elsewhere meanwhile must stay."""
+        """Fill in only what the choice changes: the event fires also where the field is merely left, and
+        edits elsewhere meanwhile must stay."""
         given = dict(zip(FORM, values, strict=True))
         if seen is not None and seen[FORM.index("model.base")] == given["model.base"]:
             return [gr.skip()] * (3 + len(FORM))
@@ -257,7 +257,7 @@ def swap_rates(project: Project) -> None:
 
 
 def _rates_note(snapshot: Snapshot) -> str:
-    """What choosing an optimizer did to the rates, with a button that undoes it; or what is usual."""
+    """How choosing an optimizer changed the rates, with an Undo button; or the usual rates."""
     plan = snapshot.plan
     swap = plan.rates
     if swap.get("optimizer") != plan.config.optimizer.name or swap["from"] == swap["to"]:
@@ -288,7 +288,7 @@ def search_settings(words: str) -> list[Any]:
     """Unfold the groups with a match and hide the fields without one.
 
     Args:
-        words: what was typed; a setting matches by its name, its label, its help or its group.
+        words: the search text; a setting matches by its name, its label, its help or its group.
 
     Returns:
         The note, then an update for each group and each field in it.
@@ -395,9 +395,8 @@ def _asks(snapshot: Snapshot) -> bool:
 
 
 def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """What choosing a base makes of the form.
-
-    A folder full of models is not a base: it is remembered, and its models are offered from then on.
+    """Apply a chosen base to the form. A folder of models is not a base: it is remembered, and its models are
+    offered.
 
     Args:
         app_state: where it is remembered.
@@ -418,8 +417,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
         # Needed once its files arrive, to know whose starting values the form holds.
         app_state.project.update_draft(fitted={"base": name, "to": before.name})
         return "", level, values
-    # The demo's preset is for the embedded base alone: its rate and precision would be no good start
-    # elsewhere.
+    # The demo's preset is for the embedded base alone: its rate and precision would be a bad start elsewhere.
     new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
         app_state.places.keep("bases", name)

@@ -211,7 +211,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
 
     Raises:
         RunError: it cannot be done now.
-        BadRequest: there is no such action.
+        BadRequest: no such action.
     """
     jobs, downloads, project = app_state.jobs, app_state.downloads, app_state.project
     acts: dict[str, Callable[[str], Any]] = {

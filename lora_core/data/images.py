@@ -98,7 +98,7 @@ class ImageRecord:
     Width and height are in pixels after EXIF rotation, and of the crop where there is one: `crop` is the part
     that the user chose to train on, left, top, right and bottom as shares of the sides. The caption holds one
     alternative a line. `repeats` is how often the image is shown in an epoch. `held_out` says that it was
-    chosen to measure on, `transparent` that parts of it are see-through, `animated` that it has more frames,
+    chosen to measure on, `transparent` that parts of it are transparent, `animated` that it has more frames,
     of which the first is trained on. `mask` is the file that says which parts of it count: white ones in
     full, black ones `outside` of that. `background` is the colour that it is laid on. An image for
     regularisation (`reg`) shows the class without the subject; `weight` multiplies its loss. `concept` has

@@ -295,7 +295,7 @@ def test_what_is_typed_while_the_server_is_away_is_saved_later(
     page.route("**/easel/live*", lambda route: route.fulfill(content_type="text/event-stream", body=anew))
     take(page, pictures[:1])
     page.evaluate("dispatchEvent(new Event('online'))")
-    page.wait_for_selector("#import-note >> text=started anew before the import was done")
+    page.wait_for_selector("#import-note >> text=restarted before the import was done")
     page.unroute("**/easel/upload/*")
     page.unroute("**/easel/live*")
     take(page, pictures[:1])
