@@ -433,6 +433,10 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "stop of a run at rest": (stop_of_a_run_at_rest, r"mine is not running.*stop"),
     "width 100": (lambda p: p.generate("--width", 100), r"width = 100.*multiple of"),
     "height -32": (lambda p: p.generate("--height", -32), r"height = -32"),
+    "strength without an image": (
+        lambda p: p.generate("--strength", 0.5),
+        r"--strength 0\.5 plays no part without --image",
+    ),
     "unknown sampler": (lambda p: p.generate("--sampler", "magic"), r"sampler = 'magic'.*euler_a"),
     "steps 0": (lambda p: p.generate("--steps", 0), r"steps = 0 is out of range; it must be between 1"),
     "count 0": (lambda p: p.generate("--count", 0), r"--count 0"),

@@ -117,8 +117,9 @@ def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) 
             }
         )  # fmt: skip
     if not rows:
+        why = f" ({left_out[0]['reason']})" if left_out else ""
         raise AdapterFileError(
-            f"{first.name} and {second.name} change no layer in common, so nothing compares."
+            f"{first.name} and {second.name} have no layer in common that can be compared{why}."
         )
     side = int((count.diagonal() > 0).sum())
     means = ("phi", "baseline", "phi_output", "baseline_output")
@@ -409,8 +410,9 @@ def file_amplification(path: Path, base: BaseWeights, on_layer: OnLayer | None =
         else:
             rows.append(row)
     if not rows:
+        why = f" ({left_out[0]['reason']})" if left_out else ""
         raise AdapterFileError(
-            f"{path.name} has no layer whose update can be set against the base's weights."
+            f"{path.name} has no layer whose update can be set against the base's weights{why}."
         )
     columns = {"amplification": _overall, "intruders": lambda rows: sum(row["intruders"] for row in rows)}
     return {
@@ -620,9 +622,9 @@ def measure_strength(
         `strengths`: to bake in; `sentences`.
 
     Raises:
-        LoraError: it is not a plain LoRA, or `apart` and on one of the two alone.
+        LoraError: it cannot be used, or `apart` and on one of the two alone.
     """
-    weights = load_plain_lora(file, family)[0]
+    weights = load_adapter(file, family, plain=False)
     if apart:
         unet, text = fit_strengths_apart(weights, measure)
         fits = [

@@ -232,3 +232,9 @@ class Rewrite:
     def times_smaller(self) -> float:
         """The size of the source over that of the saved file."""
         return self.source.stat().st_size / self.out.stat().st_size
+
+    @property
+    def size_sentence(self) -> str:
+        """The size of the saved file beside the source's; other kinds may be smaller than a plain LoRA."""
+        times = self.times_smaller
+        return f"The file is {max(times, 1 / times):.1f} times {'smaller' if times >= 1 else 'larger'}."

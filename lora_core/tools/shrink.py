@@ -18,8 +18,8 @@ import torch
 
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from lora_core.evaluate.validator import CLEARLY, MeasureGains, clustered_error
-from lora_core.formats.io import save_adapter
-from lora_core.formats.kinds import extras_sentence
+from lora_core.formats.io import load_adapter, save_adapter
+from lora_core.formats.kinds import extras_sentence, require_family
 from lora_core.formats.layers import check_plain, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.detect import base_layout, family_layout
@@ -112,13 +112,14 @@ def plain_lora(
 
 
 def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
-    """A plain LoRA and the family that it is for.
+    """A plain LoRA with its new tokens, and the family that it is for.
 
     Raises:
         AdapterFileError: it is broken, of another kind, or does not name its family.
     """
-    updates, metadata, family = file_updates(path, known)
-    return replace(plain_lora(path, updates)[0], metadata=metadata), family
+    weights, header = load_adapter(path, known), read_header(path)
+    family = known or require_family(path, header.shapes, header.metadata, "it cannot be used")
+    return reshape_adapter(weights, family), family
 
 
 # Truncation to a rank or an energy.
@@ -174,7 +175,8 @@ def truncate_to_ranks(parts: DecomposedAdapter, ranks: Ranks) -> tuple[AdapterWe
             pairs[key] = up, down.float()
     if not pairs:
         raise AdapterFileError("The adapter changes nothing, so there is nothing to cut.")
-    return replace(adapter_from_pairs(pairs), metadata=parts.weights.metadata), loss
+    own = parts.weights
+    return replace(adapter_from_pairs(pairs), metadata=own.metadata, tokens=own.tokens), loss
 
 
 def uniform_ranks(parts: DecomposedAdapter, rank: int) -> dict[LayerKey, int]:
@@ -277,8 +279,7 @@ def shrink_file(
     record = {"rank": rank, "energy": energy, "error": loss.overall}
     to.save(replace(weights, metadata=metadata), family, SHRUNK_KEY, record)
     extras = extras_sentence(read_header(to.source).shapes)
-    smaller = f"The file is {to.times_smaller:.1f} times smaller."
-    return [*([extras] if extras else []), how, loss.sentence(), smaller]
+    return [*([extras] if extras else []), how, loss.sentence(), to.size_sentence]
 
 
 def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mapping[str, Any]) -> str:
@@ -294,7 +295,7 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
     check_out(to.out)
     weights, family = load_plain_lora(to.source, known)
     to.save(truncate_to_ranks(decompose(weights), ranks)[0], family, SHRUNK_KEY, record)
-    return f"The file is {to.times_smaller:.1f} times smaller."
+    return to.size_sentence
 
 
 # The intrinsic rank: the lowest one that keeps nearly all of what an adapter gains, found by measuring, since

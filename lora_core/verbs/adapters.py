@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
-from lora_core.generate.request import GenerationRequest
+from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest
 from lora_core.model_files.detect import base_layout, read_base_facts
 from lora_core.model_files.header import read_header, what_is_there
 from lora_core.runs.folder import find_run, is_run_folder
@@ -144,6 +144,8 @@ def _check(shots: Sequence[GenerationRequest]) -> None:
     for file in {file for shot in shots for file in (shot.image, shot.mask) if file}:
         open_rgb(Path(file))
     for shot in shots:
+        if not shot.image and shot.denoising_strength != DENOISING_STRENGTH:
+            raise ConfigError(f"--strength {shot.denoising_strength:g} plays no part without --image FILE.")
         shot.check()
         check_prompt(shot.prompt)
         check_prompt(shot.negative)
@@ -372,11 +374,13 @@ def strength(
         apart: one strength for the UNet and one for the text encoders.
         bake: a new file that has it at strength 1.
     """
+    from lora_core.formats.io import load_adapter
     from lora_core.tools.analysis import bake_strength, measure_strength
     from lora_core.tools.delta import Rewrite, check_out
 
     if bake:
         check_out(Path(bake))
+        load_adapter(Path(file))  # alphas, which the strength goes into, are a plain LoRA's
     bench, base = measure.evaluator()
     measured = measure_strength(Path(file), base.family, bench.gains, apart)
     fits = [{key: value for key, value in fit.items() if key != "part"} for fit in measured["fits"]]

@@ -7,11 +7,20 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.errors import ConfigError
-from lora_core.formats.io import load_adapter
+from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.formats.io import load_adapter, save_adapter
+from lora_core.lora.lycoris import LycorisUpdate
 from lora_core.lora.weights import AdapterWeights, LoadedLora
-from lora_core.tools.analysis import fit_strength_curve, fit_strengths_apart, scale_alphas
-from tests.tools.planted import LAYERS, TEXT, TO_K, dense, random_layer, saved
+from lora_core.tools.analysis import (
+    bake_strength,
+    fit_strength_curve,
+    fit_strengths_apart,
+    measure_strength,
+    scale_alphas,
+)
+from lora_core.tools.delta import Rewrite
+from lora_core.tools.shrink import shrink_to_intrinsic, truncate_file
+from tests.tools.planted import LAYERS, TEXT, TINY, TO_K, dense, random_layer, saved
 
 PICTURES, LOOKS = 8, 4
 
@@ -153,3 +162,44 @@ def test_the_verb_measures_what_validate_does(tmp_path, capsys, three_pictures):
     if found["strength"] <= 0:
         assert main(["strength", str(path), *measuring, "--bake", str(tmp_path / "b.safetensors")]) == 1
         assert "above 0" in capsys.readouterr().err
+
+
+def test_new_tokens_are_measured_and_stay(tmp_path):
+    """In the file with another strength, and in one that is cut; a gain measured without them is another."""
+    layers, tokens = {TO_K: random_layer(TO_K, 4, 4.0, 0)}, {"text_encoder": {"zwx": torch.ones(2, 96)}}
+    source = tmp_path / "a.safetensors"
+    save_adapter(AdapterWeights(layers, tokens=tokens), source, TINY, dtype="fp32")
+    seen = []
+
+    def gains(adapters):
+        seen.append(adapters[0].weights.tokens.keys() == tokens.keys())
+        return torch.ones(2, 2, dtype=torch.float64)
+
+    measure_strength(source, TINY, gains)
+    bake_strength(Rewrite(source, tmp_path / "b.safetensors"), None, [0.5])
+    shrink_to_intrinsic(Rewrite(source, tmp_path / "c.safetensors"), TINY, gains)
+    truncate_file(Rewrite(source, tmp_path / "d.safetensors"), None, {TO_K: 1}, {})
+    assert all(seen)
+    for name in "bcd":
+        kept = load_adapter(tmp_path / f"{name}.safetensors").tokens
+        assert torch.equal(kept["text_encoder"]["zwx"], tokens["text_encoder"]["zwx"])
+
+
+def test_another_kind_is_measured_and_not_baked(tmp_path, capsys):
+    """A DoRA, whose strength is that of its whole update."""
+    layer = random_layer(TO_K, 2, 2.0, 0)
+    dora = LycorisUpdate("to_k", layer, magnitude=torch.ones(layer.up.shape[0], 1))
+    source, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_adapter(AdapterWeights({}, others={TO_K: dora}), source, TINY, dtype="fp32")
+    gains = curve(0.77)
+    found = measure_strength(source, TINY, lambda adapters: gains(adapters[0].strength))
+    assert found["strengths"] == [pytest.approx(0.77, abs=0.03)]
+    with pytest.raises(AdapterFileError, match=r"merge a\.safetensors .*--base BASE` makes a plain LoRA"):
+        bake_strength(Rewrite(source, out), None, [0.5])
+    # Before anything is measured.
+    assert main(["strength", str(source), "--dataset", str(tmp_path), "--bake", str(out)]) == 1
+    assert "makes a plain LoRA of it" in capsys.readouterr().err
+    assert main(["compare", str(source), str(source)]) == 1
+    assert "depends on the weights of its base" in capsys.readouterr().err
+    assert main(["shrink", str(source), "--out", str(out), "--rank", "8", "--base", "demo"]) == 0
+    assert "times larger" in capsys.readouterr().out
