@@ -1,4 +1,4 @@
-"""Draws `strip.png`: things that stand in no training image, at LoRA strengths 0, 0.5 and 1, from one noise
+"""Draws `strip.png`: things that are in no training image, at LoRA strengths 0, 0.5 and 1, from one noise
 each.
 
 python docs/strip.py ADAPTER.safetensors
