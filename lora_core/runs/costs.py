@@ -28,7 +28,7 @@ from lora_core.model_files import sizes
 from lora_core.model_files.detect import BaseFacts, base_of
 from lora_core.runs.events import Progress, best_of, known_error
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes, captions_vary
+from lora_core.runs.preflight import ADAPTER_COPIES, at_largest, caption_bytes, captions_vary
 from lora_core.settings.config import FIELDS, RunConfig, sample_fields
 from lora_core.settings.schema import AUTO, SLIDER_IMAGES, SLIDER_STRENGTHS
 from lora_core.system.files import check_fields, file_bytes, read_json, write_atomically
@@ -197,16 +197,17 @@ def forecast_run(
         gpu: that it trains on; None for the processor.
     """
     step, source = _forecast_step(config, runs, costs, len(records)) or (None, "")
-    tried = costs.get(cost_key(config))
+    largest = at_largest(config, records, base_of(config.model).resolution)
+    tried = costs.get(cost_key(largest))
     as_set: float | None = tried.peak if tried and tried.peak else None
     memory, fallbacks = as_set, list[str]()
     if memory is None and facts and gpu and facts.family:
         varied, full = captions_vary(records, config), gpu.auto_is_fp32 and config.train.precision == AUTO
-        own = config.changed({"train.precision": "fp32"}) if full else config
+        own = largest.changed({"train.precision": "fp32"}) if full else largest
         as_set = (sizes.fit_on_card(own, facts, varied) or (None,))[0]
         memory, fallbacks = sizes.fit_on_card(own, facts, varied, gpu.free) or (None, [])
     elif memory is None and facts:
-        memory = as_set = memory_needed(config, facts)
+        memory = as_set = memory_needed(largest, facts)
         if memory and not gpu:
             memory += sum(caption_bytes(records, config, facts))
     shown, captions, held_out = _count(records)

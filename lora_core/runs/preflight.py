@@ -581,8 +581,8 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
             )
         if name.startswith("The") and side > largest:
             found.append(
-                f"{name} = {side} is more than the run's {largest}, which time and memory are forecast for; a"
-                " step of its images takes more."
+                f"{name} = {side} is more than the run's {largest}, which time is forecast for; a step of its"
+                " images takes longer."
             )
     if several and one:
         found.append(f"train.resolution = {one} has no effect beside dataset.resolutions; set it to 0.")
@@ -622,6 +622,17 @@ def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
         )
         return [RunProblem("variants", sentence, False)]
     return []
+
+
+def at_largest(config: RunConfig, records: Sequence[ImageRecord], own: int) -> RunConfig:
+    """The settings at the largest resolution that images are trained at, which decides a run's memory; `own`
+    is the base's."""
+    usual, of_concepts = config.resolution(own), {id(one.concept): one for one in records}.values()
+    sides = (max(rules_of(one, config.dataset).resolutions, default=usual) for one in of_concepts)
+    largest = max(sides, default=usual)
+    if largest == usual or config.slider.on:
+        return config
+    return config.changed({"dataset.resolutions": [], "train.resolution": largest})
 
 
 def _concept_resolutions(records: Iterable[ImageRecord]) -> Iterator[tuple[str, int]]:
@@ -691,7 +702,13 @@ def _room(
         again - folder_bytes(cache / "text"),
     )
     on_disk = sum(max(0, size) for size in lacking)
-    memory = _memory(config, facts, card, again + drawn, captions_vary(records, config))
+    memory = _memory(
+        at_largest(config, records, facts.resolution),
+        facts,
+        card,
+        again + drawn,
+        captions_vary(records, config),
+    )
     return _disk(config, workspace, facts, on_disk) + memory
 
 

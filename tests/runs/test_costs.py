@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data.images import ImageRecord
+from lora_core.data.images import Concept, ImageRecord
 from lora_core.model_files.detect import base_of, lookup_base, read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.sizes import FALLBACKS, count_base_parameters, fit_on_card
@@ -235,6 +235,27 @@ def test_a_forecast_counts_auto_as_what_it_means_on_the_card(tmp_path: Path) -> 
 
     assert gigabytes("auto", True) == gigabytes("fp32", False) > 1.5 * gigabytes("auto", False)
     assert gigabytes("bf16", True) == gigabytes("auto", False)
+
+
+@pytest.mark.parametrize("free", [24.0, None])
+def test_a_forecast_counts_the_largest_resolution_of_a_concept(
+    tmp_path: Path, free: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=8 * 2**30))
+    base = checkpoint(tmp_path / "sd15.safetensors", "sd15", 2_132_000_000)
+    usual = {**FAMILIES["sd15"].settings, "model.base": str(base), "train.resolution": 512}
+    config, facts = RunConfig().changed(usual), read_base_facts(str(base))
+    gpu = Gpu(int(free * 1e9)) if free else None
+
+    def memory(own: RunConfig, *resolutions: int) -> float:
+        concepts = [Concept(f"c{side}", rules=(("resolutions", (side,)),)) for side in resolutions]
+        records = [ImageRecord(Path("a.png"), 2048, 2048, "", concept=one) for one in (None, *concepts)]
+        return forecast_run(own, facts, records, [], {}, gpu).memory_bytes or 0
+
+    usually, large = memory(config), memory(config.changed({"train.resolution": 1024}))
+    assert memory(config, 768, 1024) == large > 1.2 * usually
+    assert memory(config, 256) == usually
+    assert memory(config.changed({"dataset.resolutions": [256, 1024]}), 768) == large
 
 
 def test_a_forecast_knows_all_fallbacks_in_the_order_of_the_trainer() -> None:

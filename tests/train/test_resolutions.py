@@ -197,7 +197,7 @@ def test_what_resolutions_cannot_do_is_said_before_start(tmp_path: Path) -> None
     multiple = lookup_base("demo").multiple
     said = [one.sentence for one in preflight(config, tmp_path) if one.kind == "resolution"]
     parts = [
-        "The resolution of a = 128 is more than the run's 100, which time and memory are forecast for",
+        "The resolution of a = 128 is more than the run's 100, which time is forecast for",
         "train.resolution = 64 has no effect beside dataset.resolutions; set it to 0",
         "No image is large enough for 100 of dataset.resolutions: 64 is as close to the size of each",
     ]
