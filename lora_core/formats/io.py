@@ -36,7 +36,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.schema import FORMATS, chosen
-from lora_core.system.files import replacing, safe_name
+from lora_core.system.files import replacing, safe_name, tokens_folder
 
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
@@ -161,11 +161,6 @@ def save_adapter(
     texts = {key: value for key, value in given.items() if key not in _WRITER_KEYS}
     texts |= translator.header(weights, family)
     write_tensors(Path(path), tensors, texts | header_hashes(tensors, texts))
-
-
-def tokens_folder(path: Path) -> Path:
-    """Where the new tokens of an adapter's file have files of their own."""
-    return path.with_name(f"{path.stem}-tokens")
 
 
 def write_tokens(weights: AdapterWeights, path: Path) -> list[Path]:

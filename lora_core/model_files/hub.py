@@ -44,7 +44,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from lora_core.errors import ConfigError, ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_hub_id, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes, gigabytes
+from lora_core.system.files import MARGIN, expand_home, file_bytes, free_bytes, gigabytes, tokens_folder
 
 WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
@@ -401,8 +401,8 @@ def _cancelled(found: Download) -> DownloadCancelled:
 
 
 def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path | bytes]:
-    """The files of an upload, by name: itself, its preview image if there is one, and its model card as
-    README.md.
+    """The files of an upload, by name: itself, its preview image if there is one, those of its new tokens, and
+    its model card as README.md.
 
     Args:
         license: the hub's name of one, for the card; "" states none.
@@ -418,8 +418,10 @@ def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path 
     if license:
         card = card.replace("---\n", f"---\nlicense: {license}\n", 1)
     image = file.with_name(f"{file.stem}.preview.png")
-    images = {image.name: image} if image.is_file() else {}
-    return {file.name: file, "README.md": card.encode("utf-8", "replace"), **images}
+    beside = {image.name: image} if image.is_file() else {}
+    tokens = tokens_folder(file)
+    beside |= {f"{tokens.name}/{one.name}": one for one in sorted(tokens.glob("*.safetensors"))}
+    return {file.name: file, "README.md": card.encode("utf-8", "replace"), **beside}
 
 
 def upload(repo: str, files: Mapping[str, Path | bytes], public: bool = False) -> tuple[str, list[str]]:

@@ -127,6 +127,11 @@ def patiently(move: Callable[[Path, Path], object], source: Path, target: Path) 
             time.sleep(wait)
 
 
+def tokens_folder(adapter: Path) -> Path:
+    """Where the new tokens of an adapter's file have files of their own."""
+    return adapter.with_name(f"{adapter.stem}-tokens")
+
+
 def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:
     """Write a file atomically; `sync` waits until the disk has it."""
     with replacing(path, sync) as temporary:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError, wrap_os_errors
-from lora_core.system.files import read_json, read_table, replacing, write_atomically
+from lora_core.system.files import read_json, read_table, replacing, tokens_folder, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -321,12 +321,14 @@ MOST_NUMBERS = 1000
 @dataclass(frozen=True)
 class CopiedFile:
     """The copied adapter and its side files; `kept` are existing side files that differ, `renamed` means that
-    its name was taken."""
+    its name was taken. `tokens` is the folder of its new tokens, or "": their files are not copied, as tools
+    would list them as LoRAs beside it."""
 
     file: Path
     beside: tuple[Path, ...]
     kept: tuple[Path, ...]
     renamed: bool
+    tokens: str = ""
 
 
 def copy_export(file: Path, folder: Path) -> CopiedFile:
@@ -358,7 +360,9 @@ def copy_export(file: Path, folder: Path) -> CopiedFile:
             with replacing(copy) as temporary:
                 shutil.copyfile(source, temporary)
             beside.append(copy)
-    return CopiedFile(target, tuple(one for one in beside if one != target), tuple(kept), stem != file.stem)
+    others, tokens = tuple(one for one in beside if one != target), tokens_folder(file)
+    named = stem != file.stem, str(tokens) if tokens.is_dir() else ""
+    return CopiedFile(target, others, tuple(kept), *named)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -12,14 +12,7 @@ from typing import Any
 from lora_core.data.captions import plain_record_caption, triggers_of
 from lora_core.errors import RunError
 from lora_core.formats import metadata
-from lora_core.formats.io import (
-    file_hashes,
-    load_adapter,
-    read_tensors,
-    save_adapter,
-    tokens_folder,
-    write_tokens,
-)
+from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter, write_tokens
 from lora_core.formats.verify import verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import Family, family_of_version
@@ -28,7 +21,7 @@ from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import parse_new_tokens
-from lora_core.system.files import write_atomically
+from lora_core.system.files import tokens_folder, write_atomically
 from lora_core.tools.shrink import (
     KEEP,
     SHRUNK_KEY,

@@ -403,7 +403,7 @@ def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Plac
 
     Returns:
         file (where it is now), beside (side files that went with it), kept (side files that differ and
-        stayed), renamed.
+        stayed), renamed, tokens (the folder of its new tokens, which stay where they are, or "").
 
     Raises:
         RunError: no such folder or tool, or it cannot be written.
@@ -415,7 +415,7 @@ def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Plac
         target = _tool_folder(folder, workspace_folder(workspace))
     done = copy_export(source, target)
     sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
-    return {"file": str(done.file), **sides, "renamed": done.renamed}
+    return {"file": str(done.file), **sides, "renamed": done.renamed, "tokens": done.tokens}
 
 
 @verb

@@ -201,6 +201,10 @@ def test_what_was_copied_is_said(app_state: AppState, export: Path, loras: Path)
     assert "Copied to ComfyUI, with its side files." in said
     assert "this file is called my dög-2" in said
     assert str(loras / "my dög-2.safetensors") in said
+    assert "new tokens" not in said
+    (tokens := export.with_name("my dög-tokens")).mkdir()
+    said = copied_line(app_state, copy_export(export, loras))
+    assert f"The files of its new tokens are in {tokens}; copy them" in said
 
 
 def test_an_upload_is_private_and_says_where_it_is(

@@ -253,20 +253,24 @@ def test_an_adapter_goes_to_the_hub_with_card_and_licence(
     assert hub.public == set()
     assert hub.tokens == {f"Bearer {SECRET}"}
     assert not any(SECRET.encode() in path.read_bytes() for path in there.iterdir())
-    # Again: what its owner has written there stays, the file is the new one.
+    # Its new tokens go along. What its owner has written there stays, the file is the new one.
+    (tokens := adapter.with_name("cat-tokens")).mkdir()
+    (tokens / "zwx.safetensors").write_bytes(b"vectors")
     (there / "README.md").write_text("my own words")
     adapter.with_suffix(".md").write_text("---\ntags: []\n---\n")
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4)}, adapter)
     assert main(["upload", str(adapter), "owner/cat"]) == 0
     assert "Note: its README.md stays as it is.\n" in capfd.readouterr().out
     assert (there / "README.md").read_text() == "my own words"
+    assert (there / "cat-tokens" / "zwx.safetensors").read_bytes() == b"vectors"
     assert (there / "cat.safetensors").read_bytes() == adapter.read_bytes()
     # And nothing is said to be written that is not.
     assert main(["upload", str(adapter), "owner/cat", "--license", "mit"]) == 0
     assert "README.md stays as it is, so the licence was not written" in capfd.readouterr().out
     assert main(["upload", str(adapter), "owner/cat", "--license", "mit", "--json"]) == 0
     answer = json.loads(capfd.readouterr().out)
-    assert (answer["files"], answer["kept"]) == (["cat.safetensors", "cat.preview.png"], ["README.md"])
+    assert answer["files"] == ["cat.safetensors", "cat.preview.png", "cat-tokens/zwx.safetensors"]
+    assert answer["kept"] == ["README.md"]
 
 
 def test_what_others_see_is_asked_for(hub: Hub, adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from lora_core.formats.io import (
     load_adapter,
     read_tensors,
     save_adapter,
-    tokens_folder,
     write_tokens,
 )
 from lora_core.formats.kinds import bundled_tokens
@@ -35,6 +34,7 @@ from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import NewToken, parse_new_tokens
+from lora_core.system.files import tokens_folder
 from lora_core.tools.svd import truncate_adapter
 from lora_core.train.data import PromptCache
 from lora_core.train.setup import RuntimePlan, prepare
