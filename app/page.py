@@ -69,7 +69,7 @@ class Tab:
 TABS = (
     Tab(
         "Dataset", build_dataset, add_dataset_routes,
-        ("dataset.js", "dataset_tools.js", "dataset_learned.js", "dataset_mask.js"), ("dataset.css",),
+        ("dataset.js", "dataset_tools.js", "dataset_learned.js", "mask.js"), ("dataset.css",),
     ),
     Tab("Train", build_train, add_run_routes, ("train.js", "timeline.js")),
     Tab("Preview", build_preview, add_preview_routes, ("preview.js",), ("preview.css",)),

@@ -33,7 +33,7 @@ from app.train.form import Plan
 from lora_core.data.captions import rules_of
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
-from lora_core.projects.project import relative_name
+from lora_core.projects.project import MEANT, relative_name
 from lora_core.runs.folder import runs_folder
 from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json, safe_name
 
@@ -100,10 +100,9 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the shared routes to `app`."""
     _answer_problems(app)
 
+    # Before what does not lock the project, such as a start of a run; see `Traffic`.
     async def same_project(request: Request) -> None:
-        meant = request.headers.get("x-easel-project")
-        if meant is not None and unquote(meant) != app_state.project.path.name:
-            raise RunError(_("Another page has opened another project, so nothing was changed here."))
+        app_state.project.require_meant(_meant(request.headers))
 
     # Applies to all routes added from here on.
     app.router.dependencies.append(Depends(same_project))
@@ -144,6 +143,11 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return {"saved": True, **revisions, **_tokens(app_state, sent)}
 
     add_actions(app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, sent)})
+
+
+def _meant(headers: Headers) -> str:
+    """The project that a page shows, for `Project.require_meant`."""
+    return unquote(headers.get("x-easel-project", ""))
 
 
 def require_near(request: Request, else_: str) -> None:
@@ -207,8 +211,8 @@ def _compressed(send: Send) -> Send:
 
 
 class Traffic:
-    """Compresses the page, lets browsers keep Gradio's files, which are named by their content, and has pages
-    look at the state after each POST."""
+    """Compresses the page, lets browsers keep Gradio's files, which are named by their content, has pages
+    look at the state after each POST, and says which project a page means, also in Gradio's events."""
 
     def __init__(self, app: ASGIApp, app_state: AppState) -> None:
         self.app, self.state, self.compressing = app, app_state, GZipMiddleware(app, minimum_size=SMALL)
@@ -222,6 +226,7 @@ class Traffic:
                 MutableHeaders(scope=message)["Cache-Control"] = KEEP["Cache-Control"]
             await send(message)
 
+        MEANT.set(_meant(asked))
         if path == "/":
             self.state.greet(asked.get("accept-language", ""))
         try:

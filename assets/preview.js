@@ -277,44 +277,22 @@
   };
 
   // ---- the mask -------------------------------------------------------------------------------------------------
-  // A brush over the image that the form starts from: an inpainting base paints the white area.
+  // Over the image that the form starts from, or over its mask: an inpainting base paints the white area.
   const paintMask = async () => {
-    const { image, mask } = form().elements, shown = await post("preview/mask", { image: image.value });
+    const { image, mask } = form().elements, shown = await post("preview/mask", { image: image.value, mask: mask.value });
     if (shown.problem) { window.easel.toast(shown.problem, "bad"); return; }
-    const picture = make("img", { src: `data:image/webp;base64,${shown.shown}`, alt: "" });
+    const address = (data) => data && `data:image/webp;base64,${data}`, inner = document.importNode(one("#mask-dialog").content, true), picture = one("img", inner);
+    picture.src = address(shown.shown);
     await picture.decode();
-    const [width, height] = [picture.naturalWidth, picture.naturalHeight];
-    const canvas = make("canvas", { width, height, attributes: { "aria-label": t("Mask") } }), context = canvas.getContext("2d");
-    const size = make("input", { type: "range", min: 4, max: 400, value: Math.max(width, height) / 8, attributes: { "aria-label": t("Size of the brush") } });
-    const button = (textContent, className, onclick) => make("button", { type: "button", className: `own ${className}`, textContent, onclick });
-    const clear = () => { context.fillStyle = "black"; context.fillRect(0, 0, width, height); };
-    const save = async () => {
-      const answer = await post("preview/mask", { image: image.value, png: canvas.toDataURL("image/png").split(",")[1] });
+    const sides = [picture.naturalWidth, picture.naturalHeight], box = window.easel.dialog(t("Mask"), inner);
+    one(".frame", box).style.aspectRatio = sides.join(" / ");
+    const close = await window.easel.paintMask(box, sides, address(shown.painted), async (png, how) => {
+      const answer = png ? await post("preview/mask", { image: image.value, png }) : { mask: "" };
       if (answer.problem) { window.easel.toast(answer.problem, "bad"); return; }
-      mask.value = answer.mask;
+      if (how !== "cancel") { mask.value = answer.mask; summarize(); changed(false, 0); }
       box.close();
-      summarize();
-      changed(false, 0);
-    };
-    const bar = make("div", { className: "row" }, size, button(t("Clear"), "quiet", clear), button(t("Done"), "primary", save));
-    const frame = make("div", { className: "frame painting" }, picture, canvas);
-    frame.style.aspectRatio = `${width} / ${height}`;
-    let last = null;
-    const stroke = (event) => {
-      const { left, top, width: wide, height: high } = canvas.getBoundingClientRect();
-      const to = [(event.clientX - left) / wide * width, (event.clientY - top) / high * height];
-      Object.assign(context, { strokeStyle: "white", lineWidth: Number(size.value), lineCap: "round" });
-      context.beginPath();
-      context.moveTo(...last ?? to.map((value) => value - 0.01));
-      context.lineTo(...to);
-      context.stroke();
-      last = to;
-    };
-    canvas.onpointerdown = (event) => { canvas.setPointerCapture(event.pointerId); stroke(event); };
-    canvas.onpointermove = (event) => { if (last) stroke(event); };
-    canvas.onpointerup = canvas.onpointercancel = () => { last = null; };
-    clear();
-    const box = window.easel.dialog(t("Mask"), frame, make("p", { className: "small", textContent: t("Paint the area to regenerate; the rest is dark.") }), bar);
+    });
+    if (box.open) box.addEventListener("close", close); else close();
   };
 
   document.addEventListener("click", async (event) => {

@@ -4,12 +4,10 @@
 (() => {
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-  // Names, settings and files belong to a project: a stale page must not change another project.
-  const ownProject = () => (window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) });
   // Sends a body below /easel: the answer, or a `problem` in a sentence; `away` where none came.
   const send = async (path, body, options = {}) => {
     try {
-      const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options, headers: { ...ownProject(), ...options.headers } });
+      const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options });
       const text = await answer.text(), said = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
       return answer.ok || said.problem ? said : { problem: text };
     } catch { return { problem: t("The window does not answer; is it still open?"), away: true }; }
@@ -320,12 +318,17 @@
     const note = one("#away");
     if (note) note.hidden = !is;
   };
-  window.fetch = async (...asked) => {
+  window.fetch = async (address, options = {}) => {
+    // Names, settings and files belong to a project: a stale page, Gradio's fields included, must not change another one.
+    if (options.method === "POST" && window.easel.project !== undefined) {
+      options = { ...options, headers: new Headers(options.headers) };
+      options.headers.set("X-Easel-Project", encodeURIComponent(window.easel.project));
+    }
     try {
-      const answer = await call(...asked);
+      const answer = await call(address, options);
       away(false);
       // Gradio draws what its events bring a moment later.
-      if (String(asked[0]).includes("/gradio_api/run")) settleSoon();
+      if (String(address).includes("/gradio_api/run")) settleSoon();
       return answer;
     } catch (error) {
       if (error instanceof TypeError) away(true);

@@ -30,6 +30,7 @@ from app.train import view as train_view
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.caption_edits import HOWS
+from lora_core.projects.project import OTHER_PROJECT
 from lora_core.report import doctor
 from lora_core.runs.events import HELD_OUT, WANTED_CHANGE
 from lora_core.settings import schema
@@ -140,7 +141,7 @@ def texts_of_tables() -> Iterator[Text]:
     yield "This failed because of a bug in LoRA Easel; its log has the details."
     yield from (family.title for family in FAMILIES.values())
     yield "A .ckpt file; what kind of base it is shows when the run starts."
-    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, state.SHARED, REINSTALL)
+    yield from (toolbox_view.UNSHOWN, toolbox_view.BUSY, state.SHARED, REINSTALL, OTHER_PROJECT)
     # Words that are counted, kinds of what is in the trash, states in the queue, curves, phases of an import.
     yield from (
         counted("image"),

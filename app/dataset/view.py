@@ -1,7 +1,7 @@
 """The Dataset tab: import images, browse them, write captions.
 
 The templates are fixed but for `status.html` and `summary.html`; `assets/dataset.js`, `dataset_tools.js` and
-`dataset_learned.js` draw into them, `dataset_mask.js` over the large image. Gradio holds only the trigger
+`dataset_learned.js` draw into them, `mask.js` over the large image. Gradio holds only the trigger
 word, which the Train tab needs.
 """
 
@@ -181,8 +181,10 @@ def _image_actions(project: Project) -> dict[str, Callable[[dict[str, Any]], dic
         return {"revision": project.revision}
 
     def mask(sent: dict[str, Any]) -> dict[str, Any]:
-        before = project.write_mask(str(sent.get("picture", "")), sent.get("png"))
-        return {"revision": project.revision, "before": before}
+        name = str(sent.get("picture", ""))
+        written = project.write_mask(name, sent.get("png"), str(sent.get("put_back", "")))
+        left = getattr(project.images().get(name), "mask", None) is not None
+        return {**written, "left": left, "revision": project.revision}
 
     return {
         "leave-out": lambda sent: {"left_out": leave_out(project, _names(sent))},

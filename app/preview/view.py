@@ -364,7 +364,7 @@ def start_from(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
 
 def paint_mask(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Keep a mask that was painted over the form's image in the project; without one, give the image to paint
-    on, a WebP in base64.
+    on and its mask if the form has one, as WebP in base64.
 
     Raises:
         DatasetError: the image or the mask cannot be used.
@@ -373,7 +373,12 @@ def paint_mask(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     if not sent.get("png"):
         if not image.name:
             raise DatasetError(_("There is no image to paint on; give one to start from."))
-        return {"shown": base64.b64encode(make_thumbnail(image, PAINTED_SIDE)).decode()}
+        mask = Path(str(sent.get("mask") or "").strip().strip('"'))
+        files = {"shown": image} | ({"painted": mask} if mask.is_file() else {})
+        return {
+            name: base64.b64encode(make_thumbnail(file, PAINTED_SIDE)).decode()
+            for name, file in files.items()
+        }
     data = check_mask_png(str(sent["png"]), check_image(image, image.name), image.name)
     file = unused_path(app_state.project.path / STARTS, f"{image.stem}-mask", ".png")
     with wrap_os_errors(DatasetError, f"{file} cannot be written"):

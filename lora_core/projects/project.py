@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -75,6 +76,9 @@ _LOCK = ".lock"
 _PATIENCE = 30.0
 """Seconds to wait for another process that changes the project."""
 LONGEST_TITLE = 80
+MEANT: ContextVar[str] = ContextVar("meant", default="")
+"""The folder's name of the project that a page shows, while what it sent is carried out; else ""."""
+OTHER_PROJECT = "Another page has opened another project, so nothing was changed here."
 
 
 class Project:
@@ -110,18 +114,29 @@ class Project:
             self._file_lock = FileLock(path / _LOCK)
             self.draft_problem = ""
             self._revision += 1
+            if MEANT.get():
+                # Of a page that opens it: what follows is for this one.
+                MEANT.set(path.name)
         self._repair()
+
+    def require_meant(self, name: str) -> None:
+        """Raise DatasetError where a page means the project of another folder; "" means any."""
+        if name not in ("", self.path.name):
+            raise DatasetError(OTHER_PROJECT)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock out other threads and processes while files are moved or captions written.
 
         Raises:
-            DatasetError: another process holds it for too long, or the folder cannot be written.
+            DatasetError: another process holds it for too long, the folder cannot be written, or another
+                project was opened meanwhile.
         """
+        with self._lock:
+            file_lock, name = self._file_lock, self.path.name
         with wrap_os_errors(DatasetError, f"The project {self.path} cannot be written"):
             try:
-                self._file_lock.acquire(timeout=_PATIENCE)
+                file_lock.acquire(timeout=_PATIENCE)
             except Timeout as error:
                 raise DatasetError(
                     f"The project {self.title} is being changed by another window or command; wait until that"
@@ -129,9 +144,11 @@ class Project:
                 ) from error
         try:
             with self._lock:
+                self.require_meant(name)
+                self.require_meant(MEANT.get())
                 yield
         finally:
-            self._file_lock.release()
+            file_lock.release()
 
     @property
     def root(self) -> Path:
@@ -170,8 +187,13 @@ class Project:
             return dict(self._draft)
 
     def update_draft(self, **changes: Any) -> None:
-        """Put values into the draft and write it, if anything changed."""
+        """Put values into the draft and write it, if anything changed.
+
+        Raises:
+            DatasetError: a page of another project has sent them.
+        """
         with self._lock:
+            self.require_meant(MEANT.get())
             self.set_unreadable_draft_aside()
             changed = {**self._draft, **clean_value(changes)}
             if changed != self._draft:
@@ -386,25 +408,33 @@ class Project:
                 put[record.path] = changed
             return before
 
-    def write_mask(self, name: str, png: str | None) -> str | None:
-        """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has; returns that
-        file as it was, in base64, where there was one.
+    def write_mask(self, name: str, png: str | None, put_back: str = "") -> dict[str, str | None]:
+        """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has; returns the
+        `file`, by its name below the dataset folder, and what it was `before`, in base64, None for no file.
 
         Args:
             name: of the image, below the dataset folder.
             png: the mask in base64, white where the image counts; None for no mask.
+            put_back: a `file` of an earlier answer, which becomes `png` byte for byte, and is none for None.
 
         Raises:
             DatasetError: it is the demo's, no such image, the mask is not a PNG, all black or of another
-                shape, or it cannot be written.
+                shape, it cannot be written, or `put_back` is not the name of a mask.
         """
         self.refuse_demo()
         with self.lock(), wrap_os_errors(DatasetError, f"The mask of {name} cannot be written"):
             record = self.find_image(name)
-            file = mask_file(record)
-            before = base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
+            file = (png is None and record.mask) or mask_file(record)
+            file = self._mask_named(put_back, record) if put_back else file
+            was = base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
+            before = {"file": relative_name(file, self.image_folder), "before": was}
             if png is None:
-                (record.mask or file).unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
+            elif put_back:
+                try:
+                    write_atomically(file, base64.b64decode(png, validate=True))
+                except (ValueError, TypeError) as error:
+                    raise DatasetError(f"The mask of {name} is not in base64.") from error
             else:
                 data = check_mask_png(png, self.sizes.info(record.path, name), name)
                 with self._own_writes({file.name}) as changed:
@@ -414,6 +444,17 @@ class Project:
                     return before
             self.invalidate()
             return before
+
+    def _mask_named(self, name: str, record: ImageRecord) -> Path:
+        """A file that can be a mask of an image: named like it and beside it, or in a folder of masks."""
+        path, root = Path(os.path.normpath(self.image_folder / name)), self.image_folder
+        stems = {fold_name(f"{record.path.stem}{ending}") for ending in (MASK_ENDINGS[0], *MASK_OF)}
+        beside = path.parent == record.path.parent and fold_name(path.stem) in stems
+        is_masks = beside or folder_kind(relative_name(path, root)) == "mask"
+        fits = "\0" not in name and path.suffix.casefold() in IMAGE_SUFFIXES and is_masks
+        if not fits or not path.parent.resolve().is_relative_to(root.resolve()):
+            raise DatasetError(f"{name!r} is no mask of {record.path.name}.")
+        return path
 
     def _fits_alone(self, record: ImageRecord, file: Path) -> bool:
         """Whether a mask that was written makes no difference to other images, files and problems."""

@@ -19,11 +19,13 @@ from app import routes
 from app.dataset import findings, gallery, uploads
 from app.dataset.gallery import summarize
 from app.dataset.view import add_dataset_routes
+from app.main import build_app
 from app.page import build_page
 from app.state import AppState, take_snapshot
 from app.train.start import details
 from lora_core.data import audit, dataset, images, importer
 from lora_core.data.dataset import scan
+from lora_core.projects.project import OTHER_PROJECT
 from lora_core.runs import preflight
 from tests.waiting import PATIENCE, wait_for
 
@@ -434,6 +436,65 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
     assert shelf(client)[0]["mask"].startswith("a-masklabel.jpg?v=")
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("a-masklabel.jpg", "RGB"), ("a-masklabel.png", "RGBA"), ("a_mask.png", "1"), ("mask/a.webp", "RGB")],
+)
+def test_a_mask_that_was_changed_comes_back_byte_for_byte(
+    client: TestClient, app_state: AppState, name: str, mode: str
+) -> None:
+    imported(client, {"a.png": png()})
+    folder, size, buffer = app_state.project.image_folder, shelf(client)[0]["size"], io.BytesIO()
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGBA", size, (255, 255, 255, 90)).convert(mode).save(file)
+    former, painted = file.read_bytes(), Image.new("L", size, 200)
+    painted.save(buffer, "PNG")
+
+    def act(**sent: Any) -> dict[str, Any]:
+        answer = client.post("/easel/mask", json={"picture": "a.png", **sent}).json()
+        assert "problem" not in answer
+        return answer
+
+    def used() -> str:
+        return str(shelf(client)[0]["mask"]).partition("?")[0]
+
+    assert used() == name
+    # A stroke, and then all of it erased: no mask is left that a run would train with.
+    answers = [act(png=base64.b64encode(buffer.getvalue()).decode())]
+    assert used() == "a-masklabel.png"
+    while not answers[1:] or answers[-1]["left"]:
+        answers.append(act(png=None))
+    assert (used(), [one.mask for one in app_state.project.dataset().records]) == ("None", [None])
+    was: dict[str, Any] = {}
+    for answer in answers:
+        was.setdefault(answer["file"], answer["before"])
+    for put_back, data in was.items():
+        act(png=data, put_back=put_back)
+    assert (used(), file.read_bytes()) == (name, former)
+    assert {one.name for one in folder.rglob("a*") if one.is_file()} == {"a.png", file.name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.png", "b.png", "b_mask.png", "a-masklabel.txt", "../a_mask.png", "/mask/a.png", "mask/../b.png",
+     "link/mask/a.png", "mask/a\0.png", "a-condlabel.png"],
+)  # fmt: skip
+def test_only_a_mask_is_put_back(client: TestClient, app_state: AppState, tmp_path: Path, name: str) -> None:
+    imported(client, {"a.png": png(), "b.png": png(3)})
+    (tmp_path / "out" / "mask").mkdir(parents=True)
+    (app_state.project.image_folder / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    answer = client.post("/easel/mask", json={"picture": "a.png", "png": "AAAA", "put_back": name}).json()
+    assert answer["problem"].endswith("is no mask of a.png.")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+    for wrong in ("####", 3, [1]):
+        sent = {"picture": "a.png", "png": wrong, "put_back": "a_mask.png"}
+        assert (
+            client.post("/easel/mask", json=sent).json()["problem"] == "The mask of a.png is not in base64."
+        )
+
+
 def test_strokes_are_saved_without_reading_the_folder_again(
     client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +611,63 @@ def test_a_page_of_another_project_changes_nothing(client: TestClient, app_state
         "saved"
     ]
     assert caption.read_text() == "mine"
+
+
+def test_what_waits_while_another_project_is_opened_changes_nothing(
+    client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stroke that came before the other project was opened, and has its turn after it."""
+    opened, first = app_state.projects, app_state.project.path.name
+    opened.new("Other")
+    opened.open(first)
+    folders = [opened.folder / key / "pictures" for key in (first, "other")]
+    for folder in folders:
+        (folder / "a.png").write_bytes(png())
+        (folder / "a.txt").write_text("as it was")
+    lock = app_state.project._file_lock
+    acquire = lock.acquire
+
+    def switched(timeout: float) -> object:
+        other = threading.Thread(target=opened.open, args=("other",))
+        other.start()
+        other.join()
+        return acquire(timeout)
+
+    monkeypatch.setattr(lock, "acquire", switched)
+    sent = {"picture": "a.png", "text": "mine"}
+    answer = client.post("/easel/caption", json=sent, headers={"X-Easel-Project": first})
+    assert answer.json()["problem"] == OTHER_PROJECT
+    assert [(folder / "a.txt").read_text() for folder in folders] == ["as it was"] * 2
+    # Neither is locked for good.
+    monkeypatch.undo()
+    for key in (first, "other"):
+        opened.open(key)
+        assert client.post("/easel/caption", json=sent, headers={"X-Easel-Project": key}).json()["saved"]
+
+
+def test_fields_of_gradio_change_the_project_that_their_page_shows(app_state: AppState) -> None:
+    first = app_state.project.path.name
+    with TestClient(build_app(app_state, ["testserver"])) as page:
+        config = page.get("/config").json()
+
+        def fired(name: str, shown: str, *data: str) -> Any:
+            """The answer to the first event of a component, sent by a page that shows a project."""
+            own = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == name)
+            events = (
+                one for one in config["dependencies"] if own in [target for target, _ in one["targets"]]
+            )
+            sent = {"data": data, "fn_index": next(events)["id"], "session_hash": "page"}
+            return page.post("/gradio_api/run/predict", json=sent, headers={"X-Easel-Project": shown}).json()
+
+        assert "error" not in fired("trigger", first, "zwx")
+        assert app_state.project.draft()["trigger"] == "zwx"
+        app_state.projects.new("Other")
+        assert fired("trigger", first, "abc")["error"] == OTHER_PROJECT
+        assert not app_state.project.draft().get("trigger")
+        # What opens a project goes on in it.
+        assert "error" not in fired("use-demo", "other")
+        assert app_state.project.uses_demo
+    assert (app_state.project.path.parent / first / "draft.json").read_bytes().count(b"zwx") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes and no such names there")

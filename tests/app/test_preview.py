@@ -425,6 +425,10 @@ def test_a_mask_is_painted_over_the_image_of_the_form(app_state: AppState, tmp_p
     painted.paste("white", (0, 0, 4, 4))
     mask = paint_mask(app_state, {"image": str(image), "png": png_of(painted)})["mask"]
     assert Path(mask) == app_state.project.path / STARTS / "start-mask.png"
+    # It opens again as it was painted.
+    again = base64.b64decode(paint_mask(app_state, {"image": str(image), "mask": mask})["painted"])
+    with Image.open(io.BytesIO(again)) as opened:
+        assert abs(opened.convert("L").getpixel((0, 0)) - painted.convert("L").getpixel((0, 0))) < 9
     take_rows(app_state, {"rows": [], "fields": {"image": str(image), "mask": mask}, "rev": 1})
     snapshot = take_snapshot(app_state)
     shot = preview_form.build_request(snapshot, preview_form.load_fields(snapshot), [])

@@ -191,6 +191,15 @@ def test_a_painted_mask_is_for_an_inpainting_base(page, window: Any, tmp_path: P
     page.mouse.up()
     page.click("dialog button:has-text('Done')")
     page.wait_for_selector("dialog canvas", state="detached")
+    first = page.input_value("#start-mask input")
+    # By keys, over what was painted: the middle is erased, and made white again by undoing that.
+    page.focus("#paint-mask")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog canvas:focus")
+    for key in ("e", "]", "Space", "Control+z", "b", "ArrowRight", "Space", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector("dialog canvas", state="detached")
+    page.wait_for_function("first => document.querySelector('#start-mask input').value != first", arg=first)
     mask = Path(page.input_value("#start-mask input"))
     with Image.open(mask) as painted:
         assert (painted.mode, painted.size) == ("L", (128, 96))

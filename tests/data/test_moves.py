@@ -1,5 +1,6 @@
 """A picture and its caption stay together: whatever is killed, fails, or happens at once."""
 
+import base64
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_core.data.images import ImageInfo, check_mask_png
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits
 from lora_core.projects import project as moves
@@ -62,15 +64,26 @@ def test_a_mask_of_any_name_goes_with_its_image(project: Project, draw: Draw) ->
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from lora_core.projects.project import leave_out, take_back
-from lora_core.projects.project import Project
+from lora_core.projects.caption_edits import Edit, apply, undo
+from lora_core.projects.project import Project, leave_out, take_back
 
 folder, how, names = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 WRITES = ("os.rename", "os.remove", "os.mkdir", "shutil.copyfile")
+EDIT = Edit("replace", "words", "signs")
+WORKS = {
+    "caption": lambda project: project.save_caption("a.png", "other words"),
+    "stroke": lambda project: project.write_mask("a.png", names[-1]),
+    "edit": lambda project: apply(project, EDIT, None),
+    "undo": undo,
+}
 
-def act(placed):
+def move(project):
+    (take_back if (folder / "left out" / names[0]).exists() else leave_out)(project, names)
+
+def act(placed, work=move):
     project = Project(folder)
-    work = take_back if (folder / "left out" / names[0]).exists() else leave_out
+    if work is undo:
+        apply(project, EDIT, None)
     left = placed
 
     def hook(event, arguments):
@@ -82,13 +95,13 @@ def act(placed):
 
     if placed:
         sys.addaudithook(hook)
-    work(project, names)
+    work(project)
 
-def round(placed, wait):
+def round(placed, wait, *work):
     child = os.fork()
     if not child:
         try:
-            act(placed)
+            act(placed, *work)
         except BaseException as error:
             print(error, file=sys.stderr)
             os._exit(1)
@@ -102,7 +115,11 @@ def round(placed, wait):
     sys.stdin.readline()
     return os.WIFSIGNALED(status)
 
-if how == "placed":
+if how in WORKS:
+    placed = 1
+    while round(placed, None, WORKS[how]):
+        placed += 1
+elif how == "placed":
     for _ in range(2):
         placed = 1
         while round(placed, None):
@@ -138,6 +155,43 @@ def test_a_kill_parts_no_picture_from_its_caption(project: Project, how: str) ->
     assert kills >= 10 or how != "placed"
     assert places == {"pictures", "left out"}
     assert not (project.path / moves.JOURNAL).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+@pytest.mark.parametrize("how", ["caption", "stroke", "edit", "undo"])
+def test_a_kill_loses_no_caption_and_no_mask(project: Project, draw: Draw, tmp_path: Path, how: str) -> None:
+    """At each write: every file is as it was or as it will be, and what was edited can be undone."""
+    draw(tmp_path / "new.png", (16, 16), 9)
+    stroke = base64.b64encode((tmp_path / "new.png").read_bytes()).decode()
+    new_mask = check_mask_png(stroke, ImageInfo(16, 16, False), "")
+    command = [sys.executable, "-c", KILLED, str(project.path), how, json.dumps([stroke])]
+    mask = project.image_folder / "a-masklabel.png"
+    old, old_mask, ends = {name: f"words of {name}" for name in NAMES}, mask.read_bytes(), list[str]()
+    new = {name: words.replace("words", "signs") for name, words in old.items()}
+    new = {**old, "a.png": "other words"} if how == "caption" else new
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            ends.append(line.strip())
+            again = Project(project.path)
+            found = {name: record.caption for name, record in again.images().items()}
+            assert all(found[name] in (old[name], new[name]) for name in NAMES)
+            assert mask.read_bytes() in (old_mask, new_mask)
+            assert again.dataset().problems == []
+            if how in ("edit", "undo"):
+                # What is noted comes before what is written, so that it can be taken back.
+                assert found == old or caption_edits.last_change(again)
+                if caption_edits.last_change(again):
+                    caption_edits.undo(again)
+                assert {name: record.caption for name, record in again.images().items()} == old
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0
+    assert ends == ["killed"] * (len(ends) - 1) + ["done"]
+    assert len(ends) > (6 if how in ("edit", "undo") else 2)
+    assert found == (new if how in ("caption", "edit") else old)
+    assert (mask.read_bytes() == new_mask) == (how == "stroke")
 
 
 @pytest.mark.parametrize(

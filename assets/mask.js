@@ -1,17 +1,19 @@
-// The Dataset tab's mask editor: a canvas over the large image, white where the image counts. It is saved beside the
-// image after each stroke; the former mask comes back with Cancel, and with Ctrl+Z once the editor is left.
+// Masks painted over an image, white where it counts, with brush, eraser and fill, by mouse and by keys. The Dataset tab's is
+// saved beside the image after each stroke; the former mask comes back with Cancel, and with Ctrl+Z once the editor is left.
+// `easel.paintMask` opens one elsewhere.
 (() => {
   const easel = window.easel;
   const { one, all, post, t } = easel;
   const MOST = 1024, MOST_STEPS = 30, TOOLS = ["brush", "eraser", "fill"];
 
-  let paint = null;  // while a mask is edited: its image, context, tool, size, where the pen is, and what was before
+  // While a mask is edited: within what, its context, tool, size, where the pen is and its steps; what a `stroke` and the
+  // `end` ("done", "remove" or "cancel") do.
+  let paint = null;
 
-  const canvas = () => one("#picture-big canvas");
-  const png = () => canvas().toDataURL("image/png").split(",")[1];
-  // The painted mask; null for nothing without a mask before.
-  const painted = () => (paint.before === null && !snapshot().data.some((value, index) => index % 4 < 3 && value) ? null : png());
+  const canvas = () => paint.context.canvas;
   const snapshot = () => paint.context.getImageData(0, 0, canvas().width, canvas().height);
+  // The painted mask; null for nothing: an all-black mask is none.
+  const painted = () => (snapshot().data.some((value, index) => index % 4 < 3 && value) ? canvas().toDataURL("image/png").split(",")[1] : null);
   const keep = () => {
     paint.past.push(snapshot());
     paint.past.splice(0, paint.past.length - MOST_STEPS);
@@ -22,13 +24,13 @@
     if (!image) return;
     into.push(snapshot());
     paint.context.putImageData(image, 0, 0);
-    store();
+    paint.stroke();
   };
 
   const showTools = () => {
-    for (const button of all("[data-mask-tool]")) button.setAttribute("aria-pressed", button.dataset.maskTool === paint.tool);
-    one("#mask-size").value = paint.size;
-    const ring = one("#picture-big .pen"), [x, y] = paint.at, { width, height } = canvas();
+    for (const button of all("[data-mask-tool]", paint.within)) button.setAttribute("aria-pressed", button.dataset.maskTool === paint.tool);
+    one("[data-mask-size]", paint.within).value = paint.size;
+    const ring = one(".pen", paint.within), [x, y] = paint.at, { width, height } = canvas();
     Object.assign(ring.style, { left: `${100 * x / width}%`, top: `${100 * y / height}%`, width: `${100 * paint.size / width}%` });
     ring.hidden = paint.tool === "fill";
   };
@@ -67,43 +69,72 @@
   };
   const press = (to) => { keep(); if (paint.tool === "fill") fill(to); else line(to, to); };
 
-  // Not where another image was chosen meanwhile.
   const enter = (state) => {
-    if (paint || easel.chosenPicture()?.name !== state.name) return;
     paint = state;
-    one("#picture-big").classList.add("painting");
-    one("#mask-bar").hidden = canvas().hidden = false;
+    one(".frame", state.within).classList.add("painting");
+    one(".mask-bar", state.within).hidden = canvas().hidden = false;
     showTools();
     canvas().focus();
   };
-  const start = async () => {
-    const picture = easel.chosenPicture();
-    if (!picture || paint) return;
-    const place = canvas(), [wide, high] = picture.whole, scale = Math.min(1, MOST / Math.max(wide, high));
+  const leave = () => {
+    const { within } = paint;
+    one(".frame", within).classList.remove("painting");
+    one(".mask-bar", within).hidden = canvas().hidden = one(".pen", within).hidden = true;
+    paint = null;
+  };
+  // A mask over an image of those sides, begun with the one at an address if there is one.
+  const begin = async (within, [wide, high], address, own) => {
+    const place = one("canvas", within), scale = Math.min(1, MOST / Math.max(wide, high));
     [place.width, place.height] = [Math.max(1, Math.round(wide * scale)), Math.max(1, Math.round(high * scale))];
     const context = place.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "black";
     context.fillRect(0, 0, place.width, place.height);
-    if (picture.mask) {
+    if (address) {
       const image = new Image();
-      image.src = `/easel/picture/dataset/${picture.mask}`;
+      image.src = address;
       await image.decode();
       context.drawImage(image, 0, 0, place.width, place.height);
     }
-    const before = picture.mask ? png() : null, size = Math.round(Math.max(place.width, place.height) / 8);
-    enter({ name: picture.name, before, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], pen: null });
+    const size = Math.round(Math.max(place.width, place.height) / 8);
+    return { within, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], pen: null, ...own };
+  };
+  // Opens an editor in `within`; answers what closes it.
+  easel.paintMask = async (within, sides, address, end) => {
+    paint?.end("done");
+    const state = await begin(within, sides, address, { stroke: () => {}, end: (how) => end(how === "done" ? painted() : null, how) });
+    enter(state);
+    return () => { if (paint === state) leave(); };
   };
 
-  const leave = () => {
-    paint = null;
-    one("#picture-big").classList.remove("painting");
-    one("#mask-bar").hidden = canvas().hidden = one("#picture-big .pen").hidden = true;
+  // ---- the mask of an image of the dataset ------------------------------------------------------------------------
+  // Not where another image was chosen meanwhile.
+  const open = (state) => { if (!paint && easel.chosenPicture()?.name === state.name) enter(state); };
+  const start = async () => {
+    const picture = easel.chosenPicture();
+    if (!picture || paint) return;
+    // `was` has each file that is written, as it was.
+    const own = { name: picture.name, had: Boolean(picture.mask), was: {}, stroke: store, end: finish };
+    const state = await begin(one("#picture-detail"), picture.whole, picture.mask && `/easel/picture/dataset/${picture.mask}`, own);
+    open(state);
+    if (paint === state) state.before = painted();
   };
-  // Writes a mask, or removes it with null; the first answer has the file that was there, as it was.
-  const write = async (state, data) => {
-    const answer = await post("mask", { picture: state.name, png: data }).catch((error) => ({ problem: error.message }));
-    if (answer.problem) { easel.toast(answer.problem, "bad"); return false; }
-    if (state.was === undefined) state.was = answer.before;
+  const told = async (state, body) => {
+    const answer = await post("mask", { picture: state.name, ...body }).catch((error) => ({ problem: error.message }));
+    if (answer.problem) easel.toast(answer.problem, "bad");
+    return answer;
+  };
+  // Writes a mask; null removes it, and those that it took the place of.
+  const write = async (state, png) => {
+    let answer;
+    do {
+      answer = await told(state, { png });
+      if (answer.problem) return false;
+      if (!(answer.file in state.was)) state.was[answer.file] = answer.before;
+    } while (png === null && answer.left);
+    return true;
+  };
+  const putBack = async (state) => {
+    for (const [file, png] of Object.entries(state.was)) if ((await told(state, { png, put_back: file })).problem) return false;
     return true;
   };
   // Saves after a stroke: one request at a time, and of strokes that wait only the last.
@@ -116,31 +147,27 @@
       state.storing = null;
     })();
   };
-  const send = (state, data) => async () => {
-    const done = await write(state, data);
-    if (done) await easel.load();
-    return done;
-  };
   // Leaves the editor with the mask as it is painted, as it was, or without one; comes back where it cannot be saved.
-  const finish = (data) => {
-    const state = paint, { before } = state, now = painted(), inside = document.activeElement.closest("#picture-big, #mask-bar");
+  const finish = (how) => {
+    const state = paint, now = painted(), data = how === "remove" ? null : now, same = now === state.before, inside = document.activeElement.closest(".painting, .mask-bar");
+    const kept = how === "cancel" || (how === "done" && same), touched = () => Object.keys(state.was).length > 0;
     leave();
     if (inside) one("#mask-start").focus();
-    if (data === before && now === before && !state.storing) return;
     easel.inTurn(async () => {
       await state.storing;
-      const back = () => state.was ?? null, kept = data === before;
-      if (!(await send(state, kept && state.was !== undefined ? back() : data)())) { enter(state); return; }
-      if (now === before && kept) return;
+      if (!touched() && (kept || (data === null && !state.had))) return;
+      const then = (work) => async () => { const done = await work(); if (done) await easel.load(); return done; };
+      const undo = then(() => putBack(state)), redo = kept ? undo : then(() => write(state, data));
+      if (!(await redo())) { open(state); return; }
+      if (kept && same) return;
       const words = kept ? t("Mask as it was.") : data ? t("1 mask saved.") : t("1 mask removed.");
-      easel.did(words, send(state, kept ? now : back() ?? (data ? null : before)), send(state, kept ? back() : data));
+      easel.did(words, kept ? then(() => write(state, now)) : undo, redo);
     });
   };
-  const save = () => finish(painted());
 
-  // What else the page does with images: a mask that is being painted is kept first.
-  easel.leaveMask = (name) => { if (paint && paint.name !== name) save(); };
-  addEventListener("pagehide", () => { if (paint?.pen || paint?.storing) post("mask", { picture: paint.name, png: painted() }, { keepalive: true }); });
+  // Other actions of the page with images keep a mask in progress first.
+  easel.leaveMask = (name) => { if (paint?.name && paint.name !== name) finish("done"); };
+  addEventListener("pagehide", () => { if (paint?.name && (paint.pen || paint.storing)) post("mask", { picture: paint.name, png: painted() }, { keepalive: true }); });
 
   const pointAt = ({ clientX, clientY }) => {
     const { left, top, width, height } = canvas().getBoundingClientRect();
@@ -161,20 +188,20 @@
     if (paint.pen && paint.tool !== "fill") { line(paint.pen, paint.at); paint.pen = paint.at; }
     showTools();
   });
-  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { if (paint?.pen) { paint.pen = null; store(); } });
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { if (paint?.pen) { paint.pen = null; paint.stroke(); } });
 
   document.addEventListener("keydown", (event) => {
-    if (!paint || !event.target.closest?.("#picture-big, #mask-bar")) return;
+    if (!paint?.within.contains(event.target) || !event.target.closest(".painting, .mask-bar")) return;
     const key = event.key.toLowerCase(), control = event.ctrlKey || event.metaKey;
     const by = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] }[key], tool = TOOLS.find((name) => name[0] === key);
     const onCanvas = event.target === canvas();
     if (control && (key === "z" || key === "y")) stepBack(key === "y" || event.shiftKey);
     else if (control) return;
-    else if (key === "escape") save();
+    else if (key === "escape") paint.end("done");
     else if (tool) paint.tool = tool;
     else if (key === "[" || key === "]") resize(paint.size * (key === "[" ? 0.8 : 1.25));
-    else if (onCanvas && key === "enter") save();
-    else if (onCanvas && key === " ") { press(paint.at); store(); }
+    else if (onCanvas && key === "enter") paint.end("done");
+    else if (onCanvas && key === " ") { press(paint.at); paint.stroke(); }
     else if (onCanvas && by) paint.at = within(paint.at.map((at, axis) => at + by[axis] * Math.max(2, paint.size / 4)));
     else return;
     event.preventDefault();
@@ -186,12 +213,10 @@
     const target = event.target.closest("button");
     if (!target) return;
     if (target.id === "mask-start") easel.inTurn(start);
-    else if (!paint) return;
+    else if (!paint?.within.contains(target)) return;
     else if (target.dataset.maskTool) { paint.tool = target.dataset.maskTool; showTools(); canvas().focus(); }
-    else if (target.id === "mask-undo") stepBack(false);
-    else if (target.id === "mask-done") save();
-    else if (target.id === "mask-remove") finish(null);
-    else if (target.id === "mask-cancel") finish(paint.before);
+    else if (target.dataset.maskDo === "undo") stepBack(false);
+    else if (target.dataset.maskDo) paint.end(target.dataset.maskDo);
   });
-  document.addEventListener("input", (event) => { if (paint && event.target.id === "mask-size") resize(Number(event.target.value)); });
+  document.addEventListener("input", ({ target }) => { if (paint && target.dataset.maskSize !== undefined) resize(Number(target.value)); });
 })();
