@@ -319,8 +319,10 @@
     if (note) note.hidden = !is;
   };
   window.fetch = async (address, options = {}) => {
-    // Names, settings and files belong to a project: a stale page, Gradio's fields included, must not change another one.
-    if (options.method === "POST" && window.easel.project !== undefined) {
+    const event = String(address).includes("/gradio_api/run");
+    // Names, settings and files belong to a project: a stale page, Gradio's fields included, must not change another one. The
+    // demo's button opens its own.
+    if (options.method === "POST" && window.easel.project !== undefined && !(event && window.easel.joining)) {
       options = { ...options, headers: new Headers(options.headers) };
       options.headers.set("X-Easel-Project", encodeURIComponent(window.easel.project));
     }
@@ -328,7 +330,7 @@
       const answer = await call(address, options);
       away(false);
       // Gradio draws what its events bring a moment later.
-      if (String(address).includes("/gradio_api/run")) settleSoon();
+      if (event) settleSoon();
       return answer;
     } catch (error) {
       if (error instanceof TypeError) away(true);
