@@ -374,11 +374,9 @@ def paint_mask(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         if not image.name:
             raise DatasetError(_("There is no image to paint on; give one to start from."))
         mask = Path(str(sent.get("mask") or "").strip().strip('"'))
-        files = {"shown": image} | ({"painted": mask} if mask.is_file() else {})
-        return {
-            name: base64.b64encode(make_thumbnail(file, PAINTED_SIDE)).decode()
-            for name, file in files.items()
-        }
+        files = [("shown", image, False), ("painted", mask, True)][: 2 if mask.is_file() else 1]
+        made = ((name, make_thumbnail(file, PAINTED_SIDE, is_mask)) for name, file, is_mask in files)
+        return {name: base64.b64encode(data).decode() for name, data in made}
     data = check_mask_png(str(sent["png"]), check_image(image, image.name), image.name)
     file = unused_path(app_state.project.path / STARTS, f"{image.stem}-mask", ".png")
     with wrap_os_errors(DatasetError, f"{file} cannot be written"):

@@ -467,13 +467,17 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[1] - high) <= max(1.0, _SHAPES_APART * high)
 
 
-def make_thumbnail(path: Path, side: int = 256) -> bytes:
-    """A WebP of the image that fits into a square of `side` pixels.
+def make_thumbnail(path: Path, side: int = 256, mask: bool | None = None) -> bytes:
+    """A WebP of the image that fits into a square of `side` pixels; of a mask on black, as it counts. Without
+    `mask`, the file's name tells whether it is one.
 
     Raises:
         DatasetError: as `open_rgb`.
     """
-    small = open_rgb(path, side)
+    if mask is None:
+        named = fold_name(path.stem).endswith((*MASK_ENDINGS, *MASK_OF))
+        mask = named or _MASK_FOLDER.fullmatch(fold_name(path.parent.name)) is not None
+    small = open_rgb(path, side, "black" if mask else "white")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return encode_file(small, "WEBP", quality=80, method=2)
 

@@ -460,6 +460,9 @@ def test_a_mask_that_was_changed_comes_back_byte_for_byte(
         return str(shelf(client)[0]["mask"]).partition("?")[0]
 
     assert used() == name
+    # It opens as it counts: what is see-through is on black.
+    with Image.open(io.BytesIO(client.get(f"/easel/picture/dataset/{name}").content)) as opened:
+        assert abs(opened.convert("L").getpixel((0, 0)) - (90 if mode == "RGBA" else 255)) < 4  # type: ignore[operator]
     # A stroke, and then all of it erased: no mask is left that a run would train with.
     answers = [act(png=base64.b64encode(buffer.getvalue()).decode())]
     assert used() == "a-masklabel.png"
