@@ -401,8 +401,8 @@ def _cancelled(found: Download) -> DownloadCancelled:
 
 
 def files_to_upload(file: Path, card: str, license: str = "") -> dict[str, Path | bytes]:
-    """The files of an upload, by name: itself, its preview image if there is one, those of its new tokens, and
-    its model card as README.md.
+    """The files of an upload, by name: itself, its preview image if there is one, its new tokens, and its
+    model card as README.md.
 
     Args:
         license: the hub's name of one, for the card; "" states none.
