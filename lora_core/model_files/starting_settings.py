@@ -144,7 +144,7 @@ def settings_from_lora(path: Path) -> LoraSettings:
         ConfigError: it is a configuration that cannot be read, or of no trainer that is known.
     """
     if path.suffix.casefold() in CONFIG_SUFFIXES:
-        return _from_trainer(path)
+        return _without_unused(_from_trainer(path))
     header = read_header(path)
     texts = header.metadata
     if CONFIG_KEY in texts:
@@ -157,6 +157,18 @@ def settings_from_lora(path: Path) -> LoraSettings:
         _take_from_layers(header, found)
     if not found.values:
         raise AdapterFileError(f"{path.name} has no record of its training, and no known layer.")
+    return _without_unused(found)
+
+
+def _without_unused(found: LoraSettings) -> LoraSettings:
+    """The settings without those that mean nothing to the kind of adapter, which other trainers ignore and
+    which would keep a run from its start here."""
+    row = ADAPTER_KINDS[found.values.get("adapter.kind", FIELDS["adapter.kind"].default)]
+    for name in row.unused:
+        if (value := found.values.pop(name, FIELDS[name].default)) != FIELDS[name].default:
+            found.left.append(
+                f"{label_of(name)} is {_short(value)} there, which means nothing to {row.title}."
+            )
     return found
 
 

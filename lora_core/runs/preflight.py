@@ -382,6 +382,8 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
         )
     elif row.one_rate and config.adapter.new_tokens and optim.token_lr != optim.lr:
         wrong = f"{row.title} works with one learning rate; set optimizer.token_lr to {optim.lr:g} too."
+    elif config.adapter.new_tokens and not optim.stop_text_encoder_at:
+        wrong = "optimizer.stop_text_encoder_at = 0 keeps new tokens as they start; raise it, or empty them."
     elif optim.range_test and config.slider.on:
         wrong = "The range test measures images, and a slider has none; give optimizer.lr a number."
     elif optim.range_test and row.one_rate:

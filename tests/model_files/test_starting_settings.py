@@ -286,7 +286,7 @@ def test_nonsense_is_left_out_and_said(tmp_path: Path, metadata: dict[str, str])
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="says nothing"):
+    with pytest.raises(AdapterFileError, match="has no record of its training"):
         settings_from_lora(lora(tmp_path, layers={"a.weight": [4, 4]}))
     with pytest.raises(AdapterFileError, match="cannot be read"):
         settings_from_lora(lora(tmp_path, {"lora_easel.config": "= ="}))

@@ -244,6 +244,8 @@ def test_what_a_run_cannot_do_with_tokens_is_said_before_it_starts(own_toy: Toy)
     assert said(**ZWX, optimizer__name="prodigy", optimizer__lr=1.0) == {
         "Prodigy works with one learning rate; set optimizer.token_lr to 1 too.": True
     }
+    (frozen,) = said(**ZWX, optimizer__stop_text_encoder_at=0.0)
+    assert frozen.startswith("optimizer.stop_text_encoder_at = 0 keeps new tokens as they start")
 
 
 def test_the_base_makes_prior_images_of_the_words_that_a_token_starts_from(shared_toy: Toy) -> None:
