@@ -151,6 +151,22 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     return parameters * _HALF + len(adapted) * HEADER_A_LAYER or None
 
 
+def target_shapes(facts: BaseFacts, config: RunConfig) -> dict[str, Sequence[int]]:
+    """The shapes of the layers that the settings name, trained or not, by "part.path"; empty if the base is
+    unknown."""
+    if (family := facts.family) is None:
+        return {}
+    try:
+        layout, targets = base_layout(facts.path, family), named_targets(config.adapter.targets, family)
+        return {
+            f"{part}.{path}": shape
+            for (part, path), shape in layout.items()
+            if (pattern := targets.pattern(part)) and pattern.fullmatch(path)
+        }
+    except (OSError, LoraError, ValueError, KeyError):
+        return {}
+
+
 def adapted_shapes(facts: BaseFacts, config: RunConfig) -> list[tuple[int, Sequence[int]]]:
     """The rank of each layer to adapt and the shape of its weight; empty if the base is unknown."""
     family, section = facts.family, config.adapter
@@ -158,17 +174,12 @@ def adapted_shapes(facts: BaseFacts, config: RunConfig) -> list[tuple[int, Seque
         return []
     rates = (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr)
     trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
+    adapted = {
+        name: one for name, one in target_shapes(facts, config).items() if name.split(".")[0] in trained
+    }
     try:
-        layout = base_layout(facts.path, family)
-        targets = named_targets(config.adapter.targets, family)
-        patterns = {part: pattern for part in trained if (pattern := targets.pattern(part))}
-        adapted = {
-            f"{part}.{path}": shape
-            for (part, path), shape in layout.items()
-            if part in patterns and patterns[part].fullmatch(path)
-        }
         ranks = last_matches(section.block_ranks, adapted)
-    except (OSError, LoraError, ValueError, KeyError):
+    except LoraError:
         return []
     usual = {name: section.conv_rank if math.prod(shape[2:]) > 1 else 0 for name, shape in adapted.items()}
     found = ((ranks.get(name, usual[name] or section.rank), shape) for name, shape in adapted.items())

@@ -66,6 +66,7 @@ from lora_core.settings.schema import (
     DatasetSection,
     LossSection,
     Quantization,
+    last_matches,
     parse_new_tokens,
     require_package,
 )
@@ -153,7 +154,7 @@ def preflight(
         own = None if card else find_card(config.train.device)
         free = card() if card else own.free() if own else None
         found += targets or _room(config, workspace, facts, records, free)
-        found += _convolutions(config, facts)
+        found += [*_convolutions(config, facts), *_patterns(config, facts)]
     found += _busy(workspace)
     return sorted(found, key=lambda problem: not problem.blocking)
 
@@ -289,6 +290,22 @@ def check_kind(config: RunConfig) -> None:
             f"The file {file} that adapter.init names is a {found}, which a {row.title} cannot continue;"
             f" {advice}."
         )
+
+
+def _patterns(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """Patterns that match no layer, which stop the run when its base is opened."""
+    tables = ("adapter.block_ranks", "adapter.block_alphas", "optimizer.block_lr")
+    names = sizes.target_shapes(facts, config)
+    return [
+        RunProblem(
+            "targets",
+            f"{table} has the pattern {pattern!r}, which matches no adapted layer; layers are called like"
+            f" {next(iter(names))}.",
+        )
+        for table in tables
+        for pattern in config.get(table)
+        if names and not last_matches({pattern: 1}, names)
+    ]
 
 
 def _convolutions(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:

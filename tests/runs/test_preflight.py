@@ -421,6 +421,20 @@ def test_a_rank_of_convolutions_where_none_is_adapted_is_said(config: RunConfig,
     assert found(config, tmp_path, adapter__conv_rank=4, adapter__targets="locon") == []
 
 
+@pytest.mark.parametrize("table", ["adapter__block_ranks", "adapter__block_alphas", "optimizer__block_lr"])
+def test_a_pattern_that_matches_no_layer_stops_before_the_start(
+    config: RunConfig, tmp_path: Path, table: str
+) -> None:
+    """One of the text encoder, which the demo's preset does not train, is for a layer all the same."""
+    assert found(config, tmp_path, adapter__targets="kohya", **{table: {"text_encoder.*mlp": 1}}) == []
+    (one,) = found(config, tmp_path, **{table: {"mid_blok": 1, "unet": 2}})
+    assert (one.kind, one.blocking) == ("targets", True)
+    assert (
+        f"{table.replace('__', '.')} has the pattern 'mid_blok', which matches no adapted layer"
+        in one.sentence
+    )
+
+
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, loss__huber_delta=0.5)
     assert one.sentence == "loss.huber_delta has no effect while loss.type is mse; it is for huber."
