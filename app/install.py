@@ -580,8 +580,8 @@ def uninstall(words: list[str]) -> None:
 
 def find_workspace() -> Path | None:
     """The workspace that a start without options uses, None where .venv cannot say."""
-    said = ask_python("from lora_core.system.files import workspace_path; print(workspace_path())")
-    return Path(said) if said else None
+    found = ask_python("from lora_core.system.files import workspace_path; print(workspace_path())")
+    return Path(found) if found else None
 
 
 LIVE = """import pathlib, sys

@@ -216,7 +216,7 @@ class AppState:
         self.list_images: Callable[[], bytes] = bytes
         self.listing = threading.Lock()
         self.greet: Callable[[str], None] = lambda languages: None
-        self.like_said = ""
+        self.like_note = ""
         self.has_password = False
         self.places = RecentPaths(workspace / "places.json")
         self.tools = OtherTools(self.places)
@@ -305,7 +305,7 @@ class AppState:
         """Reset per-project view state after switching projects."""
         self.jobs.choose_anew()
         self.render_queue.clear()
-        self.like_said = ""
+        self.like_note = ""
 
     def close(self) -> None:
         """End what must end with the window; runs continue."""

@@ -231,7 +231,7 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     switched = app_state.project.path != before
     if switched:
         app_state.reset_project_view()
-    return {**_shelves(app_state), "switched": switched, "said": note}
+    return {**_shelves(app_state), "switched": switched, "done": note}
 
 
 def _restored(app_state: AppState, place: str) -> str:

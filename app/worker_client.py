@@ -86,7 +86,7 @@ class WorkerClient:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        """Held while the process is looked at, started or ended, so that each sees what the others did."""
+        """Held while the process is checked, started or ended, so that each sees what the others did."""
         self._closed = False
 
     @property
@@ -231,12 +231,12 @@ class WorkerClient:
         if reply.dropped:
             # Cancelled while the process started.
             self.cancel(reply)
-        looked = time.monotonic()
+        last_look = time.monotonic()
         for message in _messages(process.stdout):
             if message.get("id") == reply.request["id"] and self._take(reply, message):
                 return
-            if self._on_card and time.monotonic() - looked >= LOOK_AROUND_EVERY:
-                looked = time.monotonic()
+            if self._on_card and time.monotonic() - last_look >= LOOK_AROUND_EVERY:
+                last_look = time.monotonic()
                 if self.is_needed_elsewhere(0.0):
                     self.release()
         self.ready = False

@@ -18,7 +18,7 @@
     else if (check.state === "idle") line.textContent = t("Checking {images} takes a while.", { images: plural(easel.shelf().pictures.length, "image") });
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
-    one("#learned > summary").textContent = `${t("What will be learned")}${check.told && !easel.shelf().fixed ? `, ${plural(check.told, "note")}` : ""}`;
+    one("#learned > summary").textContent = `${t("What will be learned")}${check.notes && !easel.shelf().fixed ? `, ${plural(check.notes, "note")}` : ""}`;
     easel.fill(place, check.html.learned);
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
     marked();

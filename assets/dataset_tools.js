@@ -163,8 +163,8 @@
 
   // Separate from the preview, which is rebuilt as soon as captions change.
   const outcome = (text, bad = false) => {
-    one("#bulk-said").className = bad ? "problem" : "small";
-    one("#bulk-said").textContent = text;
+    one("#bulk-note").className = bad ? "problem" : "small";
+    one("#bulk-note").textContent = text;
   };
 
   const rowOf = ({ picture, pieces, mask }) => {
@@ -195,9 +195,9 @@
     if (before !== of(state) && one("#bulk")?.open && one("#bulk-do").value === what) soon();
   };
 
-  let looked = 0;
+  let lookup = 0;
   const preview = async () => {
-    const form = one("#bulk-form"), number = ++looked;
+    const form = one("#bulk-form"), number = ++lookup;
     if (!form) return;
     const kind = one("#bulk-do").value, masks = kind === "mask", replace = kind === "replace";
     all("[data-for]", form).forEach((node) => { node.hidden = !node.dataset.for.split(" ").includes(kind); });
@@ -213,7 +213,7 @@
       return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }
     const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
-    if (number !== looked) return;
+    if (number !== lookup) return;
     allow(!answer.problem && answer.changed > 0, answer.problem ?? (masks ? t("No mask would be written") : t("No caption would change")));
     if (answer.problem) return bulkSay(answer.problem, true);
     if (masks) {
@@ -453,7 +453,7 @@
   let typing = null;
   // Only a previewed change can be applied: a response still in flight is out of date.
   const soon = () => {
-    looked += 1;
+    lookup += 1;
     allow(false, t("What would change is being looked up"));
     clearTimeout(typing);
     typing = setTimeout(preview, 150);

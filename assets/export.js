@@ -33,24 +33,24 @@
   const write = async (button, path, note) => {
     const words = button.textContent, focused = document.activeElement === button, mine = turn;
     Object.assign(button, { disabled: true, textContent: t("Writing…"), title: t("The file is being written.") });
-    const said = await post(path, choice());
+    const reply = await post(path, choice());
     Object.assign(button, { disabled: false, textContent: words, title: "" });
     // A disabled element loses the keyboard focus.
     if (focused && document.activeElement === document.body) button.focus();
     const place = one(note);
     if (mine !== turn) {
       // Another file was chosen meanwhile, and is shown.
-      if (said.problem) window.easel.toast(said.problem, "bad");
+      if (reply.problem) window.easel.toast(reply.problem, "bad");
       else window.easel.toast(t("The file that you asked for before is written."));
-      if (said.link) location.assign(said.link);
+      if (reply.link) location.assign(reply.link);
       return;
     }
-    if (said.problem) { place.replaceChildren(problem(said.problem)); return; }
-    place.innerHTML = said.written ?? said.copied;
+    if (reply.problem) { place.replaceChildren(problem(reply.problem)); return; }
+    place.innerHTML = reply.written ?? reply.copied;
     const works = worksIn();
     unwritten ??= works.innerHTML;
-    works.innerHTML = said.works_in;
-    if (said.link) location.assign(said.link);
+    works.innerHTML = reply.works_in;
+    if (reply.link) location.assign(reply.link);
   };
 
   // ---- the report ---------------------------------------------------------------------------------------------------
@@ -83,8 +83,8 @@
     if (quick) window.easel.toast(t("The report of {run} is being made.", { run }));
     tell("working", "");
     const box = one("#report-measure");
-    const said = await inTurn(() => post("report/start", { run, measure: !quick && box.checked && !box.disabled }));
-    if (said.problem) tell("error", said.problem);
+    const reply = await inTurn(() => post("report/start", { run, measure: !quick && box.checked && !box.disabled }));
+    if (reply.problem) tell("error", reply.problem);
   };
 
   document.addEventListener("click", (event) => {

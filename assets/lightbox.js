@@ -26,10 +26,10 @@
     const button = (text, act, more = {}) => { const made = make("button", { type: "button", className: "own", textContent: text, ...more }); made.addEventListener("click", act); return made; };
     const flipOf = () => row[at].dataset.flip || (kind(row[at]) === "large" && at ? addressOf(row[0]) : "");
     const show = async () => {
-      const base = flipOf(), { words: said = "" } = row[at].dataset;
+      const base = flipOf(), { words: alt = "" } = row[at].dataset;
       flipped &&= Boolean(base);
       image.src = flipped ? base : addressOf(row[at]);
-      image.alt = said || row[at].alt || "";
+      image.alt = alt || row[at].alt || "";
       words.textContent = `${flipped ? t("Base. ") : ""}${image.alt}`;
       flip.textContent = flipped ? t("Show LoRA") : t("Show base");
       Object.assign(flip, { hidden: !base, title: t("Space") });

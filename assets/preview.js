@@ -240,8 +240,8 @@
 
   // ---- files: a LoRA is added, an image's settings are shown --------------------------------------------------------
   let infotext = "";
-  const report = (said) => {
-    one("#preview-report").replaceChildren(said.problem ? make("p", { className: "problem", textContent: said.problem, attributes: { role: "alert" } }) : make("div", { innerHTML: said.html }));
+  const report = (reply) => {
+    one("#preview-report").replaceChildren(reply.problem ? make("p", { className: "problem", textContent: reply.problem, attributes: { role: "alert" } }) : make("div", { innerHTML: reply.html }));
   };
   const openFile = async (file) => {
     if (timer) { hold(); await send(); }

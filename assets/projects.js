@@ -12,7 +12,7 @@
 
   const open = async () => {
     say("");
-    one("#projects-said").textContent = "";
+    one("#projects-done").textContent = "";
     // The previous list would be replaced while the user acts on it.
     one("#projects-shelves").replaceChildren();
     one("#projects").showModal();
@@ -27,7 +27,7 @@
     if (answer.switched) return location.reload();
     show(answer);
     say("");
-    one("#projects-said").textContent = answer.said;
+    one("#projects-done").textContent = answer.done;
   };
 
   // Asked in the row itself, next to its item.

@@ -154,8 +154,8 @@
     else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") inTurn(() => post("toolbox/cancel", {}));
     else if (data.toolboxAct) begin("toolbox/act", { do: data.toolboxAct });
-    else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((said) => {
-      if (said.problem) return tell("error", said.problem);
+    else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((reply) => {
+      if (reply.problem) return tell("error", reply.problem);
       refill();
       openTab("Train");
     });
@@ -174,9 +174,9 @@
   };
   window.easel.openLora = async (file) => {
     if (seen) tell("working", t("{name} is being read", { name: file.name }));
-    const said = await window.easel.upload("toolbox/file", file);
-    if (!said.problem) return inspect(said.file);
-    if (seen) tell("error", said.problem); else window.easel.toast(said.problem, "bad");
+    const reply = await window.easel.upload("toolbox/file", file);
+    if (!reply.problem) return inspect(reply.file);
+    if (seen) tell("error", reply.problem); else window.easel.toast(reply.problem, "bad");
   };
   document.addEventListener("change", ({ target }) => {
     if (target.id !== "toolbox-upload" || !target.files.length) return;

@@ -5,11 +5,11 @@
   const { one, all, make, dialog, refill, t, toast } = window.easel;
 
   // Problems are shown; null then.
-  const told = (said) => {
-    if (said.problem) toast(said.problem, "bad");
-    return said.problem ? null : said;
+  const unwrap = (reply) => {
+    if (reply.problem) toast(reply.problem, "bad");
+    return reply.problem ? null : reply;
   };
-  const post = (path, body) => window.easel.post(path, body).then(told);
+  const post = (path, body) => window.easel.post(path, body).then(unwrap);
 
   // ---- confirmation ----------------------------------------------------
   const ask = (text, yes) => new Promise((resolve) => {
@@ -55,14 +55,14 @@
   const takeHeader = async (file) => {
     const query = new URLSearchParams({ size: file.size, name: file.name });
     if (/\.(toml|json|ya?ml|sh|bat|cmd|ps1|txt)$/i.test(file.name)) {
-      if (told(await window.easel.send(`like?${query}`, await file.slice(0, 2 ** 20).arrayBuffer()))) refill();
+      if (unwrap(await window.easel.send(`like?${query}`, await file.slice(0, 2 ** 20).arrayBuffer()))) refill();
       return;
     }
     const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
     if (!file.size || file.size < 8 || length > Math.min(file.size - 8, 2 ** 24)) {
       return toast(t("{name} is not a safetensors file.", { name: file.name }), "bad");
     }
-    if (told(await window.easel.send(`like?${query}`, await file.slice(0, 8 + length).arrayBuffer()))) refill();
+    if (unwrap(await window.easel.send(`like?${query}`, await file.slice(0, 8 + length).arrayBuffer()))) refill();
   };
 
   // ---- quitting -------------------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@
     const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
     const goesOn = live ? ` ${t("The run {name} continues.", { name })}` : "";
     if (!await ask(`${t("Quit LoRA Easel?")}${goesOn}`, t("Quit"))) return;
-    const said = await post("quit", {});
-    if (!said) return;
-    const runs = said.run ? `${t(said.queue ? "The run {name} continues, and so does the queue." : "The run {name} continues.", { name: said.run })} ` : "";
+    const reply = await post("quit", {});
+    if (!reply) return;
+    const runs = reply.run ? `${t(reply.queue ? "The run {name} continues, and so does the queue." : "The run {name} continues.", { name: reply.run })} ` : "";
     const box = dialog(t("Closed"), make("p", { textContent: t("LoRA Easel is closed. {runs}Start it again to come back; this page can be closed.", { runs }) }));
     box.id = "closed";
     box.addEventListener("cancel", (event) => event.preventDefault());
@@ -232,15 +232,15 @@
     for (const [field, line] of wrong) {
       const input = field && one("input, textarea", field);
       if (!input) continue;
-      let told = one(".field-problem", field);
-      if (!told) {
-        told = Object.assign(document.createElement("p"), { className: "problem field-problem", id: `${field.id}-problem` });
-        field.append(told);
+      let notice = one(".field-problem", field);
+      if (!notice) {
+        notice = Object.assign(document.createElement("p"), { className: "problem field-problem", id: `${field.id}-problem` });
+        field.append(notice);
       }
-      if (told.innerHTML !== line.innerHTML) told.replaceChildren(...line.cloneNode(true).childNodes);
+      if (notice.innerHTML !== line.innerHTML) notice.replaceChildren(...line.cloneNode(true).childNodes);
       if (input.getAttribute("aria-invalid") !== "true") {
         input.setAttribute("aria-invalid", "true");
-        input.setAttribute("aria-describedby", told.id);
+        input.setAttribute("aria-describedby", notice.id);
       }
     }
   };

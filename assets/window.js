@@ -8,14 +8,14 @@
   const send = async (path, body, options = {}) => {
     try {
       const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options });
-      const text = await answer.text(), said = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
-      return answer.ok || said.problem ? said : { problem: text };
+      const text = await answer.text(), reply = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
+      return answer.ok || reply.problem ? reply : { problem: text };
     } catch { return { problem: t("The window does not answer; is it still open?"), away: true }; }
   };
   const post = (path, body, options) => send(path, JSON.stringify(body), { headers: { "Content-Type": "application/json" }, ...options });
   const upload = async (path, file) => {
-    const said = await send(`${path}?name=${encodeURIComponent(file.name)}`, file);
-    return said.away ? { problem: t("{name} did not arrive; try again.", { name: file.name }) } : said;
+    const reply = await send(`${path}?name=${encodeURIComponent(file.name)}`, file);
+    return reply.away ? { problem: t("{name} did not arrive; try again.", { name: file.name }) } : reply;
   };
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
   // An element with properties, `data-*` values and other attributes, and children.

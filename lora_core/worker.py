@@ -271,7 +271,7 @@ class Worker(ImageWorker):
 
 def _call(function: Callable[..., Any], request: Request, report: Reporter, **given: Any) -> Any:
     """Call a function with the keys of a request that it has parameters for, and to report its progress."""
-    offered = {"note": report.step, "said": report.phase, **request, **given}
+    offered = {"note": report.step, "on_phase": report.phase, **request, **given}
     known = signatures.signature(function).parameters
     return function(**{key: value for key, value in offered.items() if key in known})
 

@@ -640,7 +640,7 @@ def test_uninstalling_waits_for_what_is_trained(
     run = RunFolder.create(place / "workspace" / "runs" / "cat", RunConfig())
     with run.hold():
         assert launch.main(["uninstall", "--yes"]) == 1
-    assert "what is being trained (cat)" in capsys.readouterr().out
+    assert "Stop the running training first (cat)" in capsys.readouterr().out
     assert (place / ".venv").is_dir()
     assert launch.main(["uninstall", "--yes"]) == 0
 

@@ -60,8 +60,8 @@ class Checker:
 
     def progress(self) -> dict[str, Any]:
         """`state` and progress alone, and how many checks were `made`: one can be over between two looks."""
-        told = {key: value for key, value in self._state.items() if key in ("state", "done", "total")}
-        return {**told, "made": self._made}
+        state = {key: value for key, value in self._state.items() if key in ("state", "done", "total")}
+        return {**state, "made": self._made}
 
     def start(self) -> None:
         """Start the check, unless it is running or done."""
@@ -99,14 +99,14 @@ class Checker:
         plan, dataset, folder = Plan(self.project), self.project.dataset(), self.project.dataset_folder
         project = self.project.path
 
-        def said(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if self._inputs is not inputs or self.project.dataset_folder != inputs[0]:
                 raise _Outdated
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
             with kept_looks(project / LOOKS) as looks:
-                found = audit(dataset, plan_training(plan, dataset), said, looks)
+                found = audit(dataset, plan_training(plan, dataset), report, looks)
             rows = {key: [_relative(row, folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
         except _Outdated:

@@ -184,8 +184,8 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
         _("shorten them") if limit == most else _("shorten them, or raise Caption tokens to up to {}", most)
     )
     named = ", ".join(cut[:3]) + (_(" and others") if len(cut) > 3 else "")
-    said = pluralize(len(cut), "caption")
-    return _("{} longer than the {} tokens that are read ({}): {}.", said, limit, named, advice)
+    num_long = pluralize(len(cut), "caption")
+    return _("{} longer than the {} tokens that are read ({}): {}.", num_long, limit, named, advice)
 
 
 def meter_version(plan: Plan) -> str:

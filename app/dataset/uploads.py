@@ -237,7 +237,7 @@ class Importer:
     def _run(self, work: Callable[[TransferMode], Imported], how: str) -> None:
         project = self.project
 
-        def said(phase: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int) -> None:
             if self._cancelled == self._state["number"]:
                 raise _Cancelled
             self._state = {**self._state, "phase": phase, "done": done, "total": total}
@@ -245,7 +245,7 @@ class Importer:
         state = "failed"
         note = _("The import failed because of a bug in LoRA Easel; its log has the details.")
         try:
-            imported = work(TransferMode(how, said, project.sizes))
+            imported = work(TransferMode(how, report, project.sizes))
             project.notes = imported.skipped
             state, note = _summarize(imported)
             if imported.added and project.uses_demo:

@@ -237,7 +237,7 @@ def _findings(app_state: AppState, part: str, **values: Any) -> str:
 
 def checked(app_state: AppState) -> dict[str, Any]:
     """The state of the check; once it is done also its findings as `html`, how many `things` are to be looked
-    at, which images are `twins`, and how much of what will be learned is to be `told`."""
+    at, which images are `twins`, and how much of what will be learned is to be `notes`."""
     state, images = app_state.checker.state(), app_state.project.images()
     if state["state"] != "done":
         return state
@@ -254,7 +254,7 @@ def checked(app_state: AppState) -> dict[str, Any]:
     return state | {
         "things": len(found),
         "twins": [name for row in found if row["kind"] == "twins" for name in (row["picture"], row["twin"])],
-        "told": sum(row["kind"] not in INTENDED for row in learned),
+        "notes": sum(row["kind"] not in INTENDED for row in learned),
         "html": {
             "issues": _findings(app_state, "issues", found=found),
             "check": _findings(app_state, "check", found=found),

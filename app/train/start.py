@@ -328,7 +328,7 @@ def build_like(bindings: Bindings) -> None:
     """Import settings from a LoRA or a configuration, dropped or given by its path."""
     with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
         html_block(lambda: render("train/like.html"))
-        bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_said)
+        bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_note)
 
 
 def import_settings(app_state: AppState, path: str) -> None:
@@ -338,9 +338,9 @@ def import_settings(app_state: AppState, path: str) -> None:
         if not name:
             raise ConfigError(_("Choose a file, or type its path first."))
         found = settings_from_lora(expand_home(name))
-        app_state.like_said = take_settings(app_state.project, found, Path(name).name)
+        app_state.like_note = take_settings(app_state.project, found, Path(name).name)
     except (LoraError, OSError, ValueError) as error:
-        app_state.like_said = problem_html(error)
+        app_state.like_note = problem_html(error)
 
 
 def take_settings(project: Project, like: LoraSettings, name: str) -> str:
@@ -352,6 +352,6 @@ def take_settings(project: Project, like: LoraSettings, name: str) -> str:
         values = standing | taken
         project.update_draft(values=values, **({"trigger": str(trigger)} if trigger else {}))
     changed = [name for name, value in taken.items() if standing[name] != value]
-    told = [f"{label_of(n)} {values[n]}" for n in changed[:MOST_LISTED]]
+    listed = [f"{label_of(n)} {values[n]}" for n in changed[:MOST_LISTED]]
     shown = {"name": name, "like": like, "count": len(taken), "changed": len(changed)}
-    return render("train/like_said.html", told=[" ".join(text.split()) for text in told], **shown)
+    return render("train/like_note.html", listed=[" ".join(text.split()) for text in listed], **shown)

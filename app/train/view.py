@@ -264,4 +264,4 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
         raise type(error)(str(error).replace(str(file), name).replace(file.name, name)) from error
     finally:
         file.unlink(missing_ok=True)
-    app_state.like_said = take_settings(app_state.project, found, name)
+    app_state.like_note = take_settings(app_state.project, found, name)

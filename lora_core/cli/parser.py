@@ -256,13 +256,13 @@ class Call:
             own = [value for owner, field, value in values if not owner and field == name]
             if fields:
                 kind = _kinds(parameter.annotation)[0]
-                if "said" in inspect.signature(kind).parameters:
-                    fields["said"] = slow_notes()
+                if "on_phase" in inspect.signature(kind).parameters:
+                    fields["on_phase"] = slow_notes()
                 found[name] = None if parameter.default is None and not fields["dataset"] else kind(**fields)
             elif own:
                 found[name] = own[0]
-            elif name in ("note", "said", "drawn"):
-                found[name] = say if name == "drawn" else slow_notes()
+            elif name in ("note", "on_phase", "on_image"):
+                found[name] = say if name == "on_image" else slow_notes()
             elif name == "as_json":
                 found[name] = self.json
         return found

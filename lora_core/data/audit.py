@@ -457,14 +457,14 @@ def _attribute_row(
     attribute: Attribute, records: list[ImageRecord], pictures: int, trigger: str
 ) -> dict[str, Any]:
     silent = [record for record in records if not attribute.words & words_of(record.caption)]
-    said = len(records) - len(silent)
+    num_named = len(records) - len(silent)
     taker = f"“{trigger}”" if trigger else "the trigger word"
     shown = f"{len(records)} of {pictures} images {attribute.has}"
-    counts = {"pictures": len(records), "captions": said, "of": pictures}
-    if said >= _NEARLY_ALL * len(records):
-        sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
+    counts = {"pictures": len(records), "captions": num_named, "of": pictures}
+    if num_named >= _NEARLY_ALL * len(records):
+        sentence = f"{shown}, and {num_named} captions say so: prompts can leave it out."
         return bias_finding("named", attribute.name, sentence, [], counts)
-    part = "partly " if said > _FEW * len(records) else ""
+    part = "partly " if num_named > _FEW * len(records) else ""
     sentence = (
         f"{shown}, {len(silent)} of them without saying so in the caption: it will be {part}learned with"
         f" {taker}. Add “{attribute.name}” to these captions, unless you want it always."

@@ -644,8 +644,8 @@ def _read_xmp(text: str, shown: str) -> Sidecar:
     tags = [item.text or "" for item in root.iterfind(f".//{_DC}subject//{_RDF}li")]
     texts: dict[str, str] = {}
     for field in ("description", "title"):
-        said = [item.text or "" for item in root.iterfind(f".//{_DC}{field}//{_RDF}li")]
-        texts[field] = next((_plain(one) for one in said if _plain(one)), "")
+        found = [item.text or "" for item in root.iterfind(f".//{_DC}{field}//{_RDF}li")]
+        texts[field] = next((_plain(one) for one in found if _plain(one)), "")
     description = texts["description"] or ("" if any(map(_plain, tags)) else texts["title"])
     left = ("title",) if texts["title"] not in ("", description) else ()
     return Sidecar(_joined([description, *tags]), left)

@@ -256,7 +256,7 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
 
     A caption is, in this order: the text file beside the image, its row in the `metadata.jsonl` or `.csv` of
     the same or a higher folder, the name of a `10_name` folder. Of several rows the one in the nearest folder
-    counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or alike
+    counts, there `.jsonl` before `.csv`, and the last of one table. Images in a folder named `reg` or similar
     are for regularisation. A `dataset.toml` takes the place of what folders' names say, see `data/concepts`.
     A mask is, in this order, `NAME-masklabel.png` or `NAME_mask.png` beside the image, or its namesake in a
     `mask` folder. Nothing is raised for a file that is wrong; it becomes a problem. Each file or row that is
@@ -295,7 +295,7 @@ def scan_again(folder: Path, sizes: SizeCache, stamp: int | None, kept: Path) ->
     is not kept: what cannot be read now may be readable next time.
 
     Args:
-        stamp: what `stamp_files` said of the folder before; None where it has to be read, and is not kept.
+        stamp: the earlier `stamp_files` of the folder; None where it has to be read, and is not kept.
     """
     if stamp is None:
         return scan(folder, sizes)
@@ -463,10 +463,10 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
             listing.notes.append(replace(found, blocking=False))
     for path in listing.exact.values():
         _classify(path, listing)
-    if (said := read_concepts(root)) is not None:
+    if (concept_list := read_concepts(root)) is not None:
         shown = {path: listing.shown(path) for path in listing.pictures}
-        listing.concepts = assign_concepts(shown, said, root) if said.concepts else None
-        _note_concepts(said, listing)
+        listing.concepts = assign_concepts(shown, concept_list, root) if concept_list.concepts else None
+        _note_concepts(concept_list, listing)
     if not any(f"held_out{suffix}" in listing.folded for suffix in IMAGE_SUFFIXES):
         try:
             listing.held_out.update(read_holdout_list(root))
@@ -708,7 +708,7 @@ _WAVES = np.cos(np.pi * _FREQUENCIES * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
 _SAME_SHAPE = 0.98
 # Mean difference of the colour thumbnails, of 255.
 _COLOUR_APART = 12.0
-# Takes the place of the lowest frequency, so that images without any shape are alike.
+# Takes the place of the lowest frequency, so that images without any shape are similar.
 _FLAT = 10.0
 _FEWEST_TO_TRAIN_ON = 2
 _BLOCK = 256
@@ -755,10 +755,10 @@ def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
     first = np.searchsorted(means, means - _COLOUR_APART - 1e-6)
     for start in range(0, len(known), _BLOCK):
         end, low = min(start + _BLOCK, len(known)), first[start]
-        alike = shapes[start:end] @ shapes[low:end].T >= _SAME_SHAPE
-        for row in np.flatnonzero(alike.sum(1) > 1):
+        similar = shapes[start:end] @ shapes[low:end].T >= _SAME_SHAPE
+        for row in np.flatnonzero(similar.sum(1) > 1):
             index = start + row
-            found = low + np.flatnonzero(alike[row, : index - low])
+            found = low + np.flatnonzero(similar[row, : index - low])
             # The nearest one first: often it is of the group that all the others are in too.
             for others in (found[-1:], found):
                 others = others[group[order[others]] != group[order[index]]]

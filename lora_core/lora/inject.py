@@ -425,8 +425,8 @@ def _take_tokens(injected: Injected, weights: AdapterWeights, name: str) -> list
         layer.load(layer.by_token() | weights.tokens.get(part, {}), name)
     own = {token for layer in injected.tokens.values() for token in layer.counts}
     left = sorted({token for tokens in weights.tokens.values() for token in tokens} - own)
-    told = f"{name} has new tokens that are not continued, as adapter.new_tokens does not name them"
-    return [f"{told}: {', '.join(left)}."] if left else []
+    note = f"{name} has new tokens that are not continued, as adapter.new_tokens does not name them"
+    return [f"{note}: {', '.join(left)}."] if left else []
 
 
 def _take_over(layer: AdaptedLayer, given: LayerUpdate, its_layer: str) -> None:

@@ -213,8 +213,8 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
         keys = [key for key, name in flat.items() if found.search(name)]
         if keys:
             sizes = {str(size) for key in keys for size in shapes[key]}
-            told = {family for width, family in row.get("family", {}).items() if width in sizes}
-            return str(told.pop() if len(told) == 1 else row["title"])
+            candidates = {family for width, family in row.get("family", {}).items() if width in sizes}
+            return str(candidates.pop() if len(candidates) == 1 else row["title"])
     return ""
 
 

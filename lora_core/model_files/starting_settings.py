@@ -558,7 +558,7 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     read = _Translation(trainer.get("leaf", False))
     text_of = {key: str(found[0]).casefold() for key, found in values.items()}
     instead = {row[0]: "".join(row[3:]) for row in trainer["unless"] if text_of.get(row[1]) == row[2]}
-    told = {key for key, text, *_ in trainer["when"] if text_of.get(key) == text}
+    handled = {key for key, text, *_ in trainer["when"] if text_of.get(key) == text}
     aside: dict[str, list[str]] = {"places": [], "moot": []}
     for key, found in values.items():
         name = instead.get(key, trainer["names"].get(key, ""))
@@ -571,7 +571,7 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
                 continue
             if name:
                 read.give(name, words.get(str(value).casefold(), value), key)
-            elif not _is_off(value) and key not in told:
+            elif not _is_off(value) and key not in handled:
                 kind = next((kind for kind in aside if key in trainer[kind].split()), "")
                 sentence = f"{key} = {_short(value)} is not known here."
                 (aside[kind] if kind else read.left).append(key if kind else sentence)

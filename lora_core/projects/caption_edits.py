@@ -112,8 +112,8 @@ class Annotator:
             value = getattr(self, name)
             whole = isinstance(getattr(type(self), name), int)
             if not (isinstance(value, int if whole else int | float) and least <= value <= most):
-                words = name.replace("_", " ")
-                raise DatasetError(f"The {words} {value!r} is not a number from {least:g} to {most:g}.")
+                words, kind = name.replace("_", " "), "an integer" if whole else "a number"
+                raise DatasetError(f"The {words} {value!r} is not {kind} from {least:g} to {most:g}.")
 
     @property
     def short_name(self) -> str:

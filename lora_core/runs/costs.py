@@ -440,8 +440,8 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
     same = [name for name in FIELDS if name in _SAME_DRAWS or name.partition(".")[0] in _SAME_DRAWS]
     for one, two in ((one, two) for one in group for two in other if one.config.seed == two.config.seed):
         ours, theirs = one.losses(), two.losses()
-        alike = all(one.config.get(name) == two.config.get(name) for name in same)
-        if not ours or not alike or list(map(len, ours)) != list(map(len, theirs)):
+        same_settings = all(one.config.get(name) == two.config.get(name) for name in same)
+        if not ours or not same_settings or list(map(len, ours)) != list(map(len, theirs)):
             continue
         cut = [(1.0 - trial.kept) * trial.gain for trial in (one, two)]
         less = [
@@ -466,14 +466,14 @@ def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
         return "Fewer than two of these settings have a measured gain, so there is nothing to compare yet."
     best, *others = known
     worse = [row for row in others if -row["against"] > _BETTER * row["against_error"]]
-    alike = [row for row in others if row not in worse]
+    tied = [row for row in others if row not in worse]
     words = f"{_describe_settings(best)} gains most, {best['gain']:+.4f}"
     if worse:
         than = (f"{_describe_settings(r)} by {-r['against']:.4f} ± {r['against_error']:.4f}" for r in worse)
         words += f"; it is better beyond two standard errors than {', '.join(than)}"
-    if alike:
-        words += f"; within the error {', '.join(map(_describe_settings, alike))} gained as much"
-        same = [best, *alike]
+    if tied:
+        words += f"; within the error {', '.join(map(_describe_settings, tied))} gained as much"
+        same = [best, *tied]
         if all(row["bytes"] and row["seconds"] for row in same):
             small, fast = (min(same, key=operator.itemgetter(key)) for key in ("bytes", "seconds"))
             words += (

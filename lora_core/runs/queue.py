@@ -647,10 +647,10 @@ class _Runner:
         before = file_bytes(run.events_file)
         recorder = ExitRecorder(run)
         child = processes.start_detached([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
-        code, looked = None, 0.0
+        code, last_look = None, 0.0
         while code is None:
-            if time.monotonic() - looked > LOOK:
-                looked = time.monotonic()
+            if time.monotonic() - last_look > LOOK:
+                last_look = time.monotonic()
                 recorder.sample_memory(child.pid)
                 self._check_paused()
             if self.must_end:

@@ -142,8 +142,8 @@ def cut_adapter(weights: AdapterWeights, record: Mapping[str, Any]) -> tuple[Ada
     left = f", {gone} of {len(weights.layers)} layers are left out" if gone else ""
     needs = rank_words(layer.rank for layer in cut.layers.values())
     sentence = f"Trained at rank {trained}; {needs} will do{left}: the file has {share:.0%} of the numbers"
-    told = {"sentence": sentence + how, "trained": trained, "rank": cut.highest_rank, "parameters": share}
-    return cut, told | measured
+    report = {"sentence": sentence + how, "trained": trained, "rank": cut.highest_rank, "parameters": share}
+    return cut, report | measured
 
 
 def _numbers(layer: LayerWeights) -> int:

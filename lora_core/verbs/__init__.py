@@ -80,7 +80,7 @@ class Measure:
         triples: noise draws (timestep and noise) per image.
         seed: of the noise draws.
         workspace: where zips are unpacked.
-        said: called with what is being measured.
+        on_phase: called with the name of the measurement.
         zero_terminal_snr: whether the base's last timestep is pure noise.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
     """
@@ -92,7 +92,7 @@ class Measure:
     triples: int = 8
     seed: int = 0
     workspace: Place = None
-    said: Callable[[str], None] | None = None
+    on_phase: Callable[[str], None] | None = None
     zero_terminal_snr: str = "auto"
     device: str = "auto"
 
@@ -122,7 +122,7 @@ class Measure:
         base, records = self.load()
         from lora_core.evaluate.validator import Evaluator
 
-        return Evaluator(base, records, self.triples, self.seed, self.said), base
+        return Evaluator(base, records, self.triples, self.seed, self.on_phase), base
 
 
 def choose_device(name: str) -> Any:

@@ -45,7 +45,7 @@ def generate(
     count: int = 1,
     precision: Annotated[str, PRECISIONS] = "auto",
     workspace: Place = None,
-    drawn: Callable[[Path], None] | None = None,
+    on_image: Callable[[Path], None] | None = None,
     device: str = "auto",
 ) -> list[Path]:
     """Make images as PNG files; returns their paths.
@@ -54,7 +54,7 @@ def generate(
         shot: all that an image depends on, adapters included; the first has its seed.
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
         count: images, each with the next seed.
-        drawn: called with each path once the file is written.
+        on_image: called with each path once the file is written.
 
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
@@ -78,8 +78,8 @@ def generate(
             path = unused_path(workspace_folder(workspace) / "generated", stem, ".png")
         save_png(pipeline(one), path, pipeline.infotext(one))
         made.append(path)
-        if drawn:
-            drawn(path)
+        if on_image:
+            on_image(path)
     return made
 
 

@@ -414,9 +414,9 @@ def _queue_of(run: File, workspace: Place) -> tuple[Queue, str]:
 
 
 @verb
-def queue_run(workspace: Place = None, said: Callable[[str], None] | None = None) -> list[Any]:
-    """Work through the queue, then end; returns the jobs that ended. `said` gets a line for each."""
-    return run_queue(workspace_folder(workspace), said or (lambda line: None))[0]
+def queue_run(workspace: Place = None, on_phase: Callable[[str], None] | None = None) -> list[Any]:
+    """Work through the queue, then end; returns the jobs that ended. `on_phase` gets a line for each."""
+    return run_queue(workspace_folder(workspace), on_phase or (lambda line: None))[0]
 
 
 @verb
@@ -444,20 +444,20 @@ def report(
     out: Annotated[File | None, "--out F.html"] = None,
     measure: Annotated[bool, "--no-measure"] = True,
     workspace: Place = None,
-    said: Callable[[str, int, int], None] | None = None,
+    on_phase: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a run as one self-contained HTML page.
 
     Args:
         out: the page, else report.html in the run's folder.
         measure: intrinsic rank and strength too, which need the base; --no-measure leaves them out.
-        said: called with what is being done, done and total.
+        on_phase: called with (phase, done, total).
     """
     from lora_core.report.report import FILE_NAME, write_report
 
     folder = find_run(run, workspace)
     page = Path(out) if out else folder.path / FILE_NAME
-    write_report(folder, page, measure, said or (lambda words, done, total: None), time.time())
+    write_report(folder, page, measure, on_phase or (lambda words, done, total: None), time.time())
     return page
 
 

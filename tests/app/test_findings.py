@@ -319,7 +319,7 @@ def test_a_captioner_that_is_cancelled_or_cannot_be_asked_changes_nothing(
 ) -> None:
     for wrong, sentence in (
         ({"model": " "}, "Give the folder"), ({"model": 5}, "Give the folder"),
-        ({"threshold": None}, "The threshold None is not a number"), ({"max_tokens": 2.5}, "2.5 tokens"),
+        ({"threshold": None}, "The threshold None is not a number"), ({"max_tokens": 2.5}, "not an integer"),
         ({"how": "over"}, "is not a way to caption"),
     ):  # fmt: skip
         assert sentence in captioned(client, **{"how": "append", **wrong})["problem"]

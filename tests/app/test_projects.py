@@ -161,11 +161,11 @@ def test_what_was_looked_at_stays_with_its_project(
     shot = GenerationRequest(prompt="an owl")
     app_state.render_queue.refuse("It cannot be drawn.")
     app_state.render_queue.want(shot)
-    app_state.like_said = "Filled in from a file."
+    app_state.like_note = "Filled in from a file."
     client.post("/easel/projects", json={"do": "new", "title": "Other"})
     view = app_state.render_queue.view()
     assert (view.state, view.message, view.shot) == ("idle", "", None)
-    assert app_state.like_said == ""
+    assert app_state.like_note == ""
 
 
 def test_caches_are_cleaned_and_pictures_are_not(
@@ -174,7 +174,7 @@ def test_caches_are_cleaned_and_pictures_are_not(
     client.get("/easel/thumb/dataset/picture-0.png")
     assert client.get("/easel/projects").json()["caches"]
     answer = client.post("/easel/projects", json={"do": "clean"}).json()
-    assert "freed" in answer["said"]
+    assert "freed" in answer["done"]
     assert answer["caches"] == ""
     assert len(app_state.project.dataset().records) == 3
     assert client.get("/easel/thumb/dataset/picture-0.png").status_code == 200
@@ -213,11 +213,11 @@ def test_the_trash_is_listed_and_given_back(app_state: AppState, client: TestCli
     assert kept["came_from"] == str(made.path)
     assert kept["size"].endswith("kB")
     answer = say("projects", do="restore", project=project["id"])
-    assert answer["said"] == f"{key} is restored."
+    assert answer["done"] == f"{key} is restored."
     assert "Gone" in [one["title"] for one in answer["projects"]]
     again = run(app_state, "first")
     answer = say("projects", do="restore", project=kept["id"])
-    assert answer["said"] == "first is restored as first-2, because its name is taken."
+    assert answer["done"] == "first is restored as first-2, because its name is taken."
     assert sorted(run_view.run.name for run_view in app_state.jobs.all()) == [again.name, "first-2"]
     assert (answer["trashed"], answer["trash"]) == ([], "")
     assert "no longer in the trash" in say("projects", do="restore", project=kept["id"])["problem"]

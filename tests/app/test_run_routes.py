@@ -103,8 +103,8 @@ def test_only_the_header_of_a_dropped_file_is_needed(
     answer = client.post(f"/easel/like?size={len(data)}&name=<b>x", content=head)
     assert answer.json() == {"taken": True}
     assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 32
-    assert "&lt;b&gt;x" in app_state.like_said
-    assert "<b>" not in app_state.like_said
+    assert "&lt;b&gt;x" in app_state.like_note
+    assert "<b>" not in app_state.like_note
     assert not list((app_state.workspace / "tmp").glob("like-*"))
     for size in ("", "5", "-1", "99999999999999999999"):
         assert "problem" in client.post(f"/easel/like?size={size}", content=head).json()
@@ -116,7 +116,7 @@ def test_a_configuration_is_dropped(app_state: AppState, client: TestClient) -> 
     answer = client.post(f"/easel/like?size={len(text)}&name=my kohya.toml", content=text)
     assert answer.json() == {"taken": True}
     assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 24
-    assert "unheard_of = 1 is not known here" in app_state.like_said
+    assert "unheard_of = 1 is not known here" in app_state.like_note
     answer = client.post("/easel/like?size=1&name=my kohya.toml", content=b"[")
     assert answer.json()["problem"].startswith("The config my kohya.toml is not valid TOML")
     assert not list((app_state.workspace / "tmp").glob("like-*"))

@@ -243,7 +243,7 @@ def _thousand(browser: Any, window: Window, folder: Path) -> list[Row]:
     timed(
         "Bulk edit of all captions",
         "document.querySelector('#bulk-form').requestSubmit()",
-        "/captions changed/.test(document.querySelector('#bulk-said').textContent)",
+        "/captions changed/.test(document.querySelector('#bulk-note').textContent)",
     )
     context.close()
     return rows

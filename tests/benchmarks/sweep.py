@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.sweep [demo|second] [settings|rates] > table.md
 
-Each variant is trained as a separate process on one core, with the same rank and batch, from several seeds; its
+Each variant is trained as a separate process on one core, with equal rank and batch, from several seeds; its
 checkpoints are judged by `tests/evaluator.py`. The preset was chosen on the demo's pictures alone; the second
 set (`tests/benchmarks/pictures.py`) shows whether the choice holds elsewhere. See docs/sweep.md.
 """

@@ -157,7 +157,7 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.fill("#bulk-find", r"number (\d)")
     page.fill("#bulk-put", r"no. \1")
     apply_bulk(page)
-    page.wait_for_selector("#bulk-said >> text=5 captions changed")
+    page.wait_for_selector("#bulk-note >> text=5 captions changed")
     assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, no. 1"
     page.click("#bulk-tags [aria-label='Delete the tag a ball']")
     page.wait_for_function("!document.querySelector('#bulk-tags').textContent.includes('a ball')")
@@ -165,7 +165,7 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     for left in ("a ball, no. 1", "a ball, number 1"):
         page.click("#bulk-undo")
         page.wait_for_function(f"easel.shelf().pictures[1].caption == {json.dumps(left)}")
-        page.wait_for_selector("#bulk-said >> text=5 captions restored")
+        page.wait_for_selector("#bulk-note >> text=5 captions restored")
     assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
 
     page.fill("#trigger input, #trigger textarea", "sks ball")
@@ -245,7 +245,7 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
     page.wait_for_selector("#bulk-apply:enabled")
     assert page.inner_text("#bulk-preview ins >> nth=0").startswith("ohwx")
     apply_bulk(page)
-    page.wait_for_selector("#bulk-said >> text=3 captions changed")
+    page.wait_for_selector("#bulk-note >> text=3 captions changed")
     has_value(page, "#bulk-put", "")
     page.fill("#bulk-put", "ohwx")
     page.wait_for_selector("#bulk-preview >> text=0 captions of 3 would change")

@@ -135,7 +135,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.get_by_text("Import settings from a file").click()
     frames(page)
     page.set_input_files("#like-file", str(file))
-    page.wait_for_selector("#like-said, #like-note .problem")
+    page.wait_for_selector("#like-settings, #like-note .problem")
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
     page.click("#negative-fold summary")

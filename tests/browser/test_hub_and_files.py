@@ -137,7 +137,7 @@ def test_the_trash_gives_back_by_keyboard(page: Any, window: Any) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Restore the project gone-b"
     page.keyboard.press("Enter")
-    page.wait_for_selector("#projects-said >> text=gone-b is restored.")
+    page.wait_for_selector("#projects-done >> text=gone-b is restored.")
     assert page.is_hidden("#projects-trash")
     page.wait_for_selector("#projects-list >> text=Gone <b>")
     assert (window.workspace / "projects" / "gone-b" / "project.json").exists()

@@ -78,7 +78,7 @@ def test_the_newest_of_two_captions_stays_and_a_change_waits_for_the_one_before(
 
     unfold(page, "#bulk")
     page.click("#bulk-tags [aria-label='Delete the tag newer']")
-    page.wait_for_selector("#bulk-said >> text=1 caption changed")
+    page.wait_for_selector("#bulk-note >> text=1 caption changed")
     with held_back(page, "**/easel/tags") as held:
         page.click("#bulk-undo")
         until(page, lambda: held)
@@ -97,7 +97,7 @@ def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
     page.select_option("#bulk-do", "prepend")
     page.fill("#bulk-put", "zwx, ")
     apply_bulk(page, times=2)
-    page.wait_for_selector("#bulk-said >> text=captions changed")
+    page.wait_for_selector("#bulk-note >> text=captions changed")
     page.evaluate("window.easel.load()")
     assert page.evaluate("easel.shelf().pictures[1].caption").count("zwx") == 1
 

@@ -65,7 +65,7 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     page.wait_for_function("document.querySelectorAll('#projects-list > .row').length === 1")
     assert "trash" in page.inner_text("#projects-room")
     page.get_by_role("button", name="Clear cache").click()
-    page.wait_for_selector("#projects-said >> text=freed")
+    page.wait_for_selector("#projects-done >> text=freed")
     page.get_by_role("button", name="Delete My images", exact=True).click()
     page.get_by_role("button", name="Delete", exact=True).click()
     page.wait_for_selector("#projects-note >> text=only project")

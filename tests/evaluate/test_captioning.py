@@ -163,7 +163,7 @@ def test_a_wrong_model_is_a_sentence(why: str, blip: Path, images: Path, tmp_pat
         (Captioner(str(DEMO_BASE)), "holds no captioner"),
         (Captioner("x", threshold=float("nan")), "The threshold nan is not a number from 0 to 1"),
         (Captioner("x", character_threshold=2), "The character threshold 2 is not a number"),
-        (Captioner("x", max_tokens=0), "The max tokens 0 is not a number from 1 to 1000"),
+        (Captioner("x", max_tokens=0), "The max tokens 0 is not an integer from 1 to 1000"),
     ],
 )
 def test_a_wrong_place_or_value_is_a_sentence(captioner: Captioner, sentence: str, images: Path) -> None:
