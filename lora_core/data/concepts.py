@@ -310,7 +310,7 @@ def assign_concepts(shown: Mapping[Path, str], found: ConceptList, root: Path) -
     added to those of `found`.
     """
     owners: dict[Path, Concept] = {}
-    twice: dict[tuple[str, ...], list[str]] = {}
+    twice: dict[tuple[Concept, ...], list[str]] = {}
     matched: set[tuple[Concept, str]] = set()
     folders = [(one, f"{fold_name(one.folder)}/" if one.folder else "") for one in found.concepts]
     for path, name in shown.items():
@@ -326,14 +326,19 @@ def assign_concepts(shown: Mapping[Path, str], found: ConceptList, root: Path) -
                 ranked.setdefault((above.count("/"), bool(hits)), []).append(concept)
         best = ranked[max(ranked)] if ranked else []
         if len(best) > 1:
-            twice.setdefault(tuple(one.name for one in best), []).append(name)
+            twice.setdefault(tuple(best), []).append(name)
         if best:
             owners[path] = best[0]
-    for names, images in twice.items():
+    for concepts, images in twice.items():
         count = "an image" if len(images) == 1 else f"{len(images)} images"
+        names = " and ".join(one.name for one in concepts)
+        listed = {(one.folder, one.images) for one in concepts}
+        once = (
+            " Several sizes of a folder are one subset with custom_attributes = { resolutions = [512, 768] }."
+        )
         found.problems.append(
-            f"{CONCEPT_LIST} has {count} in two concepts, {' and '.join(names)} ({abbreviate(images)}); give"
-            " each image to one of them."
+            f"{CONCEPT_LIST} has {count} in two concepts, {names} ({abbreviate(images)}); give each image to"
+            f" one of them.{once if len(listed) == 1 else ''}"
         )
     used = set(owners.values())
     for concept in found.concepts:
