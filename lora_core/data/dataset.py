@@ -455,8 +455,9 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
     listing = _Listing(root, sizes)
     for found in walk_files(root, IMAGE_SUFFIXES):
         if isinstance(found, Path):
-            listing.exact[listing.shown(found)] = found
-            listing.folded.setdefault(fold_name(listing.shown(found)), found)
+            shown = listing.shown(found)
+            listing.exact[shown] = found
+            listing.folded.setdefault(fold_name(shown), found)
         elif found.blocking and (is_dataset_file(found.path.name) or os.path.isdir(found.path)):
             listing.problems.append(found)
         else:
@@ -638,7 +639,9 @@ def _read_tables(listing: _Listing) -> tuple[dict[Path, str], dict[Path, list[Pa
 def _read_record(
     path: Path, listing: _Listing, tables: dict[Path, str], masks: dict[Path, Path]
 ) -> ImageRecord | FileProblem:
-    info = listing.sizes.info(path, listing.shown(path))
+    shown = listing.shown(path)
+    folded = fold_name(shown)
+    info = listing.sizes.info(path, shown)
     if isinstance(info, FileProblem):
         if path in masks:
             listing.note(masks[path], "unread caption", "is the mask of an image that cannot be used.")
@@ -652,11 +655,8 @@ def _read_record(
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
         return FileProblem(path, "caption", str(error))
-    folded = fold_name(listing.shown(path))
     seen = (info.transparent, info.animated)
-    reg = (
-        concept.role == "regularisation" if concept else folder_kind(listing.shown(path)) == "regularisation"
-    )
+    reg = (concept.role if concept else folder_kind(shown)) == "regularisation"
     by_hand, size = folded in listing.held_out and not reg, (info.width, info.height)
     record = ImageRecord(path, *size, caption.strip(), repeats, by_hand, *seen, mask=masks.get(path), reg=reg)
     record = replace(record, concept=concept) if concept else record

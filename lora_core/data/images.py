@@ -216,7 +216,12 @@ def is_mask(path: Path) -> bool:
 def folder_kind(shown: str) -> str:
     """ "mask" or "regularisation" for a file in a folder of such images, else ""; `shown` is its path below
     the dataset folder, with forward slashes."""
-    for part in fold_name(shown).split("/")[:-1]:
+    return _kind_of_folder(shown.rpartition("/")[0])
+
+
+@functools.lru_cache(maxsize=1000)
+def _kind_of_folder(folder: str) -> str:
+    for part in fold_name(folder).split("/"):
         if _REGULARISATION.fullmatch(part):
             return "regularisation"
         if _MASK_FOLDER.fullmatch(part):
