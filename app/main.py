@@ -119,6 +119,8 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
     write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Each thread that reads a folder may keep an answer waiting for so long, again and again; 5 ms is usual.
+    sys.setswitchinterval(0.001)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:

@@ -455,9 +455,9 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
     listing = _Listing(root, sizes)
     for found in walk_files(root, IMAGE_SUFFIXES):
         if isinstance(found, Path):
-            shown = listing.shown(found)
-            listing.exact[shown] = found
-            listing.folded.setdefault(fold_name(shown), found)
+            name = listing.shown(found)
+            listing.exact[name] = found
+            listing.folded.setdefault(fold_name(name), found)
         elif found.blocking and (is_dataset_file(found.path.name) or os.path.isdir(found.path)):
             listing.problems.append(found)
         else:

@@ -4,11 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
-from app.main import _already_open, _listener, _password, main
+from app.main import _already_open, _listener, _password, _Server, main
 from app.state import AppState
 from lora_core.errors import RunError
 from tests.waiting import PATIENCE
@@ -33,6 +36,27 @@ def test_a_password_file_must_hold_one(tmp_path: Path) -> None:
         _password(tmp_path / "empty")
     (tmp_path / "good").write_text("sésame\n", encoding="utf-8")
     assert _password(tmp_path / "good") == "sésame"
+
+
+def test_images_are_listed_once_the_window_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("app.main._say_ready", lambda *given: done.append("ready"))
+
+    def prepare() -> None:
+        done.append("listed")
+        server.quit()
+
+    server = _Server(uvicorn.Config(FastAPI(), lifespan="off", log_level="warning"), "", False, prepare)
+    with _listener("127.0.0.1", None) as listener:
+        serving = threading.Thread(target=server.run, args=([listener],))
+        serving.start()
+        serving.join(PATIENCE)
+    assert (done, serving.is_alive()) == (["ready", "listed"], False)
+
+
+def test_a_list_that_cannot_be_made_is_left_to_the_page(app_state: AppState) -> None:
+    app_state.list_images = lambda: bytes(-1)
+    app_state.prepare()
 
 
 def test_a_busy_port_that_was_asked_for_is_refused() -> None:
