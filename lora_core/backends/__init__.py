@@ -1,1 +1,75 @@
-"""Implementations of the frozen layers; the only place for private operators of torch."""
+"""Implementations of the frozen layers, the only place for private operators of torch; and which parts of
+diffusers and transformers are imported for a base."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+PARTS = (
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+)
+PACKAGES = (
+    "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.models.transformers",
+    "diffusers.models.unets", "transformers.models",
+)  # fmt: skip
+"""What they are in. Each `__init__` imports all models that are there, or reads the source of each."""
+
+
+def import_models(parts: Sequence[str] = PARTS) -> None:
+    """Import `parts`; the `__init__` of `PACKAGES` is executed once something of it is asked for.
+
+    Where that does not work, as it may not with other versions, nothing stays imported of these libraries: an
+    import statement does it again, as usual.
+    """
+    before, finder = set(sys.modules), _PackageFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        for name in parts:
+            importlib.import_module(name)
+    except Exception:  # noqa: BLE001 - of whatever kind, the plain import says it again
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in ("diffusers", "transformers", "peft"):
+                del sys.modules[name]
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _PackageFinder:
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        found = PathFinder.find_spec(name, path) if name in PACKAGES and target is None else None
+        if found is not None and found.loader is not None:
+            found.loader = _PackageLoader(found.loader)
+        return found
+
+
+class _PackageLoader(Loader):
+    """As `importlib.util.LazyLoader`, which executes a package for its `__path__` too, so for a submodule."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        module.__class__ = _Package
+
+
+class _Package(ModuleType):
+    """A package that is not executed yet, or has put another object in its place since."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            executed = None
+            try:
+                executed = importlib.reload(self)
+            finally:
+                if executed is not self:
+                    self.__class__ = _Package
+        return getattr(sys.modules[self.__name__], name)

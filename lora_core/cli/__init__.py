@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core import api
+from lora_core.backends import import_models
 from lora_core.cli.parser import Call, command, function_of, parse
 from lora_core.cli.terminal import EventPrinter, one_line, say, say_json, show_result, slow_notes, write
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError, clip_message
@@ -326,6 +327,7 @@ def _resume_run(
                 # A stop that is asked for while torch is imported must not be voided by this line.
                 run.request("resume")
                 with stopping.raising(), processes.without_collecting():
+                    import_models()
                     from lora_core.train.trainer import train
             except KeyboardInterrupt:
                 # The trainer, which writes this down itself, was not there yet.
@@ -371,7 +373,9 @@ def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
 @command("serve")
 def _serve() -> int:
     with processes.without_collecting():
-        api.serve()
+        import_models()
+        from lora_core.worker import main as serve
+    serve()
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from lora_core.backends import import_models
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
 from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest
@@ -16,6 +17,7 @@ from lora_core.runs.folder import find_run, is_run_folder
 from lora_core.settings.schema import FORMATS, PRECISIONS
 from lora_core.system.files import expand_home, unused_path
 from lora_core.system.files import workspace as workspace_folder
+from lora_core.system.processes import without_collecting
 from lora_core.verbs import (
     FILE_PRECISIONS,
     AdapterFile,
@@ -129,8 +131,10 @@ def grid(
 
 
 def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pipeline":
-    from lora_core.generate.pipeline import open_pipeline
-    from lora_core.tools.svd import truncate_adapter
+    with without_collecting(freeze=False):
+        import_models()
+        from lora_core.generate.pipeline import open_pipeline
+        from lora_core.tools.svd import truncate_adapter
 
     choose_device(device)
     return open_pipeline(shot, truncate_adapter, precision)

@@ -1,6 +1,7 @@
 """Which process does something: known by its number and its start, whatever the clock says."""
 
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -90,3 +91,16 @@ assert not gc.isenabled()
 
 def test_the_collector_is_as_it_was_before() -> None:
     subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+def test_the_worker_collects_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives as long as the window: only its imports are without."""
+    import lora_core.worker
+    from lora_core.cli.parser import function_of
+
+    seen: list[bool] = []
+    monkeypatch.setattr(lora_core.worker, "main", lambda: seen.append(gc.isenabled()))
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    gc.enable()
+    assert function_of("serve")() == 0
+    assert seen == [True]
