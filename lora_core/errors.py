@@ -70,7 +70,6 @@ class InputsChanged(RunError):
     cause = "inputs_changed"
 
     def __init__(self, sentence: str, changed: list[str]) -> None:
-        """`changed` lists all differences."""
         super().__init__(sentence)
         self.changed = changed
 

@@ -122,7 +122,11 @@ class History:
         return kept, place
 
     def bring_back(self, place: object, workspace: Path) -> None:
-        """Restore an image from the trash. Raises: RunError: it is gone, or the disk refuses."""
+        """Restore an image from the trash.
+
+        Raises:
+            RunError: it is gone, or the disk refuses.
+        """
         kept = self._removed.pop(str(place), None)
         item = next((one for one in list_trash(workspace) if one.place.name == place), None)
         if kept is None or item is None:

@@ -298,7 +298,6 @@ class RenderQueue:
                 self._history_at(path.parent.parent).add(entry)
 
     def _history_at(self, folder: Path) -> History:
-        """The history of a folder, opened on first use."""
         if folder not in self._histories:
             self._histories[folder] = History(folder)
         return self._histories[folder]

@@ -168,7 +168,6 @@ def load_fields(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _first_prompt(progress: Progress) -> str:
-    """The first prompt of a run's samples with its options, or ""."""
     return next((sample.prompts[0] for sample in progress.previews[:1] if sample.prompts), "")
 
 

@@ -539,7 +539,8 @@ def result_html(tool: str, request: Row, result: Row) -> str:
 
     Args:
         tool: of `TOOLS`.
-        request: of the tool. result: the worker's answer.
+        request: of the tool.
+        result: the worker's answer.
     """
     if TOOLS[tool].makes:
         return written_html(result)
@@ -559,7 +560,6 @@ def result_html(tool: str, request: Row, result: Row) -> str:
 
 
 def _name(file: str) -> str:
-    """A file's name; run and step for a checkpoint."""
     path = Path(file)
     known = path.name == CHECKPOINT and len(path.parts) > 3
     return f"{path.parents[2].name}, {path.parent.name}" if known else path.name

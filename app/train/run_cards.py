@@ -358,7 +358,6 @@ def sweep_card(snapshot: Snapshot) -> str:
 
 
 def _exported_bytes(run: ShownRun) -> int:
-    """The size of a run's largest export, 0 without one."""
     return max(map(file_bytes, run.view.run.exports.glob("*.safetensors")), default=0) if run.view else 0
 
 

@@ -203,7 +203,8 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
 
     Args:
         verb: its command.
-        result: its return value. given: its arguments.
+        result: its return value.
+        given: its arguments.
     """
     if verb in _templates():
         text = _environment().get_template(verb).render(result=result, given=given)

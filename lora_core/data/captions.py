@@ -487,7 +487,6 @@ def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list
 
 
 def _row_fault(row: Any) -> str:
-    """The problem with a row, or ""."""
     if isinstance(row, str):
         return f"cannot be read ({row})"
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"].strip():

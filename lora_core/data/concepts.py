@@ -127,7 +127,6 @@ def parse_concepts(text: str, folder: Path) -> ConceptList:
 
 
 def _check_shares(found: ConceptList) -> None:
-    """All concepts of a kind have a share, or none."""
     shares: dict[bool, list[Concept]] = {False: [], True: []}
     for concept in found.concepts:
         shares[concept.role == _REGULARISATION].append(concept)
@@ -225,7 +224,6 @@ class _Reader:
             self.found.concepts.append(replace(concept, number=number))
 
     def _folder(self, given: Any, where: str) -> str | None:
-        """The folder of a subset, below the dataset folder."""
         if not isinstance(given, str) or not given.strip():
             self.problem(where, "has no image_dir; name the folder of its images.")
             return None

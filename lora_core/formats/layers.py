@@ -137,7 +137,6 @@ def _from_ldm(path: str, family: Family | None) -> str | None:
 
 
 def _unknown_layer(name: str) -> AdapterFileError:
-    """The error for a layer that no table has."""
     other = other_family({f"{name}.": ()})
     if other:
         return AdapterFileError(

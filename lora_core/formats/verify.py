@@ -199,7 +199,9 @@ class Outcome:
     Attributes:
         refused: why it loads nothing, or "".
         keys: how many the file has.
-        dropped: unused keys. loaded: the loaded update. meant: the intended one.
+        dropped: unused keys.
+        loaded: the loaded update.
+        meant: the intended one.
         errors: relative error of each layer's update; None where it is unknown.
         tolerance: up to which an error is rounding.
     """

@@ -268,7 +268,6 @@ class OftLayer(AdaptedLayer):
     factor_names: tuple[str, ...] = ("oft_blocks",)
 
     def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
-        """See `AdaptedLayer`."""
         super().__init__(base, name, spec, state, seed)
         weight = base.weight
         side = oft_side(spec.rank, len(weight))
@@ -309,7 +308,6 @@ class DoraLayer(LoraLayer):
     factor_names: tuple[str, ...] = ("down", "up", "magnitude")
 
     def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
-        """See `AdaptedLayer`."""
         super().__init__(base, name, spec, state, seed)
         self.magnitude = nn.Parameter(self._norms())
 

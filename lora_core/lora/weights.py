@@ -202,7 +202,6 @@ class Merger:
                 ]
 
     def _factors_on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
-        """A layer's factors in its dtype and on its device."""
         _, factors = self._factors.setdefault(id(weights), (weights, {}))
         layer, found = self._compact[key], factors.get(key)
         if found is None or (layer.data is not None and found[0].device != layer.data.device):

@@ -376,7 +376,6 @@ def _stream(
 
 
 def _chunks(found: Download, file: RemoteFile, start: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` on."""
     url = hf_hub_url(found.repo, file.path, revision=found.commit)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     client = get_session()

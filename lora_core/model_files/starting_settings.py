@@ -84,9 +84,10 @@ class LoraSettings:
     """The training settings in a LoRA file.
 
     Attributes:
-        source: who wrote them, in words. values: dotted name
-    to value, each legal. left: a sentence for each thing that cannot be used. base: its base model, "" if
-    unknown.
+        source: who wrote them, in words.
+        values: dotted name to value, each legal.
+        left: a sentence for each thing that cannot be used.
+        base: its base model, "" if unknown.
     """
 
     source: str = ""
@@ -554,7 +555,6 @@ class _Translation:
 
 
 def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> LoraSettings:
-    """The settings in a trainer's configuration."""
     read = _Translation(trainer.get("leaf", False))
     text_of = {key: str(found[0]).casefold() for key, found in values.items()}
     instead = {row[0]: "".join(row[3:]) for row in trainer["unless"] if text_of.get(row[1]) == row[2]}

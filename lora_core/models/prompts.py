@@ -99,7 +99,6 @@ def encode_weighted(
 def _encode(
     base: BaseModel, encoder: TextEncoder, prompts: Sequence[str | Prompt], clip_skip: int, chunks: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `encode_captions`."""
     found = [weighted_chunks(base.tokenizers[encoder.part], prompt, chunks) for prompt in prompts]
     hidden, pooled = hidden_states(base, encoder, torch.cat([ids for ids, _ in found]), clip_skip)
     if all(weights is None for _, weights in found):

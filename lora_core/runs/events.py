@@ -111,10 +111,9 @@ class Validated(Event):
     -1 from the wanted ones, so that the gain is the share of `base_loss` that it has learned to add.
 
     Attributes:
-        on: the images of the measurement, in words. best: whether this is now the best step, by the
-        rule of `evaluate/validator.py`. against_best, against_best_error: the gain less that of the best step
-        before, paired; NaN at the
-            first.
+        on: the images of the measurement, in words.
+        best: whether this is now the best step, by the rule of `evaluate/validator.py`.
+        against_best, against_best_error: the gain over the former best step, paired; NaN at the first.
         train_gain, gauge, gauge_error: the gain on training images; how much more that is than `gain`, the
             memorisation gauge, with its error. NaN where it was not measured.
         prior, prior_error: the gain on what should not change, the base's own images: below 0 it is

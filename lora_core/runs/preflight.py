@@ -521,7 +521,6 @@ def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | N
 
 
 def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
-    """What masks do in the run."""
     rule, outside = config.dataset.masks, config.loss.unmasked_weight
     masked = sum(record.mask is not None for record in apply_settings(records, config))
     unused = sum(record.mask is not None for record in records) - masked
@@ -541,7 +540,6 @@ def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
 
 
 def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
-    """What images for regularisation do in the run."""
     count, weight = len(dataset.reg), config.dataset.reg_weight
     images = f"{count} {'image' if count == 1 else 'images'} for regularisation"
     train, reg = balance_looks(dataset.records, dataset.reg)
@@ -655,7 +653,6 @@ def at_largest(config: RunConfig, records: Sequence[ImageRecord], own: int) -> R
 
 
 def _concept_resolutions(records: Iterable[ImageRecord]) -> Iterator[tuple[str, int]]:
-    """Each concept's own resolutions, with its name."""
     for concept in dict.fromkeys(record.concept for record in records):
         if concept:
             yield from ((concept.name, side) for side in dict(concept.rules).get("resolutions", ()))

@@ -541,8 +541,6 @@ def run_queue(
 
 
 class _Runner:
-    """The work of one runner."""
-
     def __init__(self, queue: Queue, say: Callable[[str], None], trainer: tuple[str, ...]) -> None:
         self.must_end = False
         self.ended: list[QueuedRun] = []

@@ -188,7 +188,6 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
 
 
 def _terms(key: LayerKey, files: Sequence[WeightedLora], updates_of: Sequence[Updates]) -> list[_Term]:
-    """The updates that change the layer."""
     having = [number for number, updates in enumerate(updates_of) if key in updates]
     terms = []
     for number in having:

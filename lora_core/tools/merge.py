@@ -243,7 +243,8 @@ def merge_files(
         base_name: the base that a DoRA is for, or "".
         on_layer: called for a file whose decomposition takes long.
 
-    Returns: The operation and its cost, in sentences.
+    Returns:
+        The operation and its cost, in sentences.
 
     Raises:
         LoraError: one sentence on the problem; nothing

@@ -575,7 +575,8 @@ def extract_lora(
 
     Args:
         tuned: the fine-tuned model.
-        base: the model that it was tuned from. rank: of all layers.
+        base: the model that it was tuned from.
+        rank: of all layers.
         energy: without a rank, the share of it to keep of each layer.
 
     Raises:

@@ -640,7 +640,6 @@ class Export:
         return write_export(weights, path, EXPORT_FORMAT, family, header, latest_sample(run, step))
 
     def _export_checkpoint(self, step: int, exported: int, measure: bool) -> Path:
-        """Export the checkpoint of step `exported` after `step`."""
         run = self.context.run
         if self.config.adapter.auto_rank:
             record = cut_record(*self._choose_ranks(step, exported, measure))

@@ -81,7 +81,6 @@ class InpaintingBatches(Batches):
         self, base: InpaintingModel, images: list[TrainImage], cache: LatentCache, rules: DatasetSection,
         batch_size: int, seed: int,
     ) -> None:  # fmt: skip
-        """As of `Batches`."""
         super().__init__(images, cache, rules, batch_size, seed)
         self._base = base
 

@@ -1,4 +1,4 @@
-"""The registry of verbs: all that the command line, the worker and `lora_core.api` can do, each once.
+"""The registry of verbs of the command line, the worker and `lora_core.api`.
 
 A verb is a function with typed parameters and a docstring. `queue_add` is the command `queue add`; the first
 line of its docstring is the command's help, and `Args:` is the help of its options. `lora_core.cli` makes a
@@ -40,10 +40,10 @@ Found = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 CHECKPOINT = object()
-"""Marks a parameter that takes, on the command line, also a run's checkpoint: RUN or RUN@STEP."""
+"""Marks a parameter that also accepts a run's checkpoint on the command line: RUN or RUN@STEP."""
 AdapterFile = Annotated[File, CHECKPOINT]
 FILE_PRECISIONS = tuple(name for name in PRECISIONS if name != AUTO)
-"""Of adapter files."""
+"""Dtypes of adapter files."""
 
 GROUPS = {
     "queue": "Train runs one after the other.",
@@ -70,13 +70,13 @@ def verb(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class Measure:
-    """What to measure an adapter on: images that it was not trained on, and a base.
+    """The images and the base to measure an adapter with.
 
     Attributes:
-        dataset: a folder of images with captions, a zip, or `demo`: images that it was not trained on.
+        dataset: a folder of held-out images with captions, a zip, or `demo`.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         vae: a VAE in place of the base's own: a folder or a file.
-        prediction: what the base predicts.
+        prediction: prediction type of the base.
         triples: noise draws (timestep and noise) per image.
         seed: of the noise draws.
         workspace: where zips are unpacked.
@@ -126,7 +126,7 @@ class Measure:
 
 
 def choose_device(name: str) -> Any:
-    """The device of this process from now on; `auto` leaves it as it is.
+    """Set the device of this process; `auto` keeps it.
 
     Raises:
         ConfigError: no such device.
@@ -157,6 +157,6 @@ def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError for a dtype that adapter files are not written in."""
+    """Raise ConfigError for an unsupported dtype of adapter files."""
     if precision not in FILE_PRECISIONS:
         raise ConfigError(f"The precision {precision!r} is not one of {', '.join(FILE_PRECISIONS)}.")

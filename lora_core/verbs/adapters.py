@@ -1,4 +1,4 @@
-"""Verbs that draw with adapters, measure them, and make files of them."""
+"""Verbs that generate with adapters, measure them and convert them."""
 
 import os
 import time
@@ -53,7 +53,7 @@ def generate(
     """Make images as PNG files; returns their paths.
 
     Args:
-        shot: all that an image depends on, adapters included; the first has its seed.
+        shot: the request of the first image.
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
         count: images, each with the next seed.
         on_image: called with each path once the file is written.
@@ -94,13 +94,14 @@ def grid(
     precision: Annotated[str, PRECISIONS] = "auto",
     device: str = "auto",
 ) -> Path:
-    """Make a labelled sheet of images that differ in one or two things; returns its path.
+    """Make a labelled grid of images that vary in one or two parameters; returns its path.
 
     Args:
-        shot: what all images have in common.
+        shot: the common request.
         out: the PNG file.
-        rows: what differs down the sheet, such as strength=0,0.5,1; a value with a comma needs double quotes.
-        columns: what differs across it.
+        rows: the parameter that varies by row, such as strength=0,0.5,1; a value with a comma needs double
+            quotes.
+        columns: the one that varies by column.
 
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
@@ -141,7 +142,7 @@ def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pip
 
 
 def _check(shots: Sequence[GenerationRequest]) -> None:
-    """Refuse before the work rather than after it."""
+    """Check `out` before the work rather than after it."""
     from lora_core.data.captions import check_prompt
     from lora_core.data.images import open_rgb
 
@@ -167,7 +168,7 @@ def _check_png(path: Path) -> None:
 def validate(
     measure: Measure, loras: Annotated[Loras, "--lora"] = (), shuffle_captions: bool = False
 ) -> Found:
-    """Measure an adapter on images that it was not trained on.
+    """Measure an adapter on held-out images.
 
     Args:
         measure: the images and the base.
@@ -189,7 +190,7 @@ def validate(
 
 @verb
 def inspect(file: AdapterFile, spectrum: bool = False) -> Found:
-    """Show what an adapter file is, whichever tool wrote it.
+    """Show kind, ranks and metadata of an adapter file from any tool.
 
     Args:
         spectrum: the singular values of each layer, and ranks.
@@ -213,7 +214,7 @@ def verify(file: AdapterFile, base: str = "") -> Found:
     """Check what six tools would load from an adapter file.
 
     Args:
-        base: the base that it is for, where the file does not say it.
+        base: its base, if the file does not name it.
     """
     from lora_core.formats.verify import verify_adapter
     from lora_core.tools.delta import BaseWeights
@@ -239,7 +240,7 @@ def convert(
         source: an adapter.
         target: the file to make.
         to: the format.
-        keep_alphas: keep an alpha of its own for each layer.
+        keep_alphas: keep each layer's alpha.
 
     Raises:
         AdapterFileError: the target exists, or the source cannot be translated.
@@ -270,7 +271,7 @@ def merge(  # noqa: PLR0913 - one option each
         rank: the best LoRA of this rank; else ranks add and nothing is lost.
         blocks: a TOML file of pattern = weight, or 'mid_block=0.5,...'.
         precision: dtype of the merged file, else fp32.
-        base: the base of a DoRA, whose weights its update depends on.
+        base: the base of a DoRA, on whose weights its update depends.
         into_base: merge into a copy of this base instead.
     """
     from lora_core.tools.merge import merge_files
@@ -311,7 +312,7 @@ def shrink(
     Args:
         file: an adapter; a LoHa, LoKr, OFT or DoRA with a rank.
         rank: the same for every layer.
-        energy: what to keep of it, such as 0.99.
+        energy: share to keep, such as 0.99.
         precision: dtype of the file, else its own.
         base: the base of a DoRA.
     """
@@ -352,9 +353,9 @@ def extract(
 
     Args:
         tuned: a diffusers folder or a .safetensors file.
-        base: the base that it was made from.
+        base: the base that it was tuned from.
         rank: the same for every layer.
-        energy: what to keep of it, such as 0.99.
+        energy: share to keep, such as 0.99.
         precision: dtype of the file.
     """
     from lora_core.tools.shrink import extract_file
@@ -370,13 +371,13 @@ def strength(
     apart: bool = False,
     bake: Annotated[File | None, "--bake OUT"] = None,
 ) -> Found:
-    """Find the strength at which an adapter gains most.
+    """Find the strength with the highest gain of an adapter.
 
     Args:
         file: the adapter.
         measure: the images and the base.
-        apart: one strength for the UNet and one for the text encoders.
-        bake: a new file that has it at strength 1.
+        apart: separate strengths for the UNet and the text encoders.
+        bake: a new file with the best strength at 1.
     """
     from lora_core.formats.io import load_adapter
     from lora_core.tools.analysis import bake_strength, measure_strength
@@ -399,11 +400,11 @@ def strength(
 
 @verb
 def copy(file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: Place = None) -> Found:
-    """Copy an adapter and its side files to where another tool looks for it; nothing is replaced.
+    """Copy an adapter and its side files to another tool's folder; nothing is replaced.
 
     Args:
         file: an adapter, or a run: its export.
-        folder: such as ~/loras, or how the name of a tool on this computer begins, such as comfyui.
+        folder: such as ~/loras, or the beginning of a tool's name, such as comfyui.
 
     Returns:
         file (where it is now), beside (side files that went with it), kept (side files that differ and
@@ -432,17 +433,17 @@ def upload(
 ) -> Found:
     """Upload an adapter with its model card to the Hugging Face hub; private unless --public.
 
-    Who you are, the hub knows by HF_TOKEN or `hf auth login`.
+    Log in with `hf auth login` or set HF_TOKEN.
 
     Args:
         file: an adapter, or a run: its export.
-        repo: the repository; it is made if there is none.
+        repo: the repository; created if missing.
         license: of the hub's list, such as openrail++, for the card.
-        public: whether everybody may see it.
+        public: whether everyone can see it.
 
     Returns:
-        url of the repository, files (names of those written), kept (README.md where there was one: it stays,
-        and the licence is not written).
+        url of the repository, files (names of those written), kept (an existing README.md; the licence is
+        then not written).
 
     Raises:
         LoraError: no such file, not logged in, or the hub refuses.
@@ -460,7 +461,7 @@ def upload(
 
 
 def _exported_file(file: File, workspace: Place) -> Path:
-    """A file that is given, or the export of a run that is.
+    """The given file, or the export of the given run.
 
     Raises:
         LoraError: there is none.
@@ -498,7 +499,7 @@ def _tool_folder(name: str, workspace: Path) -> Path:
 def compare(
     first: Annotated[AdapterFile, "A"], second: Annotated[AdapterFile, "B"], note: Progress | None = None
 ) -> Found:
-    """Measure how similar the directions of two adapters are."""
+    """Measure the subspace similarity of two adapters."""
     from lora_core.tools.analysis import file_similarity
 
     return file_similarity(Path(first), Path(second), note)
@@ -527,7 +528,7 @@ def amplify(file: AdapterFile, base: Annotated[str, "--base"], note: Progress | 
     """Measure how much an adapter amplifies the directions of its base.
 
     Args:
-        base: the base that it was made for.
+        base: its base.
     """
     from lora_core.tools.analysis import file_amplification
     from lora_core.tools.delta import BaseWeights

@@ -1,4 +1,4 @@
-"""Verbs about images and captions, the projects that hold them, and what else a workspace keeps."""
+"""Verbs for images and captions, projects, and other contents of a workspace."""
 
 import hashlib
 import tomllib
@@ -36,8 +36,8 @@ def audit(
     """Check a dataset: its problems, and what will be learned from it.
 
     Args:
-        base: the base that it is for.
-        resolution: in pixels; 0 for what the base was trained at.
+        base: the base to train.
+        resolution: in pixels; 0 for the base's own.
         trigger: a word that may be in every caption.
         batch: images per batch, for their shares of the steps.
     """
@@ -74,11 +74,11 @@ def concepts_list(
     """List the concepts of a dataset with their shares of the training.
 
     Args:
-        base: the base that it is for.
-        resolution: in pixels; 0 for what the base was trained at.
+        base: the base to train.
+        resolution: in pixels; 0 for the base's own.
         batch: images per batch.
-        pictures: images that are held out, as `validation.pictures`.
-        seed: of the run, which images these are depends on it.
+        pictures: held-out images, as `validation.pictures`.
+        seed: of the run, which selects them.
 
     Returns:
         Rows {number, name, folder, role, trigger, images, num_repeats, asked, repeats, share}.
@@ -99,7 +99,7 @@ def concepts_list(
 
 @verb
 def concepts_make(dataset: File, workspace: Place = None) -> Path:
-    """Make a concept of each folder of images that has none, in its `dataset.toml`; returns that file.
+    """Add a concept for each folder of images without one to `dataset.toml`; returns that file.
 
     Args:
         dataset: a folder of images, or a project's name.
@@ -117,7 +117,7 @@ def concepts_make(dataset: File, workspace: Place = None) -> Path:
 
 @verb
 def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Place = None) -> None:
-    """Set what a concept has in place of the run's settings, in its `dataset.toml`.
+    """Set a key of a concept in its `dataset.toml`, in place of the run's setting.
 
     Args:
         dataset: a folder of images, or a project's name.
@@ -145,7 +145,7 @@ def concepts_move(
 
     Args:
         dataset: a folder of images, or a project's name.
-        folder: of the concept, below the dataset's; `.` for that itself.
+        folder: of the concept, below the dataset's; `.` for the dataset's own.
         pictures: paths below the folder of the dataset.
 
     Returns:
@@ -166,11 +166,11 @@ def probe(
     workspace: Place = None,
     note: Progress | None = None,
 ) -> Found:
-    """Score captions with a base: which fit badly, and words for a trigger.
+    """Score captions with a base: bad captions, and candidates for a trigger.
 
     Args:
-        base: that is asked.
-        trigger: the trigger word, to be measured too.
+        base: the base.
+        trigger: a trigger word to measure too.
     """
     measure = Measure(dataset, base, triples=triples, seed=seed, workspace=workspace)
     opened, records = measure.load("auto")
@@ -189,7 +189,7 @@ def pictures(
     workspace: Place = None,
     note: Progress | None = None,
 ) -> Found:
-    """Measure what a run has learned of each of its images; kept in the run's folder too.
+    """Measure a run's gain on each of its images; saved in the run's folder too.
 
     Args:
         checkpoint: best, last, or the step of a checkpoint.
@@ -285,7 +285,7 @@ def projects_new(title: str, workspace: Place = None) -> Path:
 
 @verb
 def projects_open(project: str, workspace: Place = None) -> None:
-    """Choose the project that the window opens with."""
+    """Choose the project that the window opens."""
     projects = _projects(workspace)
     projects.open(projects.find_key(project))
 
@@ -314,7 +314,7 @@ def projects_delete(project: str, workspace: Place = None) -> Path:
 
 @verb
 def projects_import(project: str, source: File, link: bool = False, workspace: Place = None) -> Found:
-    """Bring images, captions and masks into a project: a folder, a zip or a file.
+    """Import images, captions and masks into a project: a folder, a zip or a file.
 
     Args:
         project: its title, or its folder's name.
@@ -365,7 +365,7 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: Place = None) -
 
 @verb
 def take_back(dataset: File, pictures: Sequence[str], workspace: Place = None) -> int:
-    """Put images that were left out back; returns how many."""
+    """Put left-out images back; returns how many."""
     from lora_core.projects.project import take_back as moved
 
     return moved(_pictures_of(dataset, workspace), list(pictures))
@@ -384,7 +384,7 @@ def left_out(dataset: File, workspace: Place = None) -> list[str]:
 def hold_out(
     dataset: File, pictures: Sequence[str], on: Annotated[bool, "--undo"] = True, workspace: Place = None
 ) -> None:
-    """Hold images of a project out for validation; `on=False` (`--undo`) has them trained on again."""
+    """Hold images of a project out for validation; `on=False` (`--undo`) trains on them again."""
     project = _pictures_of(dataset, workspace)
     for name in pictures:
         project.find_image(name)
@@ -434,10 +434,10 @@ def captions_replace(
     Args:
         dataset: a folder of images, or a project's name.
         find: a text, or with `regex` a regular expression.
-        put: what comes in its place; may refer to the groups of a regular expression.
+        put: the replacement; may refer to groups of a regular expression.
         regex: FIND is a regular expression.
-        any_case: capitals and small letters are the same.
-        dry_run: show what would change, change nothing.
+        any_case: ignore case.
+        dry_run: show the changes without making them.
 
     Returns:
         changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)
@@ -474,7 +474,7 @@ def captions_delete_tag(dataset: File, tag: str, dry_run: bool = False, workspac
 
 @verb
 def captions_table(dataset: File, table: File, dry_run: bool = False, workspace: Place = None) -> Found:
-    """Change tags by a table of synonyms, of tags that go, and of tags that come first or last.
+    """Change tags by a table of synonyms, removals, and first or last tags.
 
     Args:
         dataset: a folder of images, or a project's name.
@@ -482,7 +482,7 @@ def captions_table(dataset: File, table: File, dry_run: bool = False, workspace:
             simple background`.
 
     Raises:
-        DatasetError: the file cannot be read, or a line is none of these.
+        DatasetError: the file cannot be read, or a line is invalid.
     """
     text = read_text(expand_home(table), str(table))
     return _edit(_pictures_of(dataset, workspace), dry_run, Edit("table", text))
@@ -510,7 +510,7 @@ def caption(  # noqa: PLR0913 - one option each
     Args:
         dataset: a folder of images, or a project's name.
         captioner: the model and its options.
-        how: only where a caption is missing, append to those that are there, or replace them.
+        how: only where a caption is missing, append to existing ones, or replace them.
         trigger: a word that stays in front of captions that have it; else the project's.
 
     Raises:
@@ -538,7 +538,7 @@ def masks_make(
     Args:
         dataset: a folder of images, or a project's name.
         masker: the model and its options.
-        how: only where an image has no mask, or replace those that are there.
+        how: only where an image has no mask, or replace existing ones.
 
     Returns:
         changed and asked (images), rows {picture, share} of the first, where share is how much counts, and
@@ -579,7 +579,7 @@ def _annotate(
 
 @verb
 def captions_undo(dataset: File, workspace: Place = None) -> Found:
-    """Undo the last change of many captions or masks.
+    """Undo the last bulk edit of captions or masks.
 
     Returns:
         How many are undone, and kept as changed since; `masks` where it were masks.
@@ -593,7 +593,7 @@ def captions_undo(dataset: File, workspace: Place = None) -> Found:
 
 
 def _edit(project: "Project", dry_run: bool, edit: Edit) -> Found:
-    """Change all captions, or show what would change."""
+    """Change all captions, or show the changes."""
     from lora_core.projects import caption_edits
 
     found = caption_edits.preview(project, edit, None)
@@ -610,10 +610,10 @@ def _pictures_of(dataset: File, workspace: Place) -> "Project":
 
 @verb
 def docs(no_browser: bool = False) -> Path:
-    """Open the documents in the browser: the site, or the README where it was not built.
+    """Open the documents in the browser: the site, or the README if it was not built.
 
     Args:
-        no_browser: only say where they are.
+        no_browser: only print their location.
 
     Raises:
         LoraError: they were not installed.
@@ -631,7 +631,7 @@ def docs(no_browser: bool = False) -> Path:
 
 @verb
 def doctor(workspace: Place = None, zip_to: Annotated[File | None, "--zip F.zip"] = None) -> Found:
-    """Check this computer, with the fix for each thing that is wrong.
+    """Check this computer, with a fix for each problem.
 
     Args:
         zip_to: a zip for a bug report: this, the newest run's settings and log; no paths, names, prompts.

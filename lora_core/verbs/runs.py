@@ -1,4 +1,4 @@
-"""Verbs about runs: make, train, steer, queue, delete and export them."""
+"""Verbs for runs: make, train, control, queue, delete and export them."""
 
 import contextlib
 import re
@@ -130,7 +130,7 @@ def _family_of(base: object) -> "Family | None":
 
 
 def _in_full(place: str) -> str:
-    """The full path of what exists, since a run may be resumed from elsewhere; other words stay."""
+    """The full path of existing files, since a run may be resumed from elsewhere; other text stays."""
     path = expand_home(place)
     return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
 
@@ -141,7 +141,7 @@ def forecast(config: RunConfig, workspace: Place = None, measure: bool = False) 
 
     Args:
         config: of the run, see `run_config`.
-        measure: take a few steps, to know time and memory.
+        measure: time a few steps.
 
     Returns:
         pictures, captions, looks (at each image), steps, seconds and memory_bytes (None where they are not
@@ -212,13 +212,13 @@ def resume(
 
 @verb
 def stop(run: File, workspace: Place = None) -> None:
-    """End a run, keep its work and export it."""
+    """Stop a run with a checkpoint and an export."""
     _request(run, "stop", workspace)
 
 
 @verb
 def pause(run: File, workspace: Place = None) -> None:
-    """End a run's process, to resume later."""
+    """Pause a run with a checkpoint; resume it later."""
     _request(run, "pause", workspace)
 
 
@@ -259,8 +259,8 @@ def notify(
     """Set or show who is notified when a run ends: a command or a web address.
 
     Args:
-        whom: a command or a web address to keep; '' for nobody.
-        test: tell them now.
+        whom: a command or a web address; '' for none.
+        test: notify now.
 
     Raises:
         ConfigError: the command has an open quote, or with `test`, they could not be notified.
@@ -292,7 +292,7 @@ def queue_add(run: File, workspace: Place = None, start: bool = False) -> RunFol
     """Put a run at the end of the queue of its workspace; returns its folder.
 
     Args:
-        start: have the queue worked through by another process.
+        start: process the queue in another process.
 
     Raises:
         RunError: it is done, live, or in the queue already.
@@ -315,17 +315,17 @@ def queue_sweep(
     by: Annotated[Sequence[str], "--by SETTING=V,V,..."] = (),
     seeds: int = 1,
 ) -> list[RunFolder]:
-    """Queue copies of a run with settings at several values; returns their folders.
+    """Queue a sweep: copies of a run with several values of a setting; returns their folders.
 
     Args:
         setting: such as adapter.rank.
         values: such as 4 8 16; each copy is named after its own.
-        start: have the queue worked through by another process.
+        start: process the queue in another process.
         by: a further setting and its values, such as optimizer.lr=1e-4,3e-4; each combination is a run.
         seeds: number of runs of each combination, with different seeds.
 
     Raises:
-        LoraError: a value is not legal or something else is in the way; nothing is queued then.
+        LoraError: an invalid value or another problem; nothing is queued then.
     """
     from lora_core.runs.preflight import preflight, require_none_blocking
 
@@ -346,7 +346,7 @@ def queue_sweep(
 
 @verb
 def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Place = None) -> Found:
-    """Compare what runs of different settings gained and took: a sweep, or runs by name.
+    """Compare gain and cost of runs with different settings: a sweep, or runs by name.
 
     Args:
         runs: names; one of a sweep selects all of it, none the last sweep.
@@ -395,7 +395,7 @@ def queue_move(run: File, position: int, workspace: Place = None) -> None:
 
 @verb
 def queue_remove(run: File, workspace: Place = None) -> None:
-    """Take a run out of the queue; the run stays.
+    """Remove a run from the queue; the run is kept.
 
     Raises:
         RunError: it is not in the queue, or live.
@@ -415,13 +415,13 @@ def _queue_of(run: File, workspace: Place) -> tuple[Queue, str]:
 
 @verb
 def queue_run(workspace: Place = None, on_phase: Callable[[str], None] | None = None) -> list[Any]:
-    """Work through the queue, then end; returns the jobs that ended. `on_phase` gets a line for each."""
+    """Process the queue, then end; returns the finished jobs. `on_phase` gets a line for each."""
     return run_queue(workspace_folder(workspace), on_phase or (lambda line: None))[0]
 
 
 @verb
 def queue_pause(workspace: Place = None) -> None:
-    """Stop working through the queue; the run in hand is paused and waits again."""
+    """Pause the queue; the current run is paused and waits again."""
     Queue(workspace_folder(workspace)).set_enabled(False)
 
 
@@ -478,7 +478,7 @@ def export(
         format: of the file.
         precision: dtype of the factors.
         name: of the file, else the run's.
-        full_rank: the file of a run with adapter.rank = auto keeps all ranks of the checkpoint.
+        full_rank: keep all ranks of the checkpoint of a run with adapter.rank = auto.
 
     Returns:
         file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, cut
