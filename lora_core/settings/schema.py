@@ -631,7 +631,9 @@ class AdapterSection(Section):
 
     @property
     def scale(self) -> float:
-        """Factor of the update, for blocks without their own rank or alpha."""
+        """What the update is multiplied by, except where a block has its own; 1 where alpha means nothing."""
+        if "adapter.block_alphas" in ADAPTER_KINDS[self.kind].unused:
+            return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

@@ -435,6 +435,20 @@ def test_a_pattern_that_matches_no_layer_stops_before_the_start(
     )
 
 
+def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Path) -> None:
+    """A scale of 64 is much for a LoRA at 3e-4, and nothing to an OFT; the forecast tells the same rate."""
+    high = {
+        "adapter__rank": 4,
+        "adapter__alpha": 256.0,
+        "optimizer__lr": 3e-4,
+        "optimizer__text_encoder_lr": 0.0,
+    }
+    (one,) = found(config, tmp_path, **high)
+    assert "x alpha / rank = 0.0192 is much" in one.sentence
+    assert found(config, tmp_path, **high, adapter__kind="oft") == []
+    assert config.changed({"adapter.kind": "oft", "adapter.rank": 4}).adapter.scale == 1.0
+
+
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, loss__huber_delta=0.5)
     assert one.sentence == "loss.huber_delta has no effect while loss.type is mse; it is for huber."
