@@ -22,6 +22,7 @@ from lora_core.backends.onednn import (
     is_available,
     is_prepacked,
     layout_of,
+    pack,
     prepack,
     transform_kernel,
     undo_prepack,
@@ -57,6 +58,7 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
         (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
         (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
         (nn.Conv2d(4, 320, (3, 5), padding=(1, 2)), [(1, 4, 8, 8)]),
+        (nn.Conv2d(24, 40, 1), [(2, 24, 8, 8), (1, 24, 5, 3)]),
     ],
 )  # fmt: skip
 def test_output_and_gradient(
@@ -72,14 +74,16 @@ def test_output_and_gradient(
     near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for shape in shapes:
         x = torch.randn(shape, dtype=dtype)
-        pairs = []
-        for one in (layer, root):
-            given = x.clone().requires_grad_()
-            y = one(given)
-            y.float().square().sum().backward()
-            pairs.append((y.detach(), given.grad))
-        for plain, packed in zip(*pairs, strict=True):
-            torch.testing.assert_close(packed, plain, **near)
+        turned = [x.to(memory_format=torch.channels_last)] if len(shape) == 4 else []
+        for image in (x, *turned):
+            pairs = []
+            for one in (layer, root):
+                given = image.clone().requires_grad_()
+                y = one(given)
+                y.float().square().sum().backward()
+                pairs.append((y.detach(), given.grad))
+            for plain, packed in zip(*pairs, strict=True):
+                torch.testing.assert_close(packed, plain, **near)
 
 
 @pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
@@ -98,7 +102,7 @@ def test_what_stays_plain() -> None:
         "groups": nn.Conv2d(4, 4, 3, groups=2),
         "wrapping around": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         "words": nn.Conv2d(4, 4, 3, padding="same"),
-        "kernel of one": nn.Conv2d(1280, 1280, 1),
+        "kernel of one, every second pixel": nn.Conv2d(1280, 1280, 1, stride=2),
         "long": nn.Linear(4, 4).double(),
     }
     root = nn.ModuleDict(kinds).requires_grad_(False)
@@ -113,11 +117,11 @@ def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     same = {"padding": 1}
     kinds = [
-        *(nn.Linear(255, 257), nn.Linear(256, 256)),
+        *(nn.Linear(255, 257), nn.Linear(256, 256), nn.Conv2d(255, 257, 1), nn.Conv2d(256, 256, 1)),
         *(nn.Conv2d(160, 320, 3, **same), nn.Conv2d(320, 320, 3, **same)),
         *(nn.Conv2d(320, 320, 3, 2, **same), nn.Conv2d(640, 320, 3, **same)),
     ]
-    for layout, packed in ((DIRECT, [0, 1, 0, 0, 0, 1]), (WINOGRAD, [0, 1, 0, 1, 0, 1])):
+    for layout, packed in ((DIRECT, [0, 1, 0, 1, 0, 0, 0, 1]), (WINOGRAD, [0, 1, 0, 1, 0, 1, 0, 1])):
         root = nn.Sequential(*kinds).requires_grad_(False)
         prepack(root, layout)
         assert [is_prepacked(layer) for layer in root] == [bool(one) for one in packed]
@@ -180,8 +184,9 @@ def test_it_equals_a_convolution(shape: tuple[int, ...], biased: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(7, 5, 3, 3)
     bias = torch.randn(7) if biased else None
-    kernel = transform_kernel(weight)
-    assert kernel.numel() == GROWTH * weight.numel()
+    transformed = transform_kernel(weight)
+    assert transformed.numel() == GROWTH * weight.numel()
+    kernel = [pack(matrix) for matrix in transformed]
     found = winograd_conv2d(x, kernel, bias)
     known = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     assert (found - known).norm() <= 1e-6 * known.norm()
