@@ -158,6 +158,27 @@ def test_an_adapted_unet_and_back(layout: str) -> None:
     assert all(a is b for (_, a), (_, b) in zip(before, packed.named_parameters(), strict=True))
 
 
+def test_images_stay_in_channels_last_until_the_plain_layers_are_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the first convolution on, which is too small to be packed."""
+    monkeypatch.setattr(onednn, "SMALLEST_CONVOLUTION", 4 * 8 * 9 + 1)
+    first, second, trained = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(4, 8, 3)
+    root = nn.Sequential(first, second).requires_grad_(False)
+    root.add_module("trained", trained)
+    before, x = first.weight.clone(), torch.randn(1, 4, 6, 6)
+    for layout in (PLAIN, DIRECT):
+        prepack(root, layout)
+        y = root[1](root[0](x))
+        assert y.is_contiguous(memory_format=torch.channels_last) == (layout == DIRECT)
+    assert root[0] is first
+    assert root[1] is not second
+    assert trained.weight.is_contiguous()
+    undo_prepack(root)
+    assert torch.equal(first.weight, before)
+    assert root[1](first(x)).is_contiguous()
+
+
 def test_the_layout_is_what_there_is_memory_for() -> None:
     layer = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
     for times, layout in ((1.9, PLAIN), (2.1, DIRECT), (3.5, DIRECT), (3.6, WINOGRAD)):
