@@ -43,7 +43,7 @@ def import_models(parts: Sequence[str] = PARTS) -> None:
 class _PackageFinder:
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         found = PathFinder.find_spec(name, path) if name in PACKAGES and target is None else None
-        if found is not None and found.loader is not None:
+        if found is not None and hasattr(found.loader, "exec_module"):
             found.loader = _PackageLoader(found.loader)
         return found
 
@@ -51,7 +51,7 @@ class _PackageFinder:
 class _PackageLoader(Loader):
     """As `importlib.util.LazyLoader`, which executes a package for its `__path__` too, so for a submodule."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def exec_module(self, module: ModuleType) -> None:
