@@ -309,6 +309,6 @@ def test_a_file_in_place_of_the_images_is_named(tmp_path: Path) -> None:
     project = Project(tmp_path / "one")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "pictures").touch()
-    with pytest.raises(DatasetError, match=r"The folder .*pictures cannot be made: File exists; move what"):
+    with pytest.raises(DatasetError, match=r"The folder .*pictures cannot be made: File exists; move the"):
         project.open(tmp_path / "two")
     assert project.path == tmp_path / "one"
