@@ -270,7 +270,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     follow_language(app, app_state, page)
     bundle = bundle_modules(block.get_block_name() for block in page.blocks.values())
     files = list_assets() | bundle
-    add_assets(app, files)
+    add_assets(app, files, app_state.workspace / "cache" / "assets")
     # Their addresses change when they do.
     values = {"versions": {name: zlib.crc32(data) for name, data in files.items()}, "tabs": TABS}
     if bundle:

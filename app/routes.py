@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import shutil
@@ -35,7 +36,7 @@ from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import MEANT, relative_name
 from lora_core.runs.folder import runs_folder
-from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json, safe_name
+from lora_core.system.files import DEMO_TRAIN, clean_value, parse_json, safe_name, write_atomically
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.
@@ -163,8 +164,8 @@ def require_near(request: Request, else_: str) -> None:
         raise RunError(else_)
 
 
-def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
-    """Serve the page's own `files`, by name."""
+def add_assets(app: FastAPI, files: Mapping[str, bytes], cache: Path) -> None:
+    """Serve the page's own `files`, by name; compressed, they are kept in the folder `cache`."""
 
     @app.get("/easel/assets/{name}")
     async def asset(request: Request, name: str, v: str = "") -> Response:
@@ -172,14 +173,24 @@ def add_assets(app: FastAPI, files: Mapping[str, bytes]) -> None:
             raise BadRequest(name)
         data, headers = files[name], {"Cache-Control": KEEP["Cache-Control"] if v else "no-cache"}
         if "br" in request.headers.get("accept-encoding", ""):
-            data = await asyncio.to_thread(_compress, data)
+            data = await asyncio.to_thread(_compress, data, cache)
             headers |= {"Content-Encoding": "br", "Vary": "Accept-Encoding"}
         return Response(data, media_type=ASSET_TYPES[Path(name).suffix], headers=headers)
 
 
 @functools.lru_cache(maxsize=8)
-def _compress(data: bytes) -> bytes:
-    return bytes(brotli.compress(data, quality=6))
+def _compress(data: bytes, cache: Path) -> bytes:
+    """Quality 10 takes half a second of processor time, so only the first start of a version does it."""
+    kept = cache / f"{hashlib.sha256(data).hexdigest()}.br"
+    with contextlib.suppress(OSError, brotli.error):
+        packed = kept.read_bytes()
+        if brotli.decompress(packed) == data:
+            return packed
+    packed = bytes(brotli.compress(data, quality=10))
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, packed, sync=False)
+    return packed
 
 
 @functools.lru_cache(maxsize=2)

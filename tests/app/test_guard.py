@@ -165,7 +165,7 @@ class Whole:
         """The own routes alone, which are made quicker."""
         app = FastAPI()
         add_routes(app, self.app_state)
-        add_assets(app, {"page.css": b"body {}"})
+        add_assets(app, {"page.css": b"body {}"}, self.outside / "easel" / "cache")
         add_dataset_routes(app, self.app_state)
         return TestClient(app)
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import brotli
 import pytest
 from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from app.page import REST, build_page, slow_queue_polling
-from app.routes import BadRequest, add_assets, add_routes, below, image_url
+from app.routes import BadRequest, _compress, add_assets, add_routes, below, image_url
 from app.state import AppState
 
 
@@ -16,8 +17,31 @@ from app.state import AppState
 def client(app_state: AppState) -> TestClient:
     app = FastAPI()
     add_routes(app, app_state)
-    add_assets(app, {"style.css": b"body {}"})
+    add_assets(app, {"style.css": b"body {}"}, app_state.workspace / "assets")
     return TestClient(app)
+
+
+def test_compressed_assets_are_kept_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    compress = brotli.compress
+    monkeypatch.setattr(brotli, "compress", lambda data, **how: made.append(1) or compress(data, **how))
+    style = b"body { color: teal }" * 20
+
+    def fetched() -> bytes:
+        # What the process remembers is forgotten, as by a new start.
+        _compress.cache_clear()
+        app = FastAPI()
+        add_assets(app, {"style.css": style}, tmp_path)
+        answer = TestClient(app).get("/easel/assets/style.css", headers={"Accept-Encoding": "br"})
+        assert answer.headers["content-encoding"] == "br"
+        return answer.content
+
+    assert [fetched(), fetched()] == [style, style]
+    assert len(made) == 1
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-4])
+    assert fetched() == style
+    assert len(made) == 2
 
 
 def test_thumbnails_and_large_pictures(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
