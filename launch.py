@@ -116,7 +116,7 @@ def main(arguments: "list[str]") -> int:
         install.say(str(error))
         return held(1)
     except KeyboardInterrupt:
-        install.say("Interrupted; start again to go on.")
+        install.say("Interrupted; start again to continue.")
         return 130
 
 

@@ -246,7 +246,7 @@ class Jobs:
             self._views.pop(run.path, None)
 
     def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
-        """Go on with a run that was paused, stopped or broken off.
+        """Resume a run that was paused, stopped or interrupted.
 
         Args:
             name: the run's.
@@ -323,7 +323,7 @@ class QueueClient:
     """The queue of a workspace, for its window."""
 
     def __init__(self, workspace: Path, jobs: Jobs) -> None:
-        """Go on with a queue that ran when the machine went down."""
+        """Resume a queue that ran when the machine went down."""
         self.workspace = workspace
         self.queue = Queue(workspace)
         self._runs = jobs

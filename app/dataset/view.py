@@ -236,8 +236,8 @@ def _findings(app_state: AppState, part: str, **values: Any) -> str:
 
 
 def checked(app_state: AppState) -> dict[str, Any]:
-    """The state of the check; once it is done also its findings as `html`, how many `things` are to be looked
-    at, which images are `twins`, and how much of what will be learned is to be `notes`."""
+    """The state of the check; once it is done also its findings as `html`, the number of `things` to look at,
+    the images that are `twins`, and the number of `notes` on what will be learned."""
     state, images = app_state.checker.state(), app_state.project.images()
     if state["state"] != "done":
         return state

@@ -216,7 +216,8 @@ def count_tokens(text: str, tokenizer_folder: Path) -> int:
 
 
 def count_all_tokens(texts: Sequence[str], tokenizer_folder: Path) -> list[int]:
-    """As `count_tokens`, of many texts, of which the numbers are remembered; other threads go on meanwhile.
+    """As `count_tokens`, of many texts, of which the numbers are remembered; other threads continue
+    meanwhile.
 
     Raises:
         ModelFileError: the folder holds no tokenizer of this kind.
