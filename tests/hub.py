@@ -150,10 +150,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
-                if line["key"] == "file":
-                    (hub.repos[repo] / value["path"]).write_bytes(base64.b64decode(value["content"]))
-                elif line["key"] == "lfsFile":
-                    (hub.repos[repo] / value["path"]).write_bytes(hub.blobs[value["oid"]])
+                if line["key"] not in ("file", "lfsFile"):
+                    continue
+                data = hub.blobs[value["oid"]] if "oid" in value else base64.b64decode(value["content"])
+                file = hub.repos[repo] / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
             self._send_json({"commitUrl": f"{hub.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _body(self) -> bytes:
