@@ -25,8 +25,9 @@ def import_models(parts: Sequence[str] = PARTS) -> None:
     """Import `parts`; the `__init__` of `PACKAGES` is executed once something of it is asked for.
 
     Where that does not work, as it may not with other versions, nothing stays imported of these libraries: an
-    import statement does it again, as usual.
+    import statement does it again, as usual. Torch first: a second import hides its error.
     """
+    importlib.import_module("torch")
     before, finder = set(sys.modules), _PackageFinder()
     sys.meta_path.insert(0, finder)
     try:

@@ -49,7 +49,7 @@ def write(stream: TextIO, text: str, over: bool = False) -> None:
     """Write at once, for as long as somebody reads.
 
     Work continues when the reader of the output is gone: `train ... | head` must not end a run. Later output
-        is dropped, so that the process does not fail on its last flush either.
+    is dropped, so that the process does not fail on its last flush either.
 
     Args:
         stream: where.

@@ -55,8 +55,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
         `new_tokens`: how many vectors each has; `metadata`: the header's texts.
 
-        Raises:
-            AdapterFileError: one sentence on the problem.
+    Raises:
+        AdapterFileError: one sentence on the problem.
     """
     path = Path(path)
     header = read_header(path)

@@ -1,6 +1,6 @@
 """Sizes that follow from settings and from the shapes of a base's layers, of which headers are read and no
 weights: checkpoint, samples, exported file, the run on disk, and its memory on a card with the fallbacks if
-    that is short."""
+that is short."""
 
 import functools
 import importlib.util

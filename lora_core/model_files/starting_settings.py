@@ -580,6 +580,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
             read.give(name, value, key)
     if rank := read.texts.get("ss_network_dim"):
         read.texts.setdefault("ss_network_alpha", str(trainer.get("alpha", rank)))
+    if rank := read.network.get("conv_dim"):
+        read.network.setdefault("conv_alpha", str(trainer.get("conv_alpha", rank)))
     result = read.settings(trainer["title"])
     if aside["places"]:
         names = ", ".join(aside["places"])

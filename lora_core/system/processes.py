@@ -208,7 +208,7 @@ class StopRequest:
     """Whether a signal asked this process to end (`came`). A second Ctrl-C ends it at once.
 
     Only that one: closing a terminal sends SIGHUP from the shell and from the system, and a supervisor may
-        send SIGTERM twice.
+    send SIGTERM twice.
     """
 
     def __init__(self) -> None:

@@ -247,8 +247,7 @@ def merge_files(
         The operation and its cost, in sentences.
 
     Raises:
-        LoraError: one sentence on the problem; nothing
-        is written then.
+        LoraError: one sentence on the problem; nothing is written then.
     """
     check_out(out)
     base = BaseWeights(base_name) if base_name else None

@@ -286,8 +286,7 @@ def truncate_file(to: Rewrite, known: Family | None, ranks: Ranks, record: Mappi
     """Write an adapter truncated to the ranks that `measure_rank` found for it.
 
     Returns:
-        A summary, one
-    sentence.
+        A summary, one sentence.
 
     Raises:
         AdapterFileError: it is not a plain LoRA, or cannot be written.

@@ -136,8 +136,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`, after its files were verified.
 
     Raises:
-        RunError: one has
-    changed, or is missing.
+        RunError: one has changed, or is missing.
     """
     try:
         record = read_record(path)

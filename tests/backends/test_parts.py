@@ -53,6 +53,13 @@ def test_nothing_changes_where_the_libraries_are_imported_already() -> None:
     assert sys.modules["diffusers.models.autoencoders"].AutoencoderKL is AutoencoderKL
 
 
+def test_a_broken_torch_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time it would say that it is partially initialized, instead of what it lacks."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        import_models(())
+
+
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package `toys` with the packages `plain`, `failing` and `other`, each with a `part`."""
