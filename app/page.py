@@ -155,6 +155,10 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             fields = [zlib.crc32(repr(shows(snapshot)).encode()) for _, shows in bindings.updates]
             return {**parts, "fields": fields, "version": f"{version} {WORDS.language}"}, snapshot.busy
 
+        # The grid first: to count what is in the captions would hold it up. And here, as the list needs the
+        # project's lock, which a look without the draft holds.
+        with app_state.listing:
+            pass
         return _retry_without_draft(app_state.project, shown)
 
     def filled_in() -> list[Any]:

@@ -173,8 +173,9 @@
     const { left, top, width, height } = canvas().getBoundingClientRect();
     return [(clientX - left) / width * canvas().width, (clientY - top) / height * canvas().height];
   };
+  // One finger draws; a second one would join its places to those of the first.
   document.addEventListener("pointerdown", (event) => {
-    if (!paint || event.target !== canvas() || event.button) return;
+    if (!paint || event.target !== canvas() || event.button || !event.isPrimary) return;
     event.preventDefault();
     canvas().focus();
     canvas().setPointerCapture(event.pointerId);
@@ -183,12 +184,12 @@
     showTools();
   });
   document.addEventListener("pointermove", (event) => {
-    if (!paint || event.target !== canvas()) return;
+    if (!paint || event.target !== canvas() || !event.isPrimary) return;
     paint.at = pointAt(event);
     if (paint.pen && paint.tool !== "fill") { line(paint.pen, paint.at); paint.pen = paint.at; }
     showTools();
   });
-  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => { if (paint?.pen) { paint.pen = null; paint.stroke(); } });
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, ({ isPrimary }) => { if (isPrimary && paint?.pen) { paint.pen = null; paint.stroke(); } });
 
   document.addEventListener("keydown", (event) => {
     if (!paint?.within.contains(event.target) || !event.target.closest(".painting, .mask-bar")) return;

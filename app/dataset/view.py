@@ -51,9 +51,6 @@ def build_dataset(bindings: Bindings) -> None:
         app_state.thumbs.prepare([record.path for record in project.dataset().records[:FIRST_SEEN]])
 
     def status(snapshot: Snapshot) -> str:
-        # The grid first: to count what is in the captions would hold it up.
-        with app_state.listing:
-            pass
         shown = summary.read(project, snapshot.plan) | page_versions(project, snapshot.plan)
         return render("dataset/status.html", **shown)
 

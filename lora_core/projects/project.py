@@ -446,14 +446,15 @@ class Project:
             return before
 
     def _mask_named(self, name: str, record: ImageRecord) -> Path:
-        """A file that can be a mask of an image: named like it and beside it, or in a folder of masks."""
+        """A file that can be a mask of an image: named like it, and beside it or in a folder of masks."""
         path, root = Path(os.path.normpath(self.image_folder / name)), self.image_folder
-        stems = {fold_name(f"{record.path.stem}{ending}") for ending in (MASK_ENDINGS[0], *MASK_OF)}
-        beside = path.parent == record.path.parent and fold_name(path.stem) in stems
+        stem, own = fold_name(path.stem), fold_name(record.path.stem)
+        beside = path.parent == record.path.parent and stem != own
         is_masks = beside or folder_kind(relative_name(path, root)) == "mask"
-        fits = "\0" not in name and path.suffix.casefold() in IMAGE_SUFFIXES and is_masks
+        named = is_masks and stem in {own + ending for ending in ("", MASK_ENDINGS[0], *MASK_OF)}
+        fits = "\0" not in name and path.suffix.casefold() in IMAGE_SUFFIXES and named
         if not fits or not path.parent.resolve().is_relative_to(root.resolve()):
-            raise DatasetError(f"{name!r} is no mask of {record.path.name}.")
+            raise DatasetError(f"{name!r} is not a mask of {record.path.name}.")
         return path
 
     def _fits_alone(self, record: ImageRecord, file: Path) -> bool:

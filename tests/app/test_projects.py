@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,37 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(app_state: AppState, draft: d
     else:
         assert (project.draft(), json.loads(aside.read_text())) == ({}, draft)
         assert str(aside) in project.draft_problem
+
+
+def test_a_look_without_the_draft_waits_for_no_list(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list needs the project's lock, which such a look holds: each would wait for the other for ever."""
+    project, free = app_state.project, list[bool]()
+
+    def ask() -> None:
+        free.append(project._lock.acquire(timeout=30))
+        if free[-1]:
+            project._lock.release()
+
+    class Listing:
+        """The lock of a list that is being made."""
+
+        def __enter__(self) -> None:
+            other = threading.Thread(target=ask)
+            other.start()
+            other.join()
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    (project.path / "draft.json").write_text('{"values": [1, 2]}')
+    project.open(project.path)
+    build_page(app_state)
+    monkeypatch.setattr(app_state, "listing", Listing())
+    assert "run-bar" in app_state.live.look()[0]
+    assert project.draft_problem
+    assert free == [True]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes there")

@@ -380,6 +380,11 @@ def _paint(page, folder: Path) -> None:
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + 2)
     page.mouse.down()
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] - 2, steps=4)
+    # A second finger draws nothing.
+    for share in (0.1, 0.9):
+        x, y = frame["x"] + 0.9 * frame["width"], frame["y"] + share * frame["height"]
+        second = {"clientX": x, "clientY": y, "isPrimary": False, "bubbles": True}
+        page.dispatch_event("#picture-big canvas", "pointermove", second)
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] - 40)
     page.mouse.up()
     # A stroke is on the disk when it has ended; what a kill then loses is the next.
