@@ -145,7 +145,7 @@ def settings_from_lora(path: Path) -> LoraSettings:
         ConfigError: it is a configuration that cannot be read, or of no trainer that is known.
     """
     if path.suffix.casefold() in CONFIG_SUFFIXES:
-        return _without_unused(_from_trainer(path))
+        return _with_usual(_from_trainer(path))
     header = read_header(path)
     texts = header.metadata
     if CONFIG_KEY in texts:
@@ -158,18 +158,20 @@ def settings_from_lora(path: Path) -> LoraSettings:
         _take_from_layers(header, found)
     if not found.values:
         raise AdapterFileError(f"{path.name} has no record of its training, and no known layer.")
-    return _without_unused(found)
+    return _with_usual(found)
 
 
-def _without_unused(found: LoraSettings) -> LoraSettings:
-    """The settings without those that mean nothing to the kind of adapter, which other trainers ignore and
-    which would keep a run from its start here."""
+def _with_usual(found: LoraSettings) -> LoraSettings:
+    """The settings with the defaults of those that mean nothing to the kind of adapter, which other trainers
+    ignore and which would keep a run from its start here."""
     row = ADAPTER_KINDS[found.values.get("adapter.kind", FIELDS["adapter.kind"].default)]
     for name in row.unused:
-        if (value := found.values.pop(name, FIELDS[name].default)) != FIELDS[name].default:
+        value, usual = found.values.get(name), FIELDS[name].default
+        if value not in (None, usual):
             found.left.append(
                 f"{label_of(name)} is {_short(value)} there, which means nothing to {row.title}."
             )
+            found.values[name] = usual
     return found
 
 

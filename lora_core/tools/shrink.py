@@ -19,7 +19,7 @@ import torch
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from lora_core.evaluate.validator import CLEARLY, MeasureGains, clustered_error
 from lora_core.formats.io import load_adapter, save_adapter
-from lora_core.formats.kinds import extras_sentence, require_family
+from lora_core.formats.kinds import extras_sentence, file_format, require_family
 from lora_core.formats.layers import check_plain, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.detect import base_layout, family_layout
@@ -277,8 +277,9 @@ def shrink_file(
     if loss is None:
         weights, loss, how = shrink_adapter(decompose(weights), rank, energy)
     record = {"rank": rank, "energy": energy, "error": loss.overall}
-    to.save(replace(weights, metadata=metadata), family, SHRUNK_KEY, record)
-    extras = extras_sentence(read_header(to.source).shapes)
+    shapes, tokens = read_header(to.source).shapes, load_adapter(to.source, family, plain=False).tokens
+    to.save(replace(weights, metadata=metadata, tokens=tokens), family, SHRUNK_KEY, record)
+    extras = extras_sentence(shapes, file_format(shapes) != "diffusers")
     return [*([extras] if extras else []), how, loss.sentence(), to.size_sentence]
 
 
@@ -659,7 +660,9 @@ def extract_file(
     arguments as of `extract_lora`.
 
     Returns:
-        The extraction, its cost and the rank that the spectrum suggests, in sentences. Raises:
+        The extraction, its cost and the rank that the spectrum suggests, in sentences.
+
+    Raises:
         LoraError: one sentence on the problem; nothing is written then.
     """
     check_out(out)

@@ -19,7 +19,7 @@ from lora_core.tools.analysis import (
     scale_alphas,
 )
 from lora_core.tools.delta import Rewrite
-from lora_core.tools.shrink import shrink_to_intrinsic, truncate_file
+from lora_core.tools.shrink import shrink_file, shrink_to_intrinsic, truncate_file
 from tests.tools.planted import LAYERS, TEXT, TINY, TO_K, dense, random_layer, saved
 
 PICTURES, LOOKS = 8, 4
@@ -179,8 +179,10 @@ def test_new_tokens_are_measured_and_stay(tmp_path):
     bake_strength(Rewrite(source, tmp_path / "b.safetensors"), None, [0.5])
     shrink_to_intrinsic(Rewrite(source, tmp_path / "c.safetensors"), TINY, gains)
     truncate_file(Rewrite(source, tmp_path / "d.safetensors"), None, {TO_K: 1}, {})
+    done = shrink_file(Rewrite(source, tmp_path / "e.safetensors"), 1)
+    assert not [sentence for sentence in done if "Left out" in sentence]
     assert all(seen)
-    for name in "bcd":
+    for name in "bcde":
         kept = load_adapter(tmp_path / f"{name}.safetensors").tokens
         assert torch.equal(kept["text_encoder"]["zwx"], tokens["text_encoder"]["zwx"])
 
