@@ -73,7 +73,9 @@ from lora_core.model_files.detect import base_of
 from lora_core.settings.config import RunConfig, limits_of
 from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import (
+    ASSETS,
     DEMO_TRAIN,
+    PACKAGE,
     clean_text,
     expand_home,
     file_stamp,
@@ -299,8 +301,9 @@ def scan_again(folder: Path, sizes: SizeCache, stamp: int | None, kept: Path) ->
     """
     if stamp is None:
         return scan(folder, sizes)
-    # Another version may read a folder in another way.
-    sources = [(file.name, *(file_stamp(file) or ())) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    # Another version, of which an update replaces some files, may read a folder in another way.
+    files = sorted([*PACKAGE.rglob("*.py"), *ASSETS.glob("*.toml")])
+    sources = [(file.name, *(file_stamp(file) or ())) for file in files]
     head = f"{json.dumps([str(folder), stamp, sources])}\n".encode()
     with contextlib.suppress(OSError, ValueError):
         if (data := read_small_file(kept)).startswith(head):

@@ -75,6 +75,10 @@ def test_a_scan_that_was_kept_is_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     # Concepts are compared by their values, and many images have the same object.
     assert {one.concept for one in again.records} == {one.concept for one in made.records}
     assert again.records[0].concept is again.records[1].concept
+    # What `dataset.toml` may hold is in a table, not in the code.
+    (tmp_path / "other_trainers.toml").write_text("")
+    monkeypatch.setattr(dataset, "ASSETS", tmp_path)
+    assert scan_again(folder, SizeCache(), 1, kept) == Dataset([], [])
     assert (
         scan_again(folder, SizeCache(), 2, kept)
         == scan_again(folder, SizeCache(), None, kept)
