@@ -435,7 +435,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "height -32": (lambda p: p.generate("--height", -32), r"height = -32"),
     "strength without an image": (
         lambda p: p.generate("--strength", 0.5),
-        r"--strength 0\.5 plays no part without --image",
+        r"--strength 0\.5 has no effect without --image",
     ),
     "unknown sampler": (lambda p: p.generate("--sampler", "magic"), r"sampler = 'magic'.*euler_a"),
     "steps 0": (lambda p: p.generate("--steps", 0), r"steps = 0 is out of range; it must be between 1"),

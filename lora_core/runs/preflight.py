@@ -582,7 +582,7 @@ def _auto_rank(config: RunConfig) -> list[RunProblem]:
 
 
 def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """Resolutions that no square image can have, that no image reaches or that play no part."""
+    """Resolutions that no square image can have, that no image reaches or that have no effect."""
     several, one, multiple = config.dataset.resolutions, config.train.resolution, facts.multiple
     largest = config.resolution(facts.resolution)
     asked = [("train.resolution", one)] if one else []

@@ -150,7 +150,7 @@ def _check(shots: Sequence[GenerationRequest]) -> None:
         open_rgb(Path(file))
     for shot in shots:
         if not shot.image and shot.denoising_strength != DENOISING_STRENGTH:
-            raise ConfigError(f"--strength {shot.denoising_strength:g} plays no part without --image FILE.")
+            raise ConfigError(f"--strength {shot.denoising_strength:g} has no effect without --image FILE.")
         shot.check()
         check_prompt(shot.prompt)
         check_prompt(shot.negative)
