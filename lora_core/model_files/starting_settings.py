@@ -265,7 +265,7 @@ def _read(kind: str, text: str) -> Any:
 
 
 _NOTHING = ("", "none", "0", "0.0", "false", "{}")
-"""The layers of kohya's `conv_dim`: convolutions larger than 1 x 1."""
+"""Texts of values that are off."""
 
 
 def _from_kohya(texts: Texts) -> LoraSettings:
@@ -275,6 +275,9 @@ def _from_kohya(texts: Texts) -> LoraSettings:
         # Cut by kohya's resize_lora.py, to ranks by layer.
         found.take("adapter.auto_rank", True)
         texts["ss_network_dim"] = texts["ss_network_alpha"] = ""
+    if texts.get("ss_network_alpha") in ("0", "0.0"):
+        # Which means the rank there.
+        texts["ss_network_alpha"] = texts.get("ss_network_dim", "")
     for name, keys, kind in kohya_header()["read"]:
         given = (texts.get(key, "") for key in keys.split())
         text = next((text for text in given if text.lower() not in ("", "none")), "")
@@ -382,7 +385,8 @@ def _take_network(text: str, found: LoraSettings) -> None:
     """The kind of adapter and its arguments, convolutions included."""
     given = {str(name): str(value) for name, value in parse_object(text).items()}
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
-    kind = given.pop("algo", "").lower().replace("locon", "lora").removeprefix("diag-") or "lora"
+    algo = given.pop("algo", "lora").lower()
+    kind = algo.replace("locon", "lora").removeprefix("diag-")
     if given.pop("dora_wd", "") and kind == "lora":
         kind = "dora"
     if kind not in ADAPTER_KINDS:
@@ -394,7 +398,8 @@ def _take_network(text: str, found: LoraSettings) -> None:
         # kohya's trainer adds the last one for LyCORIS, beside its own.
         text = given.pop(name, "")
         found.take_text(f"adapter.{name}", "" if f"adapter.{name}" in found.values else text, _number)
-    rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1")
+    # 0 is that of the other layers, which LyCORIS takes; kohya's own LoRA takes 1.
+    rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1" if algo == "lora" else "0")
     if rank:
         found.take("adapter.targets", "locon")
         found.take_text("adapter.conv_rank", rank, lambda text: int(_number(text)))
@@ -582,8 +587,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
             read.give(name, value, key)
     if rank := read.texts.get("ss_network_dim"):
         read.texts.setdefault("ss_network_alpha", str(trainer.get("alpha", rank)))
-    if rank := read.network.get("conv_dim"):
-        read.network.setdefault("conv_alpha", str(trainer.get("conv_alpha", rank)))
+    if trainer.get("conv_alpha_is_rank") and (rank := read.network.get("conv_dim")):
+        read.network.setdefault("conv_alpha", rank)
     result = read.settings(trainer["title"])
     if aside["places"]:
         names = ", ".join(aside["places"])

@@ -555,6 +555,8 @@ def test_a_rank_alone_brings_the_trainer_s_own_alpha(
          {"train.epochs": 4}, []),
         ('{"network_dim": 8, "LoRA_type": "Kohya LoCon", "conv_dim": 4}',
          {"adapter.conv_rank": 4, "adapter.conv_alpha": 1}, []),
+        ('{"network_dim": 8, "network_alpha": 0, "network_args": ["algo=loha", "conv_dim=4"]}',
+         {"adapter.alpha": 8, "adapter.conv_rank": 4, "adapter.conv_alpha": 0}, []),
         ('{"config": {"process": [{"network": {"linear": 8, "conv": 4}}]}}',
          {"adapter.alpha": 1, "adapter.conv_rank": 4, "adapter.conv_alpha": 4}, []),
         ('{"network_dim": 8, "LoRA_type": "LyCORIS/LoKr", "network_dropout": 0.1, "scale_weight_norms": 0}',
