@@ -98,11 +98,15 @@
     const size = Math.round(Math.max(place.width, place.height) / 8);
     return { within, context, tool: "brush", size, at: [place.width / 2, place.height / 2], past: [], future: [], pen: null, ...own };
   };
-  // Opens an editor in `within`; answers what closes it.
+  // Opens an editor in `within`; answers what closes it. An unchanged mask keeps its file, which may be larger than the canvas.
   easel.paintMask = async (within, sides, address, end) => {
     paint?.end("done");
-    const state = await begin(within, sides, address, { stroke: () => {}, end: (how) => end(how === "done" ? painted() : null, how) });
+    const state = await begin(within, sides, address, { stroke: () => {}, end: (how) => {
+      const png = how === "done" ? painted() : null, same = how === "done" && png === state.before;
+      end(same ? null : png, same ? "cancel" : how);
+    } });
     enter(state);
+    state.before = painted();
     return () => { if (paint === state) leave(); };
   };
 
@@ -118,7 +122,7 @@
     open(state);
     if (paint === state) state.before = painted();
   };
-  const told = async (state, body) => {
+  const request = async (state, body) => {
     const answer = await post("mask", { picture: state.name, ...body }).catch((error) => ({ problem: error.message }));
     if (answer.problem) easel.toast(answer.problem, "bad");
     return answer;
@@ -127,14 +131,14 @@
   const write = async (state, png) => {
     let answer;
     do {
-      answer = await told(state, { png });
+      answer = await request(state, { png });
       if (answer.problem) return false;
       if (!(answer.file in state.was)) state.was[answer.file] = answer.before;
     } while (png === null && answer.left);
     return true;
   };
   const putBack = async (state) => {
-    for (const [file, png] of Object.entries(state.was)) if ((await told(state, { png, put_back: file })).problem) return false;
+    for (const [file, png] of Object.entries(state.was)) if ((await request(state, { png, put_back: file })).problem) return false;
     return true;
   };
   // Saves after a stroke: one request at a time, and of strokes that wait only the last.

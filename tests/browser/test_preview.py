@@ -205,6 +205,13 @@ def test_a_painted_mask_is_for_an_inpainting_base(page, window: Any, tmp_path: P
         assert (painted.mode, painted.size) == ("L", (128, 96))
         assert painted.getpixel((40, 48)) == 255
         assert painted.getpixel((100, 10)) == 0
+    # An unchanged mask keeps its file.
+    page.focus("#paint-mask")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog canvas:focus")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog canvas", state="detached")
+    assert page.input_value("#start-mask input") == str(mask)
     page.fill("#sampler-steps input", "2")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#preview-state[data-state=error]:has-text('takes no mask')")
