@@ -212,8 +212,10 @@ def test_what_can_be_taken_is_taken_and_the_rest_is_named(folder, tmp_path, caps
     assert (report["kind"], report["problem"]) == ("LoRA", "")
     assert report["extras"] == "" if bundle else EXTRAS[name] in report["extras"]
     assert report["new_tokens"] == ({"cat": 2} if bundle else {})
-    assert main(["shrink", str(source), "--rank", "2", "--out", str(tmp_path / "small.safetensors")]) == 0
-    assert EXTRAS[name] in capsys.readouterr().out
+    small = tmp_path / "small.safetensors"
+    assert main(["shrink", str(source), "--rank", "2", "--out", str(small)]) == 0
+    assert (EXTRAS[name] in capsys.readouterr().out) is not bundle
+    assert repr(load_adapter(small, SD15).tokens) == repr(weights.tokens)
 
 
 def test_generate_says_on_stderr_what_it_leaves_out(folder, capsys):
