@@ -71,7 +71,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import check_adapter
 from lora_core.settings import schema
 from lora_core.settings.config import RunConfig, sample_fields, split_sample
-from lora_core.system.files import expand_home, read_json, write_atomically
+from lora_core.system.files import LARGEST_SMALL_FILE, expand_home, read_json, write_atomically
 from lora_core.train.data import Batches, LatentCache, PromptCache, TrainImage
 from lora_core.train.loop import TrainState, cosine, image_loss
 from lora_core.train.objectives import InpaintingBatches, SliderBatches, inpainting_loss, slider_loss
@@ -335,7 +335,7 @@ def check_inputs(
         InputsChanged: something has changed and the user has not accepted it; names what.
     """
     now = input_hashes(run, records) | (more or {})
-    before = read_json(run.inputs_file) or now
+    before = read_json(run.inputs_file, LARGEST_SMALL_FILE) or now
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept_changes:
         named = abbreviate(changed).replace("the picture ", "the image ")
