@@ -167,12 +167,13 @@ class Importer:
         names, folder = self._names(batch), self.staging / batch
         self._refuse_two()
         self._leave_demo()
-        order = sorted(names)
+        # The project of the request, even if another is opened before the thread begins.
+        order, into = sorted(names), self.project.image_folder
 
         def work(way: TransferMode) -> Imported:
             try:
                 paths = [folder / f"upload-{index}" for index in order]
-                return import_files(paths, self.project.image_folder, [names[n] for n in order], way)
+                return import_files(paths, into, [names[n] for n in order], way)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -204,9 +205,9 @@ class Importer:
         self._leave_demo()
         if link:
             self.project.link(where if is_folder else where.parent)
+        into = self.project.image_folder
 
         def work(way: TransferMode) -> Imported:
-            into = self.project.image_folder
             return import_folder(where, into, way) if is_folder else import_files([where], into, way=way)
 
         self._start(work, "link" if link else "copy")

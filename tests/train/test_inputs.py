@@ -71,7 +71,8 @@ def test_a_change_since_the_start_is_named_until_it_is_accepted(pictures, run, m
 def test_a_change_in_a_large_set_is_named_too(pictures, run):
     check_inputs(run, scan(pictures).records, False)
     before = json.loads(run.inputs_file.read_text())
-    run.inputs_file.write_text(json.dumps(before | {f"the image {'x' * 100}{n}": "0" for n in range(150_000)}))
+    more = {f"the image {'x' * 100}{n}": "0" for n in range(150_000)}
+    run.inputs_file.write_text(json.dumps(before | more))
     assert run.inputs_file.stat().st_size > 16 * 2**20
     with pytest.raises(RunError, match="this has changed: the image x"):
         check_inputs(run, scan(pictures).records, False)
