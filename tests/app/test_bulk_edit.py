@@ -77,7 +77,7 @@ def test_a_change_is_taken_back_byte_for_byte(app_state: AppState, pictures: lis
     assert bulk.undo(app_state.project) == (3, 0)
     assert texts(pictures) == before
     assert bulk.last_change(app_state.project) == ""
-    with pytest.raises(DatasetError, match="left to take back"):
+    with pytest.raises(DatasetError, match="left to undo"):
         bulk.undo(app_state.project)
 
 

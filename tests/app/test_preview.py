@@ -246,7 +246,7 @@ def test_a_seed_of_minus_one_is_drawn_by_lot(app_state: AppState) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"width": 100}, "no multiple of 32; take 96 or 128"),
+        ({"width": 100}, "not a multiple of 32; take 96 or 128"),
         ({"height": 8}, "take 32"),
         ({"steps": 0}, "Steps 0"),
         ({"cfg": 99}, "must be between 1 and 30"),

@@ -51,7 +51,7 @@ def test_a_search_finds_by_name_title_and_help() -> None:
     assert hits("warm") == ["optimizer.warmup"]
     assert "train.clip_skip" in hits("clip skip")
     assert "optimizer.max_grad_norm" not in hits("clip skip")
-    assert hits("hang et al") == ["loss.min_snr"]
+    assert hits("hang et al. 2023") == ["loss.min_snr"]
     assert "optimizer.text_encoder_lr" in hits("TEXT encoder")
 
 

@@ -257,8 +257,9 @@ def test_a_file_that_is_known_is_asked_for_once(
     sizes = SizeCache()
     before = scan(tmp_path, sizes)
     stats: list[str] = []
-    plain = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda one, **how: (stats.append(one.name), plain(one, **how))[1])
+    plain = os.stat
+    # Path.stat asks it too.
+    monkeypatch.setattr(os, "stat", lambda one, **how: (stats.append(Path(one).name), plain(one, **how))[1])
     monkeypatch.setattr(os.path, "isdir", lambda path: pytest.fail(f"asked whether {path} is a folder"))
     assert scan(tmp_path, sizes) == before
     # Each image for its time, each caption for its length.

@@ -184,7 +184,7 @@ def test_a_wrong_tagger_is_a_sentence(onnxruntime: Any, images: Path, tmp_path: 
     (tagger / "model.onnx").write_bytes(b"no model")
     refused(tagger, "is not a tagger that takes an image")
     (tagger / "selected_tags.csv").write_text("a,b\n1,2\n")
-    refused(tagger, "no table of tags with the columns name and category")
+    refused(tagger, "is not a table of tags with the columns name and category")
     (tagger / "selected_tags.csv").unlink()
     refused(tagger, "holds model.onnx but no selected_tags.csv")
 
