@@ -9,7 +9,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import shutil
 import threading
 from collections import Counter
@@ -48,10 +47,8 @@ from lora_core.data.images import (
     check_mask_png,
     folder_kind,
     is_junk,
-    is_mask,
     mask_file,
     stamp_files,
-    walk_files,
 )
 from lora_core.errors import DatasetError, wrap_os_errors
 from lora_core.system.files import (
@@ -156,15 +153,14 @@ class Project:
         return self.image_folder if self.path.is_relative_to(self.image_folder) else self.path
 
     def _repair(self) -> None:
-        """Finish moves of a killed process, and bring captions back to their images."""
+        """Finish moves of a killed process."""
         clear_abandoned(self.path)
-        if not self.left_out_folder.is_dir() and not (self.root / JOURNAL).exists():
+        if not (self.root / JOURNAL).exists():
             return
         # A project that cannot be written can still be shown; it is repaired when that is possible.
         with contextlib.suppress(DatasetError, OSError), self.lock():
-            finished = finish_moves(self.root)
-            if rejoin_sidecars(self.image_folder, self.left_out_folder) or finished:
-                self.invalidate()
+            finish_moves(self.root)
+            self.invalidate()
 
     @property
     def revision(self) -> int:
@@ -753,8 +749,8 @@ def move_files(moves: list[Move], root: Path) -> None:
     (root / JOURNAL).unlink()
 
 
-def finish_moves(root: Path) -> bool:
-    """Completes the moves of a killed process below `root`; returns whether there were any.
+def finish_moves(root: Path) -> None:
+    """Completes the moves of a killed process below `root`, if there are any.
 
     Raises:
         OSError: a file cannot be moved.
@@ -763,65 +759,13 @@ def finish_moves(root: Path) -> bool:
         rows = json.loads(read_small_file(root / JOURNAL))
         moves = [Move(_journal_path(root, a), _journal_path(root, b), bool(copy)) for a, b, copy in rows]
     except FileNotFoundError:
-        return False
+        return
     except (ValueError, TypeError, RecursionError):  # not ours
         moves = []
     for move in moves:
         if os.path.lexists(move.source) and not os.path.lexists(move.target):
             _apply(move)
     (root / JOURNAL).unlink()
-    return True
-
-
-def rejoin_sidecars(pictures: Path, aside: Path) -> int:
-    """Move captions and masks back to their images; returns how many.
-
-    Before moves were written down, a kill left a caption in the other folder, or, after Take back, beside an
-    image with a number (`a.txt`, `a-2.png`).
-
-    Raises:
-        OSError: a file cannot be moved.
-    """
-    here, there = _by_stem(pictures), _by_stem(aside)
-    pairs: list[tuple[Path, Path]] = []
-    for (images, files), (others, theirs) in ((here, there), (there, here)):
-        captioned = {stem for path, stem in theirs.items() if not is_mask(path)}
-        apart = ((path, stem) for path, stem in files.items() if stem in others and stem not in images)
-        pairs += [(path, others[stem]) for path, stem in apart if is_mask(path) or stem not in captioned]
-    images, files = here
-    captioned = {stem for path, stem in files.items() if not is_mask(path)}
-    for path, stem in files.items():
-        if stem not in images and stem not in there[0]:
-            numbered = re.compile(re.escape(stem) + r"-\d+")
-            bare = [other for other in images if numbered.fullmatch(other) and other not in captioned]
-            pairs += [(path, images[bare[0]])] if len(bare) == 1 else []
-    for path, image in pairs:
-        target = image.with_name(image.stem + _name_after_stem(path))
-        if not os.path.lexists(target):
-            _apply(Move(path, target))
-    return len(pairs)
-
-
-def _by_stem(folder: Path) -> tuple[dict[str, Path], dict[Path, str]]:
-    """The images below a folder by their stems, relative and folded, and the stems of captions and masks."""
-    images: dict[str, Path] = {}
-    others: dict[Path, str] = {}
-    for path in walk_files(folder, IMAGE_SUFFIXES):
-        if isinstance(path, FileProblem) or path == folder / HOLDOUT_LIST:
-            continue
-        shown = path.relative_to(folder).as_posix()
-        stem = fold_name(shown[: len(shown) - len(_name_after_stem(path))])
-        if is_mask(path) or path.suffix.casefold() in CAPTION_SUFFIXES:
-            others[path] = stem
-        elif path.suffix.casefold() in IMAGE_SUFFIXES:
-            images[stem] = path
-    return images, others
-
-
-def _name_after_stem(path: Path) -> str:
-    """The part after an image's stem in its name or in that of its caption or mask."""
-    stem = path.stem[: -len("-masklabel")] if is_mask(path) else path.stem
-    return path.name[len(stem) :]
 
 
 def _apply(move: Move) -> None:

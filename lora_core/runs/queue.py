@@ -3,8 +3,8 @@
 Window, command line and runner change it from processes of their own. Each change is one transaction of a
 connection of its own, so that no change is lost, a kill leaves the state before or after it, and threads
 share nothing. The table keeps the order and what the runner saw; whether a run is live is read from its run
-folder. WAL lets readers and a writer work side by side but needs memory that all of them share, so a
-workspace on a network drive uses SQLite's rollback journal.
+folder. Changes are few and small, so SQLite's rollback journal does: WAL is no faster here and needs memory
+that all share, which a network drive does not have.
 
 The runner is the one process that starts the jobs, as children. It outlives the window, and its children
 outlive it: a killed runner leaves its trainer running, and the next runner waits for that one before it
@@ -14,7 +14,6 @@ from its last checkpoint, once; one that failed with a reason is not, since it w
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -36,7 +35,6 @@ import psutil
 from lora_core.data.dataset import EPOCHS
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence, notify_end
-from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import RunConfig, current_names, parsed_assignment
 from lora_core.system import processes
@@ -44,7 +42,6 @@ from lora_core.system.files import (
     check_fields,
     file_bytes,
     fold_name,
-    is_network_drive,
     parse_json,
     read_json,
     unused_stem,
@@ -326,9 +323,6 @@ class Queue:
             ) as db:
                 if not db.execute("PRAGMA user_version").fetchone()[0]:
                     db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-                # Another connection may be in the way; the file can be used in either mode.
-                with contextlib.suppress(sqlite3.OperationalError):
-                    db.execute(f"PRAGMA journal_mode = {_journal_mode(self.workspace)}")
                 if self._old_file.exists():
                     self._import_old(db)
                 yield db
@@ -391,17 +385,6 @@ def _append(db: sqlite3.Connection, job: QueuedRun) -> None:
 def _enable(db: sqlite3.Connection, enabled: bool) -> None:
     db.execute("DELETE FROM runner")
     db.execute("INSERT INTO runner VALUES (?)", [enabled])
-
-
-@functools.cache
-def _journal_mode(workspace: Path) -> str:
-    if not is_network_drive(workspace):
-        return "WAL"
-    warn_on_stderr(
-        f"The workspace {workspace} is on a network drive, so its queue uses SQLite's rollback journal, which"
-        " is slower than WAL; change the queue from one computer at a time."
-    )
-    return "DELETE"
 
 
 def _problem(error: sqlite3.Error) -> str:

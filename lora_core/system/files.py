@@ -1,7 +1,6 @@
 """Where things are, atomic writes, room on a drive, and text and JSON that may come from anyone."""
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import functools
@@ -11,7 +10,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -204,9 +202,6 @@ def sync_folder(path: Path) -> None:
 
 MARGIN = 2**20
 """Bytes that a write must leave free, so that events and requests can still be written."""
-NETWORK_TYPES = ("nfs", "cifs", "smb", "afp", "webdav", "davfs", "9p", "sshfs", "vboxsf", "ceph", "lustre")
-"""Parts of the names by which Linux and macOS call file systems that other machines can write too."""
-_WINDOWS_REMOTE = 4
 
 
 def free_bytes(path: Path) -> int:
@@ -304,21 +299,6 @@ def file_stamp(path: str | Path) -> tuple[int, int] | None:
 def changed_at(path: str | Path) -> int:
     """When a file or folder was last changed, in nanoseconds; 0 where there is none."""
     return (file_stamp(path) or (0, 0))[0]
-
-
-def is_network_drive(path: Path) -> bool:
-    """Whether `path` is on a drive that other machines can write too, as far as the system says so."""
-    path = Path(os.path.abspath(path))
-    if sys.platform == "win32":
-        root = path.anchor
-        return root.startswith("\\\\") or ctypes.windll.kernel32.GetDriveTypeW(root) == _WINDOWS_REMOTE
-    try:
-        drives = psutil.disk_partitions(all=True)
-    except (OSError, psutil.Error):
-        return False
-    holding = [drive for drive in drives if path.is_relative_to(drive.mountpoint)]
-    kind = max(holding, key=lambda drive: len(drive.mountpoint)).fstype.lower() if holding else ""
-    return any(word in kind for word in NETWORK_TYPES)
 
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

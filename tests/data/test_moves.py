@@ -194,46 +194,6 @@ def test_a_kill_loses_no_caption_and_no_mask(project: Project, draw: Draw, tmp_p
     assert (mask.read_bytes() == new_mask) == (how == "stroke")
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        # Killed in Leave out, after the picture.
-        ({"left out/a.png": "", "pictures/a.txt": "A"}, {"left out/a.png", "left out/a.txt"}),
-        # Killed in Take back, after the picture.
-        ({"pictures/in/a.png": "", "left out/in/a.txt": "A"}, {"pictures/in/a.png", "pictures/in/a.txt"}),
-        # Taken back after that: the caption had taken the name.
-        ({"pictures/a-2.png": "", "pictures/a.txt": "A"}, {"pictures/a-2.png", "pictures/a-2.txt"}),
-        (
-            {"left out/a.png": "", "left out/a.txt": "A", "pictures/a-masklabel.png": ""},
-            {"left out/a.png", "left out/a.txt", "left out/a-masklabel.png"},
-        ),
-        # Nothing to mend: each has its own.
-        (
-            {"left out/a.png": "", "left out/a.txt": "A", "pictures/a.txt": "other"},
-            {"left out/a.png", "left out/a.txt", "pictures/a.txt"},
-        ),
-        (
-            {"pictures/a-2.png": "", "pictures/a-3.png": "", "pictures/a.txt": "A"},
-            {"pictures/a-2.png", "pictures/a-3.png", "pictures/a.txt"},
-        ),
-    ],
-)
-def test_halves_of_before_are_joined_at_the_start(
-    tmp_path: Path, draw: Draw, old: dict[str, str], new: set[str]
-) -> None:
-    (tmp_path / "left out").mkdir()
-    for name, text in old.items():
-        if text:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        else:
-            draw(tmp_path / name)
-    project = Project(tmp_path)
-    assert {name for name in listed(tmp_path) if "/" in name} == new
-    if "pictures/a-2.txt" in new:
-        assert project.dataset().records[0].caption == "A"
-
-
 @pytest.mark.parametrize("text", ["", "{", "[3]", '[["/x", "a", 0]]', '[["../x", "../y", 0]]', "[" * 9999])
 def test_a_journal_of_somebody_else_moves_nothing(project: Project, tmp_path: Path, text: str) -> None:
     (tmp_path / "projects" / "x").write_text("outside")

@@ -222,20 +222,13 @@ def test_the_queue_of_the_old_version_is_taken_over_once(home: Path) -> None:
     assert not (home / "queue.json").exists()
 
 
-@pytest.mark.parametrize("drive", ["local", "network"])
-def test_a_network_drive_gets_the_rollback_journal_and_one_warning(
-    drive: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("lora_core.runs.queue.is_network_drive", lambda path: drive == "network")
+def test_a_queue_in_wal_mode_of_the_old_version_is_used(home: Path) -> None:
     queue = queued(home, "a", "b")
+    with contextlib.closing(sqlite3.connect(queue.file)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        db.execute("PRAGMA journal_mode = WAL")
     queue.move("b", 1)
     assert [job.run for job in queue.jobs()] == ["b", "a"]
-    with contextlib.closing(sqlite3.connect(queue.file)) as db:
-        mode = db.execute("PRAGMA journal_mode").fetchone()[0]
-    assert mode == ("delete" if drive == "network" else "wal")
-    warnings = capfd.readouterr().err.splitlines()
-    assert len(warnings) == (drive == "network")
-    assert all("on a network drive" in line for line in warnings)
 
 
 def test_a_killed_change_leaves_the_queue_as_it_was(home: Path) -> None:
