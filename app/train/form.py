@@ -96,35 +96,27 @@ def base_of(values: dict[str, Any]) -> BaseFacts:
     return lookup_base(str(name), *by_hand)
 
 
-def widget_values(project: Project) -> list[Any]:
-    """What the widgets show, in the order of `FORM`: the draft as typed, else the preset."""
+def current_values(project: Project) -> dict[str, Any]:
+    """What the widgets show, by the settings' names: the draft as typed, else the preset."""
     draft = project.draft()
     typed = draft_values(draft)
     standard = form_values(preset_config(*chosen_preset(draft), base_of(typed).family))
-    return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
+    return {name: typed.get(name, value) for name, value in standard.items()}
 
 
-def current_values(project: Project) -> dict[str, Any]:
-    """`widget_values` by the settings' names."""
-    return dict(zip(FORM, widget_values(project), strict=True))
-
-
-def keep_changed_values(project: Project, seen: list[Any] | None, values: list[Any]) -> None:
+def keep_changed_values(project: Project, seen: dict[str, Any] | None, values: dict[str, Any]) -> None:
     """Put the typed values of a page into the draft, but not those merely displayed.
 
     Args:
         project: whose draft.
-        seen: what the page was filled with, in the order of `FORM`; None if unknown.
+        seen: what the page was filled with; None if unknown.
         values: what its fields hold now.
     """
-    given = dict(zip(FORM, values, strict=True))
     with project.editing():
-        if isinstance(seen, list) and len(seen) == len(values):
-            before = dict(zip(FORM, seen, strict=True))
-            given = current_values(project) | {
-                name: value for name, value in given.items() if value != before[name]
-            }
-        project.update_draft(values=given)
+        if seen is not None:
+            typed = {name: value for name, value in values.items() if value != seen[name]}
+            values = current_values(project) | typed
+        project.update_draft(values=values)
 
 
 def group_fields(group: str) -> list[str]:
@@ -202,25 +194,9 @@ def family_differences(goal: str, level: str, family: Family | None) -> list[str
     return [f"{label_of(n)} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
 
 
-def carry_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
-    """The form's values for another base: unchanged starting values take the new base's.
-
-    Args:
-        values: dotted name to what the widget holds.
-        before: the starting values that the form was filled with.
-        after: those of the new base.
-    """
-    return {
-        name: to_widget_value(name, after.get(name))
-        if value == to_widget_value(name, before.get(name))
-        else value
-        for name, value in values.items()
-    }
-
-
-def form_values(config: RunConfig) -> list[Any]:
-    """The values of all widgets of the form, in the order of `FORM`."""
-    return [to_widget_value(name, config.get(name)) for name in FORM]
+def form_values(config: RunConfig) -> dict[str, Any]:
+    """The values of all widgets of the form, by the settings' names."""
+    return {name: to_widget_value(name, config.get(name)) for name in FORM}
 
 
 def build_config(values: dict[str, Any], base: RunConfig) -> tuple[RunConfig, dict[str, str]]:

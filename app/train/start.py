@@ -32,9 +32,7 @@ from app.train.form import (
     current_values,
     form_values,
     group_fields,
-    keep_changed_values,
     to_widget_value,
-    widget_values,
 )
 from app.train.train_form import TrainForm
 from lora_core.data.dataset import with_epochs
@@ -81,10 +79,15 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
             )
     bindings.follow(start, start_button)
     bindings.follow(queue, lambda snap: gr.update(interactive=not start_problems(snap)))
-    inputs = [name, bindings.trigger, form.seen, *form.fields]
+
+    def pressed(do: str, sent: dict[Any, Any]) -> tuple[Any, str]:
+        # The click carries the form: the last edits may not have reached the draft yet.
+        form.keep(sent)
+        return _pressed(bindings.app_state, do, (sent[name] or "").strip(), sent[bindings.trigger] or "")
+
     for button, do in ((start, "start"), (queue, "queue")):
-        act = functools.partial(_pressed, bindings, do)
-        button.click(act, inputs, [name, note], **QUIET)
+        act = functools.partial(pressed, do)
+        button.click(act, {name, bindings.trigger, *form.fields}, [name, note], **QUIET)
 
 
 def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
@@ -113,15 +116,10 @@ def _can_resume(snapshot: Snapshot) -> bool:
     return run.view.resume_info().step > 0
 
 
-def _pressed(
-    bindings: Bindings, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
-) -> tuple[Any, str]:
-    app_state = bindings.app_state
-    # The click carries the form: the last edits may not have reached the draft yet.
-    keep_changed_values(app_state.project, seen, list(values))
-    app_state.project.update_draft(trigger=(trigger or "").strip())
+def _pressed(app_state: AppState, do: str, run_name: str, trigger: str) -> tuple[Any, str]:
+    app_state.project.update_draft(trigger=trigger.strip())
     try:
-        config = ready_config(app_state, (run_name or "").strip(), do)
+        config = ready_config(app_state, run_name, do)
         if do == "queue":
             (run,) = app_state.queue.add(config)
             return "", note_html(_("{name} waits in the queue.", name=run.name))
@@ -193,9 +191,9 @@ def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
     config = RunFolder.open(runs_folder(app_state.workspace) / check_run_name(name)).config()
     taken = form_values(config)
     with project.editing():
-        draft, standing = project.draft(), widget_values(project)
-        project.update_draft(values=dict(zip(FORM, taken, strict=True)), trigger=config.dataset.trigger)
-    new = sum(one != other for one, other in zip(standing, taken, strict=True))
+        draft, standing = project.draft(), current_values(project)
+        project.update_draft(values=taken, trigger=config.dataset.trigger)
+    new = sum(standing[name] != value for name, value in taken.items())
     return {"new": new, "before": {key: draft.get(key) for key in ("values", "trigger")}}
 
 

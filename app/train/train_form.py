@@ -26,7 +26,6 @@ from app.train.form import (
     FORM,
     GROUPS,
     Plan,
-    carry_over,
     changed_names,
     chosen_preset,
     current_values,
@@ -38,7 +37,6 @@ from app.train.form import (
     summary,
     to_widget_value,
     widget,
-    widget_values,
 )
 from lora_core.model_files.detect import EMBEDDED, BaseFacts, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
@@ -71,20 +69,16 @@ class TrainForm:
         self._build_basic(made)
         search = self._build_advanced(made)
         self.widgets = {name: made[name] for name in FORM}
-        self.fields = list(self.widgets.values())
         # What this page was filled with: only what differs from it was typed here. Without it, a second page
         # would overwrite newer values of the first with its old ones. The page holds it, so that each event
         # brings it as it was when the fields were read: an answer on its way changes neither.
         self.seen = gr.HTML(None, html_template="", padding=False, apply_default_css=False)
         for name, field in self.widgets.items():
-            bindings.fill_on_load(field, functools.partial(self._value, name))
+            bindings.fill_on_load(field, lambda name=name: current_values(self.project)[name])
         bindings.fill_on_load(self.goal, lambda: chosen_preset(self.project.draft())[0])
         bindings.fill_on_load(self.level, lambda: chosen_preset(self.project.draft())[1])
-        bindings.fill_on_load(self.seen, lambda: widget_values(self.project))
+        bindings.fill_on_load(self.seen, lambda: list(current_values(self.project).values()))
         self._wire(search)
-
-    def _value(self, name: str) -> Any:
-        return current_values(self.project)[name]
 
     def _build_picker(self, made: dict[str, Any]) -> None:
         follow, app_state = self.bindings.follow, self.bindings.app_state
@@ -159,60 +153,71 @@ class TrainForm:
         return search
 
     def _wire(self, search: Any) -> None:
-        filled, base = [self.seen, *self.fields], self.widgets["model.base"]
-        optimizer = self.widgets["optimizer.name"]
-        typed = [field for field in self.fields if field not in (base, optimizer)]
+        self.fields = {self.seen, *self.widgets.values()}
+        base, optimizer = self.widgets["model.base"], self.widgets["optimizer.name"]
+        typed = [field for field in self.widgets.values() if field not in (base, optimizer)]
         # Unfolding a group rerenders its fields, so only events of the user count.
         events = [event for field in typed for event in edit_events(field)]
-        gr.on(events, self._keep, filled, self.seen, **TYPING)
-        optimizer.input(self._choose_optimizer, filled, filled, **TYPING)
+        gr.on(events, self.keep, self.fields, self.seen, **TYPING)
+        optimizer.input(self._choose_optimizer, self.fields, self.fields, **TYPING)
         for chosen in (self.goal, self.level):
-            chosen.input(self._choose_preset, [base, self.goal, self.level], filled, **TYPING)
-        base.input(self._choose_base, filled, [self.added, self.level, *filled], **TYPING)
+            chosen.input(self._choose_preset, [base, self.goal, self.level], self.fields, **TYPING)
+        base.input(self._choose_base, self.fields, {self.added, self.level, *self.fields}, **TYPING)
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
         search.change(search_settings, search, outputs, **TYPING)
 
-    def _keep(self, seen: list[Any] | None, *values: Any) -> list[Any]:
-        keep_changed_values(self.project, seen, list(values))
-        return list(values)
+    def _read(self, sent: dict[Any, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What a page was filled with, None if unknown, and what its fields hold."""
+        seen, values = sent[self.seen], {name: sent[field] for name, field in self.widgets.items()}
+        known = isinstance(seen, list) and len(seen) == len(FORM)
+        return dict(zip(FORM, seen, strict=True)) if known else None, values
 
-    def _choose_preset(self, base: str, goal: str, level: str) -> list[Any]:
+    def _show(self, values: dict[str, Any], changed: dict[str, Any]) -> dict[Any, Any]:
+        """Fill a page, which holds `values`, with what `changed`."""
+        fields = {self.widgets[name]: value for name, value in changed.items()}
+        return {self.seen: list((values | changed).values()), **fields}
+
+    def keep(self, sent: dict[Any, Any]) -> list[Any]:
+        """Put what was typed into the draft."""
+        seen, values = self._read(sent)
+        keep_changed_values(self.project, seen, values)
+        return list(values.values())
+
+    def _choose_preset(self, base: str, goal: str, level: str) -> dict[Any, Any]:
         """Fill the form; a dropdown's event also fires on blur, which must not undo edits."""
         if (goal, level) == chosen_preset(self.project.draft()):
-            return [gr.skip()] * (1 + len(FORM))
+            return gr.skip()
         family = lookup_base(str(base or EMBEDDED)).family
-        values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
-        values["model.base"] = base
+        values = form_values(preset_config(goal, level, family)) | {"model.base": base}
         self.project.update_draft(goal=goal, level=level, values=values, fitted=None)
-        return [list(values.values()), *values.values()]
+        return self._show(values, values)
 
-    def _choose_optimizer(self, seen: list[Any] | None, *values: Any) -> list[Any]:
+    def _choose_optimizer(self, sent: dict[Any, Any]) -> dict[Any, Any]:
         """Give another optimizer its usual rates, unless the user typed some; like `_choose_base`."""
-        given = dict(zip(FORM, values, strict=True))
-        if seen is not None and seen[FORM.index("optimizer.name")] == given["optimizer.name"]:
-            return [gr.skip()] * (1 + len(FORM))
+        seen, values = self._read(sent)
+        if seen and seen["optimizer.name"] == values["optimizer.name"]:
+            return gr.skip()
         with self.project.editing():
             before = Plan(self.project)
-            keep_changed_values(self.project, seen, list(values))
-            fresh = choose_optimizer(self.project, before)
-        return [list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
+            keep_changed_values(self.project, seen, values)
+            return self._show(values, choose_optimizer(self.project, before))
 
-    def _choose_base(self, seen: list[Any] | None, *values: Any) -> list[Any]:
+    def _choose_base(self, sent: dict[Any, Any]) -> dict[Any, Any]:
         """Fill in only what the choice changes: the event fires also where the field is merely left, and
         edits elsewhere meanwhile must stay."""
-        given = dict(zip(FORM, values, strict=True))
-        if seen is not None and seen[FORM.index("model.base")] == given["model.base"]:
-            return [gr.skip()] * (3 + len(FORM))
+        seen, values = self._read(sent)
+        if seen and seen["model.base"] == values["model.base"]:
+            return gr.skip()
         old_level = chosen_preset(self.project.draft())[1]
-        note, level, changed = choose_base(self.bindings.app_state, given)
-        fresh = {name: value for name, value in changed.items() if value != given[name]}
+        note, level, changed = choose_base(self.bindings.app_state, values)
+        fresh = {name: value for name, value in changed.items() if value != values[name]}
         with self.project.editing():
-            keep_changed_values(self.project, seen, list(values))
+            keep_changed_values(self.project, seen, values)
             self.project.update_draft(values=current_values(self.project) | fresh, level=level)
-        shown = [note_html(note) if note else "", gr.skip() if level == old_level else level]
-        return [*shown, list((given | fresh).values()), *(fresh.get(name, gr.skip()) for name in FORM)]
+        chosen = {} if level == old_level else {self.level: level}
+        return {self.added: note_html(note) if note else "", **chosen, **self._show(values, fresh)}
 
 
 def reset_settings(project: Project, group: str) -> None:
@@ -220,8 +225,7 @@ def reset_settings(project: Project, group: str) -> None:
     with project.editing():
         preset = form_values(Plan(project).preset)
         names = group_fields(group) if group in FOLDED else [name for name in FORM if name != "model.base"]
-        own = {name: value for name, value in zip(FORM, preset, strict=True) if name in names}
-        project.update_draft(values=current_values(project) | own)
+        project.update_draft(values=current_values(project) | {name: preset[name] for name in names})
 
 
 def choose_optimizer(project: Project, before: Plan) -> dict[str, Any]:
@@ -421,9 +425,10 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
         app_state.places.keep("bases", name)
-    changed = carry_over(
-        values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
-    )
+    old = form_values(preset_config(goal, level, before.family))
+    usual = form_values(preset_config(goal, new_level, new.family))
+    # Starting values that were left as they were take the new base's.
+    changed = {key: usual[key] if value == old[key] else value for key, value in values.items()}
     changed["model.base"] = name
     if new.resolution != before.resolution:
         # A resolution chosen for another base does not apply to this one.

@@ -6,7 +6,7 @@ import pytest
 
 from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
 from app.state import AppState, OtherTools, take_snapshot
-from app.train.form import FORM, Plan, form_values, preset_config, widget_values
+from app.train.form import Plan, current_values, form_values, preset_config
 from app.train.start import blockers
 from app.train.train_form import base_choices, base_note, choose_base
 from lora_core.model_files.detect import lookup_base
@@ -17,7 +17,7 @@ from tests.app.bases import UNET, checkpoint, write_header
 
 
 def draft_of(app_state: AppState) -> dict[str, object]:
-    return dict(zip(FORM, widget_values(app_state.project), strict=True))
+    return current_values(app_state.project)
 
 
 def choose(app_state: AppState, name: str) -> tuple[str, dict[str, object]]:
@@ -234,7 +234,7 @@ def test_unknown_kinds_have_no_size(tmp_path: Path) -> None:
 
 
 def plan_with(app_state: AppState, **changes: object) -> Plan:
-    values = dict(zip(FORM, form_values(preset_config("style", "balanced")), strict=True))
+    values = form_values(preset_config("style", "balanced"))
     app_state.project.update_draft(values=values | {n.replace("__", "."): v for n, v in changes.items()})
     return Plan(app_state.project)
 

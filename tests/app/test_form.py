@@ -10,13 +10,13 @@ from app.train.form import (
     Plan,
     build_config,
     command_line,
+    current_values,
     form_values,
     from_widget_value,
     group_fields,
     preset_config,
     summary,
     widget,
-    widget_values,
 )
 from lora_core.errors import ConfigError
 from lora_core.model_files.starting_settings import GOALS, LEVELS
@@ -42,7 +42,7 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
         "sample.prompts": ["a cat", "a dog"], "optimizer.lr": 5e-5,
         "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optimizer.block_lr": {"mid_block": 1e-5},
     })  # fmt: skip
-    again, problems = build_config(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
+    again, problems = build_config(form_values(config), RunConfig())
     assert (again, problems) == (config, {})
 
 
@@ -97,7 +97,7 @@ def test_a_group_says_what_was_changed() -> None:
 
 
 def test_a_draft_survives_and_may_hold_what_is_not_legal(tmp_path) -> None:
-    values = dict(zip(FORM, form_values(RunConfig()), strict=True)) | {
+    values = form_values(RunConfig()) | {
         "train.steps": None,
         "optimizer.lr": 2e-4,
     }
@@ -106,4 +106,4 @@ def test_a_draft_survives_and_may_hold_what_is_not_legal(tmp_path) -> None:
     plan = Plan(again)
     assert plan.problems == ["Steps is empty."]
     assert (plan.config.optimizer.lr, plan.config.dataset.trigger, plan.goal) == (2e-4, "zwx", "object")
-    assert widget_values(again)[FORM.index("train.steps")] is None
+    assert current_values(again)["train.steps"] is None

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from app.state import AppState, take_snapshot
 from app.train import view as run_routes
-from app.train.form import FORM, widget_values
+from app.train.form import current_values
 from app.train.run_cards import sweep_card
 from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say
@@ -102,7 +102,7 @@ def test_only_the_header_of_a_dropped_file_is_needed(
     head = data[: 8 + int.from_bytes(data[:8], "little")]
     answer = client.post(f"/easel/like?size={len(data)}&name=<b>x", content=head)
     assert answer.json() == {"taken": True}
-    assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 32
+    assert current_values(app_state.project)["adapter.rank"] == 32
     assert "&lt;b&gt;x" in app_state.like_note
     assert "<b>" not in app_state.like_note
     assert not list((app_state.workspace / "tmp").glob("like-*"))
@@ -115,7 +115,7 @@ def test_a_configuration_is_dropped(app_state: AppState, client: TestClient) -> 
     text = b'network_dim = 24\nnetwork_module = "networks.lora"\nunheard_of = 1'
     answer = client.post(f"/easel/like?size={len(text)}&name=my kohya.toml", content=text)
     assert answer.json() == {"taken": True}
-    assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 24
+    assert current_values(app_state.project)["adapter.rank"] == 24
     assert "unheard_of = 1 is not known here" in app_state.like_note
     answer = client.post("/easel/like?size=1&name=my kohya.toml", content=b"[")
     assert answer.json()["problem"].startswith("The config my kohya.toml is not valid TOML")
@@ -143,7 +143,7 @@ def test_the_settings_of_a_run_come_into_the_form_and_go_again(
     app_state.project.update_draft(values={"adapter.rank": 5, "train.steps": 77}, trigger="mine")
     before = app_state.project.draft()
     answer = say("settings/take", run="a")
-    now = dict(zip(FORM, widget_values(app_state.project), strict=True))
+    now = current_values(app_state.project)
     assert (now["adapter.rank"], app_state.project.draft()["trigger"]) == (24, "ohwx")
     assert answer["new"]
     assert say("settings/restore", **answer["before"]) == {"done": True}

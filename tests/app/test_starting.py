@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from app.train.form import FORM, Plan, widget_values
+from app.train.form import Plan, current_values
 from app.train.start import take_settings
 from lora_core.model_files.sizes import export_bytes
 from lora_core.model_files.starting_settings import settings_from_lora
@@ -13,14 +13,14 @@ from tests.model_files.test_starting_settings import KOHYA, lora
 
 def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)) | {"sample.cfg": 7.5})
+    project.update_draft(values=current_values(project) | {"sample.cfg": 7.5})
     hostile = {
         **KOHYA,
         "ss_sd_model_name": "<img src=x onerror=alert(1)>",
         "modelspec.trigger_phrase": "zwx dog",
     }
     said = take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "<b>.safetensors")
-    values = dict(zip(FORM, widget_values(project), strict=True))
+    values = current_values(project)
     assert (values["adapter.rank"], values["train.steps"], values["sample.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.conv_rank"] == 8
     assert project.draft()["trigger"] == "zwx dog"
@@ -33,7 +33,7 @@ def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
     """`re` would look for this one in a layer's name for longer than anybody lives."""
     hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'([a-z0-9_.]+)+!' = 4"}
     project = Project(tmp_path / "project")
-    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)))
+    project.update_draft(values=current_values(project))
     take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "x.safetensors")
     plan = Plan(project)
     begun = time.process_time()

@@ -13,13 +13,11 @@ from app.templates import with_labels
 from app.toolbox.view import Toolbox
 from app.train import form
 from app.train.form import (
-    FORM,
     Plan,
     command_line,
     current_values,
     group_fields,
     keep_changed_values,
-    widget_values,
 )
 from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems, take_settings
 from app.train.train_form import (
@@ -66,29 +64,28 @@ def test_a_search_without_a_match_says_so_as_text() -> None:
     assert "<img" not in note
 
 
-def changed(values: list[object], **changes: object) -> list[object]:
-    by_name = dict(zip(FORM, values, strict=True)) | {k.replace("__", "."): v for k, v in changes.items()}
-    return [by_name[name] for name in FORM]
+def changed(values: dict[str, object], **changes: object) -> dict[str, object]:
+    return values | {name.replace("__", "."): value for name, value in changes.items()}
 
 
 def test_two_pages_do_not_undo_each_other(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    first = second = widget_values(project)
+    first = second = current_values(project)
     now = changed(first, train__steps=900)
     keep_changed_values(project, first, now)
     keep_changed_values(project, second, changed(second, adapter__rank=4))
     plan = Plan(project)
     assert (plan.config.train.steps, plan.config.adapter.rank) == (900, 4)
     # What the first page types next counts again, and it takes its own change back.
-    keep_changed_values(project, now, changed(now, train__steps=first[FORM.index("train.steps")]))
+    keep_changed_values(project, now, changed(now, train__steps=first["train.steps"]))
     plan = Plan(project)
-    assert (plan.config.train.steps, plan.config.adapter.rank) == (first[FORM.index("train.steps")], 4)
+    assert (plan.config.train.steps, plan.config.adapter.rank) == (first["train.steps"], 4)
 
 
 def test_two_events_at_once_do_not_undo_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a list says twice that another optimizer was chosen, each time with all fields."""
     project = Project(tmp_path / "project")
-    seen = widget_values(project)
+    seen = current_values(project)
     read, written = threading.Event(), threading.Event()
 
     def slow_values(project: Project) -> dict[str, object]:
@@ -166,7 +163,7 @@ def test_what_another_request_writes_meanwhile_stays(
 
 def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    keep_changed_values(project, None, changed(widget_values(project), train__steps=7))
+    keep_changed_values(project, None, changed(current_values(project), train__steps=7))
     assert Plan(project).config.train.steps == 7
 
 
@@ -231,7 +228,7 @@ def test_an_older_draft_names_what_is_no_longer_used_until_it_is_changed(tmp_pat
     plan = Plan(project)
     assert [note.split(":")[0] for note in plan.notes] == ["dataset.repeats = 10 cannot be used"]
     assert (plan.problems, plan.config.loss.min_snr) == ([], 5.0)
-    keep_changed_values(project, None, widget_values(project))
+    keep_changed_values(project, None, current_values(project))
     assert Plan(project).notes == []
 
 
@@ -239,7 +236,7 @@ def test_a_slider_needs_two_prompts_and_no_images(app_state: AppState) -> None:
     """The goal Slider asks for prompts in place of images; they make the run, which the command repeats."""
     app_state.project.update_draft(goal="slider", level="quick", trigger="zwx")
     assert start_problems(take_snapshot(app_state)) == [NO_PROMPTS]
-    seen = widget_values(app_state.project)
+    seen = current_values(app_state.project)
     words = {
         "slider__positive": "very old",
         "slider__negative": "very young",
