@@ -23,7 +23,7 @@ from lora_core.projects.workspace import move_to_trash
 from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
 from lora_core.runs.events import Progress, read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, is_run_folder, runs_folder
-from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, QueuedRun, ensure_runner
+from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, ensure_runner
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import require_package
 from lora_core.system.files import changed_at, fold_name, folder_bytes, safe_name, unused_stem
@@ -135,6 +135,7 @@ class Jobs:
         """Watch the runs folder of `workspace`; `trainer` is the command that a run's path is appended to."""
         self.trainer = trainer
         self.workspace = workspace
+        self.queue = Queue(workspace)
         self._views: dict[Path, RunView] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
@@ -144,6 +145,10 @@ class Jobs:
         self.created: Callable[[RunFolder], None] = lambda run: None
         # Whether a run is one of the open project, as the window knows.
         self.own: Callable[[RunView], bool] = lambda run_view: True
+        # A queue that ran when the machine went down; one that cannot be read says so where it is shown.
+        with contextlib.suppress(RunError, OSError):
+            if self.queue.is_enabled():
+                ensure_runner(workspace)
 
     def run_view(self, run: RunFolder) -> RunView:
         """The one watch of a run."""
@@ -233,7 +238,7 @@ class Jobs:
         return run
 
     def delete(self, name: str) -> None:
-        """Move a run into the workspace's trash.
+        """Move a run into the workspace's trash, and take it out of the queue.
 
         Raises:
             RunError: there is none of that name, or it is running.
@@ -244,6 +249,8 @@ class Jobs:
         move_to_trash(run.path, self.workspace)
         with self._lock:
             self._views.pop(run.path, None)
+        with contextlib.suppress(RunError):
+            self.queue.remove(name)
 
     def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
         """Resume a run that was paused, stopped or interrupted.
@@ -281,6 +288,59 @@ class Jobs:
             raise RunError(_("No run is active."))
         live.run.request(do)
 
+    def add_to_queue(self, *configs: RunConfig) -> list[RunFolder]:
+        """Make runs and put them at the end of the queue, all or none. While a run is active the queue is
+        started behind it.
+
+        Raises:
+            RunError: the name is taken, or the queue cannot be written.
+        """
+        made = self.queue.add_new(configs, self.create)
+        if self.live() is not None:
+            self.start_queue()
+        return made
+
+    def start_queue(self) -> None:
+        """Start the queue, which continues when the window is closed.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        with self._lock:
+            for job in self.queue.stored_jobs():
+                if job.state == PAUSED:
+                    self.queue.update(dataclasses.replace(job, state=WAITING, reason=""))
+            ensure_runner(self.workspace)
+
+    def move_in_queue(self, name: str, by: int) -> None:
+        """Move a waiting run up or down.
+
+        Raises:
+            RunError: it does not wait, or is at that end already.
+        """
+        waiting = [job.run for job in self.queue.stored_jobs() if job.state == WAITING]
+        if name not in waiting:
+            raise RunError(_("The run {name} is no longer in the queue.", name=name))
+        self.queue.move(name, waiting.index(name) + 1 + by)
+
+    def take_from_queue(self, name: str) -> None:
+        """Take a run out of the queue; one that never began goes to the trash with its place.
+
+        Raises:
+            RunError: it is not in the queue, or is running.
+        """
+        run = self.queue.run(check_run_name(name))
+        self.queue.remove(name)
+        if run.path.is_dir() and not run.events_file.exists():
+            self.delete(name)
+
+    def is_queued(self, name: str) -> bool:
+        """Whether a run waits in the queue or is trained from there."""
+        try:
+            return any(job.run == name and job.state in (WAITING, RUNNING) for job in self.queue.jobs())
+        except RunError:
+            return False
+
     def _refuse_beside_another(self) -> None:
         live = self.live()
         if live is not None:
@@ -317,116 +377,6 @@ def _record_exit(child: "subprocess.Popen[bytes]", recorder: ExitRecorder) -> No
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(LOOK_SECONDS)
     recorder.record(code)
-
-
-class QueueClient:
-    """The queue of a workspace, for its window."""
-
-    def __init__(self, workspace: Path, jobs: Jobs) -> None:
-        """Resume a queue that ran when the machine went down."""
-        self.workspace = workspace
-        self.queue = Queue(workspace)
-        self._runs = jobs
-        self._lock = threading.Lock()
-        # A queue that cannot be read says so where it is shown.
-        with contextlib.suppress(RunError, OSError):
-            if self.queue.is_enabled():
-                ensure_runner(workspace)
-
-    def jobs(self) -> list[QueuedRun]:
-        """What waits, runs or is paused, in order.
-
-        Raises:
-            RunError: the file is not a queue.
-        """
-        return [job for job in self.queue.jobs() if not job.has_ended]
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a process runs the queue."""
-        return self.queue.runner() is not None
-
-    def add(self, *configs: RunConfig) -> list[RunFolder]:
-        """Make runs and put them at the end, all or none. While a run is active the queue is started behind
-        it.
-
-        Raises:
-            RunError: the name is taken, or the queue cannot be written.
-        """
-        made = self.queue.add_new(configs, self._runs.create)
-        if self._runs.live() is not None:
-            self.start()
-        return made
-
-    def start(self) -> None:
-        """Start the queue, which continues when the window is closed.
-
-        Raises:
-            RunError: it cannot be read.
-        """
-        with self._lock:
-            for job in self.queue.stored_jobs():
-                if job.state == PAUSED:
-                    self.queue.update(dataclasses.replace(job, state=WAITING, reason=""))
-            ensure_runner(self.workspace)
-
-    def move(self, name: str, by: int) -> None:
-        """Move a waiting job up or down.
-
-        Raises:
-            RunError: it does not wait, or is at that end already.
-        """
-        waiting = [job.run for job in self.queue.stored_jobs() if job.state == WAITING]
-        if name not in waiting:
-            raise RunError(_("The run {name} is no longer in the queue.", name=name))
-        self.queue.move(name, waiting.index(name) + 1 + by)
-
-    def remove(self, name: str) -> None:
-        """Take a job out; a run that never began goes to the trash with it.
-
-        Raises:
-            RunError: it is not in the queue, or is running.
-        """
-        name = check_run_name(name)
-        self.queue.remove(name)
-        run = RunFolder(runs_folder(self.workspace) / name)
-        if run.path.is_dir() and not run.events_file.exists():
-            self._runs.delete(name)
-
-    def delete(self, name: str) -> None:
-        """Move a run to the trash, and take it out of the queue where it waits.
-
-        Raises:
-            RunError: there is none of that name, or it is running.
-        """
-        self._runs.delete(name)
-        with contextlib.suppress(RunError):
-            self.queue.remove(name)
-
-    def act(self, action: str, name: str, place: int = 0) -> None:
-        """Do what the list of the queue asks for; `place` is where to move a run, 1 is the next to start.
-
-        Raises:
-            RunError: it cannot be done now.
-        """
-        actions: dict[str, Callable[[], None]] = {
-            "up": lambda: self.move(name, -1),
-            "down": lambda: self.move(name, 1),
-            "move": lambda: self.queue.move(name, place),
-            "remove": lambda: self.remove(name),
-            "start": self.start,
-            "pause": lambda: self.queue.set_enabled(False),
-        }
-        if action not in actions:
-            raise RunError("The queue knows no such action.")
-        actions[action]()
-
-    def holds(self, name: str) -> bool:
-        """Whether a run waits here or is trained from here."""
-        try:
-            return any(job.run == name and job.state in (WAITING, RUNNING) for job in self.jobs())
-        except RunError:
-            return False
 
 
 TENSORBOARD_SECONDS = 60.0

@@ -22,7 +22,7 @@ import gradio as gr
 from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
-from app.jobs import LIVE, Jobs, QueueClient, RunView, TensorBoard
+from app.jobs import LIVE, Jobs, RunView, TensorBoard
 from app.live import LiveStream
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.templates import MOUNTED, _, render
@@ -210,7 +210,7 @@ class AppState:
         self.jobs.created = lambda run: mark_project(run, self.project.path)
         self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config(), self.project.path)
         self.hardware = Hardware(lambda: self.worker.computes_on, self._device)
-        self.queue = QueueClient(workspace, self.jobs)
+        self.queue = self.jobs.queue
         self.checks = Checks(workspace, self.free_on_card)
         self.on_quit: Callable[[], None] = lambda: None
         self.list_images: Callable[[], bytes] = bytes
@@ -248,7 +248,7 @@ class AppState:
         run = self._live_run()
         if run:
             return _("The run {run} is still running; measure once it has ended.", run=run)
-        return _("The queue is running.") if self.queue.is_running else ""
+        return _("The queue is running.") if self.queue.runner() else ""
 
     def free_on_card(self) -> int | None:
         """Bytes of the card that a run finds free once worker and live run have ended; None for none."""
@@ -377,7 +377,7 @@ class Snapshot:
         """Whether something changes by itself, so that it is looked at often."""
         app_state = self.app_state
         # Between two runs of a queue, none is live.
-        working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
+        working = app_state.prober.active or bool(app_state.queue.runner()) or app_state.downloads.active
         return self.active.live or self.view.working or working
 
 

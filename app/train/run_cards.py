@@ -269,7 +269,7 @@ def queue_card(snapshot: Snapshot) -> str:
     """What waits, in order; "" where nothing does."""
     app_state = snapshot.app_state
     try:
-        present = app_state.queue.queue.jobs()
+        present = app_state.queue.jobs()
     except RunError as error:
         return _render(snapshot, "queue", problem=str(error))
     runs = {view.run.name: ShownRun(view, state) for view, state in snapshot.runs}
@@ -277,13 +277,12 @@ def queue_card(snapshot: Snapshot) -> str:
     waiting = 0
     for job in present:
         # A run that is trained now is listed above, and one that has ended below, unless its folder is gone.
-        gone = ShownRun(app_state.jobs.run_view(app_state.queue.queue.run(job.run)), FAILED)
+        gone = ShownRun(app_state.jobs.run_view(app_state.queue.run(job.run)), FAILED)
         run = runs.get(job.run, gone)
         if not run.live and (not job.has_ended or (job.state == FAILED and run is gone)):
             waiting += job.state == WAITING
             rows.append(_Row(run, job, waiting if job.state == WAITING else 0))
-    is_running = app_state.queue.is_running
-    values = {"problem": "", "running": is_running, "waiting": waiting, "rows": rows}
+    values = {"problem": "", "running": app_state.queue.runner(), "waiting": waiting, "rows": rows}
     return _render(snapshot, "queue", **values) if rows else ""
 
 
@@ -291,7 +290,7 @@ def earlier(snapshot: Snapshot) -> str:
     """The ended runs of the open project, newest first; those of other projects are folded below."""
     app_state = snapshot.app_state
     try:
-        jobs = {job.run: job for job in app_state.queue.queue.jobs()}
+        jobs = {job.run: job for job in app_state.queue.jobs()}
     except RunError:
         jobs = {}
     listed: list[list[_Row]] = [[], []]
@@ -346,7 +345,7 @@ def sweep_card(snapshot: Snapshot) -> str:
     """What the runs queued together with the run shown gained and took; "" where there are none."""
     app_state, run_view = snapshot.app_state, snapshot.shown.view
     name = run_view.run.name if run_view else ""
-    together = next((one for one in reversed(app_state.queue.queue.sweeps()) if name in one), [])
+    together = next((one for one in reversed(app_state.queue.sweeps()) if name in one), [])
     views = {view.run.name: view for view, _ in snapshot.runs}
     there = [views[one] for one in together if one in views]
     trials = [Trial(v.run, config, v.progress) for v in there if (config := v.config()) is not None]

@@ -121,7 +121,7 @@ def _pressed(app_state: AppState, do: str, run_name: str, trigger: str) -> tuple
     try:
         config = ready_config(app_state, run_name, do)
         if do == "queue":
-            (run,) = app_state.queue.add(config)
+            (run,) = app_state.jobs.add_to_queue(config)
             return "", note_html(_("{name} waits in the queue.", name=run.name))
         # A run needs the memory more than an image does; the worker loads again when it is asked.
         app_state.worker.release()
@@ -178,7 +178,7 @@ def queue_sweep(app_state: AppState, axes: Sequence[tuple[str, str]], name: str,
     except ConfigError as error:
         raise ConfigError(with_labels(str(error))) from error
     ready = [ready_config(app_state, "", "queue", config) for config in configs]
-    return ", ".join(run.name for run in app_state.queue.add(*ready))
+    return ", ".join(run.name for run in app_state.jobs.add_to_queue(*ready))
 
 
 def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:

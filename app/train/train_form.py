@@ -74,11 +74,14 @@ class TrainForm:
         # brings it as it was when the fields were read: an answer on its way changes neither.
         self.seen = gr.HTML(None, html_template="", padding=False, apply_default_css=False)
         for name, field in self.widgets.items():
-            bindings.fill_on_load(field, lambda name=name: current_values(self.project)[name])
+            bindings.fill_on_load(field, functools.partial(self._value, name))
         bindings.fill_on_load(self.goal, lambda: chosen_preset(self.project.draft())[0])
         bindings.fill_on_load(self.level, lambda: chosen_preset(self.project.draft())[1])
         bindings.fill_on_load(self.seen, lambda: list(current_values(self.project).values()))
         self._wire(search)
+
+    def _value(self, name: str) -> Any:
+        return current_values(self.project)[name]
 
     def _build_picker(self, made: dict[str, Any]) -> None:
         follow, app_state = self.bindings.follow, self.bindings.app_state
@@ -153,16 +156,16 @@ class TrainForm:
         return search
 
     def _wire(self, search: Any) -> None:
-        self.fields = {self.seen, *self.widgets.values()}
-        base, optimizer = self.widgets["model.base"], self.widgets["optimizer.name"]
+        self.fields = [self.seen, *self.widgets.values()]
+        inputs, base, optimizer = set(self.fields), self.widgets["model.base"], self.widgets["optimizer.name"]
         typed = [field for field in self.widgets.values() if field not in (base, optimizer)]
         # Unfolding a group rerenders its fields, so only events of the user count.
         events = [event for field in typed for event in edit_events(field)]
-        gr.on(events, self.keep, self.fields, self.seen, **TYPING)
-        optimizer.input(self._choose_optimizer, self.fields, self.fields, **TYPING)
+        gr.on(events, self.keep, inputs, self.seen, **TYPING)
+        optimizer.input(self._choose_optimizer, inputs, self.fields, **TYPING)
         for chosen in (self.goal, self.level):
             chosen.input(self._choose_preset, [base, self.goal, self.level], self.fields, **TYPING)
-        base.input(self._choose_base, self.fields, {self.added, self.level, *self.fields}, **TYPING)
+        base.input(self._choose_base, inputs, [self.added, self.level, *self.fields], **TYPING)
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
@@ -185,7 +188,7 @@ class TrainForm:
         keep_changed_values(self.project, seen, values)
         return list(values.values())
 
-    def _choose_preset(self, base: str, goal: str, level: str) -> dict[Any, Any]:
+    def _choose_preset(self, base: str, goal: str, level: str) -> Any:
         """Fill the form; a dropdown's event also fires on blur, which must not undo edits."""
         if (goal, level) == chosen_preset(self.project.draft()):
             return gr.skip()
@@ -194,7 +197,7 @@ class TrainForm:
         self.project.update_draft(goal=goal, level=level, values=values, fitted=None)
         return self._show(values, values)
 
-    def _choose_optimizer(self, sent: dict[Any, Any]) -> dict[Any, Any]:
+    def _choose_optimizer(self, sent: dict[Any, Any]) -> Any:
         """Give another optimizer its usual rates, unless the user typed some; like `_choose_base`."""
         seen, values = self._read(sent)
         if seen and seen["optimizer.name"] == values["optimizer.name"]:
@@ -204,7 +207,7 @@ class TrainForm:
             keep_changed_values(self.project, seen, values)
             return self._show(values, choose_optimizer(self.project, before))
 
-    def _choose_base(self, sent: dict[Any, Any]) -> dict[Any, Any]:
+    def _choose_base(self, sent: dict[Any, Any]) -> Any:
         """Fill in only what the choice changes: the event fires also where the field is merely left, and
         edits elsewhere meanwhile must stay."""
         seen, values = self._read(sent)

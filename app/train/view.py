@@ -136,9 +136,18 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
 
     def order(sent: dict[str, Any]) -> None:
-        place = sent.get("place")
-        at = place if isinstance(place, int) else 0
-        app_state.queue.act(str(sent.get("do")), str(sent.get("run", "")), at)
+        jobs, name, place = app_state.jobs, str(sent.get("run", "")), sent.get("place")
+        acts: dict[str, Callable[[], None]] = {
+            "up": lambda: jobs.move_in_queue(name, -1),
+            "down": lambda: jobs.move_in_queue(name, 1),
+            "move": lambda: jobs.queue.move(name, place if isinstance(place, int) else 0),
+            "remove": lambda: jobs.take_from_queue(name),
+            "start": jobs.start_queue,
+            "pause": lambda: jobs.queue.set_enabled(False),
+        }
+        if sent.get("do") not in acts:
+            raise RunError("The queue knows no such action.")
+        acts[str(sent["do"])]()
 
     def sweep(sent: dict[str, Any]) -> dict[str, str]:
         setting, values, name, by, more = (
@@ -157,7 +166,7 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         live = app_state.jobs.live()
         # Runs and queue are processes of their own and continue.
         threading.Timer(QUIT_AFTER, app_state.on_quit).start()
-        return {"run": live.run.name if live else "", "queue": app_state.queue.is_running}
+        return {"run": live.run.name if live else "", "queue": app_state.queue.runner() is not None}
 
     actions: dict[str, Callable[[dict[str, Any]], Any]] = {
         "run": lambda sent: do_run_action(app_state, str(sent.get("do")), str(sent.get("run", ""))),
@@ -229,7 +238,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         "reset": lambda group: reset_settings(project, group),
         "rates": lambda run: swap_rates(project),
         "show": jobs.show,
-        "delete": app_state.queue.delete,
+        "delete": jobs.delete,
     }
     if do not in acts:
         raise BadRequest("no such action")

@@ -110,8 +110,8 @@ CHANGED = events.Failed(
 
 def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> None:
     run = make_run(app_state, "asks", started(), step(3), CHANGED)
-    app_state.queue.queue.add(run)
-    app_state.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
+    app_state.queue.add(run)
+    app_state.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
     snapshot = take_snapshot(app_state)
     assert snapshot.shown.state == "failed"
     for shown in (cards.run_card(snapshot), earlier(snapshot)):

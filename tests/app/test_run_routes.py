@@ -60,7 +60,7 @@ def test_a_deleted_run_lies_in_the_trash(app_state: AppState, say: Say) -> None:
     assert say("run", do="delete", run="a") == {"done": True}
     assert not run.path.exists()
     assert list((app_state.workspace / ".trash").glob("*/content/events.jsonl"))
-    app_state.queue.queue.add(make_run(app_state, "b"))
+    app_state.queue.add(make_run(app_state, "b"))
     assert say("run", do="delete", run="b") == {"done": True}
     assert app_state.queue.jobs() == []
 

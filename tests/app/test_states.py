@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from app import top_bar
-from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import UNKNOWN
 from app.train import run_cards
@@ -431,9 +430,8 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
 
 def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
     assert queue_card(take_snapshot(app_state)) == ""
-    line = QueueClient(app_state.workspace, app_state.jobs)
     for name in ("one", "two"):
-        line.queue.add(make_run(app_state, name))
+        app_state.queue.add(make_run(app_state, name))
     html = queue_card(take_snapshot(app_state))
     assert html.index('data-job="one"') < html.index('data-job="two"')
     assert "It is the first already." in html
@@ -446,7 +444,7 @@ def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
     html = queue_card(take_snapshot(app_state))
     assert ('data-job="one"' in html, 'data-job="two"' in html) == (False, True)
     assert "one" in running(take_snapshot(app_state))
-    line.queue.file.write_bytes(b"broken" * 500)
+    app_state.queue.file.write_bytes(b"broken" * 500)
     assert "cannot be read" in queue_card(take_snapshot(app_state))
 
 
