@@ -236,6 +236,17 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values).strip()
 
 
+def card(template: str, **values: Any) -> Callable[[Any], str]:
+    """What shows a snapshot of the state: the template with it as `snap`, and with `values`; functions among
+    them are called with it."""
+
+    def shows(snapshot: Any) -> str:
+        found = {name: value(snapshot) if callable(value) else value for name, value in values.items()}
+        return render(template, snap=snapshot, **found)
+
+    return shows
+
+
 def part(name: str, *values: Any, **options: Any) -> str:
     """Render one macro of `parts.html`."""
     return str(getattr(_environment().globals["ui"], name)(*values, **options))

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, Response
 
 from app.routes import BadRequest, add_actions, add_reads, below
 from app.state import AppState, ShownRun, Snapshot
-from app.templates import STATES, WORDS, _, format_clock, format_duration, problem_html, render
+from app.templates import STATES, WORDS, _, card, format_clock, format_duration, problem_html, render
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO_TITLE
 from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, restore, trash_folder
@@ -35,9 +35,8 @@ FEW_STEPS = 10
 """Steps needed to estimate the time of the rest."""
 
 
-def run_actions(snapshot: Snapshot) -> str:
-    """Pause and Stop for a live run, Resume for one that can be resumed."""
-    return render("header.html", part="acts", run=snapshot.active)
+run_actions = card("header.html", part="acts")
+"""Pause and Stop for a live run, Resume for one that can be resumed."""
 
 
 def describe_left(run: ShownRun) -> str:
@@ -97,18 +96,8 @@ def page_title(snapshot: Snapshot) -> str:
     return TITLE
 
 
-def run_bar(snapshot: Snapshot) -> str:
-    """Progress bar and text; the page's title and the tabs' badges are attached as data."""
-    run = snapshot.active
-    images = len(snapshot.app_state.project.dataset().records)
-    return render(
-        "header.html",
-        part="run",
-        run=run,
-        title=page_title(snapshot),
-        words=describe_run(run),
-        badges={"dataset": f"{images:,}" if images else "", "train": f"{run.percent}%" if run.live else ""},
-    )
+run_bar = card("header.html", part="run", title=page_title, words=lambda snap: describe_run(snap.active))
+"""Progress bar and text; the page's title and the tabs' badges are attached as data."""
 
 
 def memory_usage(snapshot: Snapshot) -> str:
@@ -127,12 +116,8 @@ def brand() -> str:
     return render("header.html", part="brand", icon=icon, name=TITLE)
 
 
-def project_button(snapshot: Snapshot) -> str:
-    """The open project's name; opens the dialog."""
-    project = snapshot.app_state.project
-    return render(
-        "project_button.html", title=project.title, demo=project.uses_demo and project.title != DEMO_TITLE
-    )
+project_button = card("project_button.html", demo_title=DEMO_TITLE)
+"""The open project's name; opens the dialog."""
 
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:

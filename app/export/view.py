@@ -24,7 +24,7 @@ from lora_core.model_files.hub import upload as upload_files
 from lora_core.report.plots import content_policy
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
-from lora_core.system.files import expand_home
+from lora_core.system.files import expand_home, file_bytes
 from lora_core.system.other_tools import CopiedFile, copy_export
 
 PRECISIONS = {"fp16": "fp16, half the size", "bf16": "bf16", "fp32": "fp32, exact"}
@@ -245,11 +245,9 @@ def copied_line(app_state: AppState, done: CopiedFile) -> str:
 
 def report_card(snapshot: Snapshot) -> str:
     """The button that makes the chosen run's report, and the report if it exists."""
-    run_view = chosen_run(snapshot)
-    file = run_view.run.path / REPORT if run_view else None
-    size = float(file.stat().st_size) if file is not None and file.is_file() else None
-    live = snapshot.app_state.jobs.live() is not None
-    return render("export/report.html", run=run_view.run.name if run_view else "", size=size, live=live)
+    view = chosen_run(snapshot)
+    size = file_bytes(view.run.path / REPORT) if view else 0
+    return render("export/report.html", snap=snapshot, run=view.run.name if view else "", size=size)
 
 
 def add_export_routes(app: FastAPI, app_state: AppState) -> None:

@@ -188,9 +188,9 @@ def preset_config(goal: str, level: str, family: Family | None = None) -> RunCon
     return RunConfig().changed(starting_settings(preset_name(goal, level), family))
 
 
-def family_differences(goal: str, level: str, family: Family | None) -> list[str]:
-    """What the preset changes for this family, as "label value" each."""
-    usual, own = preset_config(goal, level), preset_config(goal, level, family)
+def family_differences(plan: Plan) -> list[str]:
+    """What the preset changes for the base's family, as "label value" each."""
+    usual, own = preset_config(plan.goal, plan.level), plan.preset
     return [f"{label_of(n)} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
 
 

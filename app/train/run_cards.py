@@ -11,11 +11,11 @@ from app.export.view import REPORT
 from app.jobs import LIVE, LOWER_RATE, RunView
 from app.routes import run_url
 from app.state import ShownRun, Snapshot
-from app.templates import _, format_gain, format_share, label_of, render
+from app.templates import _, card, format_gain, format_share, label_of, render
 from app.top_bar import describe_left, describe_phase
 from app.train.form import row_title
 from lora_core.errors import RunError
-from lora_core.report.plots import chart_tables, rate_html, run_charts
+from lora_core.report.plots import chart_tables, run_charts
 from lora_core.runs.costs import Trial, compare_trials
 from lora_core.runs.events import (
     A_LITTLE,
@@ -72,12 +72,13 @@ def run_card(snapshot: Snapshot) -> str:
         warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),
         reported=(view.run.path / REPORT).is_file(),
         has_tensorboard=view.run.tensorboard.is_dir(),
-        read_log=functools.partial(_read_log, view),
+        read_log=functools.partial(_read_log, snapshot),
     )
 
 
-def _read_log(view: RunView) -> str:
-    return "\n".join(log_tail(view.run.log_file, LOG_LINES))
+def _read_log(snapshot: Snapshot) -> str:
+    view = snapshot.shown.view
+    return "\n".join(log_tail(view.run.log_file, LOG_LINES)) if view else ""
 
 
 def stages(run: ShownRun) -> list[dict[str, Any]]:
@@ -101,21 +102,12 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
     return [*found, {"name": "Train", "state": "now" if stepping else "", "percent": percent, "note": note}]
 
 
-def verdicts_card(snapshot: Snapshot) -> str:
-    """What the validations of the run shown mean; "" before the first."""
-    return render("train/verdicts.html", verdicts=verdicts(snapshot.shown))
-
-
-def charts(snapshot: Snapshot) -> str:
-    """The run's charts, which `assets/charts.js` asks for, and the test that found its learning rate."""
-    run_view, rate = snapshot.shown.view, snapshot.shown.progress.rate
-    if run_view is None:
-        return ""
-    title = _("Learning rate {rate:.2g}, found by a range test", rate=rate.rate) if rate else ""
-    plot = rate_html(rate) if rate else ""
-    return render(
-        "train/charts.html", run=run_view.run.name, second=snapshot.second.name, title=title, plot=plot
-    )
+verdicts_card = card("train/verdicts.html", verdicts=lambda snap: verdicts(snap.shown))
+"""What the validations of the run shown mean; "" before the first."""
+log_card = card("train/log.html", log=_read_log)
+"""The end of the run's log, and a zip for bug reports."""
+charts = card("train/charts.html")
+"""The run's charts, which `assets/charts.js` asks for, and the test that found its learning rate."""
 
 
 def charts_data(run_views: Sequence[RunView]) -> dict[str, Any]:
@@ -194,14 +186,6 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
         else:
             why += _(" No certain difference since.")
     return _verdict("Improvement", grade, format_share(best.gain, best), why, figures)
-
-
-def log_card(snapshot: Snapshot) -> str:
-    """The end of the run's log, and a zip for bug reports."""
-    run_view = snapshot.shown.view
-    if run_view is None:
-        return ""
-    return render("train/log.html", log=_read_log(run_view), name=run_view.run.name)
 
 
 def samples_card(snapshot: Snapshot) -> str:

@@ -13,6 +13,7 @@ from app.state import AppState, Bindings, Snapshot
 from app.templates import (
     TYPING,
     _,
+    card,
     edit_events,
     help_of,
     html_block,
@@ -127,7 +128,9 @@ class TrainForm:
             elem_classes=HIDDEN_INFO,
         )
         with gr.Column(elem_classes="group", elem_id="slider") as slider:
-            self.bindings.follow(html_block(elem_classes="group-note"), _slider_note)
+            self.bindings.follow(
+                html_block(elem_classes="group-note"), card("train/form.html", part="slider")
+            )
             for name in group_fields("Slider"):
                 made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
         self.bindings.follow(slider, lambda snap: gr.update(visible=snap.plan.is_slider))
@@ -342,12 +345,6 @@ def _group_note(group: str, snapshot: Snapshot) -> str:
     )
 
 
-def _slider_note(snapshot: Snapshot) -> str:
-    """What a slider is, and the preset that it learns with on the embedded base."""
-    plan = snapshot.plan
-    return render("train/form.html", part="slider", small=plan.base.embedded and plan.level != DEMO)
-
-
 def _changed(snapshot: Snapshot) -> str:
     """How many settings differ from the preset, with a reset button."""
     names = [name for name in FORM if name != "model.base"]
@@ -471,14 +468,8 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
     return _("{models} found in {folder}: open the list above to choose one.", models=models, folder=folder)
 
 
-def base_note(snapshot: Snapshot) -> str:
-    """What the chosen base is, and the values it sets in the form."""
-    plan = snapshot.plan
-    own = family_differences(plan.goal, plan.level, plan.base.family)
-    arrived = snapshot.app_state.downloads.arrived
-    return render(
-        "train/base.html", part="note", base=plan.base, config=plan.config, own=own, arrived=arrived
-    )
+base_note = card("train/base.html", part="note", own=lambda snap: family_differences(snap.plan))
+"""What the chosen base is, and the values it sets in the form."""
 
 
 def download_note(snapshot: Snapshot) -> str:
