@@ -101,6 +101,9 @@ class RunProblem:
     blocking: bool = True
 
 
+_note = functools.partial(RunProblem, blocking=False)
+
+
 def preflight(
     config: RunConfig,
     workspace: Path,
@@ -127,7 +130,8 @@ def preflight(
             dataset = dataset or run_dataset(config, workspace / "cache" / "datasets")
             records = dataset.records
             texts = [(one.path.name, triggered_caption(one, config.dataset)) for one in records]
-            found = [*_images(dataset), *_holdout(records, config), *found]
+            held = _found_by(lambda: _holdout(records, config), "validation")
+            found = [*_images(dataset), *held, *found]
             found += [*_masks([*records, *dataset.reg], config), *_regularisation(dataset, config)]
     except DatasetError as error:
         found = [RunProblem("dataset", str(error)), *found]
@@ -176,7 +180,7 @@ def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
     name = model.base
     if is_remote(name):
         sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
-        return None, [RunProblem("base", sentence, False)]
+        return None, [_note("base", sentence)]
     try:
         facts = read_base_facts(name, model.prediction, model.zero_terminal_snr)
         if facts.path.is_dir() and facts.family:
@@ -186,7 +190,7 @@ def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
         return None, [RunProblem("base", str(error))]
     if not facts.guessed:
         return facts, []
-    return facts, [RunProblem("base", f"What the base predicts is {facts.prediction_source}.", False)]
+    return facts, [_note("base", f"What the base predicts is {facts.prediction_source}.")]
 
 
 def require_packages(config: RunConfig) -> None:
@@ -308,67 +312,56 @@ def _patterns(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     ]
 
 
-def _convolutions(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+def _convolutions(config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:
     """A rank or an alpha of convolutions where none is adapted."""
     names = [name for name in ("conv_rank", "conv_alpha") if getattr(config.adapter, name)]
     shapes = sizes.adapted_shapes(facts, config) if names else []
-    if not shapes or any(math.prod(shape[2:]) > 1 for _, shape in shapes):
-        return []
-    sentence = (
-        f"adapter.{names[0]} has no effect: adapter.targets = {config.adapter.targets} has no convolution"
-        " larger than 1 x 1."
-    )
-    return [RunProblem("targets", sentence, False)]
+    if shapes and all(math.prod(shape[2:]) == 1 for _, shape in shapes):
+        lacking = f"adapter.targets = {config.adapter.targets} has no convolution larger than 1 x 1"
+        yield _note("targets", f"adapter.{names[0]} has no effect: {lacking}.")
 
 
-def _prior(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
+def _prior(records: list[ImageRecord], config: RunConfig) -> Iterator[RunProblem]:
     """What prior preservation does before the run and in it."""
-    if not config.loss.prior_preservation:
-        return []
-    if not config.keeps_prior:
-        sentence = "loss.prior_preservation has no effect for a slider, which keeps the base as it is."
-        return [RunProblem("prior", sentence, False)]
-    prompts = record_class_captions(records, config.dataset)
-    what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
-    sentence = (
-        f"Prior preservation: the base makes {PRIOR_IMAGES} images first, of {what}; a step takes about twice"
-        " as long."
-    )
-    return [RunProblem("prior", sentence, False)]
+    if config.keeps_prior:
+        prompts = record_class_captions(records, config.dataset)
+        what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
+        first = f"the base makes {PRIOR_IMAGES} images first, of {what}"
+        yield _note("prior", f"Prior preservation: {first}; a step takes about twice as long.")
+    elif config.loss.prior_preservation:
+        why = "for a slider, which keeps the base as it is"
+        yield _note("prior", f"loss.prior_preservation has no effect {why}.")
 
 
-def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
+def _loss(config: RunConfig, facts: BaseFacts | None) -> Iterator[RunProblem]:
     """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
-    loss, found = config.loss, []
-    usual = LossSection()
-    for name in ("huber_delta", "huber_schedule") if loss.type != "huber" else ():
-        if getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} has no effect while loss.type is {loss.type}; it is for huber."
-            found.append(RunProblem("loss", sentence, False))
-    for name in ("timestep_mean", "timestep_std") if loss.timesteps != "logit_normal" else ():
-        if getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} has no effect while loss.timesteps is {loss.timesteps}."
-            found.append(RunProblem("loss", sentence, False))
-    if loss.multires_discount != usual.multires_discount and not loss.multires_noise:
-        sentence = "loss.multires_discount has no effect while loss.multires_noise is 0."
-        found.append(RunProblem("loss", sentence, False))
+    loss, usual = config.loss, LossSection()
+    for names, used, why in (
+        ("huber_delta huber_schedule", loss.type == "huber", f"loss.type is {loss.type}; it is for huber"),
+        (
+            "timestep_mean timestep_std",
+            loss.timesteps == "logit_normal",
+            f"loss.timesteps is {loss.timesteps}",
+        ),
+        ("multires_discount", loss.multires_noise, "loss.multires_noise is 0"),
+    ):
+        for name in () if used else names.split():
+            if getattr(loss, name) != getattr(usual, name):
+                yield _note("loss", f"loss.{name} has no effect while {why}.")
     if loss.multires_noise and loss.noise_offset:
         sentence = "loss.multires_noise takes the place of loss.noise_offset; set one of them to 0."
-        found.append(RunProblem("loss", sentence))
-    if loss.min_timestep >= loss.max_timestep:
-        sentence = (
-            f"loss.min_timestep = {loss.min_timestep} is not below loss.max_timestep = {loss.max_timestep};"
-            " nothing between them is left to train on."
-        )
-        found.append(RunProblem("loss", sentence))
+        yield RunProblem("loss", sentence)
+    low, high = loss.min_timestep, loss.max_timestep
+    if low >= high:
+        order = f"loss.min_timestep = {low} is not below loss.max_timestep = {high}"
+        yield RunProblem("loss", f"{order}; nothing between them is left to train on.")
     velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
-    if velocity and loss.gamma("v_prediction"):
+    if velocity and (gamma := loss.gamma("v_prediction")):
         sentence = (
-            f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
-            " has zero terminal SNR; set loss.min_snr to auto or 0."
+            f"loss.min_snr = {gamma:g} gives the last timestep no weight, as this base has zero terminal SNR;"
+            " set loss.min_snr to auto or 0."
         )
-        found.append(RunProblem("loss", sentence, False))
-    return found
+        yield _note("loss", sentence)
 
 
 def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
@@ -419,7 +412,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
             f"{row.title} is made for a constant learning rate, and optimizer.schedule is {optim.schedule};"
             " set optimizer.schedule to constant."
         )
-        found.append(RunProblem("rate", sentence, False))
+        found.append(_note("rate", sentence))
     for name, rate in rates.items():
         effective = rate * scale
         if not low <= effective <= high:
@@ -429,7 +422,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
                 f"{name}{product} = {effective:.3g} is {much} for {row.title}, which is usually given"
                 f" {low:g} to {high:g}; {what}."
             )
-            found.append(RunProblem("rate", sentence, False))
+            found.append(_note("rate", sentence))
     return found
 
 
@@ -444,61 +437,49 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 
 
-def _images(dataset: Dataset) -> list[RunProblem]:
-    found = [RunProblem("picture", sentence) for sentence in first_problems(dataset)]
-    if not dataset.records and not found:
-        found.append(RunProblem("dataset", "There are no images yet; add some."))
-    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
-    return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
+def _images(dataset: Dataset) -> Iterator[RunProblem]:
+    yield from (RunProblem("picture", sentence) for sentence in first_problems(dataset))
+    if not dataset.records and not dataset.problems:
+        yield RunProblem("dataset", "There are no images yet; add some.")
+    yield from (_note(one.kind, one.sentence) for one in summarize_notes(dataset.notes, AUDIT_ONLY))
 
 
-def _slider(config: RunConfig) -> list[RunProblem]:
+def _slider(config: RunConfig) -> Iterator[RunProblem]:
     """What keeps a concept slider from having a direction, and what has no effect for it, or without it."""
     slider, usual = config.slider, RunConfig()
     if not slider.on:
-        given = next((f"slider.{name}" for name in ("target", "preserve") if getattr(slider, name)), "")
-        sentence = f"{given} has no effect without slider.positive and slider.negative, which make a slider."
-        return [RunProblem("slider", sentence, False)] if given else []
-    found = []
-    empty = next((name for name in ("positive", "negative") if not getattr(slider, name).strip()), "")
-    if empty:
-        found.append(RunProblem("slider", f"slider.{empty} is empty; a slider needs two opposite prompts."))
+        if given := next((f"slider.{name}" for name in ("target", "preserve") if getattr(slider, name)), ""):
+            both = "slider.positive and slider.negative, which make a slider"
+            yield _note("slider", f"{given} has no effect without {both}.")
+        return
+    if empty := next((name for name in ("positive", "negative") if not getattr(slider, name).strip()), ""):
+        yield RunProblem("slider", f"slider.{empty} is empty; a slider needs two opposite prompts.")
     elif slider.positive.strip() == slider.negative.strip():
         sentence = f"slider.positive and slider.negative are both {slider.positive!r}; give opposite prompts."
-        found.append(RunProblem("slider", sentence))
+        yield RunProblem("slider", sentence)
     if config.adapter.auto_rank:
         sentence = "adapter.rank = auto measures images, and a slider has none; give adapter.rank a number."
-        found.append(RunProblem("slider", sentence))
+        yield RunProblem("slider", sentence)
     if config.optimizer.text_encoder_lr or config.optimizer.text_encoder_2_lr:
-        sentence = (
-            "A slider with a trained text encoder changes other prompts too; optimizer.text_encoder_lr = 0"
-            " leaves them alone."
-        )
-        found.append(RunProblem("slider", sentence, False))
-    unused = [name for name in FIELDS if name.startswith("dataset.") and name != "dataset.path"]
-    unused = [
-        n
-        for n in (*unused, "loss.input_perturbation", "loss.unmasked_weight")
-        if config.get(n) != usual.get(n)
-    ]
-    if unused:
-        sentence = f"A slider is trained without images, so that {', '.join(unused)} can do nothing."
-        found.append(RunProblem("slider", sentence, False))
-    return found
+        others = "changes other prompts too; optimizer.text_encoder_lr = 0 leaves them alone"
+        yield _note("slider", f"A slider with a trained text encoder {others}.")
+    names = [name for name in FIELDS if name.startswith("dataset.") and name != "dataset.path"]
+    names += ["loss.input_perturbation", "loss.unmasked_weight"]
+    if unused := ", ".join(name for name in names if config.get(name) != usual.get(name)):
+        yield _note("slider", f"A slider is trained without images, so that {unused} can do nothing.")
 
 
-def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
+def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | None) -> Iterator[RunProblem]:
     """New tokens that could not be trained, or that the base knows as words."""
     tokens = parse_new_tokens(config.adapter.new_tokens)
-    if tokens and config.slider.on:
-        sentence = (
+    if tokens and (config.slider.on or config.adapter.auto_rank):
+        yield RunProblem(
+            "tokens",
             "A slider is trained without captions, so that adapter.new_tokens has no meaning; empty it."
+            if config.slider.on
+            else "adapter.rank = auto cannot cut an adapter with new tokens; give adapter.rank a number.",
         )
-        return [RunProblem("tokens", sentence)]
-    if tokens and config.adapter.auto_rank:
-        sentence = "adapter.rank = auto cannot cut an adapter with new tokens; give adapter.rank a number."
-        return [RunProblem("tokens", sentence)]
-    found = []
+        return
     for token in tokens:
         name, words, word = token.name, token.words, token.word
         if not any(map(word.search, captions)):
@@ -506,21 +487,20 @@ def _new_tokens(captions: Sequence[str], config: RunConfig, facts: BaseFacts | N
                 f"The new token {name} is in no caption, so nothing could be learned of it; put it into"
                 f" captions, or set dataset.trigger to {name}."
             )
-            found.append(RunProblem("tokens", sentence, bool(captions)))
+            yield RunProblem("tokens", sentence, bool(captions))
         if word.search(words):
             sentence = f"The new token {name} cannot start from itself, {words!r}; name other words."
-            found.append(RunProblem("tokens", sentence))
+            yield RunProblem("tokens", sentence)
         with contextlib.suppress(ModelFileError):
             if facts and count_tokens(name, facts.tokenizer) == 1:
                 sentence = (
                     f"The new token {name} is a word that the base knows, and with the LoRA means the new"
                     " token everywhere. A word of your own leaves it alone."
                 )
-                found.append(RunProblem("tokens", sentence, False))
-    return found
+                yield _note("tokens", sentence)
 
 
-def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
+def _masks(records: list[ImageRecord], config: RunConfig) -> Iterator[RunProblem]:
     rule, outside = config.dataset.masks, config.loss.unmasked_weight
     masked = sum(record.mask is not None for record in apply_settings(records, config))
     unused = sum(record.mask is not None for record in records) - masked
@@ -535,11 +515,11 @@ def _masks(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
         name = "dataset.masks = alpha" if rule == "alpha" else "loss.unmasked_weight"
         sentence = f"{name} has no effect: no image has a mask."
     else:
-        return []
-    return [RunProblem("masks", sentence, False)]
+        return
+    yield _note("masks", sentence)
 
 
-def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
+def _regularisation(dataset: Dataset, config: RunConfig) -> Iterator[RunProblem]:
     count, weight = len(dataset.reg), config.dataset.reg_weight
     images = f"{count} {'image' if count == 1 else 'images'} for regularisation"
     train, reg = balance_looks(dataset.records, dataset.reg)
@@ -554,31 +534,26 @@ def _regularisation(dataset: Dataset, config: RunConfig) -> list[RunProblem]:
     elif weight != DatasetSection().reg_weight:
         sentence = "dataset.reg_weight has no effect: there is no folder `reg` with images of the class."
     else:
-        return []
-    return [RunProblem("regularisation", sentence, False)]
+        return
+    yield _note("regularisation", sentence)
 
 
-def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
-    try:
-        if any(record.held_out for record in records):
-            split_holdout(records, config.validation.pictures, config.seed)
-        else:  # counting is enough, without reading images
-            num_holdout(len(records), config.validation.pictures)
-    except DatasetError as error:
-        return [RunProblem("validation", str(error))] if records else []
-    return []
+def _holdout(records: list[ImageRecord], config: RunConfig) -> None:
+    if any(record.held_out for record in records):
+        split_holdout(records, config.validation.pictures, config.seed)
+    elif records:  # counting is enough, without reading images
+        num_holdout(len(records), config.validation.pictures)
 
 
-def _auto_rank(config: RunConfig) -> list[RunProblem]:
+def _auto_rank(config: RunConfig) -> Iterator[RunProblem]:
     """What decides the ranks of the file where no gain can be measured."""
     validation = config.validation
-    if not config.adapter.auto_rank or (validation.every and validation.pictures):
-        return []
-    sentence = (
-        "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
-        " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
-    )
-    return [RunProblem("validation", sentence, False)]
+    if config.adapter.auto_rank and not (validation.every and validation.pictures):
+        sentence = (
+            "adapter.rank = auto has no held-out images to measure on, so the file keeps what has 99% of the"
+            " energy; set validation.every and validation.pictures to have it keep 99% of the gain."
+        )
+        yield _note("validation", sentence)
 
 
 def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
@@ -610,35 +585,29 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
                 f"No image is large enough for {side} of dataset.resolutions: {lower} is as close to the size"
                 " of each; remove it, or add larger images."
             )
-    return [RunProblem("resolution", sentence, False) for sentence in found]
+    return [_note("resolution", sentence) for sentence in found]
 
 
-def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+def _variants(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:
     """What random crops and colours need, or why they come to nothing."""
     rules, usual = config.dataset, DatasetSection()
     if not any(rules_of(record, rules).varies for record in records):
-        if rules.variants == usual.variants or not records:
-            return []
-        sentence = "dataset.variants has no effect without dataset.random_crop or dataset.color_aug."
-        return [RunProblem("variants", sentence, False)]
+        if records and rules.variants != usual.variants:
+            without = "dataset.random_crop or dataset.color_aug"
+            yield _note("variants", f"dataset.variants has no effect without {without}.")
+        return
     size = _latent_bytes(records, config, facts)
-    if size > psutil.virtual_memory().available / 2:
-        sentence = (
-            f"The encoded images take {gigabytes(size)} of memory, over half of the free memory; lower"
-            f" dataset.variants, which is {rules.variants}."
-        )
-        return [RunProblem("variants", sentence, False)]
     cropped = [record for record in records if rules_of(record, rules).random_crop]
     shown = at_resolutions(cropped, rules, config.resolution(facts.resolution), facts.multiple)
-    if shown and all(
-        record.width * record.height <= bucket.width * bucket.height for record, bucket in shown
-    ):
+    if size > psutil.virtual_memory().available / 2:
+        large = f"The encoded images take {gigabytes(size)} of memory, over half of the free memory"
+        yield _note("variants", f"{large}; lower dataset.variants, which is {rules.variants}.")
+    elif shown and all(one.width * one.height <= cut.width * cut.height for one, cut in shown):
         sentence = (
             "dataset.random_crop has no effect: no image is larger than its training size, and none is "
             "enlarged; use larger images, or a lower resolution."
         )
-        return [RunProblem("variants", sentence, False)]
-    return []
+        yield _note("variants", sentence)
 
 
 def at_largest(config: RunConfig, records: Sequence[ImageRecord], own: int) -> RunConfig:
@@ -694,7 +663,7 @@ def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts)
             if beyond:
                 cut.append((name, beyond))
     except ModelFileError as error:
-        return [RunProblem("caption", f"The length of the captions could not be checked. {error}", False)]
+        return [_note("caption", f"The length of the captions could not be checked. {error}")]
     if not cut:
         return []
     name, beyond = max(cut, key=lambda one: len(one[1]))
@@ -704,7 +673,7 @@ def _captions(texts: list[tuple[str, str]], config: RunConfig, facts: BaseFacts)
         f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
         " raise train.max_token_length."
     )
-    return [RunProblem("caption", sentence, False)]
+    return [_note("caption", sentence)]
 
 
 def _room(
@@ -768,15 +737,12 @@ def _memory(
         f"The base and the adapter alone take about {gigabytes(need)} of {where}, a rough figure to which the"
         f" images come, and {gigabytes(free)} are free; close other programs{advice}."
     )
-    return [RunProblem("memory", sentence, False)]
+    return [_note("memory", sentence)]
 
 
-def _busy(workspace: Path) -> list[RunProblem]:
-    live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
-    if not live:
-        return []
-    sentence = f"The run {live[0]} is running too; both get slower and share the memory."
-    return [RunProblem("busy", sentence, False)]
+def _busy(workspace: Path) -> Iterator[RunProblem]:
+    if live := next((run.name for run in all_runs(workspace) if run.live_process() is not None), ""):
+        yield _note("busy", f"The run {live} is running too; both get slower and share the memory.")
 
 
 @remember_latest
