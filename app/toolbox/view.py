@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,6 @@ from lora_core.system.files import (
     folder_bytes,
     format_bytes,
     free_bytes,
-    parse_object,
     unused_path,
 )
 
@@ -404,16 +402,6 @@ def add_task(app: FastAPI, live: LiveStream, name: str, task: BackgroundTask) ->
 
 Row = Mapping[str, Any]
 MOST_BARS = 14
-MOST_TAGS = 12
-# Texts of a header that only one program writes, and its name; the more specific first.
-WRITERS = (
-    ("lora_easel.config", "LoRA Easel"),
-    ("ot_branch", "OneTrainer"),
-    ("ot_revision", "OneTrainer"),
-    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
-    ("ss_network_module", "kohya sd-scripts"),
-    ("lora_adapter_metadata", "diffusers or PEFT"),
-)
 
 
 def build_toolbox(bindings: Bindings) -> None:
@@ -598,7 +586,7 @@ def file_facts(name: str, result: Row) -> str:
             _("Kind"),
             _("{kind}, {format} format", kind=report.get("kind", ""), format=report.get("format", "")),
         ),
-        (_("Written by"), find_writer(metadata) or _("unknown")),
+        (_("Written by"), report.get("writer") or _("unknown")),
         (_("Rank"), _numbers(report.get("ranks"))),
         (_("Alpha"), _numbers(report.get("alphas"))),
         (_("Layers"), _("{:,}, {:,} parameters", report.get("modules", 0), report.get("parameters", 0))),
@@ -609,7 +597,7 @@ def file_facts(name: str, result: Row) -> str:
         name=name,
         rows=rows,
         report=report,
-        triggers=find_trigger_words(metadata),
+        triggers=report.get("triggers", ()),
         problem=str(result.get("problem") or ""),
         verified=result.get("verify") or {},
     )
@@ -619,27 +607,6 @@ def _numbers(values: Any) -> str:
     """Distinct numbers: all of a few, else first and last."""
     found = [f"{float(value):g}" for value in values or []]
     return ", ".join(found) if len(found) <= 4 else _("{} to {}, {} values", found[0], found[-1], len(found))
-
-
-def find_writer(metadata: Mapping[str, str]) -> str:
-    """The program that wrote a file, "" if its metadata does not say."""
-    software = parse_object(metadata.get("software", ""))
-    if software.get("name"):
-        return f"{software['name']} {software.get('version') or ''}".strip()
-    return next((name for key, name in WRITERS if key in metadata), "")
-
-
-def find_trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The trigger phrase in the metadata, else the tags of its captions, most frequent first."""
-    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
-    if phrase:
-        return [phrase]
-    counts: Counter[str] = Counter()
-    for table in parse_object(metadata.get("ss_tag_frequency", "")).values():
-        for tag, count in table.items() if isinstance(table, dict) else ():
-            if isinstance(count, int):
-                counts[str(tag).strip()] += count
-    return [tag for tag, _ in counts.most_common(MOST_TAGS)]
 
 
 def describe_training(metadata: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ the base.
 import contextlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,19 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import INPAINTING_CHANNELS, Header, read_header
+from lora_core.model_files.starting_settings import CONFIG_KEY
+from lora_core.system.files import parse_object
 
+MOST_TAGS = 12
+WRITERS = (
+    (CONFIG_KEY, "LoRA Easel"),
+    ("ot_branch", "OneTrainer"),
+    ("ot_revision", "OneTrainer"),
+    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
+    ("ss_network_module", "kohya sd-scripts"),
+    (peft.HEADER_KEY, "diffusers or PEFT"),
+)
+"""Texts of a header that only one program writes, and its name; the more specific first."""
 FIRST: LayerKey = ("unet", "conv_in")
 """The convolution that has more inputs in an inpainting base."""
 
@@ -53,7 +66,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
         none; `problem`: a sentence on values that are not finite, factors that do not fit or a file without
         tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
-        `new_tokens`: how many vectors each has; `metadata`: the header's texts.
+        `new_tokens`: how many vectors each has; `writer`: the program that wrote it, "" if it does not say;
+        `triggers`: its trigger phrase, else the tags of its captions, most frequent first; `metadata`: the
+        header's texts.
 
     Raises:
         AdapterFileError: one sentence on the problem.
@@ -78,8 +93,29 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "problem": _problem(path, header, kind),
         "extras": kinds.extras_sentence(shapes, with_tokens=True),
         "new_tokens": kinds.token_counts(shapes),
+        "writer": _writer(header.metadata),
+        "triggers": _trigger_words(header.metadata),
         "metadata": header.metadata,
     }
+
+
+def _writer(metadata: Mapping[str, str]) -> str:
+    software = parse_object(metadata.get("software", ""))
+    if software.get("name"):
+        return f"{software['name']} {software.get('version') or ''}".strip()
+    return next((name for key, name in WRITERS if key in metadata), "")
+
+
+def _trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    if phrase:
+        return [phrase]
+    counts: Counter[str] = Counter()
+    for table in parse_object(metadata.get("ss_tag_frequency", "")).values():
+        for tag, count in table.items() if isinstance(table, dict) else ():
+            if isinstance(count, int):
+                counts[str(tag).strip()] += count
+    return [tag for tag, _ in counts.most_common(MOST_TAGS)]
 
 
 def _alphas(path: Path, header: Header) -> list[float]:

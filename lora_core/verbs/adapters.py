@@ -196,8 +196,8 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> Found:
         spectrum: the singular values of each layer, and ranks.
 
     Returns:
-        family, format, kind, ranks, alphas, modules, parameters, hashes, metadata, problem (a sentence, or
-        "") and, with `spectrum`, layers.
+        family, format, kind, ranks, alphas, modules, parameters, hashes, writer, triggers, metadata, problem
+        (a sentence, or "") and, with `spectrum`, layers.
     """
     from lora_core.formats.verify import inspect_file
 

@@ -26,8 +26,6 @@ from app.toolbox.view import (
     compatibility_card,
     describe_training,
     file_facts,
-    find_trigger_words,
-    find_writer,
 )
 from lora_core.errors import RunError
 from lora_core.system import other_tools
@@ -235,28 +233,7 @@ def test_an_upload_is_private_and_says_where_it_is(
     assert "hf_secret" not in json.dumps(answer)
 
 
-@pytest.mark.parametrize(
-    ("metadata", "program"),
-    [
-        ({"software": '{"name": "ai-toolkit", "version": "0.5"}'}, "ai-toolkit 0.5"),
-        ({"ot_branch": "master", "modelspec.implementation": "x"}, "OneTrainer"),
-        ({"ss_sd_scripts_commit_hash": "abc", "ss_network_module": "networks.lora"}, "kohya sd-scripts"),
-        ({"ss_network_module": "networks.lora"}, "kohya sd-scripts"),
-        ({"lora_easel.config": "x", "ss_network_module": "networks.lora"}, "LoRA Easel"),
-        ({"modelspec.implementation": "diffusers"}, ""),
-        ({"software": "{"}, ""),
-        ({}, ""),
-    ],
-)
-def test_who_wrote_a_file(metadata: dict[str, str], program: str) -> None:
-    assert find_writer(metadata) == program
-
-
-def test_trigger_words_are_those_said_else_the_frequent_tags() -> None:
-    tags = json.dumps({"10_dog": {"zwx dog": 12, "grass": 3}, "5_more": {"grass": 20, "bad": "x"}, "odd": 7})
-    assert find_trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == ["zwx"]
-    assert find_trigger_words({"ss_tag_frequency": tags}) == ["grass", "zwx dog"]
-    assert find_trigger_words({"ss_tag_frequency": "[1"}) == []
+def test_what_a_file_says_of_its_training() -> None:
     assert (
         describe_training({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
         == "on v1-5, 20 images"
@@ -267,7 +244,7 @@ def test_a_report_shows_what_a_file_says_as_text() -> None:
     report = {
         "family": "sd15", "kind": "LoCon", "format": "kohya", "ranks": [1, 4, 8, 16, 32], "alphas": [1.0],
         "modules": 264, "parameters": 9_437_184, "bytes": 18_900_000, "hash_matches": False,
-        "metadata": {"modelspec.trigger_phrase": HOSTILE, "software": json.dumps({"name": HOSTILE})},
+        "metadata": {"ss_sd_model_name": HOSTILE}, "triggers": [HOSTILE], "writer": HOSTILE,
     }  # fmt: skip
     shown = file_facts(f"{HOSTILE}.safetensors", {"report": report, "verify": {"ok": True, "tools": [row()]}})
     assert "<img" not in shown

@@ -296,7 +296,7 @@ def test_what_files_are_called_is_text() -> None:
         "validation": {"sentence": HOSTILE},
     }  # fmt: skip
     one, two = {"file": f"/a/{HOSTILE}"}, {"files": [{"file": f"/a/{HOSTILE}"}] * 2}
-    report = {"family": HOSTILE, "kind": HOSTILE, "metadata": {"modelspec.trigger_phrase": HOSTILE}}
+    report = {"family": HOSTILE, "kind": HOSTILE, "triggers": [HOSTILE]}
     for tool, request, result in (
         ("spectrum", one, {"spectrum": spectrum, "report": report}),
         ("compare", two, {"compare": compare}),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from tests.formats.odd_files import serialised
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",
 "autov3",
-        "hash_matches", "problem", "extras", "new_tokens", "metadata"}  # fmt: skip
+        "hash_matches", "problem", "extras", "new_tokens", "writer", "triggers", "metadata"}  # fmt: skip
 
 
 @pytest.fixture
@@ -169,3 +171,41 @@ def test_a_file_without_tensors_is_refused_by_all_verbs(path, tmp_path, capsys):
     for verb, *more in (["verify"], ["merge", "--out", out], ["convert", out, "--to", "kohya"]):
         assert main([verb, str(path), *more]) == 1
         assert "holds no tensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metadata", "program"),
+    [
+        ({"software": '{"name": "ai-toolkit", "version": "0.5"}'}, "ai-toolkit 0.5"),
+        ({"ot_branch": "master", "modelspec.implementation": "x"}, "OneTrainer"),
+        ({"ss_sd_scripts_commit_hash": "abc", "ss_network_module": "networks.lora"}, "kohya sd-scripts"),
+        ({"ss_network_module": "networks.lora"}, "kohya sd-scripts"),
+        ({"lora_easel.config": "x", "ss_network_module": "networks.lora"}, "LoRA Easel"),
+        ({"modelspec.implementation": "diffusers"}, ""),
+        ({"software": "{"}, ""),
+        ({}, ""),
+    ],
+)
+def test_who_wrote_a_file(path, metadata, program, capsys):
+    path.write_bytes(serialised({f"{Q}.lora_down.weight": torch.ones(4, 8)}, metadata))
+    assert inspect_file(path)["writer"] == program
+    main(["inspect", str(path)])
+    assert (f"written by    {program}\n" in capsys.readouterr().out) == bool(program)
+
+
+TAGS = json.dumps({"10_dog": {"zwx dog": 12, "grass": 3}, "5_more": {"grass": 20, "bad": "x"}, "odd": 7})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": TAGS}, ["zwx"]),
+        ({"ss_tag_frequency": TAGS}, ["grass", "zwx dog"]),
+        ({"ss_tag_frequency": "[1"}, []),
+    ],
+)
+def test_trigger_words_are_those_said_else_the_frequent_tags(path, metadata, words, capsys):
+    path.write_bytes(serialised({f"{Q}.lora_down.weight": torch.ones(4, 8)}, metadata))
+    assert inspect_file(path)["triggers"] == words
+    main(["inspect", str(path)])
+    assert (f"triggers      {', '.join(words)}\n" in capsys.readouterr().out) == bool(words)
