@@ -102,19 +102,15 @@ def triggers_of(records: Iterable[ImageRecord], rules: DatasetSection) -> list[s
     return [word for word in dict.fromkeys(rules_of(one, rules).trigger.strip() for one in records) if word]
 
 
-def class_captions(captions: Iterable[str], trigger: str) -> list[str]:
-    """The distinct captions without the trigger word; none without a trigger, and no empty one."""
-    trigger, found = trigger.strip(), []
-    for caption in captions if trigger else ():
-        words = word_pattern(trigger).sub(" ", plain_caption(caption, ""))
-        found.append(_join_tags([" ".join(tag.split()) for tag in split_tags(words)]))
+def class_captions(records: Iterable[ImageRecord], rules: DatasetSection) -> list[str]:
+    """The distinct captions of images without their trigger words; none of an image without a trigger, and no
+    empty one."""
+    found = []
+    for record in records:
+        if trigger := rules_of(record, rules).trigger.strip():
+            words = word_pattern(trigger).sub(" ", plain_caption(record.full_caption, ""))
+            found.append(_join_tags([" ".join(tag.split()) for tag in split_tags(words)]))
     return [caption for caption in dict.fromkeys(found) if caption]
-
-
-def record_class_captions(records: Iterable[ImageRecord], rules: DatasetSection) -> list[str]:
-    """The captions of images without their trigger words, as `class_captions`."""
-    found = (class_captions([one.full_caption], rules_of(one, rules).trigger) for one in records)
-    return list(dict.fromkeys(caption for captions in found for caption in captions))
 
 
 def sample_caption(caption: str, rules: DatasetSection, draw: random.Random) -> str:

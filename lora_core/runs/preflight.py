@@ -17,8 +17,8 @@ import psutil
 from lora_core.data.captions import (
     CHUNK,
     check_prompt,
+    class_captions,
     count_tokens,
-    record_class_captions,
     rules_of,
     triggered_caption,
     truncated_part,
@@ -324,7 +324,7 @@ def _convolutions(config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:
 def _prior(records: list[ImageRecord], config: RunConfig) -> Iterator[RunProblem]:
     """What prior preservation does before the run and in it."""
     if config.keeps_prior:
-        prompts = record_class_captions(records, config.dataset)
+        prompts = class_captions(records, config.dataset)
         what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
         first = f"the base makes {PRIOR_IMAGES} images first, of {what}"
         yield _note("prior", f"Prior preservation: {first}; a step takes about twice as long.")

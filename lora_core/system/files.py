@@ -380,10 +380,7 @@ def unused_stem(stem: str, used: Container[str], folder: Path = Path(), endings:
 
 def unused_path(folder: Path, stem: str, ending: str) -> Path:
     """`stem` with `ending` in a folder, or the first of `stem-2`, `stem-3`, ... that does not exist."""
-    path, number = folder / f"{stem}{ending}", 2
-    while os.path.lexists(path):
-        path, number = folder / f"{stem}-{number}{ending}", number + 1
-    return path
+    return folder / f"{unused_stem(stem, (), folder, [ending])}{ending}"
 
 
 def parse_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:

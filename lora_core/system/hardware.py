@@ -25,7 +25,7 @@ FRESH_SECONDS = 4.0
 ASKING_TAKES = 10.0
 MEGABYTE = 2**20
 PROCESSOR = "processor"
-CARD_FIELDS = "name,memory.used,memory.total,driver_version,power.max_limit,compute_cap"
+CARD_FIELDS = "name,memory.used,memory.total,driver_version,compute_cap"
 OLD_FIELDS = CARD_FIELDS.removesuffix(",compute_cap")
 """Fields that drivers before 510 support."""
 DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -46,7 +46,6 @@ class Card:
         name: as its driver calls it.
         used: bytes taken by everybody.
         total: bytes that it has.
-        watts: power limit; 0 if unknown.
         generation: NVIDIA's compute capability; 0 elsewhere.
         by_process: process to bytes, where known.
         maker: "NVIDIA" or "AMD".
@@ -58,7 +57,6 @@ class Card:
     name: str
     used: int
     total: int
-    watts: float = 0.0
     generation: float = 0.0
     by_process: dict[int, int] = field(default_factory=dict)
     maker: str = "NVIDIA"
@@ -203,9 +201,8 @@ def parse_card(line: str) -> Card:
     Raises:
         ValueError: the line is another.
     """
-    name, used, total, driver, watts, generation = (part.strip() for part in line.rsplit(",", 5))
-    memory = int(used) * MEGABYTE, int(total) * MEGABYTE
-    return Card(name, *memory, _number(watts), _number(generation), driver=driver)
+    name, used, total, driver, generation = (part.strip() for part in line.rsplit(",", 4))
+    return Card(name, int(used) * MEGABYTE, int(total) * MEGABYTE, _number(generation), driver=driver)
 
 
 def parse_apps(text: str) -> dict[int, int]:

@@ -7,6 +7,7 @@ added by hand.
 
 import contextlib
 import filecmp
+import itertools
 import json
 import os
 import re
@@ -315,7 +316,6 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
 
 SIDE_FILES = (".json", ".preview.png")
 """Files that other tools read next to `<stem>.safetensors`: trigger words and strength, and an image."""
-MOST_NUMBERS = 1000
 
 
 @dataclass(frozen=True)
@@ -339,13 +339,9 @@ def copy_export(file: Path, folder: Path) -> CopiedFile:
     """
     if not folder.is_dir():
         raise RunError(f"There is no folder at {folder}; make it first, or choose another.")
-    stems = (file.stem, *(f"{file.stem}-{number}" for number in range(2, MOST_NUMBERS)))
+    stems = (f"{file.stem}-{number}" if number > 1 else file.stem for number in itertools.count(1))
     targets = ((stem, folder / f"{stem}{file.suffix}") for stem in stems)
-    stem, target = next(
-        ((stem, path) for stem, path in targets if not os.path.lexists(path) or _same(file, path)), ("", file)
-    )
-    if not stem:
-        raise RunError(f"{folder} holds {MOST_NUMBERS} files called like {file.stem}; choose another name.")
+    stem, target = next(one for one in targets if not os.path.lexists(one[1]) or _same(file, one[1]))
     beside, kept = [], []
     # The adapter comes last: a tool that sees it finds what belongs to it.
     pairs = [(file.with_name(f"{file.stem}{end}"), folder / f"{stem}{end}") for end in SIDE_FILES]

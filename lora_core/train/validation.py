@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_core.backends.compact import quantized_bits
-from lora_core.data.captions import plain_record_caption, record_class_captions
+from lora_core.data.captions import class_captions, plain_record_caption
 from lora_core.data.images import ImageRecord, choose_bucket, hash_file
 from lora_core.evaluate import validator
 from lora_core.generate.pipeline import sample_latents
@@ -141,7 +141,7 @@ def prior_set(
     that is off, and for a concept slider."""
     if not config.keeps_prior:
         return None
-    prompts = record_class_captions(records, config.dataset)
+    prompts = class_captions(records, config.dataset)
     for token in parse_new_tokens(config.adapter.new_tokens):
         words = token.words.replace("\\", r"\\")
         prompts = [token.word.sub(words, prompt) for prompt in prompts]

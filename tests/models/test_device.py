@@ -131,7 +131,7 @@ def test_cards_are_numbered_as_nvidia_smi_does() -> None:
         assert done.stdout.strip() == order, done.stderr
 
 
-RTX, OLD = Card("NVIDIA GeForce RTX 3060", 0, 0, generation=8.6, driver="580.65"), Card("K80", 0, 0, 0, 3.7)
+RTX, OLD = Card("NVIDIA GeForce RTX 3060", 0, 0, generation=8.6, driver="580.65"), Card("K80", 0, 0, 3.7)
 PASCAL = Card("GTX 1080", 0, 0, generation=6.1, driver="580.1")
 AMD = Card("AMD graphics card", 0, 0, maker="AMD")
 
@@ -174,10 +174,8 @@ def test_an_old_driver_is_asked_for_what_it_knows(monkeypatch: pytest.MonkeyPatc
     def said(tool: str, query: str) -> str:
         if "compute_cap" in query:
             raise subprocess.CalledProcessError(2, tool)
-        return "Quadro P4000, 10, 8192, 470.82.01, 105.00\nTesla K80, 1, 11441, 470.82.01, [N/A]\n"
+        return "Quadro P4000, 10, 8192, 470.82.01\nTesla K80, 1, 11441, 470.82.01\n"
 
     monkeypatch.setattr(hardware, "_run_command", said)
-    names = [
-        (card.name, card.driver, card.generation, card.watts) for card in list_nvidia_cards("nvidia-smi")
-    ]
-    assert names == [("Quadro P4000", "470.82.01", 0.0, 105.0), ("Tesla K80", "470.82.01", 0.0, 0.0)]
+    names = [(card.name, card.driver, card.generation) for card in list_nvidia_cards("nvidia-smi")]
+    assert names == [("Quadro P4000", "470.82.01", 0.0), ("Tesla K80", "470.82.01", 0.0)]

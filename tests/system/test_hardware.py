@@ -20,11 +20,9 @@ from lora_core.system.hardware import (
 
 
 def test_what_nvidia_s_tool_says_is_read() -> None:
-    found = parse_card("NVIDIA GeForce RTX 3060, rev, 5222, 12288, 580.65, 170.00, 8.6")
-    assert found == Card(
-        "NVIDIA GeForce RTX 3060, rev", 5222 * 2**20, 12288 * 2**20, 170.0, 8.6, driver="580.65"
-    )
-    assert parse_card("Card, 1, 2, 580.65, [N/A], 9.0").watts == 0.0
+    found = parse_card("NVIDIA GeForce RTX 3060, rev, 5222, 12288, 580.65, 8.6")
+    assert found == Card("NVIDIA GeForce RTX 3060, rev", 5222 * 2**20, 12288 * 2**20, 8.6, driver="580.65")
+    assert parse_card("Card, 1, 2, 580.65, [N/A]").generation == 0.0
     assert parse_apps("12, 100\n13, [N/A]\n\n") == {12: 100 * 2**20}
     with pytest.raises(ValueError, match="unpack"):
         parse_card("no devices were found")

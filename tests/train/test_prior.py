@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lora_core.data.captions import class_captions
+from lora_core.data.images import ImageRecord
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import PRIOR_IMAGES
+from lora_core.settings.schema import PRIOR_IMAGES, DatasetSection
 from lora_core.train.loop import StepSettings, accumulate_gradients
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 from tests.train.runs import RANDOM, Toy, broken_at, result, trained
@@ -26,7 +27,8 @@ from tests.train.runs import RANDOM, Toy, broken_at, result, trained
     ],
 )
 def test_the_trigger_is_taken_out_of_captions(captions: list[str], trigger: str, expected: list[str]) -> None:
-    assert class_captions(captions, trigger) == expected
+    records = [ImageRecord(Path(f"{number}.png"), 64, 64, one) for number, one in enumerate(captions)]
+    assert class_captions(records, DatasetSection(trigger=trigger)) == expected
 
 
 def prepared(place: Toy, name: str, **changes: object) -> tuple[TrainSession, RunConfig]:
