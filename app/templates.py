@@ -196,6 +196,7 @@ FILTERS = {
     "labels": with_labels,
     "changes": describe_changes,
     "thousands": "{:,}".format,
+    "shortest": "{:g}".format,
     "translate": _,
 }
 

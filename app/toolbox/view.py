@@ -577,36 +577,9 @@ def compatibility_card(result: Row | None) -> str:
 
 def file_facts(name: str, result: Row) -> str:
     """What a file is, and a row per tool."""
-    report = dict(result.get("report") or {})
-    metadata: dict[str, str] = dict(report.get("metadata") or {})
-    family = str(report.get("family", "unknown"))
-    rows = [
-        (_("For"), FAMILIES[family].title if family in FAMILIES else family),
-        (
-            _("Kind"),
-            _("{kind}, {format} format", kind=report.get("kind", ""), format=report.get("format", "")),
-        ),
-        (_("Written by"), report.get("writer") or _("unknown")),
-        (_("Rank"), _numbers(report.get("ranks"))),
-        (_("Alpha"), _numbers(report.get("alphas"))),
-        (_("Layers"), _("{:,}, {:,} parameters", report.get("modules", 0), report.get("parameters", 0))),
-        (_("Trained"), describe_training(metadata) or _("unknown")),
-    ]
-    return render(
-        "toolbox/facts.html",
-        name=name,
-        rows=rows,
-        report=report,
-        triggers=report.get("triggers", ()),
-        problem=str(result.get("problem") or ""),
-        verified=result.get("verify") or {},
-    )
-
-
-def _numbers(values: Any) -> str:
-    """Distinct numbers: all of a few, else first and last."""
-    found = [f"{float(value):g}" for value in values or []]
-    return ", ".join(found) if len(found) <= 4 else _("{} to {}, {} values", found[0], found[-1], len(found))
+    report = {"metadata": {}, "family": "unknown", **(result.get("report") or {})}
+    values = {"report": report, "trained": describe_training(report["metadata"]), "families": FAMILIES}
+    return render("toolbox/facts.html", name=name, result=result, **values)
 
 
 def describe_training(metadata: Mapping[str, str]) -> str:
