@@ -177,11 +177,9 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
 
     def update(event: gr.EventData) -> list[Any]:
         """The fields of Gradio that the page asks for, by their place in `updates`."""
-        snapshot, asked, updates = take_snapshot(app_state), event.fields, bindings.updates
-        return [
-            clean_value(shows(snapshot)) if at in asked else gr.skip()
-            for at, (_, shows) in enumerate(updates)
-        ]
+        snapshot, asked = take_snapshot(app_state), event.fields
+        shown = enumerate(shows for _, shows in bindings.updates)
+        return [clean_value(shows(snapshot)) if at in asked else gr.skip() for at, shows in shown]
 
     # An open page of another version, or in another language, reloads itself.
     version = sum(map(zlib.crc32, list_assets().values()))

@@ -28,6 +28,7 @@ from lora_core.runs.costs import (
 )
 from lora_core.runs.preflight import RunProblem, preflight
 from lora_core.settings.config import RunConfig
+from lora_core.system.files import file_stamp
 from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
@@ -125,23 +126,16 @@ class Downloads:
         """Whether a question or a download is under way."""
         return any(offer.state in ("asking", "downloading") for offer in list(self._offers.values()))
 
-    def offer(self, repo: str) -> DownloadOffer:
-        """The facts of a base; the hub is queried if there are none yet."""
+    def offer(self, repo: str, again: bool = False) -> DownloadOffer:
+        """The facts of a base; the hub is queried if there are none yet, or `again` where it did not
+        answer."""
         with self._lock:
             known = self._offers.get(repo)
-            if known is not None and known.state != "done":
+            if known is not None and known.state not in ("done", "failed" if again else ""):
                 return known
             made = self._offers[repo] = DownloadOffer(repo)
         self._begin(made, self._ask)
         return made
-
-    def ask_again(self, repo: str) -> None:
-        """Ask the hub again, where it did not answer."""
-        with self._lock:
-            known = self._offers.get(repo)
-            if known is not None and known.state == "failed":
-                del self._offers[repo]
-        self.offer(repo)
 
     def start(self, repo: str) -> None:
         """Begin or continue a download.
@@ -194,6 +188,11 @@ class Downloads:
             offer.state = "done"
 
 
+@functools.lru_cache(maxsize=1)
+def _read_costs(workspace: Path, device: str, stamp: object) -> dict[str, StepCost]:
+    return read_costs(workspace, device)
+
+
 class Prober:
     """Times a few steps in the warm worker before the first run of its kind, once the form rests.
 
@@ -216,19 +215,11 @@ class Prober:
         self._current_key = ""
         self._reply: Reply | None = None
         self._problems: dict[str, str] = {}
-        self._costs: dict[str, StepCost] = {}
-        self._read_at: tuple[int, str] = (0, "")
 
     def costs(self) -> dict[str, StepCost]:
         """The measurements on this machine's device, read again if the file has changed."""
-        try:
-            read_at = costs_file(self._workspace).stat().st_mtime_ns, self._hardware.device
-        except OSError:
-            return {}
-        with self._lock:
-            if read_at != self._read_at:
-                self._costs, self._read_at = read_costs(self._workspace, self._hardware.device), read_at
-            return self._costs
+        stamp = file_stamp(costs_file(self._workspace))
+        return _read_costs(self._workspace, self._hardware.device, stamp)
 
     def known(self, config: RunConfig) -> StepCost | None:
         """What a step of these settings took here."""

@@ -20,7 +20,6 @@ from app.templates import (
     note_html,
     problem_html,
     render,
-    text_field,
     with_labels,
 )
 from app.train.form import (
@@ -56,14 +55,6 @@ RESUMED_FIRST = ("paused", "interrupted", "failed")
 SOURCES = {MEASURED: "measured", PROBED: "from trial steps", SCALED: "estimated"}
 NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
 NO_PROMPTS = "A slider needs two opposite prompts: write them above, without images."
-
-
-def build_start(bindings: Bindings) -> Any:
-    """Lay out what will happen and the command that does the same; returns the field of the run's name."""
-    name = text_field("Name of the run", "run-name", "project and number")
-    bindings.follow(html_block(elem_id="start-facts"), details)
-    bindings.follow(html_block(elem_id="command"), command)
-    return name
 
 
 def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
@@ -320,13 +311,6 @@ def command(snapshot: Snapshot) -> str:
     plan = snapshot.plan
     line = command_line(plan.config, plan.goal, plan.level, plan.base.family)
     return render("train/command.html", line=line)
-
-
-def build_like(bindings: Bindings) -> None:
-    """Import settings from a LoRA or a configuration, dropped or given by its path."""
-    with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
-        html_block(lambda: render("train/like.html"))
-        bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_note)
 
 
 def import_settings(app_state: AppState, path: str) -> None:

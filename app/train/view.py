@@ -20,18 +20,9 @@ from app.guard import is_loopback, read_body
 from app.routes import Answer, BadRequest, add_actions
 from app.state import AppState, Bindings
 from app.templates import QUIET, _, html_block, note_html, problem_html, render, text_field
-from app.train import run_cards
+from app.train import run_cards, start
 from app.train.form import Plan
 from app.train.run_cards import charts_data
-from app.train.start import (
-    build_action_bar,
-    build_like,
-    build_start,
-    import_settings,
-    queue_sweep,
-    take_run_settings,
-    take_settings,
-)
 from app.train.train_form import TrainForm, reset_settings, swap_rates
 from lora_core.errors import ConfigError, LoraError, RunError
 from lora_core.model_files.header import MAX_HEADER
@@ -115,8 +106,12 @@ def build_train(bindings: Bindings) -> None:
             bindings.follow(html_block(elem_id="earlier"), run_cards.earlier)
         with gr.Column(elem_classes="side card"):
             form = TrainForm(bindings)
-            name = build_start(bindings)
-            build_like(bindings)
+            name = text_field("Name of the run", "run-name", "project and number")
+            bindings.follow(html_block(elem_id="start-facts"), start.details)
+            bindings.follow(html_block(elem_id="command"), start.command)
+            with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
+                html_block(lambda: render("train/like.html"))
+                bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_note)
             build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
@@ -129,7 +124,7 @@ def build_train(bindings: Bindings) -> None:
                 ("run-log", run_cards.log_card),
             ):
                 bindings.follow(html_block(elem_id=place), shows)
-    build_action_bar(bindings, form, name)
+    start.build_action_bar(bindings, form, name)
 
 
 def add_run_routes(app: FastAPI, app_state: AppState) -> None:
@@ -154,7 +149,7 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
             str(sent.get(key, "")) for key in ("setting", "values", "name", "by", "by_values")
         )
         seeds = str(sent.get("seeds") or 1)
-        return {"names": queue_sweep(app_state, [(setting, values), (by, more)], name, seeds)}
+        return {"names": start.queue_sweep(app_state, [(setting, values), (by, more)], name, seeds)}
 
     def restore(sent: dict[str, Any]) -> None:
         values, trigger = sent.get("values"), sent.get("trigger")
@@ -173,8 +168,8 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
         "queue": order,
         "quit": leave,
         "settings/sweep": sweep,
-        "settings/take": lambda sent: take_run_settings(app_state, str(sent.get("run", ""))),
-        "settings/import": lambda sent: import_settings(app_state, str(sent.get("path", ""))),
+        "settings/take": lambda sent: start.take_run_settings(app_state, str(sent.get("run", ""))),
+        "settings/import": lambda sent: start.import_settings(app_state, str(sent.get("path", ""))),
         "settings/restore": restore,
     }
     add_actions(app, actions)
@@ -229,7 +224,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         "unmeasure": lambda run: app_state.prober.cancel(),
         "download": lambda run: downloads.start(Plan(project).base.name),
         "download-cancel": lambda run: downloads.cancel(),
-        "download-ask": lambda run: downloads.ask_again(Plan(project).base.name),
+        "download-ask": lambda run: downloads.offer(Plan(project).base.name, again=True),
         # The Preview tab generates this run's strip when it opens.
         "see": lambda run: project.update_draft(preview_strip=check_run_name(run)),
         "resume": jobs.resume,
@@ -273,4 +268,4 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
         raise type(error)(str(error).replace(str(file), name).replace(file.name, name)) from error
     finally:
         file.unlink(missing_ok=True)
-    app_state.like_note = take_settings(app_state.project, found, name)
+    app_state.like_note = start.take_settings(app_state.project, found, name)
