@@ -226,8 +226,15 @@ class Training:
             say(f"Like {self.like.name}: {len(like.values)} settings from {like.source}.")
             if like.base:
                 say(f"Note: It was trained on {like.base}; choose the base by --base.")
+            say(f"Taken: {like.listed_values(defaults=False)}.")
+            if like.defaults:
+                say(f"Left out there; its trainer's defaults: {like.listed_values(defaults=True)}.")
             for sentence in like.left:
                 say(f"Note: {sentence}")
+            if like.keys:
+                say(f"Read: {', '.join(like.keys)}.")
+            if like.off:
+                say(f"Empty or off there: {', '.join(like.off)}.")
 
 
 @command("forecast")

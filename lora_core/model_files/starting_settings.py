@@ -6,6 +6,7 @@ as if a user had typed it, and what cannot be used is listed in a sentence each.
 
 import ast
 import contextlib
+import fnmatch
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import AdapterFileError, ConfigError, wrap_os_errors
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, family_of_version
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.config import (
     FIELDS,
@@ -88,19 +89,46 @@ class LoraSettings:
         values: dotted name to value, each legal.
         left: a sentence for each thing that cannot be used.
         base: its base model, "" if unknown.
+        keys: of the configuration, those that were read.
+        off: of the configuration, those without a value, or with one that is off.
+        defaults: of `values`, those that the file leaves out: what its trainer does then.
+        refused: settings whose value there is not legal here.
     """
 
     source: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     base: str = ""
+    keys: list[str] = field(default_factory=list)
+    off: list[str] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     def take(self, name: str, value: Any) -> None:
-        """Take a value if it is legal, else list it."""
+        """Take a value if it is legal, else list it; one that is off is legal."""
         try:
             self.values[name] = checked_value(name, value)
         except (ConfigError, ValueError, OverflowError):
-            self.left.append(f"{label_of(name)} is {_short(value)} there, which cannot be set here.")
+            if not _is_off(value):
+                self.refused.add(name)
+                self.left.append(f"{label_of(name)} is {_short(value)} there, which cannot be set here.")
+
+    def listed_values(self, defaults: bool) -> str:
+        """The values that the file gives, or its trainer's defaults, with the window's labels."""
+        names = self.defaults if defaults else [name for name in self.values if name not in self.defaults]
+        return "; ".join(f"{label_of(name)} {_short(self.values[name])}" for name in names)
+
+    def add_defaults(self, full: "LoraSettings") -> None:
+        """Take from `full`, the same with the trainer's defaults filled in, what was not given."""
+        kind = ADAPTER_KINDS[full.values.get("adapter.kind", FIELDS["adapter.kind"].default)]
+        self.defaults = {
+            name: value
+            for name, value in full.values.items()
+            if name not in self.refused and name not in kind.unused and self.values.get(name) != value
+        }
+        self.values |= self.defaults
+        problems = tuple(map(label_of, full.refused - self.refused))
+        self.left += [text for text in full.left if problems and text.startswith(problems)]
 
     def take_text(self, name: str, text: str, read: Callable[[str], Any]) -> None:
         """Take a text parsed by `read`; an empty text or "None" is skipped.
@@ -115,8 +143,10 @@ class LoraSettings:
         try:
             self.take(name, read(text))
         except KeyError:
+            self.refused.add(name)
             self.left.append(f"The {label_of(name).lower()} {_short(text)} is not known here.")
         except ValueError:
+            self.refused.add(name)
             self.left.append(f"{label_of(name)} is {_short(text)} there, which is not a number.")
 
 
@@ -152,6 +182,9 @@ def settings_from_lora(path: Path) -> LoraSettings:
         found = _from_our_header(texts[CONFIG_KEY])
     elif "ss_network_dim" in texts or "ss_network_module" in texts:
         found = _from_kohya(texts)
+        _take_kohya_defaults(header, found)
+    elif "ot_config" in texts and (read := _of_trainer(parse_object(texts["ot_config"]))[0]):
+        found = read
     else:
         found = LoraSettings("its layers alone; no settings are written in it")
     if "adapter.rank" not in found.values:
@@ -173,6 +206,31 @@ def _with_usual(found: LoraSettings) -> LoraSettings:
             )
             found.values[name] = usual
     return found
+
+
+def _take_kohya_defaults(header: Header, found: LoraSettings) -> None:
+    """kohya's defaults where the header has nothing; 0 for text encoders without layers in the file."""
+    texts = header.metadata
+    if "ss_learning_rate" in texts:
+        trainer = read_table("other_trainers.toml")["kohya"]
+        usual = {trainer["names"].get(key, ""): str(value) for key, value in trainer["defaults"].items()}
+        usual = {name: text for name, text in usual.items() if name not in _NEVER_MISSING}
+        given = {key: text for key, text in texts.items() if text.strip().lower() not in ("", "none")}
+        found.add_defaults(_from_kohya(usual | given))
+    prefixes = {layer.partition("_")[2].partition("_")[0] for layer in header.shapes}
+    for name, prefix in _TEXT_ENCODERS.items():
+        trained = any(one.startswith(prefix) for one in prefixes)
+        if found.values.get(name) and "unet" in prefixes and not trained:
+            found.take(name, 0.0)
+            found.defaults.pop(name, None)
+
+
+_NEVER_MISSING = (
+    "ss_network_dim", "ss_network_alpha", "ss_learning_rate", "ss_max_train_steps",
+    "ss_lr_scheduler_num_cycles",
+)  # fmt: skip
+_TEXT_ENCODERS = {"optimizer.text_encoder_lr": "te", "optimizer.text_encoder_2_lr": "te2"}
+"""The rates of text encoders, and how kohya's trainer names their layers, after `lora_`."""
 
 
 def _from_our_header(text: str) -> LoraSettings:
@@ -275,9 +333,14 @@ def _from_kohya(texts: Texts) -> LoraSettings:
         # Cut by kohya's resize_lora.py, to ranks by layer.
         found.take("adapter.auto_rank", True)
         texts["ss_network_dim"] = texts["ss_network_alpha"] = ""
+    if (rank := _plain(texts.get("ss_network_dim", ""))) and isinstance(rank, float) and rank > _MOST_RANK:
+        found.left.append(f"Rank (size) is {rank:g} there; the highest here, {_MOST_RANK}, is used.")
+        texts["ss_network_dim"] = str(_MOST_RANK)
     if texts.get("ss_network_alpha") in ("0", "0.0"):
         # Which means the rank there.
         texts["ss_network_alpha"] = texts.get("ss_network_dim", "")
+    if texts.get("ss_lr_scheduler", "").lower() in _RESTARTS and texts.get("ss_lr_scheduler_num_cycles"):
+        _take_restarts(texts, found)
     for name, keys, kind in kohya_header()["read"]:
         given = (texts.get(key, "") for key in keys.split())
         text = next((text for text in given if text.lower() not in ("", "none")), "")
@@ -285,15 +348,15 @@ def _from_kohya(texts: Texts) -> LoraSettings:
     rates = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
     if len(rates) > 1:
         found.take_text("optimizer.text_encoder_2_lr", rates[1], _number)
-    if found.values.get("train.steps"):
-        steps = found.values["train.steps"]
-        warmup = texts.get("ss_lr_warmup_steps", "")
-        found.take_text("optimizer.warmup", warmup, lambda text: min(1.0, _number(text) / steps))
+    elif "optimizer.text_encoder_lr" in found.values and _has_two_encoders(texts):
+        # One rate is that of both there.
+        found.take("optimizer.text_encoder_2_lr", found.values["optimizer.text_encoder_lr"])
+    _take_warmup(texts.get("ss_lr_warmup_steps", ""), found)
     if texts.get("ss_mixed_precision", "") in ("fp16", "bf16"):
         found.take("train.precision", texts["ss_mixed_precision"])
     _take_optimizer(texts.get("ss_optimizer", ""), found)
     _take_huber(texts, found)
-    _take_network(texts.get("ss_network_args", ""), found)
+    _take_network(texts.get("ss_network_args", ""), texts.get("ss_network_module", ""), found)
     if _is_true(texts.get("ss_zero_terminal_snr", "")):
         found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
     for key, title in kohya_header()["unused"].items():
@@ -301,6 +364,37 @@ def _from_kohya(texts: Texts) -> LoraSettings:
             found.left.append(f"{title} ({_short(texts[key])}) is not known here.")
     found.base = texts.get("ss_sd_model_name", "")[:LONGEST]
     return found
+
+
+_RESTARTS = ("cosine_with_restarts", "cosine_with_hard_restarts")
+
+
+def _take_restarts(texts: dict[str, str], found: LoraSettings) -> None:
+    """A cosine with one fall has no restart; ours has three falls."""
+    falls = texts.pop("ss_lr_scheduler_num_cycles")
+    if _plain(falls) == 1:
+        texts["ss_lr_scheduler"] = "cosine"
+    elif _plain(falls) != 3:
+        found.left.append(f"The schedule has {_short(falls)} falls there; here it has 3.")
+
+
+def _take_warmup(text: str, found: LoraSettings) -> None:
+    """Warm-up in steps, or as a share below 1."""
+    count, steps = _plain(text), found.values.get("train.steps")
+    if not isinstance(count, int | float) or count < 1 or steps:
+        whole = steps if steps and isinstance(count, int | float) and count >= 1 else 1
+        found.take_text("optimizer.warmup", text, lambda text: min(1.0, _number(text) / whole))
+    else:
+        found.refused.add("optimizer.warmup")
+        found.left.append(
+            f"Warm-up is {_short(text)} steps there, in a run that is counted in epochs; set its share of all"
+            " steps by hand."
+        )
+
+
+def _has_two_encoders(texts: Texts) -> bool:
+    family = family_of_version(texts.get("ss_base_model_version", ""))
+    return family is not None and len(family.text_encoders) > 1
 
 
 def _first_dataset(texts: Texts) -> dict[str, str]:
@@ -329,7 +423,7 @@ def _take_optimizer(text: str, found: LoraSettings) -> None:
         why = "has no package here" if known in here else "is not known here"
         instead = f"; {OPTIMIZERS[key].title} is used instead" if key else ""
         found.left.append(f"The optimizer {_short(name)} {why}{instead}.")
-    if key and arguments:
+    if key:
         _take_arguments(key, arguments.rpartition(")")[0], found)
 
 
@@ -344,7 +438,7 @@ def _is_installed(row: OptimizerChoice) -> bool:
 def _take_arguments(optimizer: str, text: str, found: LoraSettings) -> None:
     """The arguments `weight_decay=0.1,betas=(0.9, 0.99)` or `betas=0.9,0.99` that the optimizer has here
     too."""
-    taken: dict[str, Any] = {}
+    taken: dict[str, Any] = dict(kohya_header()["default_arguments"].get(optimizer, {}))
     for name, value in re.findall(r"(\w+)\s*=\s*(.*?)\s*(?=,\s*\w+\s*=|$)", text[:_LONGEST_ARGUMENTS]):
         try:
             read = ast.literal_eval(value)
@@ -381,7 +475,12 @@ def _take_huber(texts: Texts, found: LoraSettings) -> None:
         )
 
 
-def _take_network(text: str, found: LoraSettings) -> None:
+_PRESETS = {"full": "locon", "attn-mlp": "kohya", "attn-only": "attention", "": "kohya"}
+"""LyCORIS' sets of layers, and OneTrainer's of the same names, as ours."""
+_MOST_RANK = 1024
+
+
+def _take_network(text: str, module: str, found: LoraSettings) -> None:
     """The kind of adapter and its arguments, convolutions included."""
     given = {str(name): str(value) for name, value in parse_object(text).items()}
     given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
@@ -393,20 +492,33 @@ def _take_network(text: str, found: LoraSettings) -> None:
         found.left.append(f"It is of the kind {_short(kind)}; here a LoRA of that rank is trained.")
     elif kind != "lora":
         found.take("adapter.kind", kind)
-    found.take("adapter.targets", "kohya")
+    preset = given.pop("preset", "full" if module.startswith("lycoris") else "").lower()
+    found.take("adapter.targets", _PRESETS.get(preset, "kohya"))
+    if preset not in _PRESETS:
+        found.left.append(f"Its set of layers {_short(preset)} is not known here; kohya's is used.")
+    if ratio := given.pop("loraplus_lr_ratio", given.pop("loraplus_unet_lr_ratio", "")):
+        found.take_text("optimizer.lora_plus", ratio, _number)
     for name in ("rank_dropout", "module_dropout", "dropout"):
         # kohya's trainer adds the last one for LyCORIS, beside its own.
         text = given.pop(name, "")
-        found.take_text(f"adapter.{name}", "" if f"adapter.{name}" in found.values else text, _number)
+        found.take_text(f"adapter.{name}", "" if found.values.get(f"adapter.{name}") else text, _number)
     # 0 is that of the other layers, which LyCORIS takes; kohya's own LoRA takes 1.
     rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1" if algo == "lora" else "0")
     if rank:
-        found.take("adapter.targets", "locon")
-        found.take_text("adapter.conv_rank", rank, lambda text: int(_number(text)))
+        found.take("adapter.targets", "locon" if preset in ("", "full") else found.values["adapter.targets"])
+        found.take_text("adapter.conv_rank", rank, lambda text: min(_MOST_RANK, int(_number(text))))
         found.take_text("adapter.conv_alpha", alpha, _number)
+    if kind == "lokr" and (given.pop("full_matrix", "") or found.values.get("adapter.rank") == _MOST_RANK):
+        # Where both factors are full matrices, alpha means nothing there.
+        for name in ("rank", "alpha"):
+            found.take(f"adapter.{name}", _MOST_RANK)
+        found.values |= {
+            name: 0 for name in ("adapter.conv_rank", "adapter.conv_alpha") if name in found.values
+        }
+    elif kind != "lokr":
+        given.pop("full_matrix", "")
     for name, value in given.items():
-        if name != "preset":
-            found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")
+        found.left.append(f"The network argument {_short(name)} = {_short(value)} is not known here.")
 
 
 # The configurations of other trainers, by the tables of `assets/other_trainers.toml`.
@@ -415,32 +527,70 @@ CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".p
 """Of configurations; the last five hold a command line."""
 _OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
 _MOST_SENTENCES = 30
-_UNITS = {"%": 0.01, "x1000": 1000.0}
-"""Factors of the units in a table."""
+_MOST_KEYS = 1000
+_UNITS = {"": (1.0, 0.0), "%": (0.01, 0.0), "x1000": (1000.0, 0.0), "+1": (1.0, 1.0)}
+"""Factors and terms of the units in a table."""
 
 
 def _from_trainer(path: Path) -> LoraSettings:
     given = _read_configuration(path)
-    ours = path.suffix.casefold() == ".toml"
-    if ours and FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}:
-        return _from_our_header(path.read_text("utf-8-sig"))
-    pairs = list(_leaves_of(given, ""))
-    trainers = [(_by_key(pairs, trainer), trainer) for trainer in read_table("other_trainers.toml").values()]
+    found, keys = _of_trainer(given)
+    if path.suffix.casefold() == ".toml" and isinstance(given, dict):
+        ours = FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}
+        if len(ours) > (len(found.keys) if found else 0):
+            return _from_our_header(path.read_text("utf-8-sig"))
+    if found is None:
+        raise ConfigError(
+            f"{path.name} takes its settings from {_short(keys['config_file'][0])}; import that file."
+            if "config_file" in keys
+            else f"{path.name} is not a configuration of LoRA Easel, kohya's trainer, OneTrainer, ai-toolkit"
+            " or SimpleTuner; it has none of their keys."
+        )
+    return found
+
+
+def _of_trainer(given: Any) -> tuple[LoraSettings | None, dict[str, list[Any]]]:
+    """The settings of a trainer's configuration, None where the trainer is not known, and its keys."""
+    trainers = [(_by_key(given, trainer), trainer) for trainer in read_table("other_trainers.toml").values()]
     # Some keys are the same in several of them.
     values, trainer = max(
         trainers, key=lambda one: [len(one[0].keys() & set(one[1][table])) for table in ("known_by", "names")]
     )
-    if values.keys() & set(trainer["known_by"]):
-        defaults = {key: [value] for key, value in trainer.get("defaults", {}).items()}
-        return _translate(defaults | values, trainer)
-    raise ConfigError(
-        f"{path.name} is not a configuration of LoRA Easel, kohya's trainer, OneTrainer, ai-toolkit or"
-        " SimpleTuner; it has none of their keys."
-    )
+    found = _translate(values, trainer)
+    if not (values.keys() & set(trainer["known_by"]) and set(found.keys) - {"script"}):
+        return None, values
+    if defaults := _defaults_of(values, trainer):
+        found.add_defaults(_translate(values | defaults, trainer))
+    return found, values
 
 
-def _read_configuration(path: Path) -> dict[str, Any]:
-    """The tables of a TOML, JSON or YAML file, or the options of a command line in a script."""
+def _defaults_of(values: Mapping[str, list[Any]], trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The trainer's defaults for keys without a value, none where another file may have them."""
+    if not values.keys() & set(trainer.get("runs", trainer["known_by"])):
+        return {}
+    given = {key for key, found in values.items() if found[0] not in (None, "")}
+    missing = {key: [value] for key, value in trainer["defaults"].items() if key not in given}
+    for key, elsewhere in trainer.get("elsewhere", {}).items():
+        if key in given and not _is_off(values[key][0]):
+            missing = {key: value for key, value in missing.items() if not _is_in(key, elsewhere)}
+    names = trainer["names"]
+    meant = {_name_of(key, trainer).partition(" ")[0] for key in given} - {""}
+    for group in trainer.get("first", []):
+        meant |= {
+            names[key] for key in group if any(key in given and not _is_off(values[key][0]) for key in group)
+        }
+    return {
+        key: value for key, value in missing.items() if names.get(key, key).partition(" ")[0] not in meant
+    }
+
+
+def _is_in(key: str, patterns: str) -> bool:
+    """Whether a key is in a list of names, some with `*`."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns.split())
+
+
+def _read_configuration(path: Path) -> dict[str, Any] | list[Any]:
+    """The tables of a TOML, JSON or YAML file, a list of them, or the options of a script's command line."""
     suffix = path.suffix.casefold()
     if suffix == ".toml":
         return load_toml(path)
@@ -456,15 +606,29 @@ def _read_configuration(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "text" if isinstance(error, UnicodeDecodeError) else suffix[1:].upper()
         raise ConfigError(f"The config {path} is not valid {kind}: {_short(error)}.") from error
+    if isinstance(given, list) and given and all(isinstance(one, dict) for one in given):
+        return given
     if not isinstance(given, dict):
         raise ConfigError(f"The config {path} holds no table of settings.")
-    return {str(key): value for key, value in given.items()}
+    more = [given.pop(key) for key in _EXTRA_OPTIONS if isinstance(given.get(key), str)]
+    return {str(key): value for key, value in (given | _options_of("\n".join(more))).items()}
+
+
+_EXTRA_OPTIONS = ("additional_parameters", "extra_args")
+"""Keys of kohya_ss that hold a command line."""
 
 
 def _options_of(text: str) -> dict[str, Any]:
-    """The options of a command, `--network_dim=16 --flip_aug`; several words of one are a list."""
+    """The options of a command, `--network_dim=16 --flip_aug`; several words of one are a list.
+
+    `script` is the program's file. Variables of the text, `$rank = 8` and `--network_dim=$rank`, are
+    replaced.
+    """
     options: dict[str, Any] = {}
-    for line in re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^\s*(rem\b|::).*", "", text)).splitlines():
+    text = re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^\s*(rem\b|::).*", "", text))
+    variables = {name: value.strip("\"' ") for name, value in _VARIABLE.findall(text)}
+    for line in text.splitlines():
+        line = _USE.sub(lambda found: variables.get(found[1] or found[2] or found[3], found[0]), line)
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # an open quote
@@ -474,16 +638,29 @@ def _options_of(text: str) -> dict[str, Any]:
             if word.startswith("--"):
                 name, equals, value = word[2:].partition("=")
                 options[name] = value if equals else True
-            elif word.endswith(".py"):  # what comes before are options of `accelerate launch`
+            elif re.fullmatch(r"[^=$]+\.py", word):  # what comes before are options of `accelerate launch`
                 name = ""
+                options["script"] = word.replace("\\", "/").rpartition("/")[2]
+                options.pop("config_file", None)
             elif name:
                 options[name] = word if options[name] is True else [*_list_of(options[name]), word]
     return options
 
 
+_VARIABLE = re.compile(
+    r"""(?m)^\s*(?:\$|export |set "?|local )?(\w+)\s*=\s*("[^"\n]*"|'[^'\n]*'|[^\s#"'$(@-][^\s#]*)"""
+)
+_USE = re.compile(r"\$\{?(\w+)\}?|%(\w+)%|!(\w+)!")
+
+
 def _leaves_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and plain values or lists of them; the entries of a list of tables are counted from 0."""
-    if isinstance(value, dict):
+    """Dotted keys and plain values or lists of them; the entries of a list of tables are counted from 0.
+
+    A table of arguments, as LoRA_Easy_Training_Scripts writes it, is the list of its `key=value`.
+    """
+    if isinstance(value, dict) and re.search(r"args\.\w+_args$", place):
+        yield place, [f"{key}={inner}" for key, inner in value.items()]
+    elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves_of(inner, f"{place}.{key}" if place else str(key))
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
@@ -493,14 +670,21 @@ def _leaves_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _by_key(pairs: list[tuple[str, Any]], trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _by_key(given: Any, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The values of each key, as the trainer's table names it, N for a number."""
     found: dict[str, list[Any]] = {}
-    for key, value in pairs:
+    given = {trainer["list"]: given} if isinstance(given, list) and "list" in trainer else given
+    known = {*trainer["names"], *trainer["defaults"], *trainer["moot"].split(), *trainer["places"].split()}
+    for key, value in _leaves_of(given, ""):
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
         for start in trainer.get("strip", []):
             name = name.removeprefix(start)
-        found.setdefault(name.rpartition(".")[2] if trainer.get("leaf") else name, []).append(value)
+        name = name.rpartition(".")[2] if trainer.get("leaf") else name
+        if trainer.get("leaf") and name not in known and len(name) > 5:
+            # argparse takes the beginning of an option's name too.
+            longer = [one for one in known if one.startswith(name)]
+            name = longer[0] if len(longer) == 1 else name
+        found.setdefault(name, []).append(value)
     return found
 
 
@@ -524,7 +708,11 @@ class _Translation:
         elif name.startswith("ss_network_args."):
             self.network[name.rpartition(".")[2]] = str(value).rpartition("/")[2]
         elif name == "ss_network_args":
-            self.network.update(str(part).partition("=")[::2] for part in _list_of(value))
+            self.network.update(part.partition("=")[::2] for part in _words_of(value))
+        elif name == "ss_optimizer_args":
+            self.texts[name] = " ".join(_words_of(value))
+        elif name == "ss_resolution" and isinstance(area := _plain(value), int | float) and 0 < area <= 16:
+            self.texts[name] = str(round(1000 * math.sqrt(area)))  # in megapixels
         elif name == "ss_resolution" and not self.leaf and len(several := _sizes_of(value)) > 1:
             self.ours["dataset.resolutions"] = sorted(
                 {int(size) if math.isfinite(size) else size for size in several}
@@ -539,25 +727,31 @@ class _Translation:
             if not _is_off(value):
                 self.left.append(f"{key} = {_short(value)} has no setting here.")
         elif isinstance(FIELDS[name].default, list):
-            self.ours.setdefault(name, []).extend(map(str, _list_of(value)))
+            lines = value.splitlines() if isinstance(value, str) else map(str, _list_of(value))
+            kept = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            self.ours.setdefault(name, []).extend(kept)
         else:
             plain = _plain(value)
             is_number = isinstance(plain, int | float) and unit
-            self.ours[name] = round(plain * _UNITS[unit], 9) if is_number else plain
+            factor, more = _UNITS[unit]
+            self.ours[name] = round(plain * factor + more, 9) if is_number else plain
 
     def settings(self, title: str) -> LoraSettings:
         """The legal ones of the values, and a sentence for each that is not."""
         texts = dict(self.texts)
         arguments = re.sub(r"\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
+        betas = dict(re.findall(r"\b(beta[12])=([\d.]+)", arguments))
+        if betas:
+            arguments = re.sub(r"\bbeta[12]=[\d.]+,?", "", arguments)
+            both = f"betas=[{betas.get('beta1', '0.9')}, {betas.get('beta2', '0.999')}]"
+            arguments = ",".join(filter(None, (arguments.strip(","), both)))
         if arguments:  # AdamW is their default
             texts["ss_optimizer"] = f"{texts.get('ss_optimizer') or 'AdamW'}({arguments})"
         found = _from_kohya(texts | ({"ss_network_args": json.dumps(self.network)} if self.network else {}))
         found.source, found.base = f"a configuration of {title}", self.base
         for name, value in self.ours.items():
             found.take(name, value)
-        more = len(self.left) - _MOST_SENTENCES
-        found.left += self.left[:_MOST_SENTENCES]
-        found.left += [f"And {more} more are not known here."] if more > 0 else []
+        found.left = self.left + found.left
         return found
 
 
@@ -565,41 +759,96 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     read = _Translation(trainer.get("leaf", False))
     text_of = {key: str(found[0]).casefold() for key, found in values.items()}
     instead = {row[0]: "".join(row[3:]) for row in trainer["unless"] if text_of.get(row[1]) == row[2]}
-    handled = {key for key, text, *_ in trainer["when"] if text_of.get(key) == text}
-    aside: dict[str, list[str]] = {"places": [], "moot": []}
+    for group in trainer.get("first", []):
+        on = [key for key in group if not _is_off(text_of.get(key, ""))]
+        instead |= dict.fromkeys(on[1:], "")
+    aside: dict[str, list[str]] = {}
+    foreign, sentences = list[str](), list[str]()
     for key, found in values.items():
-        name = instead.get(key, trainer["names"].get(key, ""))
-        words = trainer.get("words", {}).get(key, {})
-        several = len(set(map(str, found))) > 1 and name != "sample.prompts"
-        if several and (name or ".N." not in key):
-            read.left.append(f"{key} has several values; {_short(found[0])} is used.")
-        for value in found if name == "sample.prompts" else found[:1]:
-            if value in (None, "") or instead.get(key) == "":
-                continue
-            if name:
+        name, text, short = instead.get(key, _name_of(key, trainer)), text_of[key], _short(found[0])
+        if len(set(map(str, found))) > 1 and name != "sample.prompts" and (name or ".N." not in key):
+            read.left.append(f"{key} has several values; {short} is used.")
+        kind = "moot" if instead.get(key) == "" else _kind_of(key, text, name, trainer)
+        if text in _BLANK:
+            kind = "off"
+        elif kind == "model":
+            foreign.insert(0, f"{key} = {short}: this cannot be trained here. {_WHAT_TRAINS}")
+        elif kind == "method":
+            foreign.append(f"{key} = {short}: here an adapter is trained, with these settings.")
+        elif kind == "unknown":
+            sentences.append(f"{key} = {short} is not known here{trainer.get('hints', {}).get(key, '')}.")
+        elif kind == "keys" and name:
+            words = trainer.get("words", {}).get(key, {})
+            for value in found if name == "sample.prompts" else found[:1]:
                 read.give(name, words.get(str(value).casefold(), value), key)
-            elif not _is_off(value) and key not in handled:
-                kind = next((kind for kind in aside if key in trainer[kind].split()), "")
-                sentence = f"{key} = {_short(value)} is not known here."
-                (aside[kind] if kind else read.left).append(key if kind else sentence)
-    for key, text, name, value in trainer["when"]:
-        if text_of.get(key) == text and name != "moot":
+        aside.setdefault(kind, []).append(key)
+    for key, text, name, value, *_ in trainer["when"]:
+        if text_of.get(key) == text:
             read.give(name, value, key)
     if rank := read.texts.get("ss_network_dim"):
-        read.texts.setdefault("ss_network_alpha", str(trainer.get("alpha", rank)))
+        read.texts.setdefault("ss_network_alpha", rank)
     if trainer.get("conv_alpha_is_rank") and (rank := read.network.get("conv_dim")):
         read.network.setdefault("conv_alpha", rank)
+    file = read.base.replace("\\", "/").rpartition("/")[2]
+    for version, pattern in kohya_header()["base_names"].items():
+        if re.search(pattern, file, re.IGNORECASE):
+            read.texts.setdefault("ss_base_model_version", version)
     result = read.settings(trainer["title"])
-    if aside["places"]:
-        names = ", ".join(aside["places"])
-        result.left.append(f"Not taken, as they name places of that machine: {names}.")
-    if aside["moot"]:
-        result.left.append(f"Without a meaning here: {', '.join(aside['moot'])}.")
+    result.left = foreign + result.left
+    result.left += sentences[:_MOST_SENTENCES]
+    names = {kind: list(map(_short, keys[:_MOST_KEYS])) for kind, keys in aside.items()}
+    if more := names.get("unknown", [])[_MOST_SENTENCES:]:
+        result.left.append(
+            f"And {len(aside['unknown']) - _MOST_SENTENCES} more are not known here: {', '.join(more)}."
+        )
+    result.keys, result.off = names.get("keys", []), names.get("off", [])
+    result.keys += [key for kind in ("model", "method") for key in names.get(kind, [])]
+    if "places" in names:
+        result.left.append(f"Not taken, as they name places of that machine: {', '.join(names['places'])}.")
+    if "moot" in names:
+        result.left.append(f"Without a meaning here: {', '.join(names['moot'])}.")
     return result
 
 
+_BLANK = ("none", "", "[]", "{}")
+
+
+def _kind_of(key: str, text: str, name: str, trainer: Mapping[str, Any]) -> str:
+    """What becomes of a key whose value is `text`: the part of the report that it is in."""
+    for kind, table in (("model", "trains"), ("method", "methods")):
+        if key in trainer[table] and not re.fullmatch(trainer[table][key], text):
+            return kind
+    if name:
+        is_file = name == "sample.prompts" and re.fullmatch(r"[^\n]*\.(txt|json|toml)", text)
+        return "places" if is_file else "keys"
+    if any(key == row[0] and text == row[1] and not row[4:] for row in trainer["when"]):
+        return "keys"
+    if text in trainer["usual"].get(key, "").split("|") or _is_in(key, trainer["moot"]):
+        return "moot"
+    if text in _OFF:
+        return "off"
+    if _is_in(key, trainer["places"]):
+        return "places"
+    return "keys" if key in trainer["trains"] or key in trainer["methods"] else "unknown"
+
+
+_WHAT_TRAINS = "LoRA Easel trains Stable Diffusion 1.x, 2.x and XL; for these the other settings are taken."
+
+
+def _words_of(value: Any) -> list[str]:
+    """The parts of a list of arguments, or of one text such as `"a=1" "b=2"`."""
+    return re.split(r"\s+(?=\w+=)", " ".join(map(str, _list_of(value))).replace('"', " ").strip())
+
+
+def _name_of(key: str, trainer: Mapping[str, Any]) -> str:
+    """What a key means; `a.*` in the table names all keys below."""
+    names = trainer["names"]
+    name: str = names.get(key, names.get(f"{key.rpartition('.')[0]}.*", ""))
+    return name.replace("*", key.rpartition(".")[2])
+
+
 def _is_off(value: Any) -> bool:
-    return str(value).casefold() in _OFF
+    return _short(value).casefold() in _OFF
 
 
 def _sizes_of(value: Any) -> list[float]:

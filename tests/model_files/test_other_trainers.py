@@ -13,6 +13,7 @@ from lora_core.model_files import starting_settings
 from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import read_table
+from tests.app.bases import write_header
 
 SDXL = """
 [model_arguments]
@@ -131,6 +132,7 @@ ONETRAINER_FULL = {
     "epochs": 100,
     "optimizer": {"optimizer": "ADAFACTOR", "weight_decay": 0.01, "scale_parameter": False},
     "learning_rate_scheduler": "COSINE_WITH_RESTARTS",
+    "learning_rate_cycles": 3.0,
     "learning_rate_warmup_steps": 200,
     "train_dtype": "BFLOAT_16",
     "gradient_checkpointing": "CPU_OFFLOADED",
@@ -221,7 +223,8 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "optimizer.text_encoder_lr": 5e-5,
             "optimizer.text_encoder_2_lr": 1e-5,
             "optimizer.warmup": 0.05,
-            "optimizer.schedule": "cosine_restarts",
+            # One fall, the default of lr_scheduler_num_cycles, is a cosine.
+            "optimizer.schedule": "cosine",
             "train.precision": "bf16",
             "model.prediction": "v_prediction",
             "model.zero_terminal_snr": "on",
@@ -231,7 +234,7 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
         [
             "weighted_captions = True is not known here",
             "places of that machine: output_dir",
-            "here: network_module, xformers",
+            "here: xformers",
         ],
     ),
     "kohya SD 1.5": (
@@ -328,9 +331,9 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "optimizer.text_encoder_2_lr": 0,
             "train.batch_size": 4,
             "train.resolution": 1024,
+            "adapter.targets": "kohya",
         },
         [
-            "layer_filter_preset = attn-mlp is not known here",
             "places of that machine: output_model_destination",
         ],
     ),
@@ -341,6 +344,8 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
         {
             "adapter.rank": 16,
             "adapter.alpha": 1,
+            "adapter.kind": "dora",
+            "adapter.targets": "locon",
             "optimizer.name": "adafactor",
             "optimizer.args": {"weight_decay": 0.01},
             "loss.timesteps": "logit_normal",
@@ -359,7 +364,7 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "dataset.masks": "on",
             "loss.unmasked_weight": 0.1,
         },
-        ["lora_decompose = True"],
+        ["Warm-up is 200 steps there"],
     ),
     "ai-toolkit": (
         "a.yaml",
@@ -383,9 +388,7 @@ CASES: dict[str, tuple[str, Any, str, dict[str, Any], list[str]]] = {
             "optimizer.text_encoder_lr": 1e-4,
             "model.prediction": "v_prediction",
         },
-        [
-            "noise_scheduler = ddpm is not known here",
-        ],
+        [],
     ),
     "SimpleTuner": (
         "config.json",
@@ -436,7 +439,7 @@ def test_a_configuration(case: str, tmp_path: Path) -> None:
     found = settings_from_lora(file)
     assert {key: found.values.get(key) for key in values} == values
     assert found.base == base
-    said = " ".join(found.left)
+    said = " ".join([*found.left, *found.keys, *found.off])
     for sentence in sentences:
         assert sentence in said
     RunConfig().changed(found.values)
@@ -452,11 +455,8 @@ def test_a_configuration(case: str, tmp_path: Path) -> None:
         else given
     )
     if isinstance(parsed, dict):
-        whens = {key for key, *_ in [*trainer["when"], *trainer["unless"]]}
-        pairs = list(starting_settings._leaves_of(parsed, ""))
-        for key, values in starting_settings._by_key(pairs, trainer).items():
-            accounted = key in trainer["names"] or key in whens or key in said
-            assert accounted or all(map(starting_settings._is_off, values)), key
+        for key in starting_settings._by_key(parsed, trainer):
+            assert key in said, key
 
 
 @pytest.mark.parametrize(
@@ -506,11 +506,10 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"lora_rank": 8, "resolution": "512,768"}')
     found = settings_from_lora(file)
-    assert (found.values["dataset.resolutions"], found.left) == ([512, 768], [])
+    assert found.values["dataset.resolutions"] == [512, 768]
     assert "train.resolution" not in found.values
     file.write_text('{"lora_rank": 8, "resolution": "512,768,1e9"}')
-    (sentence,) = settings_from_lora(file).left
-    assert sentence.startswith("Several resolutions is")
+    assert settings_from_lora(file).left[0].startswith("Several resolutions is")
     sets = [{"folder_path": str(n), "caption_dropout_rate": n / 10} for n in (1, 2)]
     process = {"type": "sd_trainer", "network": {"linear": 8}, "datasets": sets}
     file.write_text(json.dumps({"config": {"process": [process]}}))
@@ -538,19 +537,30 @@ def test_a_rank_alone_brings_the_trainer_s_own_alpha(
     assert (values["adapter.rank"], values["adapter.alpha"]) == (8, alpha)
 
 
+FOREIGN = (
+    "this cannot be trained here. LoRA Easel trains Stable Diffusion 1.x, 2.x and XL; for these the other"
+    " settings are taken."
+)
+METHOD = "here an adapter is trained, with these settings."
+
+
 @pytest.mark.parametrize(
     ("text", "values", "sentences"),
     [
-        ('{"lora_rank": 8, "unet": {"train": false}, "training_method": "LORA"}', {"optimizer.lr": 0.0}, []),
+        ('{"lora_rank": 8, "unet": {"train": false}, "training_method": "LORA",'
+         ' "learning_rate_warmup_steps": 0}', {"optimizer.lr": 0.0}, []),
         ('{"config": {"process": [{"network": {"linear": 8}, "train": {"train_unet": false}}]}}',
          {"optimizer.lr": 0.0}, []),
         ('{"lora_rank": 8, "training_method": "FINE_TUNE", "model_type": "FLUX_DEV_1",'
-         ' "optimizer": {"beta1": 0.5}}',
-         {}, ["training_method = FINE_TUNE", "model_type = FLUX_DEV_1", "optimizer.beta1 = 0.5"]),
+         ' "optimizer": {"beta1": 0.5}, "learning_rate_warmup_steps": 0}',
+         {"optimizer.args": {"betas": [0.5, 0.999]}},
+         [f"model_type = FLUX_DEV_1: {FOREIGN}", f"training_method = FINE_TUNE: {METHOD}"]),
         ('{"lora_rank": 8, "model_family": "flux", "model_type": "full", "lora_type": "lycoris"}',
-         {}, ["model_family = flux", "model_type = full", "lora_type = lycoris"]),
+         {}, [f"model_family = flux: {FOREIGN}", f"model_type = full: {METHOD}",
+              "lora_type = lycoris is not known here; import the file that lycoris_config names for its"
+              " rank."]),
         ('{"config": {"process": [{"network": {"linear": 8}, "model": {"arch": "flux"}}]}}',
-         {}, ["model.arch = flux"]),
+         {}, [f"model.arch = flux: {FOREIGN}"]),
         ('{"network_dim": 8, "LoRA_type": "Standard", "max_train_steps": "0", "max_train_epochs": 4}',
          {"train.epochs": 4}, []),
         ('{"network_dim": 8, "LoRA_type": "Kohya LoCon", "conv_dim": 4}',
@@ -573,8 +583,8 @@ def test_what_a_configuration_trains_is_taken_or_named(
     (tmp_path / "a.json").write_text(text)
     found = settings_from_lora(tmp_path / "a.json")
     assert values.items() <= found.values.items()
-    assert found.left == [one if one.endswith(".") else f"{one} is not known here." for one in sentences]
-    assert found.values.get("adapter.dropout", 0) == 0
+    assert [one for one in found.left if not one.startswith("Without a meaning here")] == sentences
+    assert found.values.get("adapter.dropout", 0) == found.defaults.get("adapter.dropout", 0)
 
 
 def test_a_line_that_a_batch_file_comments_out_is_not_read(tmp_path: Path) -> None:
@@ -583,7 +593,7 @@ def test_a_line_that_a_batch_file_comments_out_is_not_read(tmp_path: Path) -> No
     file.write_text("\r\n".join(lines))
     values = settings_from_lora(file).values
     assert values["adapter.rank"] == 8
-    assert "dataset.flip" not in values
+    assert not values["dataset.flip"]
 
 
 def test_options_of_the_launcher_end_at_the_script(tmp_path: Path) -> None:
@@ -597,12 +607,12 @@ def test_a_missing_one_is_named(tmp_path: Path) -> None:
         settings_from_lora(tmp_path / "a.json")
 
 
-def test_many_unknown_keys_are_counted(tmp_path: Path) -> None:
+def test_many_unknown_keys_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"network_dim": 4} | {f"new_{n}": n + 1 for n in range(100)}))
     left = settings_from_lora(file).left
     assert len(left) == 31
-    assert left[-1] == "And 70 more are not known here."
+    assert left[-1] == f"And 70 more are not known here: {', '.join(f'new_{n}' for n in range(30, 100))}."
 
 
 def test_the_tables_name_keys_of_the_header() -> None:
@@ -614,3 +624,196 @@ def test_the_tables_name_keys_of_the_header() -> None:
         for name in [*trainer["names"].values(), *(row[2] for row in trainer["when"])]:
             if name.startswith("ss_") and "." not in name:
                 assert name in known or f'"{name}"' in source, name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "defaults", "taken"),
+    [
+        (
+            "a.sh",
+            "python sdxl_train_network.py --network_dim 8 --unet_lr 1e-4 --max_train_epoch 4",
+            {"adapter.alpha": 1, "loss.min_snr": 0, "optimizer.schedule": "constant", "optimizer.warmup": 0,
+             "dataset.caption_dropout": 0, "dataset.masks": "off", "train.batch_size": 1,
+             "optimizer.text_encoder_lr": 2e-6, "optimizer.text_encoder_2_lr": 2e-6},
+            {"train.epochs": 4, "optimizer.lr": 1e-4},
+        ),
+        (
+            "a.json",
+            '{"training_method": "LORA", "learning_rate": 1e-4, "learning_rate_warmup_steps": 0.1}',
+            {"adapter.rank": 16, "adapter.alpha": 1, "adapter.targets": "locon", "train.epochs": 100,
+             "train.resolution": 512, "loss.min_snr": 0, "optimizer.schedule": "constant", "save.ema": 0},
+            {"optimizer.warmup": 0.1},
+        ),
+        (
+            "a.yaml",
+            "{network: {type: lora, linear: 8}, train: {steps: 300}}",
+            {"adapter.alpha": 1, "optimizer.lr": 1e-6, "optimizer.schedule": "constant", "loss.min_snr": 0,
+             "train.resolution": 512, "dataset.caption_dropout": 0, "optimizer.text_encoder_lr": 0},
+            {"train.steps": 300},
+        ),
+        (
+            "a.json",
+            '{"model_family": "sdxl", "lora_rank": 4, "max_train_steps": 50, "resolution": 1.0}',
+            {"adapter.dropout": 0.1, "adapter.targets": "attention", "train.batch_size": 4,
+             "optimizer.max_grad_norm": 2, "dataset.caption_dropout": 0.1, "loss.min_snr": 0},
+            # A megapixel.
+            {"train.resolution": 1024, "train.steps": 50},
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_leaves_out_is_the_trainer_s_default(
+    tmp_path: Path, name: str, text: str, defaults: dict[str, Any], taken: dict[str, Any]
+) -> None:
+    """Values of argparse in sd-scripts, and of the others' classes of configurations."""
+    (tmp_path / name).write_text(text)
+    found = settings_from_lora(tmp_path / name)
+    assert defaults.items() <= found.defaults.items() <= found.values.items()
+    assert taken.items() <= found.values.items()
+    assert not taken.keys() & found.defaults.keys()
+    assert "train.steps" not in found.values or "train.epochs" not in found.values
+    RunConfig().changed(found.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given", "not_given"),
+    [
+        ("dataset.toml", SUBSETS, ["dataset.flip"], ["loss.min_snr", "optimizer.lr", "train.steps"]),
+        ("a.sh", "train_network.py --network_dim 8 --dataset_config d.toml", ["loss.min_snr"],
+         ["train.batch_size", "dataset.flip", "dataset.masks"]),
+        ("a.sh", "train_network.py --network_dim 8 --config_file c.toml", ["adapter.rank"], ["loss.min_snr"]),
+    ],
+)  # fmt: skip
+def test_what_another_file_may_say_is_no_default(
+    tmp_path: Path, name: str, text: str, given: list[str], not_given: list[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    values = settings_from_lora(tmp_path / name).values
+    assert set(given) <= values.keys()
+    assert not set(not_given) & values.keys()
+    (tmp_path / "a.sh").write_text(
+        "accelerate launch --config_file x.yaml train_network.py --config_file=c.toml"
+    )
+    with pytest.raises(ConfigError, match=r"a\.sh takes its settings from c\.toml; import that file"):
+        settings_from_lora(tmp_path / "a.sh")
+
+
+EASY = """
+[[subsets]]
+image_dir = "a"
+num_repeats = 3
+[train_mode]
+train_mode = "lora"
+[general_args.args]
+pretrained_model_name_or_path = "/models/illustriousXL.safetensors"
+max_train_steps = 500
+[network_args.args]
+network_dim = 8
+[network_args.args.network_args]
+algo = "lokr"
+preset = "attn-mlp"
+full_matrix = true
+[optimizer_args.args]
+optimizer_type = "Prodigy"
+learning_rate = 1.0
+warmup_ratio = 0.1
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 2
+[optimizer_args.args.optimizer_args]
+weight_decay = "0.1"
+betas = "0.9,0.99"
+"""
+POWERSHELL = """
+$rank = 12  # of all layers
+$rate = "2e-4"
+if ($flip) { $more.Add("--flip_aug") }
+accelerate launch "./sd-scripts/train_network.py" `
+  --network_dim=$rank --network_alpha=${rank} `
+  --unet_lr $rate --optimizer_args "weight_decay=0.2" "betas=0.8,0.9" --max_train_steps=$unknown
+"""
+GUI_MORE = {
+    "LoRA_type": "LyCORIS/LoCon",
+    "LyCORIS_preset": "full",
+    "network_dim": 100000,
+    "optimizer": "AdamW",
+    "optimizer_args": '"weight_decay=0.2" "betas=0.8,0.9"',
+    "additional_parameters": "--lr_scheduler_power 1.5 --network_train_unet_only",
+    "stop_text_encoder_training_pct": 40,
+    "sample_prompts": "a cat --w 512\n# none\na dog",
+    "max_train_epochs": "",
+    "max_train_steps": 70,
+    "epoch": 9,
+    "loraplus_lr_ratio": 0,
+    "sdxl": True,
+}
+CONCEPTS = [
+    {
+        "name": "cats",
+        "path": "/cats",
+        "balancing": 1.0,
+        "image": {"enable_crop_jitter": True, "enable_random_flip": True, "enable_random_hue": True},
+        "text": {"enable_tag_shuffling": False, "keep_tags_count": 1, "tag_delimiter": ","},
+    }
+]
+BACKENDS = [
+    {"id": "cats", "instance_data_dir": "/cats", "resolution": 0.25, "repeats": 3, "crop": True},
+    {"id": "texts", "dataset_type": "text_embeds", "cache_dir": "/cache", "disabled": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "values", "sentences"),
+    [
+        ("a.toml", EASY,
+         {"adapter.kind": "lokr", "adapter.targets": "kohya", "adapter.rank": 1024, "adapter.alpha": 1024,
+          "optimizer.warmup": 0.1, "optimizer.schedule": "cosine_restarts", "optimizer.text_encoder_2_lr": 1,
+          "optimizer.args": {"weight_decay": 0.1, "betas": [0.9, 0.99], "safeguard_warmup": False,
+                             "use_bias_correction": False}},
+         ["num_repeats = 3 is not known here; name the folder", "The schedule has 2 falls there"]),
+        ("a.ps1", POWERSHELL,
+         {"adapter.rank": 12, "adapter.alpha": 12, "optimizer.lr": 2e-4,
+          "optimizer.args": {"weight_decay": 0.2, "betas": [0.8, 0.9]}},
+         ["Steps is $unknown there, which is not a number"]),
+        ("a.json", GUI_MORE,
+         {"adapter.rank": 1024, "adapter.targets": "locon", "optimizer.stop_text_encoder_at": 0.4,
+          "optimizer.args": {"weight_decay": 0.2, "betas": [0.8, 0.9]}, "train.steps": 70,
+          "sample.prompts": ["a cat --w 512", "a dog"], "optimizer.text_encoder_lr": 0},
+         ["Rank (size) is 100000 there; the highest here, 1024", "lr_scheduler_power = 1.5"]),
+        ("a.json", CONCEPTS, {"dataset.flip": True},
+         ["concepts.N.image.enable_random_hue = True", "concepts.N.text.keep_tags_count",
+          "name places of that machine: concepts.N.path"]),
+        # 500 pixels wide, on the grid of 64.
+        ("a.json", BACKENDS, {"train.resolution": 512},
+         ["backends.N.repeats = 3 is not known here; name the folder", "backends.N.crop = True"]),
+        ("a.json", {"algo": "lokr", "linear_dim": 16, "linear_alpha": 4, "factor": 8},
+         {"adapter.kind": "lokr", "adapter.rank": 16, "adapter.alpha": 4}, ["factor = 8 is not known here"]),
+        ("a.json", {"network_dim": 4, "max_train_epochs": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 50},
+         {"train.epochs": 3}, ["Warm-up is 50 steps there"]),
+        ("a.sh", "flux_train_network.py --network_dim 4", {"adapter.rank": 4},
+         ["script = flux_train_network.py: this cannot be trained here"]),
+        ("a.yaml", "{network: {type: lokr, linear: 8}, train: {steps: 9, lr_scheduler: linear}}",
+         {"adapter.kind": "lokr", "adapter.rank": 1024, "optimizer.schedule": "constant"},
+         ["linear (rising from a third) is not known here"]),
+    ],
+)  # fmt: skip
+def test_other_shapes_of_configurations(
+    tmp_path: Path, name: str, given: Any, values: dict[str, Any], sentences: list[str]
+) -> None:
+    (tmp_path / name).write_text(given if isinstance(given, str) else json.dumps(given))
+    found = settings_from_lora(tmp_path / name)
+    assert {key: found.values.get(key) for key in values} == values
+    said = " ".join(found.left)
+    for sentence in sentences:
+        assert sentence in said
+    assert "optimizer.warmup" not in found.values or "Warm-up" not in said
+    RunConfig().changed(found.values)
+
+
+def test_onetrainer_s_lora_has_its_configuration_in_its_header(tmp_path: Path) -> None:
+    text = json.dumps({"training_method": "LORA", "lora_rank": 4, "lora_alpha": 2.0, "batch_size": 3})
+    path = write_header(
+        tmp_path / "a.safetensors", {"lora_unet_a.lora_down.weight": [4, 8]}, {"ot_config": text}
+    )
+    found = settings_from_lora(path)
+    assert found.source == "a configuration of OneTrainer"
+    taken = {"adapter.rank": 4, "adapter.alpha": 2, "train.batch_size": 3, "loss.min_snr": 0}
+    assert taken.items() <= found.values.items()

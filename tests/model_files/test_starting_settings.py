@@ -131,8 +131,12 @@ def test_arguments_of_an_optimizer_are_taken_where_it_has_them_here(tmp_path: Pa
 
 
 def test_kohya_s_header(tmp_path: Path) -> None:
-    like = settings_from_lora(lora(tmp_path, KOHYA))
-    assert like.values == {
+    texts = {"lora_te_a_q_proj.lora_down.weight": [8, 768]}
+    like = settings_from_lora(lora(tmp_path, KOHYA, LAYERS | texts))
+    # "None", and what older versions do not write, is off there.
+    off = {"loss.noise_offset": 0, "dataset.flip": False, "dataset.caption_dropout": 0}
+    assert off.items() <= like.defaults.items()
+    assert {name: value for name, value in like.values.items() if name not in like.defaults} == {
         "adapter.rank": 32,
         "adapter.alpha": 16.0,
         "adapter.targets": "locon",
@@ -170,6 +174,10 @@ def test_kohya_s_header(tmp_path: Path) -> None:
     assert "Input perturbation of random strength (True) is not known here" in said
     # What those say is legal together.
     RunConfig().changed(like.values)
+    # The header names a rate for text encoders that were not trained too.
+    assert settings_from_lora(lora(tmp_path, KOHYA)).values["optimizer.text_encoder_lr"] == 0
+    no_snr = settings_from_lora(lora(tmp_path, KOHYA | {"ss_min_snr_gamma": "None"}))
+    assert no_snr.values["loss.min_snr"] == no_snr.defaults["loss.min_snr"] == 0
 
 
 @pytest.mark.parametrize(
