@@ -73,6 +73,11 @@ class Plan:
         self.trigger = "" if self.is_slider else str(draft.get("trigger") or "")
         self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
 
+    @property
+    def takes_usual_rates(self) -> bool:
+        """Whether the usual rates of the optimizer chosen last are in the form."""
+        return all(self.config.get(name) == value for name, value in self.rates["to"].items())
+
 
 def draft_values(draft: dict[str, Any]) -> dict[str, Any]:
     """What a draft holds of the form, by the names that the settings have today."""

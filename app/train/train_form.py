@@ -56,7 +56,6 @@ INFO = (
 HIDDEN_INFO = "tip"
 USUAL_LEVEL = "balanced"
 TIMESTEP_BARS = 25
-QUARTILES = (0.25, 0.5, 0.75)
 
 
 class TrainForm:
@@ -101,7 +100,7 @@ class TrainForm:
         app_state.downloads.finished = functools.partial(adopt_downloaded_base, app_state)
         self.added = html_block(elem_id="base-added")
         with gr.Column(elem_classes="group", elem_id="base-details") as details:
-            follow(html_block(elem_classes="group-note"), _details_note)
+            follow(html_block(elem_classes="group-note"), card("train/form.html", part="base"))
             with gr.Accordion("Prediction and VAE", open=False) as fold:
                 made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
                 made["model.zero_terminal_snr"] = widget("model.zero_terminal_snr", elem_id="model-zero-snr")
@@ -145,6 +144,9 @@ class TrainForm:
                 "Find a setting", "find-setting", "Find a setting: rank, clip skip, warm-up ..."
             )
             self.none = html_block(elem_id="find-none")
+        timesteps = card(
+            "train/form.html", part="timesteps", bars=lambda snap: timestep_bars(snap.plan.config.loss)
+        )
         for group in FOLDED:
             with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):
                 note = html_block(elem_classes="group-note")
@@ -155,7 +157,7 @@ class TrainForm:
                         if name == "optimizer.name":
                             self.bindings.follow(html_block(elem_id="rates-note"), _rates_note)
                         if name == "loss.max_timestep":
-                            self.bindings.follow(html_block(elem_id="timesteps"), _timesteps_preview)
+                            self.bindings.follow(html_block(elem_id="timesteps"), timesteps)
         return search
 
     def _wire(self, search: Any) -> None:
@@ -260,29 +262,14 @@ def _named(values: dict[str, Any]) -> dict[str, Any]:
 def swap_rates(project: Project) -> None:
     """Take the usual rates of the chosen optimizer, or put those of before back."""
     with project.editing():
-        swap, config = project.draft().get("rates") or {}, Plan(project).config
-        if swap.get("optimizer") == config.optimizer.name:
-            taken = all(config.get(name) == value for name, value in swap["to"].items())
-            project.update_draft(values=current_values(project) | swap["from" if taken else "to"])
+        plan = Plan(project)
+        if plan.rates.get("optimizer") == plan.config.optimizer.name:
+            rates = plan.rates["from" if plan.takes_usual_rates else "to"]
+            project.update_draft(values=current_values(project) | rates)
 
 
-def _rates_note(snapshot: Snapshot) -> str:
-    """How choosing an optimizer changed the rates, with an Undo button; or the usual rates."""
-    plan = snapshot.plan
-    swap = plan.rates
-    if swap.get("optimizer") != plan.config.optimizer.name or swap["from"] == swap["to"]:
-        return ""
-    taken = all(plan.config.get(name) == value for name, value in swap["to"].items())
-    title, usual = plan.config.optimizer.row.title, swap["to"]["optimizer.lr"]
-    earlier = swap["from"]["optimizer.lr"]
-    return render("train/form.html", part="rates", title=title, usual=usual, earlier=earlier, taken=taken)
-
-
-def _timesteps_preview(snapshot: Snapshot) -> str:
-    """Which timesteps are drawn how often, as a small chart."""
-    bars = timestep_bars(snapshot.plan.config.loss)
-    low, middle, high = (round(1000 * snapshot.plan.config.loss.timestep_at(share)) for share in QUARTILES)
-    return render("train/form.html", part="timesteps", bars=bars, low=low, middle=middle, high=high)
+_rates_note = card("train/form.html", part="rates")
+"""How choosing an optimizer changed the rates, with an Undo button; or the usual rates."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -377,18 +364,6 @@ def _key(name: str) -> str:
 def _there(name: str) -> bool:
     """Whether an earlier base can be offered: hub ids always, paths if they exist."""
     return expand_home(name).exists() or not Path(name).is_absolute()
-
-
-def _details_note(snapshot: Snapshot) -> str:
-    """Summary of the folded settings."""
-    facts, vae = snapshot.plan.base.facts, snapshot.plan.config.model.vae
-    if facts is None or facts.family is None:
-        return ""
-    predicts = _("velocity") if facts.prediction == "v_prediction" else _("noise")
-    guess = _(", a guess") if facts.guessed else ""
-    snr = _(", zero terminal SNR") if facts.zero_terminal_snr else ""
-    own_vae = _(", own VAE") if vae else ""
-    return render("train/form.html", part="group", text=f"{predicts}{guess}{snr}{own_vae}", changed=False)
 
 
 def _asks(snapshot: Snapshot) -> bool:
