@@ -326,11 +326,8 @@ def pip_errors() -> str:
 
 def environment_version() -> str:
     """The Python version ("3.11") of a complete .venv, or ""."""
-    probe = [str(PYTHON), "-c", "import pip, sys; print('{}.{}'.format(*sys.version_info))"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=120)
-        return done.stdout.strip() if has_base() else ""
-    return ""
+    version = ask_python("import pip, sys; print('{}.{}'.format(*sys.version_info))")
+    return (version or "") if has_base() else ""
 
 
 def make_environment() -> None:
@@ -596,7 +593,7 @@ def ask_python(code: str, *words: str) -> str | None:
         # A path may have letters that the console's encoding lacks.
         around = {**os.environ, "PYTHONIOENCODING": "utf-8"}
         done = subprocess.run(
-            command, cwd=ROOT, env=around, capture_output=True, encoding="utf-8", check=True
+            command, cwd=ROOT, env=around, capture_output=True, encoding="utf-8", check=True, timeout=120
         )
         return done.stdout.strip()
     return None

@@ -203,12 +203,9 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
             projects.rename(key, title)
         case "delete":
             projects.delete(key)
-        case "clean":
-            note = _("{size} freed.", size=format_bytes(clean_caches(app_state.workspace)))
-        case "empty":
-            size = folder_bytes(trash_folder(app_state.workspace))
-            empty_trash(app_state.workspace)
-            note = _("{size} freed.", size=format_bytes(size))
+        case "clean" | "empty":
+            frees = clean_caches if do == "clean" else empty_trash
+            note = _("{size} freed.", size=format_bytes(frees(app_state.workspace)))
         case "restore":
             note = _restored(app_state, key)
         case _:

@@ -322,16 +322,18 @@ def restore(one: TrashItem, workspace: Path) -> Path:
     return path
 
 
-def empty_trash(workspace: Path) -> None:
-    """Delete the contents of the trash permanently.
+def empty_trash(workspace: Path) -> int:
+    """Delete the contents of the trash permanently; returns the bytes.
 
     Raises:
         RunError: the disk refuses.
     """
     folder = trash_folder(workspace)
+    size = files.folder_bytes(folder)
     with _removing(folder):
         if folder.is_dir():
             shutil.rmtree(folder)
+    return size
 
 
 @contextmanager

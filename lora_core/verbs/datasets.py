@@ -256,13 +256,9 @@ def trash_restore(name: str, workspace: Place = None) -> Path:
 @verb
 def trash_empty(workspace: Place = None) -> int:
     """Permanently delete everything in the trash; returns the bytes freed."""
-    from lora_core.projects.workspace import empty_trash, trash_folder
-    from lora_core.system.files import folder_bytes
+    from lora_core.projects.workspace import empty_trash
 
-    place = workspace_folder(workspace)
-    size = folder_bytes(trash_folder(place))
-    empty_trash(place)
-    return size - folder_bytes(trash_folder(place))
+    return empty_trash(workspace_folder(workspace))
 
 
 @verb
