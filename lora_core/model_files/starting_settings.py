@@ -14,7 +14,7 @@ import re
 import shlex
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,18 @@ from lora_core.settings.config import (
     in_short,
     label_of,
     load_toml,
+    parse_sample,
     retired,
+    split_sample,
     takes_class,
 )
-from lora_core.settings.schema import ADAPTER_KINDS, OPTIMIZERS, OptimizerChoice, OptimizerSection
+from lora_core.settings.schema import (
+    ADAPTER_KINDS,
+    OPTIMIZERS,
+    OptimizerChoice,
+    OptimizerSection,
+    SampleSection,
+)
 from lora_core.system.files import PRESETS, changed_at, parse_json, parse_object, read_small_file, read_table
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
@@ -181,8 +189,7 @@ def settings_from_lora(path: Path) -> LoraSettings:
     if CONFIG_KEY in texts:
         found = _from_our_header(texts[CONFIG_KEY])
     elif "ss_network_dim" in texts or "ss_network_module" in texts:
-        found = _from_kohya(texts)
-        _take_kohya_defaults(header, found)
+        found = _from_header(texts, header.shapes)
     elif "ot_config" in texts and (read := _of_trainer(parse_object(texts["ot_config"]))[0]):
         found = read
     else:
@@ -208,23 +215,43 @@ def _with_usual(found: LoraSettings) -> LoraSettings:
     return found
 
 
-def _take_kohya_defaults(header: Header, found: LoraSettings) -> None:
-    """kohya's defaults where the header has nothing; 0 for text encoders without layers in the file."""
-    texts = header.metadata
+def _from_header(texts: Texts, layers: Iterable[str]) -> LoraSettings:
+    """The settings in kohya's header, with its defaults for what is missing or None; rates of text encoders
+    that have no layer are 0."""
+    found = _from_kohya(texts)
     if "ss_learning_rate" in texts:
         trainer = read_table("other_trainers.toml")["kohya"]
         usual = {trainer["names"].get(key, ""): str(value) for key, value in trainer["defaults"].items()}
         usual = {name: text for name, text in usual.items() if name not in _NEVER_MISSING}
         given = {key: text for key, text in texts.items() if text.strip().lower() not in ("", "none")}
         found.add_defaults(_from_kohya(usual | given))
-    prefixes = {layer.partition("_")[2].partition("_")[0] for layer in header.shapes}
+    prefixes = {layer.partition("_")[2].partition("_")[0] for layer in layers}
     for name, prefix in _TEXT_ENCODERS.items():
         trained = any(one.startswith(prefix) for one in prefixes)
         if found.values.get(name) and "unet" in prefixes and not trained:
             found.take(name, 0.0)
             found.defaults.pop(name, None)
+    return found
 
 
+def _from_header_as_json(given: Mapping[str, Any]) -> LoraSettings:
+    """A header that was copied into a file, as A1111 and model pages show it."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    found = _from_header(texts, ())
+    table = kohya_header()
+    known = {key for _, keys, _ in table["read"] for key in keys.split()}
+    known |= {*table["unused"], *_READ_APART}
+    found.keys = [_short(key) for key in texts if key in known][:_MOST_KEYS]
+    if rest := [_short(key) for key in texts if key not in known][:_MOST_KEYS]:
+        found.left.append(f"Without a meaning here: {', '.join(rest)}.")
+    return found
+
+
+_READ_APART = (
+    "ss_network_args", "ss_network_module", "ss_optimizer", "ss_datasets", "ss_lr_warmup_steps", "ss_huber_c",
+    "ss_huber_scale", "ss_mixed_precision", "ss_zero_terminal_snr", "ss_sd_model_name",
+    "ss_base_model_version",
+)  # fmt: skip
 _NEVER_MISSING = (
     "ss_network_dim", "ss_network_alpha", "ss_learning_rate", "ss_max_train_steps",
     "ss_lr_scheduler_num_cycles",
@@ -387,7 +414,7 @@ def _take_warmup(text: str, found: LoraSettings) -> None:
     else:
         found.refused.add("optimizer.warmup")
         found.left.append(
-            f"Warm-up is {_short(text)} steps there, in a run that is counted in epochs; set its share of all"
+            f"Warm-up is {count:g} steps there, in a run that is counted in epochs; set its share of all"
             " steps by hand."
         )
 
@@ -534,6 +561,9 @@ _UNITS = {"": (1.0, 0.0), "%": (0.01, 0.0), "x1000": (1000.0, 0.0), "+1": (1.0, 
 
 def _from_trainer(path: Path) -> LoraSettings:
     given = _read_configuration(path)
+    header = given.get("__metadata__", given) if isinstance(given, dict) else {}
+    if isinstance(header, dict) and ("ss_network_dim" in header or "ss_network_module" in header):
+        return _from_header_as_json(header)
     found, keys = _of_trainer(given)
     if path.suffix.casefold() == ".toml" and isinstance(given, dict):
         ours = FIELDS.keys() & flattened(given, say=False).keys() - {"name", "seed", "dataset", "model"}
@@ -751,6 +781,12 @@ class _Translation:
         found.source, found.base = f"a configuration of {title}", self.base
         for name, value in self.ours.items():
             found.take(name, value)
+        for number, line in enumerate(found.values.get("sample.prompts", [])):
+            try:
+                parse_sample(SampleSection(), line)
+            except ConfigError as error:
+                found.left.append(f"{error} The prompt is taken without its options.")
+                found.values["sample.prompts"][number] = split_sample(line)[0]
         found.left = self.left + found.left
         return found
 
@@ -763,7 +799,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
         on = [key for key in group if not _is_off(text_of.get(key, ""))]
         instead |= dict.fromkeys(on[1:], "")
     aside: dict[str, list[str]] = {}
-    foreign, sentences = list[str](), list[str]()
+    foreign: dict[str, list[str]] = {"model": [], "method": []}
+    sentences: list[str] = []
     for key, found in values.items():
         name, text, short = instead.get(key, _name_of(key, trainer)), text_of[key], _short(found[0])
         if len(set(map(str, found))) > 1 and name != "sample.prompts" and (name or ".N." not in key):
@@ -771,10 +808,8 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
         kind = "moot" if instead.get(key) == "" else _kind_of(key, text, name, trainer)
         if text in _BLANK:
             kind = "off"
-        elif kind == "model":
-            foreign.insert(0, f"{key} = {short}: this cannot be trained here. {_WHAT_TRAINS}")
-        elif kind == "method":
-            foreign.append(f"{key} = {short}: here an adapter is trained, with these settings.")
+        elif kind in foreign:
+            foreign[kind].append(f"{key} = {short}")
         elif kind == "unknown":
             sentences.append(f"{key} = {short} is not known here{trainer.get('hints', {}).get(key, '')}.")
         elif kind == "keys" and name:
@@ -794,7 +829,11 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
         if re.search(pattern, file, re.IGNORECASE):
             read.texts.setdefault("ss_base_model_version", version)
     result = read.settings(trainer["title"])
-    result.left = foreign + result.left
+    told = [
+        (foreign["model"], f"this cannot be trained here. {_WHAT_TRAINS}"),
+        (foreign["method"], "here an adapter is trained, with these settings."),
+    ]
+    result.left = [f"{', '.join(given)}: {sentence}" for given, sentence in told if given] + result.left
     result.left += sentences[:_MOST_SENTENCES]
     names = {kind: list(map(_short, keys[:_MOST_KEYS])) for kind, keys in aside.items()}
     if more := names.get("unknown", [])[_MOST_SENTENCES:]:

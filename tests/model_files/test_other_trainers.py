@@ -817,3 +817,42 @@ def test_onetrainer_s_lora_has_its_configuration_in_its_header(tmp_path: Path) -
     assert found.source == "a configuration of OneTrainer"
     taken = {"adapter.rank": 4, "adapter.alpha": 2, "train.batch_size": 3, "loss.min_snr": 0}
     assert taken.items() <= found.values.items()
+
+
+def test_a_header_copied_into_a_file(tmp_path: Path) -> None:
+    """Values as texts, as the file has them, or parsed, as A1111 shows them; every key is in the report."""
+    texts = {
+        "ss_network_dim": "8", "ss_network_alpha": "4.0", "ss_network_module": "networks.lora",
+        "ss_learning_rate": "0.0001", "ss_unet_lr": "None", "ss_text_encoder_lr": "5e-05",
+        "ss_base_model_version": "sdxl_base_v1-0", "ss_min_snr_gamma": "None", "ss_tag_frequency": "{}",
+    }  # fmt: skip
+    for given in (texts, {"__metadata__": texts}, texts | {"ss_network_dim": 8, "ss_network_args": {"a": 1}}):
+        (tmp_path / "a.json").write_text(json.dumps(given))
+        found = settings_from_lora(tmp_path / "a.json")
+        # The one rate of text encoders is that of both.
+        rates = {"optimizer.lr": 1e-4, "optimizer.text_encoder_lr": 5e-5, "optimizer.text_encoder_2_lr": 5e-5}
+        assert {
+            "adapter.rank": 8,
+            "adapter.alpha": 4,
+            "loss.min_snr": 0,
+            **rates,
+        }.items() <= found.values.items()
+        assert "loss.min_snr" in found.defaults
+        said = " ".join([*found.keys, *found.left])
+        assert all(key in said for key in texts)
+
+
+def test_options_of_sample_prompts_that_are_not_known_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        '{network: {linear: 4}, sample: {prompts: ["a cat --m 3", "a dog --s 9"]}}'
+    )
+    found = settings_from_lora(tmp_path / "a.yaml")
+    assert found.values["sample.prompts"] == ["a cat", "a dog --s 9"]
+    assert "--m in the sample prompt" in found.left[0]
+
+
+def test_another_model_is_told_in_one_sentence(tmp_path: Path) -> None:
+    given = {"LoRA_type": "Flux1", "flux1_checkbox": True, "network_dim": 4}
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    found = settings_from_lora(tmp_path / "a.json")
+    assert found.left[0] == f"LoRA_type = Flux1, flux1_checkbox = True: {FOREIGN}"
