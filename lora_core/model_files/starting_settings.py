@@ -440,9 +440,10 @@ def _take_optimizer(text: str, found: LoraSettings) -> None:
     """
     path, _, arguments = text.partition("(")
     name = path.strip().rpartition(".")[2].lower()
-    plain = name.removesuffix("8bit").removeprefix("paged")
-    known = kohya_header()["words"]["optimizers"].get(name, name)
-    here = [key for key in (known, plain) if key in OPTIMIZERS]
+    plain = re.sub(r"^paged_?|_?(8|32)bit$", "", name)
+    words = kohya_header()["words"]["optimizers"]
+    known = words.get(name, name)
+    here = [key for key in (known, words.get(plain, plain)) if key in OPTIMIZERS]
     key = next((key for key in here if _is_installed(OPTIMIZERS[key])), "".join(here[:1]))
     if key:
         found.take("optimizer.name", key)
@@ -670,6 +671,8 @@ def _options_of(text: str) -> dict[str, Any]:
                 options[name] = value if equals else True
             elif re.fullmatch(r"[^=$]+\.py", word):  # what comes before are options of `accelerate launch`
                 name = ""
+                if "script" in options:
+                    options["commands"] = options.get("commands", 1) + 1
                 options["script"] = word.replace("\\", "/").rpartition("/")[2]
                 options.pop("config_file", None)
             elif name:
