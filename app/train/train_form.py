@@ -347,7 +347,9 @@ def base_choices(app_state: AppState) -> list[tuple[str, str]]:
             top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
             words = file.relative_to(top).as_posix() if file != top else file.name
             titles.setdefault(_key(str(file)), (f"{tool.name}: {words}", str(file)))
-    seen = {_key(name): name for name in app_state.places.read("bases") if _there(name)}
+    # Hub ids are offered always, paths if they exist.
+    kept = [n for n in app_state.places.read("bases") if expand_home(n).exists() or not Path(n).is_absolute()]
+    seen = {_key(name): name for name in kept}
     before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
     return [
         (_("Embedded base (tiny)"), EMBEDDED),
@@ -359,11 +361,6 @@ def base_choices(app_state: AppState) -> list[tuple[str, str]]:
 def _key(name: str) -> str:
     path = expand_home(name)
     return str(path.resolve()) if path.exists() else name
-
-
-def _there(name: str) -> bool:
-    """Whether an earlier base can be offered: hub ids always, paths if they exist."""
-    return expand_home(name).exists() or not Path(name).is_absolute()
 
 
 def _asks(snapshot: Snapshot) -> bool:

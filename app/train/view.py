@@ -176,8 +176,11 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.get("/easel/curves/{name}")
     def curves(name: str, compare: str = "") -> Response:
-        runs = [_existing_run(app_state, each) for each in (name, compare) if each]
-        return Answer(_read_curves(app_state, runs))
+        views = [app_state.jobs.run_view(_existing_run(app_state, one)) for one in (name, compare) if one]
+        for view in views:
+            # Reads what its events say since.
+            app_state.jobs.state(view)
+        return Answer(charts_data(views))
 
     @app.get("/easel/debug/{name}")
     def debug(name: str) -> Response:
@@ -200,14 +203,6 @@ def _existing_run(app_state: AppState, name: str) -> RunFolder:
     if not found.config_file.is_file():
         raise BadRequest(name)
     return found
-
-
-def _read_curves(app_state: AppState, runs: list[RunFolder]) -> dict[str, Any]:
-    run_views = [app_state.jobs.run_view(run) for run in runs]
-    for run_view in run_views:
-        # Reads what its events say since.
-        app_state.jobs.state(run_view)
-    return charts_data(run_views)
 
 
 def do_run_action(app_state: AppState, do: str, name: str) -> None:
