@@ -10,7 +10,6 @@ on another server and ends with a restart or logout.
 """
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
 import re
@@ -20,7 +19,7 @@ from typing import ClassVar
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -224,17 +223,13 @@ class Guard:
             # The server holds a body to the length that it says.
             too_large = not re.fullmatch("[0-9]{0,18}", length) or int(length or 0) > most
         else:
-            body, more = b"", True
-            with contextlib.suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(SLOWEST_BODY):
-                    while more and len(body) <= most:
-                        message = await receive()
-                        body += message.get("body", b"")
-                        more = message["type"] == "http.request" and message.get("more_body", False)
-            if more and len(body) <= most:
+                    body = await read_body(Request(scope, receive), most)
+            except (TimeoutError, ClientDisconnect):
                 await PlainTextResponse("The request came too slowly.", 408)(scope, receive, send)
                 return
-            too_large, receive = len(body) > most, _once(body, receive)
+            too_large, receive = body is None, _once(body or b"", receive)
         if too_large:
             answer = PlainTextResponse(
                 f"The request is larger than the {most:,} bytes that this address accepts.", status_code=413
