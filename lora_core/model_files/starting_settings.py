@@ -630,8 +630,10 @@ def _read_configuration(path: Path) -> dict[str, Any] | list[Any]:
     with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
         data = read_small_file(path)
     try:
-        text = data.decode("utf-8-sig")
-        if suffix not in (".json", ".yaml", ".yml"):
+        script = suffix not in (".json", ".yaml", ".yml")
+        # Comments of scripts may be in the system's own encoding.
+        text = data.decode("utf-8-sig", "replace" if script and b"\0" not in data else "strict")
+        if script:
             return _options_of(text)
         given = parse_json(text) if suffix == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -658,15 +660,14 @@ def _options_of(text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     text = re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^\s*(rem\b|::).*", "", text))
     variables = {name: value.strip("\"' ") for name, value in _VARIABLE.findall(text)}
+    # Backslashes of paths on Windows are no escapes.
+    windows = bool(re.search(r"\b[A-Za-z]:\\", text))
     for line in text.splitlines():
-        line = _USE.sub(lambda found: variables.get(found[1] or found[2] or found[3], found[0]), line)
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # an open quote
-            words = line.split()
         name = ""
-        for word in words:
-            if word.startswith("--"):
+        for word in _shell_words(line, variables, windows):
+            if word in _SEPARATORS:
+                name = ""
+            elif word.startswith("--"):
                 name, equals, value = word[2:].partition("=")
                 options[name] = value if equals else True
             elif re.fullmatch(r"[^=$]+\.py", word):  # what comes before are options of `accelerate launch`
@@ -680,6 +681,20 @@ def _options_of(text: str) -> dict[str, Any]:
     return options
 
 
+def _shell_words(line: str, variables: Mapping[str, str], windows: bool) -> Iterator[str]:
+    """The words of a line, with variables replaced; one that holds options is several words."""
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.escape = True, "" if windows else "\\"
+    try:
+        words = list(lexer)
+    except ValueError:  # an open quote
+        words = line.split()
+    for word in words:
+        text = _USE.sub(lambda found: variables.get(found[1] or found[2] or found[3], found[0]), word)
+        yield from text.split() if text.startswith("--") and word[:2] != "--" else [text]
+
+
+_SEPARATORS = ("&&", "||", "|", "&", ";", ">", ">>", "2>&1")
 _VARIABLE = re.compile(
     r"""(?m)^\s*(?:\$|export |set "?|local )?(\w+)\s*=\s*("[^"\n]*"|'[^'\n]*'|[^\s#"'$(@-][^\s#]*)"""
 )

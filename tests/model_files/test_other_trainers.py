@@ -730,6 +730,13 @@ accelerate launch "./sd-scripts/train_network.py" `
   --network_dim=$rank --network_alpha=${rank} `
   --unet_lr $rate --optimizer_args "weight_decay=0.2" "betas=0.8,0.9" --max_train_steps=$unknown
 """
+BATCH = """
+set BASE="C:\\my models\\base.safetensors"
+set "RATE=3e-4"
+set MORE="--flip_aug --seed=5"
+accelerate launch train_network.py --pretrained_model_name_or_path=%BASE% ^
+  --network_dim=8 --unet_lr=%RATE% %MORE% --vae D:\\models\\new.vae.pt --shuffle_caption && pause
+"""
 GUI_MORE = {
     "LoRA_type": "LyCORIS/LoCon",
     "LyCORIS_preset": "full",
@@ -773,6 +780,9 @@ BACKENDS = [
          {"adapter.rank": 12, "adapter.alpha": 12, "optimizer.lr": 2e-4,
           "optimizer.args": {"weight_decay": 0.2, "betas": [0.8, 0.9]}},
          ["Steps is $unknown there, which is not a number"]),
+        ("a.bat", BATCH,
+         {"optimizer.lr": 3e-4, "dataset.flip": True, "seed": 5, "dataset.shuffle_tags": True},
+         ["name places of that machine: vae"]),
         ("a.json", GUI_MORE,
          {"adapter.rank": 1024, "adapter.targets": "locon", "optimizer.stop_text_encoder_at": 0.4,
           "optimizer.args": {"weight_decay": 0.2, "betas": [0.8, 0.9]}, "train.steps": 70,
@@ -823,6 +833,11 @@ def test_onetrainer_s_lora_has_its_configuration_in_its_header(tmp_path: Path) -
     assert found.source == "a configuration of OneTrainer"
     taken = {"adapter.rank": 4, "adapter.alpha": 2, "train.batch_size": 3, "loss.min_snr": 0}
     assert taken.items() <= found.values.items()
+
+
+def test_a_base_s_path_and_comments_of_windows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.bat").write_bytes("rem 训练\r\n".encode("gbk") + BATCH.encode())
+    assert settings_from_lora(tmp_path / "a.bat").base == r"C:\my models\base.safetensors"
 
 
 def test_a_header_copied_into_a_file(tmp_path: Path) -> None:
