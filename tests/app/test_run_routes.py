@@ -117,6 +117,8 @@ def test_a_configuration_is_dropped(app_state: AppState, client: TestClient) -> 
     assert answer.json() == {"taken": True}
     assert current_values(app_state.project)["adapter.rank"] == 24
     assert "unheard_of = 1 is not known here" in app_state.like_note
+    assert "trainer&#39;s defaults: " in app_state.like_note
+    assert "Min-SNR 0" in app_state.like_note
     answer = client.post("/easel/like?size=1&name=my kohya.toml", content=b"[")
     assert answer.json()["problem"].startswith("The config my kohya.toml is not valid TOML")
     assert not list((app_state.workspace / "tmp").glob("like-*"))
