@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from app.guard import is_loopback, read_body
+from app.jobs import Jobs
 from app.routes import Answer, BadRequest, add_actions
 from app.state import AppState, Bindings
 from app.templates import QUIET, _, html_block, note_html, problem_html, render, text_field
@@ -130,20 +131,6 @@ def build_train(bindings: Bindings) -> None:
 def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
 
-    def order(sent: dict[str, Any]) -> None:
-        jobs, name, place = app_state.jobs, str(sent.get("run", "")), sent.get("place")
-        acts: dict[str, Callable[[], None]] = {
-            "up": lambda: jobs.move_in_queue(name, -1),
-            "down": lambda: jobs.move_in_queue(name, 1),
-            "move": lambda: jobs.queue.move(name, place if isinstance(place, int) else 0),
-            "remove": lambda: jobs.take_from_queue(name),
-            "start": jobs.start_queue,
-            "pause": lambda: jobs.queue.set_enabled(False),
-        }
-        if sent.get("do") not in acts:
-            raise RunError("The queue knows no such action.")
-        acts[str(sent["do"])]()
-
     def sweep(sent: dict[str, Any]) -> dict[str, str]:
         setting, values, name, by, more = (
             str(sent.get(key, "")) for key in ("setting", "values", "name", "by", "by_values")
@@ -165,7 +152,7 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
 
     actions: dict[str, Callable[[dict[str, Any]], Any]] = {
         "run": lambda sent: do_run_action(app_state, str(sent.get("do")), str(sent.get("run", ""))),
-        "queue": order,
+        "queue": lambda sent: do_queue_action(app_state.jobs, sent),
         "quit": leave,
         "settings/sweep": sweep,
         "settings/take": lambda sent: start.take_run_settings(app_state, str(sent.get("run", ""))),
@@ -203,6 +190,26 @@ def _existing_run(app_state: AppState, name: str) -> RunFolder:
     if not found.config_file.is_file():
         raise BadRequest(name)
     return found
+
+
+def do_queue_action(jobs: Jobs, sent: dict[str, Any]) -> None:
+    """Do what the list of the queue asks for.
+
+    Raises:
+        RunError: it cannot be done now.
+    """
+    name, place = str(sent.get("run", "")), sent.get("place")
+    acts: dict[str, Callable[[], None]] = {
+        "up": lambda: jobs.move_in_queue(name, -1),
+        "down": lambda: jobs.move_in_queue(name, 1),
+        "move": lambda: jobs.queue.move(name, place if isinstance(place, int) else 0),
+        "remove": lambda: jobs.take_from_queue(name),
+        "start": jobs.start_queue,
+        "pause": lambda: jobs.queue.set_enabled(False),
+    }
+    if str(sent.get("do")) not in acts:
+        raise RunError("The queue knows no such action.")
+    acts[str(sent["do"])]()
 
 
 def do_run_action(app_state: AppState, do: str, name: str) -> None:
