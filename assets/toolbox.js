@@ -164,12 +164,13 @@
   // A tab that was never open is not in the page: its file waits until it is.
   let pending = null;
   const inspect = (file) => { pending = file; openTab("Toolbox"); if (seen) inspectPending(); };
-  const inspectPending = () => {
+  const inspectPending = async () => {
     if (!pending) return;
     rows = [{ file: pending, strength: 1 }];
     pending = null;
     showFiles();
     choose("check");
+    await load();
     start();
   };
   window.easel.openLora = async (file) => {

@@ -123,8 +123,11 @@ def list_choices(app_state: AppState) -> dict[str, Any]:
         run_view = find_owner(snapshot, path)
         return {"title": title, "path": path, "run": run_view.run.name if run_view else ""}
 
+    dropped = [(file.stem, str(file)) for file in (app_state.workspace / DROPPED).glob("*/*")]
     groups = [
-        {"heading": name, "files": [row(*file) for file in files]} for name, files in lora_groups(snapshot)
+        {"heading": name, "files": [row(*file) for file in files]}
+        for name, files in [*lora_groups(snapshot), (_("Dropped"), dropped)]
+        if files
     ]
     bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
     runs = [
@@ -322,6 +325,8 @@ def _suffix(tool: str, request: dict[str, Any]) -> str:
     return f"lora-{small}" if tool == "extract" else small
 
 
+DROPPED = Path("tmp") / "dropped"
+"""Where dropped files are kept for a while, below the workspace."""
 UNSHOWN = "The result cannot be shown because of a bug in LoRA Easel; its log has the details."
 BUSY = "A tool is already running; wait for it, or cancel it."
 
@@ -330,8 +335,9 @@ class BackgroundTask:
     """The task that a page started in the worker, or the last one. One at a time, independent of the page: a
     page that returns finds its state."""
 
-    def __init__(self, worker: WorkerClient) -> None:
-        self._worker = worker
+    def __init__(self, worker: WorkerClient, dropped: Path = Path("/none")) -> None:
+        """Messages name a file below `dropped`, where dropped files are kept, without its folder."""
+        self._worker, self._folder = worker, re.compile(re.escape(str(dropped)) + r"[\\/]\w+[\\/]")
         self._lock = threading.Lock()
         self._reply: Reply | None = None
         self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
@@ -384,7 +390,7 @@ class BackgroundTask:
 
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
-            return problem_html(reply.message)
+            return problem_html(self._folder.sub("", reply.message))
         try:
             return self._shows(reply.result)
         except LoraError as error:
@@ -420,7 +426,7 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.post("/easel/toolbox/file")
     async def file(request: Request, name: str) -> Response:
-        path = await receive_file(request, app_state.workspace / "tmp" / "dropped", name)
+        path = await receive_file(request, app_state.workspace / DROPPED, name)
         return Answer({"file": str(path)})
 
     @app.get("/easel/toolbox/numbers.json")
@@ -439,7 +445,7 @@ class Toolbox:
     """Runs the tools, one at a time, and keeps the last result of each for follow-up actions."""
 
     def __init__(self, app_state: AppState) -> None:
-        self.task = BackgroundTask(app_state.worker)
+        self.task = BackgroundTask(app_state.worker, app_state.workspace / DROPPED)
         self._app_state = app_state
         self._results: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
 

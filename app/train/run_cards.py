@@ -124,6 +124,8 @@ def charts_data(run_views: Sequence[RunView]) -> dict[str, Any]:
     documents = [chart.document() for chart in found]
     for chart in documents:
         chart["title"] = _(chart["title"])
+        if chart["mark"]:
+            chart["mark"]["text"] = _("best, step {step:,}", step=int(chart["mark"]["x"]))
         for curve in chart["curves"]:
             curve["name"] = _(curve["name"])
     return {"charts": documents, "tables": chart_tables(found), "note": note}

@@ -43,7 +43,7 @@ from lora_core.model_files.detect import EMBEDDED, BaseFacts, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.schema import LossSection
-from lora_core.system.files import expand_home
+from lora_core.system.files import clean_value, expand_home
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
@@ -178,7 +178,8 @@ class TrainForm:
 
     def _read(self, sent: dict[Any, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What a page was filled with, None if unknown, and what its fields hold."""
-        seen, values = sent[self.seen], {name: sent[field] for name, field in self.widgets.items()}
+        values = {name: clean_value(sent[field]) for name, field in self.widgets.items()}
+        seen = sent[self.seen]
         known = isinstance(seen, list) and len(seen) == len(FORM)
         return dict(zip(FORM, seen, strict=True)) if known else None, values
 

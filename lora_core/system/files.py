@@ -311,7 +311,7 @@ T = TypeVar("T")
 
 
 def clean_value(value: Any) -> Any:
-    """A JSON value with valid texts alone, and null for numbers that JSON or 64 bits cannot hold."""
+    """A JSON value with valid texts alone, whole numbers of 64 bits, and null for what is not finite."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, dict):
@@ -320,7 +320,7 @@ def clean_value(value: Any) -> Any:
         return [clean_value(one) for one in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if not isinstance(value, int) or abs(value) <= _LARGEST else None
+    return value if not isinstance(value, int) else max(-_LARGEST, min(value, _LARGEST))
 
 
 def expand_home(path: str | Path) -> Path:

@@ -8,9 +8,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.state import AppState, take_snapshot
+from app.templates import WORDS
 from app.train import view as run_routes
 from app.train.form import current_values
 from app.train.run_cards import sweep_card
+from lora_core.runs import events
 from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say
 from tests.app.runs import come_alive, make_run, started, step
@@ -38,6 +40,16 @@ def test_the_curves_of_a_run_come_alone_and_beside_another_s(app_state: AppState
     assert "<td" in answer["tables"]
     (chart,) = client.get("/easel/curves/a?compare=b").json()["charts"]
     assert [(curve["name"], len(curve["x"])) for curve in chart["curves"]] == [("a", 2), ("b", 3)]
+    gain = events.Validated(
+        step=20, gain=0.1, standard_error=0.01, base_loss=0.4, adapted_loss=0.3, best=True
+    )
+    make_run(app_state, "c", started(), step(1), gain)
+    WORDS.speak("ja")
+    try:
+        (chart,) = client.get("/easel/curves/c").json()["charts"]
+    finally:
+        WORDS.speak("en")
+    assert chart["mark"]["text"] == "最良、ステップ 20"
     assert client.get("/easel/curves/none").status_code == 404
     assert client.get("/easel/curves/a?compare=none").status_code == 404
 

@@ -46,7 +46,7 @@ for line in sys.stdin:
         pathlib.Path(asked["out"]).write_bytes(json.dumps(asked).encode())
         say(event="done", file=asked["out"], bytes=5, sentences=["Nothing is lost."])
     else:
-        say(event="error", message="<b>It cannot be read.</b>")
+        say(event="error", message=f"<b>{asked.get('file')} cannot be read.</b>")
 """
 
 
@@ -226,7 +226,10 @@ def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient
     say("toolbox/start", tool="spectrum", files=[{"file": str(file)}])
     now = ended(app_state)
     assert now["state"] == "error"
-    assert "&lt;b&gt;It cannot be read." in now["html"]
+    assert f"&lt;b&gt;{file} cannot be read." in now["html"]
+    sent = client.post("/easel/toolbox/file?name=it.safetensors", content="x").json()["file"]
+    say("toolbox/start", tool="spectrum", files=[{"file": sent}])
+    assert "&lt;b&gt;it.safetensors cannot be read." in ended(app_state)["html"]
 
 
 def test_nothing_is_measured_while_a_run_needs_the_memory(
@@ -327,10 +330,13 @@ def test_a_result_that_cannot_be_shown_says_so(
     assert "needs 1" not in html
 
 
-def test_a_file_that_is_sent_leaves_the_one_before_it(client: TestClient) -> None:
+def test_a_file_that_is_sent_leaves_the_one_before_it(app_state: AppState, client: TestClient) -> None:
     files = [
         Path(client.post("/easel/toolbox/file?name=a.safetensors", content=text).json()["file"])
         for text in ("first", "second")
     ]
     assert [file.read_text() for file in files] == ["first", "second"]
     assert {file.name for file in files} == {"a.safetensors"}
+    (group,) = list_choices(app_state)["groups"]
+    assert group["heading"] == "Dropped"
+    assert {(one["title"], one["path"]) for one in group["files"]} == {("a", str(file)) for file in files}

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastapi.testclient import TestClient
 
+from app.main import build_app
 from app.preview.sent_form import save_form
 from app.state import AppState, take_snapshot
 from app.templates import with_labels
@@ -108,7 +110,7 @@ def test_two_events_at_once_do_not_undo_each_other(tmp_path: Path, monkeypatch: 
 
 
 def keep_best(project: Project, file: str) -> None:
-    Toolbox(SimpleNamespace(project=project, worker=None))._keep_best(file, [0.8])
+    Toolbox(SimpleNamespace(project=project, worker=None, workspace=project.path))._keep_best(file, [0.8])
 
 
 def take_like(project: Project, **values: object) -> None:
@@ -254,3 +256,17 @@ def test_a_slider_needs_two_prompts_and_no_images(app_state: AppState) -> None:
     assert """--set 'slider.target=["a man", "a dog"]'""" in line
     app_state.project.update_draft(goal="style", values={})
     assert start_problems(take_snapshot(app_state)) == [NO_IMAGES]
+
+
+def test_a_number_beyond_64_bits_is_out_of_range(app_state: AppState) -> None:
+    with TestClient(build_app(app_state, ["testserver"])) as page:
+        config = page.get("/config").json()
+        steps = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "steps")
+        events = (event for event in config["dependencies"] if steps in [one for one, _ in event["targets"]])
+        event = next(events)
+        values = {one["id"]: one["props"].get("value") for one in config["components"]} | {steps: 1e29}
+        data = [values.get(own) for own in event["inputs"]]
+        sent = {"data": data, "fn_index": event["id"], "session_hash": "page"}
+        (kept,) = page.post("/gradio_api/run/predict", json=sent).json()["data"]
+    assert 2**63 - 1 in kept
+    assert "Steps = 9223372036854775807 is out of range" in Plan(app_state.project).invalid["train.steps"]

@@ -375,6 +375,11 @@ def _paint(page, folder: Path) -> None:
     page.focus("#mask-start")
     page.keyboard.press("Enter")
     page.wait_for_selector("#picture-big canvas:focus")
+    # The chosen tool is seen.
+    grounds = page.eval_on_selector_all(
+        "[data-mask-tool]", "found => found.map(one => getComputedStyle(one).backgroundColor)"
+    )
+    assert grounds[0] != grounds[1] == grounds[2]
     page.locator("#picture-big").scroll_into_view_if_needed()
     frame = page.locator("#picture-big").bounding_box()
     page.mouse.move(frame["x"] + frame["width"] / 2, frame["y"] + 2)

@@ -18,6 +18,10 @@ ONE_BY_ONE = {"train.steps": 120, "train.batch_size": 1}
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
 
+IN_FULL = """words => { const line = document.querySelector(".runbar .num"); line.textContent = words;
+  return line.scrollWidth <= line.clientWidth && line.scrollHeight <= line.clientHeight + 1; }"""
+
+
 def trainer(run: Path) -> psutil.Process:
     return psutil.Process(json.loads((run / "process.json").read_text())["pid"])
 
@@ -186,6 +190,10 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     page.wait_for_function("document.title.startsWith('Interrupted')")
     page.click("#train-resume")
     state_is(page, "running")
+    # On a laptop too the run's longest words are read in full.
+    for width in (1440, 1366, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate(IN_FULL, "100%, step 1,800 of 2,000, 20 to 35 min left"), width
     # A phone sees the run first, and steers it.
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_function(
