@@ -3,6 +3,7 @@ diffusers and transformers are imported for a base."""
 
 import importlib
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
@@ -19,6 +20,9 @@ PACKAGES = (
     "diffusers.models.unets", "transformers.models",
 )  # fmt: skip
 """What they are in. Each `__init__` imports all models that are there, or reads the source of each."""
+_importing = threading.Lock()
+_executing = threading.RLock()
+"""Not the same one: a thread that executes a package may wait for a module that `import_models` imports."""
 
 
 def import_models(parts: Sequence[str] = PARTS) -> None:
@@ -28,17 +32,18 @@ def import_models(parts: Sequence[str] = PARTS) -> None:
     import statement does it again, as usual. Torch first: a second import hides its error.
     """
     importlib.import_module("torch")
-    before, finder = set(sys.modules), _PackageFinder()
-    sys.meta_path.insert(0, finder)
-    try:
-        for name in parts:
-            importlib.import_module(name)
-    except Exception:  # noqa: BLE001 - of whatever kind, the plain import says it again
-        for name in set(sys.modules) - before:
-            if name.partition(".")[0] in ("diffusers", "transformers", "peft"):
-                del sys.modules[name]
-    finally:
-        sys.meta_path.remove(finder)
+    with _importing:
+        before, finder = set(sys.modules), _PackageFinder()
+        sys.meta_path.insert(0, finder)
+        try:
+            for name in parts:
+                importlib.import_module(name)
+        except Exception:  # noqa: BLE001 - of whatever kind, the plain import says it again
+            for name in set(sys.modules) - before:
+                if name.partition(".")[0] in ("diffusers", "transformers", "peft"):
+                    del sys.modules[name]
+        finally:
+            sys.meta_path.remove(finder)
 
 
 class _PackageFinder:
@@ -65,12 +70,18 @@ class _Package(ModuleType):
     """A package that is not executed yet, or has put another object in its place since."""
 
     def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.__name__) is self:
-            self.__class__ = ModuleType  # type: ignore[assignment]
-            executed = None
-            try:
-                executed = importlib.reload(self)
-            finally:
-                if executed is not self:
-                    self.__class__ = _Package
-        return getattr(sys.modules[self.__name__], name)
+        # Other threads wait; what the package itself asks for while it is executed is still missing.
+        with _executing:
+            if type(self) is _Package and sys.modules.get(self.__name__) is self:
+                self.__class__ = _ExecutedPackage
+                executed = None
+                try:
+                    executed = importlib.reload(self)
+                finally:
+                    self.__class__ = ModuleType if executed is self else _Package  # type: ignore[assignment]
+        found = sys.modules[self.__name__]
+        return ModuleType.__getattribute__(self, name) if found is self else getattr(found, name)
+
+
+class _ExecutedPackage(_Package):
+    """One that is being executed."""

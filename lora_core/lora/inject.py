@@ -262,15 +262,23 @@ class TokenLayer(AdaptedLayer):
 
 
 def put_tokens(base: BaseModel, adapters: Iterable[AdapterWeights]) -> dict[str, TokenLayer]:
-    """Have a base know the new tokens of these adapters and no others; of two of a name the last counts.
+    """Have a base know the new tokens of these adapters and no others.
 
     Raises:
-        AdapterFileError: the vectors are of another width than the base's.
+        AdapterFileError: the vectors are of another width than the base's, or two adapters have different
+            vectors for one word, which is read in any case.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for weights in adapters:
         for part, tokens in weights.tokens.items():
-            found.setdefault(part, {}).update(tokens)
+            known = {token.lower(): rows for token, rows in found.setdefault(part, {}).items()}
+            for token, rows in tokens.items():
+                if not torch.equal(known.get(token.lower(), rows), rows):
+                    raise AdapterFileError(
+                        f"Two of the LoRAs have a new token {token}, each with vectors of its own, and a word"
+                        " has one meaning; use one of these LoRAs at a time."
+                    )
+            found[part] |= tokens
     layers = {}
     for part, encoder in base.text_encoders.items():
         embedding = encoder.get_input_embeddings()

@@ -57,11 +57,12 @@ from lora_core.model_files.detect import (
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
-from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample
+from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample, sample_fields
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
     PRIOR_IMAGES,
     QUANTIZED,
+    RATES,
     TARGETS,
     DatasetSection,
     LossSection,
@@ -90,8 +91,7 @@ class RunProblem:
     Attributes:
         kind: for programs: name, package, epochs, base, vae, adapter, loss, targets, rate, disk, memory,
             busy, slider, dataset, picture, masks, regularisation, prior, caption, tokens, resolution,
-            variants,
-            sample, validation, or the kind of a note on the dataset.
+            variants, sample, validation, unused, or the kind of a note on the dataset.
         sentence: for users, with what to do.
         blocking: whether the run would fail.
     """
@@ -152,7 +152,7 @@ def preflight(
     found += _found_by(lambda: check_adapter(config, family), "adapter")
     found += _samples(config, facts.multiple if facts else 1)
     found += [*_loss(config, facts), *_prior(records, config), *_auto_rank(config)]
-    found += rate_problems(config, family)
+    found += [*rate_problems(config, family), *_without_effect(records, config, family)]
     if facts is not None and family is not None:
         targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
         own = None if card else find_card(config.train.device)
@@ -328,26 +328,64 @@ def _prior(records: list[ImageRecord], config: RunConfig) -> Iterator[RunProblem
         what = "captions without the trigger word" if prompts else "plain things, as there is no trigger word"
         first = f"the base makes {PRIOR_IMAGES} images first, of {what}"
         yield _note("prior", f"Prior preservation: {first}; a step takes about twice as long.")
-    elif config.loss.prior_preservation:
-        why = "for a slider, which keeps the base as it is"
-        yield _note("prior", f"loss.prior_preservation has no effect {why}.")
+
+
+def _without_effect(
+    records: list[ImageRecord], config: RunConfig, family: Family | None
+) -> Iterator[RunProblem]:
+    """Settings that change nothing beside the others."""
+    loss, sample, optim, valid = config.loss, config.sample, config.optimizer, config.validation
+    adapter, save, usual, rates = config.adapter, config.save, RunConfig(), _part_rates(config, family)
+    text = any(f"optimizer.{name}" in rates for name in RATES[1:]) or any(optim.block_lr.values())
+    rules = [rules_of(one, config.dataset) for one in records] or [config.dataset]
+    tags = config.slider.on or any(one.shuffle_tags or one.tag_dropout for one in rules)
+    guidance = max(sample_fields(sample, line)["cfg"] for line in sample.prompts or [""])
+    validates, no_alpha = valid.every or valid.every_epochs, ADAPTER_KINDS[adapter.kind].unused
+    huber = loss.type != "huber" and f"while loss.type is {loss.type}; it is for huber"
+    logit = loss.timesteps != "logit_normal" and f"while loss.timesteps is {loss.timesteps}"
+    plain = guidance <= 1 and f"without guidance: sample.cfg is {sample.cfg:g}"
+    never = not (validates and valid.pictures) and (
+        f"while validation.{'pictures' if validates else 'every'} is 0"
+    )
+    slider = not config.slider.on and "without slider.positive and slider.negative, which make a slider"
+    reasons: dict[str, object] = {
+        "slider.target": slider,
+        "slider.preserve": slider,
+        "slider.guidance": slider,
+        "adapter.conv_alpha": "adapter.block_alphas" in no_alpha
+        and f"with adapter.kind = {adapter.kind}, which has no alpha",
+        "dataset.keep_tags": not tags and "without dataset.shuffle_tags or dataset.tag_dropout",
+        "optimizer.text_encoder_lr": optim.text_encoder_lr
+        and not TARGETS[adapter.targets].text
+        and f"with adapter.targets = {adapter.targets}, which names no layer of a text encoder",
+        "optimizer.text_encoder_2_lr": family is not None
+        and len(family.text_encoders) < 2
+        and f"with this base: the {family.title} has one text encoder",
+        "optimizer.token_lr": not adapter.new_tokens and "without adapter.new_tokens",
+        "optimizer.stop_text_encoder_at": not (text or adapter.new_tokens)
+        and "while no text encoder is trained",
+        "loss.huber_delta": huber,
+        "loss.huber_schedule": huber,
+        "loss.multires_discount": not loss.multires_noise and "while loss.multires_noise is 0",
+        "loss.prior_preservation": not slider and "for a slider, which keeps the base as it is",
+        "loss.timestep_mean": logit,
+        "loss.timestep_std": logit,
+        "validation.draws_per_image": never,
+        "validation.max_time_share": valid.max_time_share and never,
+        "validation.forgetting": valid.forgetting and never,
+        "validation.patience": valid.patience and never,
+        "sample.negative_prompt": plain,
+        "sample.cfg_rescale": plain,
+        "save.keep_last": not (save.every or save.every_epochs) and "while save.every is 0",
+    }
+    for name, why in reasons.items():
+        if why and config.get(name) != usual.get(name):
+            yield _note("unused", f"{name} has no effect {why}.")
 
 
 def _loss(config: RunConfig, facts: BaseFacts | None) -> Iterator[RunProblem]:
-    """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
-    loss, usual = config.loss, LossSection()
-    for names, used, why in (
-        ("huber_delta huber_schedule", loss.type == "huber", f"loss.type is {loss.type}; it is for huber"),
-        (
-            "timestep_mean timestep_std",
-            loss.timesteps == "logit_normal",
-            f"loss.timesteps is {loss.timesteps}",
-        ),
-        ("multires_discount", loss.multires_noise, "loss.multires_noise is 0"),
-    ):
-        for name in () if used else names.split():
-            if getattr(loss, name) != getattr(usual, name):
-                yield _note("loss", f"loss.{name} has no effect while {why}.")
+    """Settings of the loss that exclude each other, or that leave the last timestep out."""
+    loss = config.loss
     if loss.multires_noise and loss.noise_offset:
         sentence = "loss.multires_noise takes the place of loss.noise_offset; set one of them to 0."
         yield RunProblem("loss", sentence)
@@ -445,12 +483,9 @@ def _images(dataset: Dataset) -> Iterator[RunProblem]:
 
 
 def _slider(config: RunConfig) -> Iterator[RunProblem]:
-    """What keeps a concept slider from having a direction, and what has no effect for it, or without it."""
+    """What keeps a concept slider from having a direction, and what has no effect for it."""
     slider, usual = config.slider, RunConfig()
     if not slider.on:
-        if given := next((f"slider.{name}" for name in ("target", "preserve") if getattr(slider, name)), ""):
-            both = "slider.positive and slider.negative, which make a slider"
-            yield _note("slider", f"{given} has no effect without {both}.")
         return
     if empty := next((name for name in ("positive", "negative") if not getattr(slider, name).strip()), ""):
         yield RunProblem("slider", f"slider.{empty} is empty; a slider needs two opposite prompts.")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from lora_core import backends
 from lora_core.backends import PARTS, import_models
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = """
@@ -62,11 +64,12 @@ def test_a_broken_torch_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package `toys` with the packages `plain`, `failing` and `other`, each with a `part`."""
+    """A package `toys` with the packages `plain`, `failing` `slow` and `other`, each with a `part`."""
     sources = {
         "": "",
         "plain": "from .part import VALUE\nCOUNTED = [*globals().get('COUNTED', []), 1]\n",
         "failing": "import toys\nif not hasattr(toys, 'ready'): raise RuntimeError('not yet')\nVALUE = 3\n",
+        "slow": "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\nVALUE = 5\n",
         "other": "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(VALUE=4)\n",
     }
     for name, source in sources.items():
@@ -75,7 +78,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (folder / "__init__.py").write_text(source)
         (folder / "part.py").write_text("VALUE = 2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(backends, "PACKAGES", ("toys.plain", "toys.failing", "toys.other"))
+    monkeypatch.setattr(backends, "PACKAGES", tuple(f"toys.{name}" for name in sources if name))
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "toys"]:
         del sys.modules[name]
@@ -102,6 +105,28 @@ def test_a_package_is_executed_once_it_is_asked(toys: None) -> None:
     assert sys.modules["toys.other"] is not other
     with pytest.raises(AttributeError):
         other.nothing  # noqa: B018
+
+
+def test_a_thread_waits_for_the_one_that_executes_a_package(toys: None) -> None:
+    import_models(("toys.slow.part",))
+    import toys as package
+
+    package.begun, package.go, found = threading.Event(), threading.Event(), []
+    threads = [threading.Thread(target=lambda: found.append(package.slow.VALUE)) for _ in range(2)]
+
+    def asks(thread: threading.Thread) -> bool:
+        """Whether the thread is in `__getattr__` or has ended."""
+        frame = sys._current_frames().get(thread.ident or 0)
+        return not thread.is_alive() or (frame is not None and frame.f_code.co_name == "__getattr__")
+
+    threads[0].start()
+    assert package.begun.wait(60)
+    threads[1].start()
+    wait_for(lambda: asks(threads[1]))
+    package.go.set()
+    for thread in threads:
+        thread.join(60)
+    assert found == [5, 5]
 
 
 def test_the_parts_are_what_a_base_is_made_of() -> None:

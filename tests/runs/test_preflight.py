@@ -35,6 +35,10 @@ from lora_core.system import files as disk_space
 from lora_core.system.files import DEMO_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
+TEXT = {"optimizer.text_encoder_lr": 1e-4}
+LATE = {"optimizer.stop_text_encoder_at": 0.5, "optimizer.text_encoder_lr": 0.0}
+ZWX = {"adapter.new_tokens": ["square = dot"]}
+EPOCH = {"validation.every_epochs": 1}
 
 
 @pytest.fixture
@@ -66,6 +70,8 @@ def test_nothing_is_wrong_with_the_demo_and_the_presets(config: RunConfig, tmp_p
     assert preflight(RunConfig().changed(preset("demo")), tmp_path, card=lambda: None) == []
     for name in preset_names():
         assert rate_problems(RunConfig().changed(preset(name)), None) == []
+        said = preflight(RunConfig().changed(preset(name)), tmp_path, card=lambda: None)
+        assert "unused" not in [one.kind for one in said]
 
 
 def test_it_needs_no_torch() -> None:
@@ -79,6 +85,7 @@ def test_all_problems_at_once_those_that_block_first(config: RunConfig, tmp_path
     problems = found(
         config, tmp_path, validation__pictures=2, optimizer__lr=2.0, model__vae=str(tmp_path / "none"),
         adapter__init=str(tmp_path / "none.safetensors"), adapter__targets="style",
+        optimizer__text_encoder_lr=0.0,
     )  # fmt: skip
     assert kinds(problems) == [
         ("picture", True),
@@ -449,10 +456,68 @@ def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Pa
     assert config.changed({"adapter.kind": "oft", "adapter.rank": 4}).adapter.scale == 1.0
 
 
-def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
-    (one,) = found(config, tmp_path, loss__huber_delta=0.5)
-    assert one.sentence == "loss.huber_delta has no effect while loss.type is mse; it is for huber."
-    assert found(config, tmp_path, loss__huber_delta=0.5, loss__type="huber") == []
+@pytest.mark.parametrize(
+    ("changes", "why", "with_effect"),
+    [
+        ({"loss.huber_delta": 0.5}, "while loss.type is mse; it is for huber", {"loss.type": "huber"}),
+        (
+            {"adapter.conv_alpha": 2.0, "adapter.targets": "locon", "adapter.kind": "oft"},
+            "with adapter.kind = oft, which has no alpha",
+            {"adapter.kind": "lora"},
+        ),
+        (LATE, "while no text encoder is trained", TEXT),
+        (LATE, "while no text encoder is trained", ZWX),
+        (
+            {**TEXT, "adapter.targets": "style"},
+            "with adapter.targets = style, which names no layer of a text encoder",
+            {"adapter.targets": "attention"},
+        ),
+        (
+            {"optimizer.text_encoder_2_lr": 1e-4},
+            "with this base: the Embedded tiny base has one text encoder",
+            {"optimizer.text_encoder_2_lr": 0.0},
+        ),
+        ({"optimizer.token_lr": 1e-2}, "without adapter.new_tokens", ZWX),
+        (
+            {"dataset.keep_tags": 1},
+            "without dataset.shuffle_tags or dataset.tag_dropout",
+            {"dataset.tag_dropout": 0.1},
+        ),
+        (
+            {"sample.negative_prompt": "blurred", "sample.cfg": 1.0},
+            "without guidance: sample.cfg is 1",
+            {"sample.prompts": ["a dot", "a square --l 4"]},
+        ),
+        (
+            {"sample.cfg_rescale": 0.5, "sample.cfg": 1.0},
+            "without guidance: sample.cfg is 1",
+            {"sample.cfg": 2},
+        ),
+        ({"validation.patience": 2, "validation.every": 0}, "while validation.every is 0", EPOCH),
+        (
+            {"validation.draws_per_image": 2, "validation.pictures": 0},
+            "while validation.pictures is 0",
+            {"validation.pictures": 1},
+        ),
+        ({"save.keep_last": 5, "save.every": 0}, "while save.every is 0", {"save.every_epochs": 1}),
+        (
+            {"slider.guidance": 2.0},
+            "without slider.positive and slider.negative, which make a slider",
+            {"slider.guidance": 1.0},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_said(
+    changes: dict[str, object], why: str, with_effect: dict[str, object], config: RunConfig, tmp_path: Path
+) -> None:
+    (one,) = found(config, tmp_path, **changes)
+    assert (one.sentence, one.blocking) == (f"{next(iter(changes))} has no effect {why}.", False)
+    assert [p for p in found(config, tmp_path, **changes | with_effect) if "no effect" in p.sentence] == []
+
+
+def test_what_is_turned_off_has_not_to_have_an_effect(config: RunConfig, tmp_path: Path) -> None:
+    off = {"validation.every": 0, "validation.patience": 0, "validation.forgetting": 0}
+    assert found(config, tmp_path, **off) == []
 
 
 def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConfig, tmp_path: Path) -> None:

@@ -205,6 +205,17 @@ def test_a_token_of_another_width_is_refused(shared_toy: Toy) -> None:
         put_tokens(opened(shared_toy), [wide])
 
 
+def test_two_loras_with_one_token_are_refused_unless_it_is_the_same(shared_toy: Toy) -> None:
+    def with_token(token: str, value: float) -> AdapterWeights:
+        return AdapterWeights({}, tokens={"text_encoder": {token: torch.full((1, 768), value)}})
+
+    base, one = opened(shared_toy), with_token("zwx", 1.0)
+    with pytest.raises(AdapterFileError, match="have a new token ZWX, each with vectors of its own"):
+        put_tokens(base, [one, with_token("ZWX", 2.0)])
+    layers = put_tokens(base, [one, with_token("zwx", 1.0), with_token("zwy", 2.0)])
+    assert layers["text_encoder"].counts == {"zwx": 1, "zwy": 1}
+
+
 def test_a_file_with_tokens_is_continued_or_told_of(own_toy: Toy) -> None:
     first = own_toy.run("first", **ZWX, train__steps=2)
     file = trained(first).export
