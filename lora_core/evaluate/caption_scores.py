@@ -18,7 +18,7 @@ import torch
 
 from lora_core.data.audit import TrainingView, step_shares, words_of
 from lora_core.data.captions import plain_caption, plain_record_caption, split_tags
-from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
+from lora_core.data.dataset import apply_settings, measured_dataset
 from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import (
@@ -407,7 +407,9 @@ def measure_run_images(
     base = (open_base or load_model)(config.model)
     weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family, plain=False)
     reg = dataset.reg if config.dataset.reg_weight else []
-    rows = image_rows(base, dataset.records, weights, config, draws, on_progress, reg)
+    held = {record.path for record in run.held_out(dataset.records, config)}
+    records = [replace(record, held_out=record.path in held) for record in dataset.records]
+    rows = image_rows(base, records, weights, config, draws, on_progress, reg)
     found = {"step": step, "triples": draws, "rows": rows}
     write_atomically(run.path / IMAGES_FILE, json.dumps(found, ensure_ascii=False).encode())
     return found
@@ -426,7 +428,7 @@ def image_rows(
 
     Args:
         base: with no adapter in it, before and after.
-        records: all images of the run.
+        records: all images of the run; those marked as held out were not trained on.
         reg: its images for regularisation.
         on_progress: called in each of four passes over the images.
 
@@ -436,8 +438,7 @@ def image_rows(
         caption), helps_error, share (of the training steps), held_out, suspect, sentence}.
     """
     train, size = config.train, config.resolution(base.resolution)
-    _, held = split_holdout(list(records), config.validation.pictures, config.seed)
-    held_out = frozenset(record.path for record in held)
+    held_out = frozenset(record.path for record in records if record.held_out)
     advance = _counter(on_progress, 4 * len(records))
     images = []
     for record in apply_settings(records, config):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.data.captions import plain_record_caption
-from lora_core.data.dataset import apply_settings, measured_dataset, split_holdout
+from lora_core.data.dataset import apply_settings, measured_dataset
 from lora_core.data.images import encode_file
 from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.evaluate.caption_scores import IMAGES_FILE
@@ -70,7 +70,7 @@ def run_evaluator(
     """
     dataset = measured_dataset(config, run.path.parent.parent / "cache" / "datasets")
     every = apply_settings(dataset.records, config)
-    _, held = split_holdout(every, config.validation.pictures, config.seed)
+    held = run.held_out(every, config)
     if not held:
         raise DatasetError(f"{run.name} held no image out, so there is nothing to measure it on.")
     known, now = read_json(run.inputs_file), input_hashes(run, every)

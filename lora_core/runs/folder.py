@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from lora_core.data.dataset import EPOCHS, run_dataset, with_epochs
+from lora_core.data.dataset import EPOCHS, run_dataset, split_holdout, with_epochs
+from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.events import Progress, open_for_append, read_events, write_line
 from lora_core.settings.config import (
@@ -38,6 +40,7 @@ from lora_core.system.files import (
     is_device,
     parse_json,
     patiently,
+    read_json,
     workspace,
     write_atomically,
 )
@@ -74,6 +77,7 @@ class RunFolder:
     process_file = _Below("process.json")  # the lock's holder, for readers, which never try the lock
     plan_file = _Below("plan.json")  # choices measured before the first step
     inputs_file = _Below("inputs.json")  # hashes of all inputs of the run, written at its first start
+    held_out_file = _Below("held_out.json")  # hashes of the images that it does not train on
     log_file = _Below("log.txt")  # the trainer's own output
     checkpoints = _Below("checkpoints")  # resumable states, one folder a step
     previews = _Below("previews")  # samples taken while training
@@ -238,6 +242,23 @@ class RunFolder:
         if self.live_process() is not None:
             return "running" if progress.stepping else "preparing"
         return progress.ending or ("interrupted" if progress.started else "queued")
+
+    def write_held_out(self, held: Iterable[ImageRecord]) -> None:
+        """Write down which images the run does not train on."""
+        found = {"files": sorted(hash_file(record.path) for record in held)}
+        write_atomically(self.held_out_file, json.dumps(found).encode())
+
+    def held_out(self, records: list[ImageRecord], config: RunConfig) -> list[ImageRecord]:
+        """Which of the images the run did not train on, whatever the dataset's list is today: as it would
+        choose today where an earlier version trained it.
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        known = read_json(self.held_out_file).get("files")
+        if not isinstance(known, list):
+            return split_holdout(records, config.validation.pictures, config.seed)[1]
+        return [record for record in records if hash_file(record.path) in known]
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, ascending."""

@@ -585,6 +585,7 @@ def prepare(
     check_inputs(run, [*records, *reg], accept_changes, more)
     slider, section = config.slider, config.validation
     train, held = split_holdout(records, 0.0 if slider.on else section.pictures, config.seed)
+    run.write_held_out(held)
     train, reg = balance_looks(train, reg)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)

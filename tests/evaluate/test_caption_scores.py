@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
+from lora_core.data.dataset import split_holdout
 from lora_core.data.images import ImageRecord
 from lora_core.errors import DatasetError, RunError
 from lora_core.evaluate.caption_scores import (
@@ -143,9 +144,7 @@ def planted(size: float) -> AdapterWeights:
     return AdapterWeights({("unet", LAYER): LayerWeights(down, up, 2.0)})
 
 
-CONFIG = RunConfig().changed(
-    {"validation.pictures": 2, "train.batch_size": 2, "dataset.caption_dropout": 0.5}
-)
+CONFIG = RunConfig().changed({"train.batch_size": 2, "dataset.caption_dropout": 0.5})
 
 
 def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_shows(
@@ -163,6 +162,7 @@ def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_sho
 
 def test_gains_shares_and_who_is_held_out(demo_base: BaseModel, checked: list[ImageRecord]) -> None:
     told: list[tuple[int, int]] = []
+    checked = [replace(one, held_out=number < 2) for number, one in enumerate(checked)]
     rows = image_rows(
         demo_base, checked, planted(0.02), CONFIG, draws=2, on_progress=lambda *how: told.append(how)
     )
@@ -229,6 +229,17 @@ def test_a_run_s_pictures_are_written_beside_it(
     assert [one["gain"] for one in first["rows"]] == [0.0] * 3
     with pytest.raises(RunError, match=r"no checkpoint 7; take best, last or one of 5, 10"):
         measure_run_images(run, "7", open_base=lambda *_: demo_base)
+
+
+def test_what_a_run_held_out_is_remembered(checked: list[ImageRecord], tmp_path: Path) -> None:
+    config = RunConfig().changed({"validation.pictures": 2})
+    run = RunFolder.create(tmp_path / "runs" / "one", config)
+    now = run.held_out(checked, config)
+    assert now == split_holdout(checked, 2, config.seed)[1]
+    others = [one for one in checked if one not in now]
+    run.write_held_out(others[:1])
+    assert run.held_out([replace(one, held_out=one in now) for one in checked], config) == others[:1]
+    assert run.held_out(now, config) == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_core.data.captions import write_caption
-from lora_core.data.dataset import scan
+from lora_core.data.dataset import scan, split_holdout
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -15,6 +16,7 @@ from lora_core.settings.schema import ModelSection
 from lora_core.train import setup
 from lora_core.train.setup import base_inputs, check_inputs
 from tests.checkpoints import write_single
+from tests.train.runs import trained
 
 
 @pytest.fixture
@@ -93,3 +95,13 @@ def test_a_file_of_the_base_that_was_trained_on_is_named(pictures, run, tmp_path
         check_inputs(run, scan(pictures).records, False, base_inputs(model))
     check_inputs(run, scan(pictures).records, True, base_inputs(model))
     check_inputs(run, scan(pictures).records, False, base_inputs(model))
+
+
+def test_a_run_remembers_what_it_held_out(own_toy):
+    run = own_toy.run("one", validation__pictures=1, validation__every=0, train__steps=1)
+    trained(run)
+    records = scan(own_toy.pictures).records
+    _, held = split_holdout(records, 1, run.config().seed)
+    # Chosen by hand later.
+    now = [replace(record, held_out=record not in held) for record in records]
+    assert [one.path for one in run.held_out(now, run.config())] == [one.path for one in held]
