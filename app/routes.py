@@ -167,21 +167,25 @@ def require_near(request: Request, else_: str) -> None:
 def add_assets(app: FastAPI, files: Mapping[str, bytes], cache: Path) -> None:
     """Serve the page's own `files`, by name; compressed, they are kept in the folder `cache`."""
 
+    def used() -> set[str]:
+        return set(map(_packed_name, files.values()))
+
     @app.get("/easel/assets/{name}")
     async def asset(request: Request, name: str, v: str = "") -> Response:
         if name not in files:
             raise BadRequest(name)
         data, headers = files[name], {"Cache-Control": KEEP["Cache-Control"] if v else "no-cache"}
         if "br" in request.headers.get("accept-encoding", ""):
-            data = await asyncio.to_thread(_compress, data, cache)
+            data = await asyncio.to_thread(_compress, data, cache, used)
             headers |= {"Content-Encoding": "br", "Vary": "Accept-Encoding"}
         return Response(data, media_type=ASSET_TYPES[Path(name).suffix], headers=headers)
 
 
 @functools.lru_cache(maxsize=8)
-def _compress(data: bytes, cache: Path) -> bytes:
-    """Quality 10 takes half a second of processor time, so only the first start of a version does it."""
-    kept = cache / f"{hashlib.sha256(data).hexdigest()}.br"
+def _compress(data: bytes, cache: Path, used: Callable[[], set[str]]) -> bytes:
+    """Quality 10 takes half a second of processor time, so only the first start of a version does it; what
+    that does not use is removed then."""
+    kept = cache / _packed_name(data)
     with contextlib.suppress(OSError, brotli.error):
         packed = kept.read_bytes()
         if brotli.decompress(packed) == data:
@@ -190,7 +194,15 @@ def _compress(data: bytes, cache: Path) -> bytes:
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, packed, sync=False)
+        names = used()
+        for old in cache.glob("*.br"):
+            if old.name not in names:
+                old.unlink(missing_ok=True)
     return packed
+
+
+def _packed_name(data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}.br"
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,10 +7,13 @@ journal first, so that the next start completes what a killed process began.
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +59,7 @@ from lora_core.system.files import (
     clean_text,
     clean_value,
     clear_abandoned,
+    clear_abandoned_below,
     fold_name,
     read_json,
     read_object,
@@ -73,6 +77,11 @@ _LOCK = ".lock"
 _PATIENCE = 30.0
 """Seconds to wait for another process that changes the project."""
 LONGEST_TITLE = 80
+LARGEST_SENT_MASK = 16_000_000
+"""Bytes of a former mask that a page gets, and can send back within a request's limit. A larger one is kept
+in the project for `_KEPT_SECONDS`, and the page gets its name."""
+_FORMER_MASKS, _KEPT_SECONDS = "former masks", 24 * 3600.0
+_KEPT_MASK = re.compile(r"kept:([0-9a-f]{64})")
 MEANT: ContextVar[str] = ContextVar("meant", default="")
 """The folder's name of the project that a page shows, while what it sent is carried out; else ""."""
 OTHER_PROJECT = "Another page has opened another project, so nothing was changed here."
@@ -155,6 +164,11 @@ class Project:
     def _repair(self) -> None:
         """Finish moves of a killed process."""
         clear_abandoned(self.path)
+        clear_abandoned_below(self.image_folder)
+        for file in (self.path / _FORMER_MASKS).glob("*"):
+            with contextlib.suppress(OSError):
+                if file.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                    file.unlink()
         if not (self.root / JOURNAL).exists():
             return
         # A project that cannot be written can still be shown; it is repaired when that is possible.
@@ -406,12 +420,13 @@ class Project:
 
     def write_mask(self, name: str, png: str | None, put_back: str = "") -> dict[str, str | None]:
         """Write `NAME-masklabel.png` beside an image, or remove the mask that the image has; returns the
-        `file`, by its name below the dataset folder, and what it was `before`, in base64, None for no file.
+        `file`, by its name below the dataset folder, and what it was `before`, in base64 or, if it is large,
+        by the name under which the project keeps it, None for no file.
 
         Args:
             name: of the image, below the dataset folder.
             png: the mask in base64, white where the image counts; None for no mask.
-            put_back: a `file` of an earlier answer, which becomes `png` byte for byte, and is none for None.
+            put_back: a `file` of an earlier answer, which becomes `png`, its `before`, byte for byte.
 
         Raises:
             DatasetError: it is the demo's, no such image, the mask is not a PNG, all black or of another
@@ -422,15 +437,11 @@ class Project:
             record = self.find_image(name)
             file = (png is None and record.mask) or mask_file(record)
             file = self._mask_named(put_back, record) if put_back else file
-            was = base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
-            before = {"file": relative_name(file, self.image_folder), "before": was}
+            before = {"file": relative_name(file, self.image_folder), "before": self._former_mask(file)}
             if png is None:
                 file.unlink(missing_ok=True)
             elif put_back:
-                try:
-                    write_atomically(file, base64.b64decode(png, validate=True))
-                except (ValueError, TypeError) as error:
-                    raise DatasetError(f"The mask of {name} is not in base64.") from error
+                write_atomically(file, self._put_back_bytes(png, name))
             else:
                 data = check_mask_png(png, self.sizes.info(record.path, name), name)
                 with self._own_writes({file.name}) as changed:
@@ -440,6 +451,29 @@ class Project:
                     return before
             self.invalidate()
             return before
+
+    def _former_mask(self, file: Path) -> str | None:
+        """What `write_mask` answers of a file that it is about to change."""
+        if not file.is_file():
+            return None
+        data = file.read_bytes()
+        if len(data) <= LARGEST_SENT_MASK:
+            return base64.b64encode(data).decode()
+        digest = hashlib.sha256(data).hexdigest()
+        (self.path / _FORMER_MASKS).mkdir(exist_ok=True)
+        write_atomically(self.path / _FORMER_MASKS / digest, data)
+        return f"kept:{digest}"
+
+    def _put_back_bytes(self, before: str, name: str) -> bytes:
+        """The former mask of an image by what `_former_mask` said of it."""
+        try:
+            if kept := _KEPT_MASK.fullmatch(before):
+                return (self.path / _FORMER_MASKS / kept[1]).read_bytes()
+            return base64.b64decode(before, validate=True)
+        except FileNotFoundError as error:
+            raise DatasetError(f"The former mask of {name} was kept for a day and is gone.") from error
+        except (ValueError, TypeError) as error:
+            raise DatasetError(f"The mask of {name} is not in base64.") from error
 
     def _mask_named(self, name: str, record: ImageRecord) -> Path:
         """A file that can be a mask of an image: named like it, and beside it or in a folder of masks."""

@@ -19,12 +19,14 @@ from app import routes
 from app.dataset import findings, gallery, uploads
 from app.dataset.gallery import summarize
 from app.dataset.view import add_dataset_routes
+from app.guard import LARGEST_JSON
 from app.main import build_app
 from app.page import build_page
 from app.state import AppState, take_snapshot
 from app.train.start import details
 from lora_core.data import audit, dataset, images, importer
 from lora_core.data.dataset import scan
+from lora_core.projects import project
 from lora_core.projects.project import OTHER_PROJECT
 from lora_core.runs import preflight
 from tests.waiting import PATIENCE, wait_for
@@ -438,11 +440,16 @@ def test_a_mask_is_painted_and_taken_back(client: TestClient, app_state: AppStat
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("a-masklabel.jpg", "RGB"), ("a-masklabel.png", "RGBA"), ("a_mask.png", "1"), ("mask/a.webp", "RGB")],
-)
+    [("a-masklabel.jpg", "RGB"), ("a-masklabel.png", "RGBA"), ("a_mask.png", "1"), ("mask/a.webp", "RGB"),
+     ("a-masklabel.png", "too large to be sent")],
+)  # fmt: skip
 def test_a_mask_that_was_changed_comes_back_byte_for_byte(
-    client: TestClient, app_state: AppState, name: str, mode: str
+    client: TestClient, app_state: AppState, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert project.LARGEST_SENT_MASK * 4 / 3 + 1000 < LARGEST_JSON
+    if large := mode.startswith("too large"):
+        mode = "L"
+        monkeypatch.setattr(project, "LARGEST_SENT_MASK", 10)
     imported(client, {"a.png": png()})
     folder, size, buffer = app_state.project.image_folder, shelf(client)[0]["size"], io.BytesIO()
     file = folder / name
@@ -472,6 +479,7 @@ def test_a_mask_that_was_changed_comes_back_byte_for_byte(
     was: dict[str, Any] = {}
     for answer in answers:
         was.setdefault(answer["file"], answer["before"])
+    assert all(str(data).startswith("kept:") == large for data in was.values() if data)
     for put_back, data in was.items():
         act(png=data, put_back=put_back)
     assert (used(), file.read_bytes()) == (name, former)
@@ -491,7 +499,9 @@ def test_only_a_mask_is_put_back(client: TestClient, app_state: AppState, tmp_pa
     answer = client.post("/easel/mask", json={"picture": "a.png", "png": "AAAA", "put_back": name}).json()
     assert answer["problem"].endswith("is not a mask of a.png.")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
-    for wrong in ("####", 3, [1]):
+    gone = {"picture": "a.png", "png": f"kept:{'0' * 64}", "put_back": "a_mask.png"}
+    assert "was kept for a day and is gone" in client.post("/easel/mask", json=gone).json()["problem"]
+    for wrong in ("####", 3, [1], "kept:../../project.json"):
         sent = {"picture": "a.png", "png": wrong, "put_back": "a_mask.png"}
         assert (
             client.post("/easel/mask", json=sent).json()["problem"] == "The mask of a.png is not in base64."

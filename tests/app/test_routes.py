@@ -42,6 +42,10 @@ def test_compressed_assets_are_kept_and_checked(tmp_path: Path, monkeypatch: pyt
     kept.write_bytes(kept.read_bytes()[:-4])
     assert fetched() == style
     assert len(made) == 2
+    # What the next version does not use goes.
+    style += b"a {}"
+    assert fetched() == style
+    assert [path == kept for path in tmp_path.iterdir()] == [False]
 
 
 def test_thumbnails_and_large_pictures(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:

@@ -290,3 +290,25 @@ def test_another_process_that_holds_the_project_is_waited_for(
     with Project(project.path).lock(), pytest.raises(DatasetError, match="being changed by another"):
         leave_out(project, ["a.png"])
     assert leave_out(project, ["a.png"]) == 1
+
+
+def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(project: Project) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder, large = project.image_folder, project.path / "former masks"
+    large.mkdir()
+    left = [folder / f".a.txt.{gone.pid}-1.tmp", folder / "sub" / f".b-masklabel.png.{gone.pid}-77.tmp"]
+    # Of a process that lives, of another program, and what a page may still put back.
+    stays = [
+        folder / f".c.txt.{os.getpid()}-1.tmp",
+        folder / ".own.tmp",
+        folder / ".own.1.tmp",
+        large / "new",
+    ]
+    old = large / "old"
+    for file in (*left, *stays, old):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    Project(project.path)
+    assert [file for file in (*left, old) if file.exists()] == []
+    assert all(file.exists() for file in stays)
