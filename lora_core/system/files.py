@@ -208,7 +208,7 @@ def _still_writing(pid: int, path: Path) -> bool:
 def _written_by(pid: int, path: Path) -> bool:
     """Whether `path` may be the work of a living process; one that began later has only its number."""
     try:
-        return psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0
+        return bool(psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0)
     except (OSError, psutil.Error):
         return False
 
