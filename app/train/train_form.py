@@ -48,7 +48,6 @@ from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
 FOLDED = [group for group in GROUPS if group not in ("Base model", "Slider")]
-UNMATCHED = "unmatched"
 INFO = (
     "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"
     " models; or a hub id like owner/name, which can be downloaded."
@@ -171,10 +170,8 @@ class TrainForm:
         for chosen in (self.goal, self.level):
             chosen.input(self._choose_preset, [base, self.goal, self.level], self.fields, **TYPING)
         base.input(self._choose_base, inputs, [self.added, self.level, *self.fields], **TYPING)
-        matched = [name for group in FOLDED for name in group_fields(group)]
-        outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
-        search.change(search_settings, search, outputs, **TYPING)
+        search.change(search_settings, search, [self.none, *self.folds.values()], **TYPING)
 
     def _read(self, sent: dict[Any, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What a page was filled with, None if unknown, and what its fields hold."""
@@ -289,19 +286,17 @@ def search_settings(words: str) -> list[Any]:
         words: the search text; a setting matches by its name, its label, its help or its group.
 
     Returns:
-        The note, then an update for each group and each field in it.
+        A style that hides fields, with a note where all are hidden, then an update for each group.
     """
-    wanted = str(words or "").lower().split()
-    folds, fields, hits = [], [], 0
+    wanted, folds = str(words or "").lower().split(), []
+    hidden: list[str] = []
     for group in FOLDED:
         names = group_fields(group)
-        matching = [name for name in names if all(word in _searched(group, name) for word in wanted)]
-        hits += len(matching)
-        folds.append(gr.update(open=bool(wanted and matching)))
-        hidden = [HIDDEN_INFO, UNMATCHED]
-        fields += [gr.update(elem_classes=HIDDEN_INFO if name in matching else hidden) for name in names]
-    note = "" if hits else render("train/form.html", part="none", words=words[:60])
-    return [note, *folds, *fields]
+        missed = [name for name in names if not all(word in _searched(group, name) for word in wanted)]
+        folds.append(gr.update(open=bool(wanted) and len(missed) < len(names)))
+        hidden += map(_field_id, missed)
+    nothing = not any(fold["open"] for fold in folds) and bool(wanted)
+    return [render("train/form.html", part="search", hidden=hidden, nothing=nothing, words=words), *folds]
 
 
 def _searched(group: str, name: str) -> str:

@@ -1,5 +1,6 @@
 """The Train tab's form: its search, its resets, and two pages that type into it."""
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,8 @@ from app.train.form import (
 from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems, take_settings
 from app.train.train_form import (
     FOLDED,
-    UNMATCHED,
     _changed,
+    _field_id,
     _group_note,
     _rates_note,
     choose_optimizer,
@@ -38,10 +39,9 @@ from lora_core.projects.project import Project
 
 def hits(words: str) -> list[str]:
     """The settings that a search leaves to be seen."""
-    _, *updates = search_settings(words)
-    folds, fields = updates[: len(FOLDED)], updates[len(FOLDED) :]
-    names = [name for group in FOLDED for name in group_fields(group)]
-    shown = [n for n, update in zip(names, fields, strict=True) if UNMATCHED not in update["elem_classes"]]
+    style, *folds = search_settings(words)
+    hidden = re.findall(r"#([\w-]+)", style)
+    shown = [name for group in FOLDED for name in group_fields(group) if _field_id(name) not in hidden]
     unfolded = {group for group, fold in zip(FOLDED, folds, strict=True) if fold["open"]}
     assert not words.strip() or unfolded == {g for g in FOLDED if set(group_fields(g)) & set(shown)}
     return shown
@@ -57,7 +57,7 @@ def test_a_search_finds_by_name_title_and_help() -> None:
 
 def test_a_search_for_nothing_folds_all_and_hides_none() -> None:
     assert len(hits(" ")) == sum(len(group_fields(group)) for group in FOLDED)
-    assert not any(fold["open"] for fold in search_settings("")[1 : 1 + len(FOLDED)])
+    assert not any(fold["open"] for fold in search_settings("")[1:])
 
 
 def test_a_search_without_a_match_says_so_as_text() -> None:
