@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, Response
 
 from app.routes import BadRequest, add_actions, add_reads, below
 from app.state import AppState, ShownRun, Snapshot
-from app.templates import STATES, WORDS, _, card, format_clock, format_duration, problem_html, render
+from app.templates import STATES, WORDS, _, card, format_clock, format_duration, render
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO_TITLE
 from lora_core.projects.workspace import clean_caches, empty_trash, list_trash, restore, trash_folder
@@ -80,10 +80,8 @@ def describe_run(run: ShownRun) -> str:
             return f"{run.name}: {_(STATES[run.state][0]).lower()}{early}{at}"
 
 
-def draft_note(snapshot: Snapshot) -> str:
-    """A note that the draft was set aside, if it was."""
-    problem = snapshot.app_state.project.draft_problem
-    return problem_html(problem) if problem else ""
+draft_note = card("header.html", part="draft")
+"""A note that the draft was set aside, if it was."""
 
 
 def page_title(snapshot: Snapshot) -> str:

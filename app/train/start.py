@@ -72,9 +72,21 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
     bindings.follow(queue, lambda snap: gr.update(interactive=not start_problems(snap)))
 
     def pressed(do: str, sent: dict[Any, Any]) -> tuple[Any, str]:
+        app_state = bindings.app_state
         # The click carries the form: the last edits may not have reached the draft yet.
         form.keep(sent)
-        return _pressed(bindings.app_state, do, (sent[name] or "").strip(), sent[bindings.trigger] or "")
+        app_state.project.update_draft(trigger=(sent[bindings.trigger] or "").strip())
+        try:
+            config = ready_config(app_state, (sent[name] or "").strip(), do)
+            if do == "queue":
+                (run,) = app_state.jobs.add_to_queue(config)
+                return "", note_html(_("{name} waits in the queue.", name=run.name))
+            # A run needs the memory more than an image does; the worker loads again when it is asked.
+            app_state.worker.release()
+            app_state.jobs.start(config)
+        except LoraError as error:
+            return gr.skip(), problem_html(error)
+        return "", ""
 
     for button, do in ((start, "start"), (queue, "queue")):
         act = functools.partial(pressed, do)
@@ -105,21 +117,6 @@ def _can_resume(snapshot: Snapshot) -> bool:
     if run.view is None or run.asks or snapshot.active.live or run.state not in RESUMED_FIRST:
         return False
     return run.view.resume_info().step > 0
-
-
-def _pressed(app_state: AppState, do: str, run_name: str, trigger: str) -> tuple[Any, str]:
-    app_state.project.update_draft(trigger=trigger.strip())
-    try:
-        config = ready_config(app_state, run_name, do)
-        if do == "queue":
-            (run,) = app_state.jobs.add_to_queue(config)
-            return "", note_html(_("{name} waits in the queue.", name=run.name))
-        # A run needs the memory more than an image does; the worker loads again when it is asked.
-        app_state.worker.release()
-        app_state.jobs.start(config)
-    except LoraError as error:
-        return gr.skip(), problem_html(error)
-    return "", ""
 
 
 def ready_config(
