@@ -1,6 +1,11 @@
 """`python -m lora_core VERB`: the command line."""
 
-from lora_core.cli import main, run
+import sys
+
+try:
+    from lora_core.cli import main, run
+except KeyboardInterrupt:  # Ctrl-C during the import
+    sys.exit(130)
 
 __all__ = ["main", "run"]
 

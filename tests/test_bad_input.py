@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -605,9 +607,59 @@ def test_output_that_nobody_reads_is_no_reason_to_fail(place: Place) -> None:
     assert RunFolder.open(place.run).summary()["status"] == "done"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_a_result_that_finds_no_room_is_no_success(place: Place, more: list[str]) -> None:
+    """`inspect FILE --json > result.json` on a full disk."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [program("engine"), "-m", "lora_core", "inspect", str(place.lora), *more]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "The output cannot be read or written: No space left on device.\n"
+
+
+def test_a_closed_output_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    """As `>&-` leaves it, or a Windows program without a console."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["runs", "--workspace", str(place.workspace)]) == 0
+
+
 def test_a_terminal_that_lacks_a_letter_is_no_reason_to_fail(place: Place) -> None:
     made(place)
     place.run.rename(place.run.with_name("木"))
     done = real(["runs", "--workspace", place.workspace], PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert "queued" in done.stdout
+
+
+def test_a_tick_is_told_from_a_cross_where_the_encoding_has_neither(place: Place) -> None:
+    """kohya reads an alpha of 0 as the rank."""
+    weights = adapter(128)
+    layers = {key: dataclasses.replace(layer, alpha=0.0) for key, layer in weights.layers.items()}
+    save_adapter(AdapterWeights(layers), place.lora, FAMILIES["tiny"], keep_alphas=True)
+    done = real(["verify", place.lora], PYTHONIOENCODING="ascii")
+    signs = {line.split()[1]: line[0] for line in done.stdout.splitlines()[1:]}
+    assert signs == {tool: "x" if tool == "kohya" else "+" for tool in signs}, done.stdout
+    assert "kohya" in signs
+
+
+class Interrupted(ModuleType):
+    """A module whose import ends by Ctrl-C."""
+
+    def __getattr__(self, name: str) -> object:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_a_verb_begins_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a module is imported, and while it waits for the right to spin."""
+
+    def wait(kind: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_core.system.processes.limit_spinning", wait)
+        assert main(["runs"]) == 130
+    monkeypatch.setitem(sys.modules, "lora_core.cli", Interrupted("lora_core.cli"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "lora_core" / "__main__.py"), run_name="__main__")
+    assert end.value.code == 130

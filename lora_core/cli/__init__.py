@@ -6,6 +6,7 @@ they work, are functions in this file. Exit codes: 0 done; 1 a problem that a us
 stderr; 2 wrong usage; 130 interrupted.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import io
@@ -63,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(sys.stderr, f"{in_short(word)} holds bytes that are not UTF-8; type it again.\n")
             return 1
     replace_unprintable()
-    call = parse(words)
-    quiet_libraries()
-    set_up_cuda()
-    processes.limit_spinning(processor_use(call.verb))
     try:
+        call = parse(words)
+        quiet_libraries()
+        set_up_cuda()
+        processes.limit_spinning(processor_use(call.verb))  # may wait
         return _run(call)
     except LoraError as error:
         write(sys.stderr, f"{one_line(error)}\n")
@@ -139,10 +140,19 @@ def set_up_cuda() -> None:
 
 
 def replace_unprintable() -> None:
-    """Print a `?` for a letter that the terminal's encoding lacks, rather than fail."""
+    """Print a `?` for a letter that the terminal's encoding lacks, or its like, rather than fail."""
+    codecs.register_error("easel", _replace)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="easel")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join({"✓": "+", "✗": "x"}.get(letter, "?") for letter in letters), error.end
 
 
 # Commands that do what two verbs do

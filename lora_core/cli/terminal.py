@@ -1,5 +1,6 @@
 """What commands print: lines, JSON, the events of a run, and results in the words of `results.j2`."""
 
+import errno
 import functools
 import json
 import os
@@ -45,7 +46,7 @@ def one_line(value: Any) -> Any:
     return value
 
 
-def write(stream: TextIO, text: str, over: bool = False) -> None:
+def write(stream: TextIO, text: str, over: bool = False, result: bool = False) -> None:
     """Write at once, for as long as somebody reads.
 
     Work continues when the reader of the output is gone: `train ... | head` must not end a run. Later output
@@ -55,12 +56,18 @@ def write(stream: TextIO, text: str, over: bool = False) -> None:
         stream: where.
         text: control characters in it are written out, but line breaks, see `one_line`.
         over: whether it replaces the line that the cursor is in.
+        result: whether it is what the command is for.
+
+    Raises:
+        OSError: the disk that a result is written to is full.
     """
     try:
         stream.write((_ERASE_LINE if over else "") + printable(text))
         stream.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if result and error.errno == errno.ENOSPC:
+            raise OSError(error.errno, error.strerror, "The output") from error
 
 
 def say(text: object) -> None:
@@ -71,7 +78,7 @@ def say(text: object) -> None:
 def say_json(document: Any) -> None:
     """Print one JSON document on stdout; control characters are escaped as JSON does it."""
     text = json.dumps(document, ensure_ascii=False, indent=1)
-    write(sys.stdout, _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+    write(sys.stdout, _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n", result=True)
 
 
 def slow_notes() -> Callable[..., None]:
@@ -211,7 +218,7 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
     else:
         lines = result if isinstance(result, list) else [] if result is None else [result]
         text = "".join(f"{one_line(line)}\n" for line in lines)
-    write(sys.stdout, re.sub(r" +$", "", text, flags=re.M))
+    write(sys.stdout, re.sub(r" +$", "", text, flags=re.M), result=True)
 
 
 @functools.cache

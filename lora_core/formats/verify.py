@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import kinds, peft
+from lora_core.formats import kinds, kohya, peft
 from lora_core.formats.io import check_family, file_hashes, read_tensors
 from lora_core.formats.kinds import check_lycoris_factors, limit_oft, magnitude_from_tensor
 from lora_core.formats.layers import (
@@ -31,6 +31,7 @@ from lora_core.formats.layers import (
     layer_from_tensors,
     layer_of_module,
     read_alpha,
+    reshape_adapter,
     split_key,
 )
 from lora_core.formats.loaders import LOADERS, AdapterFile, AppliedLayer, Loaded, LoadError
@@ -215,6 +216,8 @@ def verify_adapter(
         )
     family = _check_base(path, header.shapes, header.metadata, family)
     outcomes = run_loaders(path, family, live, layout, weight_of)
+    usual = _is_as_converted(header.shapes, next(iter(outcomes.values())).meant, family, format)
+    advices = {tool: _advice(one, tool in MEANT_FOR[format], format, usual) for tool, one in outcomes.items()}
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
@@ -222,7 +225,7 @@ def verify_adapter(
         "kind": kind,
         "extras": kinds.extras_sentence(header.shapes, with_tokens=True),
         "tools": [
-            {"tool": tool, **one.row(), "note": _note(one, tool in MEANT_FOR[format], format, family)}
+            {"tool": tool, **one.row(), "note": _note(one, advices[tool], family)}
             for tool, one in outcomes.items()
         ],
     }
@@ -472,9 +475,18 @@ class Expected:
         return float((got - right).norm() / right.norm()) if right.any() else float(got.any())
 
 
-def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str:
+def _is_as_converted(shapes: kinds.Shapes, meant: AdapterWeights, family: Family, format: str) -> bool:
+    """Whether a plain LoRA has the names and shapes that `convert` would write."""
+    if not meant.layers:
+        return False
+    translator = peft if format == "diffusers" else kohya
+    written = translator.to_tensors(reshape_adapter(meant, family), family, keep_alphas=True)
+    pairs = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(".alpha")}
+    return pairs == {name: tuple(t.shape) for name, t in written.items() if not name.endswith(".alpha")}
+
+
+def _note(outcome: Outcome, advice: str, family: Family) -> str:
     """What a tool makes of a file and what to do, in one sentence."""
-    advice = _advice(outcome, meant_for, format)
     layers = outcome.loaded.layers
     failed = [layer.failed for layer in layers.values() if layer.failed]
     if outcome.refused:
@@ -522,7 +534,7 @@ _MERGEABLE = re.compile(r"\.(?:hada|lokr|oft)_|\.dora_scale$|\.lora_magnitude_ve
 """Tensors of the kinds that `merge --rank` turns into a plain LoRA."""
 
 
-def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
+def _advice(outcome: Outcome, meant_for: bool, format: str, usual: bool) -> str:
     if not meant_for:
         return "export as kohya for it"
     dora = any(layer.kind == "DoRA" for layer in outcome.loaded.layers.values())
@@ -540,4 +552,6 @@ def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
         return "only a file without them suits it; convert leaves them out"
     if outcome.wrong and not outcome.dropped:
         return "convert it to kohya, which gives all layers one alpha"
+    if usual:
+        return "no conversion changes that"
     return f"convert it to {format}, which writes the names that all tools know"

@@ -92,7 +92,8 @@ def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) 
     Raises:
         AdapterFileError: a file is broken, they are for different bases, or no layer is in both.
     """
-    (one, out_one), (two, out_two) = known_updates(first), known_updates(second)
+    known = shared_family((first, second), "they cannot be compared")
+    (one, out_one), (two, out_two) = known_updates(first, known), known_updates(second, known)
     left_out = [*out_one, *out_two]
     for here, there, name in ((one, two, first.name), (two, one, second.name)):
         left_out += [left_out_row(key, f"it is in {name} alone") for key in here if key not in there]
@@ -166,7 +167,14 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
     known = shared_family(paths, "they do not stack")
     updates_of, outs = zip(*(known_updates(path, known) for path in paths), strict=True)
     layers, totals = [], [[0.0, 0.0, 0.0] for _ in files]
-    for key in counted(dict.fromkeys(key for updates in updates_of for key in updates), on_layer):
+    left_out = [row for out in outs for row in out]
+    unknown = {(row["part"], row["module"]) for row in left_out}  # and so is what they do to the others there
+    keys = [
+        key for key in dict.fromkeys(key for updates in updates_of for key in updates) if key not in unknown
+    ]
+    if not keys and left_out:
+        raise AdapterFileError(f"No layer of this stack can be measured ({left_out[0]['reason']}).")
+    for key in counted(keys, on_layer):
         terms = _terms(key, files, updates_of)
         if terms:
             layers.append(_layer(key, terms, totals))
@@ -183,7 +191,7 @@ def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None 
         ],
         "pairs": [_over_layers(pair, layers, totals) for pair in combinations(range(len(files)), 2)],
         "layers": layers,
-        "left_out": [row for out in outs for row in out],
+        "left_out": left_out,
     }
 
 

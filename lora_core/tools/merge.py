@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -164,7 +165,10 @@ def merge_adapters(
             continue
         pair = _concatenate(key, terms)
         if rank is not None:
+            largest = float(pair[0].double().norm() * pair[1].double().norm())
             pair, norm, lost = truncate_pair(pair, rank)
+            if math.sqrt(norm) <= 1e-12 * largest:
+                continue  # They cancel each other, up to rounding.
             loss.layers[key] = (norm, lost)
         pairs[key] = pair
     if not pairs:

@@ -148,11 +148,18 @@ def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
 
     Raises:
         AdapterFileError: a file does not exist.
+        ConfigError: a strength is out of range.
     """
     found = [one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in loras]
     for lora in found:
         if not Path(lora.file).is_file():
             raise AdapterFileError(f"The adapter {lora.file} {what_is_there(lora.file)}.")
+        for strength in (lora.strength, lora.on_text):
+            if not abs(strength) <= 1e30:  # more overflows fp32
+                raise ConfigError(
+                    f"The strength {strength:g} of {lora.file} is out of range; it must be between -1e30 and"
+                    " 1e30."
+                )
     return found
 
 

@@ -309,3 +309,14 @@ def test_files_of_others_are_read_whole(path, name, case):
     weights = load_adapter(path, family)
     assert len(weights.layers) == len(halves)
     assert weights.layers.keys() <= family_layout(family).keys()
+
+
+@pytest.mark.parametrize("case", ["q only", "no text_model level"])
+def test_a_conversion_is_advised_only_where_it_changes_something(path, case):
+    """A file of `to_q` alone has all the right names; diffusers lacks layers, which no conversion adds."""
+    family = FAMILIES["sd15"]
+    tools = verify_adapter(written(path, family, case))["tools"]
+    notes = [row["note"] for row in tools if not row["ok"]]
+    assert notes
+    advised = ["convert it to kohya" in note for note in notes]
+    assert advised == [case != "q only"] * len(notes), notes

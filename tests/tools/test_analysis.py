@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
-from lora_core.formats.io import load_adapter
+from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.generate.request import WeightedLora
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.header import read_header
 from lora_core.tools import analysis
 from lora_core.tools.analysis import (
     baseline,
@@ -154,6 +158,7 @@ def test_nothing_in_common(tmp_path, capsys):
 
 
 CONV_IN = ("unet", "conv_in")
+XL = ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
 
 
 def projector(matrix):
@@ -255,6 +260,39 @@ def test_no_layer_in_common(tmp_path):
     assert [row["survives"] for row in report["files"]] == pytest.approx([1, 1])
     with pytest.raises(AdapterFileError, match="two adapters or more"):
         interference_report(files[:1])
+
+
+def test_files_for_two_kinds_of_base_are_named(tmp_path):
+    one = saved({TO_K: random_layer(TO_K, 2, 2.0, 0)}, tmp_path / "a.safetensors")
+    two = tmp_path / "b.safetensors"
+    down, up = torch.ones(2, 2048), torch.ones(640, 2)
+    save_adapter(AdapterWeights({XL: LayerWeights(down, up, 2.0)}), two, FAMILIES["sdxl"])
+    with pytest.raises(AdapterFileError, match=r"Embedded tiny base and .* Stable Diffusion XL; they cannot"):
+        file_similarity(one, two)
+
+
+def test_layers_that_are_unknown_without_the_base_are_left_out_for_all(tmp_path):
+    """A DoRA's update is unknown, and so is what survives of another's there."""
+    layers = {TO_K: random_layer(TO_K, 2, 2.0, 0), PROJ: random_layer(PROJ, 2, 2.0, 1)}
+    plain = saved(layers, tmp_path / "plain.safetensors")
+    tensors = load_file(plain)
+    name = next(key for key in tensors if "attn2_to_k" in key and "lora_up" in key)
+    rows = torch.ones(tensors[name].shape[0], 1)
+    dora = tmp_path / "dora.safetensors"
+    save_file(
+        tensors | {name.replace("lora_up.weight", "dora_scale"): rows}, dora, read_header(plain).metadata
+    )
+    report = interference_report([WeightedLora(str(plain)), WeightedLora(str(dora))])
+    assert [(row["part"], row["module"]) for row in report["layers"]] == [PROJ]
+    assert [row["survives"] for row in report["files"]] == pytest.approx([2, 2])
+    assert [(row["part"], row["module"]) for row in report["left_out"]] == [TO_K]
+    one = saved({TO_K: layers[TO_K]}, tmp_path / "one.safetensors")
+    only = tmp_path / "only.safetensors"
+    save_file(
+        load_file(one) | {name.replace("lora_up.weight", "dora_scale"): rows}, only, read_header(one).metadata
+    )
+    with pytest.raises(AdapterFileError, match="a DoRA or an OFT, whose update depends"):
+        interference_report([WeightedLora(str(one)), WeightedLora(str(only))])
 
 
 def test_the_verb_measures_too(files, tmp_path, capsys, three_pictures):

@@ -208,3 +208,10 @@ def test_a_merge_of_many_is_exact_to_a_millionth():
     result, _ = merge_adapters(adapters)
     whole = sum(dense(a.weights, TO_K, a.strength) for a in adapters)
     assert float((dense(result, TO_K) - whole).norm() / whole.norm()) < 1e-6
+
+
+def test_adapters_that_cancel_leave_nothing():
+    """A - A is 0 up to rounding, which is no update of rank 2."""
+    both = [LoadedLora(first(), 1.0), LoadedLora(first(), -1.0)]
+    with pytest.raises(AdapterFileError, match="nothing is left"):
+        merge_adapters(both, rank=2)

@@ -366,3 +366,11 @@ def test_broken_files_get_one_sentence_and_nothing_is_written(files, tmp_path, c
 def test_a_pattern_that_cannot_be_read_is_named():
     with pytest.raises(ConfigError, match=r"The pattern '\(\?=x\)' of --blocks cannot be used"):
         parse_block_weights("mid_block=1,(?=x)=0.5", 2)
+
+
+@pytest.mark.parametrize("strength", ["1e300", "-1e31"])
+def test_a_strength_that_overflows_is_named(files, tmp_path, capsys, strength):
+    out = tmp_path / "out.safetensors"
+    assert main(["merge", f"{files[0]}:{strength}", "--out", str(out)]) == 1
+    assert f"The strength {float(strength):g} of {files[0]} is out of range" in capsys.readouterr().err
+    assert not out.exists()
