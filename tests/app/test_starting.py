@@ -24,7 +24,7 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
     assert (values["adapter.rank"], values["train.steps"], values["sample.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.conv_rank"] == 8
     assert project.draft()["trigger"] == "zwx dog"
-    assert "27 settings taken" in said
+    assert "36 settings taken" in said
     assert "<img" not in said
     assert "<b>" not in said
 
