@@ -116,7 +116,9 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
     )
     server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser, app_state.prepare)
     app_state.on_quit = server.quit
-    write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
+    # On a full disk the window opens, and says what it cannot write.
+    with contextlib.suppress(OSError):
+        write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Each thread that reads a folder may keep an answer waiting for so long, again and again; 5 ms is usual.

@@ -173,6 +173,14 @@
     if (cancel) { cancel.disabled = false; cancel.title = ""; }
   };
 
+  const refuse = (words) => {
+    const state = one("#preview-state");
+    Object.assign(state.dataset, { state: "error", busy: "0" });
+    state.className = "problem num";
+    state.textContent = words;
+    one("#cancel-drawing").disabled = true;
+  };
+
   window.easel.on("preview", ({ words, look }) => {
     const state = one("#preview-state"), image = one("#compare img.look");
     if (words && state?.dataset.state === "working") state.textContent = words;
@@ -192,7 +200,8 @@
     await idle();
     sending = true;
     const answer = keep(await post("preview/generate", { ...sent(), what, grid: gridOf() }));
-    if (answer.problem && (what === "grid" || !answer.away)) note.textContent = answer.problem;
+    if (what === "grid") note.textContent = answer.problem ?? "";
+    else if (answer.problem && !answer.away) refuse(answer.problem);
     // Changes made meanwhile.
     proceed();
   };

@@ -1,5 +1,6 @@
 """Starting the window: ports, passwords, and a second start on the same workspace."""
 
+import errno
 import json
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from app.main import _already_open, _listener, _password, _Server, main
+from app.main import _already_open, _listener, _password, _serve, _Server, build_parser, main
 from app.state import AppState
 from lora_core.errors import RunError
 from tests.waiting import PATIENCE
@@ -84,6 +85,17 @@ def test_a_window_that_is_gone_is_not_pointed_to(app_state: AppState) -> None:
     assert _already_open(app_state) is None
     (app_state.workspace / "window.json").write_text("broken")
     assert _already_open(app_state) is None
+
+
+def test_a_window_opens_on_a_full_disk(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.main.write_atomically", full)
+    for name in ("app.main.signal.signal", "app.main.sys.setswitchinterval", "app.main._Server.run"):
+        monkeypatch.setattr(name, lambda *given, **named: None)
+    with _listener("127.0.0.1", None) as listener:
+        assert _serve(app_state, listener, build_parser().parse_args(["--no-browser"]), "") == 0
 
 
 def test_a_second_start_points_to_the_first_and_the_real_server_guards_itself(tmp_path: Path) -> None:

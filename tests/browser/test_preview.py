@@ -57,6 +57,12 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
         "#preview-state[data-state=error]:has-text('/nowhere/x.safetensors does not exist')"
     )
     page.click("[data-remove-lora]")
+    # So is a full disk.
+    asked = "**/easel/preview/generate"
+    page.route(asked, lambda route: route.fulfill(json={"problem": "No space left."}))
+    page.click("#generate")
+    page.wait_for_selector("#preview-state[data-state=error]:has-text('No space left.')")
+    page.unroute(asked)
     drop(page, lora)
     page.wait_for_selector("#preview-report:has-text('is added')")
     page.wait_for_function(f"{CHOSEN}.startsWith('größe')")
