@@ -126,17 +126,6 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         whole = below(runs_folder(app_state.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
-    @app.post("/easel/show-file")
-    def show_file(request: Request, sent: Sent) -> Response:
-        require_near(request, SHARED)
-        app_state.files.show(str(sent.get("file", "")))
-        return Answer({"done": True})
-
-    @app.post("/easel/tensorboard")
-    def open_tensorboard(request: Request) -> Response:
-        require_near(request, _("TensorBoard opens only on the computer that runs this window."))
-        return Answer({"address": app_state.tensorboard.open()})
-
     def save_caption(sent: dict[str, Any]) -> dict[str, Any]:
         text, before = str(sent.get("text", "")), app_state.project.revision
         app_state.project.save_caption(str(sent.get("picture", "")), text)
@@ -144,6 +133,10 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return {"saved": True, **revisions, **_tokens(app_state, sent)}
 
     add_actions(app, {"caption": save_caption, "tokens": lambda sent: _tokens(app_state, sent)})
+    show = {"show-file": lambda sent: app_state.files.show(str(sent.get("file", "")))}
+    add_actions(app, show, lambda: SHARED)
+    board = {"tensorboard": lambda sent: {"address": app_state.tensorboard.open()}}
+    add_actions(app, board, lambda: _("TensorBoard opens only on the computer that runs this window."))
 
 
 def _meant(headers: Headers) -> str:
@@ -151,12 +144,8 @@ def _meant(headers: Headers) -> str:
     return unquote(headers.get("x-easel-project", ""))
 
 
-def require_near(request: Request, else_: str) -> None:
-    """Refuse a page on another computer, with the sentence `else_`.
-
-    Raises:
-        RunError: the page is on another one.
-    """
+def _require_near(request: Request, else_: str) -> None:
+    """Refuse a page on another computer, with the sentence `else_`."""
     asker, host = request.client, request.headers.get("host", "")
     # A local proxy may speak for a remote client.
     near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
@@ -353,12 +342,18 @@ def add_reads(app: FastAPI, reads: Mapping[str, Callable[[], Any]]) -> None:
         app.get(f"/easel/{path}")(route(read))
 
 
-def add_actions(app: FastAPI, actions: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
+def add_actions(
+    app: FastAPI,
+    actions: Mapping[str, Callable[[dict[str, Any]], Any]],
+    near: Callable[[], str] | None = None,
+) -> None:
     """Add a POST route below /easel for each action, which is called with what a page sent; it answers with
-    what that returns, or that it is done."""
+    what that returns, or that it is done. With `near`, a page on another computer is refused with that."""
 
     def route(act: Callable[[dict[str, Any]], Any]) -> Any:
-        def answer(sent: Sent) -> Response:
+        def answer(request: Request, sent: Sent) -> Response:
+            if near is not None:
+                _require_near(request, near())
             return Answer(act(sent) or {"done": True})
 
         return answer

@@ -8,12 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 
 from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
-from app.routes import FRESH, Answer, BadRequest, Sent, add_actions, below, require_near, run_url
+from app.routes import FRESH, BadRequest, add_actions, below, run_url
 from app.state import AppState, Bindings, Snapshot, take_snapshot
 from app.templates import _, html_block, note_html, render
 from app.toolbox.view import BackgroundTask, add_task, check_memory_is_free, compatibility_card
@@ -259,12 +259,11 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     add_actions(app, {path: functools.partial(act, app_state) for path, act in actions.items()})
     add_actions(app, {"report/start": functools.partial(begin_report_task, app_state, report)})
 
-    @app.post("/easel/export/upload")
-    def send(request: Request, sent: Sent) -> Response:
-        require_near(
-            request, _("An upload uses the token of the computer that runs this window: start it there.")
-        )
-        return Answer(upload(app_state, sent))
+    add_actions(
+        app,
+        {"export/upload": functools.partial(upload, app_state)},
+        lambda: _("An upload uses the token of the computer that runs this window: start it there."),
+    )
 
     @app.get("/easel/report/of/{run}")
     def page(run: str, download: int = 0) -> Response:
