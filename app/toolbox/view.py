@@ -167,18 +167,17 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
         "base": lambda: {"base": _text(sent, "base", "Choose the base that it was made for.")},
         "tuned": lambda: {"tuned": _text(sent, "tuned", "Give the path of the fine-tuned model.")},
         "measure": lambda: {"measure": _measure(app_state, sent.get("measure"))},
-        "measure?": lambda: {"measure": _measure(app_state, sent["measure"])} if sent.get("measure") else {},
         "apart": lambda: {"apart": bool(sent.get("apart"))},
         "size": lambda: _size(sent),
         "rank": lambda: {"rank": _rank(sent.get("rank") or "")},
-        "rank?": lambda: {"rank": _rank(sent["rank"])} if str(sent.get("rank") or "").strip() else {},
-        "base?": lambda: {"base": str(sent["base"])} if sent.get("base") else {},
-        "blocks?": lambda: _blocks(sent),
+        "blocks": lambda: {"blocks": _blocks(sent)},
         "format": lambda: {"format": _format(sent)},
         "alphas": lambda: {"keep_alphas": bool(sent.get("alphas"))},
     }
     for need in wanted.needs:
-        request |= makers[need]() if need in makers else {}
+        field = need.rstrip("?")
+        if field in makers and (field == need or str(sent.get(field) or "").strip()):
+            request |= makers[field]()
     if wanted.makes == "base":
         request["out"] = str(_base_place(app_state, request["base"], files[0]["file"]))
     elif wanted.makes:
@@ -231,14 +230,14 @@ def _rank(value: Any) -> int:
     return int(number)
 
 
-def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
+def _blocks(sent: dict[str, Any]) -> str:
     """Block weights in the syntax of `merge --blocks`."""
-    text = str(sent.get("blocks") or "").strip()
+    text = str(sent["blocks"]).strip()
     if len(text) > LONGEST_TABLE:
         raise ConfigError(
             _("The weights of blocks are longer than {:,} letters; use fewer rows.", LONGEST_TABLE)
         )
-    return {"blocks": text} if text else {}
+    return text
 
 
 def _format(sent: dict[str, Any]) -> str:
