@@ -1,103 +1,59 @@
-// Client of the Toolbox: files, tool, the tool's fields, progress. Results come as HTML, escaped by the server, and are
-// kept by tool.
+// Client of the Toolbox: what is filled in, and progress. The server renders the form of the chosen tool from what the page
+// has filled in, and the results, which are kept by tool.
 (() => {
-  const { one, all, get, post, refill, make, t, openTab } = window.easel;
-  const answers = {};
-  const OTHER = "\u0000other", FOLDER = "\u0000folder";
-  let offered = { groups: [], runs: [], bases: [] }, tool = "check", rows = [{ file: "", strength: 1 }];
+  const { one, all, post, refill, t, openTab, fillParts } = window.easel;
+  const answers = {}, touched = {}, OTHER = ":other", FOLDER = ":folder";
+  let tool = "check";
 
-  const option = (words, value, on) => make("option", { textContent: words, value, selected: on });
-  const known = (path) => offered.groups.flatMap((group) => group.files).find((file) => file.path === path);
+  // ---- the form ----------------------------------------------------------------------------------------------------
   const button = () => one(`#toolbox [data-tool="${tool}"]`);
-  const needs = () => (button()?.dataset.needs || "").split(" ").filter(Boolean);
-
-  // ---- the files ---------------------------------------------------------------------------------------------------
-  const fileRow = (row, index) => {
-    const listed = known(row.file), typed = row.file && !listed || row.other;
-    const select = make("select", { className: "field", data: { part: "file" }, title: row.file, attributes: { "aria-label": t("LoRA file {number}", { number: index + 1 }) } }, option(t("Choose a file"), "", !row.file));
-    for (const group of offered.groups) {
-      const box = make("optgroup", { label: group.heading });
-      for (const file of group.files) box.append(option(file.title, file.path, file.path === row.file && !typed));
-      select.append(box);
-    }
-    select.append(option(t("Another file: type its path"), OTHER, Boolean(typed)));
-    const path = make("input", { type: "text", className: "field", value: row.file, hidden: !typed, placeholder: t("Path of a .safetensors file"), spellcheck: false, data: { part: "path" }, attributes: { "aria-label": t("Path of file {number}", { number: index + 1 }) } });
-    const strength = make("input", { type: "text", inputMode: "decimal", className: "field", value: row.strength, hidden: !needs().includes("strengths"), data: { part: "strength" }, attributes: { "aria-label": t("Strength of file {number}", { number: index + 1 }), title: t("Strength") } });
-    const remove = make("button", { type: "button", className: "own quiet", textContent: t("Remove"), hidden: rows.length < 2, data: { part: "remove" }, attributes: { "aria-label": t("Remove file {number}", { number: index + 1 }) } });
-    return make("div", { className: "toolbox-file", data: { index } }, select, strength, remove, path);
+  const needs = () => button().dataset.needs.split(" ");
+  const value = (name) => one(`#toolbox-${name}`)?.value;
+  const fileOf = (row) => {
+    const [listed, strength, path] = ["listed", "strength", "path"].map((part) => one(`[data-part=${part}]`, row).value), other = listed === OTHER;
+    return { file: other ? path : listed, strength, other };
   };
-  const showFiles = () => { one("#toolbox-files").replaceChildren(...rows.map(fileRow)); };
-  // A tool for one file takes the first.
-  const most = () => Number(button().dataset.high);
-  const chosen = () => rows.slice(0, most() === 1 ? 1 : rows.length).filter((row) => row.file.trim());
-
-  // ---- the fields of the tool -----------------------------------------------------------------------------------------
-  const fill = (select, options, value) => {
-    select.replaceChildren(...options.map(([words, key]) => option(words, key, key === value)));
-    if (value && select.value !== value) select.value = options[0][1];
-  };
-  const runOf = () => known(chosen()[0]?.file)?.run || "";
-  const baseOf = () => offered.runs.find((run) => run.name === runOf())?.base;
-  const fillFields = () => {
-    const measured = offered.runs.map((run) => [t("what {run} held out", { run: run.name }), run.name]);
-    const optional = needs().includes("measure?") ? [[t("nothing, from the files alone"), ""]] : [];
-    const measure = one("#toolbox-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
-    fill(measure, [...optional, ...measured, [t("a folder of images"), FOLDER]], kept);
-    const base = one("#toolbox-base"), bases = offered.bases.map((row) => [row.title, row.name]);
-    // A base that only a DoRA needs stays empty until one is chosen for this tool.
-    const free = needs().includes("base?"), none = free ? [[t("none: only a DoRA needs it"), ""]] : [];
-    const given = free ? base.dataset.touched === tool : base.dataset.touched;
-    fill(base, [...none, ...bases, [t("another, by its path"), OTHER]], given ? base.value : free ? "" : baseOf() || bases[0]?.[1]);
-  };
-  const show = () => {
-    const wanted = new Set(needs().map((need) => need.replace("?", "")));
-    if (wanted.has("measure") && one("#toolbox-measure").value === FOLDER) wanted.add("dataset").add("base");
-    if (wanted.has("base") && one("#toolbox-base").value === OTHER) wanted.add("other-base");
-    if (wanted.has("size")) wanted.add("by").add(one("#toolbox-by").value === "energy" ? "energy" : "rank");
-    for (const each of all("#toolbox [data-field]")) each.hidden = !wanted.has(each.dataset.field);
-    one("#toolbox-rank").placeholder = needs().includes("rank?") ? t("empty: exact, ranks add") : "";
+  const files = () => all(".toolbox-file").map(fileOf);
+  // Lists follow the first file until they are set; a base that only a DoRA needs is set for one tool.
+  const isSet = (name) => touched[name] && (touched[name] === tool || name !== "base" || !needs().includes("base?"));
+  const lists = () => Object.fromEntries(["measure", "base"].filter(isSet).map((name) => [name, value(name)]));
+  let turn = 0;
+  const draw = async (changed = {}) => {
+    const mine = ++turn, kept = { by: value("by"), rank: value("rank"), format: value("format") };
+    const reply = await post("toolbox/form", { tool, files: files(), ...kept, ...lists(), ...changed });
+    // An older answer would take back what was filled in since.
+    if (mine !== turn || !reply.parts) return;
+    fillParts(reply);
     for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
-    for (const each of all("#toolbox-files [data-part=strength]")) each.hidden = !wanted.has("strengths");
-    all("#toolbox-files .toolbox-file").forEach((each, index) => { each.hidden = most() < 2 && index >= most(); });
-    one("#toolbox-add").hidden = most() < 2;
+    one("#toolbox-add").hidden = Number(button().dataset.high) < 2;
     one("#toolbox-go").textContent = button().dataset.go;
-    why();
+    if (one("#toolbox-answer").dataset.tool !== tool) showAnswer();
+    allow();
   };
   const showAnswer = () => {
     const place = one("#toolbox-answer");
+    place.dataset.tool = tool;
     if (answers[tool]) place.innerHTML = answers[tool];
     else place.replaceChildren(one("#toolbox-empty").content.cloneNode(true));
     window.charts.settle();
   };
-  const why = () => {
-    const low = Number(button().dataset.low), high = Number(button().dataset.high), count = chosen().length;
-    const few = low === 1 ? t("Choose a file first.") : low === high ? t("Two files are needed: add another.") : t("Two files or more are needed: add another.");
-    const text = count < low ? few : high > 1 && count > high ? t("At most {count} files: remove the others.", { count: high }) : "";
-    const go = one("#toolbox-go"), working = one("#toolbox-state").dataset.state === "working";
-    go.disabled = Boolean(text) || working;
-    go.title = working ? t("A tool is running.") : text;
-    one("#toolbox-why").textContent = working ? "" : text;
-  };
-  const choose = (name) => {
+  const choose = (name, changed = {}) => {
     tool = name;
-    showAnswer();
-    if (needs().includes("rank?")) one("#toolbox-rank").value = "";
-    else if (!one("#toolbox-rank").value) one("#toolbox-rank").value = "8";
-    fillFields();
-    show();
+    return draw({ rank: needs().includes("rank?") ? "" : value("rank") || "8", ...changed });
   };
+  // Runs and files change; the first one is chosen until another is.
+  const load = () => draw(files().some(({ file }) => file) ? {} : { files: [] });
 
   // ---- requests -----------------------------------------------------------------------------------------------------
-  const base = () => { const value = one("#toolbox-base").value; return value === OTHER ? one("#toolbox-other-base").value : value; };
+  const base = () => (value("base") === OTHER ? value("other-base") : value("base"));
   const measure = () => {
-    const value = one("#toolbox-measure").value;
-    if (!needs().some((need) => need.startsWith("measure")) || value === "") return null;
-    return value === FOLDER ? { dataset: one("#toolbox-dataset").value, base: base() } : { run: value };
+    const run = value("measure");
+    if (!needs().some((need) => need.startsWith("measure")) || run === "") return null;
+    return run === FOLDER ? { dataset: value("dataset"), base: base() } : { run };
   };
   const start = async () => {
-    const value = (id) => one(`#toolbox-${id}`).value;
-    const files = button().dataset.high === "0" ? [] : chosen().map(({ file, strength }) => ({ file, strength }));
-    await begin("toolbox/start", { tool, files, base: needs().some((need) => need.startsWith("base")) ? base() : "", tuned: value("tuned"), measure: measure(), by: value("by"), rank: value("rank"), energy: value("energy"), apart: one("#toolbox-apart").checked, blocks: value("blocks"), format: value("format"), alphas: one("#toolbox-alphas").checked });
+    const chosen = all(".toolbox-file:not([hidden])").map(fileOf).filter(({ file }) => file.trim()), fields = ["tuned", "by", "rank", "energy", "blocks", "format"];
+    await begin("toolbox/start", { tool, files: chosen, base: needs().some((need) => need.startsWith("base")) ? base() : "", measure: measure(), apart: one("#toolbox-apart").checked, alphas: one("#toolbox-alphas").checked, ...Object.fromEntries(fields.map((name) => [name, value(name)])) });
   };
   const begin = async (path, body) => {
     tell("working", "");
@@ -113,7 +69,13 @@
     place.classList.toggle("problem", state === "error");
     if (place.textContent !== words) place.textContent = words;
     one("#toolbox-cancel").hidden = state !== "working";
-    why();
+    allow();
+  };
+  const allow = () => {
+    const go = one("#toolbox-go"), why = one("#toolbox-why"), working = one("#toolbox-state").dataset.state === "working";
+    why.hidden = working;
+    go.disabled = working || why.textContent !== "";
+    go.title = working ? t("A tool is running.") : why.textContent;
   };
 
   // ---- progress ------------------------------------------------------------------------------------------------------
@@ -131,27 +93,17 @@
     if (!now.html) return;
     answers[now.name] = now.html;
     // A choice made while the answer was on its way counts more.
-    if (now.name !== tool && !picked) choose(now.name); else showAnswer();
-    load();
+    if (now.name !== tool && !picked) choose(now.name); else { showAnswer(); load(); }
   });
 
   // ---- events ------------------------------------------------------------------------------------------------------------
-  const load = async () => {
-    offered = await get("toolbox/choices");
-    if (!rows.some((row) => row.file) && offered.groups[0]?.files[0]) rows[0].file = offered.groups[0].files[0].path;
-    // Not while the user is typing there.
-    if (!one("#toolbox-files").contains(document.activeElement)) showFiles();
-    fillFields();
-    show();
-    if (!one("#toolbox-answer").firstChild) showAnswer();
-  };
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button");
     if (!target) return;
     const data = target.dataset;
     if (data.tool && target.closest("#toolbox")) { picked = true; choose(data.tool); }
-    else if (target.id === "toolbox-add") { rows.push({ file: "", strength: 1 }); showFiles(); why(); }
-    else if (data.part === "remove" && target.closest("#toolbox")) { rows.splice(Number(target.parentElement.dataset.index), 1); showFiles(); fillFields(); show(); one("#toolbox-add").focus(); }
+    else if (target.id === "toolbox-add") draw({ files: [...files(), { file: "", strength: 1 }] });
+    else if (data.part === "remove" && target.closest("#toolbox")) { target.parentElement.remove(); draw(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") inTurn(() => post("toolbox/cancel", {}));
     else if (data.toolboxAct) begin("toolbox/act", { do: data.toolboxAct });
     else if (data.toolboxGoOn) post("toolbox/go-on", { file: data.toolboxGoOn }).then((reply) => {
@@ -166,11 +118,9 @@
   const inspect = (file) => { pending = file; openTab("Toolbox"); if (seen) inspectPending(); };
   const inspectPending = async () => {
     if (!pending) return;
-    rows = [{ file: pending, strength: 1 }];
+    const wanted = [{ file: pending, strength: 1 }];
     pending = null;
-    showFiles();
-    choose("check");
-    await load();
+    await choose("check", { files: wanted });
     start();
   };
   window.easel.openLora = async (file) => {
@@ -189,24 +139,12 @@
     event.preventDefault();
     if (!one("#toolbox-go").disabled) start();
   });
-  document.addEventListener("input", (event) => {
-    const row = event.target.closest(".toolbox-file"), part = event.target.dataset.part;
-    if (row) {
-      const kept = rows[Number(row.dataset.index)];
-      if (part === "strength") kept.strength = event.target.value;
-      else if (part === "path") kept.file = event.target.value;
-      else if (part === "file") {
-        kept.other = event.target.value === OTHER;
-        kept.file = kept.other ? "" : event.target.value;
-        one("[data-part=path]", row).hidden = !kept.other;
-        if (kept.other) one("[data-part=path]", row).focus();
-      }
-      fillFields();
-      show();
-    } else if (event.target.closest("#toolbox-form")) {
-      event.target.dataset.touched = tool;
-      show();
-    }
+  document.addEventListener("input", ({ target }) => {
+    const row = target.closest(".toolbox-file");
+    if (!row && !target.closest("#toolbox-form")) return;
+    if (!row) touched[target.id.replace("toolbox-", "")] = tool;
+    const typed = target.value === OTHER && row;
+    draw().then(() => { if (typed) one("[data-part=path]", row).focus(); });
   });
   // When the card appears and whenever its tab opens: runs and files change.
   let seen = null;

@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, Response
 
 from app.live import LiveStream
 from app.preview.request_form import ADDED, find_owner, lora_groups
-from app.routes import FRESH, Answer, add_actions, add_reads, below, receive_file
+from app.routes import FRESH, Answer, add_actions, below, receive_file
 from app.state import AppState, Bindings, take_snapshot
 from app.templates import _, html_block, pluralize, problem_html, render
 from app.train.train_form import base_choices
@@ -115,27 +115,45 @@ TOOLS: dict[str, LoraTool] = {
 }  # fmt: skip
 
 
-def list_choices(app_state: AppState) -> dict[str, Any]:
-    """What a page offers: files with their runs, runs to measure on, bases."""
-    snapshot = take_snapshot(app_state)
+OTHER, FOLDER = ":other", ":folder"
+"""Choices of the form's lists: a path that is typed, a folder of images."""
 
-    def row(title: str, path: str) -> dict[str, str]:
-        run_view = find_owner(snapshot, path)
-        return {"title": title, "path": path, "run": run_view.run.name if run_view else ""}
 
+def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """The parts of the form of a tool: files and fields as a page has filled them, and why it cannot start.
+
+    Raises:
+        ConfigError: there is no such tool.
+    """
+    snapshot, tool = take_snapshot(app_state), _tool(str(sent.get("tool")))
     dropped = [(file.stem, str(file)) for file in (app_state.workspace / DROPPED).glob("*/*")]
-    groups = [
-        {"heading": name, "files": [row(*file) for file in files]}
-        for name, files in [*lora_groups(snapshot), (_("Dropped"), dropped)]
-        if files
-    ]
-    bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
-    runs = [
-        {"name": run_view.run.name, "base": config.model.base}
+    groups = [*lora_groups(snapshot), *([(_("Dropped"), dropped)] if dropped else [])]
+    known = [path for _heading, found in groups for _title, path in found]
+    files = sent.get("files") or [{"file": known[0] if known else "", "strength": 1}]
+    owner = find_owner(snapshot, str(files[0]["file"]))
+    run = owner.run.name if owner else ""
+    bases_of_runs = {
+        run_view.run.name: config.model.base
         for run_view, _ in snapshot.runs
         if (config := run_view.config()) is not None and config.validation.pictures > 0
-    ]
-    return {"groups": groups, "runs": runs, "bases": bases}
+    }
+    bases = [(name, title) for title, name in base_choices(app_state)]
+    base = bases_of_runs.get(run) if bases_of_runs.get(run) in dict(bases) else bases[0][0]
+    values = {
+        "by": "rank", "rank": "8", "format": "", "measure": "" if "measure?" in tool.needs else run,
+        "base": "" if "base?" in tool.needs else base, **sent,
+        "tool": tool, "groups": groups, "known": known, "files": files, "bases": bases,
+        "measured": [(name, _("what {run} held out", run=name)) for name in bases_of_runs],
+        "formats": [(key, row.title) for key, row in FORMATS.items()], "OTHER": OTHER, "FOLDER": FOLDER,
+    }  # fmt: skip
+    parts = ("files", "fields", "why")
+    return {"parts": {f"toolbox-{part}": render("toolbox/form.html", part=part, **values) for part in parts}}
+
+
+def _tool(name: str) -> LoraTool:
+    if name not in TOOLS:
+        raise ConfigError(f"{name!r} is not one of the tools for LoRA files.")
+    return TOOLS[name]
 
 
 def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
@@ -150,9 +168,7 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
     Raises:
         LoraError: something is missing, in a sentence.
     """
-    if tool not in TOOLS:
-        raise ConfigError(f"{tool!r} is not one of the tools for LoRA files.")
-    wanted, files = TOOLS[tool], _files(sent.get("files"))
+    wanted, files = _tool(tool), _files(sent.get("files"))
     low, high = wanted.files
     if not low <= len(files) <= high:
         raise AdapterFileError(_needs_files(wanted))
@@ -411,17 +427,16 @@ MOST_BARS = 14
 
 def build_toolbox(bindings: Bindings) -> None:
     """Lay out the tab."""
-    values = {"tools": TOOLS, "formats": {key: row.title for key, row in FORMATS.items()}}
-    html_block(lambda: render("toolbox/page.html", **values), elem_classes="page page-toolbox")
+    html_block(lambda: render("toolbox/page.html", tools=TOOLS), elem_classes="page page-toolbox")
 
 
 def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
     toolbox = Toolbox(app_state)
     add_task(app, app_state.live, "toolbox", toolbox.task)
-    add_reads(app, {"toolbox/choices": lambda: list_choices(app_state)})
-    go_on = functools.partial(train_on, app_state)
-    add_actions(app, {"toolbox/start": toolbox.start, "toolbox/act": toolbox.act, "toolbox/go-on": go_on})
+    form, go_on = functools.partial(draw_form, app_state), functools.partial(train_on, app_state)
+    actions = {"form": form, "start": toolbox.start, "act": toolbox.act, "go-on": go_on}
+    add_actions(app, {f"toolbox/{name}": act for name, act in actions.items()})
 
     @app.post("/easel/toolbox/file")
     async def file(request: Request, name: str) -> Response:

@@ -351,7 +351,7 @@ NO_PATHS = {
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
     ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
     ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
-    ("GET", "/easel/insights"), ("GET", "/easel/toolbox/choices"),
+    ("GET", "/easel/insights"), ("POST", "/easel/toolbox/form"),
     ("GET", "/easel/toolbox/numbers.json"), ("POST", "/easel/toolbox/act"),
     ("POST", "/easel/toolbox/cancel"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.

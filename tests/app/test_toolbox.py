@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from app.export.view import report_card
 from app.state import AppState, take_snapshot
 from app.templates import render
-from app.toolbox.view import TOOLS, build_worker_request, free_path, list_choices, result_html, written_html
+from app.toolbox.view import TOOLS, build_worker_request, draw_form, free_path, result_html, written_html
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.conftest import Say
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
@@ -68,7 +68,7 @@ def ended(app_state: AppState, job: str = "toolbox") -> dict[str, Any]:
 
 
 def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
-    page = render("toolbox/page.html", tools=TOOLS, formats={})
+    page = render("toolbox/page.html", tools=TOOLS)
     for key, tool in TOOLS.items():
         assert f'data-tool="{key}"' in page
         assert tool.title in page
@@ -78,12 +78,15 @@ def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
 
 def test_what_there_is_to_choose(app_state: AppState) -> None:
     _, file = run_with_file(app_state)
-    found = list_choices(app_state)
-    assert found["runs"] == [{"name": "mine", "base": "demo"}]
-    files = found["groups"][0]["files"]
-    assert files[0] == {"title": "mine", "path": str(file), "run": "mine"}
-    assert {one["run"] for one in files} == {"mine"}
-    assert found["bases"][0]["name"] == "demo"
+    parts = draw_form(app_state, {"tool": "intrinsic"})["parts"]
+    assert f'<option value="{file}" selected>mine</option>' in parts["toolbox-files"]
+    assert '<option value="mine" selected>what mine held out</option>' in parts["toolbox-fields"]
+    assert '<option value="demo" selected>' in parts["toolbox-fields"]
+    assert parts["toolbox-why"] == ""
+    sent = {"tool": "compare", "files": [{"file": "/typed", "strength": "2"}], "by": "energy"}
+    parts = draw_form(app_state, sent)["parts"]
+    assert 'value="/typed" placeholder' in parts["toolbox-files"]
+    assert parts["toolbox-why"] == "Two files are needed: add another."
 
 
 @pytest.mark.parametrize(

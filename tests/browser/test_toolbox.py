@@ -30,7 +30,7 @@ def done(page: Any, words: str) -> str:
 
 def tool(page: Any, name: str) -> None:
     page.click(f"#toolbox [data-tool={name}]")
-    assert page.get_attribute(f"#toolbox [data-tool={name}]", "aria-pressed") == "true"
+    page.wait_for_selector(f"#toolbox [data-tool={name}][aria-pressed=true]")
 
 
 def test_in_the_dark_on_a_phone(look: Any) -> None:
