@@ -17,7 +17,7 @@
   // Lists follow the first file until they are set; a base that only a DoRA needs is set for one tool.
   const isSet = (name) => touched[name] && (touched[name] === tool || name !== "base" || !needs().includes("base?"));
   const lists = () => Object.fromEntries(["measure", "base"].filter(isSet).map((name) => [name, value(name)]));
-  let turn = 0;
+  let turn = 0, answered = "";
   const draw = async (changed = {}) => {
     const mine = ++turn, kept = { by: value("by"), rank: value("rank"), format: value("format") };
     const reply = await post("toolbox/form", { tool, files: files(), ...kept, ...lists(), ...changed });
@@ -27,12 +27,12 @@
     for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
     one("#toolbox-add").hidden = Number(button().dataset.high) < 2;
     one("#toolbox-go").textContent = button().dataset.go;
-    if (one("#toolbox-answer").dataset.tool !== tool) showAnswer();
+    if (answered !== tool) showAnswer();
     allow();
   };
   const showAnswer = () => {
     const place = one("#toolbox-answer");
-    place.dataset.tool = tool;
+    answered = tool;
     if (answers[tool]) place.innerHTML = answers[tool];
     else place.replaceChildren(one("#toolbox-empty").content.cloneNode(true));
     window.charts.settle();

@@ -209,7 +209,7 @@
   const morph = (old, fresh) => {
     const keyed = new Map([...old.children].filter(keyOf).map((node) => [keyOf(node), node])), stay = new Set([...fresh.children].map(keyOf));
     for (const [key, node] of keyed) if (!stay.has(key)) node.remove();
-    const chosen = (place) => (place.nodeName === "SELECT" ? one("option[selected]", place)?.value : undefined), before = chosen(old);
+    const chosen = (place) => (place.nodeName === "SELECT" ? one("option[selected]", place)?.value : undefined), before = chosen(old), kept = old.value;
     let at = old.firstChild;
     for (const wanted of [...fresh.childNodes]) {
       const key = keyOf(wanted), kept = key ? keyed.get(key) : at;
@@ -229,7 +229,8 @@
     while (at) { const next = at.nextSibling; at.remove(); at = next; }
     // Options that come and go leave a list on any of them.
     const now = chosen(old);
-    if (now !== undefined && now !== before) old.value = now;
+    if (old.nodeName === "SELECT") old.value = now === undefined || now === before ? kept : now;
+    if (old.selectedIndex < 0) old.selectedIndex = 0;
   };
   // Makes the content of `place` like `html`, and keeps equal nodes.
   const fill = (place, html) => {
