@@ -2,7 +2,7 @@
 // says about captions and trigger words, and what the last run learned of each image.
 (() => {
   const easel = window.easel;
-  const { one, get, post, plural, t } = easel;
+  const { one, get, post, t } = easel;
 
   let state = {};             // of /easel/insights
   let odd = [];               // images with a wrong caption, by the check
@@ -10,16 +10,7 @@
 
   let seen = "";
   easel.showLearned = (check) => {
-    const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
-    if (!place) return;
-    button.hidden = check.state !== "idle" && check.state !== "failed";
-    if (check.state === "working") line.textContent = t("Checking {done} of {images}", { done: check.done, images: plural(check.total, "image") });
-    else if (check.state === "failed") line.textContent = check.problem;
-    else if (check.state === "idle") line.textContent = t("Checking {images} takes a while.", { images: plural(easel.shelf().pictures.length, "image") });
-    line.hidden = check.state === "done";
     if (check.state !== "done") return;
-    one("#learned > summary").textContent = `${t("What will be learned")}${check.notes && !easel.shelf().fixed ? `, ${plural(check.notes, "note")}` : ""}`;
-    easel.fill(place, check.html.learned);
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
     marked();
     easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));

@@ -167,13 +167,6 @@
     one("#bulk-note").textContent = text;
   };
 
-  const rowOf = ({ picture, pieces, mask }) => {
-    const line = make("p", { className: "changed" });
-    for (const [kind, text] of pieces) line.append(kind === "same" ? text : make(kind === "old" ? "del" : "ins", { textContent: text }));
-    if (mask) line.append(make("img", { src: `data:image/png;base64,${mask}`, alt: t("Mask"), className: "made-mask" }));
-    return make("li", {}, make("span", { className: "small", textContent: picture }), line);
-  };
-
   const allow = (on, why) => {
     const button = one("#bulk-apply");
     button.disabled = !on;
@@ -215,14 +208,7 @@
     const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
     if (number !== lookup) return;
     allow(!answer.problem && answer.changed > 0, answer.problem ?? (masks ? t("No mask would be written") : t("No caption would change")));
-    if (answer.problem) return bulkSay(answer.problem, true);
-    if (masks) {
-      const none = answer.nothing.length ? ` ${t("Nothing was found in {images}, which get no mask.", { images: plural(answer.nothing.length, "image") })}` : "";
-      bulkSay(`${t("{images} of {count} would get a mask.", { images: plural(answer.changed, "image"), count: answer.asked.toLocaleString("en") })}${none}`);
-    } else bulkSay(t(scope ? "{captions} of {count} would change ({images})." : "{captions} of {count} would change.", { captions: plural(answer.changed, "caption"), count: answer.asked.toLocaleString("en"), images: whom }));
-    const more = answer.changed - answer.rows.length;
-    one("#bulk-preview").append(make("ul", { className: "changes" }, ...answer.rows.map(rowOf)));
-    if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: t("And {count} more.", { count: more.toLocaleString("en") }) }));
+    if (answer.problem) bulkSay(answer.problem, true); else easel.fillParts(answer);
   };
 
   // One change at a time: the next one waits; pressing Undo twice undoes one step.
@@ -386,22 +372,10 @@
 
   // ---- the check --------------------------------------------------------------------------------------------------
   const showCheck = (state) => {
-    const line = one("#check-state"), button = one("#check-start");
-    if (!line) return;
+    if (!one("#check-line")) return;
+    easel.fillParts(state);
     easel.showLearned(state);
-    const working = state.state === "working", stopped = state.state === "idle" && button.dataset.do;
-    button.dataset.do = working ? "cancel" : "";
-    button.textContent = working ? t("Cancel") : state.state === "done" && !state.fresh ? t("Check again") : t("Check now");
-    if (stopped) line.textContent = t("Cancelled; measurements are kept, and the next check continues from there.");
-    button.hidden = state.state === "done" && state.fresh;
-    if (state.state === "working") line.textContent = t("Checking {done} of {images}", { done: state.done, images: plural(state.total, "image") });
-    if (state.state === "failed") line.textContent = state.problem;
-    if (state.state !== "done") return;
-    line.textContent = state.things ? t(state.fresh ? "{things} to look at." : "{things} to look at, before the last changes.", { things: plural(state.things, "thing") }) : t("Nothing is wrong with the images.");
-    one("#check > summary").textContent = state.things ? t("Issues ({count})", { count: state.things.toLocaleString("en") }) : t("Check the images");
-    easel.setTwins(state.twins);
-    easel.fill(one("#issues"), state.html.issues);
-    easel.fill(one("#check-found"), state.html.check);
+    if (state.state === "done") easel.setTwins(state.twins);
   };
 
   const watchCheck = easel.inOrder(async () => {
@@ -410,10 +384,10 @@
     if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
     showCheck(state);
   });
-  // The stream reports a running check; its findings are requested.
-  easel.on("check", (state) => {
-    if (!one("#check-state")) return false;
-    if (state.state === "working") showCheck(state); else if (state.state !== "idle") watchCheck();
+  // The stream reports a running check; what is to be shown of it is requested.
+  easel.on("check", ({ state }) => {
+    if (!one("#check-line")) return false;
+    if (state !== "idle") watchCheck();
   });
   // Shows the answer to a wish for a check, and what comes of it.
   easel.checked = (state) => { showCheck(state); if (state.state !== "idle") watchCheck(); };

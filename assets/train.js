@@ -201,21 +201,18 @@
   };
 
   // ---- another page of the same window ----------------------------------------------------------------------------------------
+  // Each says hello once it can show a note, and each that was there answers.
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("easel") : null;
-  const others = new Set(), me = `${Math.random()}`;
-  let shared = false;
-  if (channel) {
+  let greeted = false;
+  const greet = () => {
+    if (greeted || !channel || !one(".gradio-container")) return;
+    greeted = true;
     channel.onmessage = ({ data }) => {
-      if (data.do === "leave") others.delete(data.me);
-      else {
-        if (data.do === "hello") channel.postMessage({ do: "here", me });
-        others.add(data.me);
-      }
-      settle();
+      toast(t("Also open in another tab. The last edit wins."));
+      if (data === "hello") channel.postMessage("here");
     };
-    channel.postMessage({ do: "hello", me });
-    addEventListener("pagehide", () => channel.postMessage({ do: "leave", me }));
-  }
+    channel.postMessage("hello");
+  };
 
   // ---- wrong values are marked at their fields ---------------------------------------------------------------------------
   const OWN_IDS = { "train.steps": "steps", "train.resolution": "resolution", "model.base": "base-model" };
@@ -271,12 +268,9 @@
     const now = one("#base-note")?.dataset.arrived ?? arrived;
     if (arrived !== undefined && now !== arrived) refill();
     arrived = now;
-    const both = others.size > 0 && one(".gradio-container") !== null;
-    if (both && !shared) window.easel.toast(t("Also open in another tab. The last edit wins."));
-    shared = both;
-    for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {
-      const place = document.getElementById(id), text = document.getElementById(why)?.textContent ?? "";
-      const title = place?.disabled ? text : "";
+    greet();
+    for (const id of ["start", "add-to-queue"]) {
+      const place = document.getElementById(id), title = place?.disabled ? one("#start-why")?.textContent ?? "" : "";
       if (place && place.title !== title) place.title = title;
     }
   };

@@ -242,7 +242,7 @@
   };
   // Parts of the page that an answer brings, by their ids.
   window.easel.fill = fill;
-  window.easel.fillParts = ({ parts = {} }) => { for (const [id, html] of Object.entries(parts)) fill(one(`#${id}`), html); };
+  window.easel.fillParts = ({ parts = {} }) => { for (const [id, html] of Object.entries(parts)) if (one(`#${id}`)) fill(one(`#${id}`), html); };
   const draw = (name) => { if (places.has(name) && latest[name] !== undefined) fill(places.get(name), latest[name]); };
   // A function that answers false is called again once there is more of the page.
   const tell = (name) => { if (tellers[name]?.(latest[name]) === false) untold.add(name); else untold.delete(name); };

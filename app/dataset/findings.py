@@ -77,7 +77,7 @@ class Checker:
         """Stop the check; its measurements are kept, and the next one continues from there."""
         with self._lock:
             if self._state["state"] == "working":
-                self._inputs, self._state = (), {"state": "idle"}
+                self._inputs, self._state = (), {"state": "idle", "cancelled": True}
 
     def _now(self) -> tuple[object, ...]:
         plan = Plan(self.project)

@@ -20,7 +20,7 @@ from app.dataset.gallery import DatasetSummary, gallery_data, gallery_version, p
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url, too_many
 from app.state import AppState, Bindings, Snapshot
-from app.templates import TYPING, _, edit_events, html_block, note_html, render, text_field
+from app.templates import TYPING, _, edit_events, html_block, note_html, pluralize, render, text_field
 from app.train.form import Plan
 from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags
@@ -233,11 +233,9 @@ def _findings(app_state: AppState, part: str, **values: Any) -> str:
 
 
 def checked(app_state: AppState) -> dict[str, Any]:
-    """The state of the check; once it is done also its findings as `html`, the number of `things` to look at,
-    the images that are `twins`, and the number of `notes` on what will be learned."""
+    """The state of the check and the `parts` of the page that show it; once it is done also the number of
+    `things` to look at and the images that are `twins`."""
     state, images = app_state.checker.state(), app_state.project.images()
-    if state["state"] != "done":
-        return state
 
     def is_there(row: dict[str, Any]) -> bool:
         # Images removed since are no longer a problem.
@@ -245,17 +243,24 @@ def checked(app_state: AppState) -> dict[str, Any]:
             return row["picture"] in images and row["twin"] in images
         return state["fresh"] or not row["picture"] or row["picture"] in images
 
-    found = list(filter(is_there, state["problems"]))
+    found = list(filter(is_there, state.get("problems", ())))
+    show = functools.partial(_findings, app_state, now=state, found=found)
+    parts = {part: show(part) for part in ("check-line", "learned-line")}
+    if state["state"] != "done":
+        return state | {"parts": parts}
     phrases = [row | {"kind": "phrase"} for row in found if row["kind"] == "common phrase"]
     learned = [*state["learned"], *phrases]
+    notes = 0 if app_state.project.uses_demo else sum(row["kind"] not in INTENDED for row in learned)
     return state | {
         "things": len(found),
         "twins": [name for row in found if row["kind"] == "twins" for name in (row["picture"], row["twin"])],
-        "notes": sum(row["kind"] not in INTENDED for row in learned),
-        "html": {
-            "issues": _findings(app_state, "issues", found=found),
-            "check": _findings(app_state, "check", found=found),
-            "learned": _findings(app_state, "learned", found=learned, shares=state["shares"]),
+        "parts": parts
+        | {
+            "issues": show("issues"),
+            "check-found": show("check"),
+            "check-title": _("Issues ({count})", count=len(found)) if found else _("Check the images"),
+            "learned-found": show("learned", found=learned, shares=state["shares"]),
+            "learned-title": _("What will be learned") + (f", {pluralize(notes, 'note')}" if notes else ""),
         },
     }
 
@@ -317,7 +322,9 @@ def _edit_captions(project: Project, insights: DatasetInsights, sent: dict[str, 
         how = bool(sent.get("regex")), bool(sent.get("any_case"))
         edit = bulk.Edit(do, str(sent.get("find", "")), put, *how)
     if not sent.get("apply"):
-        return bulk.preview(project, edit, only)
+        found = bulk.preview(project, edit, only)
+        html = render("dataset/changes.html", do=do, only=only, **found)
+        return {"changed": found["changed"], "parts": {"bulk-preview": html}}
     return {"changed": bulk.apply(project, edit, only), "undo": bulk.last_change(project)}
 
 

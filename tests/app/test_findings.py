@@ -195,8 +195,8 @@ def test_the_check_says_what_will_be_learned(
     assert {row["picture"] for row in state["shares"]} == {path.name for path in pictures}
     assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
     assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])
-    assert "of the steps" in state["html"]["learned"]
-    shown = state["html"]["check"]
+    assert "of the steps" in state["parts"]["learned-found"]
+    shown = state["parts"]["check-found"]
     assert "Uncaptioned, 1" in shown
     assert 'data-open-picture="picture-2.png"' in shown
     assert state["things"] == len(state["problems"])
@@ -229,7 +229,7 @@ def test_a_captioner_is_asked_previewed_applied_and_taken_back(
     assert state["asked"] == {**CAPTIONER, "how": "missing"}
     # Another window finds the texts, and what was asked.
     seen = client.post("/easel/bulk", json=bulk).json()
-    assert (seen["changed"], seen["asked"]) == (1, 3)
+    assert "1 caption of 3 would change." in seen["parts"]["bulk-preview"]
     assert captioned(client, "replace", pictures=["picture-0.png", "picture-2.png"])["found"] == 2
     assert client.post("/easel/bulk", json={**bulk, "pictures": ["picture-1.png"]}).json()["changed"] == 0
     texts = [path.with_suffix(".txt") for path in pictures]
@@ -270,8 +270,9 @@ def test_a_mask_model_is_asked_previewed_applied_and_taken_back(
     state = masked(client, png, "missing")
     assert (state["state"], state["fresh"], state["found"]) == ("done", True, 2)
     seen = client.post("/easel/bulk", json=bulk).json()
-    assert (seen["changed"], seen["asked"], seen["nothing"]) == (2, 3, [])
-    assert seen["rows"][0] == {"picture": "picture-1.png", "pieces": [], "mask": png, "share": 0.2}
+    shown = seen["parts"]["bulk-preview"]
+    assert (seen["changed"], "2 images of 3 would get a mask.</p>" in shown) == (2, True)
+    assert f'picture-1.png</span><p class="changed"><img src="data:image/png;base64,{png}"' in shown
     assert client.post("/easel/bulk", json={**bulk, "apply": True}).json() == {
         "changed": 2, "undo": "masks by clipseg",
     }  # fmt: skip
@@ -289,7 +290,8 @@ def test_a_mask_model_is_asked_previewed_applied_and_taken_back(
     # Nothing found is said, and nothing written.
     assert masked(client, "", "replace")["found"] == 3
     seen = client.post("/easel/bulk", json=bulk).json()
-    assert (seen["changed"], len(seen["nothing"])) == (0, 3)
+    assert seen["changed"] == 0
+    assert "Nothing was found in 3 images" in seen["parts"]["bulk-preview"]
 
 
 def test_what_was_said_of_an_image_is_not_said_of_another_of_its_name(
