@@ -1,65 +1,27 @@
 // Client of the Preview tab: the form, base against LoRA, the image in progress.
 //
-// The form is drawn and filled here, so that no response replaces a control that is in use. The server's state of it
-// comes with a revision; each change made here gets the next one.
+// The form is filled here, so that no response replaces a control that is in use. The server's state of it comes with a
+// revision; each change made here gets the next one.
 (() => {
-  const { one, all, get, post, make, t, refocus } = window.easel;
-  // Least, middle and most of a strength.
-  const USUAL = [0, 1, 1.5], SLIDER = [-2, 0, 2];
+  const { one, all, get, post, make, t, fill } = window.easel;
   const root = document.documentElement;
-  let rows = [], apart = false, groups = [], best = {}, sliders = [], rev = -1, project = null, mark = "", sending = false, changedAt = 0;
+  let rev = -1, project = null, mark = "", sending = false, changedAt = 0;
   const form = (id = "preview-form") => document.getElementById(id);
   const fieldsOf = () => Object.fromEntries([...new FormData(form())].map(([name, value]) => [name, String(value)]));
   const stripOf = () => { const { values, on } = form("strip-form").elements; return { values: values.value, on: on.checked }; };
-  const rowsOf = () => rows.map(({ file, strength, text }) => ({ file, strength, text: apart ? text ?? strength : null }));
-  const sent = () => ({ rows: rowsOf(), apart, fields: fieldsOf(), strip: stripOf() });
+  const apart = () => Boolean(one("#text-apart")?.checked);
+  const rowsOf = () => all("#loras [data-row]").map((row) => {
+    // A number that is being typed may be none yet.
+    const number = (part) => one(`[data-part=${part}][data-typed]`, row)?.value || one(`input[data-part=${part}]`, row)?.value;
+    const strength = Number(number("strength")), text = apart() ? Number(number("text") ?? strength) : null;
+    return { file: one("select", row).value || one("[data-part=path]", row).value, strength, text };
+  });
+  const sent = () => ({ rows: rowsOf(), apart: apart(), fields: fieldsOf(), strip: stripOf() });
 
-  // ---- the LoRAs ------------------------------------------------------------------------------------------------
-  // A row of the form, filled in: the file, and a strength with marks at 0, at 1 and at the measured best.
-  const rowOf = (row, index) => {
-    const made = one("#lora-row").content.firstElementChild.cloneNode(true), own = (selector) => one(selector, made), number = index + 1;
-    const label = (node, text) => node.setAttribute("aria-label", text);
-    made.dataset.row = index;
-    label(made, `LoRA ${number}`);
-    const select = own("select"), path = own("[data-part=path]"), away = own("[data-remove-lora]");
-    select.prepend(...groups.map(([heading, found]) => make("optgroup", { label: heading }, ...found.map(([title, file]) => make("option", { value: file, textContent: title })))));
-    select.value = row.file;
-    if (select.selectedIndex < 0) select.value = "";
-    select.title = path.value = row.file;
-    path.hidden = select.value !== "";
-    label(path, t("Path of LoRA {number}", { number }));
-    away.dataset.removeLora = index;
-    label(away, t("Remove LoRA {number}", { number }));
-    const marks = sliders.includes(row.file) ? SLIDER : USUAL, [least, , largest] = marks;
-    const at = (value) => `${(100 * (value - least)) / (largest - least)}%`;
-    const most = best[row.file], star = own(".best"), set = own("[data-set-best]");
-    star.hidden = set.hidden = !(most > 0 && most <= largest);
-    star.style.left = at(most);
-    set.textContent = t("Set to best, {strength}", { strength: most });
-    set.dataset.setBest = index;
-    for (const dial of all(".dial", made)) {
-      const { part } = dial.dataset, words = part === "text" ? t("Text encoder") : apart ? "UNet" : t("Strength"), name = rows.length > 1 ? t("{part} of LoRA {number}", { part: words, number }) : words;
-      one("span", dial).textContent = words;
-      all(".ticks [data-mark]", dial).forEach((tick, place) => { tick.textContent = marks[place]; tick.style.left = at(marks[place]); });
-      Object.assign(one("input[type=range]", dial), { min: least, max: largest });
-      for (const input of all("input", dial)) {
-        input.value = row[part] ?? row.strength;
-        label(input, input.type === "number" ? `${name}${t(", typed")}` : name);
-      }
-    }
-    if (!apart) own("[data-part=text]").remove();
-    if (!index) [own(".lora-head").id, own(".dial").id] = ["preview-lora", "strength"];
-    return made;
-  };
-
-  const show = () => {
-    const place = one("#loras");
-    const add = make("button", { type: "button", className: "own quiet", id: "add-lora", textContent: rows.length ? t("Add another LoRA") : t("Add a LoRA") });
-    const box = make("input", { type: "checkbox", checked: apart, id: "text-apart" });
-    const note = rows.length ? [] : [make("p", { className: "small", textContent: t("Without a LoRA only the base generates.") })];
-    const more = rows.length ? [make("label", { className: "tick small" }, box, t("Separate text encoder strength"))] : [];
-    refocus(place, () => place.replaceChildren(...rows.map(rowOf), ...note, make("div", { className: "row apart" }, add, ...more)));
-    place.dataset.ready = "1";
+  // The LoRAs, as the server renders them.
+  const show = (html) => {
+    fill(one("#loras"), html);
+    one("#loras").dataset.ready = "1";
   };
 
   // A folded group shows its values.
@@ -70,7 +32,7 @@
     const words = { negative: negative.value.slice(0, 40) || t("none"), sampling: t("{sampler}, {steps} steps, guidance {cfg}", { sampler: sampler.selectedOptions[0]?.textContent, steps: steps.value, cfg: cfg.value }) + size + from };
     for (const place of all("[data-summary]")) if (place.textContent !== words[place.dataset.summary]) place.textContent = words[place.dataset.summary];
   };
-  const fill = (fields, strip) => {
+  const fillFields = (fields, strip) => {
     for (const [name, value] of Object.entries({ ...fields })) {
       const field = form().elements[name];
       if (field && field !== document.activeElement) field.value = value ?? "";
@@ -106,13 +68,23 @@
     if (!proceed()) read();
   };
   const hold = () => { clearTimeout(timer); timer = null; later = moved = false; };
+  // LoRAs that come and go are rendered by the server.
+  const redraw = async (more = {}) => {
+    const strength = moved;
+    hold();
+    await idle();
+    sending = true;
+    const { html } = keep(await post("preview/loras", { ...sent(), moved: strength, ...more }));
+    if (html !== undefined && (!later || more.add)) show(html);
+    if (!proceed()) read();
+  };
   // An answer with the form outranks edits before the click.
   const take = (data) => {
     if (!data) return;
     hold();
-    ({ rows, apart, rev, project, groups, best, sliders } = data);
-    fill(data.fields, data.strip);
-    show();
+    ({ rev, project } = data);
+    fillFields(data.fields, data.strip);
+    show(data.loras);
   };
   const changed = (strength, wait) => { followSeed(); moved ||= strength; clearTimeout(timer); timer = setTimeout(() => { timer = null; send(); }, wait); };
 
@@ -122,41 +94,35 @@
     let data;
     try { data = JSON.parse(place.dataset.form); } catch { return; }
     // A longer list of files, or a form that follows the newest run, can wait while the user is editing.
-    const held = document.activeElement?.matches("#loras select, #loras input");
-    const reset = data.rev === 0 && rev > 0 && Date.now() - changedAt > 3000;
-    const followed = data.rev === 0 && rev <= 0 && JSON.stringify([data.rows, data.apart]) !== JSON.stringify([rows, apart]);
-    const listed = JSON.stringify([data.groups, data.best, data.sliders]) !== JSON.stringify([groups, best, sliders]);
-    const fresh = data.project !== project || data.rev > rev || reset || !one("#loras").dataset.ready;
+    const held = document.activeElement?.matches("#loras [data-row] :is(select, input)"), { ready } = one("#loras").dataset;
+    const reset = data.rev === 0 && rev > 0 && Date.now() - changedAt > 3000, follows = data.rev === 0 && rev <= 0;
+    const fresh = data.project !== project || data.rev > rev || reset || !ready;
     mark = fresh || !held ? place.dataset.mark : "";
-    if (fresh || (followed && !held)) ({ rows, apart, rev, project } = data);
-    if (fresh || (data.rev === 0 && rev <= 0 && !form().contains(document.activeElement))) fill(data.fields, data.strip);
-    if (fresh || ((followed || listed) && !held)) { ({ groups, best, sliders } = data); show(); }
+    if (fresh || (follows && !form().contains(document.activeElement))) fillFields(data.fields, data.strip);
+    // The server keeps no row without a file.
+    if (fresh || (!held && (follows || (data.rev === rev && rowsOf().every(({ file }) => file))))) show(data.loras);
+    if (fresh) ({ rev, project } = data);
   };
 
   document.addEventListener("input", (event) => {
     const target = event.target;
-    if (target.id === "text-apart") { apart = target.checked; show(); changed(true, 0); one("#text-apart").focus(); return; }
-    const index = target.closest?.("#loras [data-row]")?.dataset.row, part = target.dataset?.part;
-    if (index === undefined || !part) {
+    if (target.id === "text-apart") return redraw({ moved: true });
+    const row = target.closest?.("#loras [data-row]"), part = target.dataset?.part;
+    if (!row || !part) {
       if (target.classList?.contains("split")) split(target.value);
       else if (target.closest?.("#preview-form, #strip-form")) { summarize(); changed(false, 400); }
       return;
     }
-    const row = rows[index];
-    if (part === "file" || part === "path") {
-      row.file = target.value;
-      if (part === "file") {
-        const path = one("[data-part=path]", target.closest("[data-row]"));
-        path.hidden = target.value !== "";
-        path.value = target.value;
-        if (!path.hidden) path.focus();
-      }
-      changed(false, part === "path" ? 400 : 0);
-      return;
+    if (part === "path") return changed(false, 400);
+    if (part === "file") {
+      const path = one("[data-part=path]", row);
+      path.value = target.title = target.value;
+      path.hidden = target.value !== "";
+      if (!path.hidden) path.focus();
+      return changed(false, 0);
     }
     const value = Number(target.value);
     if (target.value === "" || !Number.isFinite(value)) return;
-    row[part] = value;
     for (const twin of all(`[data-part=${part}]`, target.closest(".dial"))) if (twin !== target) twin.value = value;
     if (one("#preview-result")) working();
     changed(true, 60);
@@ -313,13 +279,13 @@
     else if (target.id === "cancel-drawing") post("preview/cancel", {});
     else if (target.id === "dice") setSeed(-1);
     else if (target.id === "last-seed") { const { seed } = one("#preview-state").dataset; if (seed) setSeed(seed); }
-    else if (target.id === "add-lora") {
-      rows.push({ file: groups[0]?.[1]?.[0]?.[1] ?? "", strength: 1, text: null });
-      show();
-      changed(false, 0);
-      one(`#loras [data-row="${rows.length - 1}"] select`)?.focus();
-    } else if (data.removeLora !== undefined) { rows.splice(Number(data.removeLora), 1); show(); changed(false, 0); one("#add-lora").focus(); }
-    else if (data.setBest !== undefined) { const row = rows[data.setBest]; row.strength = best[row.file]; show(); if (one("#preview-result")) working(); changed(true, 0); }
+    else if (target.id === "add-lora") { await redraw({ add: true }); all("#loras [data-row] select").at(-1)?.focus(); }
+    else if (data.removeLora !== undefined) { target.closest("[data-row]").remove(); one("#add-lora").focus(); await redraw(); }
+    else if (data.setBest !== undefined) {
+      for (const input of all("input", target.closest(".dial"))) input.value = data.setBest;
+      if (one("#preview-result")) working();
+      changed(true, 0);
+    }
     else if (data.putBack !== undefined) {
       hold();
       await idle();

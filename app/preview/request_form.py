@@ -189,19 +189,26 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
 def form_data(snapshot: Snapshot) -> dict[str, Any]:
     """The form as the page's script needs it."""
     rows, kept = lora_rows(snapshot)
-    project = snapshot.app_state.project
+    project, apart = snapshot.app_state.project, bool(kept.get("apart"))
     strip = ", ".join(f"{value:g}" for value in strip_values(project, rows))
     return {
         "project": project.path.name,
         "rev": int(kept.get("rev") or 0),
-        "apart": bool(kept.get("apart")),
-        "rows": row_data(rows),
-        "groups": lora_groups(snapshot),
-        "best": project.draft().get("best_strengths") or {},
-        "sliders": [row.file for row in rows if is_slider(Path(row.file))],
+        "loras": loras_html(snapshot, rows, apart),
         "fields": load_fields(snapshot),
         "strip": {"values": strip, "on": strip_is_on(project, base_for(snapshot, rows))},
     }
+
+
+def loras_html(snapshot: Snapshot, rows: list[WeightedLora], apart: bool) -> str:
+    """The LoRAs of the form, `apart` with a strength of the text encoder."""
+    groups = lora_groups(snapshot)
+    values = {
+        "known": [file for _, files in groups for _, file in files],
+        "best": snapshot.app_state.project.draft().get("best_strengths") or {},
+        "sliders": [row.file for row in rows if row.file and is_slider(Path(row.file))],
+    }
+    return render("preview/loras.html", rows=row_data(rows), groups=groups, apart=apart, **values)
 
 
 def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:

@@ -58,11 +58,13 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
 
 
-def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
-    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None."""
+def parse_rows(rows: Iterable[Any], blank: bool = False) -> list[WeightedLora]:
+    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None; those without
+    a file only with `blank`."""
     found = []
     for row in list(rows)[:MOST_LORAS]:
-        if isinstance(row, dict) and (file := str(row.get("file") or "").strip().strip('"')):
+        file = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
+        if file or (blank and isinstance(row, dict)):
             text = None if row.get("text") is None else parse_strength(row["text"])
             found.append(WeightedLora(file, parse_strength(row.get("strength")), text))
     return found

@@ -33,13 +33,16 @@ from app.preview.request_form import (
     load_fields,
     lora_groups,
     lora_rows,
+    loras_html,
     save_request,
     strip_is_on,
     take_sent_axes,
 )
 from app.preview.sent_form import (
+    parse_rows,
     parse_strength,
     parse_strengths,
+    row_data,
     save_form,
     strip_values,
     take_rows,
@@ -193,6 +196,16 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     def strip() -> Response:
         path = strip_sheet(app_state)
         return FileResponse(path, filename=path.name, media_type="image/png", headers=FRESH)
+
+
+def redraw_loras(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
+    """Store the form, with one more LoRA if the page asks to `add` one; returns its LoRAs as `html`, also one
+    that has no file yet."""
+    snapshot, rows = take_snapshot(app_state), parse_rows(sent.get("rows") or (), blank=True)
+    if sent.get("add"):
+        rows.append(WeightedLora(next((file for _, files in lora_groups(snapshot) for _, file in files), "")))
+    kept = take_rows(app_state, {**sent, "rows": row_data(rows)})
+    return {**kept, "html": loras_html(snapshot, rows, bool(sent.get("apart")))}
 
 
 def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
@@ -528,6 +541,7 @@ def _parse_int(text: str | None) -> int | None:
 
 ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "rows": take_rows,
+    "loras": redraw_loras,
     "generate": generate,
     "open": open_tab,
     "put-back": put_back,

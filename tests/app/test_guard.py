@@ -357,7 +357,8 @@ NO_PATHS = {
     # A folder or a file of this computer is what these ask for; the person types it.
     ("POST", "/easel/settings/import"), ("POST", "/easel/settings/restore"),
     ("POST", "/easel/settings/sweep"),
-    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/toolbox/start"),
+    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/preview/loras"),
+    ("POST", "/easel/toolbox/start"),
     ("POST", "/easel/insights"), ("POST", "/easel/preview/mask"),
     ("POST", "/easel/toolbox/go-on"),
     ("POST", "/easel/preview/generate"), ("POST", "/easel/export/copy"), ("POST", "/easel/export/upload"),

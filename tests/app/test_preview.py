@@ -32,6 +32,7 @@ from app.preview.view import (
     paint_mask,
     parse_infotext,
     read_infotext,
+    redraw_loras,
     start_from,
 )
 from app.state import AppState, Snapshot, take_snapshot
@@ -185,7 +186,7 @@ def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
     sent_form.take_sent_form(app_state.project, {**sent, "strip": {"values": "0, x"}})
     assert sent_form.strip_values(app_state.project) == (0.0, 0.5)
     sent_form.take_sent_form(app_state.project, {"rows": [], "fields": {"prompt": ["a"]}, "grid": 3})
-    assert preview_form.form_data(take_snapshot(app_state))["rows"] == []
+    assert "Without a LoRA" in preview_form.form_data(take_snapshot(app_state))["loras"]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,14 @@ def test_a_moved_strength_draws_the_shown_image_anew(app_state: AppState, tmp_pa
     assert shot is not None
     assert shot.loras == (WeightedLora("x", 0.3),)
     assert not take_rows(app_state, {"rows": [{"file": "y"}], "moved": True})["drawn"], "another file waits"
+
+
+def test_a_lora_that_is_added_has_a_row_before_it_has_a_file(app_state: AppState) -> None:
+    sent = {"rows": [{"file": "/a", "strength": 2.5}, {"strength": "x"}], "apart": True}
+    html = redraw_loras(app_state, {**sent, "add": True})["html"]
+    assert html.count('role="group"') == 3
+    assert 'value="2.5" data-part="text" data-typed aria-label="Text encoder of LoRA 1, typed"' in html
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora("/a", 2.5)]
 
 
 def test_the_last_image_is_shown_after_a_restart(app_state: AppState) -> None:
@@ -529,7 +538,9 @@ def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_pat
     rows = [WeightedLora(str(files["slider"])), WeightedLora(str(files["lora"]))]
     sent_form.save_form(app_state.project, rows, False)
     data = preview_form.form_data(take_snapshot(app_state))
-    assert (data["sliders"], data["strip"]["values"]) == ([str(files["slider"])], "-2, -1, 0, 1, 2")
+    assert data["strip"]["values"] == "-2, -1, 0, 1, 2"
+    first, second = data["loras"].split('data-row="1"')
+    assert ('min="-2" max="2"' in first, 'min="0" max="1.5"' in second) == (True, True)
     assert sent_form.strip_values(app_state.project, rows[1:]) == sent_form.STRIP
     app_state.project.update_draft(preview_strip_at={"values": [0.0, 3.0]})
     assert sent_form.strip_values(app_state.project, rows) == (0.0, 3.0)

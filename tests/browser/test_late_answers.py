@@ -183,7 +183,7 @@ def test_a_mask_that_opens_or_is_saved_late_leaves_the_next_image_alone(
 
 def add_lora(page: Any) -> None:
     """Add a row, and wait until the server has it."""
-    with page.expect_response("**/easel/preview/rows"):
+    with page.expect_response("**/easel/preview/loras"):
         page.click("#add-lora")
     page.wait_for_selector("#loras [data-row]")
 
