@@ -2,7 +2,7 @@
 //
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
-  const { one, all, get, post, make, plural, t, toast } = window.easel;
+  const { one, all, get, post, make, plural, t, toast, fill, refocus } = window.easel;
   const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const SIDE = 112, GAP = 10, EDGE = 4;  // of a cell at least, between two, and around all, in pixels
   const BEYOND = 800, SOON = 300;  // pixels above and below the window: cells exist, and the next ones are made
@@ -197,7 +197,8 @@
     if (place.hidden) return place.replaceChildren();
     const chips = tags.map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
       make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": t("Remove the tag {tag}", { tag }) } })));
-    window.easel.redraw(place, ...chips, make("input", { type: "text", id: "tag-in", placeholder: t("Add a tag"), autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": t("Add a tag") } }));
+    const field = make("input", { type: "text", id: "tag-in", placeholder: t("Add a tag"), autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": t("Add a tag") } });
+    refocus(place, () => fill(place, ...chips, field));
   };
   const putTags = (tags) => {
     const area = one("#caption textarea");

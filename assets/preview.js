@@ -21,6 +21,7 @@
   // The LoRAs, as the server renders them.
   const show = (html) => {
     fill(one("#loras"), html);
+    one("#text-apart").checked = one("#text-apart").defaultChecked;
     one("#loras").dataset.ready = "1";
   };
 

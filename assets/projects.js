@@ -1,12 +1,11 @@
 // The project picker: a dialog that lists the projects and their size on disk, as the server renders it.
 (() => {
-  const { one, all, get, post, make, t } = window.easel;
+  const { one, all, get, post, make, t, fill, refocus } = window.easel;
   const say = (text) => { one("#projects-note").textContent = text; };
 
   const show = ({ html }) => {
-    const place = one("#projects-shelves"), open = one("#projects-trash")?.open;
-    window.easel.refocus(place, () => { place.innerHTML = html; });
-    if (open && one("#projects-trash")) one("#projects-trash").open = true;
+    const place = one("#projects-shelves");
+    refocus(place, () => fill(place, html));
     for (const when of all("time", place)) when.textContent = new Date(1000 * when.dataset.time).toLocaleString(document.documentElement.lang, { dateStyle: "medium", timeStyle: "short" });
   };
 

@@ -63,13 +63,6 @@
     const now = controls(), same = now.filter((node) => nameOf(node) === name);
     (same.includes(now[at]) ? now[at] : same[0] ?? now[Math.min(at, now.length - 1)])?.focus({ preventScroll: true });
   };
-  // Replaces the content of `place` only if it differs: a click that started on a node has to end on it.
-  const redraw = (place, ...nodes) => {
-    const made = place.cloneNode();
-    made.append(...nodes);
-    if (made.innerHTML !== place.innerHTML) refocus(place, () => place.replaceChildren(...made.childNodes));
-  };
-
   // A note for ten seconds; `undo` reverts its action.
   const toast = (text, tone = "", undo = null) => {
     const place = one("#easel-toast") ?? one(".gradio-container").appendChild(make("div", { id: "easel-toast", attributes: { role: "status" } }));
@@ -102,7 +95,7 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { one, all, get, send, post, upload, make, t, plural, later, inOrder, inTurns, refocus, redraw, toast, type, dialog, settling: [] };
+  window.easel = { one, all, get, send, post, upload, make, t, plural, later, inOrder, inTurns, refocus, toast, type, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
@@ -232,16 +225,15 @@
     if (old.nodeName === "SELECT") old.value = now === undefined || now === before ? kept : now;
     if (old.selectedIndex < 0) old.selectedIndex = 0;
   };
-  // Makes the content of `place` like `html`, and keeps equal nodes.
-  const fill = (place, html) => {
+  // Makes the content of `place` like that HTML or those nodes, and keeps equal ones: a click that started on a node has to
+  // end on it. A node that moves loses the keyboard focus.
+  const fill = window.easel.fill = (place, ...content) => {
     const fresh = place.cloneNode(), held = document.activeElement;
-    fresh.innerHTML = html;
+    if (typeof content[0] === "string") [fresh.innerHTML] = content; else fresh.append(...content);
     morph(place, fresh);
-    // A node that moves loses the keyboard focus.
     if (place.contains(held) && document.activeElement !== held) held.focus({ preventScroll: true });
   };
   // Parts of the page that an answer brings, by their ids.
-  window.easel.fill = fill;
   window.easel.fillParts = ({ parts = {} }) => { for (const [id, html] of Object.entries(parts)) if (one(`#${id}`)) fill(one(`#${id}`), html); };
   const draw = (name) => { if (places.has(name) && latest[name] !== undefined) fill(places.get(name), latest[name]); };
   // A function that answers false is called again once there is more of the page.
