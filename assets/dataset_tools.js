@@ -211,20 +211,8 @@
     if (answer.problem) bulkSay(answer.problem, true); else easel.fillParts(answer);
   };
 
-  // One change at a time: the next one waits; pressing Undo twice undoes one step.
-  let changing = null;
-  const alone = (work, queued) => async (...given) => {
-    while (changing) {
-      if (!queued) return;
-      await changing;
-    }
-    let done;
-    changing = new Promise((resolve) => { done = resolve; });
+  const change = async (body, tell = outcome, again = false) => {
     allow(false, t("The captions are being changed"));
-    try { return await work(...given); } finally { changing = null; done(); }
-  };
-
-  const change = alone(async (body, tell = outcome, again = false) => {
     await easel.waitingSaves();
     const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
     if (answer.problem) { soon(); tell(answer.problem, true); return false; }
@@ -238,9 +226,10 @@
     tell(words);
     if (answer.changed && !again) easel.did(words, undo, () => change(body, outcome, true));
     return true;
-  }, true);
+  };
 
-  const undo = alone(async () => {
+  const undo = async () => {
+    allow(false, t("The captions are being changed"));
     await easel.waitingSaves();
     const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
     if (answer.problem) { soon(); outcome(answer.problem, true); return false; }
@@ -251,7 +240,14 @@
     outcome(`${t("{captions} restored.", { captions: plural(answer.undone, word) })}${kept}`);
     preview();
     return true;
-  });
+  };
+  // Pressed twice, it undoes one step.
+  let undoing = false;
+  const undoLast = () => {
+    if (undoing) return;
+    undoing = true;
+    easel.inTurn(undo).then((done) => { undoing = false; if (done) easel.undone(undo); });
+  };
 
   // Pressed twice is done once, though its turn may come later.
   const apply = (...given) => { allow(false, t("The captions are being changed")); return easel.inTurn(() => change(...given)); };
@@ -409,7 +405,7 @@
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
     else if (data.conceptRemove) setConcepts({ do: "set", number: Number(data.conceptRemove), was: data.was, key: "image_dir", value: "" }, t("Concept removed."));
     else if (data.moveInto !== undefined) moveInto(data.moveInto);
-    else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
+    else if (target.id === "bulk-undo") undoLast();
     else if (data.tagDo === "delete") apply({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
     else if (target.id === "check-start") post("check", { do: target.dataset.do }).then(easel.checked);
