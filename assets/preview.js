@@ -100,8 +100,7 @@
     const fresh = data.project !== project || data.rev > rev || reset || !ready;
     mark = fresh || !held ? place.dataset.mark : "";
     if (fresh || (follows && !form().contains(document.activeElement))) fillFields(data.fields, data.strip);
-    // The server keeps no row without a file.
-    if (fresh || (!held && (follows || (data.rev === rev && rowsOf().every(({ file }) => file))))) show(data.loras);
+    if (fresh || (!held && (follows || data.rev === rev))) show(data.loras);
     if (fresh) ({ rev, project } = data);
   };
 

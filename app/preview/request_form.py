@@ -171,11 +171,12 @@ def _first_prompt(progress: Progress) -> str:
     return next((sample.prompts[0] for sample in progress.previews[:1] if sample.prompts), "")
 
 
-def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
-    """The LoRAs of the form and the draft's record of them; the project's newest until the user chose."""
+def lora_rows(snapshot: Snapshot, blank: bool = False) -> tuple[list[WeightedLora], dict[str, Any]]:
+    """The LoRAs of the form and the draft's record of them; the project's newest until the user chose. Rows
+    without a file only with `blank`."""
     kept = snapshot.app_state.project.draft().get("preview_loras") or {}
     if isinstance(kept.get("rows"), list):
-        rows = parse_rows(kept["rows"])
+        rows = parse_rows(kept["rows"], blank)
         runs = snapshot.app_state.workspace / "runs"
         # Files of deleted runs are dropped; typed paths stay as typed.
         there = [r for r in rows if not Path(r.file).is_relative_to(runs) or Path(r.file).is_file()]
@@ -188,27 +189,22 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
 
 def form_data(snapshot: Snapshot) -> dict[str, Any]:
     """The form as the page's script needs it."""
-    rows, kept = lora_rows(snapshot)
-    project, apart = snapshot.app_state.project, bool(kept.get("apart"))
-    strip = ", ".join(f"{value:g}" for value in strip_values(project, rows))
+    rows, kept = lora_rows(snapshot, blank=True)
+    project, groups, loras = snapshot.app_state.project, lora_groups(snapshot), [r for r in rows if r.file]
+    strip = ", ".join(f"{value:g}" for value in strip_values(project, loras))
+    values = {
+        "rows": row_data(rows), "apart": bool(kept.get("apart")), "groups": groups,
+        "known": [file for _, files in groups for _, file in files],
+        "best": project.draft().get("best_strengths") or {},
+        "sliders": [row.file for row in loras if is_slider(Path(row.file))],
+    }  # fmt: skip
     return {
         "project": project.path.name,
         "rev": int(kept.get("rev") or 0),
-        "loras": loras_html(snapshot, rows, apart),
+        "loras": render("preview/loras.html", **values),
         "fields": load_fields(snapshot),
-        "strip": {"values": strip, "on": strip_is_on(project, base_for(snapshot, rows))},
+        "strip": {"values": strip, "on": strip_is_on(project, base_for(snapshot, loras))},
     }
-
-
-def loras_html(snapshot: Snapshot, rows: list[WeightedLora], apart: bool) -> str:
-    """The LoRAs of the form, `apart` with a strength of the text encoder."""
-    groups = lora_groups(snapshot)
-    values = {
-        "known": [file for _, files in groups for _, file in files],
-        "best": snapshot.app_state.project.draft().get("best_strengths") or {},
-        "sliders": [row.file for row in rows if row.file and is_slider(Path(row.file))],
-    }
-    return render("preview/loras.html", rows=row_data(rows), groups=groups, apart=apart, **values)
 
 
 def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:

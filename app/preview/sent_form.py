@@ -45,7 +45,8 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     """
     if not isinstance(sent.get("rows"), list):
         raise ConfigError(_("The LoRAs of the form did not arrive; try again."))
-    rows = parse_rows(sent["rows"])
+    blank = parse_rows(sent["rows"], blank=True)
+    rows = [row for row in blank if row.file]
     more: dict[str, Any] = {}
     fields, strip = sent.get("fields"), sent.get("strip")
     if isinstance(strip, dict):
@@ -55,7 +56,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
             kept["values"] = list(parse_strengths(strip.get("values")))
         more["preview_strip_at"] = kept
     fields = fields if isinstance(fields, dict) else None
-    return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
+    return rows, save_form(project, blank, bool(sent.get("apart")), fields, **more)
 
 
 def parse_rows(rows: Iterable[Any], blank: bool = False) -> list[WeightedLora]:

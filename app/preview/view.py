@@ -33,16 +33,13 @@ from app.preview.request_form import (
     load_fields,
     lora_groups,
     lora_rows,
-    loras_html,
     save_request,
     strip_is_on,
     take_sent_axes,
 )
 from app.preview.sent_form import (
-    parse_rows,
     parse_strength,
     parse_strengths,
-    row_data,
     save_form,
     strip_values,
     take_rows,
@@ -199,13 +196,12 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def redraw_loras(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Store the form, with one more LoRA if the page asks to `add` one; returns its LoRAs as `html`, also one
-    that has no file yet."""
-    snapshot, rows = take_snapshot(app_state), parse_rows(sent.get("rows") or (), blank=True)
-    if sent.get("add"):
-        rows.append(WeightedLora(next((file for _, files in lora_groups(snapshot) for _, file in files), "")))
-    kept = take_rows(app_state, {**sent, "rows": row_data(rows)})
-    return {**kept, "html": loras_html(snapshot, rows, bool(sent.get("apart")))}
+    """Store the form, with one more LoRA if the page asks to `add` one; returns its LoRAs as `html`."""
+    if sent.get("add") and isinstance(sent.get("rows"), list):
+        files = (file for _, files in lora_groups(take_snapshot(app_state)) for _, file in files)
+        sent = {**sent, "rows": [*sent["rows"], {"file": next(files, ""), "strength": 1.0}]}
+    kept = take_rows(app_state, sent)
+    return {**kept, "html": form_data(take_snapshot(app_state))["loras"]}
 
 
 def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:

@@ -213,6 +213,7 @@ def test_a_moved_strength_draws_the_shown_image_anew(app_state: AppState, tmp_pa
 def test_a_lora_that_is_added_has_a_row_before_it_has_a_file(app_state: AppState) -> None:
     sent = {"rows": [{"file": "/a", "strength": 2.5}, {"strength": "x"}], "apart": True}
     html = redraw_loras(app_state, {**sent, "add": True})["html"]
+    assert html == preview_form.form_data(take_snapshot(app_state))["loras"]
     assert html.count('role="group"') == 3
     assert 'value="2.5" data-part="text" data-typed aria-label="Text encoder of LoRA 1, typed"' in html
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora("/a", 2.5)]
