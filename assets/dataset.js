@@ -221,12 +221,14 @@
     bar.hidden = !count;
     one("#grid-keys").parentElement.hidden = Boolean(count);
     one("#grid-keys").hidden = !seen.length;
-    const members = [...picked].map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
+    const members = acted().map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
     one("#selection-count").textContent = count ? t("{count} selected", { count: count.toLocaleString("en") }) : "";
+    // In the bar, and below the image, where they say how many.
     for (const [does, words, hidden] of [["captions", t("Edit captions"), out || shelf.fixed], ["validation", held ? t("Use for training") : t("Use for validation"), out || shelf.fixed], ["exclude", out ? t("Include") : t("Exclude"), shelf.fixed]]) {
-      const button = one(`[data-select=${does}]`, bar);
-      button.textContent = words;
-      button.hidden = hidden;
+      for (const button of all(`[data-select=${does}]`)) {
+        button.textContent = button.id && count ? `${words} ${count}` : words;
+        button.hidden = hidden;
+      }
     }
     const note = one("#picture-several"), tags = count > 1 ? commonTags(members) : [];
     note.hidden = count < 2;
@@ -237,13 +239,9 @@
   };
 
   const showButtons = () => {
-    const picture = named(chosen), out = filter === "out", count = picked.size ? ` ${picked.size}` : "";
-    const leave = one("#leave-out"), hold = one("#hold-out"), held = picked.size ? [...picked].every((name) => named(name)?.held) : picture?.held;
-    leave.textContent = `${out ? t("Include") : t("Exclude")}${count}`;
-    hold.textContent = `${held ? t("Use for training") : t("Use for validation")}${count}`;
-    if (picture) leave.title = out ? t("Puts it back among the images") : t("Moves it aside within the project; Excluded shows it");
-    leave.hidden = shelf.fixed;
-    hold.hidden = one("#crop-start").hidden = one("#mask-start").hidden = shelf.fixed || out;
+    const out = filter === "out";
+    if (named(chosen)) one("#leave-out").title = out ? t("Puts it back among the images") : t("Moves it aside within the project; Excluded shows it");
+    one("#crop-start").hidden = one("#mask-start").hidden = shelf.fixed || out;
     lay();
     grid().toggleAttribute("data-picked", picked.size > 0);
     showSelection();
@@ -617,13 +615,11 @@
       if (other) render(); else { applyFilter(); if (!places.has(chosen)) show(seen[0]?.name ?? null); }
     } else if (data.step) move(Number(data.step), { focus: false });
     else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
-    else if (data.select === "exclude") leaveOut().then(() => cells.get(chosen)?.focus({ preventScroll: true }));
+    else if (data.select === "exclude") leaveOut().then(() => { if (!target.id) cells.get(chosen)?.focus({ preventScroll: true }); });
     else if (data.select === "validation") holdOut();
     else if (data.select === "captions") window.easel.openBulk();
     else if (target.id === "detail-close") editOnPhone(false);
     else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
-    else if (target.id === "leave-out") leaveOut();
-    else if (target.id === "hold-out") holdOut();
     else if (target.id === "crop-start") startCropping();
     else if (target.id === "mask-start") stopCropping();
     else if (target.id === "crop-apply") cropTo();
