@@ -1,4 +1,4 @@
-"""The Preview tab: the values of its templates, its routes, and files opened on it. The form belongs to
+"""The Preview tab: the values of its templates, its routes, and files opened on it. The form is filled by
 `assets/preview.js`, so that no answer replaces a control that is in use: every change is posted, stored and
 rendered. Images, strip, grid and history follow the render queue."""
 

@@ -91,6 +91,9 @@ def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None
     page.fill("#toolbox-rank", "2")
     page.click("#toolbox-go:enabled")
     done(page, "Each layer keeps rank 2")
+    # The new file is in the lists, which stay on what was chosen.
+    page.wait_for_selector(".toolbox-file:last-child option[value*='-rank2']", state="attached")
+    assert page.locator(".toolbox-file select").nth(1).input_value() == values[1]
     with page.expect_download() as started:
         page.click("#toolbox-answer a[download]")
     assert started.value.suggested_filename.endswith(".safetensors")
