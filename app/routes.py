@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import brotli
 from fastapi import Depends, FastAPI, Request
@@ -25,7 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.dataset.gallery import count_caption_tokens
+from app.dataset.gallery import count_caption_tokens, versioned
 from app.dataset.uploads import ROOM_LEFT
 from app.guard import LARGEST_JSON, LOOPBACK, host_name, is_loopback, read_body
 from app.state import SHARED, AppState
@@ -410,11 +410,7 @@ async def _small(app_state: AppState, file: Path, side: int) -> Response:
 
 def image_url(kind: str, root: Path, file: Path, size: str = "picture") -> str:
     """URL of an image; it contains the file's time, so browsers may cache it indefinitely."""
-    try:
-        version = file.stat().st_mtime_ns
-    except OSError:
-        version = 0
-    return f"/easel/{size}/{kind}/{quote(relative_name(file, root))}?v={version}"
+    return f"/easel/{size}/{kind}/{versioned(file, relative_name(file, root))}"
 
 
 def run_url(app_state: AppState) -> Callable[..., str]:

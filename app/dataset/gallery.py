@@ -237,8 +237,8 @@ def image_facts(
     size, name = (record.width, record.height), relative_name(record.path, folder)
     return {
         "name": name,
-        "url": _versioned(record.path, name),
-        "mask": record.mask and _versioned(record.mask, relative_name(record.mask, folder)),
+        "url": versioned(record.path, name),
+        "mask": record.mask and versioned(record.mask, relative_name(record.mask, folder)),
         "caption": record.caption,
         **_shape_facts(size, record.crop, record.focus, tuple(own or resolutions), multiple),
         "repeats": record.repeats,
@@ -246,8 +246,8 @@ def image_facts(
     }
 
 
-def _versioned(path: Path, name: str) -> str:
-    """The part of an image's URL that the route adds its kind to; it contains the file's time."""
+def versioned(path: Path, name: str) -> str:
+    """The part of an image's URL after its kind; it contains the file's time."""
     try:
         version = path.stat().st_mtime_ns
     except OSError:
