@@ -205,7 +205,7 @@
       allow(false, t("Type the text to find or add first"));
       return bulkSay(t("For {images}. Type to see what would change.", { images: whom }));
     }
-    const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
+    const answer = await post("bulk", scoped(edit()));
     if (number !== lookup) return;
     allow(!answer.problem && answer.changed > 0, answer.problem ?? (masks ? t("No mask would be written") : t("No caption would change")));
     if (answer.problem) bulkSay(answer.problem, true); else easel.fillParts(answer);
@@ -214,7 +214,7 @@
   const change = async (body, tell = outcome, again = false) => {
     allow(false, t("The captions are being changed"));
     await easel.waitingSaves();
-    const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
+    const answer = await post("bulk", { ...body, apply: true });
     if (answer.problem) { soon(); tell(answer.problem, true); return false; }
     await easel.load();
     await tags();
@@ -231,7 +231,7 @@
   const undo = async () => {
     allow(false, t("The captions are being changed"));
     await easel.waitingSaves();
-    const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
+    const answer = await post("bulk/undo", {});
     if (answer.problem) { soon(); outcome(answer.problem, true); return false; }
     await easel.load();
     await tags();
@@ -294,7 +294,7 @@
     easel.fill(one("#concepts-found"), (await get("concepts")).html);
   });
   const changeConcepts = async (body) => {
-    const answer = await post("concepts", body).catch((error) => ({ problem: error.message }));
+    const answer = await post("concepts", body);
     // The typed value differs from the file's.
     if (answer.problem) { easel.toast(answer.problem, "bad"); one("#concepts-found").replaceChildren(); } else await easel.load();
     await concepts();
@@ -307,7 +307,7 @@
     easel.did(words, restore(answer.before, answer.after), restore(answer.after, answer.before));
   });
   const move = async (folders) => {
-    const answer = await post("move", { folders }).catch((error) => ({ problem: error.message }));
+    const answer = await post("move", { folders });
     if (answer.problem) easel.toast(answer.problem, "bad");
     await easel.load();
     await concepts();

@@ -123,7 +123,7 @@
     if (paint === state) state.before = painted();
   };
   const request = async (state, body) => {
-    const answer = await post("mask", { picture: state.name, ...body }).catch((error) => ({ problem: error.message }));
+    const answer = await post("mask", { picture: state.name, ...body });
     if (answer.problem) easel.toast(answer.problem, "bad");
     return answer;
   };
