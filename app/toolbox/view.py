@@ -434,8 +434,10 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
     toolbox = Toolbox(app_state)
     add_task(app, app_state.live, "toolbox", toolbox.task)
-    form, go_on = functools.partial(draw_form, app_state), functools.partial(train_on, app_state)
-    actions = {"form": form, "start": toolbox.start, "act": toolbox.act, "go-on": go_on}
+    actions: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "form": functools.partial(draw_form, app_state), "start": toolbox.start, "act": toolbox.act,
+        "go-on": functools.partial(train_on, app_state),
+    }  # fmt: skip
     add_actions(app, {f"toolbox/{name}": act for name, act in actions.items()})
 
     @app.post("/easel/toolbox/file")
