@@ -64,7 +64,8 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
     layer = api.LayerWeights(torch.ones(2, 128), torch.ones(96, 2), 2.0)
     file, out = tmp_path / "a.safetensors", tmp_path / "a.png"
     api.write_adapter(api.AdapterWeights({key: layer}), file, "kohya", "fp16", FAMILIES["tiny"], {})
-    names = {**vars(api), "torch": torch, "file": file, "out": out}
+    assert api.settings_from_lora(str(file)).values["adapter.rank"] == 2
+    names = {**vars(api), "torch": torch, "file": str(file), "out": str(out)}
     names |= {name: getattr(api, name) for name in api.__all__} | {"merged": tmp_path / "merged.safetensors"}
     example = doctest.DocTestParser().get_doctest(api.__doc__ or "", names, "api", None, 0)
     assert len(example.examples) == 8

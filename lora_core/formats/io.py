@@ -52,7 +52,7 @@ _WRITER_KEYS = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -> AdapterWeights:
+def load_adapter(path: str | Path, family: Family | None = None, plain: bool = True) -> AdapterWeights:
     """The adapter in a file of any known format; `family` is the base's, if it is to be used with one.
 
     `plain`: whether a LoHa, a LoKr, an OFT or a DoRA is refused; else its layers are in `others`.
@@ -61,6 +61,7 @@ def load_adapter(path: Path, family: Family | None = None, plain: bool = True) -
         AdapterFileError: the file is broken, of a kind that cannot be used, holds values that are not finite,
             or is for another family.
     """
+    path = Path(path)
     header = read_header(path)
     kind = kinds.detect_kind(header.shapes)
     if kind != "unknown":

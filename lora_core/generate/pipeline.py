@@ -146,18 +146,32 @@ def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) 
     return guided * (phi * wanted / given + (1.0 - phi))
 
 
-def sample_image(
+def sample_image(  # noqa: PLR0913 - one more for a run, which goes on
     base: BaseModel, request: GenerationRequest, text: PromptEmbeds, negative: PromptEmbeds,
     on_step: OnStep | None = None, on_latents: OnLatents | None = None, start: torch.Tensor | None = None,
+    strict: bool = True,
 ) -> Image.Image:  # fmt: skip
-    """The image (RGB) of encoded prompts, with the base's current adapters."""
+    """The image (RGB) of encoded prompts, with the base's current adapters.
+
+    Raises:
+        ConfigError: it has values that are not finite, and is `strict`; else these are black.
+    """
     latents = sample_latents(base, request, text, negative, on_step, on_latents, start)
-    pixels = decode_latents(base, latents)[0].permute(1, 2, 0).numpy()
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+    pixels = decode_latents(base, latents)[0].permute(1, 2, 0)
+    if strict and not pixels.isfinite().all():
+        raise ConfigError(
+            "The image has values that are not finite (NaN), so it would be black: lower the strengths of the"
+            " LoRAs, or choose the precision fp32 or another VAE."
+        )
+    return Image.fromarray((pixels.nan_to_num() * 255).round().numpy().astype(np.uint8))
 
 
 def generate_image(base: BaseModel, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
-    """The image (RGB) of a request, with whatever adapter is in the base."""
+    """The image (RGB) of a request, with whatever adapter is in the base.
+
+    Raises:
+        ConfigError: it has values that are not finite.
+    """
     size = base.image_size(request.width, request.height)
     start = encode_start(base, request.image, size, request.mask)
     conditions = encode_prompts(base, request.prompt, request.negative, request.clip_skip, request.tokens)

@@ -175,13 +175,14 @@ def _short(value: Any) -> str:
     return in_short(value, str)
 
 
-def settings_from_lora(path: Path) -> LoraSettings:
+def settings_from_lora(path: str | Path) -> LoraSettings:
     """The settings that a LoRA file was trained with, or of a configuration that another trainer was given.
 
     Raises:
         AdapterFileError: it is neither, or has no record of its training.
         ConfigError: it is a configuration that cannot be read, or of no trainer that is known.
     """
+    path = Path(path)
     if path.suffix.casefold() in CONFIG_SUFFIXES:
         return _with_usual(_from_trainer(path))
     header = read_header(path)

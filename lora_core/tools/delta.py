@@ -132,7 +132,7 @@ class BaseWeights:
 # New files.
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, option: str = "--out ") -> None:
     """Refuse a path for a new adapter file before the work rather than after it.
 
     Raises:
@@ -141,9 +141,9 @@ def check_out(out: Path) -> None:
     if out.exists():
         raise AdapterFileError(f"{out} already exists; choose another name or remove it first.")
     if out.suffix.lower() != ".safetensors":
-        raise AdapterFileError(f"--out {out} should end in .safetensors.")
+        raise AdapterFileError(f"{option}{out} should end in .safetensors.")
     if not out.absolute().parent.is_dir():
-        raise AdapterFileError(f"--out {out} cannot be written: its folder does not exist; make it first.")
+        raise AdapterFileError(f"{option}{out} cannot be written: its folder does not exist; make it first.")
 
 
 def file_precision(path: Path) -> str:

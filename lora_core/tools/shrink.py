@@ -207,7 +207,9 @@ def pooled_ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[Layer
 
 
 def check_target(rank: int | None, energy: float | None) -> None:
-    """Raise a ConfigError for a rank or, without one, a share of the energy that is out of range."""
+    """Raise a ConfigError for a rank or a share of the energy that is out of range, or none or both."""
+    if (rank is None) == (energy is None):
+        raise ConfigError("Give either a rank or a share of the energy to keep, such as 8 or 0.99.")
     if rank is not None:
         check_rank(rank)
     elif not 0 < (energy or 0.0) <= 1:

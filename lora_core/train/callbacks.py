@@ -572,7 +572,7 @@ def draw_samples(
             for strength in strengths:
                 with at_strength(state.injected, strength):
                     conditions = session.text.embed_prompts(sample.prompt, sample.negative)
-                    images.append(sample_image(state.base, sample, *conditions, on_step))
+                    images.append(sample_image(state.base, sample, *conditions, on_step, strict=False))
             image = make_image_grid([images], [], strip.labels()) if strip else images[0]
             path = stem.with_name(f"{stem.name}-{number}.png")
             extra = grid_settings(None, strip) if strip else {}

@@ -246,9 +246,9 @@ def convert(
         AdapterFileError: the target exists, or the source cannot be translated.
     """
     from lora_core.formats.io import convert_adapter
+    from lora_core.tools.delta import check_out
 
-    if Path(target).exists():
-        raise AdapterFileError(f"{target} already exists; choose another name or remove it first.")
+    check_out(Path(target), "")
     return convert_adapter(Path(source), Path(target), to, keep_alphas)
 
 

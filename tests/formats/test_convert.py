@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from lora_core import api
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import AS_IT_IS, convert_adapter, load_adapter, read_tensors, save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -218,3 +219,19 @@ def test_a_diffusers_header_says_each_alpha(tmp_path):
     assert alphas == {4, 2}
     back = load_adapter(target)
     assert (back.layers[one].alpha, back.layers[two].alpha) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("g.txt", "should end in .safetensors"), ("none/g.safetensors", "its folder does not exist")],
+)
+def test_a_target_that_no_tool_would_find_is_refused(tmp_path, name, words):
+    family = FAMILIES["sd15"]
+    key = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    source, target = tmp_path / "f.safetensors", tmp_path / name
+    save_adapter(AdapterWeights({key: drawn((1280, 768), 4, 4.0, 0)}), source, family)
+    with pytest.raises(AdapterFileError) as error:
+        api.convert(source, target, "kohya")
+    assert str(error.value).startswith(f"{target} ")
+    assert words in str(error.value)
+    assert not target.exists()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.io import save_adapter
 from lora_core.generate.grid import grid_requests, parse_axis, vary
 from lora_core.generate.latent_preview import latent_preview
@@ -132,3 +132,11 @@ def test_a_look_has_the_colours_of_the_picture(pipeline):
     # The latents that it is heading for are those that the last step arrives at.
     last = (decode_latents(pipeline.base, seen[-1])[0].permute(1, 2, 0).numpy() * 255).round()
     assert np.abs(last - np.asarray(image, float)).mean() < 1.0
+
+
+def test_an_image_that_is_not_finite_is_said_rather_than_black(pipeline, files):
+    """A strength of 1e30 overflows fp32 in the UNet; NaN pixels were black."""
+    shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0], 1e30),), **SIZE)
+    with pytest.raises(ConfigError, match="not finite"):
+        pipeline(shot)
+    assert drawn(pipeline, vary(shot, "strength", 0.0)).any()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.header import read_header
@@ -506,3 +506,9 @@ def test_taking_out_what_was_merged_gives_the_base_back(tuned, hidden, tmp_path)
         base = BaseWeights("demo").weight(key)
         assert float((BaseWeights(str(tuned)).weight(key) - base).norm() / base.norm()) > 1e-3
         assert float((BaseWeights(str(out)).weight(key) - base).abs().max() / base.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("given", [{}, {"rank": 2, "energy": 0.9}])
+def test_a_library_user_gives_a_rank_or_an_energy(given):
+    with pytest.raises(ConfigError, match="either a rank or a share"):
+        shrink_adapter(decompose(AdapterWeights(layers())), **given)
