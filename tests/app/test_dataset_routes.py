@@ -589,7 +589,7 @@ def test_the_check_finds_twins_and_names_both(client: TestClient, app_state: App
     kinds = {(row["picture"], row["kind"], row.get("twin")) for row in found["problems"]}
     assert ("copy.png", "twins", "1.png") in kinds
     assert ("bad.png", "unreadable", None) in kinds
-    assert all(words in found["html"]["issues"] for words in (">1 near duplicate<", ">1 unreadable<"))
+    assert all(words in found["parts"]["issues"] for words in (">1 near duplicate<", ">1 unreadable<"))
     client.post("/easel/leave-out", json={"pictures": ["copy.png"]})
     assert not client.get("/easel/check").json()["fresh"]
 
