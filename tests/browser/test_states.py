@@ -62,13 +62,15 @@ def test_narrow_windows(look: Any, trained: Any) -> None:
     for tab in TABS:
         open_tab(page, tab)
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        for width in (390, 1024):
+        for width in (320, 390, 720, 1024):
             page.set_viewport_size({"width": width, "height": 900})
             frames(page)
             page.wait_for_timeout(300)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
             beyond = page.evaluate(BEYOND)
             assert beyond == [], f"{tab} at {width}: {json.dumps(beyond)}"
+            tight = page.evaluate(TIGHT)
+            assert tight == [], f"{tab} at {width}: {json.dumps(tight)}"
 
 
 # Fields and buttons that can be seen must be so in full; what scrolls by itself (the tabs) may be wider.
@@ -77,6 +79,14 @@ BEYOND = """() => [...document.querySelectorAll('button, input, select, textarea
   .filter((one) => !one.closest('[role=tablist], dialog:not([open]), .away, table, .log'))
   .filter((one) => { const box = one.getBoundingClientRect();
     return box.width > 1 && (box.left < -1 || box.right > window.innerWidth + 1); })
+  .map((one) => one.outerHTML.slice(0, 120))"""
+
+# Words of buttons and of the foot that are wider than their place; the project's button is beside the bell.
+TIGHT = """() => [...document.querySelectorAll('button, .bar .facts > *')]
+  .filter((one) => one.checkVisibility({ visibilityProperty: true, opacityProperty: true }))
+  .filter((one) => one.scrollWidth > one.clientWidth + 1 && one.clientWidth > 1)
+  .concat([...document.querySelectorAll('#project-picker')].filter((one) =>
+    one.getBoundingClientRect().right > document.querySelector('#tell-end').getBoundingClientRect().left + 1))
   .map((one) => one.outerHTML.slice(0, 120))"""
 
 # A disabled button says why: in its tip, or in words that it points to.
