@@ -216,8 +216,8 @@ def verify_adapter(
         )
     family = _check_base(path, header.shapes, header.metadata, family)
     outcomes = run_loaders(path, family, live, layout, weight_of)
-    usual = _is_as_converted(header.shapes, next(iter(outcomes.values())).meant, family, format)
-    advices = {tool: _advice(one, tool in MEANT_FOR[format], format, usual) for tool, one in outcomes.items()}
+    fixed = _no_conversion_helps(header.shapes, next(iter(outcomes.values())).meant, family, format)
+    advices = {tool: _advice(one, tool in MEANT_FOR[format], format, fixed) for tool, one in outcomes.items()}
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
@@ -475,8 +475,12 @@ class Expected:
         return float((got - right).norm() / right.norm()) if right.any() else float(got.any())
 
 
-def _is_as_converted(shapes: kinds.Shapes, meant: AdapterWeights, family: Family, format: str) -> bool:
-    """Whether a plain LoRA has the names and shapes that `convert` would write."""
+def _no_conversion_helps(shapes: kinds.Shapes, meant: AdapterWeights, family: Family, format: str) -> bool:
+    """Whether `convert` would refuse a file, for its names of two formats, or write the same names and
+    shapes."""
+    extras = kinds.extra_keys(shapes)
+    if any(is_kohya_key(key) != (format == "kohya") for key in shapes if key not in extras):
+        return True
     if not meant.layers:
         return False
     translator = peft if format == "diffusers" else kohya
@@ -534,7 +538,7 @@ _MERGEABLE = re.compile(r"\.(?:hada|lokr|oft)_|\.dora_scale$|\.lora_magnitude_ve
 """Tensors of the kinds that `merge --rank` turns into a plain LoRA."""
 
 
-def _advice(outcome: Outcome, meant_for: bool, format: str, usual: bool) -> str:
+def _advice(outcome: Outcome, meant_for: bool, format: str, fixed: bool) -> str:
     if not meant_for:
         return "export as kohya for it"
     dora = any(layer.kind == "DoRA" for layer in outcome.loaded.layers.values())
@@ -548,10 +552,11 @@ def _advice(outcome: Outcome, meant_for: bool, format: str, usual: bool) -> str:
             return "give it the new tokens in files of their own, which export and convert write"
     if extras and len(extras) == outcome.keys:
         return "no plain LoRA can hold it"
-    if extras and len(extras) == len(outcome.dropped):
+    refused = any(repr(key) in outcome.refused for key in extras)
+    if refused or (extras and len(extras) == len(outcome.dropped)):
         return "only a file without them suits it; convert leaves them out"
     if outcome.wrong and not outcome.dropped:
         return "convert it to kohya, which gives all layers one alpha"
-    if usual:
+    if fixed:
         return "no conversion changes that"
     return f"convert it to {format}, which writes the names that all tools know"

@@ -144,7 +144,7 @@ class GenerationRequest:
         """Raise a ConfigError for a value that no sampler supports."""
         phi = self.cfg_rescale
         for name, legal, hint in (
-            ("seed", 0 <= self.seed <= LARGEST_SEED, "it must be 0 or more"),
+            ("seed", 0 <= self.seed <= LARGEST_SEED, f"it must be between 0 and {LARGEST_SEED:,}"),
             ("steps", 1 <= self.steps <= 1000, "it must be between 1 and 1,000"),
             ("cfg", math.isfinite(self.cfg), "take a number such as 5"),
             ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it must be between 0 and 1"),

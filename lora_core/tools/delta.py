@@ -200,7 +200,7 @@ class Rewrite:
     """An adapter file to be saved again with other weights, in its format and with its metadata.
 
     Attributes:
-        precision: "fp32", "fp16", "bf16", `io.AS_IT_IS`, or "" for that of the source.
+        precision: "fp32", "fp16", "bf16", `io.AS_IT_IS`, or "" for that of the source, see `file_precision`.
     """
 
     source: Path

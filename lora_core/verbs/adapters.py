@@ -313,7 +313,7 @@ def shrink(
         file: an adapter; a LoHa, LoKr, OFT or DoRA with a rank.
         rank: the same for every layer.
         energy: share to keep, such as 0.99.
-        precision: dtype of the file, else its own.
+        precision: dtype of the file, else its own, or fp32 where that is none of these.
         base: the base of a DoRA.
     """
     from lora_core.tools.delta import BaseWeights, Rewrite

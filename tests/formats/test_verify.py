@@ -320,3 +320,20 @@ def test_a_conversion_is_advised_only_where_it_changes_something(path, case):
     assert notes
     advised = ["convert it to kohya" in note for note in notes]
     assert advised == [case != "q only"] * len(notes), notes
+
+
+def test_the_advice_for_a_file_that_convert_refuses_or_cuts(path):
+    """Names of two formats, which `convert` refuses; a bias, for which diffusers refuses it all."""
+    family = FAMILIES["sd15"]
+    tensors, metadata = odd_file("attention only", family, family_layout(family))
+    other = "unet.mid_block.attentions.0.proj_in"
+    pair = {f"{other}.lora_A.weight": torch.ones(1, 1280), f"{other}.lora_B.weight": torch.ones(1280, 1)}
+    path.write_bytes(serialised(tensors | pair, metadata))
+    notes = {row["tool"]: row["note"] for row in verify_adapter(path)["tools"]}
+    assert notes["A1111"].endswith("; no conversion changes that")
+    with pytest.raises(AdapterFileError, match="belong to no plain LoRA"):
+        load_adapter(path)
+    stem = next(iter(tensors)).split(".")[0]
+    path.write_bytes(serialised(tensors | {f"{stem}.diff_b": torch.ones(320)}, metadata))
+    notes = {row["tool"]: row["note"] for row in verify_adapter(path)["tools"]}
+    assert notes["diffusers"].endswith("; only a file without them suits it; convert leaves them out")

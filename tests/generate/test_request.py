@@ -118,3 +118,11 @@ def test_a_request_is_read_from_json() -> None:
         with pytest.raises(ConfigError, match=r"\.$") as error:
             GenerationRequest.from_json(wrong)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_gets_both_limits(seed):
+    """2^63 - 1 is the largest that a generator of torch takes."""
+    with pytest.raises(ConfigError, match=r"between 0 and 9,223,372,036,854,775,807\."):
+        GenerationRequest(prompt="x", seed=seed).check()
+    GenerationRequest(prompt="x", seed=2**63 - 1).check()
