@@ -120,7 +120,7 @@ class RunView:
     def made(self) -> str:
         """The day on which it was made, such as 29 Nov 2026."""
         seconds = changed_at(self.run.config_file) / 1e9
-        return time.strftime("%d %b %Y", time.localtime(seconds)).lstrip("0") if seconds else ""
+        return time.strftime(_("%d %b %Y"), time.localtime(seconds)).lstrip("0") if seconds else ""
 
     @property
     def out_of_memory(self) -> bool:

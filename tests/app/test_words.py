@@ -12,10 +12,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app import templates
+from app.jobs import RunView
 from app.main import build_app
 from app.page import list_assets
 from app.state import AppState
 from app.templates import FOLDER, LANGUAGES, LOCALE, WORDS, _, pluralize, preferred_language, script_words
+from lora_core.runs.folder import RunFolder
 from tests import catalogues
 
 UNTRANSLATED = {"LoRA Easel", "Ctrl+Enter", "Esc"}
@@ -77,7 +79,7 @@ def test_templates_hold_no_text_that_is_not_marked() -> None:
         assert {text for text in plain if re.search(r"[A-Za-z]{2}", plain[text])} <= UNTRANSLATED, file
 
 
-def test_texts_are_filled_and_counted() -> None:
+def test_texts_are_filled_and_counted(tmp_path: Path) -> None:
     assert _("Open {name}", name="a{b}") == "Open a{b}"
     assert [pluralize(1, "image"), pluralize(1200, "image")] == ["1 image", "1,200 images"]
     WORDS.speak("ja")
@@ -87,6 +89,8 @@ def test_texts_are_filled_and_counted() -> None:
     assert _("a run of mine") == "a run of mine"
     assert templates.label_of("optimizer.lr") == "学習率"
     assert templates.render("train/like.html").startswith('<div id="like-drop"')
+    (tmp_path / "config.toml").touch()
+    assert re.fullmatch(r"\d{4}/\d\d/\d\d", RunView(RunFolder(tmp_path)).made)
 
 
 @pytest.mark.parametrize(
