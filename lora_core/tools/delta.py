@@ -237,4 +237,7 @@ class Rewrite:
     def size_sentence(self) -> str:
         """The size of the saved file beside the source's; other kinds may be smaller than a plain LoRA."""
         times = self.times_smaller
-        return f"The file is {max(times, 1 / times):.1f} times {'smaller' if times >= 1 else 'larger'}."
+        factor = f"{max(times, 1 / times):.1f}"
+        if factor == "1.0":
+            return "The file is about as large."
+        return f"The file is {factor} times {'smaller' if times >= 1 else 'larger'}."

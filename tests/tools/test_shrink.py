@@ -512,3 +512,10 @@ def test_taking_out_what_was_merged_gives_the_base_back(tuned, hidden, tmp_path)
 def test_a_library_user_gives_a_rank_or_an_energy(given):
     with pytest.raises(ConfigError, match="either a rank or a share"):
         shrink_adapter(decompose(AdapterWeights(layers())), **given)
+
+
+def test_a_file_that_keeps_its_size_is_not_called_smaller_or_larger(tmp_path, capsys):
+    """Rank 64 is more than there is."""
+    path, out = saved(layers(), tmp_path / "f.safetensors"), tmp_path / "g.safetensors"
+    assert main(["shrink", str(path), "--out", str(out), "--rank", "64"]) == 0
+    assert "The file is about as large." in capsys.readouterr().out
