@@ -187,7 +187,11 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/easel/preview/file")
     async def file(request: Request, name: str) -> Response:
         path = await receive_file(request, opened_folder(app_state), name)
-        return Answer(await asyncio.to_thread(open_file, app_state, path))
+        try:
+            return Answer(await asyncio.to_thread(open_file, app_state, path))
+        except LoraError as error:
+            # The folder is ours and means nothing to who sent it.
+            raise RunError(str(error).replace(str(path), path.name)) from error
 
     @app.get("/easel/preview/strip.png")
     def strip() -> Response:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -545,3 +546,9 @@ def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_pat
     assert sent_form.strip_values(app_state.project, rows[1:]) == sent_form.STRIP
     app_state.project.update_draft(preview_strip_at={"values": [0.0, 3.0]})
     assert sent_form.strip_values(app_state.project, rows) == (0.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["bad.png", "bad.safetensors"])
+def test_a_file_that_cannot_be_opened_is_called_by_its_name(client: TestClient, name: str) -> None:
+    answer = client.post(f"/easel/preview/file?name={name}", content=b"nothing of the kind").json()
+    assert answer["problem"].startswith(f"{name} is ")
