@@ -1,7 +1,5 @@
-"""What a page sends of the Preview tab's form: parsed, and stored in the project's draft.
-
-Each change gets the next revision, so that a page knows which of two states is newer.
-"""
+"""What a page sends of the Preview tab's form: parsed, and stored in the project's draft. Each change gets
+the next revision, so that a page knows which of two states is newer."""
 
 import contextlib
 import math
@@ -47,8 +45,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
         raise ConfigError(_("The LoRAs of the form did not arrive; try again."))
     blank = parse_rows(sent["rows"], blank=True)
     rows = [row for row in blank if row.file]
-    more: dict[str, Any] = {}
-    fields, strip = sent.get("fields"), sent.get("strip")
+    more, fields, strip = dict[str, Any](), sent.get("fields"), sent.get("strip")
     if isinstance(strip, dict):
         kept = {"on": bool(strip.get("on")), "values": list(strip_values(project, rows))}
         with contextlib.suppress(LoraError):
@@ -60,13 +57,12 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
 
 
 def parse_rows(rows: Iterable[Any], blank: bool = False) -> list[WeightedLora]:
-    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None; those without
-    a file only with `blank`."""
+    """Parse rows as a page sends them; those without a file only with `blank`."""
     found = []
-    for row in list(rows)[:MOST_LORAS]:
-        file = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
-        if file or (blank and isinstance(row, dict)):
-            text = None if row.get("text") is None else parse_strength(row["text"])
+    for row in filter(lambda row: isinstance(row, dict), list(rows)[:MOST_LORAS]):
+        file, text = str(row.get("file") or "").strip().strip('"'), row.get("text")
+        if file or blank:
+            text = None if text is None else parse_strength(text)
             found.append(WeightedLora(file, parse_strength(row.get("strength")), text))
     return found
 
@@ -77,8 +73,7 @@ def parse_strength(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return 0.0
-    number = number if math.isfinite(number) else 0.0
-    return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
+    return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3) if math.isfinite(number) else 0.0
 
 
 def save_form(
