@@ -246,7 +246,7 @@
   const undoLast = () => {
     if (undoing) return;
     undoing = true;
-    easel.inTurn(undo).then((done) => { undoing = false; if (done) easel.undone(undo); });
+    easel.inTurn(undo).then((done) => { if (done) easel.undone(undo); }).finally(() => { undoing = false; });
   };
 
   // Pressed twice is done once, though its turn may come later.

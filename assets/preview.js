@@ -9,12 +9,14 @@
   const form = (id = "preview-form") => document.getElementById(id);
   const fieldsOf = () => Object.fromEntries([...new FormData(form())].map(([name, value]) => [name, String(value)]));
   const stripOf = () => { const { values, on } = form("strip-form").elements; return { values: values.value, on: on.checked }; };
+  // Text encoder strengths by file, for when they are separate again.
+  const texts = new Map();
   const apart = () => Boolean(one("#text-apart")?.checked);
   const rowsOf = () => all("#loras [data-row]").map((row) => {
     // A number that is being typed may be none yet.
     const number = (part) => one(`[data-part=${part}][data-typed]`, row)?.value || one(`input[data-part=${part}]`, row)?.value;
-    const strength = Number(number("strength")), text = apart() ? Number(number("text") ?? strength) : null;
-    return { file: one("select", row).value || one("[data-part=path]", row).value, strength, text };
+    const file = one("select", row).value || one("[data-part=path]", row).value, strength = Number(number("strength"));
+    return { file, strength, text: apart() ? Number(number("text") ?? texts.get(file) ?? strength) : null };
   });
   const sent = () => ({ rows: rowsOf(), apart: apart(), fields: fieldsOf(), strip: stripOf() });
 
@@ -69,16 +71,22 @@
     if (!proceed()) read();
   };
   const hold = () => { clearTimeout(timer); timer = null; later = moved = false; };
-  // LoRAs that come and go are rendered by the server.
-  const redraw = async (more = {}) => {
+  // LoRAs that come and go are rendered by the server; `edit` waits for the answer before, which would revert it.
+  const redraw = async (edit, more = {}) => {
     const strength = moved;
     hold();
     await idle();
+    edit();
     sending = true;
     const { html } = keep(await post("preview/loras", { ...sent(), moved: strength, ...more }));
     if (html !== undefined && (!later || more.add)) show(html);
     if (!proceed()) read();
   };
+  const separate = (box, on) => redraw(() => {
+    box.checked = true;
+    if (!on) for (const { file, strength, text } of rowsOf()) texts.set(file, text === strength ? undefined : text);
+    box.checked = on;
+  }, { moved: true });
   // An answer with the form outranks edits before the click.
   const take = (data) => {
     if (!data) return;
@@ -106,7 +114,7 @@
 
   document.addEventListener("input", (event) => {
     const target = event.target;
-    if (target.id === "text-apart") return redraw({ moved: true });
+    if (target.id === "text-apart") return separate(target, target.checked);
     const row = target.closest?.("#loras [data-row]"), part = target.dataset?.part;
     if (!row || !part) {
       if (target.classList?.contains("split")) split(target.value);
@@ -279,8 +287,8 @@
     else if (target.id === "cancel-drawing") post("preview/cancel", {});
     else if (target.id === "dice") setSeed(-1);
     else if (target.id === "last-seed") { const { seed } = one("#preview-state").dataset; if (seed) setSeed(seed); }
-    else if (target.id === "add-lora") { await redraw({ add: true }); all("#loras [data-row] select").at(-1)?.focus(); }
-    else if (data.removeLora !== undefined) { target.closest("[data-row]").remove(); one("#add-lora").focus(); await redraw(); }
+    else if (target.id === "add-lora") { await redraw(() => {}, { add: true }); all("#loras [data-row] select").at(-1)?.focus(); }
+    else if (data.removeLora !== undefined) { one("#add-lora").focus(); await redraw(() => target.closest("[data-row]").remove()); }
     else if (data.setBest !== undefined) {
       for (const input of all("input", target.closest(".dial"))) input.value = data.setBest;
       if (one("#preview-result")) working();

@@ -351,7 +351,7 @@ class BackgroundTask:
     page that returns finds its state."""
 
     def __init__(self, worker: WorkerClient, dropped: Path = Path("/none")) -> None:
-        """Messages name a file below `dropped`, where dropped files are kept, without its folder."""
+        """Results name a file below `dropped`, where dropped files are kept, without its folder."""
         self._worker, self._folder = worker, re.compile(re.escape(str(dropped)) + r"[\\/]\w+[\\/]")
         self._lock = threading.Lock()
         self._reply: Reply | None = None
@@ -403,11 +403,22 @@ class BackgroundTask:
             state = reply.state if reply else "idle"
             return {**shown, "state": state, "revision": self._revision, "html": self._html}
 
+    def _plain(self, found: Any) -> Any:
+        """A result without folders and options that mean nothing to a page."""
+        match found:
+            case str():
+                return self._folder.sub("", found).replace("; name its base with --base", "")
+            case dict():
+                return {key: self._plain(value) for key, value in found.items()}
+            case list():
+                return [*map(self._plain, found)]
+        return found
+
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
-            return problem_html(self._folder.sub("", reply.message))
+            return problem_html(self._plain(reply.message))
         try:
-            return self._shows(reply.result)
+            return self._shows(self._plain(reply.result))
         except LoraError as error:
             return problem_html(error)
         except Exception:

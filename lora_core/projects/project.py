@@ -118,7 +118,7 @@ class Project:
             self._named: tuple[Dataset, dict[str, ImageRecord]] | None = None
             self.notes: list[FileProblem] = []
             self._file_lock = FileLock(path / _LOCK)
-            self.draft_problem = ""
+            self.draft_problem = self._unwritten = ""
             self._revision += 1
             if MEANT.get():
                 # Of a page that opens it: what follows is for this one.
@@ -197,7 +197,8 @@ class Project:
             return dict(self._draft)
 
     def update_draft(self, **changes: Any) -> None:
-        """Put values into the draft and write it, if anything changed.
+        """Put values into the draft and write it, if anything changed. Where the disk refuses,
+        `draft_problem` says so, and the next call writes it.
 
         Raises:
             DatasetError: a page of another project has sent them.
@@ -206,9 +207,19 @@ class Project:
             self.require_meant(MEANT.get())
             self.set_unreadable_draft_aside()
             changed = {**self._draft, **clean_value(changes)}
-            if changed != self._draft:
-                self._draft = changed
-                write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
+            if changed != self._draft or self._unwritten:
+                self._draft, before = changed, self._unwritten
+                try:
+                    write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
+                except OSError as error:
+                    self._unwritten = self.draft_problem = (
+                        f"The form cannot be written to {self.path}: {error.strerror or error}. Free some"
+                        " space: until then only this window keeps it."
+                    )
+                else:
+                    self._unwritten = ""
+                    if self.draft_problem == before:
+                        self.draft_problem = ""
 
     @contextmanager
     def editing(self) -> Iterator[None]:

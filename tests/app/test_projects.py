@@ -1,5 +1,6 @@
 """Projects: new, open, rename, delete; which runs belong to one; what they hold."""
 
+import errno
 import json
 import os
 import threading
@@ -326,6 +327,26 @@ def test_a_draft_that_cannot_be_read_is_set_aside(app_state: AppState, written: 
     project.update_draft(trigger="newer")
     assert (project.path / "draft-set-aside-3.json").read_bytes() == written
     assert "draft-set-aside-3.json" in project.draft_problem
+
+
+def test_what_is_typed_on_a_full_disk_is_kept_and_said(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = app_state.project
+    build_page(app_state)
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_core.projects.project.write_atomically", full)
+        project.update_draft(trigger="sks")
+        assert "No space left on device. Free some space" in str(app_state.live.look()[0])
+    assert project.draft()["trigger"] == "sks"
+    # The same text once more, as leaving the field sends it.
+    project.update_draft(trigger="sks")
+    assert Project(project.path).draft()["trigger"] == "sks"
+    assert project.draft_problem == ""
 
 
 def test_a_project_whose_title_is_no_valid_text(app_state: AppState) -> None:

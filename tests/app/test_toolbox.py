@@ -43,6 +43,8 @@ for line in sys.stdin:
         out = pathlib.Path(asked["run"]) / "report.html"
         out.write_text("<p>told</p>")
         say(event="done", file=str(out), bytes=11)
+    elif asked["do"] == "verify":
+        say(event="done", report={}, problem=f"{asked['file']} says nothing; name its base with --base.")
     elif "out" in asked:
         pathlib.Path(asked["out"]).write_bytes(json.dumps(asked).encode())
         say(event="done", file=asked["out"], bytes=5, sentences=["Nothing is lost."])
@@ -234,6 +236,9 @@ def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient
     sent = client.post("/easel/toolbox/file?name=it.safetensors", content="x").json()["file"]
     say("toolbox/start", tool="spectrum", files=[{"file": sent}])
     assert "&lt;b&gt;it.safetensors cannot be read." in ended(app_state)["html"]
+    say("toolbox/start", tool="check", files=[{"file": sent}])
+    assert '<p class="small">it.safetensors says nothing.</p>' in ended(app_state)["html"]
+    assert "dropped" not in client.get("/easel/toolbox/numbers.json?tool=check").text
 
 
 def test_nothing_is_measured_while_a_run_needs_the_memory(

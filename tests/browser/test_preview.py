@@ -120,6 +120,22 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.wait_for_selector("#loras [data-row]")
     page.check("#text-apart")
     page.fill("#loras [data-part=text][data-typed]", "0.25")
+    # It comes back with the tick.
+    page.uncheck("#text-apart")
+    page.wait_for_selector("#loras [data-part=text]", state="detached")
+    page.check("#text-apart")
+    has_value(page, "#loras [data-part=text][data-typed]", "0.25")
+    # The second of two quick clicks is not taken back by the answer to the first.
+    for number in (2, 3):
+        page.click("#add-lora")
+        page.wait_for_selector(f"#loras [data-row='{number - 1}']")
+    page.evaluate(
+        """() => {
+            const remove = () => [...document.querySelectorAll("[data-remove-lora]")].at(-1).click();
+            remove(); setTimeout(remove, 5);
+        }"""
+    )
+    page.wait_for_function("document.querySelectorAll('#loras [data-row]').length === 1")
     page.click("button[data-compare=grid]")
     page.wait_for_selector("#grid-form[data-ready]")
     page.fill("#grid-columns-values input", "0, 0.5")
