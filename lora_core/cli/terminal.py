@@ -240,6 +240,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=one_line,
     )  # fmt: skip
     environment.filters |= {
+        "count": lambda number, noun: f"{number} {noun}{'' if number == 1 else 's'}",
         "size": format_bytes,
         "duration": duration,
         "name": lambda path: Path(str(path)).name,

@@ -370,7 +370,7 @@ def _without_effect(
         "loss.prior_preservation": not slider and "for a slider, which keeps the base as it is",
         "loss.timestep_mean": logit,
         "loss.timestep_std": logit,
-        "validation.draws_per_image": never,
+        "validation.draws_per_image": not valid.pictures and "while validation.pictures is 0",
         "validation.max_time_share": valid.max_time_share and never,
         "validation.forgetting": valid.forgetting and never,
         "validation.patience": valid.patience and never,

@@ -323,6 +323,9 @@ class Queue:
             ) as db:
                 if not db.execute("PRAGMA user_version").fetchone()[0]:
                     db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+                # Earlier versions used WAL; another connection may be in the way until the next time.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    db.execute("PRAGMA journal_mode = DELETE")
                 if self._old_file.exists():
                     self._import_old(db)
                 yield db

@@ -81,7 +81,8 @@ def workspace(chosen: str | Path | None = None) -> Path:
     return path
 
 
-_HALF_WRITTEN = re.compile(r"\..+\.(\d+)-\d+\.tmp", re.DOTALL)
+_HALF_WRITTEN = re.compile(r"\..+\.\w+\.\d+-\d+\.tmp", re.DOTALL)
+_LONGEST_WRITE = 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -187,28 +188,24 @@ def clear_abandoned(folder: Path) -> None:
 def clear_abandoned_below(folder: Path, seconds: float = 1.0) -> None:
     """Remove what killed processes left half-written by `replacing` in a user's folder and those below it.
 
-    Other files stay, whatever they are called. After `seconds` the other folders are left for the next time.
+    Other files stay, and so does what changed within a day: a process may still be writing it, perhaps on
+    another computer. After `seconds` the other folders are left for the next time.
     """
-    end = time.monotonic() + seconds
+    end, before = time.monotonic() + seconds, time.time() - _LONGEST_WRITE
     for place, _, names in os.walk(folder):
         for name in names:
-            path = Path(place, name)
-            if (owner := _HALF_WRITTEN.fullmatch(name)) and not _written_by(int(owner[1]), path):
+            if _HALF_WRITTEN.fullmatch(name):
                 with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+                    if (path := Path(place, name)).lstat().st_mtime < before:
+                        path.unlink()
         if time.monotonic() > end:
             return
 
 
 def _still_writing(pid: int, path: Path) -> bool:
-    """Whether `path` may be the work of another living process."""
-    return pid != os.getpid() and _written_by(pid, path)
-
-
-def _written_by(pid: int, path: Path) -> bool:
-    """Whether `path` may be the work of a living process; one that began later has only its number."""
+    """Whether `path` may be the work of another living process; one that began later has only its number."""
     try:
-        return bool(psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0)
+        return pid != os.getpid() and psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0
     except (OSError, psutil.Error):
         return False
 

@@ -65,6 +65,10 @@ def test_a_slider_takes_no_dataset(home: Path, capsys: pytest.CaptureFixture[str
     prompts = ["--set", "slider.positive=old", "--set", "slider.negative=young"]
     assert main(["forecast", *prompts]) == 0
     assert "0 images; 80 steps." in capsys.readouterr().out
+    assert main(["forecast", "demo", "--set", "train.steps=1"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "24 images, 24 with a caption; 1 step looks at each about 1 time.\n"
+    )
     assert main(["train", "demo", *prompts]) == 1
     assert "leave out the dataset demo" in capsys.readouterr().err
     with pytest.raises(SystemExit) as wrong:

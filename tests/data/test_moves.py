@@ -298,17 +298,14 @@ def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(proj
     folder, large = project.image_folder, project.path / "former masks"
     large.mkdir()
     left = [folder / f".a.txt.{gone.pid}-1.tmp", folder / "sub" / f".b-masklabel.png.{gone.pid}-77.tmp"]
-    # Of a process that lives, of another program, and what a page may still put back.
-    stays = [
-        folder / f".c.txt.{os.getpid()}-1.tmp",
-        folder / ".own.tmp",
-        folder / ".own.1.tmp",
-        large / "new",
-    ]
-    old = large / "old"
+    # Perhaps of another computer, of other programs, and what a page may still put back.
+    now = [folder / f".c.txt.{gone.pid}-1.tmp", large / "new"]
+    others = [folder / ".own.tmp", folder / ".own.1.tmp", folder / f".notes.{gone.pid}-11.tmp"]
+    stays, old = [*now, *others], large / "old"
     for file in (*left, *stays, old):
         file.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    for file in (*left, *others, old):
+        os.utime(file, (0, 0))
     Project(project.path)
     assert [file for file in (*left, old) if file.exists()] == []
     assert all(file.exists() for file in stays)

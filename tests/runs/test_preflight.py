@@ -521,6 +521,13 @@ def test_what_is_turned_off_has_not_to_have_an_effect(config: RunConfig, tmp_pat
     assert found(config, tmp_path, **off) == []
 
 
+def test_the_report_draws_noise_for_held_out_images_without_validation(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    draws = {"validation.every": 0, "validation.draws_per_image": 100}
+    assert found(config, tmp_path, **draws, **{"validation.pictures": 1}) == []
+
+
 def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConfig, tmp_path: Path) -> None:
     wrong = {"model__zero_terminal_snr": "on", "model__prediction": "epsilon"}
     (one,) = found(config, tmp_path, **wrong)

@@ -227,8 +227,11 @@ def test_a_queue_in_wal_mode_of_the_old_version_is_used(home: Path) -> None:
     with contextlib.closing(sqlite3.connect(queue.file)) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         db.execute("PRAGMA journal_mode = WAL")
-    queue.move("b", 1)
-    assert [job.run for job in queue.jobs()] == ["b", "a"]
+        queue.move("b", 1)
+        assert [job.run for job in queue.jobs()] == ["b", "a"]
+    assert len(queue.jobs()) == 2
+    with contextlib.closing(sqlite3.connect(queue.file)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_killed_change_leaves_the_queue_as_it_was(home: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
+from lora_core.cli.terminal import show_result
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.generate.request import WeightedLora
@@ -271,7 +272,7 @@ def test_files_for_two_kinds_of_base_are_named(tmp_path):
         file_similarity(one, two)
 
 
-def test_layers_that_are_unknown_without_the_base_are_left_out_for_all(tmp_path):
+def test_layers_that_are_unknown_without_the_base_are_left_out_for_all(tmp_path, capsys):
     """A DoRA's update is unknown, and so is what survives of another's there."""
     layers = {TO_K: random_layer(TO_K, 2, 2.0, 0), PROJ: random_layer(PROJ, 2, 2.0, 1)}
     plain = saved(layers, tmp_path / "plain.safetensors")
@@ -286,6 +287,9 @@ def test_layers_that_are_unknown_without_the_base_are_left_out_for_all(tmp_path)
     assert [(row["part"], row["module"]) for row in report["layers"]] == [PROJ]
     assert [row["survives"] for row in report["files"]] == pytest.approx([2, 2])
     assert [(row["part"], row["module"]) for row in report["left_out"]] == [TO_K]
+    report["left_out"] *= 140
+    show_result("stack", report, {})
+    assert capsys.readouterr().out.count("140 layers are left out, unet.") == 1
     one = saved({TO_K: layers[TO_K]}, tmp_path / "one.safetensors")
     only = tmp_path / "only.safetensors"
     save_file(
