@@ -659,6 +659,9 @@ def test_the_tables_name_keys_of_the_header() -> None:
             # A megapixel.
             {"train.resolution": 1024, "train.steps": 50},
         ),
+        ("a.json", '{"training_method": "LORA", "ema": "GPU"}', {"save.ema": 0.999}, {}),
+        ("a.yaml", "{network: {linear: 8}, train: {ema_config: {use_ema: true}}}", {"save.ema": 0.999}, {}),
+        ("a.json", '{"model_family": "sdxl", "lora_rank": 4, "use_ema": true}', {"save.ema": 0.995}, {}),
     ],
 )  # fmt: skip
 def test_what_a_configuration_leaves_out_is_the_trainer_s_default(
