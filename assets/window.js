@@ -223,7 +223,7 @@
     // Options that come and go leave a list on any of them.
     const now = chosen(old);
     if (old.nodeName === "SELECT") old.value = now === undefined || now === before ? kept : now;
-    if (old.selectedIndex < 0) old.selectedIndex = 0;
+    if (old.selectedIndex < 0) old.value = now ?? old.options[0]?.value;
   };
   // Makes the content of `place` like that HTML or those nodes, and keeps equal ones: a click that started on a node has to
   // end on it. A node that moves loses the keyboard focus.

@@ -138,6 +138,15 @@ def test_a_list_whose_options_come_and_go_shows_the_one_that_the_server_chose(pa
     own = '<optgroup label="This project"><option value="new" selected>new</option></optgroup>'
     assert page.evaluate(filled, [none, own + others]) == "new"
     assert page.evaluate(filled, [own + others, none]) == ""
+    # The one that the user chose is gone.
+    gone = """() => {
+      const place = document.createElement("div"), last = "<option selected>c</option>";
+      easel.fill(place, `<select><option>a</option><option>b</option>${last}</select>`);
+      place.firstChild.value = "b";
+      easel.fill(place, `<select><option>a</option>${last}</select>`);
+      return place.firstChild.value;
+    }"""
+    assert page.evaluate(gone) == "c"
 
 
 @pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
