@@ -1,7 +1,7 @@
 // Client of the Toolbox: what is filled in, and progress. The server renders the form of the chosen tool from what the page
 // has filled in, and the results, which are kept by tool.
 (() => {
-  const { one, all, post, refill, t, openTab, fillParts } = window.easel;
+  const { one, all, post, refill, t, openTab, fillParts, inOrder } = window.easel;
   const answers = {}, touched = {}, OTHER = ":other", FOLDER = ":folder";
   let tool = "check";
 
@@ -17,11 +17,13 @@
   // Lists follow the first file until they are set; a base that only a DoRA needs is set for one tool.
   const isSet = (name) => touched[name] && (touched[name] === tool || name !== "base" || !needs().includes("base?"));
   const lists = () => Object.fromEntries(["measure", "base"].filter(isSet).map((name) => [name, value(name)]));
-  let turn = 0, answered = "";
-  const draw = async (changed = {}) => {
-    const mine = ++turn, kept = { by: value("by"), rank: value("rank"), format: value("format") };
+  let turn = 0, answered = "", asked = {};
+  const ask = inOrder(async () => {
+    const mine = turn, kept = { by: value("by"), rank: value("rank"), format: value("format") }, changed = asked;
+    asked = {};
     const reply = await post("toolbox/form", { tool, files: files(), ...kept, ...lists(), ...changed });
     // An older answer would take back what was filled in since.
+    if (mine !== turn) asked = { ...changed, ...asked };
     if (mine !== turn || !reply.parts) return;
     fillParts(reply);
     for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
@@ -29,7 +31,8 @@
     one("#toolbox-go").textContent = button().dataset.go;
     if (answered !== tool) showAnswer();
     allow();
-  };
+  });
+  const draw = (changed = {}) => { turn += 1; Object.assign(asked, changed); return ask(); };
   const showAnswer = () => {
     const place = one("#toolbox-answer");
     answered = tool;

@@ -149,6 +149,17 @@ def test_a_list_whose_options_come_and_go_shows_the_one_that_the_server_chose(pa
     assert page.evaluate(gone) == "c"
 
 
+def test_a_file_is_added_to_the_toolbox_although_a_tool_is_chosen_before_the_answer(page: Any) -> None:
+    open_tab(page, "Toolbox")
+    page.wait_for_selector("#toolbox [data-tool=check][aria-pressed=true]")
+    page.click("#toolbox [data-tool=merge]")
+    page.wait_for_selector("#toolbox [data-tool=merge][aria-pressed=true]")
+    click = "(...all) => all.forEach((one) => document.querySelector(one).click())"
+    page.evaluate(f"({click})('#toolbox-add', '#toolbox [data-tool=stack]')")
+    page.wait_for_selector("#toolbox [data-tool=stack][aria-pressed=true]")
+    assert page.locator(".toolbox-file").count() == 2
+
+
 @pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
 def test_a_start_counts_although_an_older_answer_comes_after_it(page: Any, window: Window) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
