@@ -343,7 +343,7 @@ def _without_effect(
     validates, no_alpha = valid.every or valid.every_epochs, ADAPTER_KINDS[adapter.kind].unused
     huber = loss.type != "huber" and f"while loss.type is {loss.type}; it is for huber"
     logit = loss.timesteps != "logit_normal" and f"while loss.timesteps is {loss.timesteps}"
-    plain = guidance <= 1 and f"without guidance: sample.cfg is {sample.cfg:g}"
+    plain = guidance <= 1 and f"without guidance: sample.cfg or --l is {guidance:g}"
     never = not (validates and valid.pictures) and (
         f"while validation.{'pictures' if validates else 'every'} is 0"
     )

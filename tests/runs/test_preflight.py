@@ -486,12 +486,17 @@ def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Pa
         ),
         (
             {"sample.negative_prompt": "blurred", "sample.cfg": 1.0},
-            "without guidance: sample.cfg is 1",
+            "without guidance: sample.cfg or --l is 1",
             {"sample.prompts": ["a dot", "a square --l 4"]},
         ),
         (
+            {"sample.negative_prompt": "blurred", "sample.cfg": 5.0, "sample.prompts": ["a --l 1"]},
+            "without guidance: sample.cfg or --l is 1",
+            {"sample.prompts": ["a --l 1", "b"]},
+        ),
+        (
             {"sample.cfg_rescale": 0.5, "sample.cfg": 1.0},
-            "without guidance: sample.cfg is 1",
+            "without guidance: sample.cfg or --l is 1",
             {"sample.cfg": 2},
         ),
         ({"validation.patience": 2, "validation.every": 0}, "while validation.every is 0", EPOCH),
