@@ -129,7 +129,9 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     dropped = [(file.stem, str(file)) for file in (app_state.workspace / DROPPED).glob("*/*")]
     groups = [*lora_groups(snapshot), *([(_("Dropped"), dropped)] if dropped else [])]
     known = [path for _heading, found in groups for _title, path in found]
-    files = sent.get("files") or [{"file": known[0] if known else "", "strength": 1}]
+    rows = filter(lambda row: isinstance(row, dict), sent.get("files") or [])
+    files = [{"file": "", "strength": 1, **row} for row in rows]
+    files = files or [{"file": known[0] if known else "", "strength": 1}]
     owner = find_owner(snapshot, str(files[0]["file"]))
     run = owner.run.name if owner else ""
     bases_of_runs = {
@@ -139,9 +141,10 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     }
     bases = [(name, title) for title, name in base_choices(app_state)]
     base = bases_of_runs.get(run) if bases_of_runs.get(run) in dict(bases) else bases[0][0]
-    values = {
+    values: dict[str, Any] = {
         "by": "rank", "rank": "8", "format": "", "measure": "" if "measure?" in tool.needs else run,
-        "base": "" if "base?" in tool.needs else base, **sent,
+        "base": "" if "base?" in tool.needs else base,
+        **{name: str(sent[name]) for name in ("by", "rank", "format", "measure", "base") if name in sent},
         "tool": tool, "groups": groups, "known": known, "files": files, "bases": bases,
         "measured": [(name, _("what {run} held out", run=name)) for name in bases_of_runs],
         "formats": [(key, row.title) for key, row in FORMATS.items()], "OTHER": OTHER, "FOLDER": FOLDER,

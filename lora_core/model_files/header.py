@@ -66,9 +66,9 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise error(f"{path} {what_is_there(path)}.")
     try:
+        if not path.is_file():
+            raise error(f"{path} {what_is_there(path)}.")
         with open(path, "rb") as file:
             start = file.read(32)
             length = int.from_bytes(start[:8], "little")

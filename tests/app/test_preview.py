@@ -537,6 +537,7 @@ def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_pat
         save_file({"x.lora_down.weight": torch.zeros(1)}, files[name], {"lora_easel.config": settings})
     assert [is_slider(file) for file in files.values()] == [True, False]
     assert not is_slider(tmp_path / "none.safetensors")
+    assert not is_slider(Path("a prompt in the field of a path, " * 200))
     rows = [WeightedLora(str(files["slider"])), WeightedLora(str(files["lora"]))]
     sent_form.save_form(app_state.project, rows, False)
     data = preview_form.form_data(take_snapshot(app_state))

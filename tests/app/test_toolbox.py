@@ -227,6 +227,12 @@ def test_files_from_elsewhere_are_made_in_the_project(
         assert client.get(f"/easel/made/{name}").status_code == 404
 
 
+def test_a_form_that_no_page_sends_is_drawn_too(app_state: AppState) -> None:
+    for files in ("x", [5], [{}], [{"file": "a\0b"}], [{"file": "x" * 5000}]):
+        sent = {"tool": "check", "files": files, "part": "x", "rank": [1]}
+        assert 'data-part="path"' in draw_form(app_state, sent)["parts"]["toolbox-files"]
+
+
 def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient, say: Say) -> None:
     _, file = run_with_file(app_state)
     say("toolbox/start", tool="spectrum", files=[{"file": str(file)}])
