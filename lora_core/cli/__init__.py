@@ -142,8 +142,8 @@ def set_up_cuda() -> None:
 def replace_unprintable() -> None:
     """Print a `?` for a letter that the terminal's encoding lacks, or its like, rather than fail."""
     codecs.register_error("easel", _replace)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed, as by >&-
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="easel")

@@ -161,7 +161,7 @@ def sample_image(  # noqa: PLR0913 - one more for a run, which goes on
     if strict and not pixels.isfinite().all():
         raise ConfigError(
             "The image has values that are not finite (NaN), so it would be black: lower the strengths of the"
-            " LoRAs, or choose the precision fp32 or another VAE."
+            " LoRAs, choose the precision fp32 or another VAE, or check what the base predicts."
         )
     return Image.fromarray((pixels.nan_to_num() * 255).round().numpy().astype(np.uint8))
 

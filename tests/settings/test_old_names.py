@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.templates import with_labels
-from app.train.form import FORM, Plan, widget_values
+from app.train.form import Plan, current_values
 from lora_core.errors import ConfigError
 from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.projects.project import Project
@@ -194,7 +194,7 @@ def test_an_old_draft_of_a_project_opens(tmp_path: Path) -> None:
     plan = Plan(project)
     assert plan.problems == plan.notes == []
     assert (plan.config.optimizer.lr, plan.config.train.gradient_checkpointing) == (3e-4, True)
-    assert widget_values(project)[FORM.index("sample.cfg")] == 2.5
+    assert current_values(project)["sample.cfg"] == 2.5
 
 
 def test_an_old_header_is_read(tmp_path: Path) -> None:

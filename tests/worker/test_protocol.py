@@ -237,8 +237,11 @@ def test_inspect(worker: Worker, lora: Path) -> None:
 
 def test_a_picture_is_drawn_with_the_base_as_the_run_had_it(worker: Worker, tmp_path: Path) -> None:
     usual = pixels(worker.answers(wish("as usual", tmp_path))[-1]["files"][0])
-    other = worker.answers(wish("as noise", tmp_path, prediction="epsilon"))[-1]
+    asked = {"prediction": "epsilon", "zero_terminal_snr": "off"}
+    other = worker.answers(wish("as noise", tmp_path, **asked))[-1]
     assert pixels(other["files"][0]) != usual
+    # Without any signal in the first step, the noise says nothing of the image.
+    assert "not finite" in worker.error(wish("as noise", tmp_path, prediction="epsilon"))
     again = worker.answers(wish("as usual again", tmp_path, tokens=75, clip_skip=1))[-1]
     assert pixels(again["files"][0]) == usual
     assert "nowhere" in worker.error(wish("vae", tmp_path, vae=str(tmp_path / "nowhere")))
