@@ -153,7 +153,7 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             snapshot = take_snapshot(app_state)
             parts = {name: shows(snapshot) for name, shows in bindings.parts.items()}
             fields = [zlib.crc32(repr(shows(snapshot)).encode()) for _, shows in bindings.updates]
-            return {**parts, "fields": fields, "version": f"{version} {WORDS.language}"}, snapshot.busy
+            return {**parts, "fields": fields, "version": f"{version} {WORDS.served}"}, snapshot.busy
 
         # The grid first: to count what is in the captions would hold it up. And here, as the list needs the
         # project's lock, which a look without the draft holds.
@@ -245,6 +245,8 @@ def follow_language(app: Any, app_state: AppState, page: gr.Blocks) -> None:
             if hasattr(block, "shows"):
                 block.value = block.shows()
         page.config = page.get_config_file()
+        # Open pages reload for it, so last.
+        WORDS.served = language
 
     def choose(sent: dict[str, Any]) -> None:
         speak(str(sent.get("language")))

@@ -56,10 +56,11 @@ STATES = {
 
 
 class Words:
-    """What the window says, in the language that it speaks now."""
+    """The texts of the window in its language; `served` is the language of its page, which follows."""
 
     def __init__(self) -> None:
         self.speak("en")
+        self.served = self.language
 
     def speak(self, language: str) -> None:
         """Speak one of `LANGUAGES`."""

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import gradio as gr
 import jinja2
 import pytest
 from fastapi.testclient import TestClient
@@ -26,9 +27,9 @@ UNTRANSLATED = {"LoRA Easel", "Ctrl+Enter", "Esc"}
 
 @pytest.fixture(autouse=True)
 def english():
-    WORDS.speak("en")
+    WORDS.__init__()
     yield
-    WORDS.speak("en")
+    WORDS.__init__()
 
 
 def texts(catalog) -> set:
@@ -140,6 +141,24 @@ def test_the_page_is_served_where_its_language_cannot_be_kept(tmp_path: Path, mo
         answer = client.get("/", headers={"host": "127.0.0.1", "accept-language": "ja"})
     assert answer.status_code == 200
     assert '<html lang="ja">' in answer.text
+
+
+def test_open_pages_reload_only_when_the_page_speaks_the_new_language(tmp_path: Path, monkeypatch) -> None:
+    app_state = AppState(tmp_path / "workspace", ["no-such-program"])
+    with TestClient(build_app(app_state, [])) as client:
+        said = [app_state.live.look()[0]["version"]]
+        made = gr.Blocks.get_config_file
+
+        def look_meanwhile(page: gr.Blocks) -> object:
+            said.append(app_state.live.look()[0]["version"])
+            return made(page)
+
+        monkeypatch.setattr(gr.Blocks, "get_config_file", look_meanwhile)
+        client.post("/easel/language", json={"language": "ja"}, headers={"host": "127.0.0.1"})
+        said.append(app_state.live.look()[0]["version"])
+    before, meanwhile, after = said
+    assert meanwhile == before
+    assert after != before
 
 
 def test_the_page_follows_the_browser_once_and_then_the_choice(tmp_path: Path) -> None:
