@@ -123,7 +123,7 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """The parts of the form of a tool: files and fields as a page has filled them, and why it cannot start.
 
     Raises:
-        ConfigError: there is no such tool.
+        ConfigError: the tool is unknown.
     """
     snapshot, tool = take_snapshot(app_state), _tool(str(sent.get("tool")))
     dropped = [(file.stem, str(file)) for file in (app_state.workspace / DROPPED).glob("*/*")]

@@ -848,11 +848,11 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
         if re.search(pattern, file, re.IGNORECASE):
             read.texts.setdefault("ss_base_model_version", version)
     result = read.settings(trainer["title"])
-    told = [
+    refused = [
         (foreign["model"], f"this cannot be trained here. {_WHAT_TRAINS}"),
         (foreign["method"], "here an adapter is trained, with these settings."),
     ]
-    result.left = [f"{', '.join(given)}: {sentence}" for given, sentence in told if given] + result.left
+    result.left = [f"{', '.join(given)}: {sentence}" for given, sentence in refused if given] + result.left
     result.left += sentences[:_MOST_SENTENCES]
     names = {kind: list(map(_short, keys[:_MOST_KEYS])) for kind, keys in aside.items()}
     if more := names.get("unknown", [])[_MOST_SENTENCES:]:

@@ -476,7 +476,7 @@ class Project:
         return f"kept:{digest}"
 
     def _put_back_bytes(self, before: str, name: str) -> bytes:
-        """The former mask of an image by what `_former_mask` said of it."""
+        """The former mask of an image, from what `_former_mask` returned."""
         try:
             if kept := _KEPT_MASK.fullmatch(before):
                 return (self.path / _FORMER_MASKS / kept[1]).read_bytes()

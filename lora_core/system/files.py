@@ -332,7 +332,7 @@ T = TypeVar("T")
 
 
 def clean_value(value: Any) -> Any:
-    """A JSON value with valid texts alone, whole numbers of 64 bits, and null for what is not finite."""
+    """A JSON value with valid texts only, integers clamped to 64 bits, and null for NaN and infinity."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, dict):
