@@ -4,6 +4,7 @@ A page sends file by file into a staging folder and then finishes the batch; aft
 page. One import at a time.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -19,7 +20,7 @@ from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import DEFAULT_TITLE, DEMO_TITLE
 from lora_core.projects.workspace import Projects
-from lora_core.system.files import expand_home, parse_json
+from lora_core.system.files import clear_abandoned, expand_home, parse_json
 
 MOST_FILES = 100_000
 MOST_BATCHES = 8
@@ -81,8 +82,8 @@ class Importer:
         """Import into the open project; uploads are kept in `staging` until then."""
         self.projects, self.project = projects, projects.current
         self.staging = staging
-        # Uploads of a killed window are useless.
-        shutil.rmtree(staging, ignore_errors=True)
+        # Uploads of a killed window are useless; another window may still be taking its own.
+        clear_abandoned(staging)
         self._batches: dict[str, dict[int, str]] = {}
         """Names on the page of the files being sent, by their number, which is their name in `staging`."""
         self._lock = threading.Lock()
@@ -113,7 +114,7 @@ class Importer:
         while len(self._batches) >= MOST_BATCHES:
             # Batches of pages that were closed while sending.
             self.give_up(next(iter(self._batches)))
-        folder = self.staging / uuid.uuid4().hex
+        folder = self.staging / f".{uuid.uuid4().hex}.{os.getpid()}.making"
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -246,7 +247,8 @@ class Importer:
         state = "failed"
         note = _("The import failed because of a bug in LoRA Easel; its log has the details.")
         try:
-            imported = work(TransferMode(how, report, project.sizes))
+            with project.importing():
+                imported = work(TransferMode(how, report, project.sizes))
             project.notes = imported.skipped
             state, note = _summarize(imported)
             if imported.added and project.uses_demo:

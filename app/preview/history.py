@@ -20,6 +20,7 @@ from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axi
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import list_trash, move_to_trash, restore
+from lora_core.runs.events import append_line
 from lora_core.system.files import changed_at, parse_json
 
 MOST_SHOWN = 60
@@ -58,7 +59,6 @@ class History:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._half_line = False
         self._removed: dict[str, HistoryEntry] = {}
         self._kept = self._read()
 
@@ -103,10 +103,7 @@ class History:
         }
         with self._lock:
             self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
-            with open(self.folder / FILE, "ab") as file:
-                # A kill may have left half a line; start a new one.
-                file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
-            self._half_line = False
+            append_line(self.folder / FILE, json.dumps(line))
 
     def remove(self, name: object, workspace: Path) -> tuple[HistoryEntry, str]:
         """Move an image to the trash; returns the image, and its name in the trash.
@@ -138,7 +135,6 @@ class History:
             lines = (self.folder / FILE).read_bytes().split(b"\n")
         except OSError:
             return []
-        self._half_line = bool(lines[-1])
         found: dict[Path, HistoryEntry] = {}
         for line in lines:
             kept = self._of_line(line)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -60,14 +60,17 @@ from lora_core.system.files import (
     clean_value,
     clear_abandoned,
     clear_abandoned_below,
+    file_stamp,
     fold_name,
     read_json,
     read_object,
     read_small_file,
+    replacing,
     unused_path,
     unused_stem,
     write_atomically,
 )
+from lora_core.system.processes import hold_lock
 
 JOURNAL = "moving.json"
 DEMO = "demo"
@@ -124,6 +127,15 @@ class Project:
                 # Of a page that opens it: what follows is for this one.
                 MEANT.set(path.name)
         self._repair()
+
+    def importing(self) -> AbstractContextManager[None]:
+        """Lock out other imports into the project: each looks for free names, and then takes them.
+
+        Raises:
+            RunError: another window or command imports for too long, or the folder cannot be written.
+        """
+        busy = f"Another import into the project {self.title} is running; wait until it is done."
+        return hold_lock(self.path / ".importing", self.path / ".importing.json", busy, _PATIENCE)
 
     def require_meant(self, name: str) -> None:
         """Raise DatasetError where a page means the project of another folder; "" means any."""
@@ -186,6 +198,7 @@ class Project:
         file = self.path / "draft.json"
         self._draft: dict[str, Any] = {}
         self._draft_is_unreadable = False
+        self._draft_stamp = file_stamp(file)
         try:
             self._draft = read_object(file)
         except (OSError, ValueError) as error:
@@ -206,18 +219,22 @@ class Project:
         with self._lock:
             self.require_meant(MEANT.get())
             self.set_unreadable_draft_aside()
+            file = self.path / "draft.json"
+            if not self._unwritten and file_stamp(file) != self._draft_stamp:
+                # Another window or a command has changed it since.
+                self._draft |= read_json(file)
             changed = {**self._draft, **clean_value(changes)}
             if changed != self._draft or self._unwritten:
                 self._draft, before = changed, self._unwritten
                 try:
-                    write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
+                    write_atomically(file, json.dumps(changed, indent=1).encode())
                 except OSError as error:
                     self._unwritten = self.draft_problem = (
                         f"The form cannot be written to {self.path}: {error.strerror or error}. Free some"
                         " space: until then only this window keeps it."
                     )
                 else:
-                    self._unwritten = ""
+                    self._unwritten, self._draft_stamp = "", file_stamp(file)
                     if self.draft_problem == before:
                         self.draft_problem = ""
 
@@ -816,9 +833,8 @@ def finish_moves(root: Path) -> None:
 def _apply(move: Move) -> None:
     move.target.parent.mkdir(parents=True, exist_ok=True)
     if move.copy:
-        temporary = move.target.with_name(f".{move.target.name}.tmp")
-        shutil.copyfile(move.source, temporary)
-        os.replace(temporary, move.target)
+        with replacing(move.target, sync=False) as temporary:
+            shutil.copyfile(move.source, temporary)
     else:
         os.replace(move.source, move.target)
 

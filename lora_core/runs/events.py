@@ -363,6 +363,19 @@ def open_for_append(path: Path) -> int:
     return handle
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that anyone may append to.
+
+    Raises:
+        OSError: it cannot be written; half of it may be there, which the next line does not join.
+    """
+    handle = open_for_append(path)
+    try:
+        write_line(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
+
+
 def write_line(handle: int, line: bytes) -> None:
     """Write all of a line; a drive that is about to be full takes a piece of it without an error.
 

@@ -23,7 +23,7 @@ import psutil
 from lora_core.data.dataset import EPOCHS, run_dataset, split_holdout, with_epochs
 from lora_core.data.images import ImageRecord, hash_file
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
-from lora_core.runs.events import Progress, open_for_append, read_events, write_line
+from lora_core.runs.events import Progress, append_line, read_events
 from lora_core.settings.config import (
     BEFORE,
     RETIRED,
@@ -35,6 +35,7 @@ from lora_core.settings.config import (
     to_toml,
 )
 from lora_core.system.files import (
+    changed_at,
     clear_abandoned,
     expand_home,
     is_device,
@@ -180,11 +181,7 @@ class RunFolder:
             raise RunError(f"{action!r} is not a request; choose one of {', '.join(REQUESTS)}.")
         line = {"id": uuid.uuid4().hex, "action": action}
         with wrap_os_errors(RunError, f"The request cannot be written to {self.requests_file}"):
-            handle = open_for_append(self.requests_file)
-            try:
-                write_line(handle, (json.dumps(line) + "\n").encode())
-            finally:
-                os.close(handle)
+            append_line(self.requests_file, json.dumps(line))
         return line["id"]
 
     def request_live(self, action: str) -> None:
@@ -309,7 +306,7 @@ def all_runs(workspace: Path) -> list[RunFolder]:
         return []
     paths = (path for path in folder.iterdir() if not path.name.startswith("."))
     found = [RunFolder(path) for path in paths if is_run_folder(path)]
-    return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda run: changed_at(run.config_file), reverse=True)
 
 
 def is_run_folder(path: Path) -> bool:

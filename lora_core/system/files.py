@@ -91,7 +91,8 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
     `sync` waits until the disk has it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    name = os.fsencode(path.name)[-_NAME_BYTES:].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         if sync:

@@ -331,10 +331,11 @@ def projects_import(project: str, source: File, link: bool = False, workspace: P
     if not where.is_dir() and not where.is_file():
         raise DatasetError(f"There is no folder, zip or image at {where}.")
     way = TransferMode("link" if link else "copy", sizes=into.sizes)
-    if where.is_dir():
-        found = import_folder(where, into.image_folder, way)
-    else:
-        found = import_files([where], into.image_folder, way=way)
+    with into.importing():
+        if where.is_dir():
+            found = import_folder(where, into.image_folder, way)
+        else:
+            found = import_files([where], into.image_folder, way=way)
     if link:
         into.link(where if where.is_dir() else where.parent)
     return {"added": len(found.added), "skipped": [one.sentence for one in found.skipped]}

@@ -69,6 +69,17 @@ def shelf(client: TestClient) -> list[dict[str, Any]]:
     return client.get("/easel/dataset").json()["pictures"]
 
 
+def test_a_second_start_leaves_the_uploads_of_a_window_alone(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", os.getppid)
+        live = app_state.importer.begin()
+    killed = app_state.importer.begin()
+    second = AppState(app_state.workspace, worker_command=["no-such-program"])
+    assert [path.name for path in second.importer.staging.iterdir()] == [live] != [killed]
+
+
 def test_a_batch_that_another_import_overtakes_is_not_lost(
     client: TestClient, app_state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ from lora_core.runs.events import EventWriter, PreviewDone
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.system.files import unused_path
+from tests.faults import Fault, armed
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
 
@@ -102,6 +103,10 @@ def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path)
     history.add(HistoryEntry(picture(history.folder, "1/c.png"), GenerationRequest()))
     names = [one.file.name for one in History(tmp_path / "generated").newest()]
     assert names == ["c.png", "b.png", "a.png"], "the half line did not swallow it"
+    with armed(Fault("write", FILE, half=True)), pytest.raises(OSError, match="No space"):
+        history.add(first)
+    history.add(HistoryEntry(picture(history.folder, "1/d.png"), GenerationRequest()))
+    assert History(tmp_path / "generated").newest()[0].file.name == "d.png", "nor that of a full disk"
 
 
 def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None:

@@ -1,6 +1,7 @@
 """A picture and its caption stay together: whatever is killed, fails, or happens at once."""
 
 import base64
+import functools
 import json
 import os
 import random
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from lora_core.data.images import ImageInfo, check_mask_png
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, RunError
 from lora_core.projects import caption_edits
 from lora_core.projects import project as moves
 from lora_core.projects.caption_edits import Edit
 from lora_core.projects.project import Project, leave_out, list_left_out, take_back
+from lora_core.verbs import datasets
 from tests.data.conftest import Draw, listed
+from tests.faults import Fault, armed
 
 NAMES = ["a.png", "sub/b.png", "c.png"]
 
@@ -231,6 +234,11 @@ def test_a_caption_of_two_pictures_stays_with_both(project: Project, draw: Draw)
     assert [record.caption for record in list_left_out(project)] == ["both"]
     take_back(project, ["two.png"])
     assert [project.find_image(name).caption for name in ("two.jpg", "two-2.png")] == ["both", "both"]
+    draw(project.image_folder / "two-2.jpg", seed=10)
+    project.invalidate()
+    with armed(Fault("rename", "left out/two-2.txt")), pytest.raises(DatasetError, match="No space left"):
+        leave_out(project, ["two-2.png"])
+    assert list(project.left_out_folder.rglob(".*")) == []
 
 
 def test_a_caption_that_waits_for_its_picture_is_met_again(project: Project) -> None:
@@ -290,6 +298,33 @@ def test_another_process_that_holds_the_project_is_waited_for(
     with Project(project.path).lock(), pytest.raises(DatasetError, match="being changed by another"):
         leave_out(project, ["a.png"])
     assert leave_out(project, ["a.png"]) == 1
+
+
+def test_an_import_of_another_process_is_waited_for(
+    project: Project, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks for a free name first: of two at once, one would write over the other's images."""
+    monkeypatch.setattr("lora_core.projects.project._PATIENCE", 0.05)
+    draw(tmp_path / "more" / "a.png", seed=9, caption="another")
+    bring = functools.partial(
+        datasets.projects_import, project.path.name, tmp_path / "more", workspace=tmp_path
+    )
+    with Project(project.path).importing(), pytest.raises(RunError, match="Another import into the project"):
+        bring()
+    assert bring()["added"] == 2
+
+
+def test_two_windows_keep_what_each_wrote_into_the_form(project: Project, tmp_path: Path) -> None:
+    other = Project(project.path)
+    project.update_draft(trigger="sks", values={"train.steps": 77})
+    other.link(tmp_path)
+    project.update_draft(goal="style")
+    kept = {"trigger": "sks", "values": {"train.steps": 77}, "linked": [str(tmp_path)], "goal": "style"}
+    assert project.draft() == Project(project.path).draft() == kept
+    # A file that was removed or spoiled meanwhile takes nothing along.
+    (project.path / "draft.json").unlink()
+    project.update_draft(goal="object")
+    assert Project(project.path).draft() == kept | {"goal": "object"}
 
 
 def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(project: Project) -> None:

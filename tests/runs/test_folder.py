@@ -55,6 +55,12 @@ def test_a_name_is_given_once(run: RunFolder) -> None:
     assert run.config().adapter.rank == 4
 
 
+def test_a_run_that_goes_while_the_folder_is_listed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.path.parent / "gone").mkdir()
+    monkeypatch.setattr("lora_core.runs.folder.is_run_folder", Path.is_dir)
+    assert run in all_runs(run.path.parent.parent)
+
+
 def test_a_run_that_is_being_made_is_not_listed(tmp_path: Path) -> None:
     making = tmp_path / "runs" / ".first.0.making"
     making.mkdir(parents=True)

@@ -31,6 +31,12 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a b é.txt"]
 
 
+def test_a_name_of_almost_any_length_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / f"{'狐' * 83}.txt"
+    write_atomically(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_the_old_file_survives_a_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
