@@ -50,6 +50,11 @@ STATIC = re.compile(r'(?:\bfrom|\bimport)"\./([\w.-]+)"')
 LAZY = re.compile(r"import\(`\./([\w.-]+)`\)((?:(?!import\().){0,60}?),__vite__mapDeps\(\[([\d,]*)\]\)")
 RELATIVE = re.compile(r"""\b(from|import)\s*\(?\s*["'`]\./""")
 FILES = re.compile(r"m\.f=(\[.*?\])")
+# The compiler of templates in a component of HTML, up to the name that it is called by.
+HANDLEBARS = re.compile(
+    r"(?s)var \w+=\w+\(\(\w+=>\{\w+\.__esModule=!0,\w+\.extend=.*"
+    r",(\w+)=\w+\(\w+\(\(.*?\}\)\)\(\)\)(?=.*\b\1\.default\.compile\()"
+)
 COMPONENT = re.compile(r"[{,](\w+):\{(?:(?!:\{).)*?component:\(\)=>\w+\(\(\)=>import\(`\./([\w.-]+)`\)")
 
 
@@ -97,6 +102,8 @@ def _redirect(name: str, text: str, bundled: Iterable[str]) -> str:
         lambda found: f"import(`./{found[1]}`){found[2]},[]" if found[1] in bundled else found[0], text
     )
     text = re.sub(r'(\bfrom|\bimport)"\./', r'\1"gradio/', text).replace("import(`./", "import(`gradio/")
+    # Our HTML has no {{braces}}: without their compiler a first load takes a twelfth less.
+    text = HANDLEBARS.sub(r"var \1={default:{compile:text=>()=>text}}", text)
     text = text.replace("import.meta.url", f"location.origin+`/assets/{name}`")
     if RELATIVE.search(text):
         raise ValueError(f"{name} imports in another way")

@@ -80,17 +80,20 @@ TABS = (
 
 @functools.cache
 def list_assets() -> dict[str, bytes]:
-    """What the page loads of `assets/`: scripts and styles as one file each, the shared ones first."""
+    """What the page loads of `assets/`: scripts and styles as one file each, the shared ones first; and what
+    draws a chart, once there is one."""
+    uplot, charts = SCRIPTS
     scripts = (
         "window.js",
-        *SCRIPTS,
+        charts,
         "lightbox.js",
         "folder_drop.js",
         "projects.js",
         *(name for tab in TABS for name in tab.scripts),
     )
     styles = ("style.css", "charts.css", *(name for tab in TABS for name in tab.styles))
-    return {"page.js": _join(scripts), "page.css": _join(styles), "icon.svg": _join(("icon.svg",))}
+    files = {"page.js": scripts, "page.css": styles, "uplot.js": (uplot,), "icon.svg": ("icon.svg",)}
+    return {name: _join(parts) for name, parts in files.items()}
 
 
 def _join(names: Iterable[str]) -> bytes:

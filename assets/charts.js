@@ -102,6 +102,7 @@
       this.box.hidden = !chart;
       this.controls();
       if (!chart || !this.width) return;
+      if (!window.uPlot) { load(); return; }
       this.list = this.columns();
       const data = uPlot.join(this.list.map(({ curve, y }) => [curve.x, y])), xs = data[0];
       // The axis of the samples, else all data.
@@ -285,7 +286,15 @@
     }
   }
 
-  const places = new WeakMap();
+  const places = new WeakMap(), drawn = () => [...document.querySelectorAll(".chart")].flatMap((node) => places.get(node) ?? []);
+  // A report has uPlot; the window loads it with the first chart in sight, as most visits begin elsewhere.
+  const { uplot } = document.currentScript.dataset;
+  let loading = null;
+  const load = () => {
+    if (loading) return;
+    loading = make("script", { src: uplot, onload: () => drawn().forEach((place) => place.draw()), onerror: () => { loading = null; } });
+    document.head.append(loading);
+  };
   const placeOf = (node) => {
     if (!places.has(node)) places.set(node, new Place(node));
     const place = places.get(node);
@@ -301,7 +310,7 @@
       else if (!place.plot && place.width) place.draw();
     }
   };
-  const repaint = () => { for (const node of document.querySelectorAll(".chart")) places.get(node)?.plot?.redraw(); };
+  const repaint = () => { for (const { plot } of drawn()) plot?.redraw(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   document.addEventListener("click", (event) => { if (event.target.closest("[data-theme-switch]")) requestAnimationFrame(repaint); });
   document.addEventListener("toggle", settle, true);

@@ -10,6 +10,8 @@ import pytest
 
 from app import gradio_modules
 from app.gradio_modules import FOLDER, bundle_modules
+from app.page import build_page
+from app.state import AppState
 
 
 def test_a_bundle_holds_all_that_its_modules_import() -> None:
@@ -27,6 +29,14 @@ def test_only_what_the_components_need_is_in_it() -> None:
     few, more = (bundle_modules(kinds) for kinds in (["html"], ["html", "dropdown", "number"]))
     for name in ("gradio.js", "gradio.css"):
         assert len(few[name]) < len(more[name]) < 1_000_000
+
+
+def test_the_compiler_of_templates_is_left_out_and_none_of_ours_needs_it(app_state: AppState) -> None:
+    script = bundle_modules(["html"])["gradio.js"].decode()
+    assert "{default:{compile:text=>()=>text}}" in script
+    assert "Handlebars" not in script
+    blocks = [block for block in build_page(app_state).blocks.values() if block.get_block_name() == "html"]
+    assert not any("{{" in block.html_template + block.css_template for block in blocks)
 
 
 def test_a_build_of_gradio_that_looks_different_is_served_as_it_is(

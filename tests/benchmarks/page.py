@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
 from tests.benchmarks.rows import Row
-from tests.browser.pages import unfold
+from tests.browser.pages import bytes_sent, unfold
 from tests.browser.windows import Window, close
 
 SECONDS = float(os.environ.get("LORA_EASEL_PAGE_SECONDS", "60"))
@@ -83,41 +83,23 @@ def _opened(browser: Any, window: Window) -> tuple[Any, Page]:
 def _load(browser: Any, window: Window) -> list[Row]:
     """Requests and bytes of a first and of a second visit."""
     context, page = _opened(browser, window)
-    wire = context.new_cdp_session(page)
-    wire.send("Network.enable")
-    asked: dict[str, str] = {}
-    taken: dict[str, float] = {}
-
-    def note(sent: dict[str, Any]) -> None:
-        # Modules out of a script that was loaded come from nowhere.
-        if not sent["request"]["url"].startswith("blob:"):
-            asked[sent["requestId"]] = sent["request"]["url"]
-
-    wire.on("Network.requestWillBeSent", note)
-    wire.on(
-        "Network.dataReceived",
-        lambda e: taken.update({e["requestId"]: taken.get(e["requestId"], 0) + e["encodedDataLength"]}),
-    )
-    wire.on("Network.loadingFinished", lambda e: taken.update({e["requestId"]: e["encodedDataLength"]}))
+    sent = bytes_sent(page)
     rows = []
     for visit in ("First", "Second"):
-        asked.clear()
-        taken.clear()
+        sent.clear()
         page.goto(window.address)
         page.wait_for_selector("html[data-ready]")
         page.wait_for_timeout(1000)
-        # A file out of the cache takes no bytes.
-        sent = {key: size for key, size in taken.items() if key in asked}
-        kilobytes = sum(sent.values()) / 1000
+        kilobytes = sum(size for _, size in sent.values()) / 1000
         if os.environ.get("LORA_EASEL_LIST"):
-            for key, url in asked.items():
-                sys.stdout.write(f"{visit} {sent.get(key, 0):9.0f} {url[:150]}\n")
+            for url, size in sent.values():
+                sys.stdout.write(f"{visit} {size:9.0f} {url[:150]}\n")
         rows.append(
             Row(
                 f"{visit} load",
-                f"{len(asked)} requests, {kilobytes:.0f} kB",
+                f"{len(sent)} requests, {kilobytes:.0f} kB",
                 "40, 300 kB",
-                len(asked) <= 40 and kilobytes <= 300,
+                len(sent) <= 40 and kilobytes <= 300,
             )
         )
     context.close()

@@ -21,6 +21,29 @@ def until(page, holds: Callable[[], object]) -> None:
         page.wait_for_timeout(20)
 
 
+def bytes_sent(page) -> dict[str, tuple[str, float]]:
+    """The requests of a page from now on: their addresses and their bytes on the wire, with headers."""
+    sent: dict[str, tuple[str, float]] = {}
+    wire = page.context.new_cdp_session(page)
+    wire.send("Network.enable")
+
+    def asked(event) -> None:
+        # Modules out of a script that was loaded come from nowhere.
+        if not event["request"]["url"].startswith("blob:"):
+            sent[event["requestId"]] = event["request"]["url"], 0
+
+    def took(event, before: bool) -> None:
+        key = event["requestId"]
+        if key in sent:
+            url, size = sent[key]
+            sent[key] = url, size * before + event["encodedDataLength"]
+
+    wire.on("Network.requestWillBeSent", asked)
+    wire.on("Network.dataReceived", lambda event: took(event, True))
+    wire.on("Network.loadingFinished", lambda event: took(event, False))
+    return sent
+
+
 def has_value(page, field: str, value: str) -> None:
     """Wait until a field holds a value: Gradio draws a field first and fills it in a later frame."""
     what = "([field, value]) => document.querySelector(field)?.value === value"

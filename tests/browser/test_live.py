@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import open_tab, set_steps
+from tests.browser.pages import bytes_sent, open_tab, set_steps
 from tests.browser.windows import Window
 
 HIDE = """hide => {
@@ -46,3 +46,18 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     watched.expected_away = False
     set_steps(page, 77)
     assert page.evaluate("window.old"), "the page was loaded anew"
+
+
+def test_a_first_load_is_light(new_page: Any, window: Window, record_property: Any) -> None:
+    """At most 40 requests and 300 kB, of a new project with the demo's images."""
+    page = new_page()
+    sent = bytes_sent(page)
+    page.goto(window.address)
+    page.wait_for_selector("html[data-ready]")
+    page.wait_for_function("[...document.images].every((image) => image.complete)")
+    kilobytes = sum(size for _, size in sent.values()) / 1000
+    record_property("first_load", f"{len(sent)} requests, {kilobytes:.0f} kB")
+    assert 10 < len(sent) <= 40
+    assert 100 < kilobytes <= 300
+    # What draws charts comes with the first of them.
+    assert not any("uplot" in url for url, _ in sent.values())
