@@ -198,7 +198,7 @@ class Training:
     """What a command line asks a run to be.
 
     Attributes:
-        dataset: a folder of images, a zip of one, or `demo`; none for a slider.
+        dataset: a folder of images, a zip of one, a project's name, or `demo`; none for a slider.
         name: the run's name; else date and dataset.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         config: a TOML file of settings.
@@ -215,7 +215,7 @@ class Training:
     set: Annotated[Sequence[str], "--set section.key=value"] = ()
     like: Annotated[Path | None, CHECKPOINT] = None
 
-    def run_config(self) -> RunConfig:
+    def run_config(self, workspace: Path | None) -> RunConfig:
         """The settings: preset, what the base's family needs, then --like, --config, --base and --set.
 
         Raises:
@@ -227,7 +227,7 @@ class Training:
         asked |= dict(parsed_assignment(text) for text in self.set)
         if isinstance(prompts := asked.get("sample.prompts"), str) and prompts.lower().endswith(".txt"):
             asked["sample.prompts"] = read_prompts(expand_home(prompts))
-        return api.run_config(self.dataset, self.name, asked, self.preset, self.like)
+        return api.run_config(self.dataset, self.name, asked, self.preset, self.like, workspace)
 
     def say_like(self) -> None:
         """Print the settings taken from the file of --like, and those that were not."""
@@ -251,7 +251,7 @@ class Training:
 def _forecast(
     training: Training, measure: bool = False, workspace: Path | None = None, as_json: bool = False
 ) -> int:
-    found = api.forecast(training.run_config(), workspace, measure)
+    found = api.forecast(training.run_config(workspace), workspace, measure)
     if as_json:
         say_json(found)
     else:
@@ -267,7 +267,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
 
     def lead(stopping: processes.StopRequest, group: "ProcessGroup | None") -> int:
         with stopping.raising():
-            config = training.run_config()
+            config = training.run_config(workspace)
             place = workspace_folder(workspace)
             expected = api.forecast(config, place)
             require_none_blocking([RunProblem(**problem) for problem in expected["problems"]])

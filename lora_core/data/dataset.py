@@ -405,7 +405,8 @@ def open_dataset(where: str | Path, unpack_into: Path, sizes: SizeCache | None =
     path = DEMO_TRAIN if str(where) == "demo" else expand_home(where).absolute()
     if not path.exists():
         raise DatasetError(
-            f"The dataset {where} does not exist; give a folder of images, a zip of one, or `demo`."
+            f"The dataset {where} does not exist; give a folder of images, a zip of one, a project's name, or"
+            " `demo`."
         )
     notes: list[FileProblem] = []
     if path.is_dir():

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ class Projects:
         found = []
         for path in self.folder.iterdir():
             if path.is_dir() and not path.name.startswith("."):
-                pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_image(file))
+                is_demo = files.read_json(path / "draft.json").get("dataset") == DEMO
+                shown = files.DEMO_TRAIN if is_demo else path / "pictures"
+                pictures = sum(1 for file in shown.rglob("*") if _is_image(file))
                 own = sum(belongs_to(run, config, path) for run, config in runs)
                 is_open = path == self.current.path
                 size = files.folder_bytes(path)
@@ -188,6 +190,18 @@ class Projects:
         near = [known[one] for one in difflib.get_close_matches(name.casefold(), known, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel projects list` lists all."
         raise RunError(f"There is no project {name} in {self.folder}; {hint}")
+
+
+def find_dataset(name: str, workspace: Path) -> str:
+    """The dataset of that name: a folder, a zip or `demo`, else the images of a project."""
+    known = name in ("", DEMO) or Path(name).name != name or files.expand_home(name).exists()
+    if known or not (workspace / "projects").is_dir():
+        return name
+    with suppress(RunError):
+        projects = Projects(workspace)
+        project = Project(projects.folder / projects.find_key(name))
+        return DEMO if project.uses_demo else str(project.image_folder)
+    return name  # `open_dataset` says that it is missing
 
 
 def open_images(name: str, workspace: Path) -> Project:

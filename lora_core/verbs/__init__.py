@@ -73,7 +73,7 @@ class Measure:
     """The images and the base to measure an adapter with.
 
     Attributes:
-        dataset: a folder of held-out images with captions, a zip, or `demo`.
+        dataset: a folder of held-out images with captions, a zip, a project's name, or `demo`.
         base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
         vae: a VAE in place of the base's own: a folder or a file.
         prediction: prediction type of the base.
@@ -137,10 +137,13 @@ def choose_device(name: str) -> Any:
 
 
 def load_images(dataset: File, workspace: Place, sizes: "SizeCache | None" = None) -> Any:
-    """The dataset at a path; zips are unpacked in the workspace. `sizes` are known from before."""
+    """The dataset at a path, or a project's; zips are unpacked in the workspace. `sizes` are known from
+    before."""
     from lora_core.data.dataset import open_dataset
+    from lora_core.projects.workspace import find_dataset
 
-    return open_dataset(str(dataset), workspace_folder(workspace) / "cache" / "datasets", sizes)
+    place = workspace_folder(workspace)
+    return open_dataset(find_dataset(str(dataset), place), place / "cache" / "datasets", sizes)
 
 
 def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:

@@ -36,6 +36,7 @@ def audit(
     """Check a dataset: its problems, and what will be learned from it.
 
     Args:
+        dataset: a folder of images, a zip of one, a project's name, or `demo`.
         base: the base to train.
         resolution: in pixels; 0 for the base's own.
         trigger: a word that may be in every caption.
@@ -74,6 +75,7 @@ def concepts_list(
     """List the concepts of a dataset with their shares of the training.
 
     Args:
+        dataset: a folder of images, a zip of one, a project's name, or `demo`.
         base: the base to train.
         resolution: in pixels; 0 for the base's own.
         batch: images per batch.
@@ -101,9 +103,6 @@ def concepts_list(
 def concepts_make(dataset: File, workspace: Place = None) -> Path:
     """Add a concept for each folder of images without one to `dataset.toml`; returns that file.
 
-    Args:
-        dataset: a folder of images, or a project's name.
-
     Raises:
         DatasetError: each image has a concept already, or the file is invalid.
     """
@@ -120,9 +119,9 @@ def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Pl
     """Set a key of a concept in its `dataset.toml`, in place of the run's setting.
 
     Args:
-        dataset: a folder of images, or a project's name.
         number: of the concept, as `concepts list` shows it.
-        key: of kohya's dataset configuration, or role, share, trigger, name, masks, background or images.
+        key: of kohya's dataset configuration, or role, share, trigger, name, masks, background,
+            resolutions or images.
         value: as in TOML, or a text; an empty one removes the key.
 
     Raises:
@@ -144,7 +143,6 @@ def concepts_move(
     """Move images into the folder of a concept, with captions, masks and crops.
 
     Args:
-        dataset: a folder of images, or a project's name.
         folder: of the concept, below the dataset's; `.` for the dataset's own.
         pictures: paths below the folder of the dataset.
 
@@ -169,6 +167,7 @@ def probe(
     """Score captions with a base: bad captions, and candidates for a trigger.
 
     Args:
+        dataset: a folder of images, a zip of one, a project's name, or `demo`.
         base: the base.
         trigger: a trigger word to measure too.
     """
@@ -352,7 +351,6 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: Place = None) -
     """Move images of a project aside, with their captions; returns how many.
 
     Args:
-        dataset: a folder of images, or a project's name.
         pictures: paths below the folder.
     """
     from lora_core.projects.project import leave_out as moved
@@ -395,8 +393,6 @@ def crop(
     """Train on a part of an image.
 
     Args:
-        dataset: a folder of images, or a project's name.
-        picture: a path below the folder.
         box: the edges as shares of width and height, such as 0.1,0,0.9,1; 0,0,1,1 for all of the image.
             Behind them the focus point, across and down, that stays in sight, such as 0,0,1,1,0.5,0.3.
 
@@ -429,7 +425,6 @@ def captions_replace(
     """Find and replace in all captions.
 
     Args:
-        dataset: a folder of images, or a project's name.
         find: a text, or with `regex` a regular expression.
         put: the replacement; may refer to groups of a regular expression.
         regex: FIND is a regular expression.
@@ -474,7 +469,6 @@ def captions_table(dataset: File, table: File, dry_run: bool = False, workspace:
     """Change tags by a table of synonyms, removals, and first or last tags.
 
     Args:
-        dataset: a folder of images, or a project's name.
         table: a text file with lines `kitty, kitten -> cat`, `watermark ->`, `first: sks, cat` and `last:
             simple background`.
 
@@ -505,7 +499,6 @@ def caption(  # noqa: PLR0913 - one option each
     """Caption images with a local model: BLIP, Florence-2 and the like, or a tagger; as `captions_replace`.
 
     Args:
-        dataset: a folder of images, or a project's name.
         captioner: the model and its options.
         how: only where a caption is missing, append to existing ones, or replace them.
         trigger: a word that stays in front of captions that have it; else the project's.
@@ -533,7 +526,6 @@ def masks_make(
     """Mask images with a local model: CLIPSeg by a prompt, or a background remover.
 
     Args:
-        dataset: a folder of images, or a project's name.
         masker: the model and its options.
         how: only where an image has no mask, or replace existing ones.
 

@@ -13,6 +13,7 @@ from lora_core.errors import ConfigError, DatasetError, LoraError, ModelFileErro
 from lora_core.generate.grid import split_values
 from lora_core.model_files.detect import base_of, is_remote, read_base_facts
 from lora_core.model_files.starting_settings import LEVELS, settings_from_lora, starting_settings
+from lora_core.projects.workspace import find_dataset
 from lora_core.runs.diagnosis import debug_zip, find_crash, read_recipient, send_test, write_recipient
 from lora_core.runs.events import Event
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, find_run, is_run_folder, runs_folder
@@ -54,7 +55,7 @@ def train(
     """
     from lora_core.runs.preflight import preflight, require_none_blocking
 
-    config = run_config(dataset, name, settings, preset, like)
+    config = run_config(dataset, name, settings, preset, like, workspace)
     place = workspace_folder(workspace)
     require_none_blocking(preflight(config, place))
     run = RunFolder.create(runs_folder(place) / config.name, config)
@@ -67,11 +68,13 @@ def run_config(
     settings: Mapping[str, Any] | None = None,
     preset: str = "",
     like: File | None = None,
+    workspace: Place = None,
 ) -> RunConfig:
     """The settings of a run to come: preset, what the base's family needs, those of `like`, then `settings`.
 
     Args:
-        dataset: a folder of images, a zip of one, or "demo"; "" for a concept slider, which has none.
+        dataset: a folder of images, a zip of one, a project's name, or "demo"; "" for a concept slider,
+            which has none.
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo", and for a
@@ -84,17 +87,18 @@ def run_config(
             both.
         AdapterFileError: `like` says nothing of its training.
     """
-    demo = str(dataset) == "demo"
+    given, dataset = dataset, find_dataset(str(dataset), workspace_folder(workspace))
+    demo = dataset == "demo"
     asked = {**(settings_from_lora(Path(like)).values if like else {}), **flattened(settings or {})}
     slider = bool(asked.get("slider.positive") or asked.get("slider.negative"))
-    if slider == bool(str(dataset)):
+    if slider == bool(dataset):
         raise ConfigError(
             f"A slider is trained without images: leave out the dataset {dataset}, or set slider.positive and"
             " slider.negative to nothing."
             if slider
             else "Give a dataset, or the two prompts of a slider: slider.positive and slider.negative."
         )
-    asked["dataset.path"] = str(dataset) if demo or slider else str(expand_home(dataset).absolute())
+    asked["dataset.path"] = dataset if demo or slider else str(expand_home(dataset).absolute())
     # Before the preset's own rate is lost to the word `auto`.
     asked = dict(with_switches(asked))
     if slider:
@@ -104,7 +108,7 @@ def run_config(
     # In two steps: a preset's rate is one for the preset's optimizer.
     config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base")))).changed(asked)
     config = config.changed({place: _in_full(config.get(place)) for place in PLACES})
-    stem = re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or ("slider" if slider else "dataset")
+    stem = re.sub(r"[^\w.-]+", "-", Path(given).stem).strip("-. ") or ("slider" if slider else "dataset")
     name = name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
     return config.changed({"name": check_run_name(name)})
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lora_core.api import VERBS
 from lora_core.cli import main
-from lora_core.cli.parser import parse, weighted_lora
+from lora_core.cli.parser import parameters, parse, weighted_lora
 from lora_core.cli.terminal import EventPrinter, _templates, printable, say, say_json
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.runs import events
@@ -218,6 +218,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
             main([*verb.split(), "--help"])
         assert ended.value.code == 0
         assert f"Usage: lora-easel {verb}" in capsys.readouterr().out
+        assert not [one.name for one in parameters(verb) if not one.help]
 
 
 @pytest.mark.parametrize("word", [".", "../mine", "mine", "{}"])

@@ -9,6 +9,7 @@ import pytest
 from lora_core import api
 from lora_core.__main__ import main
 from lora_core.errors import LoraError, RunError
+from lora_core.projects.project import Project
 from lora_core.system.files import DEMO_TRAIN
 
 
@@ -123,6 +124,18 @@ def test_the_demo_stays_as_it_is(command: list[str], home: Path, capsys: pytest.
     assert "The demo's images and captions stay as they are" in capsys.readouterr().err
 
 
+def test_a_project_is_a_dataset_by_its_name(
+    dataset: tuple[str, Path], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, folder = dataset
+    assert words(capsys, "audit", name).startswith("3 images, 2 with a caption.")
+    config = api.run_config(name)
+    assert config.dataset.path == str(folder)
+    assert config.name.endswith(f"-{Path(name).stem.replace(' ', '-')}")
+    assert main(["audit", "my dogs"]) == 1
+    assert "The dataset my dogs does not exist; give a folder of images" in capsys.readouterr().err
+
+
 def test_projects(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = words(capsys, "projects", "new", "My cats")
     assert path == str(home / "projects" / "my-cats")
@@ -132,6 +145,8 @@ def test_projects(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["title"], row["is_open"]) for row in rows] == [("Dogs", True), ("My images", False)]
     assert main(["projects", "open", "My images"]) == 0
     assert "* My images" in words(capsys, "projects", "list")
+    Project(home / "projects" / "my-cats").update_draft(dataset="demo")
+    assert api.projects_list()[1]["pictures"] == 24
     words(capsys, "projects", "delete", "dogs")
     assert len(api.projects_list()) == 1
     assert words(capsys, "trash", "restore", "my-cats") == path
