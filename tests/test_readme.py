@@ -12,6 +12,7 @@ import webbrowser
 from pathlib import Path
 
 import pytest
+from babel.messages.pofile import read_po
 
 from app.main import build_parser as window_parser
 from lora_core.api import VERBS, docs
@@ -129,6 +130,15 @@ def test_options_that_are_spoken_of_exist() -> None:
     known = {"--help", *window_parser()._option_string_actions}
     known |= {one.option for verb in VERBS for one in parameters(verb)}
     assert set(re.findall(r"`(--[a-z-]+)`", page("README.md") + page("docs/commands.md"))) <= known
+
+
+def test_buttons_and_tabs_are_named_as_in_the_window() -> None:
+    with (ROOT / "assets/locale/ja/LC_MESSAGES/easel.po").open(encoding="utf-8") as file:
+        known = {message.id if isinstance(message.id, str) else message.id[0] for message in read_po(file)}
+    for name in PAGES:
+        text = re.sub(r"```.*?```|`[^`]*`|\*\*", "", page(name), flags=re.S)
+        labels = re.findall(r"(?<![\w*])\*([A-Z][^*]*?)\*(?![\w*])", text)
+        assert [label for label in labels if " ".join(label.split()) not in known] == [], name
 
 
 def test_the_two_commands_stand_at_the_start() -> None:
