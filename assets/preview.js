@@ -20,9 +20,16 @@
   });
   const sent = () => ({ rows: rowsOf(), apart: apart(), fields: fieldsOf(), strip: stripOf() });
 
-  // The LoRAs, as the server renders them.
+  // The LoRAs, as the server renders them, and the list of files in each row.
   const show = (html) => {
-    fill(one("#loras"), html);
+    const rows = make("div", { innerHTML: html }), files = one("template", rows);
+    files.remove();
+    for (const list of all("select", rows)) {
+      list.append(files.content.cloneNode(true));
+      const options = [...list.options];
+      (options.find(({ value }) => value === list.title) ?? options.at(-1)).setAttribute("selected", "");
+    }
+    fill(one("#loras"), ...rows.childNodes);
     one("#text-apart").checked = one("#text-apart").defaultChecked;
     one("#loras").dataset.ready = "1";
   };

@@ -534,6 +534,18 @@ def test_axes_are_typed_or_picked(app_state: AppState) -> None:
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]
 
 
+def test_the_list_of_files_is_sent_once_for_all_rows(app_state: AppState) -> None:
+    added = app_state.project.path / preview_form.ADDED
+    added.mkdir()
+    files = [added / f"lora {number}.safetensors" for number in range(20)]
+    for file in files:
+        file.touch()
+    sent_form.save_form(app_state.project, [WeightedLora(str(file)) for file in files[:4]], False)
+    html = preview_form.form_data(take_snapshot(app_state))["loras"]
+    assert html.count("<option value=") == 21
+    assert html.count("<select ") == 4
+
+
 def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_path: Path) -> None:
     """As its header says, until the user types other strengths for the strip."""
     files = {}
