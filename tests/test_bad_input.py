@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from app.preview.view import parse_infotext
 from lora_core.__main__ import main
+from lora_core.cli.terminal import show_result
+from lora_core.data.captions import check_prompt
 from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
@@ -30,6 +34,7 @@ from lora_core.runs import events
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import parse_new_tokens
 from lora_core.system.files import DEMO_BASE
 from tests.faults import Nursery
 from tests.waiting import PATIENCE
@@ -511,6 +516,23 @@ def test_a_process_says_nothing_else_either(case: str, place: Place, nursery: Nu
     code, said, _ = nursery.command(spoil(place))
     assert code == 1
     assert re.search(words, one_sentence(said))
+
+
+BLANKS = " " * 50_000
+LONG: dict[str, Callable[[], object]] = {
+    "prompt": lambda: check_prompt(f"a{BLANKS}b BREAK{BLANKS}c"),
+    "settings of an image": lambda: parse_infotext(f"a\nSteps: 1, a{BLANKS}b"),
+    "result": lambda: show_result("", f"a{BLANKS}b", {}),
+    "new token": lambda: parse_new_tokens([f"zwx = a{BLANKS}b"]),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_text_by_anyone_takes_no_time(what: str) -> None:
+    """Each took the square of its blanks: minutes, in which a window answers nothing."""
+    begun = time.process_time()
+    LONG[what]()
+    assert time.process_time() - begun < 1.0
 
 
 @pytest.mark.parametrize("case", ["base cut short", "rank 0"])

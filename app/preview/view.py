@@ -304,7 +304,7 @@ PAINTED_SIDE = 1024
 LONGEST_SHOWN = 600
 LONGEST = 200_000
 """Characters that are parsed; no image tool writes more."""
-_SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'(?<!\s)\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _TAG = re.compile(r"<lora:([^<>]+)>")
 
 

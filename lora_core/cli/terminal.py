@@ -218,7 +218,7 @@ def show_result(verb: str, result: Any, given: dict[str, Any]) -> None:
     else:
         lines = result if isinstance(result, list) else [] if result is None else [result]
         text = "".join(f"{one_line(line)}\n" for line in lines)
-    write(sys.stdout, re.sub(r" +$", "", text, flags=re.M), result=True)
+    write(sys.stdout, re.sub(r"(?<! ) +$", "", text, flags=re.M), result=True)
 
 
 @functools.cache

@@ -53,7 +53,7 @@ PARQUET_TABLE = "metadata.parquet"
 _CAPTION_KEYS = ("text", "caption")
 
 # A bar inside a word may be part of a tag, such as |_|. Of several spaces only the first is tried: otherwise
-# the time grows with their square.
+# the time grows with their square, here and below.
 _BAR = re.compile(r"(?<!\s)\s+\|\s+")
 _DEEPEST = 50
 
@@ -70,7 +70,7 @@ Prompt = tuple[tuple[str, float], ...]
 """Parts of a prompt with their weights."""
 BREAK = ("BREAK", -1.0)
 """The part that ends a chunk."""
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"(?:(?<!\s)\s+|\b)BREAK\b\s*")
 _EMPHASIS = 1.1
 _PROMPT_TOKENS = re.compile(r"\\[\\()\[\]]?|:\s*(?P<number>[+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+")
 _SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)(?<!\\)\]")
@@ -289,7 +289,7 @@ def parse_prompt(text: str) -> str | Prompt:
     Source: A1111's `prompt_parser.py`.
 
     Raises:
-        ConfigError: a weight is not a number.
+        ConfigError: a weight is not a number, or more than 50 brackets are open at once.
     """
     parts: list[list[Any]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -304,6 +304,11 @@ def parse_prompt(text: str) -> str | Prompt:
             parts.append([token[1:], 1.0])
         elif token in opened:
             opened[token].append(len(parts))
+            if sum(map(len, opened.values())) > _DEEPEST:
+                raise ConfigError(
+                    f"A prompt opens more than {_DEEPEST} brackets at once ({text[:_EXCERPT]!r}); close some,"
+                    " or write \\( for one that is text."
+                )
         elif opened["("] and (number or token == ")"):
             close("(", _weight(number) if number else _EMPHASIS)
         elif opened["["] and token == "]":

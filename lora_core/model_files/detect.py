@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import ModelFileError
+from lora_core.errors import ModelFileError, wrap_os_errors
 from lora_core.model_files.families import (
     FAMILIES,
     Family,
@@ -38,6 +38,7 @@ from lora_core.system.files import (
     file_stamp,
     parse_json,
     read_object,
+    read_small_file,
 )
 
 EMBEDDED = "demo"
@@ -280,7 +281,7 @@ def weight_paths(folder: Path, part: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(parse_json(read_small_file(index))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{index} is not an index of weight files.") from error
     # A table must not lead out of its folder.
@@ -442,9 +443,9 @@ def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
     """A scheduler config beside a file, and its name; A1111's `.yaml` files too."""
     yaml = path.with_suffix(".yaml")
     if yaml.is_file():
-        stated = re.search(
-            r"^\s*parameterization:\s*[\"']?(\w+)", yaml.read_text(encoding="utf-8", errors="replace"), re.M
-        )
+        with wrap_os_errors(ModelFileError, f"{yaml} cannot be read"):
+            text = read_small_file(yaml).decode("utf-8", "replace")
+        stated = re.search(r"^[ \t]*parameterization:\s*[\"']?(\w+)", text, re.M)
         return {"prediction_type": "v_prediction" if stated and stated[1] == "v" else "epsilon"}, yaml.name
     for place in ("scheduler_config.json", "scheduler/scheduler_config.json"):
         config = path.parent / place

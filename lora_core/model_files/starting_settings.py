@@ -8,18 +8,18 @@ import ast
 import contextlib
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
 import shlex
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import AdapterFileError, ConfigError, wrap_os_errors
+from lora_core.errors import AdapterFileError, ConfigError, LoraError, wrap_os_errors
 from lora_core.model_files.families import Family, family_of_version
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.config import (
@@ -31,6 +31,7 @@ from lora_core.settings.config import (
     label_of,
     load_toml,
     parse_sample,
+    parse_toml,
     retired,
     split_sample,
     takes_class,
@@ -42,7 +43,16 @@ from lora_core.settings.schema import (
     OptimizerSection,
     SampleSection,
 )
-from lora_core.system.files import PRESETS, changed_at, parse_json, parse_object, read_small_file, read_table
+from lora_core.system.files import (
+    LARGEST_JSON,
+    PRESETS,
+    changed_at,
+    clean_value,
+    parse_json,
+    parse_object,
+    read_small_file,
+    read_table,
+)
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object", "slider": "Slider"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -165,8 +175,8 @@ def is_slider(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _is_slider(path: Path, changed: int) -> bool:
-    with contextlib.suppress(AdapterFileError, ValueError, RecursionError, AttributeError):
-        settings = tomllib.loads(read_header(path).metadata.get(CONFIG_KEY, ""))
+    with contextlib.suppress(LoraError, ValueError, AttributeError):
+        settings = parse_toml(read_header(path).metadata.get(CONFIG_KEY, ""), str(path))
         return bool(settings.get("slider", {}).get("positive"))
     return False
 
@@ -264,8 +274,8 @@ _TEXT_ENCODERS = {"optimizer.text_encoder_lr": "te", "optimizer.text_encoder_2_l
 def _from_our_header(text: str) -> LoraSettings:
     found = LoraSettings("the settings that LoRA Easel wrote into it")
     try:
-        values = flattened(tomllib.loads(text), say=False)
-    except (ValueError, RecursionError) as error:
+        values = flattened(parse_toml(text, "The configuration in the file", math.inf), say=False)
+    except ValueError as error:
         raise AdapterFileError(f"The settings in the file cannot be read: {str(error)[:LONGEST]}.") from error
     for name, value in values.items():
         if name in PLACES:
@@ -557,6 +567,9 @@ CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".p
 _OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
 _MOST_SENTENCES = 30
 _MOST_KEYS = 1000
+_MOST_VALUES = 5000
+_LARGEST_TEXT = 100_000
+"""Bytes of a YAML file or a script; real ones have 10 kB."""
 _UNITS = {"": (1.0, 0.0), "%": (0.01, 0.0), "x1000": (1000.0, 0.0), "+1": (1.0, 1.0)}
 """Factors and terms of the units in a table."""
 
@@ -626,18 +639,18 @@ def _read_configuration(path: Path) -> dict[str, Any] | list[Any]:
     suffix = path.suffix.casefold()
     if suffix == ".toml":
         return load_toml(path)
-    import yaml
+    from yaml import YAMLError
 
     with wrap_os_errors(ConfigError, f"The config {path} cannot be read"):
-        data = read_small_file(path)
+        data = read_small_file(path, LARGEST_JSON if suffix == ".json" else _LARGEST_TEXT)
     try:
         script = suffix not in (".json", ".yaml", ".yml")
         # Comments of scripts may be in the system's own encoding.
         text = data.decode("utf-8-sig", "replace" if script and b"\0" not in data else "strict")
         if script:
             return _options_of(text)
-        given = parse_json(text) if suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        given = parse_json(text) if suffix == ".json" else _load_yaml(text)
+    except (ValueError, RecursionError, YAMLError) as error:
         kind = "text" if isinstance(error, UnicodeDecodeError) else suffix[1:].upper()
         raise ConfigError(f"The config {path} is not valid {kind}: {_short(error)}.") from error
     if isinstance(given, list) and given and all(isinstance(one, dict) for one in given):
@@ -646,6 +659,29 @@ def _read_configuration(path: Path) -> dict[str, Any] | list[Any]:
         raise ConfigError(f"The config {path} holds no table of settings.")
     more = [given.pop(key) for key in _EXTRA_OPTIONS if isinstance(given.get(key), str)]
     return {str(key): value for key, value in (given | _options_of("\n".join(more))).items()}
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text by anyone: a few lines of aliases can stand for billions of values."""
+    import yaml
+
+    known: dict[int, float] = {}
+
+    def weigh(node: Any) -> float:
+        if isinstance(node.value, str):
+            return len(node.value)
+        if id(node) not in known:
+            known[id(node)] = math.inf  # of a node that holds itself
+            inner = (one if isinstance(one, tuple) else (one,) for one in node.value)
+            known[id(node)] = 1 + sum(map(weigh, itertools.chain.from_iterable(inner)))
+        return known[id(node)]
+
+    loader = yaml.SafeLoader(text)
+    if (node := loader.get_single_node()) is None:
+        return None
+    if weigh(node) > 10 * _LARGEST_TEXT:
+        raise ValueError("its aliases stand for too many values; write them out")
+    return clean_value(loader.construct_document(node))
 
 
 _EXTRA_OPTIONS = ("additional_parameters", "extra_args")
@@ -659,7 +695,7 @@ def _options_of(text: str) -> dict[str, Any]:
     replaced.
     """
     options: dict[str, Any] = {}
-    text = re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^\s*(rem\b|::).*", "", text))
+    text = re.sub(r"[\\^`]\s*\n", " ", re.sub(r"(?im)^[ \t]*(rem\b|::).*", "", text))
     variables = {name: value.strip("\"' ") for name, value in _VARIABLE.findall(text)}
     # Backslashes of paths on Windows are no escapes.
     windows = bool(re.search(r"\b[A-Za-z]:\\", text))
@@ -697,7 +733,7 @@ def _shell_words(line: str, variables: Mapping[str, str], windows: bool) -> Iter
 
 _SEPARATORS = ("&&", "||", "|", "&", ";", ">", ">>", "2>&1")
 _VARIABLE = re.compile(
-    r"""(?m)^\s*(?:\$|export |set "?|local )?(\w+)\s*=\s*("[^"\n]*"|'[^'\n]*'|[^\s#"'$(@-][^\s#]*)"""
+    r"""(?m)^[ \t]*(?:\$|export |set "?|local )?(\w+)\s*=\s*("[^"\n]*"|'[^'\n]*'|[^\s#"'$(@-][^\s#]*)"""
 )
 _USE = re.compile(r"\$\{?(\w+)\}?|%(\w+)%|!(\w+)!")
 
@@ -724,7 +760,10 @@ def _by_key(given: Any, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     given = {trainer["list"]: given} if isinstance(given, list) and "list" in trainer else given
     known = {*trainer["names"], *trainer["defaults"], *trainer["moot"].split(), *trainer["places"].split()}
-    for key, value in _leaves_of(given, ""):
+    leaves = list(itertools.islice(_leaves_of(given, ""), _MOST_VALUES + 1))
+    if len(leaves) > _MOST_VALUES:
+        raise ConfigError(f"A configuration with more than {_MOST_VALUES:,} values is of no known trainer.")
+    for key, value in leaves:
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
         for start in trainer.get("strip", []):
             name = name.removeprefix(start)
@@ -788,7 +827,7 @@ class _Translation:
     def settings(self, title: str) -> LoraSettings:
         """The legal ones of the values, and a sentence for each that is not."""
         texts = dict(self.texts)
-        arguments = re.sub(r"\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
+        arguments = re.sub(r"(?<!\s)\s+(?=\w+=)", ",", texts.pop("ss_optimizer_args", "").strip())
         betas = dict(re.findall(r"\b(beta[12])=([\d.]+)", arguments))
         if betas:
             arguments = re.sub(r"\bbeta[12]=[\d.]+,?", "", arguments)
@@ -895,7 +934,7 @@ _WHAT_TRAINS = "LoRA Easel trains Stable Diffusion 1.x, 2.x and XL; for these th
 
 def _words_of(value: Any) -> list[str]:
     """The parts of a list of arguments, or of one text such as `"a=1" "b=2"`."""
-    return re.split(r"\s+(?=\w+=)", " ".join(map(str, _list_of(value))).replace('"', " ").strip())
+    return re.split(r"(?<!\s)\s+(?=\w+=)", " ".join(map(str, _list_of(value))).replace('"', " ").strip())
 
 
 def _name_of(key: str, trainer: Mapping[str, Any]) -> str:

@@ -49,6 +49,9 @@ OLD_NAMES: dict[str, str] = {
 MAX_TOML_BYTES = 1_000_000
 MAX_TOML_DEPTH = 20
 MAX_INTEGER = 2**63
+_PART = r"""(?:[\w-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')[ \t]*"""
+_DOTTED, _KEY_END = re.compile(rf"(?<![\w-])(?:{_PART}\.[ \t]*)+"), re.compile(rf"{_PART}[=\]]")
+"""A key of TOML up to its last part, and that part."""
 _LONGEST_SHOWN = 80
 _MOST_UNKNOWN = 10
 
@@ -577,19 +580,27 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def parse_toml(text: str, source: str) -> dict[str, Any]:
+def parse_toml(text: str, source: str, largest: float = MAX_INTEGER) -> dict[str, Any]:
     """Parse a TOML text that may come from anyone.
 
     Args:
         text: the TOML.
         source: what messages call it.
+        largest: integers must be smaller.
 
     Raises:
-        ConfigError: it is nested more than 20 levels deep, or holds an integer of over 64 bits.
+        ConfigError: it is nested more than 20 levels deep, holds an integer that is too large, or has more
+            than a million characters.
         tomllib.TOMLDecodeError: it is not TOML.
     """
     deep = ConfigError(f"{source} is nested more than {MAX_TOML_DEPTH} levels deep.")
     large = ConfigError(f"{source} holds a number that is too large.")
+    if len(text) > MAX_TOML_BYTES:
+        raise ConfigError(f"{source} is larger than {MAX_TOML_BYTES:,} characters.")
+    # The library's time grows with the square of a key's parts.
+    for found in _DOTTED.finditer(text):
+        if found[0].count(".") > MAX_TOML_DEPTH and _KEY_END.match(text, found.end()):
+            raise deep
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
@@ -600,7 +611,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         raise large from error
     level: list[Any] = [tables]
     for _ in range(MAX_TOML_DEPTH):
-        if any(isinstance(v, int) and abs(v) >= MAX_INTEGER for v in level):
+        if any(isinstance(v, int) and abs(v) >= largest for v in level):
             raise large
         inner = [v for v in level if isinstance(v, dict | list)]
         level = [v for table in inner for v in (table.values() if isinstance(table, dict) else table)]

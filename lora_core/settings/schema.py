@@ -495,7 +495,7 @@ Arguments = BeforeValidator(_check_arguments)
 MOST_TOKENS = 6
 """New tokens of a LoRA: Forge rejects a file with more than 12 unknown tensors, and a token has two with two
 text encoders."""
-_NEW_TOKEN = re.compile(r"\s*([\w-]{1,64})(?:\*([1-9]|[12]\d|3[0-2]))?\s*=\s*(\S.*?)\s*")
+_NEW_TOKEN = re.compile(r"\s*([\w-]{1,64})(?:\*([1-9]|[12]\d|3[0-2]))?\s*=\s*(\S(?:.*\S)?)\s*")
 
 
 class NewToken(NamedTuple):

@@ -151,7 +151,7 @@ def read_small_file(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if found.st_size > most:
-        raise OSError(errno.EFBIG, f"larger than {most / 1e6:.0f} MB", str(path))
+        raise OSError(errno.EFBIG, f"larger than {most / 1e6:.3g} MB", str(path))
     return path.read_bytes()
 
 
@@ -337,7 +337,7 @@ def clean_value(value: Any) -> Any:
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, dict):
-        return {clean_text(k) if isinstance(k, str) else k: clean_value(v) for k, v in value.items()}
+        return {clean_value(k) if isinstance(k, str | int) else k: clean_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [clean_value(one) for one in value]
     if isinstance(value, float):

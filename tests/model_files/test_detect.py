@@ -1,6 +1,7 @@
 """What a base is, told from names and shapes alone: family, prediction, size; and what is refused by name."""
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -81,6 +82,16 @@ def test_a_config_beside_the_file_counts(tmp_path: Path, beside: str, text: str,
     assert facts.resolution == (768 if prediction == "v_prediction" else 512)
     assert not facts.guessed
     assert beside in facts.sentence
+
+
+def test_a_config_beside_the_file_of_any_length(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "x.safetensors", "sd2")
+    beside = file.with_suffix(".yaml")
+    beside.write_text("\n" * 100_000 + "parameterization: v")
+    assert read_base_facts(str(file)).prediction == "v_prediction"
+    os.truncate(beside, 10**10)
+    with pytest.raises(ModelFileError, match=r"x\.yaml cannot be read: larger than 50 MB"):
+        read_base_facts(str(file))
 
 
 def test_zero_terminal_snr_by_hand(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Configurations of other trainers, in the shapes that their documents and examples show."""
 
 import json
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,12 @@ def test_a_configuration(case: str, tmp_path: Path) -> None:
             assert key in said, key
 
 
+def laughs(table: str) -> str:
+    """Thirty tables, each with two of the one before: a billion values."""
+    rows = [f"a{n}: &a{n} " + "{" + table.format(*[f"*a{n - 1}" if n else "1"] * 2) + "}" for n in range(30)]
+    return "\n".join(["network: {linear: 4}", *rows])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
@@ -469,13 +476,31 @@ def test_a_configuration(case: str, tmp_path: Path) -> None:
         ("a.json", '{"a": 1}', "is not a configuration of"),
         ("a.txt", "hello --world", "is not a configuration of"),
         ("a.json", "[" * 100_000, "is not valid JSON"),
-        ("a.yaml", "&a [*a]", "holds no table"),
+        ("a.yaml", "&a [*a]", "aliases stand for too many values"),
+        ("a.yaml", "network: &n {linear: 4, again: *n}", "aliases stand for too many values"),
+        ("a.yaml", laughs("k: {}, m: {}"), "aliases stand for too many values"),
+        ("a.yaml", laughs("k: [{}, {}]"), "aliases stand for too many values"),
+        (
+            "a.json",
+            json.dumps({"network_dim": 4} | {f"k{n}": n for n in range(5000)}),
+            "more than 5,000 values",
+        ),
+        ("a.yaml", "network: {linear: 4}\n" + "#" * 100_000, "larger than 0.1 MB"),
+        ("a.toml", "a." * 100_000 + "b = 1", "more than 20 levels"),
     ],
 )
 def test_what_is_no_configuration_is_refused(tmp_path: Path, name: str, text: str, sentence: str) -> None:
     (tmp_path / name).write_text(text)
+    begun = time.process_time()
     with pytest.raises(ConfigError, match=sentence):
         settings_from_lora(tmp_path / name)
+    assert time.process_time() - begun < 2.0
+
+
+@pytest.mark.parametrize("line", ["seed: 0x" + "f" * 20_000, "seed: 1" + ":1" * 4000, "? 0x" + "f" * 20_000])
+def test_a_number_of_any_length_is_read(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"network: {{linear: 4, linear_alpha: 2}}\n{line}\n")
+    assert settings_from_lora(tmp_path / "a.yaml").values["adapter.alpha"] == 2.0
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -600,6 +625,25 @@ def test_options_of_the_launcher_end_at_the_script(tmp_path: Path) -> None:
     file = tmp_path / "a.sh"
     file.write_text("accelerate launch --mixed_precision bf16 train_network.py --network_dim 8")
     assert settings_from_lora(file).values["train.precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.sh", "accelerate launch train_network.py --network_dim 8" + "\n" * 90_000),
+        ("a.sh", "accelerate launch train_network.py --network_dim 8 " + "a.py" * 20_000),
+        ("a.toml", f'network_module = "networks.lora"\nnetwork_dim = 8\nnetwork_args = ["a{" " * 50_000}b"]'),
+        (
+            "a.toml",
+            f'network_dim = 8\nnetwork_module = "networks.lora"\noptimizer_args = ["a{" " * 50_000}b"]',
+        ),
+    ],
+)
+def test_blank_lines_and_blanks_take_no_time(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    begun = time.process_time()
+    assert settings_from_lora(tmp_path / name).values["adapter.rank"] == 8
+    assert time.process_time() - begun < 2.0
 
 
 def test_a_missing_one_is_named(tmp_path: Path) -> None:

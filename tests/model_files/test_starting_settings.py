@@ -2,6 +2,7 @@
 the settings that a LoRA was trained with: from our own header, kohya's, or nothing but layers."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.starting_settings import (
     GOALS,
     LEVELS,
+    is_slider,
     preset,
     preset_names,
     settings_from_lora,
@@ -269,6 +271,25 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
     values = settings_from_lora(lora(tmp_path, layers=wider)).values
     assert values["adapter.targets"] == "locon"
     assert "optimizer.text_encoder_lr" not in values
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"lora_easel.config": "a." * 100_000 + "b = 1"}, "more than 20 levels deep"),
+        ({"lora_easel.config": "#" * 1_000_001}, "larger than 1,000,000 characters"),
+        ({"ot_config": json.dumps({f"k{n}": n for n in range(300_000)})}, "more than 5,000 values"),
+    ],
+)
+def test_a_header_of_any_length_is_refused_at_once(
+    tmp_path: Path, metadata: dict[str, str], words: str
+) -> None:
+    file = lora(tmp_path, metadata)
+    begun = time.process_time()
+    assert not is_slider(file)
+    with pytest.raises(ConfigError, match=words):
+        settings_from_lora(file)
+    assert time.process_time() - begun < 3.0
 
 
 @pytest.mark.parametrize(

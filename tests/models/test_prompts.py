@@ -116,6 +116,7 @@ def test_each_text_encoder_of_a_large_base_is_weighted_by_itself_and_the_pooled_
         ("[cat:dog:0.5]", r"write \[ and \]"),
         ("a [cat|dog]", "'[cat|dog]'"),
         ("[from: 10 ]", "not supported"),
+        ("([a" * 20_000 + "])" * 20_000, "more than 50 brackets at once"),
     ],
 )
 def test_what_cannot_be_read_as_there_is_a_sentence(prompt, words):
