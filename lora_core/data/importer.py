@@ -588,7 +588,8 @@ class _Import:
         """Unpack into a hidden folder and add its content."""
         self.way.progress("Unpacking", 0, 1)
         try:
-            with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=self.into) as temporary:
+            end = f".zip.{os.getpid()}-0.tmp"
+            with tempfile.TemporaryDirectory(end, ".unpacking-", self.into) as temporary:
                 folder = Path(temporary) / "files"
                 inside = unpack(source, folder, name_of=safe_name, shown=name, wanted=is_import_file)
                 inner = import_folder(Path(temporary) / "files", self.into, replace(self.way, how="move"))

@@ -179,28 +179,32 @@ def clear_abandoned(folder: Path) -> None:
             owner = re.search(rf"\.(\d+)[\w-]*\.{end}$", path.name)
             if owner and _still_writing(int(owner[1]), path):
                 continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def clear_abandoned_below(folder: Path, seconds: float = 1.0) -> None:
-    """Remove what killed processes left half-written by `replacing` in a user's folder and those below it.
+    """Remove what killed processes left half-written by `replacing`, or unpacked, in a user's folder and
+    those below it.
 
     Other files stay, and so does what changed within a day: a process may still be writing it, perhaps on
     another computer. After `seconds` the other folders are left for the next time.
     """
     end, before = time.monotonic() + seconds, time.time() - _LONGEST_WRITE
-    for place, _, names in os.walk(folder):
-        for name in names:
-            if _HALF_WRITTEN.fullmatch(name):
-                with contextlib.suppress(OSError):
-                    if (path := Path(place, name)).lstat().st_mtime < before:
-                        path.unlink()
+    for place, folders, names in os.walk(folder):
+        for name in filter(_HALF_WRITTEN.fullmatch, (*folders, *names)):
+            with contextlib.suppress(OSError):
+                if (path := Path(place, name)).lstat().st_mtime < before:
+                    _remove(path)
         if time.monotonic() > end:
             return
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _still_writing(pid: int, path: Path) -> bool:

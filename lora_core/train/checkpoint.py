@@ -253,6 +253,38 @@ def _joined(tensors: dict[str, torch.Tensor], plain: Any) -> Any:
     return item
 
 
+def _joined_factors(saved: dict[str, Any], optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """A copy of an optimizer's `state_dict` for the groups of `optimizer`; in those of earlier versions each
+    factor is a tensor of its own, in the order of today's flat groups.
+
+    Raises:
+        RunError: it is of other groups.
+    """
+    saved, own = copy.deepcopy(saved), [group["params"] for group in optimizer.param_groups]
+    groups, states = saved["param_groups"], saved["state"]
+    if [len(group["params"]) for group in groups] == [len(tensors) for tensors in own]:
+        return saved
+    state, found = {}, []
+    for number, group in enumerate(groups):
+        rows = [states[key] for key in group["params"] if key in states]
+        state[number] = {name: _end_to_end([row[name] for row in rows]) for name in (rows[0] if rows else {})}
+        found.append({one.numel() for one in state[number].values() if torch.is_tensor(one) and one.dim()})
+        group["params"] = [number]
+    if found != [{one.numel() for one in tensors} for tensors in own]:
+        raise RunError(
+            f"The optimizer's state at step {step} is of an earlier version and cannot be read; start a new"
+            " run from the adapter of that checkpoint (adapter.init)."
+        )
+    return {**saved, "state": state}
+
+
+def _end_to_end(values: list[Any]) -> Any:
+    first = values[0]
+    if not torch.is_tensor(first) or not first.dim():
+        return first
+    return torch.cat([one.flatten() for one in values])
+
+
 class CheckpointManager:
     """Saves, resumes from and rolls back to checkpoints of one run."""
 
@@ -359,7 +391,7 @@ class CheckpointManager:
     def _restore(self, weights: AdapterWeights, state: CheckpointState) -> CheckpointState:
         current = self._train_state
         load_weights(current.injected, weights)
-        current.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        current.optimizer.load_state_dict(_joined_factors(state.optimizer, current.optimizer, state.step))
         for group in current.optimizer.param_groups:
             # `load_state_dict` moves the state to the device, and not what an optimizer keeps in its groups.
             kept = {key: one for key, one in group.items() if isinstance(one, torch.Tensor)}

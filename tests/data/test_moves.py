@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_core.data import importer
 from lora_core.data.images import ImageInfo, check_mask_png
 from lora_core.errors import DatasetError, RunError
 from lora_core.projects import caption_edits
@@ -327,7 +328,9 @@ def test_two_windows_keep_what_each_wrote_into_the_form(project: Project, tmp_pa
     assert Project(project.path).draft() == kept | {"goal": "object"}
 
 
-def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(project: Project) -> None:
+def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     folder, large = project.image_folder, project.path / "former masks"
@@ -339,6 +342,16 @@ def test_what_a_killed_write_left_beside_images_goes_when_the_project_opens(proj
     stays, old = [*now, *others], large / "old"
     for file in (*left, *stays, old):
         file.write_bytes(b"half")
+    seen: list[Path] = []
+
+    def killed(source: Path, into: Path, **more: object) -> None:
+        seen.append(into.parent)
+        raise DatasetError("as if killed")
+
+    monkeypatch.setattr(importer, "unpack", killed)
+    importer.import_files([tmp_path / "images.zip"], folder)
+    left.append(seen[0])
+    (seen[0] / "files").mkdir(parents=True)
     for file in (*left, *others, old):
         os.utime(file, (0, 0))
     Project(project.path)

@@ -12,6 +12,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import OPTIMIZERS
 from lora_core.train.checkpoint import (
     CheckpointState,
+    _joined_factors,
     clear_unfinished,
     load_checkpoint,
     prune_checkpoints,
@@ -141,3 +142,36 @@ def test_a_full_disk_leaves_the_last_one_whole(run, monkeypatch):
     assert not list(run.checkpoints.glob(".*"))
     assert json.loads((run.checkpoint(1) / "state.json").read_text())["step"] == 1
     load_checkpoint(run.checkpoint(1))
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadam", "lion", "prodigy"])
+def test_a_state_with_a_tensor_for_each_factor_goes_on_bit_for_bit(name):
+    """As earlier versions wrote it, whose groups were not flat."""
+    row = OPTIMIZERS[name]
+    pytest.importorskip(row.load.partition(":")[0])
+
+    def made(*groups):
+        parts = [{"params": [torch.nn.Parameter(one) for one in group]} for group in groups]
+        return parts, row.resolve()(parts, lr=1e-2, **row.defaults)
+
+    def stepped(optimizer, gradients):
+        tensors = [one for group in optimizer.param_groups for one in group["params"]]
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient.reshape(tensor.shape)
+        optimizer.step()
+        return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+    torch.manual_seed(0)
+    factors = [torch.randn(3, 4), torch.randn(5, 3), torch.randn(2, 7)]
+    gradients = [[torch.randn_like(one) for one in factors] for _ in range(4)]
+    parts, before = made(factors[:2], factors[2:])
+    for row_of in gradients[:3]:
+        stepped(before, row_of)
+    now = [torch.cat([one.detach().flatten() for one in part["params"]]) for part in parts]
+    _, flat = made(*([one] for one in now))
+    flat.load_state_dict(_joined_factors(before.state_dict(), flat, 3))
+    joined = [torch.cat([one.flatten() for one in gradients[3][:2]]), gradients[3][2]]
+    assert torch.equal(stepped(flat, joined), stepped(before, gradients[3]))
+    _, other = made([torch.randn(9)], [torch.randn(14)])
+    with pytest.raises(RunError, match="of an earlier version"):
+        other.load_state_dict(_joined_factors(before.state_dict(), other, 3))
