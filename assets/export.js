@@ -1,6 +1,6 @@
 // Client of the Export tab: the choice of run and checkpoint, writing, copying and uploading the file, the report.
 (() => {
-  const { one, post, make, t } = window.easel;
+  const { one, post, make, t, fill } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
@@ -11,9 +11,19 @@
 
   const worksIn = () => one("#works-in .panel").parentElement;
   // Results of one file do not apply to the next.
-  let unwritten = null, turn = 0;
+  let unwritten = null, turn = 0, said = "";
+  // The foot: the file to come, until one is written or cannot be.
+  const showFoot = () => {
+    const place = one("#export-will");
+    if (!place || !one("#export-form")) return;
+    const precision = field("precision").value, { size, half } = place.dataset;
+    const file = `${field("name").value.trim().replace(/\.safetensors$/, "") || field("name").placeholder}.safetensors`;
+    fill(place, ...(said ? [said] : [make("b", { dir: "auto", textContent: file }), " ", make("span", { className: "small num", textContent: t("about {size}, {precision}", { size: precision === "fp32" ? size : half, precision }) })]));
+  };
+  const tellFoot = (html) => { said = html; showFoot(); };
   const clear = () => {
     turn += 1;
+    tellFoot("");
     one("#export-written").replaceChildren();
     one("#copy-note").replaceChildren();
     one("#upload-note").replaceChildren();
@@ -45,8 +55,10 @@
       if (reply.link) location.assign(reply.link);
       return;
     }
+    if (reply.problem && button.closest(".foot")) return tellFoot(problem(reply.problem).outerHTML);
     if (reply.problem) { place.replaceChildren(problem(reply.problem)); return; }
     place.innerHTML = reply.written ?? reply.copied;
+    if (button.closest(".foot")) tellFoot(reply.will ?? "");
     const works = worksIn();
     unwritten ??= works.innerHTML;
     works.innerHTML = reply.works_in;
@@ -98,6 +110,7 @@
     else if (target.id === "report-cancel") inTurn(() => post("report/cancel", {}));
     else if (data.reportRun) makeReport(data);
   });
+  document.addEventListener("input", ({ target }) => { if (target.form?.id === "export-form") showFoot(); });
   document.addEventListener("submit", (event) => {
     if (!["export-form", "export-choice", "upload-form"].includes(event.target.id)) return;
     event.preventDefault();
@@ -107,6 +120,7 @@
     const folders = one("#copy-folders"), run = one("#export-run")?.value ?? "";
     if (!folders || !one("#export-form")) return;
     if (field("name").placeholder !== run) field("name").placeholder = run;
+    showFoot();
     // The usual folder, until another one is typed.
     if (folders.dataset.usual !== usual && [usual, ""].includes(field("folder").value)) field("folder").value = folders.dataset.usual;
     usual = folders.dataset.usual;

@@ -1,7 +1,7 @@
 // Client of the Toolbox: what is filled in, and progress. The server renders the form of the chosen tool from what the page
 // has filled in, and the results, which are kept by tool.
 (() => {
-  const { one, all, post, refill, t, openTab, fillParts, inOrder } = window.easel;
+  const { one, all, post, make, refill, t, openTab, fillParts, inOrder } = window.easel;
   const answers = {}, touched = {}, OTHER = ":other", FOLDER = ":folder";
   let tool = "check";
 
@@ -38,7 +38,19 @@
     answered = tool;
     if (answers[tool]) place.innerHTML = answers[tool];
     else place.replaceChildren(one("#toolbox-empty").content.cloneNode(true));
+    const next = one("[data-next]", place);
+    one("#toolbox-next").replaceChildren(...(next ? [next] : []));
+    propose(true);
     window.charts.settle();
+  };
+  // What an answer leads to is the primary act, until something else is chosen.
+  const propose = (wanted) => {
+    const next = one("#toolbox-next").firstElementChild, first = Boolean(next && wanted);
+    next?.classList.toggle("primary", first);
+    one("#toolbox-go").classList.toggle("primary", !first);
+    one("#toolbox-will").hidden = first;
+    one("#toolbox-made").textContent = first ? next.dataset.next : "";
+    if (!wanted && one("#toolbox-state").dataset.state === "error") tell("idle", "");
   };
   const choose = (name, changed = {}) => {
     tool = name;
@@ -59,6 +71,7 @@
     await begin("toolbox/start", { tool, files: chosen, base: needs().some((need) => need.startsWith("base")) ? base() : "", measure: measure(), apart: one("#toolbox-apart").checked, alphas: one("#toolbox-alphas").checked, ...Object.fromEntries(fields.map((name) => [name, value(name)])) });
   };
   const begin = async (path, body) => {
+    propose(false);
     tell("working", "");
     picked = false;
     const { problem } = await inTurn(() => post(path, body));
@@ -85,8 +98,8 @@
   let revision = -1, picked = false;
   window.easel.on("toolbox", (now) => {
     if (!one("#toolbox")) return false;
-    const working = now.state === "working", track = one("#toolbox-track");
-    tell(working ? "working" : "idle", now.words);
+    const working = now.state === "working", failed = now.state === "error", track = one("#toolbox-track");
+    tell(working || failed ? now.state : "idle", failed ? make("div", { innerHTML: now.html }).textContent : now.words);
     track.hidden = !working;
     // Without a total the bar only moves.
     track.classList.toggle("preparing", !now.total);
@@ -94,9 +107,9 @@
     if (working || now.revision === revision) return;
     revision = now.revision;
     if (!now.html) return;
-    answers[now.name] = now.html;
+    if (!failed) answers[now.name] = now.html;
     // A choice made while the answer was on its way counts more.
-    if (now.name !== tool && !picked) choose(now.name); else { showAnswer(); load(); }
+    if (now.name !== tool && !picked) choose(now.name); else { if (!failed) showAnswer(); load(); }
   });
 
   // ---- events ------------------------------------------------------------------------------------------------------------
@@ -104,7 +117,7 @@
     const target = event.target.closest("button");
     if (!target) return;
     const data = target.dataset;
-    if (data.tool && target.closest("#toolbox")) { picked = true; choose(data.tool); }
+    if (data.tool && target.closest("#toolbox")) { picked = true; propose(false); choose(data.tool); }
     else if (target.id === "toolbox-add") draw({ files: [...files(), { file: "", strength: 1 }] });
     else if (data.part === "remove" && target.closest("#toolbox")) { target.parentElement.remove(); draw(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") inTurn(() => post("toolbox/cancel", {}));
@@ -145,6 +158,7 @@
   document.addEventListener("input", ({ target }) => {
     const row = target.closest(".toolbox-file");
     if (!row && !target.closest("#toolbox-form")) return;
+    propose(false);
     if (!row) touched[target.id.replace("toolbox-", "")] = tool;
     const typed = target.value === OTHER && row;
     draw().then(() => { if (typed) one("[data-part=path]", row).focus(); });

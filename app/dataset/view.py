@@ -69,7 +69,7 @@ def build_dataset(bindings: Bindings) -> None:
             html_block(lambda: render("dataset/grid.html"), elem_id="dataset-grid")
         html_block(lambda: render("dataset/detail.html"), elem_classes="side")
     bindings.follow(
-        html_block(elem_id="dataset-bar"),
+        html_block(elem_classes="foot"),
         lambda snap: render("dataset/summary.html", **summary.read(project, snap.plan)),
     )
 

@@ -16,7 +16,13 @@ from app.preview.request_form import checkpoint_choices
 from app.routes import FRESH, BadRequest, add_actions, below, run_url
 from app.state import AppState, Bindings, Snapshot, take_snapshot
 from app.templates import _, html_block, note_html, render
-from app.toolbox.view import BackgroundTask, add_task, check_memory_is_free, compatibility_card
+from app.toolbox.view import (
+    CHECKPOINT,
+    BackgroundTask,
+    add_task,
+    check_memory_is_free,
+    compatibility_card,
+)
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.hub import files_to_upload
@@ -38,7 +44,7 @@ def build_export(bindings: Bindings) -> None:
         with gr.Column(elem_classes="main card"):
             bindings.follow(html_block(), checkpoint_cards)
             html_block(lambda: render("export/form.html", formats=formats, precisions=PRECISIONS))
-            bindings.follow(html_block(elem_classes="sticky-actions"), export_buttons)
+            bindings.follow(html_block(), functools.partial(export_buttons, part="folders"))
             html_block(lambda: render("export/written.html"))
         with gr.Column(elem_classes="main"):
             html_block(lambda: compatibility_card(None), elem_id="works-in")
@@ -47,6 +53,7 @@ def build_export(bindings: Bindings) -> None:
                 html_block(lambda: render("export/report_state.html"))
             with gr.Column(elem_classes="card"):
                 html_block(lambda: render("export/upload.html"))
+    bindings.follow(html_block(elem_classes="foot"), export_buttons)
 
 
 def runs_with_checkpoints(snapshot: Snapshot) -> list[RunView]:
@@ -95,9 +102,15 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
     )
 
 
-def export_buttons(snapshot: Snapshot) -> str:
-    """The buttons, and the folders to copy to."""
-    app_state, choices = snapshot.app_state, folder_choices(snapshot.app_state)
+def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
+    """The buttons and the size of the file to come, or the folders to copy to."""
+    app_state = snapshot.app_state
+    if part == "foot":
+        run = view.run if (view := chosen_run(snapshot)) else None
+        size = file_bytes(run.checkpoint(run.checkpoint_steps()[-1]) / CHECKPOINT) if run else 0
+        why = "" if run else _("No checkpoint yet. Train a run first.")
+        return render("export/buttons.html", part=part, why=why, size=size)
+    choices = folder_choices(app_state)
     wanted = [str(app_state.project.draft().get("copy_to") or ""), *app_state.places.read("lora_folders")]
     there = [folder for _, folder in choices]
     usual = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else "")
@@ -108,7 +121,7 @@ def export_buttons(snapshot: Snapshot) -> str:
     ]
     return render(
         "export/buttons.html",
-        why="" if chosen_run(snapshot) else _("No checkpoint yet. Train a run first."),
+        part=part,
         choices=choices,
         usual=usual,
         own_lists=list(dict.fromkeys(names)),
@@ -122,7 +135,8 @@ def choose(app_state: AppState, sent: dict[str, Any]) -> None:
 
 
 def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Write the file; returns HTML of the result and of the tools that read it, and the download link.
+    """Write the file; returns HTML for the foot, of what can be done with the file and of the tools that read
+    it, and the download link.
 
     Raises:
         LoraError: it could not be written.
@@ -135,16 +149,18 @@ def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         words = _("It holds the EMA weights; the raw ones are at")
         places.append(app_state.files.place(Path(result["raw"]), words))
     return {
-        "written": written_line(result, str(sent.get("precision")), link, places),
+        **written_file(result, str(sent.get("precision")), link, places),
         "works_in": compatibility_card(result),
         "link": link,
     }
 
 
-def written_line(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> str:
-    """The result, a download link, and its location."""
-    values = {"result": result, "precision": precision, "link": link, "places": places}
-    return render("export/written_file.html", name=Path(str(result["file"])).name, **values)
+def written_file(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> dict[str, str]:
+    """What the file is, for the foot (`will`), and what to do with it: a download link, its location."""
+    values = {"result": result, "name": Path(str(result["file"])).name, "precision": precision}
+    more = {"link": link, "places": places}
+    parts = ("will", "written")
+    return {part: render("export/written_file.html", part=part, **values, **more) for part in parts}
 
 
 def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:

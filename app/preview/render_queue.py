@@ -36,6 +36,7 @@ class PreviewState:
         drawing: the shot in hand.
         looks: how many looks there were at it.
         note: what to know of how the base of the last image was kept.
+        seconds: that the last image took; 0 before the first.
     """
 
     state: str
@@ -50,6 +51,7 @@ class PreviewState:
     drawing: GenerationRequest | None = None
     looks: int = 0
     note: str = ""
+    seconds: float = 0.0
 
     def image(self, shot: GenerationRequest) -> Path | None:
         """The file of an image, if it exists."""
@@ -98,10 +100,10 @@ class RenderQueue:
         self._strip: tuple[float, ...] = ()
         self._grid: GridState | None = None
         self._error = self._note = ""
+        self._seconds = 0.0
         self._wanted_at = 0.0
         self._drawn: dict[ImageKey, Path] = {}
-        # Of the files as they were at the last wish: a rewritten one changes nothing that is shown until
-        # somebody asks again.
+        # As of the last wish: a rewritten file changes nothing that is shown until somebody asks again.
         self._times: dict[str, int] = {}
         self._histories: dict[Path, History] = {}
         self._job: _RenderJob | None = None
@@ -115,8 +117,7 @@ class RenderQueue:
             return self._history_at(self._folder())
 
     def want(self, shot: GenerationRequest, strip: tuple[float, ...] | None = None) -> None:
-        """Show `shot`, with the strip at these strengths (None: unchanged); other images being generated are
-        dropped."""
+        """Show `shot`, and the strip at these strengths (None: unchanged), instead of what is in progress."""
         with self._changed:
             self._times.clear()
             other = self._shot is None or shot.alone() != self._shot.alone()
@@ -180,20 +181,18 @@ class RenderQueue:
             job, grid = self._job, self._grid
             wanted = [*self._wanted().values(), *(grid.shots if grid else ())]
             images = {one: path for one in wanted if (path := self._find_image(one)) is not None}
-            state = "idle" if self._is_shown() else "working"
-            if self._error:
-                state = "idle" if self._error == CANCELLED else "error"
+            states = {"": "idle" if self._is_shown() else "working", CANCELLED: "idle"}
+            state = states.get(self._error, "error")
             reply = job.reply if job else Reply({})
             message = self._error or self.worker.describe(reply)
             return PreviewState(
                 state, message, reply.done, reply.total, self._shot, self._strip, grid,
-                images, self._wanted_at, job.shot if job else None, reply.looks, self._note,
+                images, self._wanted_at, job.shot if job else None, reply.looks, self._note, self._seconds,
             )  # fmt: skip
 
     def look(self) -> bytes:
         """A small JPEG of the image in progress, b"" if there is none."""
-        job = self._job
-        return job.reply.look if job is not None else b""
+        return job.reply.look if (job := self._job) else b""
 
     def _show_last(self) -> None:
         pair = self._history_at(self._folder()).last_pair()
@@ -290,6 +289,7 @@ class RenderQueue:
             self._history_at(path.parent.parent).add(entry)
         else:
             self._note = str(reply.images[-1].get("note", "")) if reply.images else ""
+            self._seconds = float(reply.result.get("seconds", 0.0))
             self._drawn[job.key] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))

@@ -27,9 +27,11 @@ from app.preview.request_form import (
     base_for,
     build_request,
     build_run_request,
+    find_owner,
     form_data,
     grid_axes,
     keep_file,
+    list_run_loras,
     load_fields,
     lora_groups,
     lora_rows,
@@ -63,7 +65,6 @@ def build_preview(bindings: Bindings) -> None:
         with gr.Column(elem_classes="side card"):
             samplers = {key: row.title for key, row in SAMPLERS.items()}
             html_block(lambda: render("preview/form.html", samplers=samplers))
-            bindings.follow(html_block(), state_line)
             html_block(lambda: render("preview/file.html"))
             bindings.follow(html_block(), form_note)
         with gr.Column(elem_classes="main card"):
@@ -74,6 +75,7 @@ def build_preview(bindings: Bindings) -> None:
             html_block(lambda: render("preview/grid_form.html", kinds=GRID_KINDS), elem_classes="view-grid")
             bindings.follow(html_block(elem_id="grid", elem_classes="view-grid"), grid_result)
             bindings.follow(html_block(), history)
+    bindings.follow(html_block(elem_classes="foot"), foot)
 
 
 def form_note(snapshot: Snapshot) -> str:
@@ -85,9 +87,18 @@ def form_note(snapshot: Snapshot) -> str:
     return render("preview/note.html", base=base, name=name, data=data, mark=zlib.crc32(data.encode()))
 
 
-def state_line(snapshot: Snapshot) -> str:
-    """What the worker is doing; scripts read `#preview-state`."""
-    return render("preview/state.html", view=snapshot.view, working=working_words(snapshot.view))
+def foot(snapshot: Snapshot) -> str:
+    """What Generate makes, what the worker is doing or why it cannot, and the acts; scripts read
+    `#preview-state`."""
+    rows = lora_rows(snapshot)[0]
+    act, problem = strength_label(GenerationRequest(loras=tuple(rows))), base_for(snapshot, rows).problem
+    if len(rows) == 1:
+        owner = find_owner(snapshot, rows[0].file)
+        titles = {str(one.file): one.title for one in list_run_loras(owner)} if owner else {}
+        act = f"{titles.get(rows[0].file, rows[0].name)}, {act}"
+    base, drawn, stale = shown_images(snapshot.view)
+    shown = {"file": base if stale else drawn or base, "working": working_words(snapshot.view)}
+    return _render(snapshot, "foot", act=act, problem=problem, **shown)
 
 
 def working_words(view: PreviewState) -> str:
@@ -107,15 +118,18 @@ def _render(snapshot: Snapshot, template: str, **values: Any) -> str:
 
 def comparison(snapshot: Snapshot) -> str:
     """Base and LoRA under one slider or side by side, and their difference."""
-    view, shot = snapshot.view, snapshot.view.shot
-    if shot is None:
-        return _render(snapshot, "stage")
-    base, drawn = view.image(shot.alone()), view.image(shot) if shot.loras else None
-    stale = shot.loras and drawn is None and (drawn := _nearest(view, shot)) is not None
-    file = base if stale else drawn or base
-    return _render(
-        snapshot, "stage", base=base, drawn=drawn, stale=stale, file=file, sampler=sampler_title(shot.sampler)
-    )
+    (base, drawn, stale), shot = shown_images(snapshot.view), snapshot.view.shot
+    sampler = sampler_title(shot.sampler) if shot else ""
+    return _render(snapshot, "stage", base=base, drawn=drawn, stale=stale, sampler=sampler)
+
+
+def shown_images(view: PreviewState) -> tuple[Path | None, Path | None, bool]:
+    """The images of the base and of the LoRA, and whether the latter is of another strength for now."""
+    if (shot := view.shot) is None:
+        return None, None, False
+    drawn = view.image(shot) if shot.loras else None
+    other = _nearest(view, shot) if drawn is None else None
+    return view.image(shot.alone()), drawn or other, other is not None
 
 
 def strength_label(shot: GenerationRequest) -> str:

@@ -120,7 +120,8 @@ OTHER, FOLDER = ":other", ":folder"
 
 
 def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """The parts of the form of a tool: files and fields as a page has filled them, and why it cannot start.
+    """The parts of the form of a tool: files and fields as a page has filled them, what it will do, and why
+    it cannot start.
 
     Raises:
         ConfigError: the tool is unknown.
@@ -128,7 +129,8 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     snapshot, tool = take_snapshot(app_state), _tool(str(sent.get("tool")))
     dropped = [(file.stem, str(file)) for file in (app_state.workspace / DROPPED).glob("*/*")]
     groups = [*lora_groups(snapshot), *([(_("Dropped"), dropped)] if dropped else [])]
-    known = [path for _heading, found in groups for _title, path in found]
+    titles = {path: title for _heading, found in groups for title, path in found}
+    known = list(titles)
     rows = filter(lambda row: isinstance(row, dict), sent.get("files") or [])
     files = [{"file": "", "strength": 1, **row} for row in rows]
     files = files or [{"file": known[0] if known else "", "strength": 1}]
@@ -145,11 +147,11 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         "by": "rank", "rank": "8", "format": "", "measure": "" if "measure?" in tool.needs else run,
         "base": "" if "base?" in tool.needs else base,
         **{name: str(sent[name]) for name in ("by", "rank", "format", "measure", "base") if name in sent},
-        "tool": tool, "groups": groups, "known": known, "files": files, "bases": bases,
+        "tool": tool, "groups": groups, "titles": titles, "known": known, "files": files, "bases": bases,
         "measured": [(name, _("what {run} held out", run=name)) for name in bases_of_runs],
         "formats": [(key, row.title) for key, row in FORMATS.items()], "OTHER": OTHER, "FOLDER": FOLDER,
     }  # fmt: skip
-    parts = ("files", "fields", "why")
+    parts = ("files", "fields", "will", "why")
     return {"parts": {f"toolbox-{part}": render("toolbox/form.html", part=part, **values) for part in parts}}
 
 
@@ -442,6 +444,7 @@ MOST_BARS = 14
 def build_toolbox(bindings: Bindings) -> None:
     """Lay out the tab."""
     html_block(lambda: render("toolbox/page.html", tools=TOOLS), elem_classes="page page-toolbox")
+    html_block(lambda: render("toolbox/page.html", part="foot"), elem_classes="foot")
 
 
 def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:

@@ -59,9 +59,9 @@ NO_PROMPTS = "A slider needs two opposite prompts: write them above, without ima
 
 def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
     """Lay out the sticky bar: problems, Start and Add to queue."""
-    with gr.Row(elem_id="action-bar"):
-        bindings.follow(html_block(elem_id="facts", elem_classes="grow"), facts)
-        with gr.Row(elem_classes="start-row"):
+    with gr.Row(elem_id="action-bar", elem_classes="foot foot-row"):
+        bindings.follow(html_block(elem_id="facts", elem_classes="will"), facts)
+        with gr.Row(elem_classes="acts"):
             note = html_block(elem_id="start-note")
             html_block(lambda: render("train/sweep.html", groups=_sweepable()))
             queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")

@@ -18,7 +18,7 @@ from app.export.view import (
     folder_choices,
     report_card,
     upload,
-    written_line,
+    written_file,
 )
 from app.state import AppState, OtherTools, take_snapshot
 from app.templates import render
@@ -81,8 +81,8 @@ def test_what_the_worker_says_of_tools_is_text() -> None:
     assert "<img" not in shown
     assert "and 10 more" in shown
     assert "not every tool loads it" in shown
-    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", [])
-    assert "<img" not in line
+    written = {"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}
+    assert "<img" not in "".join(written_file(written, HOSTILE, "/x", []).values())
 
 
 def test_the_project_s_own_run_is_offered_first(app_state: AppState) -> None:
@@ -100,7 +100,7 @@ def test_the_project_s_own_run_is_offered_first(app_state: AppState) -> None:
     shown = checkpoint_cards(snapshot)
     assert "Nothing to export yet" in shown
     assert "Other projects" in shown
-    assert "disabled" in export_buttons(snapshot)
+    assert export_buttons(snapshot).count("No checkpoint yet") == 3, "in words and both tips"
     assert "disabled" in report_card(snapshot)
     choose(app_state, {"run": "mine", "checkpoint": ""})
     assert "mine" in checkpoint_cards(take_snapshot(app_state)).split("</h2>")[0]

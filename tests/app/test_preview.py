@@ -491,7 +491,7 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppSt
     snapshot = shown(app_state, view)
     pieces = [
         preview.comparison,
-        preview.state_line,
+        preview.foot,
         preview.strength_strip,
         preview.grid_result,
         preview.history,
@@ -512,14 +512,14 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppSt
 def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
     nothing = shown(app_state, PreviewState("idle", "", 0, 0, None, (), None))
     assert "press Generate" in " ".join(preview.comparison(nothing).split())
-    assert "Nothing is being generated" in preview.state_line(nothing)
+    assert "Nothing is being generated" in preview.foot(nothing)
     assert "press Update" in preview.strength_strip(nothing)
     busy = shown(
         app_state,
         PreviewState("working", "Waiting: 2 requests before this one.", 0, 0, GenerationRequest(), (), None),
     )
-    assert "Waiting: 2" in preview.state_line(busy)
-    assert "disabled" not in preview.state_line(busy)
+    assert "Waiting: 2" in preview.foot(busy)
+    assert "Nothing is being generated" not in preview.foot(busy)
 
 
 def test_axes_are_typed_or_picked(app_state: AppState) -> None:

@@ -86,6 +86,7 @@ def test_what_there_is_to_choose(app_state: AppState) -> None:
     assert '<option value="mine" selected>what mine held out</option>' in parts["toolbox-fields"]
     assert '<option value="demo" selected>' in parts["toolbox-fields"]
     assert parts["toolbox-why"] == ""
+    assert parts["toolbox-will"] == '<b>Intrinsic rank</b> <span class="small" dir="auto">mine</span>'
     sent = {"tool": "compare", "files": [{"file": "/typed", "strength": "2"}], "by": "energy"}
     parts = draw_form(app_state, sent)["parts"]
     assert 'value="/typed" placeholder' in parts["toolbox-files"]

@@ -72,4 +72,4 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, traine
     assert "Embedded tiny base" in page.inner_text("#toolbox-answer")
     type_path(page, loras / "my style.safetensors")
     page.click("#toolbox-go:enabled")
-    page.wait_for_selector("#toolbox-answer .problem:has-text('my style.safetensors')")
+    page.wait_for_selector("#toolbox-state.problem:has-text('my style.safetensors')")

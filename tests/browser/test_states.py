@@ -89,6 +89,35 @@ TIGHT = """() => [...document.querySelectorAll('button, .bar .facts > *')]
     one.getBoundingClientRect().right > document.querySelector('#tell-end').getBoundingClientRect().left + 1))
   .map((one) => one.outerHTML.slice(0, 120))"""
 
+# What hides the primary act, or is hidden by the foot at the page's end.
+PRIMARY = """() => {
+  const shown = [...document.querySelectorAll('.primary')]
+    .filter((one) => one.checkVisibility({ visibilityProperty: true }));
+  const inside = ({ top, bottom, left, right }) =>
+    top >= 0 && left >= 0 && bottom <= innerHeight && right <= innerWidth;
+  const [act] = shown, box = act?.getBoundingClientRect();
+  if (shown.length !== 1 || !act.closest('.foot')) return shown.map((one) => one.outerHTML.slice(0, 120));
+  const hit = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+  if (!inside(box) || !act.contains(hit)) return [JSON.stringify(box)];
+  scrollTo(0, document.documentElement.scrollHeight);
+  const foot = act.closest('.foot').getBoundingClientRect(), tab = act.closest('.tabitem');
+  const covered = [...tab.querySelectorAll('.page *')].filter((one) => one.checkVisibility())
+    .filter((one) => one.getBoundingClientRect().bottom > foot.top + 1 && !one.closest('.rail, .side'));
+  scrollTo(0, 0);
+  return covered.slice(0, 3).map((one) => one.outerHTML.slice(0, 120));
+}"""
+
+
+def test_the_one_primary_act_of_each_tab_is_on_the_first_screen(look: Any) -> None:
+    page = look()
+    for width, height in ((1440, 900), (1024, 768), (390, 844), (320, 700), (720, 450)):
+        page.set_viewport_size({"width": width, "height": height})
+        for tab in (*TABS, "Toolbox"):
+            open_tab(page, tab)
+            page.wait_for_selector(".foot .primary:visible")
+            assert page.evaluate(PRIMARY) == [], f"{tab} at {width} x {height}"
+
+
 # A disabled button says why: in its tip, or in words that it points to.
 SILENT = """() => [...document.querySelectorAll('button:disabled')]
   .filter((one) => one.checkVisibility({ visibilityProperty: true }))

@@ -22,7 +22,8 @@ def type_path(page: Any, file: Path) -> None:
 def done(page: Any, words: str) -> str:
     page.wait_for_function(
         "words => document.querySelector('#toolbox-state')?.dataset.state !== 'working' &&"
-        " document.querySelector('#toolbox-answer')?.innerText.includes(words)",
+        " [...document.querySelectorAll('#toolbox-answer, #toolbox-state')]"
+        ".some(one => one.innerText.includes(words))",
         arg=words,
     )
     return str(page.inner_text("#toolbox-answer"))
@@ -95,7 +96,7 @@ def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None
     page.wait_for_selector(".toolbox-file:last-child option[value*='-rank2']", state="attached")
     assert page.locator(".toolbox-file select").nth(1).input_value() == values[1]
     with page.expect_download() as started:
-        page.click("#toolbox-answer a[download]")
+        page.get_by_role("link", name="Download", exact=True).click()
     assert started.value.suggested_filename.endswith(".safetensors")
     assert "-rank2" in started.value.suggested_filename
     page.click("#toolbox-answer [data-toolbox-go-on]")
@@ -118,7 +119,7 @@ def test_measuring_can_be_cancelled_and_ends_in_a_file(look: Any) -> None:
     page.click("#toolbox-go:enabled")
     said = done(page, "Measured on")
     if "Bake" in said:
-        page.click("#toolbox-answer [data-toolbox-act=bake]")
+        page.get_by_role("button", name="Bake").click()
         done(page, "is now strength 1")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1440
 
