@@ -305,7 +305,7 @@ def merged(base: BaseModel, merger: Merger, adapters: Sequence[LoadedLora]) -> I
     """The base as with these adapters, and their new tokens, while the context is open."""
     try:
         merger.apply(list(adapters))
-        put_tokens(base, [adapter.weights for adapter in adapters if adapter.strength])
+        put_tokens(base, [one.weights for one in adapters if one.strength or one.text_strength])
         yield
     finally:
         merger.apply([])

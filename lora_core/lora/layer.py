@@ -83,8 +83,9 @@ class FlatParams:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes: some
-        put a new tensor into `.data`, which is copied back to where the layers read."""
+        put a new tensor into `.data`, copied back to where the layers read; some move what is stopped."""
         with self.mutate():
+            kept = [(parameter, parameter.detach().clone()) for parameter in stopped_parameters(optimizer)]
             optimizer.step()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -92,6 +93,8 @@ class FlatParams:
                     if parameter.data_ptr() != pointer:
                         home.copy_(parameter.detach())
                         parameter.data = home
+            for parameter, before in kept:
+                parameter.detach().copy_(before)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero at the start of a step, for which the parameters are cast again."""
@@ -145,10 +148,8 @@ class ParamView:
         parameters are cast together, once after each change."""
         copy = None if dtype == torch.float32 else self.flat.cast(dtype)
         if dtype not in self._views:
-            values, grads = (
-                (self.flat.data.detach(), self.flat.grads) if copy is None else (copy.values, copy.grads)
-            )
-            self._views[dtype] = self._slice(values), self._slice(grads)
+            values = self.flat.data.detach() if copy is None else copy.values
+            self._views[dtype] = self._slice(values), self._slice((copy or self.flat).grads)
         return self._views[dtype]
 
     def _slice(self, flat: torch.Tensor) -> Factors:
@@ -265,10 +266,8 @@ class LoraLayer(AdaptedLayer):
     def bind(self, flat: FlatParams, starts: dict[str, int]) -> None:
         """Compute with views of `flat` from now on."""
         super().bind(flat, starts)
-        places = (
-            (starts[name], len(one), one[0].numel()) for name, one in (("down", self.down), ("up", self.up))
-        )
-        self.param_view = ParamView(flat, tuple(places))
+        pair = ("down", self.down), ("up", self.up)
+        self.param_view = ParamView(flat, tuple((starts[n], len(one), one[0].numel()) for n, one in pair))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
@@ -414,6 +413,11 @@ class _LoraConv2d(torch.autograd.Function):
         else:
             x_grad.flatten(2).baddbmm_(factors.down.T.expand(count, -1, -1), low_grad, alpha=ctx.scale)
         return (x_grad, *(None,) * 5)
+
+
+def stopped_parameters(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The parameters of the groups at a rate of 0."""
+    return [one for group in optimizer.param_groups if not group["lr"] for one in group["params"]]
 
 
 def hash_seed(seed: int, text: str) -> int:

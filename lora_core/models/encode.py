@@ -14,7 +14,6 @@ from lora_core.models.unet import PromptEmbeds, to_device
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
 
-
 Encode = Callable[[BaseModel, TextEncoder, Sequence[Any], int, int], tuple[torch.Tensor, torch.Tensor | None]]
 """As `encode_captions`."""
 
@@ -99,9 +98,8 @@ def hidden_states(
         output = module(input_ids=ids)
         return output.last_hidden_state, output.text_embeds if encoder.pooled else None
     output = module(input_ids=ids, output_hidden_states=True)
-    states = output.hidden_states
     least = PENULTIMATE if encoder.hidden == "penultimate" else 1
-    hidden = states[-min(max(clip_skip, least), len(states))]
+    hidden = output.hidden_states[-min(max(clip_skip, least), len(output.hidden_states))]
     if encoder.hidden == "last":
         # transformers 5.6 took the `text_model` level out of CLIPTextModel.
         hidden = getattr(module, "text_model", module).final_layer_norm(hidden)

@@ -3,8 +3,7 @@ one batch: timesteps and noise are drawn, the UNet predicts, the error is weighe
 
 A step is a function of (state, settings, step): images, captions, timesteps, noise and dropout follow from
 (seed, micro-batch, row), so a resumed run or another process repeats them bit for bit, and no generator's
-state is saved. Learning-rate schedules are pure functions of progress for the same reason. The caller
-(`trainer.py`) decides when to log, validate, sample, save or stop.
+state is saved. Learning-rate schedules are pure functions of progress for the same reason.
 """
 
 import functools
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_core.lora.inject import Average, Injected, limit_norms
-from lora_core.lora.layer import FlatParams
+from lora_core.lora.layer import FlatParams, stopped_parameters
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
 from lora_core.settings.config import RunConfig
@@ -225,14 +224,15 @@ def optimizer_step(
     """
     scaler, grads = state.scaler, state.flat_params.grads
     scaler.unscale_(state.optimizer)
+    for parameter in stopped_parameters(state.optimizer):
+        parameter.grad.zero_()  # It has no part in the norm.
     with torch.no_grad():
         fetched = torch.cat([*losses, torch.linalg.vector_norm(grads).view(1)]).cpu()
     *losses, norms = fetched.split([*map(len, losses), 1])
     loss, norm = mean_loss(losses), norms[0]
     if math.isfinite(loss + float(norm)):
-        factor = max_grad_norm / (norm + CLIP_EPSILON) if max_grad_norm else norm.new_ones(())
         try:
-            if factor < 1.0:
+            if max_grad_norm and (factor := max_grad_norm / (norm + CLIP_EPSILON)) < 1.0:
                 grads.mul_(factor)
             state.flat_params.step(state.optimizer)
             if state.max_norm:
@@ -244,8 +244,7 @@ def optimizer_step(
             raise PartialUpdate from error
         return losses, True
     searching = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1.0
-    if scaler.is_enabled():
-        scaler.update()
+    scaler.update()
     return losses, searching
 
 

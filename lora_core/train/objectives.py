@@ -142,7 +142,8 @@ class PriorBatches:
         prediction in place of their noise is the prior prediction of OneTrainer, and has less variance.
         """
         base, batch = state.base, self.batch(number)
-        generator = torch.Generator().manual_seed(noise_seed(config.seed + 2**32, number))
+        # Torch takes 32 bits of a seed on the CPU; no run has so many micro-batches.
+        generator = torch.Generator().manual_seed(noise_seed(config.seed, number + 2**31))
         draw = sample_noise(batch.latents, base.noise.num_timesteps, config.loss, generator).rows(rows)
         noisy = base.noise.add_noise(batch.latents[rows], draw.noise, draw.timesteps)
         captions, sizes = batch.captions[rows], batch.sizes[rows]

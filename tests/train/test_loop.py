@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from lora_core.evaluate.validator import encode_eval_images, eval_losses
 from lora_core.lora.inject import EMA, adapter_weights
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import optimizer_row
 from lora_core.train import loop
 from lora_core.train.callbacks import describe_nonfinite, draw_samples
 from lora_core.train.loop import StepSettings, training_steps
@@ -239,16 +241,33 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
     assert [r[1] for r in rates] == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
 
 
-def test_the_text_encoder_stops_early_on_request(tmp_path, config):
-    config = config.changed({"optimizer.stop_text_encoder_at": 0.5, "optimizer.schedule": "constant"})
-    session = _session(tmp_path, config)
-    steps = training_steps(session.state, session.batches, session.text, StepSettings(config, STEPS), 0)
-    seen = []
-    for _ in steps:
-        text = adapter_weights(session.state.injected).layers
-        seen.append({key: layer.up for key, layer in text.items() if key[0] == "text_encoder"})
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "dadapt_adam", "adamw_schedule_free", "adafactor"])
+def test_the_text_encoder_stops_early_on_request(tmp_path, config, shared_toy, name):
+    """Some optimizers take no rate of 0 to mean that: they move by another group's rate, or average."""
+    changes = {
+        "model.base": str(shared_toy.base), "train.resolution": 16, "optimizer.name": name,
+        "optimizer.schedule": "constant", "optimizer.warmup": 0.0, "optimizer.stop_text_encoder_at": 0.5,
+    }  # fmt: skip
+    if optimizer_row(name).one_rate:
+        changes |= dict.fromkeys(("optimizer.lr", "optimizer.text_encoder_lr"), 1.0)
+        changes |= {"optimizer.args": {"d0": 1e-3}}
+    session = _session(tmp_path, config := config.changed(changes))
+    state, seen, norms = session.state, [], []
+    take_step = state.flat_params.step
+
+    def record(optimizer):
+        norms.append(float(optimizer.param_groups[1]["params"][0].grad.norm()))
+        take_step(optimizer)
+
+    state.flat_params.step = record
+    for _ in training_steps(state, session.batches, session.text, StepSettings(config, STEPS), 0):
+        with state.average.in_place() if state.average else nullcontext():
+            text = adapter_weights(state.injected).layers
+        seen.append({key: layer.down for key, layer in text.items() if key[0] == "text_encoder"})
     assert all(torch.equal(seen[1][key], seen[3][key]) for key in seen[0])
     assert not all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
+    # What is stopped has no part in the norm that the other gradients are clipped to.
+    assert norms[1] > 0 == norms[2] == norms[3]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -23,8 +23,8 @@ from lora_core.formats.kinds import bundled_tokens
 from lora_core.formats.verify import inspect_file, verify_adapter
 from lora_core.generate.pipeline import Pipeline
 from lora_core.generate.request import GenerationRequest, WeightedLora
-from lora_core.lora.inject import at_strength, put_tokens, start_tokens
-from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.lora.inject import at_strength, merged, put_tokens, start_tokens
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora, Merger
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from lora_core.models.encode import encode_prompt, tokenize
@@ -347,3 +347,13 @@ def test_tokens_go_with_another_kind_of_adapter(own_toy: Toy) -> None:
     found = load_adapter(file, FAMILIES["sd15"], plain=False)
     assert found.others
     assert found.tokens["text_encoder"]["zwx"].shape == (2, 768)
+
+
+def test_a_measurement_knows_the_tokens_wherever_a_preview_does(shared_toy: Toy) -> None:
+    """At strength 0 on the UNet alone the text encoders still read them."""
+    base = opened(shared_toy)
+    adapter, merger = start_tokens(base, [NewToken("zwx", 1, "red")]), Merger(base.modules)
+    for strengths in ((1.0, None), (0.0, 0.5), (0.0, None), (0.0, 0.0)):
+        with merged(base, merger, [LoadedLora(adapter, *strengths)]):
+            known = isinstance(base.tokenizers["text_encoder"], TokenizerWithTokens)
+        assert known == WeightedLora("any", *strengths).acts, strengths

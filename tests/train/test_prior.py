@@ -12,7 +12,8 @@ from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import PRIOR_IMAGES, DatasetSection
-from lora_core.train.loop import StepSettings, accumulate_gradients
+from lora_core.train import objectives
+from lora_core.train.loop import StepSettings, accumulate_gradients, sample_batch, sample_noise
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 from tests.train.runs import RANDOM, Toy, broken_at, result, trained
 
@@ -58,6 +59,14 @@ def test_the_loss_is_the_distance_from_the_base_and_pulls_back_to_it(own_toy: To
     parameters.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     first = loss()
     assert (first > 0).all()
+    # Its noise and timesteps are others than those of the images of the micro-batch.
+    drawn = []
+    record = lambda *given: drawn.append(sample_noise(*given)) or drawn[0]  # noqa: E731
+    with mock.patch.object(objectives, "sample_noise", record):
+        loss()
+    own, images = drawn[0], sample_batch(state, session.batches, StepSettings(config, 12), 3)[1]
+    assert not torch.equal(own.timesteps, images.timesteps)
+    assert not torch.isin(own.noise, images.noise).any()
     half = config.model_copy(update={"loss": config.loss.model_copy(update={"prior_preservation": 1.0})})
     found = state.prior.loss(state, session.text, slice(0, 2), 3, half)
     torch.testing.assert_close(first, 2.0 * found)
