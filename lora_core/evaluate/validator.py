@@ -277,11 +277,9 @@ def standard_error(values: torch.Tensor) -> float:
 
 
 def clustered_error(values: torch.Tensor) -> float:
-    """The standard error of the mean of (images, K) values: that of the images' means.
-
-    With one image, its draws are taken for independent.
-    """
-    return standard_error(values.mean(dim=1) if len(values) > 1 else values.flatten())
+    """The standard error of the mean of (images, K) values: that of the images' means, but at least that of
+    the draws taken for independent, as two or three images can agree by chance."""
+    return max(standard_error(values.mean(dim=1)), standard_error(values.flatten()))
 
 
 def gain_by_timestep(
@@ -425,9 +423,7 @@ def paired_difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[f
     if before is None or before.shape != now.shape:
         return float("nan"), float("nan")
     gained = before - now
-    # Two or three images can agree by chance: their draws, taken for independent, give a floor.
-    floor = float(gained.std() / gained.numel() ** 0.5) if gained.numel() > 1 else 0.0
-    return float(gained.mean()), max(clustered_error(gained), floor)
+    return float(gained.mean()), clustered_error(gained)
 
 
 def is_better(gained: float, error: float) -> bool:

@@ -435,7 +435,7 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
     """The gain of a combination less that of another, its standard error, and whether both were measured on
     the same images and noise: then what makes these hard cancels out, seed by seed."""
     means: list[float] = []
-    images: list[float] = []
+    images: dict[tuple[str, int], list[float]] = {}
     draws: list[float] = []
     same = [name for name in FIELDS if name in _SAME_DRAWS or name.partition(".")[0] in _SAME_DRAWS]
     for one, two in ((one, two) for one in group for two in other if one.config.seed == two.config.seed):
@@ -449,11 +449,15 @@ def _difference(group: Sequence[Trial], other: Sequence[Trial]) -> tuple[float, 
             for rows in zip(ours, theirs, strict=True)
         ]
         draws += itertools.chain(*less)
-        images += map(statistics.fmean, less)
+        # The same images in another seed, as where they are held out by hand, tell nothing of others.
+        held = str(read_json(one.run.held_out_file).get("files", one.config.seed))
+        for number, row in enumerate(less):
+            images.setdefault((held, number), []).append(statistics.fmean(row))
         means.append(statistics.fmean(itertools.chain(*less)))
     if means:
         # Few images may agree by chance: their draws, taken for independent, give a floor.
-        error = max(_error_of(means), _error_of(images), _error_of(draws))
+        by_image = [statistics.fmean(seeds) for seeds in images.values()]
+        error = max(_error_of(means), _error_of(by_image), _error_of(draws))
         return statistics.fmean(means), error, True
     rows = [_trial_row(each, ()) for each in (group, other)]
     return rows[0]["gain"] - rows[1]["gain"], math.hypot(*(row["standard_error"] for row in rows)), False

@@ -152,7 +152,7 @@ class TruncationLoss:
         """The error in words; with `rank` the sentence begins with it."""
         name, error = self.worst
         words = (
-            "nothing is lost."
+            "nothing is lost but rounding."
             if self.none
             else (
                 f"the update differs from the original by {self.overall:.2%} of its norm; the worst layer,"

@@ -95,6 +95,7 @@ def test_two_pictures_that_agree_by_chance_do_not_make_it_certain():
     before, now = torch.zeros(2, 4), torch.tensor([[1.0, -1.0, 3.0, -3.0]] * 2)
     # By hand: the means are equal, but eight looks have a deviation of sqrt(40 / 7).
     assert paired_difference(before, now) == pytest.approx((0.0, (40 / 7) ** 0.5 / 8**0.5))
+    assert paired_gain(before, now).standard_error == pytest.approx((40 / 7) ** 0.5 / 8**0.5)
 
 
 def test_no_difference_where_the_looks_are_others():

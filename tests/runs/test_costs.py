@@ -357,6 +357,17 @@ def test_seeds_are_rows_together_and_other_images_are_no_pairs(tmp_path: Path) -
     assert unpaired["against_error"] == pytest.approx(0.5 * 2**0.5)
 
 
+def test_images_held_out_in_each_seed_count_once(tmp_path: Path) -> None:
+    trials = [tried(tmp_path, rank, [0.3 - rank * n / 40 for n in (1, 2, 3)], seed)
+              for rank in (4, 8) for seed in (0, 1)]  # fmt: skip
+    for trial in trials:
+        trial.run.held_out_file.write_text(json.dumps({"files": ["a", "b", "c"]}))
+    other = compare_trials(trials)["rows"][1]
+    # 0.1, 0.2 and 0.3 less: their deviation over the root of 3 images, not of 6.
+    assert other["against"] == pytest.approx(-0.2)
+    assert other["against_error"] == pytest.approx(0.1 / 3**0.5)
+
+
 def test_a_cut_file_counts_with_what_it_keeps_and_nothing_is_compared_without_gains(tmp_path: Path) -> None:
     full = tried(tmp_path, 8, [0.3, 0.3, 0.3])
     cut = tried(tmp_path, 16, [0.3, 0.3, 0.3])
