@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -182,7 +182,14 @@ LARGEST_JSON = 32_000_000
 LARGEST_HEADER = MAX_HEADER + 8
 SLOWEST_BODY = 30.0
 """Seconds for a body of unknown length, which no page of the window sends."""
-UPLOADS = ("/easel/upload/", "/gradio_api/upload")
+SAFE = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:;"
+    " object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # without any referrer, forms would have no origin either
+    "X-Content-Type-Options": "nosniff",
+}
+"""Headers of every answer: pages of other sites show nothing of ours, and ours load nothing from there."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # A Host is a name or an address and a port, nothing else: `127.0.0.1:80/easel?` is a path that somebody
 # hides.
@@ -202,13 +209,21 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        reason = refusal(Headers(scope=scope), scope.get("method", "GET"), self.allowed)
+        reason = refusal(Headers(scope=scope), scope.get("method", "GET"), scope["path"], self.allowed)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE.items():
+                    headers.append(name, value)
+            await send(message)
+
         if reason is None:
-            await self._pass_on(scope, receive, send)
+            await self._pass_on(scope, receive, answer)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
         else:
-            await PlainTextResponse(reason, status_code=403)(scope, receive, send)
+            await PlainTextResponse(reason, status_code=403)(scope, receive, answer)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on unless its body is too large; a body of unknown length is read first."""
@@ -249,7 +264,7 @@ def _once(body: bytes, after: Receive) -> Receive:
     return receive
 
 
-def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
+def refusal(headers: Headers, method: str, path: str, allowed: set[str]) -> str | None:
     """Why a request is refused, or None."""
     host = headers.get("host", "")
     if host_name(host) not in allowed:
@@ -261,7 +276,7 @@ def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
     if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
         return f"Another site ({origin}) asked for this; only LoRA Easel's own page may."
     site = headers.get("sec-fetch-site", "none").strip().lower()
-    if site not in ("none", "same-origin") and not _opens_the_page(headers, method):
+    if site not in ("none", "same-origin") and not _opens_the_page(headers, method, path):
         return "Another site asked for this; only LoRA Easel's own page may."
     return None
 
@@ -269,17 +284,17 @@ def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
 def _most_bytes(path: str, held: bool) -> int | None:
     """The largest body accepted on `path`, in bytes; None for routes that count for themselves. `held` is one
     of unknown length, which has to be in memory before anyone has logged in."""
-    if path.startswith(UPLOADS):
+    if path.startswith("/easel/upload/"):
         return None
     if path == "/easel/like":
         return LARGEST_HEADER
     return LARGEST_JSON if path.startswith("/easel/") and not held else LARGEST_BODY
 
 
-def _opens_the_page(headers: Headers, method: str) -> bool:
-    """Whether this is a top-level GET navigation: other sites may link to the window."""
+def _opens_the_page(headers: Headers, method: str, path: str) -> bool:
+    """Whether this is a top-level GET navigation to the page: other sites may link to the window."""
     return (
-        method == "GET"
+        (method, path) == ("GET", "/")
         and headers.get("sec-fetch-mode") == "navigate"
         and headers.get("sec-fetch-dest") == "document"
     )

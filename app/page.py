@@ -297,7 +297,6 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
         pwa=False,
         enable_monitoring=False,
         show_error=True,
-        max_file_size="2gb",
         # Own fonts would be loaded first and not be used.
         theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
         head=None if bundle else render("head.html", **values),

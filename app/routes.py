@@ -222,6 +222,11 @@ def _compressed(send: Send) -> Send:
     return pass_on
 
 
+OF_GRADIO = ("/gradio_api/run/", "/gradio_api/heartbeat/")
+"""What the page uses of Gradio's API; the rest fetches from the web, takes files and prints in the terminal,
+unescaped."""
+
+
 class Traffic:
     """Compresses the page, lets browsers keep Gradio's files, which are named by their content, has pages
     look at the state after each POST, and says which project a page means, also in Gradio's events."""
@@ -232,6 +237,9 @@ class Traffic:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and the answer back."""
         path, asked = scope.get("path", ""), Headers(raw=scope.get("headers", []))
+        if path.startswith("/gradio_api/") and not path.startswith(OF_GRADIO):
+            await PlainTextResponse("There is no such address here.", 404)(scope, receive, send)
+            return
 
         async def answer(message: Message) -> None:
             if path.startswith("/assets/") and message.get("status") == 200:

@@ -75,7 +75,7 @@ CASES = [
     ("POST", {"host": HERE, **NAVIGATION}, 403),
     ("GET", {"host": HERE, "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
     ("GET", {"host": HERE, "sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"}, 403),
-    ("GET", {"host": HERE, **NAVIGATION}, 200),
+    ("GET", {"host": HERE, **NAVIGATION}, 403),
     ("GET", {"host": HERE, **NAVIGATION, "sec-fetch-dest": "iframe"}, 403),
     ("GET", {"host": HERE, "sec-fetch-site": "none"}, 200),
 ]
@@ -214,6 +214,8 @@ REQUESTS = [
     ("the page itself", "GET", "/", {}, 200),
     ("its image", "GET", OWN, {"sec-fetch-site": "same-origin", "sec-fetch-dest": "image"}, 200),
     ("a link to it on another site", "GET", "/", NAVIGATION, 200),
+    ("a link to a file of it on another site", "GET", OWN, NAVIGATION, 403),
+    ("a link that begins work", "GET", "/easel/doctor.zip", NAVIGATION, 403),
     ("by IPv6", "GET", OWN, {"host": "[::1]:7860"}, 200),
     ("rebound, the page", "GET", "/", {"host": "evil.example"}, 403),
     ("rebound, an image", "GET", OWN, {"host": "evil.example:7860"}, 403),
@@ -257,6 +259,40 @@ def test_gradio_gives_out_no_file_of_ours(client: TestClient, whole: Whole) -> N
             answer = client.get(path)
             assert answer.status_code in (403, 404), path
             assert MARK not in answer.content
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/custom_component/%1b]0;evil%07/client/x/y", "/gradio_api/upload_progress?upload_id=x",
+        "/gradio_api/file=https://example.com/x.png", "/gradio_api/queue/status", "/gradio_api/info",
+    ],
+)  # fmt: skip
+def test_gradio_answers_nothing_that_the_page_does_not_ask(
+    client: TestClient, path: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would write another site's escape sequences to the terminal, and fetch its files."""
+    for answer in (client.get(path), client.post(path)):
+        assert (answer.status_code, answer.text) == (404, "There is no such address here.")
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_every_answer_keeps_to_this_site(client: TestClient) -> None:
+    refused = client.get("/", headers={"host": "evil.example"})
+    for answer in (
+        client.get("/"),
+        client.get(OWN),
+        client.get("/nowhere"),
+        client.get("/theme.css"),
+        refused,
+    ):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert (
+            answer.headers["cross-origin-resource-policy"]
+            == answer.headers["referrer-policy"]
+            == "same-origin"
+        )
+        assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
 
 
 def all_routes(app: Any, before: str = "") -> Iterator[tuple[str, str]]:
@@ -684,7 +720,7 @@ def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
     assert answer.status_code == 413
     assert "larger than the 4,000,000 bytes" in answer.text
     assert client.post("/anything", content=iter([b"a", b"b"])).text == "hello"
-    for route in ("/easel/upload/abc", "/gradio_api/upload", "/easel/bulk"):
+    for route in ("/easel/upload/abc", "/easel/bulk"):
         assert client.post(route, content=b"x" * 5_000_000).text == "hello"
     # Names of many images, but not before it is known how many, as whoever sends may not be logged in.
     assert client.post("/easel/bulk", content=chunks()).status_code == 413
