@@ -645,9 +645,11 @@ class _Import:
         if not members:
             return
         # Two of a kind arrive only where a sender's names differ in case or in letters that had to be
-        # replaced.
-        kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
-        firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
+        # replaced; an image of another case keeps its own caption.
+        images = [one.stem for one in members if one.is_picture]
+        others = {stem for stem in images if stem != images[0]}
+        kinds = {(one.is_mask, one.suffix): one for one in reversed(members) if one.stem not in others}
+        firsts = [one for one in members if one in kinds.values()]
         same = {one: found for one in firsts if one.is_picture and (found := self._same_picture(one.source))}
         has_picture = any(one.is_picture and one not in same for one in firsts)
         folder, stem = self.into / members[0].name.parent, firsts[0].stem
@@ -678,9 +680,7 @@ class _Import:
             names.add(fold_name(target.name))
             stems.add(fold_name(target.stem))
             self._placed[fold_name(one.name.as_posix())] = target
-        for one in members:
-            if one not in firsts:
-                self._add_set([one])
+        self._add_set([one for one in members if one not in firsts])
 
     def _add_concepts(self, one: _Incoming) -> None:
         """Add the list of concepts, whose folders keep their names, where there is none yet."""

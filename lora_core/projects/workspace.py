@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,11 +284,12 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
         RunError: it is none of these, a live run uses it, or the disk refuses.
     """
     path, kind = _allowed(path, workspace)
+    out_of_queue: AbstractContextManager[None] = nullcontext()
     if kind == "run":
         _refuse_live_run(RunFolder(path))
         queue = Queue(workspace)
         if any(job.run == path.name for job in queue.stored_jobs()):
-            queue.remove(path.name)
+            out_of_queue = queue.removing(path.name)
     elif kind == "project":
         _refuse_used_project(path, workspace)
     place = trash_folder(workspace) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
@@ -298,8 +299,9 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
         try:
             place.mkdir(parents=True)
             files.write_atomically(place / _LABEL, json.dumps(label).encode())
-            os.rename(path, place / _CONTENT)
-        except OSError:
+            with out_of_queue:
+                os.rename(path, place / _CONTENT)
+        except (OSError, RunError):
             shutil.rmtree(place, ignore_errors=True)
             raise
     return place / _CONTENT

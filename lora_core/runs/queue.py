@@ -268,11 +268,18 @@ class Queue:
         Raises:
             RunError: it is not in the queue, or is running.
         """
+        with self.removing(name):
+            pass
+
+    @contextmanager
+    def removing(self, name: str) -> Iterator[None]:
+        """Take a run out of the queue, as `remove` does, unless the body raises."""
         with self._transaction() as db:
             job = _job(db, name)
             if job.state == RUNNING and (self.runner() is not None or self.run(name).live_process()):
                 raise RunError(f"The run {name} is still running; stop or pause it first.")
             db.execute("DELETE FROM jobs WHERE run = ?", [name])
+            yield
 
     def take_next(self) -> QueuedRun | None:
         """The next job as it was, now marked as running: one that a killed runner left, else the first that

@@ -111,6 +111,19 @@ def test_two_senders_names_that_become_one(tmp_path: Path, draw: Draw) -> None:
     assert listed(tmp_path / "into") == ["A_-3.png", "a_-2.png", "a_.png"]
 
 
+@pytest.mark.parametrize(("first", "second"), [("A.png", "a.jpg"), ("\u00e9.png", "e\u0301.jpg")])
+def test_images_whose_names_differ_by_case_keep_their_own_captions(
+    tmp_path: Path, draw: Draw, first: str, second: str
+) -> None:
+    source, into = tmp_path / "from", tmp_path / "into"
+    draw(source / first, seed=1)
+    draw(source / second, seed=2, caption="the second's")
+    imported = import_folder(source, into)
+    assert imported.skipped == []
+    captions = {record.path.suffix: record.caption for record in scan(into).records}
+    assert captions == {".png": "", ".jpg": "the second's"}
+
+
 def test_tables_become_text_files(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "into" / "a.png", seed=5, caption="mine")
     source = tmp_path / "from"

@@ -202,7 +202,8 @@ def test_what_is_gone_already(tmp_path: Path) -> None:
 
 
 def test_a_refused_rename_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = made(tmp_path)
+    run, queue = made(tmp_path), Queue(tmp_path)
+    queue.add(run, made(tmp_path, "two"))
 
     def refuse(source: object, target: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -211,5 +212,6 @@ def test_a_refused_rename_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RunError, match="one cannot be moved to the trash: Permission denied"):
         move_to_trash(run.path, tmp_path)
     assert run.config_file.is_file()
+    assert [job.run for job in queue.jobs()] == ["one", "two"]
     assert list_trash(tmp_path) == []
     assert list(trash_folder(tmp_path).iterdir()) == []
