@@ -208,7 +208,7 @@ class AppState:
         self.thumbs = Thumbnails(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: mark_project(run, self.project.path)
-        self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config(), self.project.path)
+        self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config, self.project.path)
         self.hardware = Hardware(lambda: self.worker.computes_on, self._device)
         self.queue = self.jobs.queue
         self.checks = Checks(workspace, self.free_on_card)

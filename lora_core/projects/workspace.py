@@ -14,7 +14,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,17 +69,18 @@ class Projects:
 
     def list_projects(self) -> list[ProjectRow]:
         """All projects, the open one first, then by title."""
-        runs = [(run, run.config_or_none()) for run in all_runs(self.workspace)]
+        runs = Counter(_project_of(run, run.config_or_none, self.folder) for run in all_runs(self.workspace))
         found = []
         for path in self.folder.iterdir():
             if path.is_dir() and not path.name.startswith("."):
                 is_demo = files.read_json(path / "draft.json").get("dataset") == DEMO
                 shown = files.DEMO_TRAIN if is_demo else path / "pictures"
                 pictures = sum(1 for file in shown.rglob("*") if _is_image(file))
-                own = sum(belongs_to(run, config, path) for run, config in runs)
                 is_open = path == self.current.path
                 size = files.folder_bytes(path)
-                found.append(ProjectRow(path.name, read_title(path), is_open, pictures, own, size))
+                found.append(
+                    ProjectRow(path.name, read_title(path), is_open, pictures, runs[path.name], size)
+                )
         return sorted(found, key=lambda one: (not one.is_open, one.title.casefold(), one.key))
 
     def open(self, key: str) -> None:
@@ -229,15 +231,16 @@ def mark_project(run: RunFolder, project: Path) -> None:
     files.write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
 
 
-def belongs_to(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
-    """Whether a run is one of a project's."""
-    projects = project.parent
+def belongs_to(run: RunFolder, config: Callable[[], RunConfig | None], project: Path) -> bool:
+    """Whether a run is one of a project's; `config`, which is slow, is asked of a run without a note."""
+    return project.name == _project_of(run, config, project.parent)
+
+
+def _project_of(run: RunFolder, config: Callable[[], RunConfig | None], projects: Path) -> str:
     marked = str(files.read_json(run.path / _MARK).get("project") or "")
-    dataset = Path(config.dataset.path) if config is not None else Path()
-    if not marked and dataset.is_relative_to(projects):
-        marked = dataset.relative_to(projects).parts[0] if dataset != projects else ""
-    there = bool(marked) and (projects / marked).is_dir()
-    return project.name == (marked if there else DEFAULT)
+    if not marked and (found := config()) is not None and Path(found.dataset.path).is_relative_to(projects):
+        marked = next(iter(Path(found.dataset.path).relative_to(projects).parts), "")
+    return marked if marked and (projects / marked).is_dir() else DEFAULT
 
 
 def _is_image(file: Path) -> bool:

@@ -94,7 +94,7 @@ def test_no_other_folder_is_a_project(app_state: AppState, key: str) -> None:
 def names_of_runs(app_state: AppState) -> set[str]:
     """The runs of the open project."""
     runs = all_runs(app_state.workspace)
-    return {one.name for one in runs if belongs_to(one, one.config(), app_state.project.path)}
+    return {one.name for one in runs if belongs_to(one, one.config, app_state.project.path)}
 
 
 def test_runs_of_a_project(app_state: AppState) -> None:
@@ -106,8 +106,14 @@ def test_runs_of_a_project(app_state: AppState) -> None:
     assert key == "second"
     mark_project(of_demo, app_state.project.path)
     assert names_of_runs(app_state) == {"own-pictures", "demo-in-second"}
+    counts = {row.key: row.runs for row in app_state.projects.list_projects()}
+    assert counts == {"default": 2, "second": 2}
     app_state.projects.open("default")
     assert names_of_runs(app_state) == {"from-the-command-line", "of-one-that-is-gone"}
+    # With thousands of runs, reading the settings of each would take most of the window's start.
+    asked: list[str] = []
+    assert not belongs_to(of_demo, lambda: asked.append("config"), app_state.project.path)
+    assert asked == []
 
 
 def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, client: TestClient) -> None:
