@@ -153,7 +153,14 @@ class RunFolder:
         Raises:
             ConfigError: the file was edited into something illegal.
         """
-        return RunConfig.from_dict(load_toml(self.config_file), say=False, absent=BEFORE)
+        config = RunConfig.from_dict(load_toml(self.config_file), say=False, absent=BEFORE)
+        images = Path(config.dataset.path)
+        if "projects" in images.parts and not os.path.exists(images):
+            # A project's images, whose workspace may have been moved since.
+            below = images.parts[-images.parts[::-1].index("projects") - 1 :]
+            here = self.path.parent.parent.joinpath(*below)
+            config = config.changed({"dataset.path": str(here)}) if here.is_dir() else config
+        return config
 
     def config_or_none(self) -> RunConfig | None:
         """The frozen settings, or None where the file was edited into something illegal."""

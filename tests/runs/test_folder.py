@@ -49,6 +49,20 @@ def test_a_new_run_holds_its_whole_config(run: RunFolder) -> None:
     assert {path.name for path in run.path.iterdir()} == {"config.toml", "checkpoints", "previews", "export"}
 
 
+def test_a_moved_workspace_takes_the_images_of_its_projects_along(tmp_path: Path) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    paths = [f"{before}/projects/cats/pictures/sub", f"{before}/projects/dogs", "/projects/\0", "demo"]
+    runs = [
+        RunFolder.create(before / "runs" / f"{number}", RunConfig().changed({"dataset.path": path}))
+        for number, path in enumerate(paths)
+    ]
+    (before / "projects" / "cats" / "pictures" / "sub").mkdir(parents=True)
+    assert [run.config().dataset.path for run in runs] == paths
+    before.rename(now)
+    moved = [RunFolder(now / "runs" / run.name).config().dataset.path for run in runs]
+    assert moved == [str(now / "projects" / "cats" / "pictures" / "sub"), *paths[1:]]
+
+
 def test_a_name_is_given_once(run: RunFolder) -> None:
     with pytest.raises(RunError, match=r"already exists.*resume"):
         RunFolder.create(run.path, RunConfig())
