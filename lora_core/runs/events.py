@@ -254,13 +254,17 @@ def to_line(event: Event) -> str:
 
 
 def from_line(line: str) -> Event | None:
-    """The event of a line, or None where the line is of a kind or shape that this version does not know."""
+    """The event of a line; None where it is of a kind or shape that this version does not know, or names a
+    file that is not below the run folder: a run may be a stranger's, and its images go into reports."""
     try:
         values: dict[str, Any] = parse_json(line)
         known: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items() if k != "event"}
-        return check_fields(KINDS[values["event"]], known)
+        event = check_fields(KINDS[values["event"]], known)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+    paths = (getattr(event, name, ()) for name in ("export", "files", "path", "raw_files"))
+    named = itertools.chain.from_iterable([one] if isinstance(one, str) else one for one in paths)
+    return None if any(path.anchor or ".." in path.parts for path in map(Path, named)) else event
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:

@@ -166,6 +166,16 @@ def test_samples_keep_base_last_and_best(tmp_path: Path) -> None:
     assert len(shown) <= 7
 
 
+def test_images_beside_the_run_stay_out_of_its_report(tmp_path: Path) -> None:
+    """Its events may be a stranger's, who would get them back in the page."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "private.png")
+    names = (str(tmp_path / "private.png"), "../private.png")
+    stolen = [events.PreviewDone(step=100, files=[name], prompts=["x"]) for name in names]
+    run = made_run(tmp_path / "run", *stolen)
+    write_report(run, tmp_path / "a.html", False, quiet, 0)
+    assert "data:image/webp" not in (tmp_path / "a.html").read_text("utf-8")
+
+
 def test_samples_and_gain_of_the_raw_adapter_are_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     lines = events.read_events(run.events_file)[0]

@@ -105,6 +105,8 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_for_a_reader(value: floa
         '{"event": ["StepDone"]}',
         '{"event": "StepDone", "step": 1}',
         '{"event": "Paused", "unheard": 1}',
+        '{"event": "Finished", "step": 1, "time": 1, "export": "/tmp/a.safetensors"}',
+        '{"event": "CheckpointDone", "step": 1, "time": 1, "path": "checkpoints/../../a"}',
         "\ufffd\ufffd",
     ],
 )
