@@ -20,7 +20,7 @@ from app.preview import view as preview
 from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.preview.request_form import ADDED, lora_groups
-from app.preview.sent_form import take_rows
+from app.preview.sent_form import save_form, take_rows
 from app.preview.view import (
     STARTS,
     Infotext,
@@ -40,6 +40,7 @@ from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.grid import make_axis
 from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.model_files.detect import BaseFacts
 from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.workspace import list_trash, restore
 from lora_core.runs.events import EventWriter, PreviewDone
@@ -520,6 +521,20 @@ def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
     )
     assert "Waiting: 2" in preview.foot(busy)
     assert "Nothing is being generated" not in preview.foot(busy)
+
+
+def test_the_foot_says_what_will_happen_or_why_it_cannot(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = run_with_file(app_state)
+    save_form(app_state.project, [WeightedLora(str(file), 0.93)], False)
+    view = PreviewState("idle", "", 0, 0, GenerationRequest(), (), None, seconds=3.4)
+    foot = preview.foot(shown(app_state, view))
+    assert '<b class="num" dir="auto">mine, 0.93</b>' in foot
+    assert "about 3 s" in foot
+    monkeypatch.setattr(preview, "base_for", lambda *_: BaseFacts("gone", problem="The base is gone."))
+    foot = preview.foot(shown(app_state, view))
+    assert 'class="problem num">The base is gone.' in foot
 
 
 def test_axes_are_typed_or_picked(app_state: AppState) -> None:

@@ -57,10 +57,12 @@ def test_from_pictures_to_a_file_that_diffusers_loads(
 
     open_tab(page, "Export")
     page.fill("#export-name input, #export-name textarea", "my ball")
+    assert page.inner_text("#export-will").startswith("my ball.safetensors")
     with page.expect_download() as download:
         page.click("#export-download")
     assert download.value.suggested_filename == "my ball.safetensors"
     page.wait_for_selector("#works-in td")
+    assert "keys in 6 apps" in page.inner_text("#export-will")
     assert "only with that base" in page.inner_text(".page-export .notice")
     file = tmp_path / "taken.safetensors"
     download.value.save_as(file)

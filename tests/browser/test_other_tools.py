@@ -55,6 +55,11 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, traine
     open_tab(page, "Export")
     page.wait_for_function("document.querySelector('#copy-folder input')?.value.includes('ComfyUI')")
     page.fill("#export-name input, #export-name textarea", "my style")
+    found = page.input_value("#copy-folder input")
+    page.fill("#copy-folder input", "/nowhere")
+    page.click("#copy-export")
+    page.wait_for_selector("#export-will .problem:has-text('no folder at')")
+    page.fill("#copy-folder input", found)
     loras = home / "ComfyUI" / "models" / "loras"
     (loras / "my style.safetensors").write_bytes(b"another file")
     page.click("#copy-export")

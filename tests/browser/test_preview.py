@@ -31,6 +31,10 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+SHIFTS = """() => { window.shifts = []; new PerformanceObserver(
+  (list) => shifts.push(...list.getEntries().map((one) => one.value))).observe({ type: 'layout-shift' }); }"""
+
+
 def drawn(page) -> None:
     page.wait_for_selector("#preview-state[data-state=idle][data-busy='0']")
 
@@ -111,6 +115,15 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     page.wait_for_function("document.querySelectorAll('#history .cell').length == 3")
     assert len(list((window.workspace / ".trash").iterdir())) == thrown + 1
     assert page.title() != "broken in"
+
+    # Nothing moves while both images are new.
+    page.fill("#seed input", "8")
+    page.wait_for_timeout(600)
+    page.evaluate(SHIFTS)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#preview-facts:has-text('Seed 8')")
+    drawn(page)
+    assert page.evaluate("shifts.reduce((sum, one) => sum + one, 0)") < 0.01
 
 
 def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_path: Path) -> None:

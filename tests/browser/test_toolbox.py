@@ -95,6 +95,12 @@ def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None
     # The new file is in the lists, which stay on what was chosen.
     page.wait_for_selector(".toolbox-file:last-child option[value*='-rank2']", state="attached")
     assert page.locator(".toolbox-file select").nth(1).input_value() == values[1]
+    # The file first; once something else is asked for, that.
+    primary = page.locator("#page-toolbox .primary:visible")
+    assert primary.all_inner_texts() == ["Download"]
+    assert "-rank2.safetensors, " in page.inner_text("#toolbox-made")
+    page.fill("#toolbox-rank", "3")
+    assert primary.all_inner_texts() == ["Shrink"]
     with page.expect_download() as started:
         page.get_by_role("link", name="Download", exact=True).click()
     assert started.value.suggested_filename.endswith(".safetensors")
