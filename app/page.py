@@ -158,6 +158,8 @@ def _follow(bindings: Bindings, demo: gr.Blocks, hub: Any) -> None:
             fields = [zlib.crc32(repr(shows(snapshot)).encode()) for _, shows in bindings.updates]
             return {**parts, "fields": fields, "version": f"{version} {WORDS.served}"}, snapshot.busy
 
+        # Writes what a full disk refused.
+        app_state.project.write_draft()
         # The grid first: to count what is in the captions would hold it up. And here, as the list needs the
         # project's lock, which a look without the draft holds.
         with app_state.listing:

@@ -309,6 +309,7 @@ class AppState:
 
     def close(self) -> None:
         """End what must end with the window; runs continue."""
+        self.project.write_draft()
         self.worker.close()
         self.downloads.cancel()
         self.thumbs.close()

@@ -3,7 +3,7 @@
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
   const { one, all, get, post, make, plural, t, toast, fill, refocus } = window.easel;
-  const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
+  const MOST_STEPS = 200, MOST_CHIPS = 100, KEPT = "easel-picture";
   const SIDE = 112, GAP = 10, EDGE = 4;  // of a cell at least, between two, and around all, in pixels
   const BEYOND = 800, SOON = 300;  // pixels above and below the window: cells exist, and the next ones are made
   const EMPTY = {
@@ -195,10 +195,11 @@
     const place = one("#picture-tags"), area = one("#caption textarea"), tags = splitTags(area.value);
     place.hidden = !chosen || area.readOnly || area.disabled || tags.length < 2 || area.value.includes("\n");
     if (place.hidden) return place.replaceChildren();
-    const chips = tags.map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
+    const chips = tags.slice(0, MOST_CHIPS).map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
       make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": t("Remove the tag {tag}", { tag }) } })));
     const field = make("input", { type: "text", id: "tag-in", placeholder: t("Add a tag"), autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": t("Add a tag") } });
-    refocus(place, () => fill(place, ...chips, field));
+    const more = tags.length > MOST_CHIPS ? [make("span", { className: "small", textContent: t("and {count} more", { count: (tags.length - MOST_CHIPS).toLocaleString("en") }) })] : [];
+    refocus(place, () => fill(place, ...chips, ...more, field));
   };
   const putTags = (tags) => {
     const area = one("#caption textarea");
@@ -337,7 +338,12 @@
       if (!entry.goingBack) { history.past.push(history.base); history.past.splice(0, history.past.length - MOST_STEPS); history.future = []; }
       history.base = text;
     }
-    const answer = await send({ picture: name, text }, options), { problem, away } = answer;
+    const answer = await send({ picture: name, text }, { ...options, keep: `caption of ${name}` }), { away, arrival } = answer;
+    if (away && name === chosen) say("error", t("Not saved yet, retrying"));
+    if (away) arrival.then((answer) => take(name, entry, answer)); else take(name, entry, answer);
+  };
+  const take = (name, entry, answer) => {
+    const { problem } = answer, history = edits.get(name);
     if (!problem) {
       saves += 1;
       if (waiting.get(name) === entry) waiting.delete(name);
@@ -347,9 +353,7 @@
       if (name === chosen && !waiting.has(name)) { say("saved", t("Saved")); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
       return;
     }
-    // Without an answer it is retried; a refusal is shown.
-    if (away) entry.timer = setTimeout(() => save(name), RETRY);
-    if (name === chosen) say("error", away ? t("Not saved yet, retrying") : t("Not saved: {problem}", { problem }));
+    if (name === chosen) say("error", t("Not saved: {problem}", { problem }));
   };
 
   const write = (name, text, goingBack = false) => {

@@ -4,7 +4,7 @@
 // revision; each change made here gets the next one.
 (() => {
   const { one, all, get, post, make, t, fill } = window.easel;
-  const root = document.documentElement;
+  const root = document.documentElement, ROWS = "preview/rows";
   let rev = -1, project = null, mark = "", sending = false, changedAt = 0;
   const form = (id = "preview-form") => document.getElementById(id);
   const fieldsOf = () => Object.fromEntries([...new FormData(form())].map(([name, value]) => [name, String(value)]));
@@ -68,16 +68,17 @@
     changedAt = Date.now();
     return answer;
   };
-  const send = async () => {
-    if (sending) { later = true; return; }
+  const send = async (options = {}) => {
+    if (sending && !options.keepalive) { later = true; return; }
     const body = { ...sent(), moved };
     hold();
     sending = true;
-    // What does not arrive is sent again by Generate.
-    keep(await post("preview/rows", body));
+    keep(await post("preview/rows", body, { ...options, keep: ROWS }));
     if (!proceed()) read();
   };
-  const hold = () => { clearTimeout(timer); timer = null; later = moved = false; };
+  addEventListener("pagehide", () => { if (timer || later) send({ keepalive: true }); });
+  // A newer form outranks one that has not arrived.
+  const hold = () => { clearTimeout(timer); timer = null; later = moved = false; window.easel.forget(ROWS); };
   // LoRAs that come and go are rendered by the server; `edit` waits for the answer before, which would revert it.
   const redraw = async (edit, more = {}) => {
     const strength = moved;
@@ -254,11 +255,11 @@
   // ---- opening the tab: once the strip of the run that was just trained, else a first image if requested ------------
   let wasOpen = false, wanted = false;
   const opened = async () => {
-    try {
-      loadAxes();
-      const answer = await post("preview/open", {});
-      if (!answer.fill && !answer.drawn && wanted) first();
-    } catch { /* As above. */ } finally { wanted = false; }
+    // Without an answer, the axes are asked for when the tab opens again.
+    loadAxes().catch(() => {});
+    const answer = await post("preview/open", {});
+    if (!answer.fill && !answer.drawn && wanted) first();
+    wanted = false;
   };
   const first = (tries = 40) => {
     const ready = one("#loras")?.dataset.ready && one("#prompt textarea").value;

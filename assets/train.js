@@ -204,10 +204,12 @@
   // Each says hello once it can show a note, and each that was there answers.
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("easel") : null;
   let greeted = false;
+  window.easel.edited = () => channel?.postMessage("edited");
   const greet = () => {
     if (greeted || !channel || !one(".gradio-container")) return;
     greeted = true;
     channel.onmessage = ({ data }) => {
+      if (data === "edited") return refill();
       toast(t("Also open in another tab. The last edit wins."));
       if (data === "hello") channel.postMessage("here");
     };
@@ -255,6 +257,8 @@
     started = false;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+    // The button is off meanwhile, which loses the keyboard focus.
+    if (document.activeElement === document.body) one("button", card)?.focus({ preventScroll: true });
   };
 
   let arrived;

@@ -5,12 +5,15 @@
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   // Sends a body below /easel: the answer, or a `problem` in a sentence; `away` where none came.
+  const parse = async (answer) => {
+    const text = await answer.text(), reply = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
+    return answer.ok || reply.problem ? reply : { problem: text };
+  };
+  // What has the key `keep` is sent until it has arrived; its answer comes as `arrival` then.
   const send = async (path, body, options = {}) => {
-    try {
-      const answer = await fetch(`/easel/${path}`, { method: "POST", body, ...options });
-      const text = await answer.text(), reply = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
-      return answer.ok || reply.problem ? reply : { problem: text };
-    } catch { return { problem: t("The window does not answer; is it still open?"), away: true }; }
+    try { return await parse(await fetch(`/easel/${path}`, { method: "POST", body, ...options })); } catch ({ arrival }) {
+      return { problem: t("The window does not answer; is it still open?"), away: true, arrival: arrival?.then((answer) => (answer ? parse(answer.clone()) : {})) };
+    }
   };
   const post = (path, body, options) => send(path, JSON.stringify(body), { headers: { "Content-Type": "application/json" }, ...options });
   const upload = async (path, file) => {
@@ -163,6 +166,9 @@
     if (page.dataset.tab === name.toLowerCase()) return;
     history.pushState(null, "", `#${name.toLowerCase()}`);
     follow();
+    // A button of the tab before is hidden now, which loses the keyboard focus.
+    const panel = one(`#page-${name.toLowerCase()}`), left = document.activeElement.closest(".tabitem");
+    if (left && left !== panel) Object.assign(panel, { tabIndex: -1 }).focus({ preventScroll: true });
     settleSoon();
   };
   addEventListener("hashchange", () => { if (location.hash !== followed) { follow(); settleSoon(); } });
@@ -270,6 +276,7 @@
     if (!filled || latest["run-bar"] === undefined || page.dataset.ready) return;
     await Promise.race([Promise.all([later(200), frame().then(frame)]), later(document.hidden ? 200 : 2000)]);
     page.dataset.ready = "1";
+    for (const problem of refused.filter(Boolean)) toast(problem, "bad");
     settle();
   };
 
@@ -313,23 +320,68 @@
     const note = one("#away");
     if (note) note.hidden = !is;
   };
+  // What was typed and has not arrived, the newest by key. The browser's tab keeps it for the next load of the page, which
+  // sends it before Gradio fills the form.
+  const refused = [], unsent = new Map(), deliveries = new Map(), UNSENT = "easel-unsent", script = document.currentScript.src;
+  const remember = () => { try { sessionStorage.setItem(UNSENT, JSON.stringify([script, ...unsent])); } catch { /* storage is off or full */ } };
+  const forget = window.easel.forget = (key, request = unsent.get(key)) => {
+    const newest = unsent.get(key) === request && unsent.delete(key);
+    if (newest) remember();
+    return newest;
+  };
+  const deliver = (key) => {
+    const retry = async () => {
+      for (; unsent.has(key); await later(RETRY)) {
+        const request = unsent.get(key), answer = await call(...request).catch(() => null);
+        if (!answer || answer.status === 401) continue;
+        away(false);
+        if (forget(key, request)) return answer;
+      }
+    };
+    if (!deliveries.has(key)) deliveries.set(key, retry().finally(() => deliveries.delete(key)));
+    return deliveries.get(key);
+  };
+  const restore = async () => {
+    const [from, ...stored] = JSON.parse(sessionStorage.getItem(UNSENT) ?? "[]");
+    for (const [key, request] of stored) if (from === script || !request[0].includes(EVENT)) unsent.set(key, request);
+    const answers = [...unsent.keys()].map((key) => deliver(key).then((answer) => answer && parse(answer.clone())).then((reply) => refused.push(reply?.problem)));
+    await Promise.race([later(5000), Promise.all(answers)]);
+  };
+  // A closed tab keeps nothing, and a slow server may have less than the fields hold.
+  addEventListener("beforeunload", (event) => { if (unsent.size) event.preventDefault(); });
+  addEventListener("pagehide", () => { for (const [address, request] of unsent.values()) call(address, { ...request, keepalive: true }).catch(() => {}); });
+  const EVENT = "/gradio_api/run", restored = restore().catch(() => {});
   window.fetch = async (address, options = {}) => {
-    const event = String(address).includes("/gradio_api/run");
+    const event = String(address).includes(EVENT) && window.gradio_config?.dependencies.find(({ id }) => id === JSON.parse(options.body).fn_index);
+    if (event) await restored;
     // Names, settings and files belong to a project: a stale page, Gradio's fields included, must not change another one. The
     // demo's button opens its own.
     if (options.method === "POST" && window.easel.project !== undefined && !(event && window.easel.joining)) {
       options = { ...options, headers: new Headers(options.headers) };
       options.headers.set("X-Easel-Project", encodeURIComponent(window.easel.project));
     }
+    // Typing, sliding and choosing: the last event counts.
+    const key = event?.trigger_mode === "always_last" ? event.api_name : options.keep;
+    const request = [String(address), { method: options.method, headers: Object.fromEntries(new Headers(options.headers)), body: options.body }];
+    if (key) { forget(key); unsent.set(key, request); remember(); }
     try {
+      if (deliveries.has(key)) throw new TypeError("away");
       const answer = await call(address, options);
       away(false);
+      if (key && answer.status !== 401) forget(key, request);
       // Gradio draws what its events bring a moment later.
       if (event) settleSoon();
+      if (event && key && event.inputs.length) window.easel.edited();
       return answer;
     } catch (error) {
-      if (error instanceof TypeError) away(true);
-      throw error;
+      if (!(error instanceof TypeError)) throw error;
+      away(true);
+      const arrival = key && deliver(key);
+      if (!event || !filled) throw Object.assign(error, { arrival });
+      // Gradio would load the page anew: it is answered that nothing has changed, and what has is asked for later.
+      if (!key) toast(t("The window does not answer; is it still open?"), "bad");
+      else if (event.outputs.length > 1) arrival.then(() => { known = []; updateFields(); window.easel.refill(); });
+      return Response.json({ data: event.outputs.map(() => ({ __type__: "update" })) });
     }
   };
 

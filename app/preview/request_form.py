@@ -14,11 +14,11 @@ from app.jobs import RunView
 from app.preview.sent_form import FIELDS, parse_rows, row_data, save_form, strip_values
 from app.state import Snapshot
 from app.templates import _, render
-from lora_core.errors import ConfigError, DatasetError
+from lora_core.errors import AdapterFileError, ConfigError, DatasetError
 from lora_core.generate.grid import Axis, make_axis, split_values
 from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest, WeightedLora
 from lora_core.model_files.detect import BaseFacts, lookup_base
-from lora_core.model_files.header import read_header
+from lora_core.model_files.header import check_family, not_an_adapter, read_header
 from lora_core.model_files.starting_settings import is_slider
 from lora_core.projects.project import Project
 from lora_core.runs.events import Progress
@@ -120,9 +120,12 @@ def add_lora(project: Project, file: Path) -> Path:
     """Move a LoRA file that was sent by a page into the project; returns its new path.
 
     Raises:
-        LoraError: it is not a safetensors file, or the disk refuses.
+        LoraError: it is no adapter, or the disk refuses.
     """
-    read_header(file)
+    header = read_header(file)
+    if what := not_an_adapter(header.shapes):
+        raise AdapterFileError(f"{file} cannot be used: it is {what}.")
+    check_family(file, header)
     return keep_file(file, project.path / ADDED)
 
 

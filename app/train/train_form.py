@@ -70,13 +70,14 @@ class TrainForm:
         self.widgets = {name: made[name] for name in FORM}
         # What this page was filled with: only what differs from it was typed here. Without it, a second page
         # would overwrite newer values of the first with its old ones. The page holds it, so that each event
-        # brings it as it was when the fields were read: an answer on its way changes neither.
+        # brings it as it was when the fields were read: an answer on its way changes neither. On a full disk
+        # it is None: the page's fields are all that is left of the draft if the window ends.
         self.seen = gr.HTML(None, html_template="", padding=False, apply_default_css=False)
         for name, field in self.widgets.items():
             bindings.fill_on_load(field, functools.partial(self._value, name))
         bindings.fill_on_load(self.goal, lambda: chosen_preset(self.project.draft())[0])
         bindings.fill_on_load(self.level, lambda: chosen_preset(self.project.draft())[1])
-        bindings.fill_on_load(self.seen, lambda: list(current_values(self.project).values()))
+        bindings.fill_on_load(self.seen, lambda: self._seen(current_values(self.project)))
         self._wire(search)
 
     def _value(self, name: str) -> Any:
@@ -180,16 +181,19 @@ class TrainForm:
         known = isinstance(seen, list) and len(seen) == len(FORM)
         return dict(zip(FORM, seen, strict=True)) if known else None, values
 
+    def _seen(self, values: dict[str, Any]) -> list[Any] | None:
+        return list(values.values()) if self.project.write_draft() else None
+
     def _show(self, values: dict[str, Any], changed: dict[str, Any]) -> dict[Any, Any]:
         """Fill a page, which holds `values`, with what `changed`."""
         fields = {self.widgets[name]: value for name, value in changed.items()}
-        return {self.seen: list((values | changed).values()), **fields}
+        return {self.seen: self._seen(values | changed), **fields}
 
-    def keep(self, sent: dict[Any, Any]) -> list[Any]:
+    def keep(self, sent: dict[Any, Any]) -> list[Any] | None:
         """Put what was typed into the draft."""
         seen, values = self._read(sent)
         keep_changed_values(self.project, seen, values)
-        return list(values.values())
+        return self._seen(values)
 
     def _choose_preset(self, base: str, goal: str, level: str) -> Any:
         """Fill the form; a dropdown's event also fires on blur, which must not undo edits."""

@@ -33,7 +33,7 @@ from lora_core.formats.peft import HEADER_KEY, add_peft_config, apply_header_alp
 from lora_core.lora.lycoris import LycorisUpdate
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import Header, other_family, read_header
+from lora_core.model_files.header import Header, check_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.schema import FORMATS, chosen
 from lora_core.system.files import replacing, safe_name, tokens_folder
@@ -239,19 +239,6 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
             " every bit, give --keep-alphas."
         )
     return notes
-
-
-def check_family(path: Path, header: Header) -> None:
-    """Refuse an adapter of a family that is not supported, by its name.
-
-    Raises:
-        AdapterFileError: it is of such a family.
-    """
-    other = other_family(header.shapes, header.metadata)
-    if other:
-        raise AdapterFileError(
-            f"{path} is for {other}, which cannot be used here: only Stable Diffusion 1.x, 2.x and XL can."
-        )
 
 
 def _translator(name: str) -> ModuleType:

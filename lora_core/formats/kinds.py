@@ -23,7 +23,7 @@ from lora_core.formats.layers import (
 from lora_core.lora.lycoris import LycorisUpdate
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import FAMILIES, Family
-from lora_core.model_files.header import first_match, kind_tables, other_family, unsupported_kind
+from lora_core.model_files.header import first_match, kind_tables, not_an_adapter, other_family
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -51,11 +51,7 @@ ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "OFT", "full difference")
 
 def describe_kind(kind: str, shapes: Shapes) -> str:
     """How to name a file of a kind in a sentence, after "it is"."""
-    if not shapes:
-        return "no adapter, for it holds no tensors"
-    if kind == "unknown":
-        return unsupported_kind(shapes) or "no adapter that is known here"
-    return f"of the kind {kind!r}"
+    return not_an_adapter(shapes) if kind == "unknown" else f"of the kind {kind!r}"
 
 
 def detect_kind(shapes: Shapes) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds, kohya, peft
-from lora_core.formats.io import check_family, file_hashes, read_tensors
+from lora_core.formats.io import file_hashes, read_tensors
 from lora_core.formats.kinds import check_lycoris_factors, limit_oft, magnitude_from_tensor
 from lora_core.formats.layers import (
     LYCORIS_ROLES,
@@ -39,7 +39,7 @@ from lora_core.lora.lycoris import dora_update
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.detect import Layout, family_layout
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import INPAINTING_CHANNELS, Header, read_header
+from lora_core.model_files.header import INPAINTING_CHANNELS, Header, check_family, read_header
 from lora_core.model_files.starting_settings import CONFIG_KEY
 from lora_core.system.files import parse_object
 

@@ -30,7 +30,7 @@ DTYPE_NAMES = {
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a pickled torch file or a zip"),
     *((bytes((0x80, version)), "a pickled torch file, which can run code") for version in range(2, 6)),
-    *((start, "an image, not a model") for start in (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")),
+    *((start, "an image") for start in (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")),
     (b"<", "a web page: the download went wrong"),
     (b"version https://git-lfs", "a Git LFS pointer: the download went wrong"),
 )
@@ -161,6 +161,14 @@ def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
     return "" if whole else first_match("parts", shapes)
 
 
+def not_an_adapter(shapes: Mapping[str, Sequence[int]]) -> str:
+    """What a file is without the tensors of a known adapter, for messages, after "it is"; else ""."""
+    if not shapes:
+        return "no adapter, for it holds no tensors"
+    known = first_match("adapters", shapes)
+    return "" if known else unsupported_kind(shapes) or "no adapter that is known here"
+
+
 def first_match(table: str, names: Collection[str]) -> str:
     """The title of the first row of a table of `assets/unsupported.toml` whose pattern is found in a name, or
     ""."""
@@ -216,6 +224,19 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
             candidates = {family for width, family in row.get("family", {}).items() if width in sizes}
             return str(candidates.pop() if len(candidates) == 1 else row["title"])
     return ""
+
+
+def check_family(path: Path, header: Header) -> None:
+    """Refuse an adapter of a family that is not supported, by its name.
+
+    Raises:
+        AdapterFileError: it is of such a family.
+    """
+    other = other_family(header.shapes, header.metadata)
+    if other:
+        raise AdapterFileError(
+            f"{path} is for {other}, which cannot be used here: only Stable Diffusion 1.x, 2.x and XL can."
+        )
 
 
 def _family_in_header(metadata: Mapping[str, str]) -> str:

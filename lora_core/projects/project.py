@@ -97,14 +97,18 @@ class Project:
         """Open the project at `path`, making its folders if absent; `image_folder` may be elsewhere."""
         self._lock = threading.RLock()
         self._revision = 0
+        self._unwritten = ""
         self.open(path, image_folder)
 
     def open(self, path: Path, image_folder: Path | None = None) -> None:
         """Switch this object to another project.
 
         Raises:
-            DatasetError: the folder of its images cannot be made; the project that was open stays open.
+            DatasetError: the folder of its images cannot be made, or the draft of the project that is open
+                cannot be written; that one stays open.
         """
+        if not self.write_draft():
+            raise DatasetError(self._unwritten)
         pictures = image_folder or path / "pictures"
         advice = "; move the file in its place elsewhere, or choose another workspace."
         with wrap_os_errors(DatasetError, f"The folder {pictures} cannot be made", advice):
@@ -237,6 +241,13 @@ class Project:
                     self._unwritten, self._draft_stamp = "", file_stamp(file)
                     if self.draft_problem == before:
                         self.draft_problem = ""
+
+    def write_draft(self) -> bool:
+        """Write a draft that the disk has refused; returns whether the disk has it. If not, it ends with this
+        process."""
+        if self._unwritten:
+            self.update_draft()
+        return not self._unwritten
 
     @contextmanager
     def editing(self) -> Iterator[None]:

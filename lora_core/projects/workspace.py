@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.errors import DatasetError, RunError, wrap_os_errors
+from lora_core.errors import DatasetError, LoraError, RunError, wrap_os_errors
 from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_title
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.queue import Queue
@@ -106,12 +106,13 @@ class Projects:
         with self._lock:
             key = files.unused_stem(stem, {files.fold_name(path.name) for path in self.folder.iterdir()})
             try:
-                (self.folder / key / "pictures").mkdir(parents=True)
-                self._label(self.folder / key, title)
-            except OSError as error:
+                with wrap_os_errors(RunError, f"The project {title} cannot be made"):
+                    (self.folder / key / "pictures").mkdir(parents=True)
+                    self._label(self.folder / key, title)
+                self.open(key)
+            except LoraError:
                 shutil.rmtree(self.folder / key, ignore_errors=True)
-                raise RunError(f"The project {title} cannot be made ({error.strerror}).") from error
-            self.open(key)
+                raise
         return key
 
     def open_titled(self, title: str) -> None:

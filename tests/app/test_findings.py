@@ -189,6 +189,7 @@ def test_a_run_s_pictures_are_read_from_its_folder(
 def test_the_check_says_what_will_be_learned(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
+    app_state.project.save_caption(pictures[0].name, "a long caption " * 40)
     client.post("/easel/check", json={})
     wait_for(lambda: client.get("/easel/check").json()["state"] != "working")
     state = client.get("/easel/check").json()
@@ -198,6 +199,7 @@ def test_the_check_says_what_will_be_learned(
     assert "of the steps" in state["parts"]["learned-found"]
     shown = state["parts"]["check-found"]
     assert "Uncaptioned, 1" in shown
+    assert "raise Caption tokens." in shown
     assert 'data-open-picture="picture-2.png"' in shown
     assert state["things"] == len(state["problems"])
     # Another batch size fills batches up in another way.

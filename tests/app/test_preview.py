@@ -12,7 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from app.preview import request_form as preview_form
 from app.preview import sent_form
@@ -585,3 +585,16 @@ def test_a_slider_has_a_range_from_minus_two_to_two(app_state: AppState, tmp_pat
 def test_a_file_that_cannot_be_opened_is_called_by_its_name(client: TestClient, name: str) -> None:
     answer = client.post(f"/easel/preview/file?name={name}", content=b"nothing of the kind").json()
     assert answer["problem"].startswith(f"{name} is ")
+
+
+def test_a_file_that_is_no_adapter_is_refused_before_it_is_added(
+    client: TestClient, app_state: AppState
+) -> None:
+    for key, said in (
+        ("foo.weight", "cannot be used: it is no adapter that is known here."),
+        ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "is for Flux"),
+    ):
+        data = save({key: torch.zeros(4, 4)})
+        answer = client.post("/easel/preview/file?name=other.safetensors", content=data).json()
+        assert answer["problem"].startswith(f"other.safetensors {said}")
+    assert not (app_state.project.path / ADDED).exists()

@@ -160,6 +160,8 @@ def test_the_picker(client: TestClient, app_state: AppState, pictures: list[Path
     client.post("/easel/projects", json={"do": "delete", "project": "dog"})
     assert client.get("/easel/projects").json()["trash"]
     assert client.post("/easel/projects", json={"do": "empty"}).json()["trash"] == ""
+    app_state.project.update_draft(dataset="demo")
+    assert client.get("/easel/projects").json()["projects"][0]["pictures"] == 24
     assert client.post("/easel/projects", json={"do": "fly"}).status_code == 404
 
 
@@ -348,9 +350,12 @@ def test_what_is_typed_on_a_full_disk_is_kept_and_said(
         patch.setattr("lora_core.projects.project.write_atomically", full)
         project.update_draft(trigger="sks")
         assert "No space left on device. Free some space" in str(app_state.live.look()[0])
+        with pytest.raises(DatasetError, match="Free some space"):
+            app_state.projects.new("another")
+        assert len(app_state.projects.list_projects()) == 1
     assert project.draft()["trigger"] == "sks"
-    # The same text once more, as leaving the field sends it.
-    project.update_draft(trigger="sks")
+    # The next look writes it.
+    app_state.live.look()
     assert Project(project.path).draft()["trigger"] == "sks"
     assert project.draft_problem == ""
 

@@ -1,17 +1,19 @@
 """The Train tab's form: its search, its resets, and two pages that type into it."""
 
+import errno
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from fastapi.testclient import TestClient
 
 from app.main import build_app
 from app.preview.sent_form import save_form
-from app.state import AppState, take_snapshot
+from app.state import AppState, Bindings, take_snapshot
 from app.templates import with_labels
 from app.toolbox.view import Toolbox
 from app.train import form
@@ -25,6 +27,7 @@ from app.train.form import (
 from app.train.start import NO_IMAGES, NO_PROMPTS, details, start_problems, take_settings
 from app.train.train_form import (
     FOLDED,
+    TrainForm,
     _changed,
     _field_id,
     _group_note,
@@ -167,6 +170,28 @@ def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     keep_changed_values(project, None, changed(current_values(project), train__steps=7))
     assert Plan(project).config.train.steps == 7
+
+
+def test_a_full_disk_leaves_the_form_to_its_page(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gr.Blocks():
+        form = TrainForm(Bindings(app_state))
+    sent = {form.seen: list(current_values(app_state.project).values())}
+    sent |= {field: current_values(app_state.project)[name] for name, field in form.widgets.items()}
+    sent[form.widgets["train.steps"]] = 7
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_core.projects.project.write_atomically", full)
+        seen = form.keep(sent)
+    # The window ends; the next one has what the page sends with its next event.
+    form.project = Project(form.project.path)
+    assert Plan(form.project).config.train.steps != 7
+    assert form.keep({**sent, form.seen: seen}) == list(current_values(form.project).values())
+    assert Plan(form.project).config.train.steps == 7
 
 
 def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:

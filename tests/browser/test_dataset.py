@@ -182,6 +182,13 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.fill("#tag-in", "outside, sks ball")
     page.keyboard.press("Enter")
     until(page, lambda: tagged.read_text() == "sks ball, a ball, number 1, outside")
+    # Of thousands of tags the first are shown, and none is lost.
+    tags = [f"tag {number}" for number in range(1200)]
+    page.fill("#caption textarea", ", ".join(tags))
+    page.wait_for_selector("#picture-tags >> text=and 1,100 more")
+    page.click("#picture-tags [aria-label='Remove the tag tag 99']")
+    until(page, lambda: tagged.read_text() == ", ".join(tags[:99] + tags[100:]))
+    assert page.locator("#picture-tags .chip").count() == 100
 
 
 def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:

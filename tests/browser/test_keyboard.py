@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import has_value, state_is
+from tests.browser.pages import has_value, open_tab, state_is
 
 MOST_STOPS = 120
 # Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
@@ -62,6 +62,7 @@ def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> N
     page.focus("#start")
     page.keyboard.press("Enter")
     state_is(page, "running")
+    page.wait_for_function("document.activeElement.matches('#run-status button')")
     # What was pressed is off for a moment, which takes the focus away; the next key goes on from there.
     page.focus("#save-now")
     page.keyboard.press("Space")
@@ -87,4 +88,9 @@ def test_tabs_and_dialogs(look: Any) -> None:
             unseen += tab_to(page, "[role=tab]")
         page.keyboard.press("Enter")
         page.wait_for_selector(f"[role=tab][aria-selected=true] >> text={name}")
+    open_tab(page, "Train")
+    page.focus("#run-status [data-tab=Export]")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#page-export:focus")
+    unseen += tab_to(page, "#export-run")
     assert unseen == []

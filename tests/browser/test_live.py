@@ -1,11 +1,11 @@
 """A page follows what moves from wherever it happens, catches up after it was hidden, and stays where it is
-when the server comes back."""
+when the server comes back, which gets what was typed meanwhile."""
 
 from typing import Any
 
 import pytest
 
-from tests.browser.pages import bytes_sent, open_tab, set_steps
+from tests.browser.pages import bytes_sent, has_value, open_tab, set_steps, until
 from tests.browser.windows import Window
 
 HIDE = """hide => {
@@ -39,12 +39,31 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     watched.expected_away = True
     window.stop()
     page.wait_for_selector("#away:visible")
+    # What is typed meanwhile arrives later, from a page that is loaded anew too; what is pressed does not.
+    for steps in ("6", "66"):
+        page.fill("#steps input", steps)
+    other.wait_for_selector("#away:visible")
+    other.click("#use-demo")
+    other.wait_for_selector("#easel-toast.on >> text=does not answer")
+    open_tab(other, "Preview")
+    other.fill("#prompt textarea", "a prompt")
+    other.wait_for_function("sessionStorage['easel-unsent']?.includes('a prompt')")
+    other.goto("about:blank")
     window.port = int(window.address.rpartition(":")[2])
     window.start()
-    for each in (page, other):
-        each.wait_for_selector("#away", state="hidden")
+    other.goto(window.address)
+    other.wait_for_selector("html[data-ready]")
+    page.wait_for_selector("#away", state="hidden")
     watched.expected_away = False
+    page.wait_for_function("document.querySelector('#command pre')?.textContent.includes('train.steps=66')")
+    until(page, lambda: "a prompt" in (window.project / "draft.json").read_text())
+    assert '"dataset": "demo"' not in (window.project / "draft.json").read_text()
+    # A page of the same browser follows.
+    beside = page.context.new_page()
+    beside.goto(window.address)
+    beside.wait_for_selector("#easel-toast.on >> text=The last edit wins")
     set_steps(page, 77)
+    has_value(beside, "#steps input", "77")
     assert page.evaluate("window.old"), "the page was loaded anew"
 
 
