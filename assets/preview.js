@@ -183,7 +183,7 @@
     sending = true;
     const answer = keep(await post("preview/generate", { ...sent(), what, grid: gridOf() }));
     if (what === "grid") note.textContent = answer.problem ?? "";
-    else if (answer.problem && !answer.away) refuse(answer.problem);
+    else if (answer.problem) refuse(answer.problem);
     // Changes made meanwhile.
     proceed();
   };

@@ -257,8 +257,8 @@
     started = false;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
-    // The button is off meanwhile, which loses the keyboard focus.
-    if (document.activeElement === document.body) one("button", card)?.focus({ preventScroll: true });
+    // The button is off in a moment, which loses the keyboard focus.
+    if ([document.body, one("#start")].includes(document.activeElement)) card.focus({ preventScroll: true });
   };
 
   let arrived;
