@@ -377,7 +377,9 @@
       if (!(error instanceof TypeError)) throw error;
       away(true);
       const arrival = key && deliver(key);
-      if (!event || !filled) throw Object.assign(error, { arrival });
+      if (!event) throw Object.assign(error, { arrival });
+      // What fills the page can only wait.
+      if (!filled) return later(RETRY).then(() => window.fetch(address, options));
       // Gradio would load the page anew: it is answered that nothing has changed, and what has is asked for later.
       if (!key) toast(t("The window does not answer; is it still open?"), "bad");
       else if (event.outputs.length > 1) arrival.then(() => { known = []; updateFields(); window.easel.refill(); });
