@@ -300,7 +300,7 @@ def debug_zip(
             "events.jsonl": _events(run),
             "plan.json": _read(run.plan_file),
             "exit.json": _read(exit_file(run)),
-            "log.txt": "\n".join(log_tail(run.log_file, LOG_LINES)),
+            "log.txt": "\n".join(_read(run.log_file, 200 * LOG_LINES).splitlines()[-LOG_LINES:]),
         }
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -424,11 +424,8 @@ def _events(run: RunFolder) -> str:
     """The events; of prompts and changed inputs only how many there were."""
     lines = []
     for line in _read(run.events_file, LARGEST_EVENTS).splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            values = parse_json(line)
             counts = {key: len(values[key]) for key in ("prompts", "changed") if key in values}
             # Names of images are searched as they are written, which escapes would hide.
             lines.append(json.dumps({**values, **counts}, ensure_ascii=False))
@@ -436,10 +433,13 @@ def _events(run: RunFolder) -> str:
 
 
 def _read(path: Path, most: int = 200_000) -> str:
+    """The end of a file; nothing of a link, which in a stranger's run may lead to any file of the user."""
     try:
+        if path.is_symlink() or not path.is_file():
+            return ""
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - most))
-            return file.read().decode("utf-8", errors="replace")
+            return file.read(most).decode("utf-8", errors="replace")
     except OSError:
         return ""
 

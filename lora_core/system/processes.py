@@ -168,7 +168,7 @@ def log_tail(path: Path, lines: int, start: int = 0) -> list[str]:
     try:
         with open(path, "rb") as file:
             file.seek(max(start, file.seek(0, os.SEEK_END) - 200 * lines))
-            return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+            return file.read(200 * lines).decode("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
         return []
 

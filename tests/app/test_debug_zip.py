@@ -3,6 +3,7 @@
 import getpass
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -73,6 +74,24 @@ def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
     kinds = [json.loads(line)["event"] for line in texts["events.jsonl"].splitlines()]
     assert kinds == ["Started", "PreviewDone", "StepDone", "Warned", "Failed"]
     assert "torch" in json.loads(texts["about.json"])["versions"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_what_a_run_links_to_and_odd_events_are_left_out(app_state: AppState) -> None:
+    run = make_run(app_state, "a", started())
+    with open(run.events_file, "a", encoding="utf-8") as file:
+        file.write('{"event": "PreviewDone", "prompts": 3}\n3\n' + "[" * 100_000 + "\n")
+    private = run.path.parent.parent / "private.txt"
+    private.write_text("laughing by the sea")
+    for link, to in (
+        (run.plan_file, private),
+        (run.path / "exit.json", Path("/dev/zero")),
+        (run.log_file, private),
+    ):
+        link.unlink(missing_ok=True)
+        link.symlink_to(to)
+    names = zipfile.ZipFile(io.BytesIO(debug_zip(run, app_state.workspace))).namelist()
+    assert sorted(names) == ["about.json", "events.jsonl", "settings.toml"]
 
 
 def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(app_state: AppState) -> None:
