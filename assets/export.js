@@ -3,7 +3,7 @@
   const { one, post, make, t, fill } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
-    run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
+    run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "", size: one("#export-size")?.value ?? "",
     ...Object.fromEntries(["name", "format", "precision", "folder"].map((name) => [name, field(name).value])),
     ...Object.fromEntries(new FormData(one("#upload-form"))),
   });
@@ -35,7 +35,7 @@
   const choose = (body) => { clear(); return store(body); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
-    else if (target.id === "checkpoint") choose({ checkpoint: target.value });
+    else if (["checkpoint", "size"].includes(target.name) && target.form?.id === "export-choice") choose({ [target.name]: target.value });
     else if (target.name === "folder" && target.form?.id === "export-form") store({ folder: target.value });
     else if (target.form?.id === "export-form") clear();
   });
@@ -90,12 +90,13 @@
     // A tab that was never open is not in the page; it learns of running work when it opens.
     return Boolean(one("#report-state"));
   });
-  const makeReport = async ({ reportRun: run, reportQuick }) => {
-    quick = reportQuick !== undefined;
+  const makeReport = async ({ reportRun: run, reportQuick, reportMeasure }) => {
+    const measures = reportMeasure !== undefined;
+    quick = measures || reportQuick !== undefined;
     if (quick) window.easel.toast(t("The report of {run} is being made.", { run }));
     tell("working", "");
     const box = one("#report-measure");
-    const reply = await inTurn(() => post("report/start", { run, measure: !quick && box.checked && !box.disabled }));
+    const reply = await inTurn(() => post("report/start", { run, measure: measures || (!quick && box.checked && !box.disabled) }));
     if (reply.problem) tell("error", reply.problem);
   };
 
@@ -108,6 +109,7 @@
     else if (target.id === "upload-export") write(target, "export/upload", "#upload-note");
     else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
     else if (target.id === "report-cancel") inTurn(() => post("report/cancel", {}));
+    else if (data.exportRun) choose({ run: data.exportRun, checkpoint: "", size: data.size }).then(() => window.easel.openTab("Export"));
     else if (data.reportRun) makeReport(data);
   });
   document.addEventListener("input", ({ target }) => { if (target.form?.id === "export-form") showFoot(); });

@@ -22,6 +22,7 @@ from app.toolbox.view import (
     add_task,
     check_memory_is_free,
     compatibility_card,
+    keep_best_strength,
 )
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
@@ -97,6 +98,8 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
         cards=cards,
         chosen="best" if chosen == "last" and last == best else chosen,
         choices=checkpoint_choices(run_view),
+        analysis=run_view.run.analysis(run_view.run.step_of(chosen)) if chosen else None,
+        size=app_state.project.draft().get("export_size"),
         portable=_portable(run_view),
         url=run_url(app_state),
     )
@@ -129,8 +132,10 @@ def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
 
 
 def choose(app_state: AppState, sent: dict[str, Any]) -> None:
-    """Store the chosen run and checkpoint, or the folder to copy to."""
-    known = {"run": "export_run", "checkpoint": "export_checkpoint", "folder": "copy_to"}
+    """Store the chosen run, checkpoint and size, or the folder to copy to."""
+    known = {
+        "run": "export_run", "checkpoint": "export_checkpoint", "size": "export_size", "folder": "copy_to",
+    }  # fmt: skip
     app_state.project.update_draft(**{known[key]: str(sent[key]) for key in known if key in sent})
 
 
@@ -205,8 +210,11 @@ def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, di
     if run_view is None:
         raise LoraError(_("Choose a run first; none has a checkpoint yet."))
     stem = check_run_name(name.strip().removesuffix(".safetensors") or run_view.run.name)
-    request = {"run": str(run_view.run.path), "checkpoint": checkpoint or "last", "name": stem}
-    reply = app_state.worker.ask({"do": "export", **request, "format": form, "precision": precision})
+    request = {
+        "do": "export", "run": str(run_view.run.path), "checkpoint": checkpoint or "last", "name": stem,
+        "format": form, "precision": precision, "measured_rank": sent.get("size") == "measured",
+    }  # fmt: skip
+    reply = app_state.worker.ask(request)
     if reply.state == "error":
         raise LoraError(reply.message)
     return run_view, reply.result
@@ -304,5 +312,14 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
         raise BadRequest(name)
     if sent.get("measure"):
         check_memory_is_free(app_state)
-    request = {"do": "report", "run": str(run_view.run.path), "measure": bool(sent.get("measure"))}
-    job.start("Report", request, lambda result: note_html(_("The report of {name} is made.", name=name)))
+    run = run_view.run
+
+    def shows(result: dict[str, Any]) -> str:
+        step = run.step_of("best")
+        found = run.analysis(step)
+        if found and found.strength is not None:
+            file = run.checkpoint(step) / CHECKPOINT
+            keep_best_strength(app_state.project, str(file), found.strength)
+        return note_html(_("The report of {name} is made.", name=name))
+
+    job.start("Report", {"do": "report", "run": str(run.path), "measure": bool(sent.get("measure"))}, shows)

@@ -28,6 +28,7 @@ from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.model_files.families import FAMILIES
+from lora_core.projects.project import Project
 from lora_core.report.plots import Bar, bars_plot, figure
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
@@ -499,7 +500,9 @@ class Toolbox:
             if TOOLS[tool].makes == "base":
                 self._app_state.places.keep("bases", str(result["file"]))
             if tool == "strength":
-                self._keep_best(str(request["file"]), result["strength"]["strengths"])
+                strength, *apart = result["strength"]["strengths"]
+                if not apart:
+                    keep_best_strength(self._app_state.project, str(request["file"]), strength)
             html = result_html(tool, request, self._linked(result))
             self._results[tool] = request, result, html
             return html
@@ -528,14 +531,6 @@ class Toolbox:
             _("Writing the file"), request, lambda result: written_html(self._linked(result)) + before, tool
         )
 
-    def _keep_best(self, file: str, strengths: list[float]) -> None:
-        """Keep a measured strength of the full adapter, which the Preview tab marks at its slider."""
-        if len(strengths) == 1:
-            with self._app_state.project.editing():
-                known = dict(self._app_state.project.draft().get("best_strengths") or {})
-                best = known | {file: round(float(strengths[0]), 2)}
-                self._app_state.project.update_draft(best_strengths=best)
-
     def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
         """Add the URL and the location of a file that was made."""
         if "file" not in result:
@@ -545,6 +540,13 @@ class Toolbox:
         if file.is_relative_to(runs):
             link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
         return {**result, "link": link, "place": self._app_state.files.place(file, _("Saved to"))}
+
+
+def keep_best_strength(project: Project, file: str, strength: float) -> None:
+    """Keep a measured strength of the full adapter, which the Preview tab marks at its slider."""
+    with project.editing():
+        known = dict(project.draft().get("best_strengths") or {})
+        project.update_draft(best_strengths=known | {file: round(float(strength), 2)})
 
 
 def train_on(app_state: AppState, sent: dict[str, Any]) -> None:

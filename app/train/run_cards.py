@@ -59,16 +59,19 @@ def run_card(snapshot: Snapshot) -> str:
     if view is None:
         return render("train/run.html", snap=snapshot)
     found = with_gain(progress.validations)
-    last = found[-1] if found else None
+    last, best = found[-1] if found else None, best_of(found)
     return render(
         "train/run.html",
         snap=snapshot,
+        best=best,
+        analysis=view.run.analysis(best.step) if best else None,
+        url=run_url(snapshot.app_state),
         lower_rate=LOWER_RATE,
         precisions=PRECISIONS,
         stages=stages(run),
         doing=describe_phase(progress),
         left=describe_left(run),
-        gain=last if run.live else best_of(found) or last,
+        gain=last if run.live else best or last,
         warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),
         reported=(view.run.path / REPORT).is_file(),
         has_tensorboard=view.run.tensorboard.is_dir(),

@@ -27,7 +27,7 @@ from lora_core.models.load import BaseModel, load_model
 from lora_core.models.unet import PromptEmbeds
 from lora_core.report import plots
 from lora_core.runs import events
-from lora_core.runs.folder import RunFolder
+from lora_core.runs.folder import Analysis, RunFolder
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.files import ASSETS, file_bytes, read_json, write_atomically
 from lora_core.tools.analysis import measure_strength
@@ -218,7 +218,8 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
 
     Args:
         out: the file to write; an older one is replaced.
-        measure: whether to load the base and measure intrinsic rank and strength on the held-out images.
+        measure: whether to load the base and measure intrinsic rank and strength on the held-out images; the
+            run keeps them (`RunFolder.analysis`).
         on_phase: called with the progress; an exception from it leaves no file.
 
     Returns:
@@ -231,9 +232,14 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
         raise RunError(f"--out {out} should end in .html.")
     if not out.absolute().parent.is_dir():
         raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
-    page = report_html(collect_data(run, measure, on_phase), now).encode()
+    data = collect_data(run, measure, on_phase)
+    page = report_html(data, now).encode()
     with wrap_os_errors(RunError, f"The report {out} cannot be written"):
         write_atomically(out, page)
+        if data.rank or data.strength:
+            best = data.strength["strengths"][0] if data.strength else None
+            found = Analysis(step=data.step, strength=best, **(data.rank or {}))
+            write_atomically(run.analysis_file, found.model_dump_json().encode())
     return len(page)
 
 

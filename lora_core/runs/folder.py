@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import BaseModel, ValidationError
 
 from lora_core.data.dataset import EPOCHS, run_dataset, split_holdout, with_epochs
 from lora_core.data.images import ImageRecord, hash_file
@@ -60,6 +61,37 @@ class _Below:
         return run.path / self._name
 
 
+class MeasuredLayer(BaseModel):
+    """The rank that a layer needs."""
+
+    part: str
+    module: str
+    rank: int
+
+
+class Analysis(BaseModel):
+    """What a report measured of a checkpoint on the held-out images.
+
+    Attributes:
+        step: of the checkpoint.
+        strength: the best strength of the full adapter; None where it could not be measured.
+        rank: the lowest rank for all layers that keeps 99% of the gain, 0 where it could not be measured.
+        kept, standard_error: the share of the gain that is left at `ranks`, and its error.
+        times_smaller: the factor by which a file cut to `ranks` is smaller.
+        ranks: by layer.
+        sentence: the ranks in words.
+    """
+
+    step: int
+    strength: float | None = None
+    rank: int = 0
+    kept: float = 1.0
+    standard_error: float | None = None
+    times_smaller: float = 1.0
+    ranks: list[MeasuredLayer] = []
+    sentence: str = ""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run on disk."""
@@ -79,6 +111,7 @@ class RunFolder:
     plan_file = _Below("plan.json")  # choices measured before the first step
     inputs_file = _Below("inputs.json")  # hashes of all inputs of the run, written at its first start
     held_out_file = _Below("held_out.json")  # hashes of the images that it does not train on
+    analysis_file = _Below("analysis.json")  # what the last report measured of a checkpoint
     log_file = _Below("log.txt")  # the trainer's own output
     checkpoints = _Below("checkpoints")  # resumable states, one folder a step
     previews = _Below("previews")  # samples taken while training
@@ -263,6 +296,15 @@ class RunFolder:
         if not isinstance(known, list):
             return split_holdout(records, config.validation.pictures, config.seed)[1]
         return [record for record in records if hash_file(record.path) in known]
+
+    def analysis(self, step: int) -> Analysis | None:
+        """What a report measured of a checkpoint; None where none did since it was written."""
+        written = changed_at(self.checkpoint(step) / "adapter.safetensors")
+        try:
+            found = Analysis(**read_json(self.analysis_file))
+        except (ValidationError, TypeError):
+            return None
+        return found if found.step == step and written <= changed_at(self.analysis_file) else None
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, ascending."""

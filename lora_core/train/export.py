@@ -142,7 +142,8 @@ def cut_adapter(weights: AdapterWeights, record: Mapping[str, Any]) -> tuple[Ada
     left = f", {gone} of {len(weights.layers)} layers are left out" if gone else ""
     needs = rank_words(layer.rank for layer in cut.layers.values())
     sentence = f"Trained at rank {trained}; {needs} will do{left}: the file has {share:.0%} of the numbers"
-    report = {"sentence": sentence + how, "trained": trained, "rank": cut.highest_rank, "parameters": share}
+    words = record.get("sentence") or sentence + how
+    report = {"sentence": words, "trained": trained, "rank": cut.highest_rank, "parameters": share}
     return cut, report | measured
 
 
@@ -151,12 +152,14 @@ def _numbers(layer: LayerWeights) -> int:
 
 
 def export_checkpoint(
-    run: RunFolder, which: str, name: str, how: tuple[str, str], full_rank: bool = False
-) -> dict[str, Any]:
+    run: RunFolder, which: str, name: str, how: tuple[str, str],
+    full_rank: bool = False, measured_rank: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Export a checkpoint of a run, "last", "best" or a step, as `name` in the run's export folder; where an
     average is kept, the raw adapter too. `how` is (format, precision).
 
-    With `adapter.auto_rank` the file is cut, but for `full_rank` and for the raw adapter.
+    With `adapter.auto_rank` the file is cut, but for `full_rank` and for the raw adapter; with
+    `measured_rank` to the ranks that the run's report measured.
 
     Returns:
         {file, raw, tokens, bytes, modules, sha256, cut, works_in}: `raw` is the path of the raw adapter's
@@ -165,7 +168,8 @@ def export_checkpoint(
         {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
-        RunError: no such checkpoint, it is incomplete, or the name cannot be a file's.
+        RunError: no such checkpoint, it is incomplete, its rank was not measured, or the name cannot be a
+            file's.
         AdapterFileError: the file cannot be written.
     """
     step = run.step_of(which)
@@ -178,7 +182,15 @@ def export_checkpoint(
         raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
     cut: dict[str, Any] = {}
     config = run.config_or_none()
-    if config and config.adapter.auto_rank and not full_rank and changes_anything(weights):
+    if measured_rank:
+        found = run.analysis(step)
+        if found is None or not found.rank:
+            raise RunError(
+                f"The rank that step {step:,} of {run.name} needs was not measured; make its report first."
+            )
+        weights, cut = cut_adapter(weights, found.model_dump())
+        header[SHRUNK_KEY] = json.dumps(cut)
+    elif config and config.adapter.auto_rank and not full_rank and changes_anything(weights):
         other = {"why": f"that is done at the end of a run, for the step of its file, which was not {step:,}"}
         weights, cut = cut_adapter(weights, record.get(CUT) or other)
         header[SHRUNK_KEY] = json.dumps(cut)

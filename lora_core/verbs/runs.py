@@ -466,7 +466,7 @@ def report(
 
 
 @verb
-def export(
+def export(  # noqa: PLR0913 - one option each
     run: File,
     checkpoint: Annotated[str, "--checkpoint STEP"] = "best",
     format: Annotated[str, FORMATS] = "kohya",
@@ -474,6 +474,7 @@ def export(
     name: str = "",
     workspace: Place = None,
     full_rank: bool = False,
+    measured_rank: bool = False,
 ) -> Found:
     """Write a checkpoint of a run as a file for other tools, in the run's `export/`.
 
@@ -483,6 +484,7 @@ def export(
         precision: dtype of the factors.
         name: of the file, else the run's.
         full_rank: keep all ranks of the checkpoint of a run with adapter.rank = auto.
+        measured_rank: cut the file to the ranks that the run's report measured, which keep 99% of the gain.
 
     Returns:
         file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, cut
@@ -490,8 +492,11 @@ def export(
     """
     from lora_core.train.export import export_checkpoint
 
+    if full_rank and measured_rank:
+        raise ConfigError("--full-rank keeps all ranks and --measured-rank cuts them; give one of the two.")
     folder = find_run(run, workspace)
     chosen(FORMATS, format, "format")
     check_precision(precision)
     step = str(folder.step_of(checkpoint))
-    return export_checkpoint(folder, step, name or folder.name, (format, precision), full_rank)
+    how = (format, precision)
+    return export_checkpoint(folder, step, name or folder.name, how, full_rank, measured_rank)

@@ -5,11 +5,14 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app import top_bar
+from app.export.view import checkpoint_cards
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import UNKNOWN
 from app.train import run_cards
@@ -199,7 +202,7 @@ def test_done_leads_on(app_state: AppState) -> None:
     make_run(app_state, "a", started(), step(100), events.Finished(step=100, export=""))
     html = card(app_state)
     assert SEE in html
-    assert 'data-tab="Export"' in html
+    assert 'data-export-run="a"' in html
     assert top_bar.page_title(take_snapshot(app_state)) == "Done · a"
     assert 'id="resume"' not in top_bar.run_actions(take_snapshot(app_state))
 
@@ -426,6 +429,41 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     assert enabled(top_bar.run_actions(snapshot), "pause")
     assert 'href="#run/new"' in running(snapshot)
     assert 'data-run="new"' not in earlier(snapshot)
+
+
+def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
+    app_state: AppState, say: Callable[..., dict[str, Any]]
+) -> None:
+    gain = events.Validated(
+        step=50, gain=0.02, standard_error=0.001, base_loss=0.2, adapted_loss=0.18, best=True
+    )
+    rounds = [events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=["a dog"]) for n in (0, 40, 80)]
+    run = make_run(app_state, "a", started(), step(50), gain, *rounds)
+    assert "end-card" not in card(app_state)
+    with run.events_file.open("a") as file:
+        file.write(events.to_line(events.Finished(step=100, export="")))
+    checkpoint(run, 50)
+    html = card(app_state)
+    assert re.search(r"<h3>Best step 50\s*</h3>", html)
+    assert "10% improvement" in html
+    assert re.findall(r"previews/(\d+)\.png", html) == ["0", "40"]
+    assert 'data-report-run="a" data-report-measure=""' in html
+    assert 'data-export-run="a" data-size=""' in html
+    found = {"step": 50, "strength": 0.931, "rank": 2, "kept": 0.996, "times_smaller": 4.04}
+    run.analysis_file.write_text(json.dumps(found))
+    html = card(app_state)
+    assert "Best step 50, strength 0.93, rank 2 is enough" in html
+    assert "a file 4.0 times smaller keeps 99.6% of it" in html
+    assert "data-report-measure" not in html
+    assert 'data-export-run="a" data-size="measured"' in html
+    assert "as trained" in checkpoint_cards(take_snapshot(app_state))
+    say("export/choose", run="a", checkpoint="best", size="measured")
+    html = checkpoint_cards(take_snapshot(app_state))
+    assert '<option value="measured" selected>rank 2, 4.0 times smaller, keeps 99.6% of the gain' in html
+    # A rank that saves nothing is no choice.
+    run.analysis_file.write_text(json.dumps(found | {"times_smaller": 1.1}))
+    assert "is enough" not in card(app_state)
+    assert "as trained" not in checkpoint_cards(take_snapshot(app_state))
 
 
 def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_core.errors import RunError
+from lora_core.errors import ConfigError, RunError
 from lora_core.formats.io import load_adapter
 from lora_core.model_files.header import read_header
 from lora_core.report.report import collect_data, summary
@@ -19,6 +20,7 @@ from lora_core.settings.config import RunConfig
 from lora_core.train import validation
 from lora_core.train.export import export_checkpoint
 from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.verbs import runs as verbs
 from tests.faults import corrupt
 from tests.train.runs import Toy, asked_at, broken_at, result, tensors, trained
 
@@ -151,6 +153,34 @@ def test_the_file_of_auto_rank_is_cut_and_its_checkpoint_is_not(
     stopped = own_toy.run("stopped", **AUTO)
     assert asked_at(stopped, "stop", 7).status == "stopped"
     assert "the run was asked to end" in stopped.progress().ranks.sentence
+
+
+def test_an_export_is_cut_to_the_rank_that_a_report_measured(own_toy: Toy) -> None:
+    run = own_toy.run("measured", **{**AUTO, "adapter__rank": 8})
+    trained(run)
+    with pytest.raises(RunError, match=r"needs was not measured; make its report first"):
+        verbs.export(run.path, measured_rank=True)
+    verbs.report(run.path, measure=True)
+    found = run.analysis(run.step_of("best"))
+    assert found is not None
+    assert found.rank < 8
+    assert found.times_smaller > 1.2
+    assert found.strength is not None
+    whole, small = verbs.export(run.path), verbs.export(run.path, name="small", measured_rank=True)
+    assert small["cut"]["sentence"] == found.sentence
+    assert small["works_in"]["ok"]
+    ranks = {key: layer.rank for key, layer in load_adapter(Path(small["file"])).layers.items()}
+    assert ranks == {(one.part, one.module): one.rank for one in found.ranks if one.rank}
+    assert whole["bytes"] / small["bytes"] == pytest.approx(found.times_smaller, rel=0.3)
+    with pytest.raises(ConfigError, match="give one of the two"):
+        verbs.export(run.path, full_rank=True, measured_rank=True)
+    # What was measured is not of a checkpoint that was written later, nor what a stranger's file makes up.
+    text, later = run.analysis_file.read_text(), run.analysis_file.stat().st_mtime_ns + 10**9
+    run.analysis_file.write_text(text.replace('"rank":', '"rank":"x",', 1))
+    assert run.analysis(found.step) is None
+    run.analysis_file.write_text(text)
+    os.utime(run.checkpoint(found.step) / "adapter.safetensors", ns=(later + 10**9, later + 10**9))
+    assert run.analysis(found.step) is None
 
 
 def test_auto_rank_keeps_the_scale_and_says_where_it_cannot_measure(own_toy: Toy) -> None:
