@@ -12,7 +12,7 @@ from app.jobs import LIVE, LOWER_RATE, RunView
 from app.routes import run_url
 from app.state import ShownRun, Snapshot
 from app.templates import _, card, format_gain, format_share, label_of, render
-from app.top_bar import describe_left, describe_phase
+from app.top_bar import describe_left, describe_phase, memory_usage
 from app.train.form import row_title
 from lora_core.errors import RunError
 from lora_core.report.plots import chart_tables, run_charts
@@ -70,6 +70,7 @@ def run_card(snapshot: Snapshot) -> str:
         precisions=PRECISIONS,
         stages=stages(run),
         doing=describe_phase(progress),
+        memory=memory_usage(snapshot) if run.live else "",
         left=describe_left(run),
         gain=last if run.live else best or last,
         warnings=list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:])),

@@ -196,10 +196,11 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     page.wait_for_function("document.title.startsWith('Interrupted')")
     page.click("#train-resume")
     state_is(page, "running")
-    # On a laptop too the run's longest words are read in full.
+    # On a laptop too the run's longest words are read in full, and its memory is seen.
     for width in (1440, 1366, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate(IN_FULL, "100%, step 1,800 of 2,000, 20 to 35 min left"), width
+        page.wait_for_selector("#run-status .memory >> text=/[0-9.]+ GB/")
     # A phone sees the run first, and steers it.
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_function(
