@@ -117,7 +117,7 @@ def script_words(language: str, scripts: bytes) -> str:
         found[text] = _(text)
         # What `easel.plural` counts.
         one, more = f"{{count}} {text}", f"{{count}} {text}s"
-        found |= {msgid: WORDS.catalogue.ngettext(one, more, n) for n, msgid in ((1, one), (2, more))}
+        found = {msgid: WORDS.catalogue.ngettext(one, more, n) for n, msgid in ((1, one), (2, more))} | found
     changed = {text: translated for text, translated in found.items() if translated != text}
     return json.dumps(changed, ensure_ascii=False).replace("<", "\\u003c") if changed else ""
 
