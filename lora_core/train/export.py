@@ -168,8 +168,7 @@ def export_checkpoint(
         {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
-        RunError: no such checkpoint, it is incomplete, its rank was not measured, or the name cannot be a
-            file's.
+        RunError: no such checkpoint, it is incomplete or not measured, or the name cannot be a file's.
         AdapterFileError: the file cannot be written.
     """
     step = run.step_of(which)
