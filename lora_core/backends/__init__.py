@@ -21,8 +21,7 @@ PACKAGES = (
 )  # fmt: skip
 """What they are in. Each `__init__` imports all models that are there, or reads the source of each."""
 _importing = threading.Lock()
-_executing = threading.RLock()
-"""Not the same one: a thread that executes a package may wait for a module that `import_models` imports."""
+_locks: Any = importlib.import_module("importlib._bootstrap")
 
 
 def import_models(parts: Sequence[str] = PARTS) -> None:
@@ -70,8 +69,14 @@ class _Package(ModuleType):
     """A package that is not executed yet, or has put another object in its place since."""
 
     def __getattr__(self, name: str) -> Any:
-        # Other threads wait; what the package itself asks for while it is executed is still missing.
-        with _executing:
+        # Other threads wait; what the package itself asks for while it is executed is still missing, also where
+        # waiting would never end, as in an import statement.
+        lock = _locks._get_module_lock(self.__name__)
+        try:
+            lock.acquire()
+        except _locks._DeadlockError:
+            return ModuleType.__getattribute__(self, name)
+        try:
             if type(self) is _Package and sys.modules.get(self.__name__) is self:
                 self.__class__ = _ExecutedPackage
                 executed = None
@@ -79,6 +84,8 @@ class _Package(ModuleType):
                     executed = importlib.reload(self)
                 finally:
                     self.__class__ = ModuleType if executed is self else _Package  # type: ignore[assignment]
+        finally:
+            lock.release()
         found = sys.modules[self.__name__]
         return ModuleType.__getattribute__(self, name) if found is self else getattr(found, name)
 

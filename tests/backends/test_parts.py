@@ -1,5 +1,6 @@
 """Parts of diffusers and transformers are imported alone, and the rest of both is there as ever."""
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -64,12 +65,13 @@ def test_a_broken_torch_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package `toys` with the packages `plain`, `failing` `slow` and `other`, each with a `part`."""
+    """A package `toys` with packages, each with a `part`; `circle` and its `user` import each other."""
     sources = {
         "": "",
         "plain": "from .part import VALUE\nCOUNTED = [*globals().get('COUNTED', []), 1]\n",
         "failing": "import toys\nif not hasattr(toys, 'ready'): raise RuntimeError('not yet')\nVALUE = 3\n",
         "slow": "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\nVALUE = 5\n",
+        "circle": "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\nimport toys.circle.user\nVALUE = 6\n",
         "other": "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(VALUE=4)\n",
     }
     for name, source in sources.items():
@@ -77,6 +79,8 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(source)
         (folder / "part.py").write_text("VALUE = 2\n")
+    user = "import toys\ntoys.asked.set()\nVALUE = toys.circle.VALUE\n"
+    (tmp_path / "toys" / "circle" / "user.py").write_text(user)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(backends, "PACKAGES", tuple(f"toys.{name}" for name in sources if name))
     yield
@@ -107,6 +111,14 @@ def test_a_package_is_executed_once_it_is_asked(toys: None) -> None:
         other.nothing  # noqa: B018
 
 
+def _in_getattr(thread: threading.Thread) -> bool:
+    """Whether the thread is in `__getattr__` or has ended."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != "__getattr__":
+        frame = frame.f_back
+    return frame is not None or not thread.is_alive()
+
+
 def test_a_thread_waits_for_the_one_that_executes_a_package(toys: None) -> None:
     import_models(("toys.slow.part",))
     import toys as package
@@ -114,19 +126,35 @@ def test_a_thread_waits_for_the_one_that_executes_a_package(toys: None) -> None:
     package.begun, package.go, found = threading.Event(), threading.Event(), []
     threads = [threading.Thread(target=lambda: found.append(package.slow.VALUE)) for _ in range(2)]
 
-    def asks(thread: threading.Thread) -> bool:
-        """Whether the thread is in `__getattr__` or has ended."""
-        frame = sys._current_frames().get(thread.ident or 0)
-        return not thread.is_alive() or (frame is not None and frame.f_code.co_name == "__getattr__")
-
     threads[0].start()
     assert package.begun.wait(60)
     threads[1].start()
-    wait_for(lambda: asks(threads[1]))
+    wait_for(lambda: _in_getattr(threads[1]))
     package.go.set()
     for thread in threads:
         thread.join(60)
     assert found == [5, 5]
+
+
+def test_threads_that_wait_for_each_other_go_on_as_with_import_statements(toys: None) -> None:
+    import_models(("toys.circle.part",))
+    import toys as package
+
+    package.begun, package.go, package.asked, found = *(threading.Event() for _ in range(3)), []
+    tasks = (
+        lambda: package.circle.VALUE,
+        lambda: importlib.import_module("toys.circle.user").VALUE,
+    )
+    threads = [threading.Thread(target=lambda t=t: found.append(t()), daemon=True) for t in tasks]
+    threads[0].start()
+    assert package.begun.wait(60)
+    threads[1].start()
+    assert package.asked.wait(60)
+    wait_for(lambda: _in_getattr(threads[1]))
+    package.go.set()
+    for thread in threads:
+        thread.join(20)
+    assert found == [6, 6]
 
 
 def test_the_parts_are_what_a_base_is_made_of() -> None:
