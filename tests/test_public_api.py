@@ -87,3 +87,25 @@ def test_a_layer_for_another_base_is_a_problem_with_a_name(tmp_path: Path) -> No
 )  # fmt: skip
 def test_a_former_name_can_be_imported(name: str) -> None:
     assert callable(getattr(api, name))
+
+
+def test_files_are_texts_or_paths_and_one_may_stand_for_a_list(tmp_path: Path) -> None:
+    file, base = tmp_path / "a.safetensors", ROOT / "assets" / "base"
+    one = api.WeightedLora(str(file))
+    for loras in (str(file), file, one, [str(file)], (file,)):
+        assert api.GenerationRequest(loras=loras).loras == (one,)
+        with pytest.raises(api.LoraError, match=r"a\.safetensors does not exist"):
+            api.merge(loras, tmp_path / "b.safetensors")
+    for loras in ((str(file), 0.5), 3):
+        with pytest.raises(api.LoraError, match="is not a LoRA; give a file or WeightedLora"):
+            api.GenerationRequest(loras=loras)
+    request = api.GenerationRequest(base=base, image=file)
+    assert (request.base, request.image) == (str(base), str(file))
+    assert api.run_config("demo", "a", {"model.base": base}).model.base == str(base)
+    assert api.load_base(base, "cpu", torch.float32).family is FAMILIES["tiny"]
+    assert api.concepts_list(ROOT / "assets" / "demo" / "train", base, workspace=tmp_path)
+    assert api.RunFolder(str(tmp_path)).events_file == tmp_path / "events.jsonl"
+    with pytest.raises(api.LoraError, match=r"no image named 'cat\.png'"):
+        api.leave_out(ROOT / "assets" / "demo" / "train", "cat.png", tmp_path)
+    with pytest.raises(api.LoraError, match="cannot vary 'size'"):
+        api.grid(api.GenerationRequest(loras=file), tmp_path / "a.png", api.Axis("size", ("1",)))

@@ -189,9 +189,9 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"(?=.{,96}$)[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SINGLE_FILES)
 
 
-def is_remote(name: str) -> bool:
+def is_remote(name: str | Path) -> bool:
     """Whether `name` is a hub id that is not yet completely downloaded."""
-    name = name.strip()
+    name = str(name).strip()
     return is_hub_id(name) and not expand_home(name).exists() and _cached_folder(name) is None
 
 
@@ -339,7 +339,7 @@ def _base_layout(path: Path, family_name: str, changed_at: int) -> Layout:
     }
 
 
-def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
+def read_base_facts(name: str | Path, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
     """Recognize the base that the user named.
 
     Args:
@@ -350,6 +350,7 @@ def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto")
     Raises:
         ModelFileError: nothing is there, or it cannot be trained here; the message names its kind.
     """
+    name = str(name)
     path = base_path(name.strip())
     if path.is_dir():
         return _folder_facts(name, path, prediction, zero_snr)

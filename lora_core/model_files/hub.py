@@ -271,7 +271,7 @@ def _weights(part: str, names: Sequence[str]) -> list[str]:
     return []
 
 
-def fetch_base(name: str) -> None:
+def fetch_base(name: str | Path) -> None:
     """Download a base that is named by a hub id into the local cache, with lines on stderr; other names are
     ignored.
 
@@ -279,7 +279,7 @@ def fetch_base(name: str) -> None:
         ModelFileError: it cannot be downloaded.
     """
     if is_remote(name):
-        found = find_download(name.strip())
+        found = find_download(str(name).strip())
         download(found, _lines_on_stderr(found))
 
 

@@ -278,7 +278,7 @@ def encode_start(base: BaseModel, file: str, size: tuple[int, int], mask: str = 
 
 
 def load_base(
-    name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
+    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str | Path = "",
     policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model, frozen, on `device`; see `open_base`."""
@@ -295,7 +295,7 @@ def load_model(model: ModelSection, precision: str = "auto") -> BaseModel:
 
 
 def open_base(
-    name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
+    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str | Path = "",
     policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
@@ -316,11 +316,11 @@ def open_base(
         OutOfMemory: a component does not fit into the device's memory.
     """
     fetch_base(name)
-    facts = read_base_facts(name, prediction, zero_snr)
+    facts, device = read_base_facts(name, prediction, zero_snr), torch.device(device)
     parts = _ComponentBuilder(facts, (prediction, zero_snr), device)
     facts, family = parts.facts, parts.family
     with _reading(facts.path, device):
-        autoencoder = parts.vae(vae)
+        autoencoder = parts.vae(str(vae))
         encoders = {encoder.part: parts.text_encoder(encoder, dtype) for encoder in family.text_encoders}
         tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
         unet = parts.unet(dtype, policy)
@@ -330,7 +330,7 @@ def open_base(
         raise _too_large(facts.path, device)
     kind = InpaintingModel if facts.inpainting else BaseModel
     return kind(
-        name=name, path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
+        name=str(name), path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, device=device,
         dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip

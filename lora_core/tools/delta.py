@@ -76,7 +76,7 @@ class BaseWeights:
     A folder may hold a layer twice, in full and in half precision.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | Path) -> None:
         """Read the headers of the base's files.
 
         Args:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.generate.request import WeightedLora
+from lora_core.generate.request import WeightedLora, weighted_loras
 from lora_core.model_files.header import what_is_there
 from lora_core.settings.config import checked_value
 from lora_core.settings.schema import AUTO, PRECISIONS
@@ -146,14 +146,14 @@ def load_images(dataset: File, workspace: Place, sizes: "SizeCache | None" = Non
     return open_dataset(find_dataset(str(dataset), place), place / "cache" / "datasets", sizes)
 
 
-def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
-    """Adapters with their strengths, 1 where none is given.
+def checked_loras(loras: Sequence[Lora] | Lora) -> list[WeightedLora]:
+    """Adapters with their strengths, see `weighted_loras`.
 
     Raises:
         AdapterFileError: a file does not exist.
         ConfigError: a strength is out of range.
     """
-    found = [one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in loras]
+    found = list(weighted_loras(loras))
     for lora in found:
         if not Path(lora.file).is_file():
             raise AdapterFileError(f"The adapter {lora.file} {what_is_there(lora.file)}.")
@@ -164,6 +164,11 @@ def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
                     " 1e30."
                 )
     return found
+
+
+def listed(names: Sequence[str] | str) -> list[str]:
+    """The names of a list; a text is a list of one, not of its letters."""
+    return list(map(str, [names] if isinstance(names, str | Path) else names))
 
 
 def check_precision(precision: str) -> None:

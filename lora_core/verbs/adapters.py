@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from lora_core.backends import import_models
 from lora_core.errors import AdapterFileError, ConfigError, RunError
-from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_image_grid
+from lora_core.generate.grid import Axis, grid_requests, grid_settings, make_axis, make_image_grid
 from lora_core.generate.request import DENOISING_STRENGTH, GenerationRequest
 from lora_core.model_files.detect import base_layout, read_base_facts
 from lora_core.model_files.header import read_header, what_is_there
@@ -106,6 +106,7 @@ def grid(
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
     """
+    rows, columns = (axis and make_axis(axis.kind, axis.values) for axis in (rows, columns))
     if rows is None and columns is None:
         raise ConfigError("A grid needs --rows or --columns, as in --columns strength=0,0.5,1.")
     for axis in (rows, columns):

@@ -16,7 +16,7 @@ from lora_core.runs.folder import find_run
 from lora_core.settings.config import FIELDS, checked_value, parse_toml
 from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
 from lora_core.system.files import workspace as workspace_folder
-from lora_core.verbs import File, Found, Measure, Place, Progress, choose_device, load_images, verb
+from lora_core.verbs import File, Found, Measure, Place, Progress, choose_device, listed, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.projects.project import Project
@@ -151,7 +151,7 @@ def concepts_move(
     """
     from lora_core.projects.project import move_images
 
-    return move_images(_pictures_of(dataset, workspace), dict.fromkeys(pictures, folder))
+    return move_images(_pictures_of(dataset, workspace), dict.fromkeys(listed(pictures), folder))
 
 
 @verb
@@ -197,7 +197,7 @@ def pictures(
     folder = find_run(run, workspace)
     from lora_core.evaluate.caption_scores import measure_run_images
 
-    return measure_run_images(folder, checkpoint, triples, note)
+    return measure_run_images(folder, str(checkpoint), triples, note)
 
 
 @verb
@@ -355,7 +355,7 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: Place = None) -
     """
     from lora_core.projects.project import leave_out as moved
 
-    return moved(_pictures_of(dataset, workspace), list(pictures))
+    return moved(_pictures_of(dataset, workspace), listed(pictures))
 
 
 @verb
@@ -363,7 +363,7 @@ def take_back(dataset: File, pictures: Sequence[str], workspace: Place = None) -
     """Put left-out images back; returns how many."""
     from lora_core.projects.project import take_back as moved
 
-    return moved(_pictures_of(dataset, workspace), list(pictures))
+    return moved(_pictures_of(dataset, workspace), listed(pictures))
 
 
 def left_out(dataset: File, workspace: Place = None) -> list[str]:
@@ -380,10 +380,10 @@ def hold_out(
     dataset: File, pictures: Sequence[str], on: Annotated[bool, "--undo"] = True, workspace: Place = None
 ) -> None:
     """Hold images of a project out for validation; `on=False` (`--undo`) trains on them again."""
-    project = _pictures_of(dataset, workspace)
-    for name in pictures:
+    project, names = _pictures_of(dataset, workspace), listed(pictures)
+    for name in names:
         project.find_image(name)
-    project.hold_out(list(pictures), on)
+    project.hold_out(names, on)
 
 
 @verb
@@ -403,13 +403,13 @@ def crop(
         edges = [float(edge) for edge in box.split(",")]
     except ValueError as error:
         raise DatasetError(f"The box {box!r} is not four or six numbers, such as 0.1,0,0.9,1.") from error
-    _pictures_of(dataset, workspace).crop(picture, edges)
+    _pictures_of(dataset, workspace).crop(str(picture), edges)
 
 
 @verb
 def captions_set(dataset: File, picture: str, text: str, workspace: Place = None) -> None:
     """Write the caption of one image."""
-    _pictures_of(dataset, workspace).save_caption(picture, text)
+    _pictures_of(dataset, workspace).save_caption(str(picture), text)
 
 
 @verb

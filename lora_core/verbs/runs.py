@@ -23,7 +23,7 @@ from lora_core.settings.schema import FORMATS, chosen
 from lora_core.system.files import expand_home, write_atomically
 from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.hardware import Hardware
-from lora_core.verbs import FILE_PRECISIONS, File, Found, Place, check_precision, verb
+from lora_core.verbs import FILE_PRECISIONS, File, Found, Place, check_precision, listed, verb
 
 if TYPE_CHECKING:
     from lora_core.model_files.families import Family
@@ -90,6 +90,7 @@ def run_config(
     given, dataset = dataset, find_dataset(str(dataset), workspace_folder(workspace))
     demo = dataset == "demo"
     asked = {**(settings_from_lora(Path(like)).values if like else {}), **flattened(settings or {})}
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
     slider = bool(asked.get("slider.positive") or asked.get("slider.negative"))
     if slider == bool(dataset):
         raise ConfigError(
@@ -336,8 +337,8 @@ def queue_sweep(
     folder = find_run(run, workspace)
     place = workspace_folder(workspace) if workspace else folder.path.parent.parent
     config = folder.config().changed({"name": folder.name})
-    axes = [(name, split_values(rest)) for name, _, rest in (text.partition("=") for text in by)]
-    swept = sweep_configs(config, setting, values, runs_folder(place), axes, seeds)
+    axes = [(name, split_values(rest)) for name, _, rest in (text.partition("=") for text in listed(by))]
+    swept = sweep_configs(config, setting, listed(values), runs_folder(place), axes, seeds)
     places = (*PLACES, "dataset.path")
     configs = [one.changed({name: _in_full(one.get(name)) for name in places}) for one in swept]
     for one in configs:
@@ -363,7 +364,7 @@ def queue_results(runs: Annotated[Sequence[str], "RUN..."] = (), workspace: Plac
     """
     from lora_core.runs.costs import Trial, compare_trials
 
-    place = workspace_folder(workspace)
+    place, runs = workspace_folder(workspace), listed(runs)
     queue = Queue(place)
     # Of a sweep, runs that were deleted since are left out.
     sweeps = [[run for run in map(queue.run, one) if is_run_folder(run.path)] for one in queue.sweeps()]
@@ -497,6 +498,6 @@ def export(  # noqa: PLR0913 - one option each
     folder = find_run(run, workspace)
     chosen(FORMATS, format, "format")
     check_precision(precision)
-    step = str(folder.step_of(checkpoint))
+    step = str(folder.step_of(str(checkpoint)))
     how = (format, precision)
     return export_checkpoint(folder, step, name or folder.name, how, full_rank, measured_rank)
