@@ -1,6 +1,7 @@
 """Everything that people get wrong, through the real command line: one sentence, exit code 1, nothing
 lost."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -638,6 +639,18 @@ def test_a_result_that_finds_no_room_is_no_success(place: Place, more: list[str]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "The output cannot be read or written: No space left on device.\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_a_help_whose_reader_is_gone_is_no_failure(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """As `lora-easel --help | head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(write_end, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
 
 
 def test_a_closed_output_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_core import api
 from lora_core.model_files.families import FAMILIES
-from lora_core.verbs import VERBS
+from lora_core.verbs import VERBS, plain_request
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = """
@@ -93,13 +93,13 @@ def test_files_are_texts_or_paths_and_one_may_stand_for_a_list(tmp_path: Path) -
     file, base = tmp_path / "a.safetensors", ROOT / "assets" / "base"
     one = api.WeightedLora(str(file))
     for loras in (str(file), file, one, [str(file)], (file,)):
-        assert api.GenerationRequest(loras=loras).loras == (one,)
+        assert plain_request(api.GenerationRequest(loras=loras)).loras == (one,)
         with pytest.raises(api.LoraError, match=r"a\.safetensors does not exist"):
             api.merge(loras, tmp_path / "b.safetensors")
     for loras in ((str(file), 0.5), 3):
         with pytest.raises(api.LoraError, match="is not a LoRA; give a file or WeightedLora"):
-            api.GenerationRequest(loras=loras)
-    request = api.GenerationRequest(base=base, image=file)
+            api.generate(api.GenerationRequest(loras=loras))
+    request = plain_request(api.GenerationRequest(base=base, image=file))
     assert (request.base, request.image) == (str(base), str(file))
     assert api.run_config("demo", "a", {"model.base": base}).model.base == str(base)
     assert api.load_base(base, "cpu", torch.float32).family is FAMILIES["tiny"]

@@ -69,8 +69,8 @@ class _Package(ModuleType):
     """A package that is not executed yet, or has put another object in its place since."""
 
     def __getattr__(self, name: str) -> Any:
-        # Other threads wait; what the package itself asks for while it is executed is still missing, also where
-        # waiting would never end, as in an import statement.
+        # Other threads wait. What the package itself asks for while it is executed is still missing. So is
+        # what a thread asks for that the executing one waits for, as with an import statement.
         lock = _locks._get_module_lock(self.__name__)
         try:
             lock.acquire()

@@ -286,6 +286,9 @@ def parse(words: Sequence[str]) -> Call:
         where = context.command_path if context else "lora-easel"
         write(sys.stderr, f"{usage}{where}: error: {' '.join(message.split())}\n")
         raise SystemExit(2) from error
+    except SystemExit as ended:
+        # The help's reader is gone, as in `--help | head`.
+        raise SystemExit(0 if isinstance(ended.__context__, BrokenPipeError) else ended.code) from None
     if not isinstance(found, Call):
         raise SystemExit(int(found or 0))
     return found

@@ -29,7 +29,7 @@ from lora_core.formats.layers import (
     reshape_adapter,
     tensors_by_layer,
 )
-from lora_core.formats.peft import HEADER_KEY, add_peft_config, apply_header_alphas
+from lora_core.formats.peft import HEADER_KEY, add_peft_config, apply_header_alphas, from_tensors
 from lora_core.lora.lycoris import LycorisUpdate
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
@@ -76,8 +76,7 @@ def load_adapter(path: str | Path, family: Family | None = None, plain: bool = T
         raise AdapterFileError(f"{path} cannot be used: it is {what}.{offer}")
     tensors, texts = read_tensors(path)
     metadata = add_peft_config(path, tensors, texts)
-    format = kinds.file_format(tensors)
-    if is_plain and format not in FORMATS:
+    if is_plain and kinds.file_format(tensors) not in FORMATS:
         raise AdapterFileError(f"{path} cannot be used: its tensors are named like no known format.")
     if not is_plain and family is None:
         family = kinds.require_family(path, header.shapes, header.metadata, "it cannot be used")
@@ -86,7 +85,7 @@ def load_adapter(path: str | Path, family: Family | None = None, plain: bool = T
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     try:
         if is_plain:
-            weights: AdapterWeights = _translator(format).from_tensors(tensors, metadata)
+            weights: AdapterWeights = from_tensors(tensors, metadata)
         else:
             assert family is not None
             weights = _mixed_weights(tensors, metadata, family)
@@ -242,7 +241,7 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
 
 
 def _translator(name: str) -> ModuleType:
-    """The module behind a row of `FORMATS`: from_tensors, to_tensors and header."""
+    """The module behind a row of `FORMATS`: to_tensors and header."""
     return importlib.import_module(FORMATS[name].load.partition(":")[0])
 
 

@@ -7,24 +7,12 @@ layers; where layers differ, `lora_up` is scaled instead. Ranks may differ.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 
-from lora_core.errors import AdapterFileError
-from lora_core.formats.kinds import TOKEN_PARTS, detect_family, extra_keys
-from lora_core.formats.layers import (
-    PAIR_ROLES,
-    Tensors,
-    check_plain,
-    first_few,
-    is_kohya_key,
-    layer_from_tensors,
-    prefix_of_layer,
-    split_key,
-    tensors_by_layer,
-)
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.formats.kinds import TOKEN_PARTS
+from lora_core.formats.layers import Tensors, check_plain, prefix_of_layer
+from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
 
 
@@ -92,37 +80,3 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": family.modelspec,
     }
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
-
-    An alpha of 0 means 0, as in all tools but kohya's: such a layer changes nothing. What
-    `kinds.extras_sentence` names is skipped.
-
-    Raises:
-        AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.
-    """
-    return AdapterWeights(pairs_from_tensors(tensors, metadata, "kohya")[0], dict(metadata))
-
-
-def pairs_from_tensors(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], format: str
-) -> tuple[dict[LayerKey, LayerWeights], set[LayerKey]]:
-    """The layers of a plain LoRA of either format, and those of them with an alpha among the tensors."""
-    extras = extra_keys(tensors)
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
-    unknown = [
-        key
-        for key in tensors
-        if split_key(key)[1] not in PAIR_ROLES or is_kohya_key(key) != (format == "kohya")
-    ]
-    if unknown:
-        raise AdapterFileError(
-            f"The file holds tensors that belong to no plain LoRA of the {format} format:"
-            f" {first_few(unknown)}."
-        )
-    family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
-    found = tensors_by_layer(tensors, family)
-    layers = {layer: layer_from_tensors(name, roles) for layer, (name, roles) in found.items()}
-    return layers, {layer for layer, (_, roles) in found.items() if "alpha" in roles}

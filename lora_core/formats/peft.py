@@ -16,8 +16,16 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.kohya import pairs_from_tensors
-from lora_core.formats.layers import Tensors, check_plain
+from lora_core.formats.kinds import detect_family, extra_keys
+from lora_core.formats.layers import (
+    PAIR_ROLES,
+    Tensors,
+    check_plain,
+    first_few,
+    layer_from_tensors,
+    split_key,
+    tensors_by_layer,
+)
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.system.files import parse_json, read_object
@@ -84,14 +92,25 @@ def _plain(number: float) -> float:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header, except what `kinds.extras_sentence` names.
+    """The plain LoRA in a file's tensors and header, except what `kinds.extras_sentence` names.
+
+    Each layer may have the name of either format. Ranks and alphas may differ, and without alpha the scale
+    is 1. An alpha of 0 means 0, as in all tools but kohya's: such a layer changes nothing.
 
     Raises:
         AdapterFileError: a key is unknown, incomplete, doubled or of an impossible shape, or the header's
             alphas cannot be read.
     """
-    layers, own = pairs_from_tensors(tensors, metadata, "diffusers")
-    return apply_header_alphas(layers, metadata, own)
+    extras = extra_keys(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
+    if unknown := [key for key in tensors if split_key(key)[1] not in PAIR_ROLES]:
+        raise AdapterFileError(f"The file holds tensors that belong to no plain LoRA: {first_few(unknown)}.")
+    family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
+    found = tensors_by_layer(tensors, family)
+    layers = {layer: layer_from_tensors(name, roles) for layer, (name, roles) in found.items()}
+    return apply_header_alphas(
+        layers, metadata, {key for key, (_, roles) in found.items() if "alpha" in roles}
+    )
 
 
 def apply_header_alphas(

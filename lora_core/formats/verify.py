@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from lora_core.formats.layers import (
     check_finite,
     first_few,
     is_finite,
-    is_kohya_key,
     layer_from_tensors,
     layer_of_module,
     read_alpha,
@@ -86,7 +86,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "format": kinds.file_format(shapes),
         "kind": kind,
         "ranks": ranks,
-        "alphas": _alphas(path, header) or [float(rank) for rank in ranks],
+        "alphas": _alphas(path, header, ranks),
         "modules": len(kinds.keys_by_module(shapes)),
         "parameters": sum(math.prod(shape) for shape in weights),
         "bytes": path.stat().st_size,
@@ -119,8 +119,8 @@ def _trigger_words(metadata: Mapping[str, str]) -> list[str]:
     return [tag for tag, _ in counts.most_common(MOST_TAGS)]
 
 
-def _alphas(path: Path, header: Header) -> list[float]:
-    """The distinct alphas: among the tensors, else in a diffusers header."""
+def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
+    """The distinct finite alphas: among the tensors, else in a diffusers header, else the ranks."""
     stored = read_tensors(path, ".alpha", header)[0].values()
     alphas = [read_alpha(tensor) for tensor in stored if tensor.numel() == 1]
     if not alphas:
@@ -131,7 +131,7 @@ def _alphas(path: Path, header: Header) -> list[float]:
                     alphas.append(value)
                 elif name.endswith(".alpha_pattern") and isinstance(value, dict):
                     alphas += value.values()
-    numbers = [n for n in alphas if isinstance(n, int | float) and not isinstance(n, bool)]
+    numbers = [n for n in alphas or ranks if isinstance(n, int | float) and not isinstance(n, bool)]
     return sorted({float(n) for n in numbers if math.isfinite(n)})
 
 
@@ -216,8 +216,8 @@ def verify_adapter(
         )
     family = _check_base(path, header.shapes, header.metadata, family)
     outcomes = run_loaders(path, family, live, layout, weight_of)
-    fixed = _no_conversion_helps(header.shapes, next(iter(outcomes.values())).meant, family, format)
-    advices = {tool: _advice(one, tool in MEANT_FOR[format], format, fixed) for tool, one in outcomes.items()}
+    meant = next(iter(outcomes.values())).meant
+    fixed = cache(lambda: _no_conversion_helps(header.shapes, meant, family, format))
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
@@ -225,7 +225,11 @@ def verify_adapter(
         "kind": kind,
         "extras": kinds.extras_sentence(header.shapes, with_tokens=True),
         "tools": [
-            {"tool": tool, **one.row(), "note": _note(one, advices[tool], family)}
+            {
+                "tool": tool,
+                **one.row(),
+                "note": _note(one, partial(_advice, one, tool in MEANT_FOR[format], format, fixed), family),
+            }
             for tool, one in outcomes.items()
         ],
     }
@@ -303,8 +307,8 @@ def run_loaders(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         texts = peft.add_peft_config(path, tensors, metadata)
-        format, kind = kinds.file_format(shapes), kinds.detect_kind(shapes)
-        meant, magnitudes = _meant(tensors, texts, format, kind, family)
+        kind = kinds.detect_kind(shapes)
+        meant, magnitudes = _meant(tensors, texts, kind, family)
         check_finite(meant)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
@@ -371,7 +375,7 @@ def _check_base(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str], b
 
 
 def _meant(
-    tensors: Tensors, metadata: Mapping[str, str], format: str, kind: str, family: Family
+    tensors: Tensors, metadata: Mapping[str, str], kind: str, family: Family
 ) -> tuple[AdapterWeights, dict[LayerKey, torch.Tensor]]:
     """What the file means, as far as its names are known: plain pairs (none for other kinds), and the DoRA
     magnitudes."""
@@ -382,7 +386,7 @@ def _meant(
         with contextlib.suppress(AdapterFileError):
             if role == "magnitude":
                 magnitudes[layer_of_module(module, family)] = magnitude_from_tensor(module, tensor)
-            elif role in PAIR_ROLES and is_kohya_key(key) == (format == "kohya"):
+            elif role in PAIR_ROLES:
                 found.setdefault(layer_of_module(module, family), {}).setdefault(role, tensor)
     if kind not in (kinds.LORA, kinds.LOCON, kinds.DORA):
         return AdapterWeights({}), magnitudes
@@ -391,8 +395,8 @@ def _meant(
         for layer, roles in found.items()
         if roles.keys() != {"alpha"}
     }
-    meant = peft.apply_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
-    return meant, magnitudes
+    own = {layer for layer, roles in found.items() if "alpha" in roles}
+    return peft.apply_header_alphas(layers, metadata, own), magnitudes
 
 
 Products = dict[LayerKey, tuple[float, float, float] | None]
@@ -476,11 +480,7 @@ class Expected:
 
 
 def _no_conversion_helps(shapes: kinds.Shapes, meant: AdapterWeights, family: Family, format: str) -> bool:
-    """Whether `convert` would refuse a file, for its names of two formats, or write the same names and
-    shapes."""
-    extras = kinds.extra_keys(shapes)
-    if any(is_kohya_key(key) != (format == "kohya") for key in shapes if key not in extras):
-        return True
+    """Whether `convert` would write the names and shapes that a file has."""
     if not meant.layers:
         return False
     translator = peft if format == "diffusers" else kohya
@@ -489,27 +489,27 @@ def _no_conversion_helps(shapes: kinds.Shapes, meant: AdapterWeights, family: Fa
     return pairs == {name: tuple(t.shape) for name, t in written.items() if not name.endswith(".alpha")}
 
 
-def _note(outcome: Outcome, advice: str, family: Family) -> str:
+def _note(outcome: Outcome, advice: Callable[[], str], family: Family) -> str:
     """What a tool makes of a file and what to do, in one sentence."""
     layers = outcome.loaded.layers
     failed = [layer.failed for layer in layers.values() if layer.failed]
     if outcome.refused:
-        return f"loads nothing: {outcome.refused}; {advice}"
+        return f"loads nothing: {outcome.refused}; {advice()}"
     if not layers:
-        return f"loads nothing and says nothing, for it knows none of the {outcome.keys} keys; {advice}"
+        return f"loads nothing and says nothing, for it knows none of the {outcome.keys} keys; {advice()}"
     if outcome.dropped:
         wrong = f" and applies {_wrong_strength(outcome)}" if outcome.wrong else ""
         share = f"{len(outcome.dropped)} of {outcome.keys} keys, such as {first_few(outcome.dropped, 1)},"
-        return f"drops {share} without a word{wrong}; {advice}"
+        return f"drops {share} without a word{wrong}; {advice()}"
     if failed:
         number = f"{len(failed)} {'layer' if len(failed) == 1 else 'layers'}"
-        return f"reads every key, but {failed[0].format(layers=number)}; {advice}"
+        return f"reads every key, but {failed[0].format(layers=number)}; {advice()}"
     if any(layer in layers and layers[layer].dora_norm and e != 0 for layer, e in outcome.errors.items()):
         error = outcome.max_error
         off = "--base measures how far off" if error is None else f"{error:.2g} of the update off"
-        return f"norms the DoRA magnitudes in another way than the file means, {off}; {advice}"
+        return f"norms the DoRA magnitudes in another way than the file means, {off}; {advice()}"
     if outcome.wrong:
-        return f"applies {_wrong_strength(outcome)}; {advice}"
+        return f"applies {_wrong_strength(outcome)}; {advice()}"
     if not outcome.fine:
         return "reads every key, but the file lacks layers of the adapter; export it again"
     if not family.portable:
@@ -538,7 +538,7 @@ _MERGEABLE = re.compile(r"\.(?:hada|lokr|oft)_|\.dora_scale$|\.lora_magnitude_ve
 """Tensors of the kinds that `merge --rank` turns into a plain LoRA."""
 
 
-def _advice(outcome: Outcome, meant_for: bool, format: str, fixed: bool) -> str:
+def _advice(outcome: Outcome, meant_for: bool, format: str, fixed: Callable[[], bool]) -> str:
     if not meant_for:
         return "export as kohya for it"
     dora = any(layer.kind == "DoRA" for layer in outcome.loaded.layers.values())
@@ -557,6 +557,6 @@ def _advice(outcome: Outcome, meant_for: bool, format: str, fixed: bool) -> str:
         return "only a file without them suits it; convert leaves them out"
     if outcome.wrong and not outcome.dropped:
         return "convert it to kohya, which gives all layers one alpha"
-    if fixed:
+    if fixed():
         return "no conversion changes that"
     return f"convert it to {format}, which writes the names that all tools know"

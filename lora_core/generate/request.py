@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,6 @@ class WeightedLora:
         return replace(self, strength=self.strength * factor, text_strength=text)
 
 
-def weighted_loras(loras: Any) -> tuple[WeightedLora, ...]:
-    """Adapters, each a `WeightedLora` or a file of strength 1; a single one may stand for itself.
-
-    Raises:
-        ConfigError: something else.
-    """
-    found = [loras] if isinstance(loras, str | Path | WeightedLora) or not isinstance(loras, Iterable) else loras
-    for lora in found:
-        if not isinstance(lora, str | Path | WeightedLora):
-            raise ConfigError(f"{lora!r} is not a LoRA; give a file or WeightedLora(file, strength).")
-    return tuple(one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in found)
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """Everything that an image depends on.
@@ -107,7 +94,7 @@ class GenerationRequest:
         image: the file of an image to start from, "" to start from noise.
         denoising_strength: how much of it is regenerated: the share of the steps that are run.
         mask: the file of a mask of the image, white where an inpainting base paints it; "" for all of it.
-        loras: adapters, all on at once, see `weighted_loras`.
+        loras: adapters, all on at once.
     """
 
     base: str = "demo"
@@ -130,11 +117,6 @@ class GenerationRequest:
     mask: str = ""
     loras: tuple[WeightedLora, ...] = ()
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-
-    def __post_init__(self) -> None:
-        for name in ("base", "vae", "image", "mask"):
-            object.__setattr__(self, name, str(getattr(self, name)))
-        object.__setattr__(self, "loras", weighted_loras(self.loras))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "GenerationRequest":

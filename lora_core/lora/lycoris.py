@@ -135,6 +135,17 @@ class LycorisUpdate:
             return dense.reshape(dense.shape[0], -1, *self.kernel)
         return dense.flatten(1) if dense.shape[2:] == (1, 1) and not self.kernel else dense
 
+    def kronecker(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The matrices whose Kronecker product is the update of a LoKr, without its scale; None for others.
+
+        The second has the kernel of a convolution in its rows.
+        """
+        tensors = {role: tensor.double() for role, tensor in (self.roles or {}).items()}
+        if not any(role.startswith("lokr") for role in tensors):
+            return None
+        first, second = _lokr_halves(tensors)
+        return first, second.flatten(1)
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(up, down) whose product is the update before magnitudes; None where their rank would not be low.
 
@@ -194,10 +205,12 @@ def _loha(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _lokr(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    first, second = (
-        tensors[f"lokr_w{n}"] if f"lokr_w{n}" in tensors else _lokr_half(tensors, n) for n in "12"
-    )
+    first, second = _lokr_halves(tensors)
     return torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second)
+
+
+def _lokr_halves(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors[f"lokr_w{n}"] if f"lokr_w{n}" in tensors else _lokr_half(tensors, n) for n in "12"]
 
 
 def _lokr_half(tensors: Mapping[str, torch.Tensor], n: str) -> torch.Tensor:

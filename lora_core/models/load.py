@@ -278,7 +278,7 @@ def encode_start(base: BaseModel, file: str, size: tuple[int, int], mask: str = 
 
 
 def load_base(
-    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str | Path = "",
+    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
     policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model, frozen, on `device`; see `open_base`."""
@@ -295,7 +295,7 @@ def load_model(model: ModelSection, precision: str = "auto") -> BaseModel:
 
 
 def open_base(
-    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str | Path = "",
+    name: str | Path, device: torch.device | str, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
     policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
@@ -330,9 +330,9 @@ def open_base(
         raise _too_large(facts.path, device)
     kind = InpaintingModel if facts.inpainting else BaseModel
     return kind(
-        name=str(name), path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
-        tokenizers=tokenizers, noise=noise, device=device,
-        dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
+        name=str(name), path=facts.path, family=family, denoiser=unet, vae=autoencoder,
+        text_encoders=encoders, tokenizers=tokenizers, noise=noise, device=device, dtype=dtype,
+        facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip
 
 

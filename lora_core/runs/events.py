@@ -397,6 +397,7 @@ class Progress:
     Attributes:
         phases: the share done of each phase of the present work between two steps; it never falls.
         took: seconds of the last validation and of the last round of samples, by the name of their event.
+        finished: the steps of a run that is done, until a trainer resumes it.
         train_seconds: time taken by the steps so far, those that were gone back from left out.
         idle_since: when the last step, or the last work between two steps, ended.
         handled: the requests acted on, ever.
@@ -415,6 +416,7 @@ class Progress:
     train_seconds: float = 0.0
     idle_since: float = 0.0
     ending: str = ""
+    finished: int = 0
     reason: str = ""
     cause: str = ""
     changed: list[str] = field(default_factory=list)
@@ -447,7 +449,7 @@ class Progress:
                 self.ending, self.reason, self.cause, self.changed = "", "", "", []
             case Resumed():
                 self._forget_after(event.step)
-                self.steps = event.steps
+                self.steps, self.finished = event.steps, 0
             case Preparing():
                 self.stepping = False
                 self._work(event)
@@ -479,7 +481,10 @@ class Progress:
                 self.ending, self.export, self.reason = "stopped", event.export, event.reason
                 self.stopped_early = self.stopped_early or bool(event.reason)
             case Finished():
-                self.ending, self.export = "done", event.export
+                self.ending, self.export, self.finished = "done", event.export, self.steps
+            case Failed() if self.finished:
+                # It was to be trained further, and was refused.
+                self.ending, self.steps = "done", self.finished
             case Failed():
                 self.ending, self.reason, self.changed = "failed", event.reason, event.changed
                 self.cause = event.cause

@@ -99,6 +99,7 @@ class RunFolder:
     path: Path
 
     def __post_init__(self) -> None:
+        """Take a text, too."""
         object.__setattr__(self, "path", Path(self.path))
 
     @property
@@ -283,10 +284,16 @@ class RunFolder:
             return "running" if progress.stepping else "preparing"
         return progress.ending or ("interrupted" if progress.started else "queued")
 
-    def write_held_out(self, held: Iterable[ImageRecord]) -> None:
-        """Write down which images the run does not train on."""
-        found = {"files": sorted(hash_file(record.path) for record in held)}
-        write_atomically(self.held_out_file, json.dumps(found).encode())
+    def write_held_out(self, held: Iterable[ImageRecord], added: Iterable[ImageRecord] = ()) -> None:
+        """Write down which images the run has not trained on: once there is a checkpoint, those `held` out
+        now that were so before, or that were `added` since."""
+        files, before = (
+            {hash_file(record.path) for record in held},
+            read_json(self.held_out_file).get("files"),
+        )
+        if isinstance(before, list) and self.checkpoint_steps():
+            files &= {*before, *(hash_file(record.path) for record in added)}
+        write_atomically(self.held_out_file, json.dumps({"files": sorted(files)}).encode())
 
     def held_out(self, records: list[ImageRecord], config: RunConfig) -> list[ImageRecord]:
         """Which of the images the run did not train on, whatever the dataset's list is today: as it would

@@ -77,6 +77,18 @@ def _is_thin(pair: Pair) -> bool:
     return pair[1].shape[0] < min(pair[0].shape[0], pair[1].shape[1])
 
 
+def update_singular_values(update: LycorisUpdate) -> torch.Tensor:
+    """The singular values of an update without magnitudes, descending, fp64; those of a Kronecker product are
+    the products of its factors'."""
+    halves = update.kronecker()
+    if halves is None:
+        return singular_values(flat_pair(update))
+    one, two = map(torch.linalg.svdvals, halves)
+    values = (abs(update.scale) * torch.outer(one, two)).flatten().sort(descending=True).values
+    (out, rows), (more, columns) = (half.shape for half in halves)
+    return torch.nn.functional.pad(values, (0, min(out * more, rows * columns) - len(values)))
+
+
 def singular_values(pair: Pair) -> torch.Tensor:
     """The singular values of up (out, R) @ down (R, in), descending, fp64, min(out, in, R) of them."""
     up, down = pair[0].double(), pair[1].double()
@@ -349,7 +361,7 @@ def rank_of_energy(values: torch.Tensor, share: float) -> int:
 
 def spectrum_row(key: LayerKey, update: LycorisUpdate) -> dict[str, Any]:
     """The spectrum of one layer's update (without magnitudes), see `file_spectrum`."""
-    values = singular_values(flat_pair(update))
+    values = update_singular_values(update)
     significant = numeric_rank(values, update)
     return {
         "part": key[0],

@@ -13,13 +13,13 @@ its name there; `note` is called with (done, total). Functions import what needs
 so that `runs` and `stop` answer at once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.generate.request import WeightedLora, weighted_loras
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.model_files.header import what_is_there
 from lora_core.settings.config import checked_value
 from lora_core.settings.schema import AUTO, PRECISIONS
@@ -146,6 +146,26 @@ def load_images(dataset: File, workspace: Place, sizes: "SizeCache | None" = Non
     return open_dataset(find_dataset(str(dataset), place), place / "cache" / "datasets", sizes)
 
 
+def weighted_loras(loras: Any) -> list[WeightedLora]:
+    """Adapters, each a `WeightedLora` or a file of strength 1; one may stand for a list of one.
+
+    Raises:
+        ConfigError: something else.
+    """
+    one = isinstance(loras, str | Path | WeightedLora) or not isinstance(loras, Iterable)
+    found = [loras] if one else list(loras)
+    for lora in found:
+        if not isinstance(lora, str | Path | WeightedLora):
+            raise ConfigError(f"{lora!r} is not a LoRA; give a file or WeightedLora(file, strength).")
+    return [lora if isinstance(lora, WeightedLora) else WeightedLora(str(lora)) for lora in found]
+
+
+def plain_request(shot: GenerationRequest) -> GenerationRequest:
+    """The request with texts for paths, and its adapters as `weighted_loras`."""
+    paths = {name: str(getattr(shot, name)) for name in ("base", "vae", "image", "mask")}
+    return replace(shot, **paths, loras=tuple(weighted_loras(shot.loras)))
+
+
 def checked_loras(loras: Sequence[Lora] | Lora) -> list[WeightedLora]:
     """Adapters with their strengths, see `weighted_loras`.
 
@@ -153,7 +173,7 @@ def checked_loras(loras: Sequence[Lora] | Lora) -> list[WeightedLora]:
         AdapterFileError: a file does not exist.
         ConfigError: a strength is out of range.
     """
-    found = list(weighted_loras(loras))
+    found = weighted_loras(loras)
     for lora in found:
         if not Path(lora.file).is_file():
             raise AdapterFileError(f"The adapter {lora.file} {what_is_there(lora.file)}.")

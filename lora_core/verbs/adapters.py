@@ -30,6 +30,7 @@ from lora_core.verbs import (
     check_precision,
     checked_loras,
     choose_device,
+    plain_request,
     verb,
 )
 
@@ -63,6 +64,7 @@ def generate(
     """
     if not 1 <= count <= 1000:
         raise ConfigError(f"--count {count} is out of range; it must be between 1 and 1,000.")
+    shot = plain_request(shot)
     _check([shot])
     target = Path(out) if out else None
     if target:
@@ -106,6 +108,7 @@ def grid(
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
     """
+    shot = plain_request(shot)
     rows, columns = (axis and make_axis(axis.kind, axis.values) for axis in (rows, columns))
     if rows is None and columns is None:
         raise ConfigError("A grid needs --rows or --columns, as in --columns strength=0,0.5,1.")

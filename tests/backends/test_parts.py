@@ -66,12 +66,13 @@ def test_a_broken_torch_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package `toys` with packages, each with a `part`; `circle` and its `user` import each other."""
+    waits = "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\n"
     sources = {
         "": "",
         "plain": "from .part import VALUE\nCOUNTED = [*globals().get('COUNTED', []), 1]\n",
         "failing": "import toys\nif not hasattr(toys, 'ready'): raise RuntimeError('not yet')\nVALUE = 3\n",
-        "slow": "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\nVALUE = 5\n",
-        "circle": "import toys\ntoys.begun.set()\nassert toys.go.wait(60)\nimport toys.circle.user\nVALUE = 6\n",
+        "slow": f"{waits}VALUE = 5\n",
+        "circle": f"{waits}import toys.circle.user\nVALUE = 6\n",
         "other": "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(VALUE=4)\n",
     }
     for name, source in sources.items():

@@ -54,6 +54,15 @@ def test_convolutions_and_several_alphas(path, family, format):
     assert facts["alphas"] == [1.0, 2.0, 4.0]
 
 
+def test_an_alpha_that_is_no_number_is_not_the_rank(path):
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    pair = {f"{stem}.lora_down.weight": torch.ones(4, 96), f"{stem}.lora_up.weight": torch.ones(96, 4)}
+    path.write_bytes(serialised(pair | {f"{stem}.alpha": torch.tensor(float("nan"))}, {}))
+    facts = inspect_file(path)
+    assert (facts["ranks"], facts["alphas"]) == ([4], [])
+    assert "not finite" in facts["problem"]
+
+
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 XL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 OTHERS = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import kohya
+from lora_core.formats import kohya, peft
 from lora_core.formats.kinds import file_format
 from lora_core.lora.weights import AdapterWeights
 from tests.formats.conftest import BLOCK, adapter, linear, same_bits
@@ -33,14 +33,14 @@ def test_names_and_alpha(family):
 
 def test_round_trip_is_bit_for_bit(family):
     weights = adapter(alphas=(3.0,) * 5, ranks=(1, 2, 4, 8, 16))
-    assert same_bits(kohya.from_tensors(kohya.to_tensors(weights, family), {}), weights)
+    assert same_bits(peft.from_tensors(kohya.to_tensors(weights, family), {}), weights)
 
 
 def test_layers_that_differ_get_one_alpha_and_keep_their_update(family):
     weights = adapter(alphas=(2.0, 2.0, 5.0, 0.3, 2.0), ranks=(4, 8, 4, 4, 4))
     tensors = kohya.to_tensors(weights, family)
     assert {float(t) for key, t in tensors.items() if key.endswith(".alpha")} == {2.0}
-    back = kohya.from_tensors(tensors, {})
+    back = peft.from_tensors(tensors, {})
     for key, layer in weights.layers.items():
         torch.testing.assert_close(back.layers[key].delta(), layer.delta(), rtol=1e-6, atol=1e-6)
         if layer.alpha == 2.0:
@@ -49,14 +49,14 @@ def test_layers_that_differ_get_one_alpha_and_keep_their_update(family):
 
 def test_a_power_of_two_between_alphas_loses_nothing(family):
     weights = adapter(alphas=(4.0, 4.0, 4.0, 1.0, 16.0))
-    back = kohya.from_tensors(kohya.to_tensors(weights, family), {})
+    back = peft.from_tensors(kohya.to_tensors(weights, family), {})
     for key, layer in weights.layers.items():
         assert torch.equal(back.layers[key].up * back.layers[key].scale, layer.up * layer.scale)
 
 
 def test_keep_alphas_is_bit_for_bit(family):
     weights = adapter(alphas=(2.0, 2.0, 5.0, 0.25, 1.0), ranks=(4, 8, 4, 4, 4))
-    assert same_bits(kohya.from_tensors(kohya.to_tensors(weights, family, keep_alphas=True), {}), weights)
+    assert same_bits(peft.from_tensors(kohya.to_tensors(weights, family, keep_alphas=True), {}), weights)
 
 
 @pytest.mark.parametrize("alphas", [(0.0, 2.0, 2.0, 2.0, 2.0), (0.0,) * 5])
@@ -64,7 +64,7 @@ def test_alpha_zero_is_kept_bit_for_bit_on_request(family, alphas):
     weights = adapter(alphas)
     tensors = kohya.to_tensors(weights, family, keep_alphas=True)
     assert float(tensors[f"{STEM}.alpha"]) == 0
-    assert same_bits(kohya.from_tensors(tensors, {}), weights)
+    assert same_bits(peft.from_tensors(tensors, {}), weights)
 
 
 @pytest.mark.parametrize("alphas", [(0.0, 2.0, 2.0, 2.0, 2.0), (0.0,) * 5])
@@ -89,7 +89,7 @@ def test_half_precision_is_scaled_in_fp32(family):
 
 
 def test_without_alpha_the_scale_is_one():
-    (layer,) = kohya.from_tensors(pair(rank=3), {}).layers.values()
+    (layer,) = peft.from_tensors(pair(rank=3), {}).layers.values()
     assert layer.scale == 1
 
 
@@ -97,14 +97,14 @@ def test_without_alpha_the_scale_is_one():
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_any_single_number_is_an_alpha(dtype, shape):
     tensors = pair(rank=8, **{f"{STEM}.alpha": torch.full(shape, 4, dtype=dtype)})
-    (layer,) = kohya.from_tensors(tensors, {}).layers.values()
+    (layer,) = peft.from_tensors(tensors, {}).layers.values()
     assert layer.alpha == 4.0
     assert layer.scale == 0.5
 
 
 def test_leaves_of_peft_below_kohyas_stems_are_read():
     tensors = {f"{STEM}.lora_A.weight": torch.ones(4, 6), f"{STEM}.lora_B.weight": torch.ones(5, 4)}
-    assert len(kohya.from_tensors(tensors, {}).layers) == 1
+    assert len(peft.from_tensors(tensors, {}).layers) == 1
 
 
 def test_tucker_form_is_the_same_update():
@@ -117,7 +117,7 @@ def test_tucker_form_is_the_same_update():
         "lora_up.weight": up,
         "alpha": torch.tensor(2.0),
     }
-    (layer,) = kohya.from_tensors({f"{stem}.{k}": v for k, v in keys.items()}, {}).layers.values()
+    (layer,) = peft.from_tensors({f"{stem}.{k}": v for k, v in keys.items()}, {}).layers.values()
     # Each position of the kernel on its own: up, the middle at that position, down.
     for y in range(3):
         for x in range(3):
@@ -168,7 +168,7 @@ BAD = {
 def test_broken_contents_are_named(case):
     tensors, words = BAD[case]
     with pytest.raises(AdapterFileError, match=words) as caught:
-        kohya.from_tensors(tensors, {})
+        peft.from_tensors(tensors, {})
     assert "\n" not in str(caught.value)
     assert "lora_" in str(caught.value) or "text_encoder." in str(caught.value)
 
@@ -191,7 +191,7 @@ def test_header(family):
 @pytest.mark.parametrize("alpha", [0.3, 0.1, 7.7, 1e-4, 12345.678, 1.0, 1e30])
 def test_an_alpha_comes_back_as_the_number_that_was_written(family, alpha):
     weights = adapter(alphas=(alpha,) * 5)
-    assert same_bits(kohya.from_tensors(kohya.to_tensors(weights, family), {}), weights)
+    assert same_bits(peft.from_tensors(kohya.to_tensors(weights, family), {}), weights)
 
 
 ALPHAS = {
@@ -210,7 +210,7 @@ ALPHAS = {
 def test_forms_of_alpha(case):
     stored, alpha = ALPHAS[case]
     tensors = pair() if stored is None else pair(**{f"{STEM}.alpha": stored})
-    (layer,) = kohya.from_tensors(tensors, {}).layers.values()
+    (layer,) = peft.from_tensors(tensors, {}).layers.values()
     assert (layer.alpha, layer.scale) == (alpha, alpha / 4)
 
 
@@ -225,7 +225,7 @@ def test_original_names_count_the_blocks_of_the_family_that_the_file_is_for():
         f"{context}.lora_down.weight": torch.ones(4, 768),
         f"{context}.lora_up.weight": torch.ones(8, 4),
     }
-    assert set(kohya.from_tensors(tensors, {}).layers) == {
+    assert set(peft.from_tensors(tensors, {}).layers) == {
         ("unet", "up_blocks.0.upsamplers.0.conv"),
         ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
     }

@@ -39,7 +39,7 @@ def test_kohya_to_diffusers_to_kohya_is_bit_for_bit(family, keep_alphas):
     one = adapter(alphas=(6.0,) * 5, ranks=(1, 2, 4, 8, 16))
     mixed = adapter(alphas=(2.0, 2.0, 5.0, 0.3, 1.0), ranks=(4, 8, 4, 4, 4))
     start = kohya.to_tensors(mixed if keep_alphas else one, family, keep_alphas)
-    weights = kohya.from_tensors(start, {})
+    weights = peft.from_tensors(start, {})
     through = peft.from_tensors(peft.to_tensors(weights, family), peft.header(weights, family))
     assert same_bits(through, weights)
     end = kohya.to_tensors(through, family, keep_alphas)

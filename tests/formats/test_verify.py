@@ -13,7 +13,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import kinds
-from lora_core.formats.io import load_adapter, save_adapter
+from lora_core.formats.io import convert_adapter, load_adapter, save_adapter
 from lora_core.formats.verify import run_loaders, verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.detect import family_layout
@@ -322,17 +322,19 @@ def test_a_conversion_is_advised_only_where_it_changes_something(path, case):
     assert advised == [case != "q only"] * len(notes), notes
 
 
-def test_the_advice_for_a_file_that_convert_refuses_or_cuts(path):
-    """Names of two formats, which `convert` refuses; a bias, for which diffusers refuses it all."""
+def test_the_advice_for_a_file_that_convert_renames_or_cuts(path):
+    """Names of two formats, which `convert` makes one; a bias, for which diffusers refuses it all."""
     family = FAMILIES["sd15"]
     tensors, metadata = odd_file("attention only", family, family_layout(family))
     other = "unet.mid_block.attentions.0.proj_in"
     pair = {f"{other}.lora_A.weight": torch.ones(1, 1280), f"{other}.lora_B.weight": torch.ones(1280, 1)}
     path.write_bytes(serialised(tensors | pair, metadata))
-    notes = {row["tool"]: row["note"] for row in verify_adapter(path)["tools"]}
-    assert notes["A1111"].endswith("; no conversion changes that")
-    with pytest.raises(AdapterFileError, match="belong to no plain LoRA"):
-        load_adapter(path)
+    rows = {row["tool"]: row for row in verify_adapter(path)["tools"]}
+    assert rows["A1111"]["note"].endswith("; convert it to kohya, which writes the names that all tools know")
+    assert rows["A1111"]["max_delta_error"] == 1.0
+    assert ("unet", other.removeprefix("unet.")) in load_adapter(path).layers
+    convert_adapter(path, path.with_name("one.safetensors"), "kohya")
+    assert verify_adapter(path.with_name("one.safetensors"))["ok"]
     stem = next(iter(tensors)).split(".")[0]
     path.write_bytes(serialised(tensors | {f"{stem}.diff_b": torch.ones(320)}, metadata))
     notes = {row["tool"]: row["note"] for row in verify_adapter(path)["tools"]}

@@ -1,5 +1,6 @@
 """The lines of events.jsonl: what a reader sees while the writer writes, or after it was killed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -288,6 +289,16 @@ def test_an_ending_is_taken_back_by_the_next_start(event: events.Event, ending: 
     assert progress.ending == ending
     progress.update([started()])
     assert (progress.ending, progress.reason, progress.stepping) == ("", "", False)
+
+
+def test_a_finished_run_that_is_refused_more_steps_stays_finished() -> None:
+    refused = events.Failed(reason="Since it began, this has changed.", changed=["the picture a.png"])
+    progress = folded(started(), done_step(1), events.Finished(step=1, export="export/a"))
+    goal = progress.steps
+    progress.update([dataclasses.replace(started(), steps=99), refused])
+    assert (progress.ending, progress.steps, progress.export) == ("done", goal, "export/a")
+    progress.update([started(), events.Resumed(step=1, steps=99), refused])
+    assert (progress.ending, progress.steps, progress.changed) == ("failed", 99, ["the picture a.png"])
 
 
 def test_what_a_failure_asks_about_goes_with_it() -> None:

@@ -8,7 +8,17 @@ import torch
 from peft import LoHaConfig, LoKrConfig
 
 from lora_core.__main__ import main
-from lora_core.tools.svd import block_of, effective_rank, file_spectrum, rank_of_energy, stable_rank
+from lora_core.lora.lycoris import LycorisUpdate
+from lora_core.tools.svd import (
+    block_of,
+    effective_rank,
+    file_spectrum,
+    flat_pair,
+    rank_of_energy,
+    singular_values,
+    stable_rank,
+    update_singular_values,
+)
 from tests.formats.odd_files import serialised
 from tests.tools.planted import (
     CONV,
@@ -108,6 +118,24 @@ def test_other_kinds_have_a_spectrum_too(path, config):
     found = np.array(row["singular_values"])
     np.testing.assert_allclose(found, expected[: len(found)], rtol=1e-3, atol=1e-4 * expected[0])
     assert row["norm"] == pytest.approx(float(np.linalg.norm(expected)), rel=1e-4)
+
+
+HALVES = {
+    "linear": {"lokr_w1": (4, 6), "lokr_w2": (8, 10)},
+    "tall and wide": {"lokr_w1": (12, 2), "lokr_w2": (3, 20)},
+    "factors": {"lokr_w1_a": (6, 2), "lokr_w1_b": (2, 4), "lokr_w2": (8, 9)},
+    "convolution": {"lokr_w1": (4, 3), "lokr_w2": (5, 6, 3, 3)},
+    "Tucker": {"lokr_w1": (4, 3), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 6), "lokr_t2": (2, 2, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_a_kronecker_product_has_the_products_of_its_factors_singular_values(case):
+    draw = torch.Generator().manual_seed(0)
+    roles = {role: torch.randn(shape, generator=draw) for role, shape in HALVES[case].items()}
+    update = LycorisUpdate("layer", None, roles, scale=-0.5)
+    found, expected = update_singular_values(update), singular_values(flat_pair(update))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected[0]))
 
 
 def test_dora_is_left_out_and_the_rest_is_told(path):

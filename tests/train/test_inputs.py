@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_core import api
 from lora_core.data.captions import write_caption
 from lora_core.data.dataset import scan, split_holdout
 from lora_core.errors import RunError
@@ -105,3 +107,25 @@ def test_a_run_remembers_what_it_held_out(own_toy):
     # Chosen by hand later.
     now = [replace(record, held_out=record not in held) for record in records]
     assert [one.path for one in run.held_out(now, run.config())] == [one.path for one in held]
+
+
+def test_an_image_that_was_trained_on_is_never_called_held_out(own_toy, tmp_path):
+    """What is held out later, accepted or not, was trained on before, unless it was added since."""
+    pictures = tmp_path / "set"
+    shutil.copytree(own_toy.pictures, pictures)
+    run = own_toy.run(
+        "one", dataset__path=str(pictures), validation__pictures=0.0, validation__every=0, train__steps=4
+    )
+    trained(run)
+    first, *_ = sorted(record.path for record in scan(pictures).records)
+    added = first.with_name("added.png")
+    Image.new("RGB", (16, 16), "teal").save(added)
+    for path in (first, added):
+        api.hold_out(pictures, [path.name], workspace=tmp_path / "home")
+    with pytest.raises(RunError, match="this has changed"):
+        api.resume(run.path, steps=8)
+    assert run.status() == "done"
+    api.resume(run.path, steps=8, accept_changes=True)
+    records = scan(pictures).records
+    assert {record.path for record in records if record.held_out} == {first, added}
+    assert [one.path for one in run.held_out(records, run.config())] == [added]
