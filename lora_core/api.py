@@ -6,7 +6,7 @@ and prints nothing:
     >>> inspect(file)["kind"]
     'LoRA'
     >>> merge([WeightedLora(str(file), 0.5), file], merged)
-    ['1 layers of rank 4 from 2 files.']
+    ['1 layer of rank 4 from 2 files.']
 
 Below the verbs are the parts that they are made of: open a base, put an adapter into it, draw an image:
 

@@ -98,6 +98,11 @@ class OutOfMemory(LoraError):
     cause = "out_of_memory"
 
 
+def count_words(count: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def first_line(error: Exception) -> str:
     """The first line of what a library says, without a period, or the name of the error where it says
     nothing."""

@@ -22,7 +22,15 @@ from lora_core import api
 from lora_core.backends import import_models
 from lora_core.cli.parser import Call, command, function_of, parse
 from lora_core.cli.terminal import EventPrinter, one_line, say, say_json, show_result, slow_notes, write
-from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError, clip_message
+from lora_core.errors import (
+    AdapterFileError,
+    ConfigError,
+    LoraError,
+    ModelFileError,
+    RunError,
+    clip_message,
+    count_words,
+)
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import read_header
@@ -233,7 +241,7 @@ class Training:
         """Print the settings taken from the file of --like, and those that were not."""
         if self.like:
             like = api.settings_from_lora(self.like)
-            say(f"Like {self.like.name}: {len(like.values)} settings from {like.source}.")
+            say(f"Like {self.like.name}: {count_words(len(like.values), 'setting')} from {like.source}.")
             if like.base:
                 say(f"Note: It was trained on {like.base}; choose the base by --base.")
             say(f"Taken: {like.listed_values(defaults=False)}.")

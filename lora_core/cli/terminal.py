@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lora_core.errors import count_words
 from lora_core.runs import events
 from lora_core.runs.events import Progress, verdict
 from lora_core.runs.queue import Queue
@@ -240,7 +241,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=one_line,
     )  # fmt: skip
     environment.filters |= {
-        "count": lambda number, noun: f"{number} {noun}{'' if number == 1 else 's'}",
+        "count": count_words,
         "size": format_bytes,
         "duration": duration,
         "name": lambda path: Path(str(path)).name,

@@ -615,6 +615,9 @@ def _defaults_of(values: Mapping[str, list[Any]], trainer: Mapping[str, Any]) ->
         return {}
     given = {key for key, found in values.items() if found[0] not in (None, "")}
     missing = {key: [value] for key, value in trainer["defaults"].items() if key not in given}
+    for key, text, other, value in trainer.get("defaults_when", []):
+        if other in missing and str(values.get(key, [""])[0]).casefold() == text:
+            missing[other] = [value]
     for key, elsewhere in trainer.get("elsewhere", {}).items():
         if key in given and not _is_off(values[key][0]):
             missing = {key: value for key, value in missing.items() if not _is_in(key, elsewhere)}
@@ -878,6 +881,10 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     for key, text, name, value, *_ in trainer["when"]:
         if text_of.get(key) == text:
             read.give(name, value, key)
+    for optimizer, argument, sentence in trainer.get("own_rate", []):
+        chosen = read.texts.get("ss_optimizer", "").casefold() == optimizer
+        if chosen and argument not in read.texts.get("ss_optimizer_args", ""):
+            read.left.append(sentence)
     if rank := read.texts.get("ss_network_dim"):
         read.texts.setdefault("ss_network_alpha", rank)
     if trainer.get("conv_alpha_is_rank") and (rank := read.network.get("conv_dim")):

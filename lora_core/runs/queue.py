@@ -251,8 +251,7 @@ class Queue:
             waiting = [job.run for job in _jobs(db) if job.state == WAITING]
             if not 1 <= position <= len(waiting):
                 raise RunError(
-                    f"The position {position} is not one of the queue's; {len(waiting)} jobs wait, so it"
-                    f" goes from 1 to {len(waiting)}."
+                    f"The position {position} is not one of the queue's; it goes from 1 to {len(waiting)}."
                 )
             places = db.execute("SELECT position FROM jobs WHERE state = ? ORDER BY position", [WAITING])
             positions = [place for (place,) in places]

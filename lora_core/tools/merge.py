@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, wrap_os_errors
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, count_words, wrap_os_errors
 from lora_core.formats import kinds
 from lora_core.formats.io import as_bytes, encode_header
 from lora_core.formats.layers import check_plain
@@ -268,7 +268,7 @@ def merge_files(
     weights, loss = merge_adapters(adapters, rank, weights_of)
     save_with_side_file(weights, files[0].family, out, precision, _header(files, out))
     span = rank_words(layer.rank for layer in weights.layers.values())
-    sentences.append(f"{len(weights.layers)} layers of {span} from {files_words(files)}.")
+    sentences.append(f"{count_words(len(weights.layers), 'layer')} of {span} from {files_words(files)}.")
     if rank is not None and not reduced:
         sentences.append(loss.sentence(rank))
     elif rank is not None and not loss.none:
@@ -402,7 +402,10 @@ def merge_files_into_base(
     if not terms:
         raise AdapterFileError("With these strengths and weights nothing of the base would change.")
     _write(base, _edits(base, terms), out, texts, note)
-    return [*extras_sentences(loras), f"{len(terms)} layers of the base changed by {files_words(files)}."]
+    return [
+        *extras_sentences(loras),
+        f"{count_words(len(terms), 'layer')} of the base changed by {files_words(files)}.",
+    ]
 
 
 def _write(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, count_words
 from lora_core.evaluate.validator import CLEARLY, MeasureGains, clustered_error
 from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.formats.kinds import extras_sentence, file_format, require_family
@@ -644,7 +644,11 @@ def _differences(
 def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra: Spectra) -> list[str]:
     """The extraction and its cost."""
     ranks = [layer.rank for layer in weights.layers.values()]
-    sentences = [f"{len(ranks)} layers of {rank_words(ranks)}.", loss.sentence(), spectra.sentence()]
+    sentences = [
+        f"{count_words(len(ranks), 'layer')} of {rank_words(ranks)}.",
+        loss.sentence(),
+        spectra.sentence(),
+    ]
     whole = spectra.outside + sum(spectra.energies.values())
     if spectra.outside > 1e-6 * whole:
         share = math.sqrt(spectra.outside / whole)

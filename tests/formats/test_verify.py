@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats import kinds
+from lora_core.formats import kinds, kohya
 from lora_core.formats.io import convert_adapter, load_adapter, save_adapter
 from lora_core.formats.verify import run_loaders, verify_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -320,6 +320,13 @@ def test_a_conversion_is_advised_only_where_it_changes_something(path, case):
     assert notes
     advised = ["convert it to kohya" in note for note in notes]
     assert advised == [case != "q only"] * len(notes), notes
+
+
+def test_a_file_that_needs_no_advice_is_not_converted_for_one(path, monkeypatch):
+    family = FAMILIES["sd15"]
+    written(path, family, "attention only")
+    monkeypatch.setattr(kohya, "to_tensors", None)
+    assert verify_adapter(path)["ok"]
 
 
 def test_the_advice_for_a_file_that_convert_renames_or_cuts(path):

@@ -703,6 +703,11 @@ def test_the_tables_name_keys_of_the_header() -> None:
             # A megapixel.
             {"train.resolution": 1024, "train.steps": 50},
         ),
+        # A quarter: 1,000 steps.
+        ("a.yaml", "{network: {linear: 8}, train: {steps: 4000, lr_scheduler: constant_with_warmup}}",
+         {"optimizer.warmup": 0.25}, {"train.steps": 4000}),
+        ("a.yaml", "{network: {linear: 8}, train: {steps: 4000, lr_scheduler: constant_with_warmup,"
+         " lr_scheduler_params: {num_warmup_steps: 400}}}", {}, {"optimizer.warmup": 0.1}),
         ("a.json", '{"training_method": "LORA", "ema": "GPU"}', {"save.ema": 0.999}, {}),
         ("a.yaml", "{network: {linear: 8}, train: {ema_config: {use_ema: true}}}", {"save.ema": 0.999}, {}),
         ("a.json", '{"model_family": "sdxl", "lora_rank": 4, "use_ema": true}', {"save.ema": 0.995}, {}),
@@ -719,6 +724,16 @@ def test_what_a_configuration_leaves_out_is_the_trainer_s_default(
     assert not taken.keys() & found.defaults.keys()
     assert "train.steps" not in found.values or "train.epochs" not in found.values
     RunConfig().changed(found.values)
+
+
+@pytest.mark.parametrize("argument", ["", "optimizer_args = ['relative_step=False']"])
+def test_an_optimizer_that_chooses_its_rate_there_is_named(tmp_path: Path, argument: str) -> None:
+    """sd-scripts sets Adafactor's relative_step where no argument does."""
+    text = f"network_dim = 8\nlearning_rate = 1e-4\noptimizer_type = 'AdaFactor'\n{argument}"
+    (tmp_path / "a.toml").write_text(text)
+    found = settings_from_lora(tmp_path / "a.toml")
+    assert any("chooses its own rate" in sentence for sentence in found.left) == (not argument)
+    assert found.values["optimizer.lr"] == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_model_s_change_is_extracted(worker: Worker, tmp_path: Path) -> None:
     merge_files_into_base([WeightedLora(str(lora))], "demo", tuned)
     out = tmp_path / "out.safetensors"
     made = done(worker, do="extract", tuned=str(tuned), base=str(DEMO_BASE), out=str(out), energy=0.9999)
-    assert "1 layers of rank 2." in made["sentences"]
+    assert "1 layer of rank 2." in made["sentences"]
     found = load_adapter(out, TINY).layers[TO_K]
     wanted = dense(load_adapter(lora, TINY).layers[TO_K])
     assert float((dense(found) - wanted).norm() / wanted.norm()) < 0.02
