@@ -162,7 +162,7 @@ def weighted_loras(loras: Any) -> list[WeightedLora]:
 
 def plain_request(shot: GenerationRequest) -> GenerationRequest:
     """The request with texts for paths, and its adapters as `weighted_loras`."""
-    paths = {name: str(getattr(shot, name)) for name in ("base", "vae", "image", "mask")}
+    paths: dict[str, Any] = {name: str(getattr(shot, name)) for name in ("base", "vae", "image", "mask")}
     return replace(shot, **paths, loras=tuple(weighted_loras(shot.loras)))
 
 
