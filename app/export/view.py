@@ -77,6 +77,13 @@ def chosen_checkpoint(snapshot: Snapshot, run_view: RunView) -> str:
     return kept if kept in keys else keys[0] if keys else ""
 
 
+def chosen_analysis(snapshot: Snapshot, run_view: RunView) -> Any:
+    """What a report measured of the chosen checkpoint, where a lower rank pays; else None."""
+    chosen = chosen_checkpoint(snapshot, run_view)
+    found = run_view.run.analysis(run_view.run.step_of(chosen)) if chosen else None
+    return found if found and found.rank and found.times_smaller >= 1.2 else None
+
+
 def checkpoint_cards(snapshot: Snapshot) -> str:
     """The run and its checkpoints; best and last as cards, each with its latest sample and improvement."""
     app_state, run_view = snapshot.app_state, chosen_run(snapshot)
@@ -98,7 +105,7 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
         cards=cards,
         chosen="best" if chosen == "last" and last == best else chosen,
         choices=checkpoint_choices(run_view),
-        analysis=run_view.run.analysis(run_view.run.step_of(chosen)) if chosen else None,
+        analysis=chosen_analysis(snapshot, run_view),
         size=app_state.project.draft().get("export_size"),
         portable=_portable(run_view),
         url=run_url(app_state),
@@ -110,7 +117,10 @@ def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
     app_state = snapshot.app_state
     if part == "foot":
         run = view.run if (view := chosen_run(snapshot)) else None
-        size = file_bytes(run.checkpoint(run.checkpoint_steps()[-1]) / CHECKPOINT) if run else 0
+        size: float = file_bytes(run.checkpoint(run.checkpoint_steps()[-1]) / CHECKPOINT) if run else 0
+        found = chosen_analysis(snapshot, view) if view else None
+        if found and app_state.project.draft().get("export_size") == "measured":
+            size /= found.times_smaller
         why = "" if run else _("No checkpoint yet. Train a run first.")
         return render("export/buttons.html", part=part, why=why, size=size)
     choices = folder_choices(app_state)

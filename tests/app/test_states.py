@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app import top_bar
-from app.export.view import checkpoint_cards
+from app.export.view import checkpoint_cards, export_buttons
 from app.state import AppState, Snapshot, take_snapshot
 from app.templates import UNKNOWN
 from app.train import run_cards
@@ -460,6 +460,9 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     say("export/choose", run="a", checkpoint="best", size="measured")
     html = checkpoint_cards(take_snapshot(app_state))
     assert '<option value="measured" selected>rank 2, 4.0 times smaller, keeps 99.6% of the gain' in html
+    (run.checkpoint(50) / "adapter.safetensors").write_bytes(bytes(4_040_000))
+    run.analysis_file.touch()
+    assert 'data-size="1.0 MB"' in export_buttons(take_snapshot(app_state))
     # A rank that saves nothing is no choice.
     run.analysis_file.write_text(json.dumps(found | {"times_smaller": 1.1}))
     assert "is enough" not in card(app_state)

@@ -82,6 +82,8 @@ def shoot_all(browser, address: str, folder: Path) -> None:
         if tab == "Toolbox":
             page.click("[data-tool=spectrum]")
             page.click("#toolbox-go:enabled")
+            # What an earlier page asked for is shown at once.
+            page.wait_for_selector("#toolbox-go:enabled")
             page.wait_for_selector("#toolbox-answer figure canvas")
         page.wait_for_timeout(700)
         shoot(page, folder / f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
