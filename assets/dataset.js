@@ -392,6 +392,13 @@
     return answer.problem ? null : answer;
   };
 
+  // Does an action later, as undo and redo do, and loads the images anew; whether it could.
+  const doing = (path, body) => async () => {
+    if (!(await act(path, body))) return false;
+    await load();
+    return true;
+  };
+
   // One at a time, none lost: what the next key press acts on is known once the previous action is done.
   const turn = window.easel.inTurns(), inTurn = (action) => turn(action).catch((error) => say("error", error.message));
   const leaveOut = (names) => inTurn(() => leaveNow(names ?? acted()));
@@ -399,16 +406,16 @@
     if (!names.length || shelf.fixed) return;
     const back = filter === "out", [does, undoes] = back ? ["take-back", "leave-out"] : ["leave-out", "take-back"];
     await Promise.all(names.map((name) => save(name)));
-    const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await load(); return true; };
+    const [undo, redo] = [undoes, does].map((path) => doing(path, { pictures: names }));
     forget();
-    if (await send(does)()) window.easel.did(t(back ? "{images} included." : "{images} excluded.", { images: plural(names.length, "image") }), send(undoes), send(does));
+    if (await redo()) did(t(back ? "{images} included." : "{images} excluded.", { images: plural(names.length, "image") }), undo, redo);
   };
 
   const holdOut = () => inTurn(async () => {
     const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
-    const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await load(); return true; };
-    if (await send(on)()) window.easel.did(t(on ? "{images} used for validation." : "{images} used for training.", { images: plural(names.length, "image") }), send(!on), send(on));
+    const [undo, redo] = [!on, on].map((on) => doing("hold-out", { pictures: names, on }));
+    if (await redo()) did(t(on ? "{images} used for validation." : "{images} used for training.", { images: plural(names.length, "image") }), undo, redo);
   });
 
   // ---- the crop: a box over the image, as shares of its sides, that is dragged or moved by keys -------------------
@@ -454,10 +461,10 @@
     if (inside) one("#crop-start").focus();
   };
   const applyCrop = (edges, name = chosen) => inTurn(async () => {
-    const before = named(name)?.box, send = (edges) => async () => { if (!(await act("crop", { picture: name, box: edges }))) return false; await load(); return true; };
-    if (!(await send(edges)())) return;
+    const [undo, redo] = [named(name)?.box, edges].map((box) => doing("crop", { picture: name, box }));
+    if (!(await redo())) return;
     if (chosen === name) stopCropping();
-    window.easel.did(edges ? t("1 image cropped.") : t("1 image uncropped."), send(before), send(edges));
+    did(edges ? t("1 image cropped.") : t("1 image uncropped."), undo, redo);
   });
   // The box as the crop, with the focus point where that is inside; or the middle of the box as focus point of the crop that there is.
   const cropTo = () => {

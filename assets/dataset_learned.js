@@ -108,15 +108,18 @@
     if (event.target.id === "learned" && event.target.open) { look(); watch(); }
   }, true);
 
-  let soon = null, mark = "";
+  let timer = null, mark = "";
+  const watchSoon = (looks) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => { if (one("#learned").open && looks()) look(); watch(); }, 600);
+  };
   document.addEventListener("easel-shelf", () => {
-    const panel = one("#learned"), shelf = easel.shelf();
-    if (!panel) return;
+    const shelf = easel.shelf();
+    if (!one("#learned")) return;
     one("#trigger-propose").hidden = !shelf.pictures.length;
     if (shelf.mark === mark) return;
     mark = shelf.mark;
-    clearTimeout(soon);
-    soon = setTimeout(() => { if (panel.open && shelf.mark !== seen) look(); watch(); }, 600);
+    watchSoon(() => shelf.mark !== seen);
   });
   // Availability depends on the run; results depend on trigger word and base.
   let before = "";
@@ -124,7 +127,6 @@
     const meter = one("#dataset-mark")?.dataset.meter ?? "", now = `${one("[data-run-state]")?.dataset.runState} ${meter}`;
     if (now === before || !one("#learned") || !easel.shelf().mark) return;
     before = now;
-    clearTimeout(soon);
-    soon = setTimeout(() => { if (one("#learned").open) look(); watch(); }, 600);
+    watchSoon(() => true);
   });
 })();

@@ -294,11 +294,11 @@
     easel.fill(one("#concepts-found"), (await get("concepts")).html);
   });
   const changeConcepts = async (body) => {
-    const answer = await post("concepts", body);
+    const answer = await easel.request("concepts", body);
     // The typed value differs from the file's.
-    if (answer.problem) { easel.toast(answer.problem, "bad"); one("#concepts-found").replaceChildren(); } else await easel.load();
+    if (answer) await easel.load(); else one("#concepts-found").replaceChildren();
     await concepts();
-    return answer.problem ? null : answer;
+    return answer;
   };
   const setConcepts = (body, words) => easel.inTurn(async () => {
     const answer = await changeConcepts(body);
@@ -307,11 +307,10 @@
     easel.did(words, restore(answer.before, answer.after), restore(answer.after, answer.before));
   });
   const move = async (folders) => {
-    const answer = await post("move", { folders });
-    if (answer.problem) easel.toast(answer.problem, "bad");
+    const answer = await easel.request("move", { folders });
     await easel.load();
     await concepts();
-    return answer.problem ? null : answer.back;
+    return answer?.back;
   };
   const moveInto = (folder, names = easel.picked()) => easel.inTurn(async () => {
     if (!names.length) return easel.toast(t("Select images first"), "bad");
@@ -435,7 +434,7 @@
     outcome("");
     soon();
   });
-  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) apply(scoped(edit())); } });
+  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form" && !one("#bulk-apply").disabled) apply(scoped(edit())); });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); if (easel.shelf().revision !== listed) concepts(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
   document.addEventListener("toggle", (event) => {

@@ -1,6 +1,6 @@
 // Client of the Export tab: the choice of run and checkpoint, writing, copying and uploading the file, the report.
 (() => {
-  const { one, post, make, t, fill } = window.easel;
+  const { one, post, request, unwrap, toast, make, t, fill } = window.easel;
   const field = (name) => one("#export-form").elements[name];
   const choice = () => ({
     run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "", size: one("#export-size")?.value ?? "",
@@ -31,7 +31,7 @@
   };
   // One after the other: the last choice counts.
   const inTurn = window.easel.inTurns();
-  const store = (body) => inTurn(() => post("export/choose", body)).then(({ problem }) => { if (problem) window.easel.toast(problem, "bad"); });
+  const store = (body) => inTurn(() => request("export/choose", body));
   const choose = (body) => { clear(); return store(body); };
   document.addEventListener("change", ({ target }) => {
     if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
@@ -50,8 +50,7 @@
     const place = one(note);
     if (mine !== turn) {
       // Another file was chosen meanwhile, and is shown.
-      if (reply.problem) window.easel.toast(reply.problem, "bad");
-      else window.easel.toast(t("The file that you asked for before is written."));
+      if (unwrap(reply)) toast(t("The file that you asked for before is written."));
       if (reply.link) location.assign(reply.link);
       return;
     }
@@ -69,7 +68,7 @@
   // Started from the list of runs, where the Export tab's messages are not visible.
   let quick = false, revision = -1;
   const tell = (state, words) => {
-    if (quick && ["done", "error"].includes(state)) window.easel.toast(words, state === "error" ? "bad" : "");
+    if (quick && ["done", "error"].includes(state)) toast(words, state === "error" ? "bad" : "");
     const place = one("#report-state"), text = one("#report-words"), button = one("#report-make");
     if (!place) return;
     place.dataset.state = state;
@@ -93,7 +92,7 @@
   const makeReport = async ({ reportRun: run, reportQuick, reportMeasure }) => {
     const measures = reportMeasure !== undefined;
     quick = measures || reportQuick !== undefined;
-    if (quick) window.easel.toast(t("The report of {run} is being made.", { run }));
+    if (quick) toast(t("The report of {run} is being made.", { run }));
     tell("working", "");
     const box = one("#report-measure");
     const reply = await inTurn(() => post("report/start", { run, measure: measures || (!quick && box.checked && !box.disabled) }));
@@ -113,10 +112,6 @@
     else if (data.reportRun) makeReport(data);
   });
   document.addEventListener("input", ({ target }) => { if (target.form?.id === "export-form") showFoot(); });
-  document.addEventListener("submit", (event) => {
-    if (!["export-form", "export-choice", "upload-form"].includes(event.target.id)) return;
-    event.preventDefault();
-  });
   let usual = "";
   window.easel.settling.push(() => {
     const folders = one("#copy-folders"), run = one("#export-run")?.value ?? "";

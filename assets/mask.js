@@ -3,7 +3,7 @@
 // `easel.paintMask` opens one elsewhere.
 (() => {
   const easel = window.easel;
-  const { one, all, post, t } = easel;
+  const { one, all, post, request, t } = easel;
   const MOST = 1024, MOST_STEPS = 30, TOOLS = ["brush", "eraser", "fill"];
 
   // While a mask is edited: within what, its context, tool, size, where the pen is and its steps; what a `stroke` and the
@@ -122,23 +122,19 @@
     open(state);
     if (paint === state) state.before = painted();
   };
-  const request = async (state, body) => {
-    const answer = await post("mask", { picture: state.name, ...body });
-    if (answer.problem) easel.toast(answer.problem, "bad");
-    return answer;
-  };
+  const send = (state, body) => request("mask", { picture: state.name, ...body });
   // Writes a mask; null removes it, and those that it took the place of.
   const write = async (state, png) => {
     let answer;
     do {
-      answer = await request(state, { png });
-      if (answer.problem) return false;
+      answer = await send(state, { png });
+      if (!answer) return false;
       if (!(answer.file in state.was)) state.was[answer.file] = answer.before;
     } while (png === null && answer.left);
     return true;
   };
   const putBack = async (state) => {
-    for (const [file, png] of Object.entries(state.was)) if ((await request(state, { png, put_back: file })).problem) return false;
+    for (const [file, png] of Object.entries(state.was)) if (!(await send(state, { png, put_back: file }))) return false;
     return true;
   };
   // Saves after a stroke: one request at a time, and of strokes that wait only the last.

@@ -3,7 +3,7 @@
 // The form is filled here, so that no response replaces a control that is in use. The server's state of it comes with a
 // revision; each change made here gets the next one.
 (() => {
-  const { one, all, get, post, make, t, fill } = window.easel;
+  const { one, all, get, post, request, make, t, fill } = window.easel;
   const root = document.documentElement, ROWS = "preview/rows";
   let rev = -1, project = null, mark = "", sending = false, changedAt = 0;
   const form = (id = "preview-form") => document.getElementById(id);
@@ -189,9 +189,7 @@
   };
   document.addEventListener("submit", (event) => {
     const what = { "preview-form": "image", "strip-form": "strip", "grid-form": "grid" }[event.target.id];
-    if (!what) return;
-    event.preventDefault();
-    generate(what);
+    if (what) generate(what);
   });
 
   // ---- the axes of the grid: files to tick, prompts by line, numbers by comma ---------------------------------------
@@ -270,16 +268,16 @@
   // ---- the mask -------------------------------------------------------------------------------------------------
   // Over the image that the form starts from, or over its mask: an inpainting base paints the white area.
   const paintMask = async () => {
-    const { image, mask } = form().elements, shown = await post("preview/mask", { image: image.value, mask: mask.value });
-    if (shown.problem) { window.easel.toast(shown.problem, "bad"); return; }
+    const { image, mask } = form().elements, shown = await request("preview/mask", { image: image.value, mask: mask.value });
+    if (!shown) return;
     const address = (data) => data && `data:image/webp;base64,${data}`, inner = document.importNode(one("#mask-dialog").content, true), picture = one("img", inner);
     picture.src = address(shown.shown);
     await picture.decode();
     const sides = [picture.naturalWidth, picture.naturalHeight], box = window.easel.dialog(t("Mask"), inner);
     one(".frame", box).style.aspectRatio = sides.join(" / ");
     const close = await window.easel.paintMask(box, sides, address(shown.painted), async (png, how) => {
-      const answer = png ? await post("preview/mask", { image: image.value, png }) : { mask: "" };
-      if (answer.problem) { window.easel.toast(answer.problem, "bad"); return; }
+      const answer = png ? await request("preview/mask", { image: image.value, png }) : { mask: "" };
+      if (!answer) return;
       if (how !== "cancel") { mask.value = answer.mask; summarize(); changed(false, 0); }
       box.close();
     });
@@ -305,14 +303,11 @@
     else if (data.putBack !== undefined) {
       hold();
       await idle();
-      const answer = await post("preview/put-back", { file: data.putBack });
-      if (answer.problem) window.easel.toast(answer.problem, "bad");
-      take(answer.form);
+      take((await request("preview/put-back", { file: data.putBack }))?.form);
       showStage();
     } else if (data.forget !== undefined) {
-      const answer = await post("preview/forget", { file: data.forget });
-      if (answer.problem) window.easel.toast(answer.problem, "bad");
-      else window.easel.toast(t("Image moved to the trash."), "", () => post("preview/bring-back", answer));
+      const answer = await request("preview/forget", { file: data.forget });
+      if (answer) window.easel.toast(t("Image moved to the trash."), "", () => post("preview/bring-back", answer));
     }
     else if (data.startFrom) {
       const answer = await post("preview/start", { file: data.startFrom });

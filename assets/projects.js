@@ -33,8 +33,7 @@
   const askIn = (target, field, words, sends, tone = "primary") => {
     const place = target.closest(".row.apart"), yes = make("button", { className: `own ${tone}`, textContent: words });
     const no = make("button", { type: "button", className: "own", textContent: t("Cancel"), onclick: async () => show(await get("projects")) });
-    const onsubmit = (event) => { event.preventDefault(); act(sends()); };
-    place.replaceChildren(make("form", { className: "row grow", onsubmit }, field, yes, no));
+    place.replaceChildren(make("form", { className: "row grow", onsubmit: () => act(sends()) }, field, yes, no));
     (field.matches?.("label") ? one("input", field) : yes).focus();
   };
 
@@ -54,8 +53,6 @@
   });
 
   document.addEventListener("submit", (event) => {
-    if (event.target.id !== "project-new") return;
-    event.preventDefault();
-    act({ do: "new", title: one("input", event.target).value });
+    if (event.target.id === "project-new") act({ do: "new", title: one("input", event.target).value });
   });
 })();

@@ -151,9 +151,7 @@
     target.value = "";
   });
   document.addEventListener("submit", (event) => {
-    if (event.target.id !== "toolbox-form") return;
-    event.preventDefault();
-    if (!one("#toolbox-go").disabled) start();
+    if (event.target.id === "toolbox-form" && !one("#toolbox-go").disabled) start();
   });
   document.addEventListener("input", ({ target }) => {
     const row = target.closest(".toolbox-file");

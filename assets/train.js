@@ -2,14 +2,7 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, make, dialog, refill, t, toast } = window.easel;
-
-  // Problems are shown; null then.
-  const unwrap = (reply) => {
-    if (reply.problem) toast(reply.problem, "bad");
-    return reply.problem ? null : reply;
-  };
-  const post = (path, body) => window.easel.post(path, body).then(unwrap);
+  const { one, all, make, dialog, refill, t, toast, unwrap, request } = window.easel;
 
   // ---- confirmation ----------------------------------------------------
   const ask = (text, yes) => new Promise((resolve) => {
@@ -70,7 +63,7 @@
     const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
     const goesOn = live ? ` ${t("The run {name} continues.", { name })}` : "";
     if (!await ask(`${t("Quit LoRA Easel?")}${goesOn}`, t("Quit"))) return;
-    const reply = await post("quit", {});
+    const reply = await request("quit", {});
     if (!reply) return;
     const runs = reply.run ? `${t(reply.queue ? "The run {name} continues, and so does the queue." : "The run {name} continues.", { name: reply.run })} ` : "";
     const box = dialog(t("Closed"), make("p", { textContent: t("LoRA Easel is closed. {runs}Start it again to come back; this page can be closed.", { runs }) }));
@@ -83,7 +76,7 @@
 
   // ---- the rail: arrows go from run to run; Alt+arrows and dragging order the queue -------------------------------------
   const inTurn = window.easel.inTurns();
-  const order = (body) => inTurn(() => post("queue", body));
+  const order = (body) => inTurn(() => request("queue", body));
   const RUN = "application/x-easel-run";
   const waitingAt = (event) => event.dataTransfer?.types.includes(RUN) && event.target.closest?.(".rail [data-place]");
   const markDrop = (at) => { for (const each of all(".rail [data-over]")) if (each !== at) delete each.dataset.over; if (at) at.dataset.over = ""; };
@@ -119,13 +112,13 @@
   // What was `asked` for is looked up in its turn: a key may come before the answer that it takes back.
   const giveBack = (asked) => inTurn(async () => {
     const to = asked();
-    if (!to || to.done || to.project !== window.easel.project || !await post("settings/restore", to)) return;
+    if (!to || to.done || to.project !== window.easel.project || !await request("settings/restore", to)) return;
     to.done = true;
     refill();
     toast(t("Undone: the form is as it was."));
   });
   const clone = (run) => inTurn(async () => {
-    const answer = await post("settings/take", { run });
+    const answer = await request("settings/take", { run });
     if (!answer) return;
     const before = former = { ...answer.before, project: window.easel.project };
     refill();
@@ -140,10 +133,8 @@
     giveBack(() => former);
   });
   document.addEventListener("submit", (event) => {
-    if (!["sweep-form", "like-form"].includes(event.target.id)) return;
-    event.preventDefault();
-    if (event.target.id === "like-form") return inTurn(() => post("settings/import", { path: one("#like-path input").value })).then(refill);
-    if (sent.has(event.target)) return;
+    if (event.target.id === "like-form") return inTurn(() => request("settings/import", { path: one("#like-path input").value })).then(refill);
+    if (event.target.id !== "sweep-form" || sent.has(event.target)) return;
     sent.add(event.target);
     const values = one("#sweep-values"), problem = one("#sweep-problem"), name = one("#run-name :is(input, textarea)")?.value ?? "";
     inTurn(async () => {
@@ -166,7 +157,7 @@
     if (sent.has(target)) return;
     sent.add(target);
     started = ["resume", "accept"].includes(body.do);
-    await post(path, body);
+    await request(path, body);
     sent.delete(target);
     // Changes of the draft come into the form.
     if (["reset", "rates"].includes(body.do)) refill();
@@ -177,7 +168,7 @@
     const data = target.dataset;
     if (data.post) act(target, data.post, JSON.parse(data.body));
     // The tab asks for it when it opens, so it has to be stored before.
-    else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
+    else if (data.showPreview) request("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.repair !== undefined) repair(target);
     else if (data.clone) clone(data.clone);
     else if (target.id === "start") started = true;

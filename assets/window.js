@@ -87,6 +87,15 @@
     field.focus();
   };
 
+  // Shows a problem, and answers null then.
+  const unwrap = (reply) => {
+    if (reply.problem) toast(reply.problem, "bad");
+    return reply.problem ? null : reply;
+  };
+  const request = (...given) => post(...given).then(unwrap);
+  // Forms are sent by scripts.
+  document.addEventListener("submit", (event) => { if (event.target.method !== "dialog") event.preventDefault(); });
+
   // A dialog that is gone once it is closed, as by a click beside it.
   const dialog = (label, ...inside) => {
     const made = make("dialog", { className: "easel-dialog panel", attributes: { "aria-label": label } }, ...inside);
@@ -98,7 +107,7 @@
   };
 
   // API for the other scripts; `settling` functions run whenever the page may have changed.
-  window.easel = { one, all, get, send, post, upload, make, t, plural, later, inOrder, inTurns, refocus, toast, type, dialog, settling: [] };
+  window.easel = { one, all, get, send, post, upload, make, t, plural, later, inOrder, inTurns, refocus, toast, unwrap, request, type, dialog, settling: [] };
 
   // Ctrl+Z outside fields does what the note offers. The Dataset tab knows more steps than the last.
   document.addEventListener("keydown", (event) => {
@@ -135,8 +144,7 @@
 
   document.addEventListener("change", async ({ target }) => {
     if (target.id !== "language") return;
-    const { problem } = await post("language", { language: target.value });
-    if (problem) toast(problem, "bad"); else location.reload();
+    if (await request("language", { language: target.value })) location.reload();
   });
 
   // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
