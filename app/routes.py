@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ MOST_SENT = 8
 """Files that were sent last are kept: several may arrive at once, or be compared or merged."""
 SMALL = 1000
 """Bytes below which an answer is sent as it is."""
-COMPRESSED = ("/", "/theme.css", "/easel/dataset", "/easel/insights", "/easel/check")
+COMPRESSED = re.compile(r"/|/theme\.css|/easel/(dataset|insights|check|curves/.*)")
 # URLs contain the file's time, so they can be cached indefinitely.
 FRESH = {"Cache-Control": "no-store"}
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -250,10 +251,11 @@ class Traffic:
         if path == "/":
             self.state.greet(asked.get("accept-language", ""))
         try:
-            if path in COMPRESSED and "br" in asked.get("accept-encoding", ""):
+            large = COMPRESSED.fullmatch(path)
+            if large and "br" in asked.get("accept-encoding", ""):
                 await self.app(scope, receive, _compressed(answer))
             else:
-                compress = path in COMPRESSED or path.startswith("/easel/assets/")
+                compress = large or path.startswith("/easel/assets/")
                 await (self.compressing if compress else self.app)(scope, receive, answer)
         finally:
             if scope.get("method") == "POST":

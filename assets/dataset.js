@@ -597,10 +597,9 @@
     else if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
     // Gradio may have rebuilt the tab.
     else if (grid().dataset.mark === undefined && shelf.mark) render();
-    if (mark.dataset.meter !== meter) {
-      meter = mark.dataset.meter;
-      if (chosen && one("#caption textarea")) countTokens(chosen, one("#caption textarea").value);
-    }
+    // What counts tokens has changed since the caption was shown.
+    if (meter !== null && mark.dataset.meter !== meter && chosen) countTokens(chosen, one("#caption textarea").value);
+    meter = mark.dataset.meter;
   });
 
   // ---- one listener per event type -------------------------------------------------------------------------------

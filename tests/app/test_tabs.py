@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from app import main, page
 from app.state import AppState, Bindings
 from app.templates import html_block
+from tests.app.runs import make_run, started, step
 
 
 def build_toy(bindings: Bindings) -> None:
@@ -48,7 +49,12 @@ def test_a_row_adds_tab_routes_and_script(
 @pytest.mark.parametrize("encoding", ["br", "gzip", "identity"])
 def test_the_page_and_its_scripts_come_in_what_the_browser_reads(app_state: AppState, encoding: str) -> None:
     client = TestClient(main.build_app(app_state, ["testserver"]))
-    for path, words in (("/", "gradio_config"), ("/easel/assets/page.js", "window.easel = {")):
+    make_run(app_state, "a", started(), *map(step, range(1, 99)))
+    for path, words in (
+        ("/", "gradio_config"),
+        ("/easel/assets/page.js", "window.easel = {"),
+        ("/easel/curves/a", "charts"),
+    ):
         answer = client.get(path, headers={"accept-encoding": encoding})
         assert words in answer.text
         assert answer.headers.get("content-encoding", "identity") == encoding

@@ -4,6 +4,7 @@ when the server comes back, which gets what was typed meanwhile."""
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.browser.pages import bytes_sent, has_value, open_tab, set_steps, until
 from tests.browser.windows import Window
@@ -80,3 +81,11 @@ def test_a_first_load_is_light(new_page: Any, window: Window, record_property: A
     assert 100 < kilobytes <= 300
     # What draws charts comes with the first of them.
     assert not any("uplot" in url for url, _ in sent.values())
+    # The tokens of the caption shown are counted once.
+    (window.project / "pictures").mkdir(exist_ok=True)
+    Image.new("RGB", (96, 96)).save(window.project / "pictures" / "a.png")
+    sent.clear()
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    page.wait_for_selector("#caption-tokens >> text=0 of 75 tokens")
+    assert sum(url.endswith("/easel/tokens") for url, _ in sent.values()) == 1
