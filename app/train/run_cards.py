@@ -28,6 +28,7 @@ from lora_core.runs.events import (
     describe_average,
     describe_forgetting,
     describe_memorization,
+    has_fallen,
     known_error,
     with_gain,
 )
@@ -186,7 +187,7 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     why, grade = _("Best so far: step {step:,}.", step=best.step), 1
     if last.step != best.step:
         error = known_error(last.against_best_error)
-        if last.against_best < -SURE * error:
+        if has_fallen(found):
             grade = 2
             why += _(" It is better than step {:,} by {:.4f} ± {:.4f}.", last.step, -last.against_best, error)
         else:

@@ -361,16 +361,10 @@ def _learned_sentence(data: ReportData, found: list[events.Validated]) -> str:
     much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
     at = "at the end" if best.step == data.progress.step else f"at best at step {best.step:,}"
     sentence = f"It learned: {what} {much}, {at}."
-    return f"{sentence} {_overcooked(best, last, data.best)}".strip()
-
-
-def _overcooked(best: events.Validated, last: events.Validated, kept: bool) -> str:
-    """Whether it became worse after the best step, and which file to use."""
-    error = events.SURE * events.known_error(last.against_best_error)
-    if last.step <= best.step or not last.against_best < -error:
-        return ""
-    take = f"; take the file of step {best.step:,}" if kept else ""
-    return f"After that it became worse{take}."
+    if last.step <= best.step or not events.has_fallen(found):
+        return sentence
+    take = f"; take the file of step {best.step:,}" if data.best else ""
+    return f"{sentence} After that it became worse{take}."
 
 
 def _rank_sentence(data: ReportData) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 from lora_core.settings.config import RunConfig
@@ -593,6 +594,14 @@ def known_error(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
+def has_fallen(found: Sequence[Validated]) -> bool:
+    """Whether the last validation is worse than the best beyond chance. The best is the luckiest of all, so
+    the more there are, the more standard errors it takes: Bonferroni's bound, `SURE` for two validations."""
+    chance = 1 - NormalDist().cdf(SURE)
+    sure = NormalDist().inv_cdf(1 - chance / max(len(found) - 1, 1))
+    return found[-1].against_best < -sure * known_error(found[-1].against_best_error)
+
+
 def _describe_gain(found: Sequence[Validated]) -> str:
     last, best = found[-1], best_of(found)
     if best is None or best.gain < SURE * known_error(best.standard_error):
@@ -601,7 +610,7 @@ def _describe_gain(found: Sequence[Validated]) -> str:
         return f"No significant gain up to step {last.step:,}."
     if last.step == best.step:
         return "Still gaining." if len(found) > 1 else f"It gains on {best.on}: {best.gain:+.4f}."
-    if last.against_best < -SURE * known_error(last.against_best_error):
+    if has_fallen(found):
         return f"It has become worse since step {best.step:,}; the file of that step is better."
     return f"No further gain since step {best.step:,}."
 

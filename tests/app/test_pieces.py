@@ -72,6 +72,10 @@ def test_verdicts_are_graded_and_a_clear_loss_has_its_paired_error() -> None:
     gain, drift = verdicts([best, level, worse])
     assert gain["grade"] == 2
     assert gain["why"] == "Best so far: step 10. It is better than step 30 by 0.0100 ± 0.0030."
+    # The best of ten is the luckiest too.
+    lucky = validated(100, 0.04, False, against_best=-0.0075, against_best_error=0.003)
+    assert verdicts([best, lucky])[0]["grade"] == 2
+    assert verdicts([best, *[level] * 8, lucky])[0]["why"].endswith("No certain difference since.")
     assert (drift["grade"], drift["word"]) == (2, "High")
     assert "lower the strength" in drift["why"]
     assert drift["act"]["text"] == "Try lower strengths"

@@ -407,11 +407,11 @@ LATER = at(200, 0.014, True, against_best=0.004, against_best_error=0.001)
             "No further gain since step 100.",
         ),
         (
-            [FIRST, LATER, at(300, 0.012, against_best=-0.0019, against_best_error=0.001)],
+            [FIRST, LATER, at(300, 0.012, against_best=-0.0022, against_best_error=0.001)],
             "No further gain since step 200.",
         ),
         (
-            [FIRST, LATER, at(300, 0.011, against_best=-0.0021, against_best_error=0.001)],
+            [FIRST, LATER, at(300, 0.011, against_best=-0.0023, against_best_error=0.001)],
             "It has become worse since step 200; the file of that step is better.",
         ),
         ([FIRST, at(200, 0.009, against_best=math.nan)], "No further gain since step 100."),
