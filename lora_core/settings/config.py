@@ -49,9 +49,13 @@ OLD_NAMES: dict[str, str] = {
 MAX_TOML_BYTES = 1_000_000
 MAX_TOML_DEPTH = 20
 MAX_INTEGER = 2**63
-_PART = r"""(?:[\w-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')[ \t]*"""
-_DOTTED, _KEY_END = re.compile(rf"(?<![\w-])(?:{_PART}\.[ \t]*)+"), re.compile(rf"{_PART}[=\]]")
-"""A key of TOML up to its last part, and that part."""
+_STRING = re.compile(
+    r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|"(?:\\.|[^"\\\n])*"?'''
+    r"""|'{3}.*?(?:'{3,5}|\Z)|'[^'\n]*'?|#[^\n]*""",
+    re.S,
+)
+"""A string or a comment of TOML; also an unclosed one, so that the time is linear."""
+_DEEP_KEY = re.compile(rf"(?<![\w-])(?:[\w-]+[ \t]*\.[ \t]*){{{MAX_TOML_DEPTH + 1}}}")
 _LONGEST_SHOWN = 80
 _MOST_UNKNOWN = 10
 
@@ -598,9 +602,8 @@ def parse_toml(text: str, source: str, largest: float = MAX_INTEGER) -> dict[str
     if len(text) > MAX_TOML_BYTES:
         raise ConfigError(f"{source} is larger than {MAX_TOML_BYTES:,} characters.")
     # The library's time grows with the square of a key's parts.
-    for found in _DOTTED.finditer(text):
-        if found[0].count(".") > MAX_TOML_DEPTH and _KEY_END.match(text, found.end()):
-            raise deep
+    if _DEEP_KEY.search(_STRING.sub("_", text)):
+        raise deep
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError:

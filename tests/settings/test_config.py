@@ -2,6 +2,7 @@
 same."""
 
 import os
+import time
 import tomllib
 from pathlib import Path
 
@@ -333,6 +334,24 @@ def test_hostile_toml_is_one_sentence(toml: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         RunConfig().changed(dict([parsed_assignment(f"{key}={value}")]))
     assert len(str(refused.value)) < 300
+
+
+def test_dots_in_texts_and_comments_are_no_levels(tmp_path: Path) -> None:
+    letters = ". ".join("abcdefghijklmnopqrstuvwxyz")
+    file = tmp_path / "a.toml"
+    file.write_text(
+        f'# {letters} = 1\n[sample]\nprompts = ["[{letters}]", \'{letters} = 1\', """\n{letters}]""""]\n'
+    )
+    assert load_toml(file) == {"sample": {"prompts": [f"[{letters}]", f"{letters} = 1", f'{letters}]"']}}
+
+
+@pytest.mark.parametrize("toml", ['a = "' + '\\"' * 100_000, "a." * 100_000, 'a = """' + '\\"' * 100_000])
+def test_unclosed_toml_takes_no_time(toml: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(toml)
+    begun = time.process_time()
+    with pytest.raises(ConfigError, match=r"not valid TOML|levels deep"):
+        load_toml(tmp_path / "a.toml")
+    assert time.process_time() - begun < 2.0
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
