@@ -114,7 +114,7 @@ class RunFolder:
     process_file = _Below("process.json")  # the lock's holder, for readers, which never try the lock
     plan_file = _Below("plan.json")  # choices measured before the first step
     inputs_file = _Below("inputs.json")  # hashes of all inputs of the run, written at its first start
-    held_out_file = _Below("held_out.json")  # hashes of the images that it does not train on
+    held_out_file = _Below("held_out.json")  # hashes of the images that it never trained on, and of others
     analysis_file = _Below("analysis.json")  # what the last report measured of a checkpoint
     log_file = _Below("log.txt")  # the trainer's own output
     checkpoints = _Below("checkpoints")  # resumable states, one folder a step
@@ -284,16 +284,17 @@ class RunFolder:
             return "running" if progress.stepping else "preparing"
         return progress.ending or ("interrupted" if progress.started else "queued")
 
-    def write_held_out(self, held: Iterable[ImageRecord], added: Iterable[ImageRecord] = ()) -> None:
-        """Write down which images the run has not trained on: once there is a checkpoint, those `held` out
-        now that were so before, or that were `added` since."""
-        files, before = (
-            {hash_file(record.path) for record in held},
-            read_json(self.held_out_file).get("files"),
-        )
-        if isinstance(before, list) and self.checkpoint_steps():
-            files &= {*before, *(hash_file(record.path) for record in added)}
-        write_atomically(self.held_out_file, json.dumps({"files": sorted(files)}).encode())
+    def write_held_out(self, held: Iterable[ImageRecord], trained: Iterable[ImageRecord] = ()) -> None:
+        """Write down which of the images `held` out the run has not trained on, and which it has; of a
+        checkpoint by an earlier version, which did not write these, what was held out then counts."""
+        files, seen = ({hash_file(record.path) for record in records} for records in (held, trained))
+        before = read_json(self.held_out_file) if self.checkpoint_steps() else {}
+        if isinstance(before.get("trained"), list):
+            seen |= {*before["trained"]}
+        elif isinstance(before.get("files"), list):
+            files &= {*before["files"]}
+        found = {"files": sorted(files - seen), "trained": sorted(seen)}
+        write_atomically(self.held_out_file, json.dumps(found).encode())
 
     def held_out(self, records: list[ImageRecord], config: RunConfig) -> list[ImageRecord]:
         """Which of the images the run did not train on, whatever the dataset's list is today: as it would

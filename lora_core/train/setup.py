@@ -256,18 +256,14 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
         words += f"\nfocus {record.focus}" if record.focus else ""
         words += f"\nmask {hash_file(record.mask)}" if record.mask else ""
         words += f"\nconcept {replace(record.concept, number=0)}" if record.concept else ""
-        name = _input_name(record)
+        # Concepts often number their images alike.
+        folder = f"{record.concept.folder}/" if record.concept and record.concept.folder else ""
+        name = f"the {'reg ' if record.reg else ''}picture {folder}{record.path.name}"
         if record.concept and name in inputs:
             # In the folders below a concept's there may be others of the name.
             words += f"\nbeside {inputs[name]}"
         inputs[name] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
-
-
-def _input_name(record: ImageRecord) -> str:
-    # Concepts often number their images alike.
-    folder = f"{record.concept.folder}/" if record.concept and record.concept.folder else ""
-    return f"the {'reg ' if record.reg else ''}picture {folder}{record.path.name}"
 
 
 def base_inputs(model: schema.ModelSection) -> dict[str, str]:
@@ -332,9 +328,8 @@ def weights_digest(path: Path) -> str:
 
 def check_inputs(
     run: RunFolder, records: list[ImageRecord], accept_changes: bool, more: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Write `inputs.json` at the first start; later, compare with it, and return what it was. `more` are
-    further inputs, as the base.
+) -> None:
+    """Write `inputs.json` at the first start; later, compare with it. `more` are further inputs, as the base.
 
     Raises:
         InputsChanged: something has changed and the user has not accepted it; names what.
@@ -350,7 +345,6 @@ def check_inputs(
             changed,
         )
     write_atomically(run.inputs_file, json.dumps(now, ensure_ascii=False, indent=1).encode())
-    return before
 
 
 @dataclass(frozen=True)
@@ -588,10 +582,10 @@ def prepare(
     require_clean(dataset)
     records = apply_settings(dataset.records, config)
     reg = apply_settings(dataset.reg, config) if config.dataset.reg_weight else []
-    before = check_inputs(run, [*records, *reg], accept_changes, more)
+    check_inputs(run, [*records, *reg], accept_changes, more)
     slider, section = config.slider, config.validation
     train, held = split_holdout(records, 0.0 if slider.on else section.pictures, config.seed)
-    run.write_held_out(held, [record for record in held if _input_name(record) not in before])
+    run.write_held_out(held, train)
     train, reg = balance_looks(train, reg)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)

@@ -118,6 +118,7 @@ def test_an_image_that_was_trained_on_is_never_called_held_out(own_toy, tmp_path
     )
     trained(run)
     first, *_ = sorted(record.path for record in scan(pictures).records)
+    first = first.rename(first.with_name("renamed.png"))
     added = first.with_name("added.png")
     Image.new("RGB", (16, 16), "teal").save(added)
     for path in (first, added):
