@@ -340,7 +340,7 @@
     }
     const answer = await send({ picture: name, text }, { ...options, keep: `caption of ${name}` }), { away, arrival } = answer;
     if (away && name === chosen) say("error", t("Not saved yet, retrying"));
-    if (away) arrival.then((answer) => take(name, entry, answer)); else take(name, entry, answer);
+    if (arrival) arrival.then((answer) => take(name, entry, answer)); else take(name, entry, answer);
   };
   const take = (name, entry, answer) => {
     const { problem } = answer, history = edits.get(name);
@@ -383,7 +383,8 @@
     one("#caption-undo").hidden = !history.past.length;
   };
 
-  addEventListener("pagehide", () => { for (const name of waiting.keys()) save(name, { keepalive: true }); });
+  // Before the shared listener, which sends what is unsent again: of two texts the newest.
+  addEventListener("pagehide", () => { for (const name of waiting.keys()) save(name, { keepalive: true }); }, true);
 
   // ---- actions on images ---------------------------------------------------------------------------------
   const act = async (path, body) => {
@@ -588,7 +589,7 @@
     one("#trigger :is(input, textarea)")?.setAttribute("dir", "auto");
     if (window.easel.project !== mark.dataset.project) {
       // Another page opened another project: everything here belongs to the old one.
-      if (!window.easel.joining) { location.reload(); return; }
+      if (!window.easel.joining) { window.easel.reload(); return; }
       // This page did, by its demo or its import.
       window.easel.project = mark.dataset.project;
       window.easel.joining = false;

@@ -76,7 +76,7 @@
     keep(await post("preview/rows", body, { ...options, keep: ROWS }));
     if (!proceed()) read();
   };
-  addEventListener("pagehide", () => { if (timer || later) send({ keepalive: true }); });
+  addEventListener("pagehide", () => { if (timer || later) send({ keepalive: true }); }, true);
   // A newer form outranks one that has not arrived.
   const hold = () => { clearTimeout(timer); timer = null; later = moved = false; window.easel.forget(ROWS); };
   // LoRAs that come and go are rendered by the server; `edit` waits for the answer before, which would revert it.

@@ -23,7 +23,7 @@
     const answer = await post("projects", body);
     if (answer.problem) return say(answer.problem);
     // Every field belongs to the project: reload to fill them all.
-    if (answer.switched) return location.reload();
+    if (answer.switched) return window.easel.reload();
     show(answer);
     say("");
     one("#projects-done").textContent = answer.done;

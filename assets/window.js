@@ -7,7 +7,7 @@
   // Sends a body below /easel: the answer, or a `problem` in a sentence; `away` where none came.
   const parse = async (answer) => {
     const text = await answer.text(), reply = answer.headers.get("content-type")?.includes("json") ? JSON.parse(text) : { problem: text };
-    return answer.ok || reply.problem ? reply : { problem: text };
+    return answer.ok || reply.problem ? reply : { problem: reply.error ?? text };
   };
   // What has the key `keep` is sent until it has arrived; its answer comes as `arrival` then.
   const send = async (path, body, options = {}) => {
@@ -144,7 +144,7 @@
 
   document.addEventListener("change", async ({ target }) => {
     if (target.id !== "language") return;
-    if (await request("language", { language: target.value })) location.reload();
+    if (await request("language", { language: target.value })) reload();
   });
 
   // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
@@ -277,7 +277,7 @@
   window.easel.on("fields", updateFields);
   window.easel.formShown = () => { filled = true; updateFields(); ready(); };
   window.easel.refill = () => trigger?.("submit");
-  window.easel.on("version", (version) => { if (window.easel.version !== undefined && window.easel.version !== version) location.reload(); window.easel.version = version; });
+  window.easel.on("version", (version) => { if (window.easel.version !== undefined && window.easel.version !== version) reload(); window.easel.version = version; });
   // The fields are drawn some frames after they were filled; a hidden page gets no frames.
   const frame = () => new Promise((drawn) => requestAnimationFrame(drawn));
   const ready = async () => {
@@ -315,14 +315,20 @@
       clearTimeout(silence);
       silence = setTimeout(listen, RETRY);
       const answer = await call("/easel/live?hidden=1").catch(() => null);
-      if (answer?.status === 401) location.reload();
+      if (answer?.status === 401) reload();
     };
   };
   document.addEventListener("visibilitychange", listen);
   addEventListener("online", listen);
 
   // ---- the server is away ------------------------------------------------------------------------------------
-  const call = window.fetch.bind(window);
+  const fetched = window.fetch.bind(window);
+  // A reverse proxy answers for a server that is away.
+  const call = async (...asked) => {
+    const answer = await fetched(...asked);
+    if ([502, 503, 504].includes(answer.status)) throw new TypeError("away");
+    return answer;
+  };
   const away = (is) => {
     document.documentElement.toggleAttribute("data-away", is);
     const note = one("#away");
@@ -355,8 +361,10 @@
     const answers = [...unsent.keys()].map((key) => deliver(key).then((answer) => answer && parse(answer.clone())).then((reply) => refused.push(reply?.problem)));
     await Promise.race([later(5000), Promise.all(answers)]);
   };
-  // A closed tab keeps nothing, and a slow server may have less than the fields hold.
-  addEventListener("beforeunload", (event) => { if (unsent.size) event.preventDefault(); });
+  // A closed tab keeps nothing, and a slow server may have less than the fields hold. The page's own reload loses nothing.
+  let reloading = false;
+  const reload = window.easel.reload = () => { reloading = true; location.reload(); };
+  addEventListener("beforeunload", (event) => { if (unsent.size && !reloading) event.preventDefault(); });
   addEventListener("pagehide", () => { for (const [address, request] of unsent.values()) call(address, { ...request, keepalive: true }).catch(() => {}); });
   const EVENT = "/gradio_api/run", restored = restore().catch(() => {});
   window.fetch = async (address, options = {}) => {

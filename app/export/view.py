@@ -79,8 +79,10 @@ def chosen_checkpoint(snapshot: Snapshot, run_view: RunView) -> str:
 
 def chosen_analysis(snapshot: Snapshot, run_view: RunView) -> Any:
     """What a report measured of the chosen checkpoint, where a lower rank pays; else None."""
-    chosen = chosen_checkpoint(snapshot, run_view)
-    found = run_view.run.analysis(run_view.run.step_of(chosen)) if chosen else None
+    chosen, steps = chosen_checkpoint(snapshot, run_view), run_view.run.checkpoint_steps()
+    # Not `step_of`, which reads all events.
+    named: dict[str, Any] = {"best": run_view.progress.best_step, "last": max(steps, default=0), "": 0}
+    found = run_view.run.analysis(int(named.get(chosen, chosen)))
     return found if found and found.rank and found.times_smaller >= 1.2 else None
 
 
@@ -117,7 +119,8 @@ def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
     app_state = snapshot.app_state
     if part == "foot":
         run = view.run if (view := chosen_run(snapshot)) else None
-        size: float = file_bytes(run.checkpoint(run.checkpoint_steps()[-1]) / CHECKPOINT) if run else 0
+        last = run.checkpoint(max(run.checkpoint_steps(), default=0)) / CHECKPOINT if run else None
+        size: float = file_bytes(last) if last else 0
         found = chosen_analysis(snapshot, view) if view else None
         if found and app_state.project.draft().get("export_size") == "measured":
             size /= found.times_smaller
@@ -320,16 +323,17 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
     run_view: RunView | None = next((w for w in app_state.jobs.all() if w.run.name == name), None)
     if run_view is None:
         raise BadRequest(name)
-    if sent.get("measure"):
+    run, measure = run_view.run, bool(sent.get("measure"))
+    if measure:
         check_memory_is_free(app_state)
-    run = run_view.run
 
     def shows(result: dict[str, Any]) -> str:
-        step = run.step_of("best")
-        found = run.analysis(step)
-        if found and found.strength is not None:
-            file = run.checkpoint(step) / CHECKPOINT
-            keep_best_strength(app_state.project, str(file), found.strength)
+        if measure and run.checkpoint_steps():
+            step = run.step_of("best")
+            found = run.analysis(step)
+            if found and found.strength is not None:
+                file = run.checkpoint(step) / CHECKPOINT
+                keep_best_strength(app_state.project, str(file), found.strength)
         return note_html(_("The report of {name} is made.", name=name))
 
-    job.start("Report", {"do": "report", "run": str(run.path), "measure": bool(sent.get("measure"))}, shows)
+    job.start("Report", {"do": "report", "run": str(run.path), "measure": measure}, shows)

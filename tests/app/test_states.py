@@ -432,7 +432,7 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
 
 
 def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
-    app_state: AppState, say: Callable[..., dict[str, Any]]
+    app_state: AppState, say: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gain = events.Validated(
         step=50, gain=0.02, standard_error=0.001, base_loss=0.2, adapted_loss=0.18, best=True
@@ -462,7 +462,12 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     assert '<option value="measured" selected>rank 2, 4.0 times smaller, keeps 99.6% of the gain' in html
     (run.checkpoint(50) / "adapter.safetensors").write_bytes(bytes(4_040_000))
     run.analysis_file.touch()
-    assert 'data-size="1.0 MB"' in export_buttons(take_snapshot(app_state))
+    snapshot = take_snapshot(app_state)
+    with monkeypatch.context() as patch:
+        # They may be many, and each look of the window would wait for them.
+        patch.setattr(RunFolder, "progress", lambda run: pytest.fail("all events are read again"))
+        assert 'data-size="1.0 MB"' in export_buttons(snapshot)
+        assert '<option value="measured" selected>' in checkpoint_cards(snapshot)
     # A rank that saves nothing is no choice.
     run.analysis_file.write_text(json.dumps(found | {"times_smaller": 1.1}))
     assert "is enough" not in card(app_state)

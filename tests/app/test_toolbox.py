@@ -284,6 +284,17 @@ def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: Te
     assert "attachment" in client.get("/easel/report/of/mine é?download=1").headers["content-disposition"]
     assert "report-open" in report_card(take_snapshot(app_state))
     assert run.path.joinpath("report.html").is_file()
+    # Preview marks the strength that a report measured, and one without leaves the mark.
+    run.analysis_file.write_text(json.dumps({"step": 1, "strength": 0.9}))
+    file = str(run.checkpoint(1) / "adapter.safetensors")
+    app_state.project.update_draft(best_strengths={file: 0.5})
+    for measure, strength in ((False, 0.5), (True, 0.9)):
+        say("report/start", run="mine é", measure=measure)
+        assert "is made" in ended(app_state, "report")["html"]
+        assert app_state.project.draft()["best_strengths"] == {file: strength}
+    make_run(app_state, "young", started())
+    say("report/start", run="young", measure=True)
+    assert "is made" in ended(app_state, "report")["html"]
 
 
 def layer(module: str, **more: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ RENAME = """title => {
   const { project } = document.querySelector("#dataset-mark").dataset;
   return window.easel.post("projects", { do: "rename", project, title });
 }"""
+EVENTS = "**/gradio_api/run/**"
 TITLE = "title => document.querySelector('#project-picker').textContent.trim() === title"
 
 
@@ -66,6 +67,23 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     set_steps(page, 77)
     has_value(beside, "#steps input", "77")
     assert page.evaluate("window.old"), "the page was loaded anew"
+    # What a reverse proxy answers for a server that is away is no answer.
+    watched.expected_away = True
+    page.route(EVENTS, lambda route: route.fulfill(status=502))
+    page.fill("#steps input", "88")
+    page.wait_for_selector("#away:visible")
+    page.unroute(EVENTS)
+    page.wait_for_function("document.querySelector('#command pre')?.textContent.includes('train.steps=88')")
+    # What has not arrived when another project is opened is refused in words, and the page asks nothing.
+    page.route(EVENTS, lambda route: route.abort())
+    page.fill("#steps input", "99")
+    page.wait_for_selector("#away:visible")
+    window.open_project("other", {})
+    page.wait_for_function("!window.old")
+    page.unroute(EVENTS)
+    words = "Another page has opened another project, so nothing was changed here."
+    page.get_by_text(words, exact=True).wait_for()
+    assert "99" not in (window.project / "draft.json").read_text()
 
 
 def test_a_first_load_is_light(new_page: Any, window: Window, record_property: Any) -> None:
