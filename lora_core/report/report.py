@@ -5,6 +5,7 @@ names of images do not appear in it, since the page may be passed on.
 """
 
 import base64
+import contextlib
 import functools
 import importlib.metadata
 import math
@@ -219,7 +220,7 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
     Args:
         out: the file to write; an older one is replaced.
         measure: whether to load the base and measure intrinsic rank and strength on the held-out images; the
-            run keeps them (`RunFolder.analysis`).
+            run keeps them (`RunFolder.analysis`), where its drive takes them.
         on_phase: called with the progress; an exception from it leaves no file.
 
     Returns:
@@ -236,6 +237,8 @@ def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, no
     page = report_html(data, now).encode()
     with wrap_os_errors(RunError, f"The report {out} cannot be written"):
         write_atomically(out, page)
+    # A run on a drive that takes nothing more has its report all the same.
+    with contextlib.suppress(OSError):
         if data.rank or data.strength:
             best = data.strength["strengths"][0] if data.strength else None
             found = Analysis(step=data.step, strength=best, **(data.rank or {}))

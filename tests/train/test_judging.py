@@ -181,6 +181,11 @@ def test_an_export_is_cut_to_the_rank_that_a_report_measured(own_toy: Toy) -> No
     run.analysis_file.write_text(text)
     os.utime(run.checkpoint(found.step) / "adapter.safetensors", ns=(later + 10**9, later + 10**9))
     assert run.analysis(found.step) is None
+    # A drive that takes no such file has the report all the same.
+    run.analysis_file.unlink()
+    run.analysis_file.mkdir()
+    assert verbs.report(run.path, measure=True)
+    assert run.analysis(found.step) is None
 
 
 def test_auto_rank_keeps_the_scale_and_says_where_it_cannot_measure(own_toy: Toy) -> None:
