@@ -121,11 +121,13 @@ def apply_header_alphas(
     Raises:
         AdapterFileError: the header's alphas cannot be read.
     """
-    values = read_lora_config(metadata)
     found = dict(layers)
-    for (part, path), layer in layers.items():
-        if (part, path) not in own and f"{part}.lora_alpha" in values:
-            found[part, path] = replace(layer, alpha=_header_alpha(values, part, path, layer.rank))
+    without = [key for key in layers if key not in own]
+    values = read_lora_config(metadata) if without else {}
+    for part, path in without:
+        if f"{part}.lora_alpha" in values:
+            alpha = _header_alpha(values, part, path, layers[part, path].rank)
+            found[part, path] = replace(layers[part, path], alpha=alpha)
     return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
 
 

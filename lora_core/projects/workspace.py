@@ -306,6 +306,9 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
             with out_of_queue:
                 os.rename(path, place / _CONTENT)
         except (OSError, RunError):
+            if (place / _CONTENT).exists():
+                # The queue could not be written.
+                os.rename(place / _CONTENT, path)
             shutil.rmtree(place, ignore_errors=True)
             raise
     return place / _CONTENT

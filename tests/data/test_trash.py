@@ -1,7 +1,9 @@
 """Caches are cleaned only while nobody uses them; the trash gives all back, and takes nothing in use."""
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
@@ -215,3 +217,20 @@ def test_a_refused_rename_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Mo
     assert [job.run for job in queue.jobs()] == ["one", "two"]
     assert list_trash(tmp_path) == []
     assert list(trash_folder(tmp_path).iterdir()) == []
+
+
+def test_a_queue_that_another_program_reads_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue's file then refuses after the move, as on a drive with an error."""
+    run, queue = made(tmp_path), Queue(tmp_path)
+    queue.add(run)
+    monkeypatch.setattr("lora_core.runs.queue.LOCK_TIMEOUT", 0.2)
+    with contextlib.closing(sqlite3.connect(queue.file)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM jobs").fetchall()
+        with pytest.raises(RunError, match="queue"):
+            move_to_trash(run.path, tmp_path)
+    assert run.config_file.is_file()
+    assert [job.run for job in queue.jobs()] == ["one"]
+    assert list_trash(tmp_path) == []
