@@ -124,6 +124,8 @@ def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
         found = chosen_analysis(snapshot, view) if view else None
         if found and app_state.project.draft().get("export_size") == "measured":
             size /= found.times_smaller
+        elif view and (ranks := view.progress.ranks) and 0 < ranks.parameters < 1:
+            size *= ranks.parameters
         why = "" if run else _("No checkpoint yet. Train a run first.")
         return render("export/buttons.html", part=part, why=why, size=size)
     choices = folder_choices(app_state)

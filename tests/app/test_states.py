@@ -468,10 +468,17 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
         patch.setattr(RunFolder, "progress", lambda run: pytest.fail("all events are read again"))
         assert 'data-size="1.0 MB"' in export_buttons(snapshot)
         assert '<option value="measured" selected>' in checkpoint_cards(snapshot)
+    # With `adapter.auto_rank` the file is cut in either case.
+    with run.events_file.open("a") as file:
+        file.write(events.to_line(events.RanksChosen(sentence="", trained=8, rank=4, parameters=0.5)))
+    say("export/choose", size="")
+    snapshot = take_snapshot(app_state)
+    assert 'data-size="2.0 MB"' in export_buttons(snapshot)
+    assert '<option value="">Auto rank<' in checkpoint_cards(snapshot)
     # A rank that saves nothing is no choice.
     run.analysis_file.write_text(json.dumps(found | {"times_smaller": 1.1}))
     assert "is enough" not in card(app_state)
-    assert "as trained" not in checkpoint_cards(take_snapshot(app_state))
+    assert "export-size" not in checkpoint_cards(take_snapshot(app_state))
 
 
 def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
