@@ -292,7 +292,9 @@
   let loading = null;
   const load = () => {
     if (loading) return;
-    loading = make("script", { src: uplot, onload: () => drawn().forEach((place) => place.draw()), onerror: () => { loading = null; } });
+    const onload = () => drawn().forEach((place) => place.draw());
+    const onerror = () => { loading.remove(); setTimeout(() => { loading = null; onload(); }, 2000); };
+    loading = make("script", { src: uplot, onload, onerror });
     document.head.append(loading);
   };
   const placeOf = (node) => {

@@ -151,6 +151,8 @@ def choose(app_state: AppState, sent: dict[str, Any]) -> None:
     known = {
         "run": "export_run", "checkpoint": "export_checkpoint", "size": "export_size", "folder": "copy_to",
     }  # fmt: skip
+    # What was measured of one run says nothing of another.
+    sent = {"size": "", **sent} if "run" in sent else sent
     app_state.project.update_draft(**{known[key]: str(sent[key]) for key in known if key in sent})
 
 

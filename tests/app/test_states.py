@@ -471,7 +471,7 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     # With `adapter.auto_rank` the file is cut in either case.
     with run.events_file.open("a") as file:
         file.write(events.to_line(events.RanksChosen(sentence="", trained=8, rank=4, parameters=0.5)))
-    say("export/choose", size="")
+    say("export/choose", run="a", checkpoint="")
     snapshot = take_snapshot(app_state)
     assert 'data-size="2.0 MB"' in export_buttons(snapshot)
     assert '<option value="">Auto rank<' in checkpoint_cards(snapshot)
