@@ -567,7 +567,8 @@ CONFIG_SUFFIXES = {".toml", ".json", ".yaml", ".yml", ".sh", ".bat", ".cmd", ".p
 _OFF = {"none", "", "false", "0", "0.0", "null", "not_set", "[]", "{}"}
 _MOST_SENTENCES = 30
 _MOST_KEYS = 1000
-_MOST_VALUES = 5000
+_MOST_VALUES = 20_000
+"""Of a configuration; a concept of OneTrainer has 80."""
 _LARGEST_TEXT = 100_000
 """Bytes of a YAML file or a script; real ones have 10 kB."""
 _UNITS = {"": (1.0, 0.0), "%": (0.01, 0.0), "x1000": (1000.0, 0.0), "+1": (1.0, 1.0)}

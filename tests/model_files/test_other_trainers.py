@@ -482,8 +482,8 @@ def laughs(table: str) -> str:
         ("a.yaml", laughs("k: [{}, {}]"), "aliases stand for too many values"),
         (
             "a.json",
-            json.dumps({"network_dim": 4} | {f"k{n}": n for n in range(5000)}),
-            "more than 5,000 values",
+            json.dumps({"network_dim": 4} | {f"k{n}": n for n in range(20_000)}),
+            "more than 20,000 values",
         ),
         ("a.yaml", "network: {linear: 4}\n" + "#" * 100_000, "larger than 0.1 MB"),
         ("a.toml", "a." * 100_000 + "b = 1", "more than 20 levels"),
@@ -501,6 +501,15 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, name: str, text: st
 def test_a_number_of_any_length_is_read(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.yaml").write_text(f"network: {{linear: 4, linear_alpha: 2}}\n{line}\n")
     assert settings_from_lora(tmp_path / "a.yaml").values["adapter.alpha"] == 2.0
+
+
+def test_a_hundred_concepts_of_onetrainer_are_read(tmp_path: Path) -> None:
+    concept = {"path": "/a", "concept_stats": dict.fromkeys(map(str, range(80)), 0)}
+    file = tmp_path / "a.json"
+    file.write_text(
+        json.dumps({"__version": 10, "lora_rank": 8, "training_method": "LORA", "concepts": [concept] * 100})
+    )
+    assert settings_from_lora(file).values["adapter.rank"] == 8
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
