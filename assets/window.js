@@ -397,8 +397,11 @@
       // What fills the page can only wait.
       if (!filled) return later(RETRY).then(() => window.fetch(address, options));
       // Gradio would load the page anew: it is answered that nothing has changed, and what has is asked for later.
-      if (!key) toast(t("The window does not answer; is it still open?"), "bad");
-      else if (event.outputs.length > 1) arrival.then(() => { known = []; updateFields(); window.easel.refill(); });
+      if (!key) {
+        toast(t("The window does not answer; is it still open?"), "bad");
+        // The demo's button has opened nothing: what is typed next is for this project.
+        window.easel.joining = false;
+      } else if (event.outputs.length > 1) arrival.then(() => { known = []; updateFields(); window.easel.refill(); });
       return Response.json({ data: event.outputs.map(() => ({ __type__: "update" })) });
     }
   };

@@ -47,6 +47,10 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     other.wait_for_selector("#away:visible")
     other.click("#use-demo")
     other.wait_for_selector("#easel-toast.on >> text=does not answer")
+    # What is typed next is for the project of the page.
+    open_tab(other, "Train")
+    other.fill("#find-setting :is(input, textarea)", "rank")
+    other.wait_for_function("sessionStorage['easel-unsent']?.includes('x-easel-project')")
     open_tab(other, "Preview")
     other.fill("#prompt textarea", "a prompt")
     other.wait_for_function("sessionStorage['easel-unsent']?.includes('a prompt')")
