@@ -5,7 +5,6 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -15,7 +14,7 @@ from app.main import build_app
 from app.preview.sent_form import save_form
 from app.state import AppState, Bindings, take_snapshot
 from app.templates import with_labels
-from app.toolbox.view import Toolbox
+from app.toolbox.view import keep_best_strength
 from app.train import form
 from app.train.form import (
     Plan,
@@ -113,7 +112,7 @@ def test_two_events_at_once_do_not_undo_each_other(tmp_path: Path, monkeypatch: 
 
 
 def keep_best(project: Project, file: str) -> None:
-    Toolbox(SimpleNamespace(project=project, worker=None, workspace=project.path))._keep_best(file, [0.8])
+    keep_best_strength(project, file, 0.8)
 
 
 def take_like(project: Project, **values: object) -> None:

@@ -89,7 +89,7 @@ def test_tabs_and_dialogs(look: Any) -> None:
         page.keyboard.press("Enter")
         page.wait_for_selector(f"[role=tab][aria-selected=true] >> text={name}")
     open_tab(page, "Train")
-    page.focus("#run-status [data-tab=Export]")
+    page.focus("#run-status [data-export-run]")
     page.keyboard.press("Enter")
     page.wait_for_selector("#page-export:focus")
     unseen += tab_to(page, "#export-run")

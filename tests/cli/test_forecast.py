@@ -94,7 +94,7 @@ def test_settings_of_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ss_optimizer="bitsandbytes.optim.adamw.AdamW8bit", ss_adaptive_noise_scale="0.1",
     )  # fmt: skip
     words = ["train", "demo", "--like", str(file), "--set", "train.steps=5"]
-    config = parse(words).arguments()["training"].run_config()
+    config = parse(words).arguments()["training"].run_config(None)
     assert (config.adapter.rank, config.adapter.alpha, config.train.steps) == (12, 6.0, 5)
     assert main([*words, "--queue", "--name", "like"]) == 0
     said = capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
 
 
 def asked(*words: str) -> RunConfig:
-    config = parse(["train", *words]).arguments()["training"].run_config()
+    config = parse(["train", *words]).arguments()["training"].run_config(None)
     assert isinstance(config, RunConfig)
     return config
 

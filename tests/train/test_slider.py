@@ -29,6 +29,7 @@ PROMPTS = {"slider__positive": "a red dot", "slider__negative": "a blue dot"}
 SHIFT: dict[str, Any] = {
     **PROMPTS, "slider__guidance": 100.0, "train__steps": 12, "train__batch_size": 1, "optimizer__lr": 1e-2,
     "optimizer__schedule": "constant", "save__every": 0, "validation__pictures": 1, "validation__every": 12,
+    "validation__draws_per_image": 16,
     "validation__forgetting": 0, "sample__every": 12, "sample__prompts": ["a dot"],
 }  # fmt: skip
 
