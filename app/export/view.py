@@ -45,7 +45,7 @@ def build_export(bindings: Bindings) -> None:
         with gr.Column(elem_classes="main card"):
             bindings.follow(html_block(), checkpoint_cards)
             html_block(lambda: render("export/form.html", formats=formats, precisions=PRECISIONS))
-            bindings.follow(html_block(), functools.partial(export_buttons, part="folders"))
+            bindings.follow(html_block(), copy_folders)
             html_block(lambda: render("export/written.html"))
         with gr.Column(elem_classes="main"):
             html_block(lambda: compatibility_card(None), elem_id="works-in")
@@ -83,7 +83,7 @@ def chosen_analysis(snapshot: Snapshot, run_view: RunView) -> Any:
     # Not `step_of`, which reads all events.
     named: dict[str, Any] = {"best": run_view.progress.best_step, "last": max(steps, default=0), "": 0}
     found = run_view.run.analysis(int(named.get(chosen, chosen)))
-    return found if found and found.rank and found.times_smaller >= 1.2 else None
+    return found if found and found.cut_pays else None
 
 
 def checkpoint_cards(snapshot: Snapshot) -> str:
@@ -114,21 +114,23 @@ def checkpoint_cards(snapshot: Snapshot) -> str:
     )
 
 
-def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
-    """The buttons and the size of the file to come, or the folders to copy to."""
-    app_state = snapshot.app_state
-    if part == "foot":
-        run = view.run if (view := chosen_run(snapshot)) else None
-        last = run.checkpoint(max(run.checkpoint_steps(), default=0)) / CHECKPOINT if run else None
-        size: float = file_bytes(last) if last else 0
-        found = chosen_analysis(snapshot, view) if view else None
-        if found and app_state.project.draft().get("export_size") == "measured":
-            size /= found.times_smaller
-        elif view and (ranks := view.progress.ranks) and 0 < ranks.parameters < 1:
-            size *= ranks.parameters
-        why = "" if run else _("No checkpoint yet. Train a run first.")
-        return render("export/buttons.html", part=part, why=why, size=size)
-    choices = folder_choices(app_state)
+def export_buttons(snapshot: Snapshot) -> str:
+    """The foot: the buttons, and the size of the file to come."""
+    view = chosen_run(snapshot)
+    if view is None:
+        return render("export/buttons.html", why=_("No checkpoint yet. Train a run first."), size=0)
+    size: float = file_bytes(view.run.checkpoint(max(view.run.checkpoint_steps(), default=0)) / CHECKPOINT)
+    found = chosen_analysis(snapshot, view)
+    if found and snapshot.app_state.project.draft().get("export_size") == "measured":
+        size /= found.times_smaller
+    elif (ranks := view.progress.ranks) and 0 < ranks.parameters < 1:
+        size *= ranks.parameters
+    return render("export/buttons.html", why="", size=size)
+
+
+def copy_folders(snapshot: Snapshot) -> str:
+    """The folders to copy to."""
+    app_state, choices = snapshot.app_state, folder_choices(snapshot.app_state)
     wanted = [str(app_state.project.draft().get("copy_to") or ""), *app_state.places.read("lora_folders")]
     there = [folder for _, folder in choices]
     usual = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else "")
@@ -138,8 +140,7 @@ def export_buttons(snapshot: Snapshot, part: str = "foot") -> str:
         if tool.loras is None and tool.root not in tool.models
     ]
     return render(
-        "export/buttons.html",
-        part=part,
+        "export/folders.html",
         choices=choices,
         usual=usual,
         own_lists=list(dict.fromkeys(names)),

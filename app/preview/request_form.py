@@ -120,7 +120,7 @@ def add_lora(project: Project, file: Path) -> Path:
     """Move a LoRA file that was sent by a page into the project; returns its new path.
 
     Raises:
-        LoraError: it is no adapter, or the disk refuses.
+        LoraError: the file is not an adapter, or it cannot be moved.
     """
     header = read_header(file)
     if what := not_an_adapter(header.shapes):

@@ -123,6 +123,11 @@ class ImageRecord:
     concept: Concept | None = None
     focus: tuple[float, float] | None = None
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """`hash_file` of the image as it was when this was first asked for."""
+        return hash_file(self.path)
+
     @property
     def full_caption(self) -> str:
         """The caption as it is trained on: with its concept's prefix and suffix around each line.

@@ -22,7 +22,7 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from lora_core.data.dataset import EPOCHS, run_dataset, split_holdout, with_epochs
-from lora_core.data.images import ImageRecord, hash_file
+from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, RunError, wrap_os_errors
 from lora_core.runs.events import Progress, append_line, read_events
 from lora_core.settings.config import (
@@ -90,6 +90,11 @@ class Analysis(BaseModel):
     times_smaller: float = 1.0
     ranks: list[MeasuredLayer] = []
     sentence: str = ""
+
+    @property
+    def cut_pays(self) -> bool:
+        """Whether a file cut to `ranks` is worth offering."""
+        return self.rank > 0 and self.times_smaller >= 1.2
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ class RunFolder:
     def write_held_out(self, held: Iterable[ImageRecord], trained: Iterable[ImageRecord] = ()) -> None:
         """Write down which of the images `held` out the run has not trained on, and which it has; of a
         checkpoint by an earlier version, which did not write these, what was held out then counts."""
-        files, seen = ({hash_file(record.path) for record in records} for records in (held, trained))
+        files, seen = ({record.digest for record in records} for records in (held, trained))
         before = read_json(self.held_out_file) if self.checkpoint_steps() else {}
         if isinstance(before.get("trained"), list):
             seen |= {*before["trained"]}
@@ -306,7 +311,7 @@ class RunFolder:
         known = read_json(self.held_out_file).get("files")
         if not isinstance(known, list):
             return split_holdout(records, config.validation.pictures, config.seed)[1]
-        return [record for record in records if hash_file(record.path) in known]
+        return [record for record in records if record.digest in known]
 
     def analysis(self, step: int) -> Analysis | None:
         """What a report measured of a checkpoint; None where none did since it was written."""

@@ -3,8 +3,8 @@
 Window, command line and runner change it from processes of their own. Each change is one transaction of a
 connection of its own, so that no change is lost, a kill leaves the state before or after it, and threads
 share nothing. The table keeps the order and what the runner saw; whether a run is live is read from its run
-folder. Changes are few and small, so SQLite's rollback journal is used: WAL is no faster here and needs
-shared memory, which network drives lack.
+folder. Changes are few and small, so SQLite's rollback journal is used: WAL would gain nothing here, and
+it needs shared memory, which network drives do not provide.
 
 The runner is the one process that starts the jobs, as children. It outlives the window, and its children
 outlive it: a killed runner leaves its trainer running, and the next runner waits for that one before it

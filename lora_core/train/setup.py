@@ -250,7 +250,7 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
     """A hash or version for each input: the settings file, each image with its caption, each package."""
     inputs = {"config.toml": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     for record in records:
-        words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
+        words = f"{record.digest} {record.repeats} {record.caption}"
         words += "\nheld out by hand" if record.held_out else ""
         words += f"\ncrop {record.crop}" if record.crop else ""
         words += f"\nfocus {record.focus}" if record.focus else ""

@@ -475,7 +475,7 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     snapshot = take_snapshot(app_state)
     assert 'data-size="2.0 MB"' in export_buttons(snapshot)
     assert '<option value="">Auto rank<' in checkpoint_cards(snapshot)
-    # A rank that saves nothing is no choice.
+    # A rank that saves nothing is not offered.
     run.analysis_file.write_text(json.dumps(found | {"times_smaller": 1.1}))
     assert "is enough" not in card(app_state)
     assert "export-size" not in checkpoint_cards(take_snapshot(app_state))

@@ -71,7 +71,7 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     set_steps(page, 77)
     has_value(beside, "#steps input", "77")
     assert page.evaluate("window.old"), "the page was loaded anew"
-    # What a reverse proxy answers for a server that is away is no answer.
+    # With a 502 a reverse proxy says that the server is away.
     watched.expected_away = True
     page.route(EVENTS, lambda route: route.fulfill(status=502))
     page.fill("#steps input", "88")
