@@ -4,7 +4,7 @@
   const { one, all, get, post, make, plural, t } = easel;
 
   // ---- import: file by file, so that errors name the file and folders stay folders -----
-  const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
+  const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200, MOST_FILES = 100_000;
   let sending = null;
 
   const note = (text, bad = false) => {
@@ -48,7 +48,10 @@
       try { answer = JSON.parse(request.responseText); } catch { /* reported below */ }
       if (answer.received) { seen(body.size); resolve(); } else reject(new Error(answer.problem || t("The window did not take the file.")));
     };
-    request.onerror = () => reject(new Error(t("The window does not answer; nothing was added.")));
+    request.onerror = async () => {
+      for (const { file, name } of parcel) await file.slice(0, 1).arrayBuffer().catch(() => reject(new Error(t("{name} cannot be read; nothing was added.", { name }))));
+      reject(new Error(t("The window does not answer; nothing was added.")));
+    };
     request.send(body);
   });
 
@@ -57,6 +60,7 @@
     easel.openTab("Dataset");
     if (sending) return note(t("Another import is running; wait until it is done."), true);
     if (!files.length) return note(t("There is nothing in that folder."), true);
+    if (files.length > MOST_FILES) return note(t("More than 100,000 files cannot be taken at once; drop fewer."), true);
     sending = { stopped: false };
     const own = easel.project, mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
     let next = 0, done = 0, batch = null;

@@ -3,7 +3,7 @@
 // A file input cannot take a dropped folder, so drops are intercepted, folders are walked, and each file is passed on
 // with its path, so that `10_name` folders are kept.
 (() => {
-  const MOST_FILES = 20000;
+  const MOST_FILES = 100_000;  // one more is refused
   const holdsFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
 
   const allEntries = (folder) => new Promise((resolve, reject) => {
@@ -67,6 +67,6 @@
     event.stopPropagation();
     depth = 0;
     mark(false);
-    hand(await dropped(event.dataTransfer));
+    try { hand(await dropped(event.dataTransfer)); } catch { window.easel.toast(window.easel.t("What was dropped cannot be read; drop it again."), "bad"); }
   }, true);
 })();

@@ -654,3 +654,33 @@ def _drag(page, name: str, concept: str) -> None:
     row.hover(position={"x": 9, "y": 9})
     page.wait_for_selector("#concepts-found tr.over")
     page.mouse.up()
+
+
+def test_a_file_that_cannot_be_read_is_named(page, watched: Any, window: Any, pictures: list[Path]) -> None:
+    """As one that its folder keeps elsewhere, or that is moved while the images are sent."""
+    lost, watched.expected_away = pictures[2], True
+
+    def lose(route: Any) -> None:
+        lost.unlink()
+        route.continue_()
+
+    page.route("**/easel/upload", lose)
+    take(page, pictures)
+    page.wait_for_selector(f"#import-note >> text={lost.name} cannot be read; nothing was added.")
+    assert names(page) == []
+    page.unroute("**/easel/upload")
+    take(page, [one for one in pictures if one != lost])
+    pictures_in(page, len(pictures) - 1)
+
+
+def test_a_drop_that_is_too_large_is_refused_whole(page, window: Any, pictures: list[Path]) -> None:
+    page.evaluate(
+        """() => {
+          const one = { file: new File([], "a.png"), path: "a.png" };
+          window.easel.takeFiles(Array.from({ length: 100001 }, () => one));
+        }"""
+    )
+    page.wait_for_selector(
+        "#import-note >> text=More than 100,000 files cannot be taken at once; drop fewer."
+    )
+    assert names(page) == []
