@@ -152,6 +152,8 @@ def save_adapter(
     if dtype not in (*PRECISIONS, AS_IT_IS):
         raise AdapterFileError(f"{dtype!r} is not a file precision; choose one of {', '.join(PRECISIONS)}.")
     check_finite(weights)
+    if dtype == "fp16":
+        weights = replace(weights, layers={key: _balanced(one) for key, one in weights.layers.items()})
     translator = _translator(format)
     tensors = {
         name: tensor if name.endswith((".alpha", ".dora_scale")) else _cast(name, tensor, dtype)
@@ -243,6 +245,16 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
 def _translator(name: str) -> ModuleType:
     """The module behind a row of `FORMATS`: to_tensors and header."""
     return importlib.import_module(FORMATS[name].load.partition(":")[0])
+
+
+def _balanced(layer: LayerWeights) -> LayerWeights:
+    """The layer with factors of like size where fp16 would round one of them coarsely: one divided and the
+    other multiplied by a power of 2, which leaves their product as it is."""
+    down, up = (factor.float().square().mean().sqrt() for factor in (layer.down, layer.up))
+    if not 0 < min(down, up) < torch.finfo(torch.float16).tiny:
+        return layer
+    shift = 2.0 ** round(float(torch.log2(down / up)) / 2)
+    return replace(layer, down=layer.down.float() / shift, up=layer.up.float() * shift)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -118,6 +118,23 @@ def test_overflow_of_fp16_is_refused(path, family):
         save_adapter(weights, path, family, dtype=precision)
 
 
+@pytest.mark.parametrize("small", ["up", "down"])
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_small_factors_keep_their_product_in_fp16(path, family, size, small):
+    """A factor that has hardly moved from 0, as after a few steps, is below what fp16 holds."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"up": 0.03, "down": 0.03, small: size}
+    factors = {"up": torch.randn(24, 4, generator=draw), "down": torch.randn(4, 32, generator=draw)}
+    weights = changed(adapter(), **{name: sizes[name] * factor for name, factor in factors.items()})
+    save_adapter(weights, path, family, dtype="fp16")
+    key = ("unet", f"{BLOCK}.attn2.to_k")
+    meant, found = weights.layers[key].delta(), load_adapter(path).layers[key].delta()
+    assert (found - meant).norm() < (1e-3 if size > 1e-9 else 1e-2) * meant.norm()
+    if size == 1e-3:
+        kept = load_adapter(path).layers[key]
+        assert torch.equal(kept.up, weights.layers[key].up.half())
+
+
 def test_overflow_by_folding_alpha_is_refused(path, family):
     weights = changed(adapter(), alpha=1e30, up=torch.full((24, 4), 1e20))
     with pytest.raises(AdapterFileError, match="more than fp32"):
