@@ -225,7 +225,8 @@
     const members = acted().map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
     one("#selection-count").textContent = count ? t("{count} selected", { count: count.toLocaleString("en") }) : "";
     // In the bar, and below the image, where they say how many.
-    for (const [does, words, hidden] of [["captions", t("Edit captions"), out || shelf.fixed], ["validation", held ? t("Use for training") : t("Use for validation"), out || shelf.fixed], ["exclude", out ? t("Include") : t("Exclude"), shelf.fixed]]) {
+    for (const button of all("[data-bulk]", bar)) button.hidden = out || shelf.fixed;
+    for (const [does, words, hidden] of [["validation", held ? t("Use for training") : t("Use for validation"), out || shelf.fixed], ["exclude", out ? t("Include") : t("Exclude"), shelf.fixed]]) {
       for (const button of all(`[data-select=${does}]`)) {
         button.textContent = button.id && count ? `${words} ${count}` : words;
         button.hidden = hidden;
@@ -628,7 +629,6 @@
     else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
     else if (data.select === "exclude") leaveOut().then(() => { if (!target.id) cells.get(chosen)?.focus({ preventScroll: true }); });
     else if (data.select === "validation") holdOut();
-    else if (data.select === "captions") window.easel.openBulk();
     else if (target.id === "detail-close") editOnPhone(false);
     else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
     else if (target.id === "crop-start") startCropping();

@@ -101,7 +101,6 @@
       field.dispatchEvent(new Event("input", { bubbles: true }));
       field.scrollIntoView({ block: "center" });
     }
-    else if (data.addTag) { easel.addTag(data.addTag, JSON.parse(data.pictures)); }
     else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; show(); }
   });
   document.addEventListener("toggle", (event) => {

@@ -150,7 +150,7 @@
       field.value = "";
     } catch (error) { note(error.message, true); } finally { sending = null; }
   };
-  Object.assign(easel, { takeFiles: take, openBulk: () => openBulk(), addTag: (...given) => addTag(...given) });
+  easel.takeFiles = take;
   addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });
 
   // ---- bulk edit ------------------------------------------------------------------------------------
@@ -257,16 +257,15 @@
   const apply = (...given) => { allow(false, t("The captions are being changed")); return easel.inTurn(() => change(...given)); };
   const addTrigger = () => apply({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
 
-  // For the selected images, from the bar above the grid.
-  const openBulk = () => {
+  // One of the edits, for the selected images or for those of a filter.
+  const openBulk = ({ bulk, only }) => {
+    if (only) one(`[data-filter=${only}]`).click();
     one("#bulk").open = true;
-    if (one("#bulk-do").value === "replace") one("#bulk-do").value = "prepend";
+    one("#bulk-do").value = bulk;
     preview();
-    one("#bulk-put").focus();
+    one(`[data-for~=${bulk}] input`).focus();
     one("#bulk").scrollIntoView({ block: "nearest" });
   };
-  // Writes a tag at the end of some captions, as a finding proposes.
-  const addTag = (tag, pictures) => apply({ do: "append", put: tag, pictures });
 
   const tags = async () => {
     if (!one("#bulk")?.open) return;
@@ -404,6 +403,8 @@
     }
     else if (target.id === "import-stop") { if (followed) post("import", { do: "cancel" }); else if (sending) sending.stopped = true; }
     else if (target.id === "bulk-apply") apply(scoped(edit()));
+    else if (data.bulk) openBulk(data);
+    else if (data.fix) apply(JSON.parse(data.fix));
     else if (target.id === "trigger-to-all") addTrigger();
     else if (target.id === "concepts-make") setConcepts({ do: "make" }, t("Concepts made of the folders."));
     else if (data.conceptRemove) setConcepts({ do: "set", number: Number(data.conceptRemove), was: data.was, key: "image_dir", value: "" }, t("Concept removed."));

@@ -145,7 +145,16 @@
   });
 
   // ---- the image in progress ----------------------------------------------------------------------------------------
-  const split = (value) => root.style.setProperty("--split", `${value}%`);
+  const split = (value) => {
+    root.style.setProperty("--split", `${value}%`);
+    root.dataset.shows = { 0: "lora", 100: "base" }[value] ?? "both";
+  };
+  // All of the base, then all of the LoRA.
+  const flip = () => {
+    const slider = one("input.split");
+    slider.value = slider.value === "100" ? 0 : 100;
+    split(slider.value);
+  };
   const working = () => {
     const state = one("#preview-state"), cancel = one("#cancel-drawing");
     if (!state) return;
@@ -291,6 +300,7 @@
     const setSeed = (value) => { form().elements.seed.value = value; changed(false, 0); };
     if (target.id === "paint-mask") await paintMask();
     else if (target.id === "cancel-drawing") post("preview/cancel", {});
+    else if (target.id === "flip") flip();
     else if (target.id === "dice") setSeed(-1);
     else if (target.id === "last-seed") { const { seed } = one("#preview-state").dataset; if (seed) setSeed(seed); }
     else if (target.id === "add-lora") { await redraw(() => {}, { add: true }); all("#loras [data-row] select").at(-1)?.focus(); }
@@ -305,7 +315,8 @@
       await idle();
       take((await request("preview/put-back", { file: data.putBack }))?.form);
       showStage();
-    } else if (data.forget !== undefined) {
+    } else if (data.star) request("preview/star", { file: data.star, on: Boolean(data.on) });
+    else if (data.forget !== undefined) {
       const answer = await request("preview/forget", { file: data.forget });
       if (answer) window.easel.toast(t("Image moved to the trash."), "", () => post("preview/bring-back", answer));
     }
@@ -321,6 +332,7 @@
   }, true);
 
   document.addEventListener("keydown", (event) => {
+    if (event.key === " " && event.target.classList.contains("split")) { event.preventDefault(); flip(); }
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !one("#generate")?.offsetParent) return;
     event.preventDefault();
     generate("image");

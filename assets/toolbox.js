@@ -26,7 +26,14 @@
     if (mine !== turn) asked = { ...changed, ...asked };
     if (mine !== turn || !reply.parts) return;
     fillParts(reply);
-    for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", String(each === button()));
+    for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", each === button());
+    for (const each of all("#toolbox .seg")) each.hidden = !each.contains(button());
+    for (const each of all("#toolbox [data-verb]")) {
+      const mine = each.dataset.verb.split(" ").includes(tool);
+      if (mine) each.dataset.last = tool;
+      each.setAttribute("aria-pressed", mine);
+    }
+    one("#toolbox-line").textContent = button().title;
     one("#toolbox-add").hidden = Number(button().dataset.high) < 2;
     one("#toolbox-go").textContent = button().dataset.go;
     if (answered !== tool) showAnswer();
@@ -117,7 +124,7 @@
     const target = event.target.closest("button");
     if (!target) return;
     const data = target.dataset;
-    if (data.tool && target.closest("#toolbox")) { picked = true; propose(false); choose(data.tool); }
+    if ((data.tool || data.verb) && target.closest("#toolbox")) { picked = true; propose(false); choose(data.tool ?? data.last ?? data.verb.split(" ")[0]); }
     else if (target.id === "toolbox-add") draw({ files: [...files(), { file: "", strength: 1 }] });
     else if (data.part === "remove" && target.closest("#toolbox")) { target.parentElement.remove(); draw(); one("#toolbox-add").focus(); }
     else if (target.id === "toolbox-cancel") inTurn(() => post("toolbox/cancel", {}));

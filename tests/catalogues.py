@@ -115,6 +115,8 @@ def texts_of_tables() -> Iterator[Text]:
         yield from (stage, *phases)
     for tool in toolbox_view.TOOLS.values():
         yield from (tool.title, tool.line, tool.go)
+    for verb, (line, _tools) in toolbox_view.VERBS.items():
+        yield from (verb, line)
     yield from form.GROUPS
     for table in (GOALS, LEVELS, HOWS, start.SOURCES, export_view.PRECISIONS, request_form.GRID_KINDS):
         yield from table.values()

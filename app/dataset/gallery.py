@@ -320,11 +320,11 @@ def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: 
         (unused, _("{files} not used", files=pluralize(unused, "file")), "warn"),
         (demo, _("Demo images (read-only)"), ""),
     ]
-    found = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *summarize_notes(skipped)]
+    notes = [*summarize_notes(dataset.notes, AUDIT_ONLY), *summarize_notes(skipped)]
     return {
         "pictures": len(dataset.records),
         "chips": [(text, tone) for count, text, tone in counts if count],
-        "sentences": [*advice, *(problem.sentence for problem in found)],
+        "sentences": [one.sentence for one in dataset.problems] + advice + [one.sentence for one in notes],
         "most": MOST_SENTENCES,
     }
 

@@ -20,7 +20,7 @@ from app.dataset.gallery import DatasetSummary, gallery_data, gallery_version, p
 from app.dataset.uploads import Importer
 from app.routes import Answer, BadRequest, Sent, add_actions, add_reads, image_url, too_many
 from app.state import AppState, Bindings, Snapshot
-from app.templates import TYPING, _, edit_events, html_block, note_html, pluralize, render, text_field
+from app.templates import TYPING, _, edit_events, html_block, note_html, render, text_field
 from app.train.form import Plan
 from lora_core.data.audit import concept_rows
 from lora_core.data.captions import count_tags
@@ -256,11 +256,11 @@ def checked(app_state: AppState) -> dict[str, Any]:
         "twins": [name for row in found if row["kind"] == "twins" for name in (row["picture"], row["twin"])],
         "parts": parts
         | {
-            "issues": show("issues"),
+            "issues": show("issues", learned=learned),
             "check-found": show("check"),
             "check-title": _("Issues ({count})", count=len(found)) if found else _("Check the images"),
             "learned-found": show("learned", found=learned, shares=state["shares"]),
-            "learned-title": _("What will be learned") + (f", {pluralize(notes, 'note')}" if notes else ""),
+            "learned-title": _("What will be learned") + (f" ({notes})" if notes else ""),
         },
     }
 

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class HistoryEntry:
         shot: its request; of a sheet the common part. rows, columns: what a sheet varies.
         time: when it was drawn, in seconds since the epoch.
         beside: whether it is the base's own image beside another, which the list does not show.
+        starred: whether the user keeps it in the list, however many come after it.
     """
 
     file: Path
@@ -44,6 +45,7 @@ class HistoryEntry:
     columns: Axis | None = None
     time: float = 0.0
     beside: bool = False
+    starred: bool = False
 
     @property
     def is_sheet(self) -> bool:
@@ -63,9 +65,10 @@ class History:
         self._kept = self._read()
 
     def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
-        """The images, newest first."""
+        """The images, newest first; after `most` those that are starred."""
         with self._lock:
-            return [one for one in reversed(self._kept) if not one.beside][:most]
+            listed = [one for one in reversed(self._kept) if not one.beside]
+        return [one for at, one in enumerate(listed) if at < most or one.starred]
 
     def last_pair(self) -> list[HistoryEntry]:
         """The newest image but sheets, and the base's own; [] if one is missing or a LoRA has changed
@@ -92,7 +95,17 @@ class History:
 
     def add(self, kept: HistoryEntry) -> None:
         """Add an image; an earlier entry with the same settings is replaced."""
-        kept = dataclasses.replace(kept, time=time.time())
+        self._keep(dataclasses.replace(kept, time=time.time()))
+
+    def star(self, name: object, on: bool) -> None:
+        """Star an image, or take its star away.
+
+        Raises:
+            RunError: there is none of that name.
+        """
+        self._keep(dataclasses.replace(self.named(name), starred=on))
+
+    def _keep(self, kept: HistoryEntry) -> None:
         line = {
             "file": kept.file.relative_to(self.folder).as_posix(),
             "time": kept.time,
@@ -100,9 +113,10 @@ class History:
             "rows": dataclasses.asdict(kept.rows) if kept.rows else None,
             "columns": dataclasses.asdict(kept.columns) if kept.columns else None,
             "beside": kept.beside,
+            "starred": kept.starred,
         }
         with self._lock:
-            self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
+            self._kept = _by_time([*(one for one in self._kept if one.file != kept.file), kept])
             append_line(self.folder / FILE, json.dumps(line))
 
     def remove(self, name: object, workspace: Path) -> tuple[HistoryEntry, str]:
@@ -139,9 +153,8 @@ class History:
         for line in lines:
             kept = self._of_line(line)
             if kept is not None:
-                found.pop(kept.file, None)
                 found[kept.file] = kept
-        return list(found.values())
+        return _by_time(found.values())
 
     def _of_line(self, line: bytes) -> HistoryEntry | None:
         try:
@@ -155,9 +168,14 @@ class History:
             # Entries from before this setting were not rescaled.
             shot = GenerationRequest.from_json({"cfg_rescale": 0.0, **row["shot"]})
             drawn_at = float(row["time"])
-            return HistoryEntry(file, shot, rows, columns, drawn_at, bool(row.get("beside")))
+            kept = bool(row.get("beside")), bool(row.get("starred"))
+            return HistoryEntry(file, shot, rows, columns, drawn_at, *kept)
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
+
+
+def _by_time(entries: Iterable[HistoryEntry]) -> list[HistoryEntry]:
+    return sorted(entries, key=lambda one: one.time)
 
 
 # Sheets: several images as one.

@@ -565,6 +565,9 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "bring-back": lambda app_state, sent: app_state.render_queue.history.bring_back(
         sent.get("place"), app_state.workspace
     ),
+    "star": lambda app_state, sent: app_state.render_queue.history.star(
+        sent.get("file"), bool(sent.get("on"))
+    ),
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
     "start": start_from,

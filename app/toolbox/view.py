@@ -114,6 +114,14 @@ TOOLS: dict[str, LoraTool] = {
         "adapter",
     ),
 }  # fmt: skip
+VERBS = {
+    "Inspect": ("What a LoRA is, and what it does.", "check spectrum amplify strength"),
+    "Compare": ("How LoRAs differ, and how they combine.", "compare stack"),
+    "Shrink": (TOOLS["shrink"].line, "shrink intrinsic"),
+    "Merge": ("Combine LoRAs, or write another format.", "merge into-base plain convert"),
+    "Extract": (TOOLS["extract"].line, "extract"),
+}
+"""What the tab offers: what each is for, and its tools."""
 
 
 OTHER, FOLDER = ":other", ":folder"
@@ -444,7 +452,8 @@ MOST_BARS = 14
 
 def build_toolbox(bindings: Bindings) -> None:
     """Lay out the tab."""
-    html_block(lambda: render("toolbox/page.html", tools=TOOLS), elem_classes="page page-toolbox")
+    offered = {"tools": TOOLS, "verbs": VERBS}
+    html_block(lambda: render("toolbox/page.html", **offered), elem_classes="page page-toolbox")
     html_block(lambda: render("toolbox/page.html", part="foot"), elem_classes="foot")
 
 

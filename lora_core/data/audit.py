@@ -283,9 +283,8 @@ def check_background_captions(
                 f" these words have {_a_or_an(shown)} one. Write {shown} instead, unless you want it."
             )
             meant = [records[i] for i in members if colours[i] == shown]
-            rows.append(
-                bias_finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
-            )
+            counts = {"captions": len(members), "pictures": count}
+            rows.append(bias_finding("meaning", word, sentence, meant, counts) | {"instead": shown})
         for i in members if len(members) >= _FEWEST_ODD else ():
             if colours[i] not in (shown, own):
                 sentence = (

@@ -1,8 +1,10 @@
 """What the base says of pictures, as the window keeps it: asked, found, stale, refused, cancelled."""
 
 import base64
+import html
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from app.dataset import findings
 from app.state import AppState
 from lora_core.system.files import LARGEST_JSON
 from tests.app.runs import come_alive, make_run, started, step
+from tests.data.test_learned import subject
 from tests.waiting import wait_for
 
 FAKE = """
@@ -205,6 +208,25 @@ def test_the_check_says_what_will_be_learned(
     # Another batch size fills batches up in another way.
     app_state.project.update_draft(values={"train.batch_size": 4})
     assert client.get("/easel/check").json()["fresh"] is False
+
+
+def test_a_word_of_another_meaning_is_an_issue_with_its_fix(client: TestClient, app_state: AppState) -> None:
+    folder = app_state.project.image_folder
+    for seed in range(6):
+        subject(seed).save(folder / f"{seed}.png")
+        (folder / f"{seed}.txt").write_text("a cat, Black background" if seed else "")
+    app_state.project.invalidate()
+    client.post("/easel/check", json={})
+    wait_for(lambda: client.get("/easel/check").json()["state"] != "working")
+    shown = client.get("/easel/check").json()["parts"]["issues"]
+    # One of the five is for validation.
+    assert "“black” is white in 4" in shown
+    assert "1 uncaptioned" in shown
+    (fix,) = re.findall('data-fix="([^"]*)"', shown)
+    asked = {**json.loads(html.unescape(fix)), "apply": True}
+    assert client.post("/easel/bulk", json=asked).json()["changed"] == 4
+    texts = sorted((folder / f"{seed}.txt").read_text() for seed in range(1, 6))
+    assert texts == ["a cat, Black background", *["a cat, white background"] * 4]
 
 
 CAPTIONER = {

@@ -110,6 +110,24 @@ def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path)
     assert History(tmp_path / "generated").newest()[0].file.name == "d.png", "nor that of a full disk"
 
 
+def test_a_starred_image_keeps_its_place_and_stays_however_many_come_after_it(app_state: AppState) -> None:
+    history = app_state.render_queue.history
+    for name in "abc":
+        history.add(HistoryEntry(picture(app_state.generated / "1", f"{name}.png"), GenerationRequest()))
+
+    def listed(history: History, most: int) -> list[tuple[str, bool]]:
+        return [(one.file.stem, one.starred) for one in history.newest(most)]
+
+    preview.ACTIONS["star"](app_state, {"file": "a.png", "on": True})
+    again = History(app_state.generated)
+    assert listed(history, 2) == listed(again, 2) == [("c", False), ("b", False), ("a", True)]
+    preview.ACTIONS["star"](app_state, {"file": "a.png", "on": False})
+    assert listed(history, 2) == listed(History(app_state.generated), 2) == [("c", False), ("b", False)]
+    assert not any(starred for _name, starred in listed(history, 3))
+    with pytest.raises(RunError, match="no longer exists"):
+        history.star("x.png", True)
+
+
 def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None:
     history = app_state.render_queue.history
     kept = HistoryEntry(picture(app_state.generated / "2026-01"), GenerationRequest())

@@ -14,7 +14,15 @@ from fastapi.testclient import TestClient
 from app.export.view import report_card
 from app.state import AppState, take_snapshot
 from app.templates import render
-from app.toolbox.view import TOOLS, build_worker_request, draw_form, free_path, result_html, written_html
+from app.toolbox.view import (
+    TOOLS,
+    VERBS,
+    build_worker_request,
+    draw_form,
+    free_path,
+    result_html,
+    written_html,
+)
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.conftest import Say
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
@@ -71,12 +79,13 @@ def ended(app_state: AppState, job: str = "toolbox") -> dict[str, Any]:
 
 
 def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
-    page = render("toolbox/page.html", tools=TOOLS)
+    page = render("toolbox/page.html", tools=TOOLS, verbs=VERBS)
+    assert sorted(key for _line, keys in VERBS.values() for key in keys.split()) == sorted(TOOLS)
     for key, tool in TOOLS.items():
         assert f'data-tool="{key}"' in page
         assert tool.title in page
         assert tool.line.endswith(".")
-    assert "Choose a file and a tool" in page
+    assert "Drop a LoRA file, or choose one" in page
 
 
 def test_what_there_is_to_choose(app_state: AppState) -> None:

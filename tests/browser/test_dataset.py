@@ -248,7 +248,10 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
     assert chosen == [listed[1], listed[3], listed[5]]
 
     # The edit is for these alone, and is not offered a second time.
-    page.click("[data-select=captions]")
+    page.click("#selection-bar >> text=Add tag")
+    page.wait_for_selector("#bulk-put:focus")
+    assert page.input_value("#bulk-do") == "append"
+    page.click("#selection-bar >> text=Edit captions")
     page.fill("#bulk-put", "ohwx")
     page.wait_for_selector("#bulk-apply:enabled")
     assert page.inner_text("#bulk-preview ins >> nth=0").startswith("ohwx")

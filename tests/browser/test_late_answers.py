@@ -152,7 +152,7 @@ def test_a_list_whose_options_come_and_go_shows_the_one_that_the_server_chose(pa
 def test_a_file_is_added_to_the_toolbox_although_a_tool_is_chosen_before_the_answer(page: Any) -> None:
     open_tab(page, "Toolbox")
     page.wait_for_selector("#toolbox [data-tool=check][aria-pressed=true]")
-    page.click("#toolbox [data-tool=merge]")
+    page.click("#toolbox [data-verb~=merge]")
     page.wait_for_selector("#toolbox [data-tool=merge][aria-pressed=true]")
     click = "(...all) => all.forEach((one) => document.querySelector(one).click())"
     page.evaluate(f"({click})('#toolbox-add', '#toolbox [data-tool=stack]')")

@@ -81,6 +81,17 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     assert len(set(strip)) == 5
     assert "Seed 7" in page.inner_text("#preview-facts")
 
+    # All of the base, all of the LoRA.
+    shown = "[...document.querySelectorAll('#compare > span')].map(one => one.checkVisibility())"
+    page.focus("input.split")
+    for key, seen in ((" ", [True, False]), (" ", [False, True])):
+        page.keyboard.press(key)
+        assert page.evaluate(shown) == seen
+    page.click("#flip >> text=Show base")
+    assert page.inner_text("#flip") == "Show LoRA"
+    page.fill("input.split", "50")
+    assert page.evaluate(shown) == [True, True]
+
     # Enlarged: Space shows the base's own image in its place, 4x is of the image's own pixels.
     page.click("#enlarge")
     page.wait_for_selector("dialog.lightbox p:has-text('LoRA 1.00')")
@@ -109,6 +120,12 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     page.wait_for_function(f"document.querySelector('#prompt textarea')?.value === {HOSTILE!r}")
     page.wait_for_function("document.querySelector('#strength input[type=range]')?.value === '1'")
     page.wait_for_selector("#compare[data-strength='1.00']")
+    cell = page.locator("#history .cell").last
+    assert cell.bounding_box()["y"] + 80 < page.locator(".foot-row:visible").bounding_box()["y"]
+    cell.hover()
+    cell.locator("[data-star]").click()
+    page.mouse.move(0, 0)
+    page.wait_for_selector("#history .cell:last-child [data-star][data-on='']:visible")
     thrown = len(list((window.workspace / ".trash").glob("*")))
     page.locator("#history .cell").first.hover()
     page.locator("#history [data-forget]").first.click()

@@ -30,6 +30,8 @@ def done(page: Any, words: str) -> str:
 
 
 def tool(page: Any, name: str) -> None:
+    page.click(f"#toolbox [data-verb~={name}]")
+    page.wait_for_selector(f"#toolbox [data-verb~={name}][aria-pressed=true]")
     page.click(f"#toolbox [data-tool={name}]")
     page.wait_for_selector(f"#toolbox [data-tool={name}][aria-pressed=true]")
 
