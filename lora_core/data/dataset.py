@@ -44,8 +44,8 @@ from lora_core.data.concepts import ConceptList, assign_concepts, balance_looks,
 from lora_core.data.images import (
     CONCEPT_LIST,
     CROP_LIST,
+    HOLDOUT_LIST,
     IMAGE_SUFFIXES,
-    MASK_ENDINGS,
     MASK_OF,
     MIN_SIDE,
     Bucket,
@@ -61,7 +61,9 @@ from lora_core.data.images import (
     cut_at_focus,
     folder_kind,
     hash_file,
+    index_images,
     is_mask,
+    mask_owners,
     open_rgb,
     remember_latest,
     same_shape,
@@ -85,16 +87,15 @@ from lora_core.system.files import (
     write_atomically,
 )
 
-HOLDOUT_LIST = "held_out.txt"
 
-
-def read_holdout_list(folder: Path) -> set[str]:
-    """The names on the list, folded as file systems compare them; empty without a list.
+def read_holdout_list(place: Path) -> set[str]:
+    """The names on the list of a folder, or in a file, folded as file systems compare them; empty without a
+    list.
 
     Raises:
         DatasetError: it cannot be read as text.
     """
-    file = folder / HOLDOUT_LIST
+    file = place / HOLDOUT_LIST if place.is_dir() else place
     if not file.is_file():
         return set()
     return {
@@ -116,13 +117,14 @@ def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
     _write_list(folder / HOLDOUT_LIST, "\n".join(wanted))
 
 
-def read_crops(folder: Path) -> dict[str, tuple[float, ...]]:
-    """The crops of images by their names below the folder, see `check_crop`; empty without a list.
+def read_crops(place: Path) -> dict[str, tuple[float, ...]]:
+    """The crops of images by their names below a folder, see `check_crop`, or those in a file; empty without
+    a list.
 
     Raises:
         DatasetError: it cannot be read, or an entry is not a crop.
     """
-    file = folder / CROP_LIST
+    file = place / CROP_LIST if place.is_dir() else place
     if not file.is_file():
         return {}
     try:
@@ -533,13 +535,9 @@ def _is_mask(path: Path, listing: _Listing) -> bool:
 
 
 def _match_masks(listing: _Listing) -> dict[Path, Path]:
-    """Image to mask: of its name without the ending and the `mask` folder, wherever there is one image alone
-    of that name; masks that no image has are noted."""
-    images: dict[str, list[Path]] = {}
-    for path in listing.pictures if listing.masks else ():
-        where = fold_name(listing.stem(path))
-        for name in {where, f"*/{where.rpartition('/')[2]}"}:
-            images.setdefault(name, []).append(path)
+    """Image to mask, see `mask_owners`; masks that no image has are noted."""
+    pictures = listing.pictures if listing.masks else []
+    images = index_images((path, listing.stem(path)) for path in pictures)
     found: dict[Path, Path] = {}
     # A PNG first: the window writes one over a mask of another format.
     ranks = {
@@ -551,12 +549,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
         for path in listing.masks
     }
     for mask in sorted(ranks, key=ranks.__getitem__):
-        *folders, stem = fold_name(listing.shown(mask.with_suffix(""))).split("/")
-        above = [part for part in folders if folder_kind(f"{part}/") != "mask"]
-        stems = [stem.removesuffix(ending) for ending in ("", MASK_ENDINGS[0], *MASK_OF)]
-        owners = next((own for one in stems if (own := images.get("/".join([*above, one])))), [])
-        if not owners and len(above) < len(folders):
-            owners = next((own for one in stems if len(own := images.get(f"*/{one}", [])) == 1), [])
+        owners = mask_owners(images, listing.stem(mask))
         free = [path for path in owners if path not in found]
         found |= dict.fromkeys(free, mask)
         if not free:

@@ -30,7 +30,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ from lora_core.system.files import (
 Crop = tuple[float, float, float, float]
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 CROP_LIST = "crops.json"
+HOLDOUT_LIST = "held_out.txt"
 CONCEPT_LIST = "dataset.toml"
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 """Files that accompany an image: its mask, and OneTrainer's conditioning image, which is not used."""
@@ -216,6 +218,28 @@ def is_junk(name: str) -> bool:
 def is_mask(path: Path) -> bool:
     """A mask of another image by its own name (`cat-masklabel.png` of `cat.png`)."""
     return fold_name(path.stem).endswith(MASK_ENDINGS)
+
+
+def index_images(names: Iterable[tuple[T, str]]) -> dict[str, list[T]]:
+    """Images by their names without suffix, for `mask_owners`."""
+    images: dict[str, list[T]] = {}
+    for image, name in names:
+        where = fold_name(name)
+        for key in {where, f"*/{where.rpartition('/')[2]}"}:
+            images.setdefault(key, []).append(image)
+    return images
+
+
+def mask_owners(images: Mapping[str, list[T]], name: str) -> list[T]:
+    """The images of a mask, by its name without suffix: of that name without the ending and the `mask`
+    folder, wherever there is one image alone of that name."""
+    *folders, stem = fold_name(name).split("/")
+    above = [part for part in folders if folder_kind(f"{part}/") != "mask"]
+    stems = [stem.removesuffix(ending) for ending in ("", MASK_ENDINGS[0], *MASK_OF)]
+    owners = next((own for one in stems if (own := images.get("/".join([*above, one])))), [])
+    if not owners and len(above) < len(folders):
+        owners = next((own for one in stems if len(own := images.get(f"*/{one}", [])) == 1), [])
+    return owners
 
 
 def folder_kind(shown: str) -> str:

@@ -20,7 +20,7 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -42,7 +42,9 @@ from lora_core.data.captions import (
 from lora_core.data.images import (
     CONCEPT_LIST,
     CROP_LIST,
+    HOLDOUT_LIST,
     IMAGE_SUFFIXES,
+    MASK_ENDINGS,
     MASK_OF,
     MAX_FILE_BYTES,
     MOST_DEPTH,
@@ -50,8 +52,10 @@ from lora_core.data.images import (
     SizeCache,
     abbreviate,
     folder_kind,
+    index_images,
     is_junk,
     is_mask,
+    mask_owners,
     walk_files,
 )
 from lora_core.errors import DatasetError, wrap_os_errors
@@ -399,7 +403,7 @@ class _Incoming:
 
     @property
     def is_mask(self) -> bool:
-        return is_mask(Path(self.name)) and self.suffix in IMAGE_SUFFIXES
+        return fold_name(self.name.stem).endswith(_MASK) and self.suffix in IMAGE_SUFFIXES
 
     @property
     def stem(self) -> str:
@@ -414,16 +418,21 @@ class _Incoming:
     @property
     def is_picture(self) -> bool:
         """Whether it is an image to train on."""
-        in_masks = folder_kind(str(self.name)) == "mask"
-        return self.suffix in IMAGE_SUFFIXES and not self.is_mask and not in_masks
+        named = is_mask(Path(self.name)) or folder_kind(str(self.name)) == "mask"
+        return self.suffix in IMAGE_SUFFIXES and not named
 
-    def join_image(self, set_names: Container[str]) -> "_Incoming":
-        """`cat_mask.png`, where an image `cat` comes too, under the name that keeps both together."""
-        image = self.name.stem[: -len(MASK_OF[0])]
-        ours = self.is_picture and fold_name(self.name.stem).endswith(MASK_OF)
-        if not (ours and image and fold_name((self.name.parent / image).as_posix()) in set_names):
+    def join_image(self, images: Mapping[str, list["_Incoming"]]) -> "_Incoming":
+        """`cat_mask.png` or `mask/cat.png`, where an image `cat` comes too, under the name that keeps both
+        together."""
+        image = self.name.with_suffix("").as_posix()
+        if self.is_picture:
+            image = image[: -len(MASK_OF[0])] if fold_name(image).endswith(MASK_OF) else ""
+        elif self.suffix not in IMAGE_SUFFIXES or folder_kind(str(self.name)) != "mask":
+            image = ""
+        if not (image and (owners := mask_owners(images, image))):
             return self
-        return replace(self, name=self.name.with_name(f"{image}{_MASK}{self.name.suffix}"))
+        owner = owners[0].name
+        return replace(self, name=owner.with_name(f"{owner.stem}{_MASK}{self.name.suffix}"))
 
 
 class _Import:
@@ -458,15 +467,21 @@ class _Import:
         sidecars: list[_Incoming] = []
         sets: dict[str, list[_Incoming]] = {}
         tables: list[_Incoming] = []
-        pictures = {one.set_name for one in incoming if one.is_picture}
-        for one in (each.join_image(pictures) for each in incoming):
-            if fold_name(one.name.name) in (*METADATA_NAMES, PARQUET_TABLE):
+        lists: list[_Incoming] = []
+        pictures = [(one, one.name.with_suffix("").as_posix()) for one in incoming if one.is_picture]
+        images = index_images(pictures)
+        for one in (each.join_image(images) for each in incoming):
+            if one.name.name in (CROP_LIST, HOLDOUT_LIST) and not mask_owners(images, one.set_name):
+                lists.append(one)
+            elif one.suffix in IMAGE_SUFFIXES and fold_name(one.name.stem).endswith(MASK_ENDINGS[1]):
+                self.skip(one, "other file", "is a conditioning image, which is not used; it was left out.")
+            elif fold_name(one.name.name) in (*METADATA_NAMES, PARQUET_TABLE):
                 tables.append(one)
             elif one.name == PurePosixPath(CONCEPT_LIST):
                 self._add_concepts(one)
             elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
                 sets.setdefault(one.set_name, []).append(one)
-            elif one.suffix in SIDECAR_SUFFIXES and one.name.name != CROP_LIST:
+            elif one.suffix in SIDECAR_SUFFIXES:
                 sidecars.append(one)
             elif one.suffix == ".aae":
                 self.skip(one, "sidecar", "holds edits by Photos, and is not read; export the edited image.")
@@ -488,6 +503,8 @@ class _Import:
             self._add_set([one for one in members if not faults[one]])
         for table in tables:
             self._add_table(table)
+        for one in lists:
+            self._add_list(one)
         for done, one in enumerate(sidecars):
             self.way.progress("Importing", done, len(sidecars))
             self._add_sidecar(one)
@@ -692,6 +709,26 @@ class _Import:
             transfer_file(one.source, target, self.way)
         except OSError as error:
             self.skip(one, "unreadable", f"cannot be copied ({error.strerror}); try it again.")
+
+    def _add_list(self, one: _Incoming) -> None:
+        """Take the new images' crops, or which of them are held out, by the names that they have here."""
+        from lora_core.data import dataset
+
+        try:
+            crops, held = dataset.read_crops(self.into), dataset.read_holdout_list(self.into)
+            is_crops = one.name.name == CROP_LIST
+            named = dataset.read_crops(one.source) if is_crops else dataset.read_holdout_list(one.source)
+            here = {name: self._placed.get(fold_name((one.name.parent / name).as_posix())) for name in named}
+            new = {self._name_of(path).as_posix(): name for name, path in here.items() if path in self._new}
+            if isinstance(named, dict):
+                dataset.write_crops(self.into, crops | {name: named[old] for name, old in new.items()})
+            else:
+                dataset.write_holdout_list(self.into, held | new.keys())
+        except DatasetError as error:
+            self.done.skipped.append(FileProblem(one.source, "other file", str(error)))
+            return
+        if others := abbreviate(sorted(name for name in named if name not in new.values())):
+            self.skip(one, "unused row", f"was not taken for images that were not added ({others}).")
 
     def _add_table(self, table: _Incoming) -> None:
         """Write the rows of a table as text files beside the images that have none."""

@@ -74,6 +74,44 @@ def test_a_mask_of_another_name_keeps_to_its_image(tmp_path: Path, draw: Draw) -
     }  # fmt: skip
 
 
+def test_masks_crops_and_held_out_images_keep_to_their_image(tmp_path: Path, draw: Draw) -> None:
+    """Where an image here has its name, which keeps what it has."""
+    into, source = tmp_path / "into", tmp_path / "from"
+    draw(into / "cat.png", seed=1)
+    draw(source / "cat.png", seed=2)
+    for number, name in enumerate(
+        ("mask/cat.png", "masks/dog_mask.png", "fox-condlabel.png", "fox-masklabel.png")
+    ):
+        draw(source / name, seed=10 + number)
+    for number, name in enumerate(("dog.png", "fox.png", "in/fox.png")):
+        draw(source / name, seed=20 + number)
+    (source / "crops.json").write_text('{"cat.png": [0, 0, 0.5, 1], "gone.png": [0, 0, 1, 0.5]}')
+    (source / "held_out.txt").write_text("cat.png\nin/fox.png\n")
+    skipped = import_folder(source, into).skipped
+    records = scan(into).records
+    assert {one.path.relative_to(into).as_posix(): (one.crop, one.held_out) for one in records} == {
+        "cat.png": (None, False), "cat-2.png": ((0, 0, 0.5, 1), True), "dog.png": (None, False),
+        "fox.png": (None, False), "in/fox.png": (None, True),
+    }  # fmt: skip
+    masks = {one.path.name: one.mask for one in records if one.mask}
+    assert {name: mask.name for name, mask in masks.items()} == {
+        "cat-2.png": "cat-2-masklabel.png", "dog.png": "dog-masklabel.png", "fox.png": "fox-masklabel.png",
+    }  # fmt: skip
+    assert masks["fox.png"].read_bytes() == (source / "fox-masklabel.png").read_bytes()
+    assert [one.sentence for one in skipped] == [
+        "fox-condlabel.png is a conditioning image, which is not used; it was left out.",
+        "crops.json was not taken for images that were not added (gone.png).",
+    ]
+    # Once more: all images are here already, and nothing of them changes.
+    lists = [(into / name).read_text() for name in ("crops.json", "held_out.txt")]
+    import_folder(source, into)
+    assert [(into / name).read_text() for name in ("crops.json", "held_out.txt")] == lists
+    (source / "crops.json").write_text('{"cat.png": 7}')
+    assert "The crop of cat.png is not left" in " ".join(
+        one.sentence for one in import_folder(source, tmp_path / "other").skipped
+    )
+
+
 def test_a_caption_that_comes_later(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "into" / "a.png")
     (tmp_path / "a.txt").write_text("late")
