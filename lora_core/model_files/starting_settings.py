@@ -742,8 +742,9 @@ _VARIABLE = re.compile(
 _USE = re.compile(r"\$\{?(\w+)\}?|%(\w+)%|!(\w+)!")
 
 
-def _leaves_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and plain values or lists of them; the entries of a list of tables are counted from 0.
+def _leaves_of(value: Any, place: str, on: bool = True) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and plain values or lists of them; the entries of a list of tables are counted from 0, and
+    the values of one that is switched off are `_UNUSED`.
 
     A table of arguments, as LoRA_Easy_Training_Scripts writes it, is the list of its `key=value`.
     """
@@ -751,12 +752,13 @@ def _leaves_of(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, [f"{key}={inner}" for key, inner in value.items()]
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves_of(inner, f"{place}.{key}" if place else str(key))
+            yield from _leaves_of(inner, f"{place}.{key}" if place else str(key), on)
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for number, inner in enumerate(value):
-            yield from _leaves_of(inner, f"{place}.{number}")
+            off = isinstance(inner, dict) and (inner.get("enabled") is False or inner.get("disabled") is True)
+            yield from _leaves_of(inner, f"{place}.{number}", on and not off)
     else:
-        yield place, value
+        yield place, value if on else _UNUSED
 
 
 def _by_key(given: Any, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -776,8 +778,8 @@ def _by_key(given: Any, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
             # argparse takes the beginning of an option's name too.
             longer = [one for one in known if one.startswith(name)]
             name = longer[0] if len(longer) == 1 else name
-        found.setdefault(name, []).append(value)
-    return found
+        found.setdefault(name, []).extend([] if value is _UNUSED else [value])
+    return {name: listed or [None] for name, listed in found.items()}
 
 
 @dataclass
@@ -915,6 +917,7 @@ def _translate(values: dict[str, list[Any]], trainer: Mapping[str, Any]) -> Lora
     return result
 
 
+_UNUSED = object()
 _BLANK = ("none", "", "[]", "{}")
 
 

@@ -833,9 +833,11 @@ CONCEPTS = [
     }
 ]
 BACKENDS = [
-    {"id": "cats", "instance_data_dir": "/cats", "resolution": 0.25, "repeats": 3, "crop": True},
+    {"id": "dogs", "instance_data_dir": "/dogs", "resolution": 1.0, "probability": 0.5, "disabled": True},
+    {"id": "cats", "instance_data_dir": "/cats", "resolution": 0.25, "repeats": 3, "crop": True,
+     "caption_strategy": "filename"},
     {"id": "texts", "dataset_type": "text_embeds", "cache_dir": "/cache", "disabled": False},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -864,7 +866,11 @@ BACKENDS = [
           "name places of that machine: concepts.N.path"]),
         # 500 pixels wide, on the grid of 64.
         ("a.json", BACKENDS, {"train.resolution": 512},
-         ["backends.N.repeats = 3 is not known here; name the folder", "backends.N.crop = True"]),
+         ["backends.N.repeats = 3 is not known here; name the folder", "backends.N.crop = True",
+          "caption_strategy = filename is not known here; write each caption into a text file"]),
+        ("a.json", {"training_method": "LORA", "lora_rank": 4,
+                    "samples": [{"prompt": "off", "seed": 1, "enabled": False}, {"prompt": "on", "seed": 2}]},
+         {"sample.prompts": ["on"], "sample.seed": 2}, []),
         ("a.json", {"algo": "lokr", "linear_dim": 16, "linear_alpha": 4, "factor": 8},
          {"adapter.kind": "lokr", "adapter.rank": 16, "adapter.alpha": 4}, ["factor = 8 is not known here"]),
         ("a.json", {"network_dim": 4, "max_train_epochs": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 50},
@@ -891,6 +897,7 @@ def test_other_shapes_of_configurations(
     said = " ".join(found.left)
     for sentence in sentences:
         assert sentence in said
+    assert "several values" not in said
     assert "optimizer.warmup" not in found.values or "Warm-up" not in said
     RunConfig().changed(found.values)
 
