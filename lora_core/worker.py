@@ -97,7 +97,8 @@ class Worker(ImageWorker):
         self, kind: Callable[..., Any], work: Callable[..., Any], request: Request, report: Reporter
     ) -> Result:
         folder, wanted = Path(str(request["dataset"])), set(request["pictures"])
-        records = {relative_name(record.path, folder): record for record in scan(folder).records}
+        found = scan(folder)
+        records = {relative_name(record.path, folder): record for record in (*found.records, *found.reg)}
         asked = {name: record for name, record in records.items() if name in wanted}
         self.release()
         annotator = _call(kind, request, report)

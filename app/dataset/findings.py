@@ -26,7 +26,7 @@ from lora_core.data.audit import TrainingView, audit, kept_looks
 from lora_core.data.dataset import split_holdout
 from lora_core.data.images import Dataset, ImageRecord
 from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.projects.caption_edits import Captioner, Edit, Masker, left_to_do
+from lora_core.projects.caption_edits import Captioner, Edit, Masker, images_for, left_to_do
 from lora_core.projects.project import DEMO, Project, relative_name
 from lora_core.system.files import file_stamp, read_json, read_object, write_atomically
 
@@ -322,7 +322,8 @@ class DatasetInsights:
         """A model with its options, the images, and `how`."""
         kind = ANNOTATORS[what][1]
         given = {one.name: asked[one.name] for one in fields(kind) if one.name in asked}
-        return kind(**{"model": "", **given}), self.project.images(), str(asked.get("how") or "missing")
+        images = images_for(self.project, what)
+        return kind(**{"model": "", **given}), images, str(asked.get("how") or "missing")
 
     def _keep_asked(self, what: str, asked: Mapping[str, Any]) -> None:
         self.project.refuse_demo()
@@ -353,7 +354,7 @@ class DatasetInsights:
 
     def _stamps(self, names: Iterable[str]) -> dict[str, Any]:
         """What tells an image and its crop from others of its name, as JSON gives it back."""
-        images = self.project.images()
+        images = self.project.editable()
         now = {name: [file_stamp(images[name].path), images[name].crop] for name in names if name in images}
         return dict(json.loads(json.dumps(now)))
 

@@ -206,6 +206,7 @@ _SUMMARIES = {
     "shared caption": "{} captions are shared by images of the same name ({}).",
     "other file": "{} other files are not used ({}).",
     "no concept": "{} images are in no concept of dataset.toml, and are not used ({}).",
+    "bare class": "{} images for regularisation lack captions; write them, or name the folder as 1_cat ({}).",
     "reg folder": "{} images are in a folder for regularisation, but their concepts are not is_reg ({}).",
     "sidecar": "{} files of other programs beside images gave no caption ({}).",
     "same picture": "{} images are already here and were skipped ({}).",
@@ -289,6 +290,9 @@ def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
             listing.note(record.path, "transparent", sentence)
         if record.animated:
             listing.note(record.path, "animated", "is animated; only its first frame is trained on.")
+        if record.reg and not record.full_caption:
+            sentence = "is for regularisation without a caption; write one, or name its folder as 1_cat."
+            listing.note(record.path, "bare class", sentence)
     _note_texts(every, listing)
     _note_rows(every, rows_of, listing)
     return Dataset(records, [*listing.problems, *problems], listing.notes, reg, loose, folder)

@@ -182,6 +182,12 @@ class Masker(Annotator):
     }  # fmt: skip
 
 
+def images_for(project: Project, do: str) -> dict[str, ImageRecord]:
+    """The images that an edit is for: a captioner's also those for regularisation, which other edits would
+    give the trigger word."""
+    return project.editable() if do == "caption" else project.images()
+
+
 def left_to_do(annotator: Annotator, images: Mapping[str, ImageRecord], how: str) -> dict[str, ImageRecord]:
     """The images that a model is asked about.
 
@@ -471,7 +477,7 @@ def undo(project: Project) -> tuple[int, int]:
             raise DatasetError("No edit of captions is left to undo.")
         last = steps.pop()
         masks = last.get("masks") is True
-        by_name = project.images()
+        by_name = project.editable()
         done = 0
         for name, old in last["before"].items():
             if (record := by_name.get(name)) and _is_so(record, str(last["after"].get(name, "")), masks):
@@ -489,7 +495,8 @@ def describe_edit(edit: Edit) -> str:
 
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
     """The captions that change, and how many were considered."""
-    wanted = [(name, record) for name, record in project.images().items() if only is None or name in only]
+    images = images_for(project, edit.do).items()
+    wanted = [(name, record) for name, record in images if only is None or name in only]
     if edit.do == "mask":
         found = [(name, one, edit.texts.get(name, "")) for name, one in wanted]
         return [row for row in found if row[2] and (edit.how == "replace" or not row[1].mask)], len(wanted)
@@ -509,7 +516,7 @@ def _still_so(
     project: Project, changes: list[_Change], masks: bool
 ) -> tuple[list[_Change], dict[str, str | None]]:
     """The changes of images that are still the same, and the contents of their files."""
-    now = project.images()
+    now = project.editable()
     changes = [one for one in changes if now.get(one[0]) == one[1]]
     return changes, {name: _bytes(_file(record, masks), masks) for name, record, _ in changes}
 

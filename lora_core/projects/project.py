@@ -352,13 +352,18 @@ class Project:
                 self._named = (dataset, {relative_name(one.path, folder): one for one in dataset.records})
             return self._named[1]
 
+    def editable(self) -> dict[str, ImageRecord]:
+        """`images`, and those for regularisation."""
+        reg, folder = self.dataset().reg, self.dataset_folder
+        return self.images() | {relative_name(one.path, folder): one for one in reg}
+
     def find_image(self, name: str) -> ImageRecord:
-        """The image of that name below the dataset folder.
+        """The image of that name below the dataset folder, also one for regularisation.
 
         Raises:
             DatasetError: there is none.
         """
-        record = self.images().get(name)
+        record = self.editable().get(name)
         if record is None or not record.path.is_file():
             self.invalidate()
             raise DatasetError(f"The dataset has no image named {name!r}.")
@@ -408,7 +413,7 @@ class Project:
 
     def _records(self) -> list[ImageRecord]:
         """The images of the last scan, though the folder may have been touched since."""
-        return self._scanned[1].records if self._scanned else []
+        return [*self._scanned[1].records, *self._scanned[1].reg] if self._scanned else []
 
     def hold_out(self, names: list[str], on: bool) -> None:
         """Hold images out for validation, or train on them again.
@@ -567,8 +572,9 @@ class Project:
             key = (folder, folder.stat().st_mtime_ns)
             others = {name for name, _ in before ^ _list_entries(folder)} - names
             old = self._scanned[1]
-            records = [changed.get(r.path, r) for r in old.records]
-            self._scanned = (key if scanned_before and not others else None, replace(old, records=records))
+            records, reg = ([changed.get(r.path, r) for r in part] for part in (old.records, old.reg))
+            new = replace(old, records=records, reg=reg)
+            self._scanned = (key if scanned_before and not others else None, new)
             self._revision += 1
 
 
@@ -616,7 +622,7 @@ def leave_out(project: Project, names: list[str]) -> int:
     with project.lock():
         dataset = project.dataset()
         damaged = (p.path for p in dataset.problems if p.path.suffix.casefold() in IMAGE_SUFFIXES)
-        images = [*(record.path for record in dataset.records), *damaged]
+        images = [*(record.path for record in (*dataset.records, *dataset.reg)), *damaged]
         return _move(project, names, images, project.image_folder, project.left_out_folder)
 
 
@@ -715,7 +721,8 @@ def list_left_out(project: Project) -> list[ImageRecord]:
     """The images that were left out, without damaged ones."""
     if project.uses_demo or not project.left_out_folder.is_dir():
         return []
-    return scan(project.left_out_folder, project.sizes).records
+    found = scan(project.left_out_folder, project.sizes)
+    return [*found.records, *found.reg]
 
 
 def _move(project: Project, names: list[str], images: list[Path], source: Path, into: Path) -> int:

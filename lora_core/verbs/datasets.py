@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core.data.captions import read_text
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.model_files.detect import read_base_facts
-from lora_core.projects.caption_edits import HOWS, MASK_HOWS, Annotator, Captioner, Edit, Masker, left_to_do
+from lora_core.projects.caption_edits import (
+    HOWS,
+    MASK_HOWS,
+    Annotator,
+    Captioner,
+    Edit,
+    Masker,
+    images_for,
+    left_to_do,
+)
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import FIELDS, checked_value, parse_toml
 from lora_core.system.files import IS_CHECKOUT, PACKAGE, SITE, expand_home
@@ -382,7 +391,8 @@ def hold_out(
     """Hold images of a project out for validation; `on=False` (`--undo`) trains on them again."""
     project, names = _pictures_of(dataset, workspace), listed(pictures)
     for name in names:
-        project.find_image(name)
+        if project.find_image(name).reg:
+            raise DatasetError(f"{name} is for regularisation, and nothing is measured on it; choose others.")
     project.hold_out(names, on)
 
 
@@ -548,7 +558,8 @@ def _annotate(
     """What a local model makes of the images that are to be done, by their names."""
     project.refuse_demo()
     annotator.check()
-    asked = left_to_do(annotator, project.images(), how)
+    what = "mask" if isinstance(annotator, Masker) else "caption"
+    asked = left_to_do(annotator, images_for(project, what), how)
     from lora_core.model_files.hub import annotator_folder
 
     annotator_folder(annotator.model, annotator.called, annotator.download)

@@ -14,11 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration
 
 from lora_core.__main__ import main
-from lora_core.api import captions_undo
+from lora_core.api import (
+    captions_prefix,
+    captions_set,
+    captions_undo,
+    crop,
+    hold_out,
+    leave_out,
+    left_out,
+    take_back,
+)
 from lora_core.data.captions import write_caption
 from lora_core.data.dataset import scan
 from lora_core.data.images import ImageRecord
-from lora_core.errors import ConfigError, LoraError, ModelFileError
+from lora_core.errors import ConfigError, DatasetError, LoraError, ModelFileError
 from lora_core.evaluate.annotation import write_texts
 from lora_core.model_files.hub import annotator_folder
 from lora_core.projects.caption_edits import Captioner, add_text
@@ -224,6 +233,33 @@ def test_the_trigger_word_of_a_concept_stays(blip: Path, images: Path) -> None:
     assert made["b"].startswith("zwx, ")
     assert "by hand" not in made["b"]
     assert "sks" not in made["a"]
+
+
+def test_class_images_are_captioned_without_the_trigger_and_edited_alone(blip: Path, images: Path) -> None:
+    (images / "reg").mkdir()
+    for name in ("d", "e"):
+        shutil.copy(images / "b.png", images / "reg" / f"{name}.png")
+    (images / "reg" / "e.txt").write_text("a thing")
+    assert [one.sentence for one in scan(images).notes if one.kind == "bare class"] == [
+        "reg/d.png is for regularisation without a caption; write one, or name its folder as 1_cat."
+    ]
+    found = caption(images, Captioner(str(blip), max_tokens=4), trigger="sks")
+    assert (found["changed"], found["asked"]) == (3, 5)
+    made = captions(images / "reg")
+    assert made["d"] == captions(images)["b"]
+    assert captions_undo(images)["undone"] == 3
+    # What gives others the trigger word leaves them as they are.
+    assert captions_prefix(images, "sks, ")["asked"] == 3
+    captions_set(images, "reg/d.png", "another thing")
+    assert captions(images / "reg") == {"d": "another thing", "e": "a thing"}
+    crop(images, "reg/d.png", "0,0,0.5,1")
+    assert scan(images).reg[0].crop == (0, 0, 0.5, 1)
+    with pytest.raises(DatasetError, match=r"reg/d.png is for regularisation, and nothing is measured on it"):
+        hold_out(images, ["reg/d.png"])
+    assert leave_out(images, ["reg/d.png"]) == 1
+    assert [one.path.name for one in scan(images).reg] == ["e.png"]
+    assert left_out(images) == ["reg/d.png"]
+    assert take_back(images, ["reg/d.png"]) == 1
 
 
 def test_a_run_that_ends_early_changes_nothing(blip: Path, images: Path) -> None:
