@@ -28,7 +28,6 @@ from filelock import FileLock, Timeout
 from lora_core.data.captions import CAPTION_SUFFIXES, caption_file, write_caption
 from lora_core.data.concepts import concept_of, read_concept_file, write_concepts
 from lora_core.data.dataset import (
-    HOLDOUT_LIST,
     check_crop,
     crop_record,
     read_crops,
@@ -40,6 +39,7 @@ from lora_core.data.dataset import (
 )
 from lora_core.data.images import (
     CROP_LIST,
+    HOLDOUT_LIST,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MASK_OF,

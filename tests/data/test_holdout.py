@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from lora_core.data import dataset, images
 from lora_core.data.dataset import (
-    HOLDOUT_LIST,
     Fingerprint,
     compute_fingerprint,
     compute_fingerprints,
@@ -19,7 +18,7 @@ from lora_core.data.dataset import (
     split_holdout,
     write_holdout_list,
 )
-from lora_core.data.images import FileProblem, ImageRecord, SizeCache
+from lora_core.data.images import HOLDOUT_LIST, FileProblem, ImageRecord, SizeCache
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, noise
 
