@@ -93,4 +93,17 @@ def test_tabs_and_dialogs(look: Any) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("#page-export:focus")
     unseen += tab_to(page, "#export-run")
+    unseen += tab_to(page, "#export-download")
+    with page.expect_download():
+        page.keyboard.press("Enter")
+    open_tab(page, "Preview")
+    unseen += tab_to(page, "#prompt textarea")
+    page.keyboard.type("a castle")
+    unseen += tab_to(page, "#generate")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#preview-state[data-state=working]")
+    page.wait_for_selector("#preview-state[data-state=idle][data-busy='0']")
+    unseen += tab_to(page, "#flip", "Shift+Tab")
+    page.keyboard.press("Space")
+    page.wait_for_selector("html[data-shows=base]")
     assert unseen == []
