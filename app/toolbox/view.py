@@ -79,7 +79,7 @@ TOOLS: dict[str, LoraTool] = {
     "spectrum": LoraTool("Spectrum", "The effective rank of each layer."),
     "amplify": LoraTool("Amplification", "Which blocks it changes most.", needs=("base",)),
     "intrinsic": LoraTool(
-        "Intrinsic rank", "Finds the lowest rank that keeps 99% of the gain.", (1, 1), ("measure",),
+        "Intrinsic rank", "Finds the lowest rank that keeps 99% of the improvement.", (1, 1), ("measure",),
         "Measure",
     ),
     "strength": LoraTool(

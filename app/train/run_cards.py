@@ -163,7 +163,8 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         if A_LITTLE <= share < math.inf:
             why += _(" Usual for a style; lower the strength if it bothers you.")
         act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
-        figures = _("Gain on the base's own images {gain}", gain=format_gain(last.prior, last.prior_error))
+        gain = format_gain(last.prior, last.prior_error)
+        figures = _("Improvement on the base's own images {gain}", gain=gain)
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
     return [*graded, _verdict("EMA of weights", 1, "Measured", average)] if average else graded
@@ -178,7 +179,7 @@ def _verdict(
 def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     """Whether held-out images improve, with the error of the difference to the best step."""
     last, best = found[-1], best_of(found)
-    figures = _("Gain {gain}", gain=format_gain(last.gain, last.standard_error))
+    figures = _("Improvement {gain}", gain=format_gain(last.gain, last.standard_error))
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
             return _verdict("Improvement", 3, "Worse", _("The base alone does better."), figures)

@@ -280,7 +280,7 @@ class Trainer:
         context.emit(events.StepDone(step=number, loss=step.loss, lr=step.lr, seconds=step.seconds))
         problem = callbacks.describe_nonfinite(self._session, StepSettings(self._config, context.goal), step)
         if problem:
-            context.warn(number, f"Step {number} was passed over: {problem}. The adapter is as before it.")
+            context.warn(number, f"Step {number} skipped: {problem}. The adapter is as before it.")
         diverged = self._guard.update(step.loss, problem)
         for request in context.pending("save", "preview"):
             context.mark_handled(number, request)

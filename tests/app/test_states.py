@@ -459,7 +459,8 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     assert "as trained" in checkpoint_cards(take_snapshot(app_state))
     say("export/choose", run="a", checkpoint="best", size="measured")
     html = checkpoint_cards(take_snapshot(app_state))
-    assert '<option value="measured" selected>rank 2, 4.0 times smaller, keeps 99.6% of the gain' in html
+    told = "rank 2, 4.0 times smaller, keeps 99.6% of the improvement"
+    assert f'<option value="measured" selected>{told}' in html
     (run.checkpoint(50) / "adapter.safetensors").write_bytes(bytes(4_040_000))
     run.analysis_file.touch()
     snapshot = take_snapshot(app_state)
@@ -521,7 +522,7 @@ def test_two_runs_are_compared(app_state: AppState) -> None:
     told = {(cells := [one for one in row.split("|") if one.strip()])[0]: cells[1:3] for row in rows}
     assert told["Rank (size)"] == ["4", "16"]
     assert told["Batch size"] == ["1", "3"]
-    assert told["Gain"] == ["+0.0200 ± 0.0010", UNKNOWN]
+    assert told["Improvement"] == ["+0.0200 ± 0.0010", UNKNOWN]
     assert "Learning rate" not in told
     # Samples of the steps nearest to each other.
     assert re.findall("previews/([0-9]+).png", html)[::2] == ["40", "30"]

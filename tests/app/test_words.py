@@ -19,6 +19,8 @@ from app.page import list_assets
 from app.state import AppState
 from app.templates import FOLDER, LANGUAGES, LOCALE, WORDS, _, pluralize, preferred_language, script_words
 from lora_core.runs.folder import RunFolder
+from lora_core.settings import schema
+from lora_core.settings.config import FIELDS, label_of
 from tests import catalogues
 
 UNTRANSLATED = {"LoRA Easel", "Ctrl+Enter", "Esc"}
@@ -78,6 +80,23 @@ def test_templates_hold_no_text_that_is_not_marked() -> None:
         said += re.sub(r"<[^>]*>", "\n", data).splitlines()
         plain = {text.strip(): re.sub(r"&\w+;|/\S*|\?v=", "", text) for text in said}
         assert {text for text in plain if re.search(r"[A-Za-z]{2}", plain[text])} <= UNTRANSLATED, file
+
+
+BUTTON = re.compile(r'(?:ui\.(?:post_)?button\(|<(?:button|summary|option|h\d)[^>]*>{{ )_\("([^"]+)"')
+OTHER_WORDS = re.compile(
+    r"\b(pictures?|looks|passed over|by heart|goes? on|gone on|twins|left out|leave out|take back|gains?)\b",
+    re.IGNORECASE,
+)
+"""What the window calls image, skipped, overfitting, continue, duplicate, exclude, include, improvement."""
+
+
+def test_a_label_has_at_most_12_words_and_one_word_is_for_one_thing() -> None:
+    tables = [row for name, table in schema.rows().items() if name != "patterns" for row in table.values()]
+    labels = {row.get("title", "") for row in tables if not isinstance(row, str)} | set(map(label_of, FIELDS))
+    for file in FOLDER.rglob("*.html"):
+        labels |= set(BUTTON.findall(file.read_text("utf-8")))
+    assert len(labels) > 300
+    assert [label for label in labels if len(label.split()) > 12 or OTHER_WORDS.search(label)] == []
 
 
 def test_texts_are_filled_and_counted(tmp_path: Path) -> None:

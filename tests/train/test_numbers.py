@@ -59,7 +59,7 @@ def test_one_bad_step_is_passed_over_and_named(own_toy: Toy) -> None:
     with spoiled({6}):
         trained(run)
     (note,) = notes(run)
-    assert note.startswith("Step 6 was passed over: the loss is not finite (")
+    assert note.startswith("Step 6 skipped: the loss is not finite (")
     assert ".png at timestep " in note
     losses = [event.loss for event in run.progress().losses]
     assert [math.isnan(loss) for loss in losses] == [step == 6 for step in range(1, 13)]
@@ -249,7 +249,7 @@ def test_nan_in_the_gradient_of_one_layer_names_it(own_toy: Toy) -> None:
         trained(run)
     (name,) = calls
     (note,) = notes(run)
-    assert f"Step 5 was passed over: the gradient of {name} is not finite" in note
+    assert f"Step 5 skipped: the gradient of {name} is not finite" in note
     assert run.status() == "done"
 
 
