@@ -32,7 +32,14 @@ from lora_core.system.processes import ACCEPTING, TRAINER, last_log_line, start_
 LIVE = ("preparing", "running", "pausing", "stopping")
 LOOK_SECONDS = 2.0
 LOWER_RATE = 0.1
-"""What the learning rate of a run that diverged is multiplied with for the next one."""
+
+
+def lower_rate(config: RunConfig) -> float:
+    """The learning rate after one at which training diverged: a tenth, or the usual one where that is still
+    above the range of the optimizer."""
+    rate, row = config.optimizer.lr * LOWER_RATE, config.optimizer.row
+    scale = 1.0 if row.one_rate else config.adapter.scale
+    return rate if rate * scale <= row.rates[1] else row.lr
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,9 @@ class RunView:
         if self.child is not None:
             has_no_end = status in ("queued", "interrupted")
             if self.child.poll() is None:
-                # The process has not claimed its folder yet.
-                status = status if status in LIVE else "preparing"
+                # The process has not claimed its folder yet, or has left it and is about to end.
+                early = "running" if self.progress.stepping else "preparing"
+                status = status if status in LIVE else early
             elif has_no_end and self.recorder and self.recorder.is_alive():
                 # How it ended is being written down; until then the reason would be wrong.
                 status = "preparing" if status == "queued" else "running"
@@ -275,7 +283,7 @@ class Jobs:
             LoraError: there is no such run, its settings cannot be read, or a run is active.
         """
         config = RunFolder.open(runs_folder(self.workspace) / check_run_name(name)).config()
-        return self.start(config.changed({"name": "", "optimizer.lr": config.optimizer.lr * LOWER_RATE}))
+        return self.start(config.changed({"name": "", "optimizer.lr": lower_rate(config)}))
 
     def request(self, do: str) -> None:
         """Ask the live run for something.

@@ -345,11 +345,9 @@ class ShownRun:
 
     @property
     def percent(self) -> int:
-        """Progress in percent; of the phase while it is prepared."""
-        progress = self.progress
-        if self.state == "preparing":
-            return int(100 * progress.phases.get(progress.phase, 0.0))
-        return min(100, round(100 * progress.step / progress.steps)) if progress.steps else 0
+        """Steps done in percent, also of those that a run went back from; none while it is prepared."""
+        steps, done = self.progress.steps, max(self.progress.step, self.progress.furthest)
+        return min(100, 100 * done // steps) if steps and self.state != "preparing" else 0
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,8 @@
     take(charts, note = "") {
       for (const { curves } of charts) for (const { name, hidden } of curves) if (hidden && !this.known?.has(name)) this.hidden.add(name);
       this.known = new Set(charts.flatMap(({ curves }) => curves.map(({ name }) => name)));
-      const title = this.chart?.title ?? kept.title;
       this.charts = charts;
-      this.shown = Math.max(0, charts.findIndex((chart) => chart.title === title));
+      this.shown = Math.max(0, charts.findIndex(({ title }) => title === kept.title));
       this.note.textContent = note;
       this.draw();
     }

@@ -2,7 +2,7 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, make, dialog, refill, t, toast, unwrap, request } = window.easel;
+  const { one, all, make, dialog, refill, t, toast, unwrap, request, later } = window.easel;
 
   // ---- confirmation ----------------------------------------------------
   const ask = (text, yes) => new Promise((resolve) => {
@@ -171,7 +171,10 @@
     else if (data.showPreview) request("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.repair !== undefined) repair(target);
     else if (data.clone) clone(data.clone);
-    else if (target.id === "start") started = true;
+    else if (target.id === "start") { started = true; lookAtProblem(); }
+    else if (target.id === "add-to-queue") lookAtProblem();
+    else if (target.id === "all-settings") showSettings(!isOpen());
+    else if (data.curves !== undefined) one("#run-chart .chart-box").focus();
     else if (target.id === "tell-end") bell.toggle();
     else if (target.id === "quit") quit();
   });
@@ -211,28 +214,48 @@
   const OWN_IDS = { "train.steps": "steps", "train.resolution": "resolution", "model.base": "base-model" };
   const fieldOf = (name) => document.getElementById(OWN_IDS[name] ?? name.replace(/[._]/g, "-"));
   const markFields = () => {
-    const wrong = new Map(all("#start-why [data-field]").map((each) => [fieldOf(each.dataset.field), each]));
-    for (const input of all(".page-train [aria-invalid]")) {
-      const field = input.closest(".block[id]");
+    const wrong = new Map(all(":is(#start-why, #start-watch) [data-field]").map((each) => [fieldOf(each.dataset.field), each]));
+    for (const notice of all(".page-train .field-problem")) {
+      const field = notice.closest(".block[id]");
       if (wrong.has(field)) continue;
-      input.removeAttribute("aria-invalid");
-      input.removeAttribute("aria-describedby");
-      one(".field-problem", field)?.remove();
+      for (const name of ["aria-invalid", "aria-describedby"]) one("input, textarea", field)?.removeAttribute(name);
+      notice.remove();
     }
     for (const [field, line] of wrong) {
-      const input = field && one("input, textarea", field);
+      const input = field && one("input, textarea", field), stops = Boolean(line.closest("#start-why"));
       if (!input) continue;
       let notice = one(".field-problem", field);
-      if (!notice) {
-        notice = Object.assign(document.createElement("p"), { className: "problem field-problem", id: `${field.id}-problem` });
-        field.append(notice);
-      }
+      if (!notice) field.append(notice = make("p", { id: `${field.id}-problem` }));
+      notice.className = `${stops ? "problem" : "notes small"} field-problem`;
       if (notice.innerHTML !== line.innerHTML) notice.replaceChildren(...line.cloneNode(true).childNodes);
-      if (input.getAttribute("aria-invalid") !== "true") {
-        input.setAttribute("aria-invalid", "true");
-        input.setAttribute("aria-describedby", notice.id);
-      }
+      // Gradio draws its inputs anew.
+      if (input.getAttribute("aria-describedby") !== notice.id) input.setAttribute("aria-describedby", notice.id);
+      if (input.getAttribute("aria-invalid") !== String(stops)) input.setAttribute("aria-invalid", stops);
     }
+  };
+
+  // ---- all settings are behind one row, which stays as it was left -----------------------------------------------------
+  const isOpen = () => localStorage.getItem("easel-settings") === "1";
+  const showSettings = (open = isOpen()) => {
+    if (open !== isOpen()) localStorage.setItem("easel-settings", Number(open));
+    document.documentElement.toggleAttribute("data-settings", open);
+    const row = one("#all-settings");
+    if (row && row.ariaExpanded !== String(open)) row.ariaExpanded = open;
+  };
+  // After Start was pressed in vain, the focus goes where that can be mended, once the answer has changed the foot.
+  const lookAtProblem = async () => {
+    await later(300);
+    const line = one("#start-why li"), { field, group } = line?.dataset ?? {};
+    if (!line || LIVE.includes(one("#run-status")?.dataset.state)) return;
+    started = false;
+    const input = () => all("input, textarea").find((each) => each.offsetParent && each.closest(".block[id]") === fieldOf(field));
+    if (group) {
+      showSettings(true);
+      one(`#${group} .label-wrap:not(.open)`)?.click();
+      for (let tries = 20; tries && !input(); tries--) await later(100);
+      markFields();
+    }
+    (input() ?? one("button", line) ?? one("#start-why")).focus();
   };
   const repair = (pressed) => {
     const name = pressed.closest("[data-field]")?.dataset.field;
@@ -264,10 +287,7 @@
     if (arrived !== undefined && now !== arrived) refill();
     arrived = now;
     greet();
-    for (const id of ["start", "add-to-queue"]) {
-      const place = document.getElementById(id), title = place?.disabled ? one("#start-why")?.textContent ?? "" : "";
-      if (place && place.title !== title) place.title = title;
-    }
+    showSettings();
   };
   window.easel.settling.push(settle);
 })();

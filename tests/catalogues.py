@@ -157,7 +157,17 @@ def texts_of_tables() -> Iterator[Text]:
         "Report",
         "English",
     )
-    yield from ("Low", "Medium", "High", "Normal", "Some", "Try it", "Stop", "Try lower strengths")
+    yield from (
+        "Low",
+        "Medium",
+        "High",
+        "Normal",
+        "Some",
+        "Try it",
+        "Stop",
+        "Try lower strengths",
+        "See the curves",
+    )
     yield from ("Loss", "Improvement", "Held out", "Training", "Held out, raw", "Base's own", "Step")
     yield from ("Looking", "Checking", "Importing", "Reading captions")
 

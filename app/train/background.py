@@ -4,6 +4,7 @@ of the run to come, bases of the hub with their downloads, and the time of a ste
 All of it runs in threads of the window or in the warm worker; nothing here imports torch.
 """
 
+import dataclasses
 import functools
 import threading
 import time
@@ -69,7 +70,7 @@ class Checks:
     def now(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
         """Look it up and wait for it."""
         found = [
-            RunProblem(one.kind, with_labels(one.sentence), one.blocking)
+            dataclasses.replace(one, sentence=with_labels(one.sentence))
             for one in preflight(config, self._workspace, dataset, self._free_on_card)
             if one.kind not in ELSEWHERE
         ]

@@ -48,7 +48,7 @@ GROUPS = {
     "Samples and saving": ("sample", "save", "validation", ""),
 }
 """The sections in each folded group, without the settings that are placed elsewhere."""
-BASIC = ("model.base", "train.steps", "train.epochs", "train.resolution")
+BASIC = ("model.base", "train.steps", "train.resolution")
 ELSEWHERE = ("name", "dataset.path", "dataset.trigger")
 FORM = tuple(name for name in FIELDS if name not in ELSEWHERE)
 

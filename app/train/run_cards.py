@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.export.view import REPORT
-from app.jobs import LIVE, LOWER_RATE, RunView
-from app.routes import run_url
+from app.jobs import LIVE, RunView, lower_rate
+from app.routes import image_url, run_url
 from app.state import ShownRun, Snapshot
-from app.templates import _, card, format_gain, format_share, label_of, render
+from app.templates import _, card, format_duration, format_gain, format_share, label_of, render
 from app.top_bar import describe_left, describe_phase, memory_usage
 from app.train.form import row_title
+from app.train.start import images_of
 from lora_core.errors import RunError
 from lora_core.report.plots import chart_tables, run_charts
 from lora_core.runs.costs import Trial, compare_trials
@@ -58,7 +59,9 @@ def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
     run, view, progress = snapshot.shown, snapshot.shown.view, snapshot.shown.progress
     if view is None:
-        return render("train/run.html", snap=snapshot)
+        project, records = snapshot.app_state.project, images_of(snapshot)
+        url = functools.partial(image_url, "dataset", project.dataset_folder)
+        return render("train/run.html", snap=snapshot, stages=stages(run), images=records, url=url)
     found = with_gain(progress.validations)
     last, best = found[-1] if found else None, best_of(found)
     return render(
@@ -67,7 +70,7 @@ def run_card(snapshot: Snapshot) -> str:
         best=best,
         analysis=view.run.analysis(best.step) if best else None,
         url=run_url(snapshot.app_state),
-        lower_rate=LOWER_RATE,
+        lower_rate=lower_rate,
         precisions=PRECISIONS,
         stages=stages(run),
         doing=describe_phase(progress),
@@ -96,15 +99,21 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
         reached = max(seen, default=0)
     found = []
     for number, (name, phases) in enumerate(STAGES):
-        state = "done" if number < reached else "now" if number == reached else ""
+        state = "done" if number < reached else "now" if number == reached and run.live else ""
         share = max(progress.phases.get(phase, 0.0) for phase in phases)
         percent = {"done": 100, "now": int(100 * share)}.get(state, 0)
         counted = state == "now" and progress.phase in phases and progress.phase_total > 1
         note = _("{:,} of {:,}", progress.phase_done, progress.phase_total) if counted else ""
+        if state == "done" and (
+            spans := [progress.spans[phase] for phase in phases if phase in progress.spans]
+        ):
+            note = format_duration(max(end for _, end in spans) - min(begin for begin, _ in spans))
         found.append({"name": name, "state": state, "percent": percent, "note": note})
     note = _("{done:,} of {total:,}", done=progress.step, total=progress.steps) if progress.steps else ""
-    percent = int(100 * progress.step / max(progress.steps, 1))
-    return [*found, {"name": "Train", "state": "now" if stepping else "", "percent": percent, "note": note}]
+    return [
+        *found,
+        {"name": "Train", "state": "now" if stepping else "", "percent": run.percent, "note": note},
+    ]
 
 
 verdicts_card = card("train/verdicts.html", verdicts=lambda snap: verdicts(snap.shown))
@@ -143,14 +152,15 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         return []
     last = found[-1]
     shown = {"show_preview": run.name}
-    see = {"text": "Try it", "data": shown} if run.progress.best_step else None
+    look = {"text": "See the curves", "data": {"curves": ""}}
+    see = {"text": "Try it", "data": shown} if run.progress.best_step else look
     graded = [_grade_gain(found) | {"act": see}]
     if math.isfinite(last.gauge) and last.train_gain > 0:
         share = last.gauge / last.train_gain if last.gauge > SURE * known_error(last.gauge_error) else 0.0
         grade = 1 + (share >= MEMORIZED) + (share >= 1)
         why = _(describe_memorization(last)) or _("Held-out images improve as well.")
         stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
-        act = (stop if run.state == "running" else see) if grade == 3 else None
+        act = (stop if run.state == "running" else see) if grade == 3 else look
         figures = _("Gap {gap}", gap=format_gain(last.gauge, last.gauge_error))
         graded.append(_verdict("Overfitting", grade, ("Low", "Medium", "High")[grade - 1], why, figures, act))
     if math.isfinite(last.prior):
@@ -162,16 +172,16 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         why = _(describe_forgetting(last)) or _("The base's own images stay as they were.")
         if A_LITTLE <= share < math.inf:
             why += _(" Usual for a style; lower the strength if it bothers you.")
-        act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
+        act = {"text": "Try lower strengths", "data": shown} if see is not look and grade > 1 else look
         gain = format_gain(last.prior, last.prior_error)
         figures = _("Improvement on the base's own images {gain}", gain=gain)
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
-    return [*graded, _verdict("EMA of weights", 1, "Measured", average)] if average else graded
+    return [*graded, _verdict("EMA of weights", 1, "Measured", average, "", look)] if average else graded
 
 
 def _verdict(
-    name: str, grade: int, word: str, why: str, figures: str = "", act: dict[str, Any] | None = None
+    name: str, grade: int, word: str, why: str, figures: str, act: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     return {"name": name, "grade": grade, "word": word, "why": why, "figures": figures, "act": act}
 

@@ -33,7 +33,7 @@ from app.train.form import (
     group_fields,
     to_widget_value,
 )
-from app.train.train_form import TrainForm
+from app.train.train_form import TrainForm, slug
 from lora_core.data.dataset import with_epochs
 from lora_core.data.images import ImageRecord
 from lora_core.errors import ConfigError, LoraError
@@ -42,7 +42,7 @@ from lora_core.model_files.starting_settings import LoraSettings, settings_from_
 from lora_core.projects.project import Project
 from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
-from lora_core.runs.preflight import caption_bytes
+from lora_core.runs.preflight import caption_bytes, in_full
 from lora_core.runs.queue import sweep_configs
 from lora_core.settings.config import FIELDS, RunConfig, in_short, is_table
 from lora_core.settings.schema import AUTO
@@ -69,7 +69,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
                 "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
             )
     bindings.follow(start, start_button)
-    bindings.follow(queue, lambda snap: gr.update(interactive=not start_problems(snap)))
+    bindings.follow(queue, lambda snap: gr.update(interactive=True))
 
     def pressed(do: str, sent: dict[Any, Any]) -> tuple[Any, str]:
         app_state = bindings.app_state
@@ -85,7 +85,8 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
             app_state.worker.release()
             app_state.jobs.start(config)
         except LoraError as error:
-            return gr.skip(), problem_html(error)
+            # What the foot lists is shown where it is mended (`lookAtProblem` in `assets/train.js`).
+            return gr.skip(), "" if start_problems(take_snapshot(app_state)) else problem_html(error)
         return "", ""
 
     for button, do in ((start, "start"), (queue, "queue")):
@@ -102,12 +103,13 @@ def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def start_button(snapshot: Snapshot) -> Any:
-    """Start is the primary act, unless the run shown can be resumed."""
+    """Start is the primary act, unless the run shown can be resumed. Once the fields that it sends are
+    filled it can be pressed, whatever is in the way, and shows that."""
     second = _can_resume(snapshot)
     return gr.update(
         value=_("Start a new run") if second else _("Start training"),
         variant="secondary" if second else "primary",
-        interactive=not blockers(snapshot),
+        interactive=True,
     )
 
 
@@ -186,7 +188,7 @@ def take_run_settings(app_state: AppState, name: str) -> dict[str, Any]:
 
 
 def blockers(snapshot: Snapshot) -> list[str]:
-    """Why Start is disabled, each with what to do; empty where it is not."""
+    """What keeps a run from starting now, each with what to do."""
     found = start_problems(snapshot)
     if snapshot.active.live:
         name = snapshot.active.name
@@ -222,7 +224,7 @@ def notes(snapshot: Snapshot) -> list[str]:
     plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     known = [one for one in snapshot.app_state.checks.known(plan.config, dataset) if not one.blocking]
     # Not repeated: it is shown below the base's name.
-    found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
+    found = [one.sentence for one in known if not (one.setting or (plan.base.remote and one.kind == "base"))]
     found += plan.notes
     hardware = snapshot.app_state.hardware
     card, worker = hardware.card(hidden=True), snapshot.app_state.worker
@@ -240,7 +242,11 @@ def facts(snapshot: Snapshot) -> str:
     """The bar: time, memory and size of the run to come, problems, and Resume if due."""
     plan = snapshot.plan
     expected, stops = forecast(snapshot, plan.config), start_problems(snapshot)
-    fields = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
+    known = snapshot.app_state.checks.known(plan.config, snapshot.app_state.project.dataset())
+    repairs = {
+        text: (name, to_widget_value(name, plan.preset.get(name))) for name, text in plan.invalid.items()
+    }
+    repairs |= {one.sentence: (one.setting, in_full(one.value)) for one in known if one.setting}
     return render(
         "train/action_bar.html",
         snap=snapshot,
@@ -249,8 +255,9 @@ def facts(snapshot: Snapshot) -> str:
         can_resume=_can_resume(snapshot),
         measuring=_measuring(snapshot, expected),
         stops=stops,
-        fields=fields,
-        repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
+        watch=[one.sentence for one in known if one.setting and not plan.invalid],
+        repairs=repairs | {NO_IMAGES: ("no-images", "")},
+        groups={name: slug(group) for group in GROUPS for name in group_fields(group)},
         empty=stops == [NO_IMAGES],
     )
 

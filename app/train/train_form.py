@@ -1,9 +1,10 @@
 """Layout and wiring of the Train tab's form: the choice of a base with its download, five basic settings, and
-the rest under Advanced in groups, with a search and buttons that reset."""
+all others behind one row, in groups, with a search and buttons that reset."""
 
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,17 @@ TIMESTEP_BARS = 25
 class TrainForm:
     """The widgets of the form, their groups and the search."""
 
-    def __init__(self, bindings: Bindings) -> None:
+    def __init__(self, bindings: Bindings, facts: Callable[[Snapshot], str]) -> None:
+        """`facts` says below the basic settings what they come to."""
         self.bindings, self.project = bindings, bindings.app_state.project
         self.folds: dict[str, Any] = {}
         made: dict[str, Any] = {}
         self._build_picker(made)
         self._build_basic(made)
-        search = self._build_advanced(made)
+        bindings.follow(html_block(elem_id="start-facts"), facts)
+        bindings.follow(html_block(elem_id="changed"), _changed)
+        with gr.Column(elem_classes="more") as self.more:
+            search = self._build_groups(made)
         self.widgets = {name: made[name] for name in FORM}
         # What this page was filled with: only what differs from it was typed here. Without it, a second page
         # would overwrite newer values of the first with its old ones. The page holds it, so that each event
@@ -117,15 +122,14 @@ class TrainForm:
             self.level = gr.Dropdown(levels, label="Preset", elem_id="preset")
         with gr.Row(elem_classes="pair"):
             made["train.steps"] = widget("train.steps", elem_id="steps", elem_classes=HIDDEN_INFO)
-            made["train.epochs"] = widget("train.epochs", elem_id="train-epochs", elem_classes=HIDDEN_INFO)
-        made["train.resolution"] = gr.Dropdown(
-            _resolutions(),
-            label="Resolution",
-            info=help_of("train.resolution"),
-            allow_custom_value=True,
-            elem_id="resolution",
-            elem_classes=HIDDEN_INFO,
-        )
+            made["train.resolution"] = gr.Dropdown(
+                _resolutions(),
+                label="Resolution",
+                info=help_of("train.resolution"),
+                allow_custom_value=True,
+                elem_id="resolution",
+                elem_classes=HIDDEN_INFO,
+            )
         with gr.Column(elem_classes="group", elem_id="slider") as slider:
             self.bindings.follow(
                 html_block(elem_classes="group-note"), card("train/form.html", part="slider")
@@ -137,18 +141,14 @@ class TrainForm:
             made["train.resolution"], lambda snap: gr.update(choices=_resolutions(snap.plan.base))
         )
 
-    def _build_advanced(self, made: dict[str, Any]) -> Any:
-        with gr.Column(elem_classes="group advanced"):
-            self.bindings.follow(html_block(elem_id="changed"), _changed)
-            search = text_field(
-                "Find a setting", "find-setting", "Find a setting: rank, clip skip, warm-up ..."
-            )
-            self.none = html_block(elem_id="find-none")
+    def _build_groups(self, made: dict[str, Any]) -> Any:
+        search = text_field("Find a setting", "find-setting", "Find a setting: rank, clip skip, warm-up ...")
+        self.none = html_block(elem_id="find-none")
         timesteps = card(
             "train/form.html", part="timesteps", bars=lambda snap: timestep_bars(snap.plan.config.loss)
         )
         for group in FOLDED:
-            with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):
+            with gr.Column(elem_classes="group", elem_id=f"group-{slug(group)}"):
                 note = html_block(elem_classes="group-note")
                 self.bindings.follow(note, functools.partial(_group_note, group))
                 with gr.Accordion(group, open=False) as self.folds[group]:
@@ -307,7 +307,8 @@ def _searched(group: str, name: str) -> str:
     return f"{name} {name.replace('_', ' ')} {label_of(name)} {help_of(name)} {group} {_(group)}".lower()
 
 
-def _slug(group: str) -> str:
+def slug(group: str) -> str:
+    """A group's name in ids."""
     return re.sub(r"\W+", "-", group.lower())
 
 
@@ -328,7 +329,7 @@ def _group_note(group: str, snapshot: Snapshot) -> str:
     changed = changed_names(config, preset, group_fields(group))
     text = summary(group, config, preset)
     return render(
-        "train/form.html", part="group", group=group, text=text, slug=_slug(group), changed=bool(changed)
+        "train/form.html", part="group", group=group, text=text, slug=slug(group), changed=bool(changed)
     )
 
 

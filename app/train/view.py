@@ -106,14 +106,14 @@ def build_train(bindings: Bindings) -> None:
             bindings.follow(html_block(elem_id="queue"), run_cards.queue_card)
             bindings.follow(html_block(elem_id="earlier"), run_cards.earlier)
         with gr.Column(elem_classes="side card"):
-            form = TrainForm(bindings)
-            name = text_field("Name of the run", "run-name", "project and number")
-            bindings.follow(html_block(elem_id="start-facts"), start.details)
-            bindings.follow(html_block(elem_id="command"), start.command)
-            with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
-                html_block(lambda: render("train/like.html"))
-                bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_note)
-            build_notifications(bindings)
+            form = TrainForm(bindings, start.details)
+            with form.more:
+                name = text_field("Name of the run", "run-name", "project and number")
+                bindings.follow(html_block(elem_id="command"), start.command)
+                with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a file", open=False):
+                    html_block(lambda: render("train/like.html"))
+                    bindings.follow(html_block(elem_id="like-note"), lambda snap: snap.app_state.like_note)
+                build_notifications(bindings)
         with gr.Column(elem_classes="main"):
             for place, shows in (
                 ("run-card", run_cards.run_card),

@@ -397,15 +397,18 @@ class Progress:
 
     Attributes:
         phases: the share done of each phase of the present work between two steps; it never falls.
+        spans: when each phase before the first step began and was last heard of.
         took: seconds of the last validation and of the last round of samples, by the name of their event.
         finished: the steps of a run that is done, until a trainer resumes it.
         train_seconds: time taken by the steps so far, those that were gone back from left out.
         idle_since: when the last step, or the last work between two steps, ended.
         handled: the requests acted on, ever.
         answered: those of them that the present process acted on.
+        furthest: the latest step of the present process, also after it went back.
     """
 
     step: int = 0
+    furthest: int = 0
     steps: int = 0
     started: bool = False
     stepping: bool = False
@@ -413,6 +416,7 @@ class Progress:
     phase_done: int = 0
     phase_total: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
     took: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     idle_since: float = 0.0
@@ -460,6 +464,7 @@ class Progress:
                 self.rate = event
             case StepDone():
                 self.stepping, self.step, self.phase = True, event.step, ""
+                self.furthest = max(self.furthest, self.step)
                 self.phases.clear()
                 self.losses.append(event)
                 self.train_seconds += event.seconds
@@ -492,14 +497,16 @@ class Progress:
 
     def expect_start(self) -> None:
         """A new process trains from here on: what the last one did says nothing of it."""
-        self.stepping, self.phase, self.ranks = False, "", None
-        self.phases.clear()
-        self.answered.clear()
+        self.stepping, self.phase, self.ranks, self.furthest = False, "", None, 0
+        for kept in (self.phases, self.spans, self.answered):
+            kept.clear()
 
     def _work(self, event: Preparing | Working) -> None:
         self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
         share = min(1.0, event.done / event.total) if event.total > 0 else 0.0
         self.phases[event.phase] = max(share, self.phases.get(event.phase, 0.0))
+        if not self.stepping:
+            self.spans[event.phase] = (self.spans.get(event.phase, (event.time,))[0], event.time)
 
     def _forget_after(self, step: int) -> None:
         self.step = step

@@ -94,11 +94,14 @@ class RunProblem:
             variants, sample, validation, unused, or the kind of a note on the dataset.
         sentence: for users, with what to do.
         blocking: whether the run would fail.
+        setting, value: what to change, and to what, where that is one setting.
     """
 
     kind: str
     sentence: str
     blocking: bool = True
+    setting: str = ""
+    value: float = 0.0
 
 
 _note = functools.partial(RunProblem, blocking=False)
@@ -454,14 +457,19 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     for name, rate in rates.items():
         effective = rate * scale
         if not low <= effective <= high:
-            much = "much" if effective > high else "little"
-            what = "images may burn" if effective > high else "hardly anything may be learned"
+            what = "much" if effective > high else "little"
+            then = "images may burn" if effective > high else "hardly anything may be learned"
             sentence = (
-                f"{name}{product} = {effective:.3g} is {much} for {row.title}, which is usually given"
-                f" {low:g} to {high:g}; {what}."
+                f"{name}{product} = {effective:.3g} is {what} for {row.title}, which is usually given"
+                f" {in_full(low)} to {in_full(high)}; {then}."
             )
-            found.append(_note("rate", sentence))
+            found.append(_note("rate", sentence, setting=name, value=min(max(effective, low), high) / scale))
     return found
+
+
+def in_full(rate: float) -> str:
+    """A learning rate without an exponent."""
+    return f"{rate:.8f}".rstrip("0").rstrip(".")
 
 
 def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Problems before Start: looked up in the background, all at once when Start is pressed."""
 
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -51,9 +52,14 @@ def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]
     assert "/no/vae" in said
     assert "/no/lora.safetensors" in said
     assert "Continue from LoRA" in said
-    # A rate that is only unusual does not stand in the way; it is a note.
+    # A rate that is only unusual does not stand in the way: its field and the foot offer a usual one.
     assert "9" not in said
-    assert "much for AdamW" in wait_for(lambda: [t for t in _notes(app_state) if "much" in t])[0]
+    foot = wait_for(lambda: [h for h in [facts(take_snapshot(app_state))] if "much for AdamW" in h])[0]
+    assert re.search(
+        r'id="start-watch".*data-field="optimizer.lr" data-group="group-learning"', foot, re.DOTALL
+    )
+    assert 'data-repair="0.003"' in foot
+    assert not any("much" in text for text in _notes(app_state))
 
 
 def _notes(app_state: AppState) -> list[str]:

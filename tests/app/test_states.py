@@ -79,7 +79,8 @@ def test_preparing_is_a_phase_with_a_number(app_state: AppState) -> None:
     assert "3 of 12" in html
     assert "still preparing" in disabled(html, "sample-now")
     snapshot = take_snapshot(app_state)
-    assert 'aria-valuenow="25"' in top_bar.run_bar(snapshot)
+    # Its phases begin anew, so they do not move the bar of the steps, which would fall back.
+    assert 'aria-valuenow="0"' in top_bar.run_bar(snapshot)
     assert "track preparing" in top_bar.run_bar(snapshot)
     assert enabled(top_bar.run_actions(snapshot), "pause")
     assert top_bar.page_title(snapshot) == "Preparing · a"
@@ -250,17 +251,21 @@ def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None
 
 def test_a_rate_that_is_too_high_can_be_lowered_by_one_press(app_state: AppState) -> None:
     failed = events.Failed(step=18, reason=f"Training diverged at step 18 {HOSTILE}.", cause="diverged")
-    make_run(app_state, "a", started(), step(18), failed, optimizer__lr=0.5)
+    make_run(app_state, "b", started(), step(18), failed, optimizer__lr=0.002)
+    assert ">Retry with 0.0002</button>" in card(app_state)
+    # A tenth of it would still be above what AdamW takes, so its usual rate is offered.
+    make_run(app_state, "a", started(), step(18), failed, optimizer__lr=10.0)
+    do_run_action(app_state, "show", "a")
     html = card(app_state)
     assert "The learning rate is too high" in html
     assert "<img" not in html
-    assert ">Retry with 0.05</button>" in html
+    assert ">Retry with 0.0001</button>" in html
     app_state.jobs.trainer = (sys.executable, "-c", "pass")
     do_run_action(app_state, "retry", "a")
     run_view = take_snapshot(app_state).shown.view
     assert run_view is not None
     assert run_view.run.name != "a"
-    assert run_view.run.config().optimizer.lr == 0.05
+    assert run_view.run.config().optimizer.lr == 0.0001
     assert run_view.child is not None
     run_view.child.wait(PATIENCE)
 
@@ -446,7 +451,9 @@ def test_an_ended_run_says_what_it_came_to_and_what_a_report_measured(
     html = card(app_state)
     assert re.search(r"<h3>Best step 50\s*</h3>", html)
     assert "10% improvement" in html
-    assert re.findall(r"previews/(\d+)\.png", html) == ["0", "40"]
+    assert re.findall(r"thumb/run/\S*previews/(\d+)\.png", html) == ["0", "40"]
+    # Both open in the lightbox, where Space shows the base.
+    assert re.findall(r'data-flip="\S*previews/(\d+)\.png', html) == ["0"]
     assert 'data-report-run="a" data-report-measure=""' in html
     assert 'data-export-run="a" data-size=""' in html
     found = {"step": 50, "strength": 0.931, "rank": 2, "kept": 0.996, "times_smaller": 4.04}

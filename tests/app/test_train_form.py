@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_form_to_its_page(
     app_state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gr.Blocks():
-        form = TrainForm(Bindings(app_state))
+        form = TrainForm(Bindings(app_state), details)
     sent = {form.seen: list(current_values(app_state.project).values())}
     sent |= {field: current_values(app_state.project)[name] for name, field in form.widgets.items()}
     sent[form.widgets["train.steps"]] = 7

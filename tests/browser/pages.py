@@ -57,9 +57,16 @@ def open_tab(page, name: str) -> None:
 
 def find_setting(page, words: str, field: str) -> None:
     """Search the form, which unfolds the group of the setting at `field`."""
+    open_settings(page)
     page.fill("#find-setting input, #find-setting textarea", words)
     page.wait_for_selector(field)
     frames(page)
+
+
+def open_settings(page) -> None:
+    """Open the row that all but the basic settings are behind."""
+    if page.get_attribute("#all-settings", "aria-expanded") == "false":
+        page.click("#all-settings")
 
 
 def unfold(page, details: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import frames, open_tab
+from tests.browser.pages import frames, open_settings, open_tab
 
 
 @pytest.mark.own_window
@@ -20,6 +20,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     kept = json.loads((window.workspace / "measured.json").read_text())["measured"]
     assert [one["base"] for one in kept.values()] == ["demo"]
 
+    open_settings(page)
     page.click("#telling button:has-text('Notifications')")
     field = page.locator("#tell-whom input, #tell-whom textarea")
     field.wait_for()

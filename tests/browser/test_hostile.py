@@ -11,7 +11,7 @@ import pytest
 from app.state import AppState
 from lora_core.runs import events
 from tests.app.runs import make_run, started, step
-from tests.browser.pages import frames, has_value, loaded_anew, open_tab, unfold
+from tests.browser.pages import frames, has_value, loaded_anew, open_settings, open_tab, unfold
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_toolbox import type_path
 from tests.browser.windows import Window
@@ -124,6 +124,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
 
     # A run may not be called so, and says it as text; what runs bring along is text too.
     open_tab(page, "Train")
+    open_settings(page)
     page.fill("#run-name :is(input, textarea)", HOSTILE)
     page.click("#start:enabled")
     page.wait_for_selector("text=cannot be a folder's")

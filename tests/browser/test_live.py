@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.browser.pages import bytes_sent, has_value, open_tab, set_steps, until
+from tests.browser.pages import bytes_sent, has_value, open_settings, open_tab, set_steps, until
 from tests.browser.windows import Window
 
 HIDE = """hide => {
@@ -49,6 +49,7 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     other.wait_for_selector("#easel-toast.on >> text=does not answer")
     # What is typed next is for the project of the page.
     open_tab(other, "Train")
+    open_settings(other)
     other.fill("#find-setting :is(input, textarea)", "rank")
     other.wait_for_function("sessionStorage['easel-unsent']?.includes('x-easel-project')")
     open_tab(other, "Preview")

@@ -11,7 +11,16 @@ import pytest
 
 from tests.app.bases import write_header
 from tests.browser.conftest import DEMO, SHORT, SHORT_DEMO
-from tests.browser.pages import find_setting, frames, has_value, open_tab, set_steps, state_is, until
+from tests.browser.pages import (
+    find_setting,
+    frames,
+    has_value,
+    open_settings,
+    open_tab,
+    set_steps,
+    state_is,
+    until,
+)
 from tests.waiting import PATIENCE
 
 ONE_BY_ONE = {"train.steps": 120, "train.batch_size": 1}
@@ -60,10 +69,27 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.fill("#steps input", "-5")
     page.press("#steps input", "Tab")
     page.wait_for_selector("#steps input[aria-invalid=true][aria-describedby=steps-problem]")
-    page.wait_for_selector("#start:disabled")
+    # Start can be pressed all the same, and goes to the field.
+    page.click("#start")
+    page.wait_for_function("document.activeElement.closest('#steps')")
     page.click("#steps-problem [data-repair]")
-    page.wait_for_selector("#start:enabled")
-    assert page.locator("#steps-problem, #steps [aria-invalid]").count() == 0
+    page.wait_for_selector("#steps-problem", state="detached")
+    assert page.locator("#steps [aria-invalid]").count() == 0
+    # So it does to one that is folded away, and a rate that its optimizer hardly bears has its repair too.
+    find_setting(page, "learning rate", "#optimizer-lr input")
+    page.fill("#optimizer-lr input", "10")
+    page.wait_for_selector("#optimizer-lr-problem.notes >> text=usually given 0.000001 to 0.003")
+    assert page.get_attribute("#optimizer-lr input", "aria-invalid") == "false"
+    page.fill("#optimizer-lr input", "-1")
+    page.wait_for_selector("#optimizer-lr-problem.problem")
+    page.fill("#find-setting :is(input, textarea)", "")
+    page.wait_for_selector("#optimizer-lr", state="hidden")
+    page.click("#all-settings")
+    page.wait_for_selector("#find-setting", state="hidden")
+    page.click("#start")
+    page.wait_for_function("document.activeElement.closest('#optimizer-lr')")
+    page.click("#optimizer-lr-problem [data-repair]")
+    page.wait_for_selector("#optimizer-lr-problem", state="detached")
     # Each tab has an address, so that Back works.
     assert page.url.endswith("#train")
     open_tab(page, "Export")
@@ -77,10 +103,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
         page.focus(f"{name} input")
         page.keyboard.press("Tab")
     find_setting(page, "warm", "#optimizer-warmup input")
-    assert (
-        page.locator("#optimizer-schedule").count() == 0
-        or not page.locator("#optimizer-schedule").is_visible()
-    )
+    page.wait_for_selector("#optimizer-schedule", state="hidden")
     page.fill("#optimizer-warmup input", "0.2")
     page.press("#optimizer-warmup input", "Tab")
     page.wait_for_selector("#group-learning #reset-learning")
@@ -142,6 +165,7 @@ def test_a_slider_is_asked_for_in_two_prompts_and_no_images(page) -> None:
 def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
     open_tab(page, "Train")
     set_steps(page, 3)
+    open_settings(page)
     for name in ("good", "broken"):
         page.fill("#run-name input, #run-name textarea", name)
         page.click("#add-to-queue:enabled")
