@@ -105,6 +105,7 @@ def main(arguments: "list[str]") -> int:
             return 0
         if install.runs_in_venv():
             os.environ.pop(AGAIN, None)
+            install.note_new_card()
             return open_app(arguments)
         if AGAIN in os.environ:
             raise install.SetupError(f"The environment {install.VENV} is broken: delete it and start again.")

@@ -73,17 +73,18 @@ def written_stamp() -> dict[str, str]:
         return {}
 
 
-def write_stamp(extra: str, python: str) -> None:
-    """Record that everything is installed, for this Python version ("3.11")."""
+def write_stamp(extra: str, python: str, backend: str = "") -> None:
+    """Record that everything is installed, for this Python version ("3.11") and with this `torch_backend`."""
     temporary = VENV / "launch.json.tmp"
-    temporary.write_text(json.dumps({**expected_stamp(extra), "python": python}), encoding="utf-8")
+    stamp = {**expected_stamp(extra), "python": python, "backend": backend, "cards": list_cards()}
+    temporary.write_text(json.dumps(stamp), encoding="utf-8")
     os.replace(temporary, VENV / "launch.json")
 
 
 def is_ready(extra: str) -> bool:
     """Whether .venv is complete; reads three small files, to keep starts fast."""
     stamp = written_stamp()
-    python = stamp.pop("python", "")
+    python, *_ = (stamp.pop(key, "") for key in ("python", "backend", "cards"))
     if stamp != expected_stamp(extra) or not PYTHON.exists() or not has_base():
         return False
     # A system upgrade can change the version behind the same name.
@@ -157,8 +158,30 @@ def find_cards() -> Cards:
     )
 
 
+def list_cards() -> str:
+    """Cards and drivers as the system lists them, without starting a program: other ones change it."""
+    found = [*windows_adapters(), *map(str, sorted(Path("/proc/driver/nvidia/gpus").glob("*")))]
+    with contextlib.suppress(OSError):
+        found.append(Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    return repr([*found, os.path.exists("/dev/kfd"), intel_card()])
+
+
+def note_new_card() -> None:
+    """Say if another PyTorch fits the cards and drivers than those of the set-up."""
+    stamp = written_stamp()
+    if "cards" in stamp and stamp["cards"] != list_cards():
+        backend = torch_backend(platform.system(), find_cards())
+        if backend == stamp.get("backend"):
+            write_stamp(stamp["extra"], stamp["python"], backend)
+        else:
+            say(
+                "The graphics card or its driver has changed since the set-up: `python launch.py repair`"
+                " installs the PyTorch for it."
+            )
+
+
 def windows_adapters() -> list[str]:
-    """Display adapter names on Windows, [] elsewhere."""
+    """Names and driver versions of display adapters on Windows, [] elsewhere."""
     names: list[str] = []
     if sys.platform == "win32":
         import winreg
@@ -167,7 +190,8 @@ def windows_adapters() -> list[str]:
         for number in range(16):
             path = rf"{display}\{number:04}"
             with contextlib.suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
-                names.append(str(winreg.QueryValueEx(key, "DriverDesc")[0]))
+                for value in ("DriverDesc", "DriverVersion"):
+                    names.append(str(winreg.QueryValueEx(key, value)[0]))
     return names
 
 
@@ -498,7 +522,7 @@ def set_up(extra: str, afresh: bool = False) -> None:
                 f"All of it: {VENV / 'pip.log'}"
             )
         compile_imports()
-        write_stamp(extra, python)
+        write_stamp(extra, python, torch_backend(platform.system(), cards))
     say(f"Set up in {time.monotonic() - began:.0f} s.")
 
 

@@ -122,6 +122,34 @@ def test_an_upgrade_behind_the_same_name_is_noticed(place: Path, monkeypatch: py
     assert not install.is_ready("")
 
 
+def test_a_new_card_or_driver_is_noticed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards = [nvidia(570, 8.6)]
+    monkeypatch.setattr(install, "find_cards", lambda: cards[-1])
+    monkeypatch.setattr(install, "list_cards", lambda: str(cards))
+    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
+    backend = install.torch_backend("Linux", cards[-1])
+    install.write_stamp("", "3.11", backend)
+    assert install.is_ready("")
+    cards[0] = nvidia(575, 8.6)  # has the same build
+    install.note_new_card()
+    assert (capsys.readouterr().out, install.written_stamp()["cards"]) == ("", str(cards))
+    for cards[0], said in ((nvidia(580, 8.6), True), (install.Cards(), True), (nvidia(575, 8.6), False)):
+        install.note_new_card()
+        assert ("`python launch.py repair` installs the PyTorch for it" in capsys.readouterr().out) == said
+        assert install.is_ready("")
+    # A stamp of an earlier version does not know its card.
+    (place / ".venv" / "launch.json").write_text(json.dumps({**install.expected_stamp(""), "python": "3.11"}))
+    install.note_new_card()
+    assert (capsys.readouterr().out, install.is_ready("")) == ("", True)
+    monkeypatch.undo()
+    before = install.list_cards()
+    assert install.list_cards() == before
+    monkeypatch.setattr(install, "windows_adapters", lambda: ["NVIDIA GeForce RTX 3060", "32.0.15.6094"])
+    assert install.list_cards() != before
+
+
 def test_half_an_environment_has_no_version(place: Path) -> None:
     assert install.environment_version() == ""
 
