@@ -37,6 +37,7 @@ EDITS = {
     "table": ("find", "tags changed by a table"),
     "caption": ("find", "captions by {0.find}"),
     "mask": ("find", "masks by {0.find}"),
+    "set": ("find", "caption of {0.find} written"),
 }
 """The edits, the field that each needs, and its description."""
 PATIENCE = 5.0
@@ -70,8 +71,9 @@ class Edit:
         put: the text, tag or trigger that is put there.
         regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
         any_case: capitals and small letters count as the same; tags are always compared so.
-        texts: what a captioner, `find`, says of images, by name; `put` is then the trigger word of those
-            whose concept has none, which stays in front. Of a mask model masks, as PNG in base64.
+        texts: by name of the image, captions that are set, or what a captioner, `find`, says; `put` is then
+            the trigger word of those whose concept has none, which stays in front. Of a mask model masks, as
+            PNG in base64.
         how: one of `HOWS`, for these texts.
     """
 
@@ -183,9 +185,9 @@ class Masker(Annotator):
 
 
 def images_for(project: Project, do: str) -> dict[str, ImageRecord]:
-    """The images that an edit is for: a captioner's also those for regularisation, which other edits would
+    """The images that an edit is for: a captioner's also those for regularisation, which the bulk edits would
     give the trigger word."""
-    return project.editable() if do == "caption" else project.images()
+    return project.editable() if do in ("caption", "set") else project.images()
 
 
 def left_to_do(annotator: Annotator, images: Mapping[str, ImageRecord], how: str) -> dict[str, ImageRecord]:
@@ -500,7 +502,9 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
     if edit.do == "mask":
         found = [(name, one, edit.texts.get(name, "")) for name, one in wanted]
         return [row for row in found if row[2] and (edit.how == "replace" or not row[1].mask)], len(wanted)
-    if edit.do == "caption":
+    if edit.do == "set":
+        after = [edit.texts.get(name, one.caption) for name, one in wanted]
+    elif edit.do == "caption":
         rules = DatasetSection(trigger=edit.put)
         after = [
             add_text(one.caption, edit.texts.get(name, ""), edit.how, rules_of(one, rules).trigger)

@@ -419,7 +419,9 @@ def crop(
 @verb
 def captions_set(dataset: File, picture: str, text: str, workspace: Place = None) -> None:
     """Write the caption of one image."""
-    _pictures_of(dataset, workspace).save_caption(str(picture), text)
+    project, name = _pictures_of(dataset, workspace), str(picture)
+    project.find_image(name)
+    _edit(project, False, Edit("set", name, texts={name: text}))
 
 
 @verb

@@ -251,7 +251,10 @@ def test_class_images_are_captioned_without_the_trigger_and_edited_alone(blip: P
     # What gives others the trigger word leaves them as they are.
     assert captions_prefix(images, "sks, ")["asked"] == 3
     captions_set(images, "reg/d.png", "another thing")
+    captions_set(images, "a.png", "")
     assert captions(images / "reg") == {"d": "another thing", "e": "a thing"}
+    assert (captions_undo(images), captions(images)["a"]) == ({"undone": 1, "kept": 0}, "sks, by hand")
+    assert (captions_undo(images), captions(images / "reg")) == ({"undone": 1, "kept": 0}, {"e": "a thing"})
     crop(images, "reg/d.png", "0,0,0.5,1")
     assert scan(images).reg[0].crop == (0, 0, 0.5, 1)
     with pytest.raises(DatasetError, match=r"reg/d.png is for regularisation, and nothing is measured on it"):
