@@ -191,8 +191,13 @@ class Jobs:
                 self._last_live = live.run.path
         # Runs that only wait have no events and come last.
         own = sorted(filter(self.own, self.all()), key=lambda view: -changed_at(view.run.events_file))
-        shown = self._find(self._chosen) or next(iter(own), None)
-        return shown, live or self._find(self._last_live) or shown
+        newest = next(iter(own), None)
+        shown = self._find(self._chosen) if self._chosen else newest
+        return shown, live or self._find(self._last_live) or shown or newest
+
+    def missing(self) -> str:
+        """The name of the run that was chosen, where there is none: deleted, or never made."""
+        return self._chosen.name if self._chosen and not is_run_folder(self._chosen) else ""
 
     def _find(self, path: Path | None) -> RunView | None:
         return self.run_view(RunFolder(path)) if path and is_run_folder(path) else None
@@ -245,8 +250,8 @@ class Jobs:
             self._launch(run)
         return run
 
-    def delete(self, name: str) -> None:
-        """Move a run into the workspace's trash, and take it out of the queue.
+    def delete(self, name: str) -> str:
+        """Move a run into the workspace's trash, and take it out of the queue; returns its name in the trash.
 
         Raises:
             RunError: there is none of that name, or it is running.
@@ -254,11 +259,14 @@ class Jobs:
         run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
         if run.live_process() is not None:
             raise RunError(_("The run {name} is still running; stop it before it is deleted.", name=name))
-        move_to_trash(run.path, self.workspace)
+        place = move_to_trash(run.path, self.workspace).parent.name
         with self._lock:
             self._views.pop(run.path, None)
+            if self._chosen == run.path:
+                self._chosen = self._second = None
         with contextlib.suppress(RunError):
             self.queue.remove(name)
+        return place
 
     def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
         """Resume a run that was paused, stopped or interrupted.

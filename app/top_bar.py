@@ -191,7 +191,7 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     if app_state.importer.working:
         raise RunError(_("Images are being imported; wait until that is done."))
     before, projects = app_state.project.path, app_state.projects
-    note = ""
+    note = place = ""
     match do:
         case "new":
             projects.new(title)
@@ -200,7 +200,8 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         case "rename":
             projects.rename(key, title)
         case "delete":
-            projects.delete(key)
+            place = projects.delete(key).parent.name
+            note = _("{name} is in the trash.", name=title or key)
         case "clean" | "empty":
             frees = clean_caches if do == "clean" else empty_trash
             note = _("{size} freed.", size=format_bytes(frees(app_state.workspace)))
@@ -211,7 +212,7 @@ def _change(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     switched = app_state.project.path != before
     if switched:
         app_state.reset_project_view()
-    return {**_shelves(app_state), "switched": switched, "done": note}
+    return {**_shelves(app_state), "switched": switched, "done": note, "place": place}
 
 
 def _restored(app_state: AppState, place: str) -> str:

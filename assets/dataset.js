@@ -294,6 +294,7 @@
     countTokens(name, text);
     showTags();
     showButtons();
+    keepAddress();
     if (focus) { cells.get(name)?.focus({ preventScroll: true }); cells.get(name)?.scrollIntoView({ block: "nearest" }); }
   };
 
@@ -581,6 +582,19 @@
     try { const [project, name] = JSON.parse(sessionStorage.getItem(KEPT)); return project === window.easel.project ? name : null; } catch { return null; }
   };
 
+  // The address names the image shown; one that is followed shows its own.
+  let address = "";
+  const keepAddress = () => {
+    const [, name] = window.easel.place();
+    if (document.documentElement.dataset.tab !== "dataset" || !chosen) return;
+    if (name && name !== chosen && location.hash !== address) {
+      if (named(name)) choose(name, { focus: false });
+      else toast(t("There is no image {name} here; Excluded and the trash may have it.", { name }), "bad");
+    }
+    if (name !== chosen) window.easel.setAddress("dataset", chosen);
+    address = location.hash;
+  };
+
   // The images are asked for while Gradio still builds the page.
   let meter = null, first = load().finally(() => { first = null; window.easel.settle(); });
   window.easel.settling.push(() => {
@@ -590,7 +604,7 @@
     one("#trigger :is(input, textarea)")?.setAttribute("dir", "auto");
     if (window.easel.project !== mark.dataset.project) {
       // Another page opened another project: everything here belongs to the old one.
-      if (!window.easel.joining) { window.easel.reload(); return; }
+      if (!window.easel.joining) { window.easel.reopen(); return; }
       // This page did, by its demo or its import.
       window.easel.project = mark.dataset.project;
       window.easel.joining = false;
@@ -602,6 +616,7 @@
     // What counts tokens has changed since the caption was shown.
     if (meter !== null && mark.dataset.meter !== meter && chosen) countTokens(chosen, one("#caption textarea").value);
     meter = mark.dataset.meter;
+    keepAddress();
   });
 
   // ---- one listener per event type -------------------------------------------------------------------------------

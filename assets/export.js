@@ -105,6 +105,11 @@
     const data = target.dataset;
     if (target.id === "export-download") write(target, "export/write", "#export-written");
     else if (target.id === "copy-export") write(target, "export/copy", "#copy-note");
+    else if (data.copyTo) {
+      field("folder").value = data.copyTo;
+      store({ folder: data.copyTo });
+      write(target, "export/copy", "#copy-note");
+    }
     else if (target.id === "upload-export") write(target, "export/upload", "#upload-note");
     else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
     else if (target.id === "report-cancel") inTurn(() => post("report/cancel", {}));

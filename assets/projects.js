@@ -23,10 +23,11 @@
     const answer = await post("projects", body);
     if (answer.problem) return say(answer.problem);
     // Every field belongs to the project: reload to fill them all.
-    if (answer.switched) return window.easel.reload();
+    if (answer.switched) return window.easel.reopen();
     show(answer);
     say("");
-    one("#projects-done").textContent = answer.done;
+    const undo = make("button", { type: "button", className: "own quiet", textContent: t("Undo"), data: { projectDo: "restore", project: answer.place } });
+    one("#projects-done").replaceChildren(answer.done, ...(answer.place ? [" ", undo] : []));
   };
 
   // Asked in the row itself, next to its item.
@@ -40,7 +41,7 @@
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button");
     if (!target) return;
-    const { projectDo: does, project } = target.dataset, title = does && one("b", target.closest(".row.apart"))?.textContent;
+    const { projectDo: does, project } = target.dataset, row = target.closest(".row.apart"), title = does && row && one("b", row)?.textContent;
     const words = (textContent) => make("span", { className: "grow small", textContent });
     if (target.id === "project-picker") open();
     else if (target.id === "projects-close") one("#projects").close();
@@ -48,7 +49,9 @@
     else if (does === "rename") {
       const input = make("input", { type: "text", value: title, attributes: { "aria-label": t("New name of {title}", { title }) } });
       askIn(target, make("label", { className: "entry grow" }, input), t("Rename"), () => ({ do: "rename", project, title: input.value }));
-    } else if (does === "delete") askIn(target, words(t("Delete “{title}”? Its images go to the trash, where Trash below restores them; runs are kept.", { title })), t("Delete"), () => ({ do: "delete", project }), "danger");
+    } else if (does === "delete" && !one(".chip", row)) act({ do: "delete", project, title });
+    // Without the open project the page is loaded anew, and what undoes this is gone.
+    else if (does === "delete") askIn(target, words(t("Delete “{title}”? Its images go to the trash, where Trash below restores them; runs are kept.", { title })), t("Delete"), () => ({ do: "delete", project }), "danger");
     else if (does === "empty") askIn(target, words(t("Delete everything in the trash permanently?")), t("Delete permanently"), () => ({ do: "empty" }), "danger");
   });
 

@@ -4,13 +4,6 @@
 (() => {
   const { one, all, make, dialog, refill, t, toast, unwrap, request, later } = window.easel;
 
-  // ---- confirmation ----------------------------------------------------
-  const ask = (text, yes) => new Promise((resolve) => {
-    const button = (textContent, tone, value) => make("button", { className: `own ${tone}`, textContent, value });
-    dialog(text, make("p", { textContent: text }), make("form", { className: "row", method: "dialog" }, button(yes, "primary", "yes"), button(t("Cancel"), "", "")))
-      .addEventListener("close", ({ target }) => resolve(target.returnValue === "yes"));
-  });
-
   // ---- notifications -----------------------------------------------------------------------------------
   const LIVE = ["preparing", "running", "pausing", "stopping"];
   const ENDS = {
@@ -59,10 +52,15 @@
   };
 
   // ---- quitting -------------------------------------------------------------------------------------------------------------
-  const quit = async () => {
+  // A page cannot start its server again, so this asks.
+  const askToQuit = () => {
     const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
-    const goesOn = live ? ` ${t("The run {name} continues.", { name })}` : "";
-    if (!await ask(`${t("Quit LoRA Easel?")}${goesOn}`, t("Quit"))) return;
+    const textContent = `${t("Quit LoRA Easel?")}${live ? ` ${t("The run {name} continues.", { name })}` : ""}`;
+    const button = (textContent, tone, value) => make("button", { className: `own ${tone}`, textContent, value });
+    dialog(textContent, make("p", { textContent }), make("form", { className: "row", method: "dialog" }, button(t("Quit"), "primary", "yes"), button(t("Cancel"), "", "")))
+      .addEventListener("close", ({ target }) => { if (target.returnValue) quit(); });
+  };
+  const quit = async () => {
     const reply = await request("quit", {});
     if (!reply) return;
     const runs = reply.run ? `${t(reply.queue ? "The run {name} continues, and so does the queue." : "The run {name} continues.", { name: reply.run })} ` : "";
@@ -153,12 +151,15 @@
 
   // ---- one listener per event type -------------------------------------------------------------------------------------------
   const act = async (target, path, body) => {
-    if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
     if (sent.has(target)) return;
     sent.add(target);
     started = ["resume", "accept"].includes(body.do);
-    await request(path, body);
+    const answer = await request(path, body), project = answer?.place;
     sent.delete(target);
+    const undo = () => act(target, "projects", { do: "restore", project }).then(() => { location.hash = `run/${encodeURIComponent(body.run)}`; });
+    if (project) former = null;
+    if (project) toast(t("{name} is in the trash.", { name: body.run }), "", undo);
+    else if (typeof answer?.done === "string") toast(answer.done);
     // Changes of the draft come into the form.
     if (["reset", "rates"].includes(body.do)) refill();
   };
@@ -176,7 +177,7 @@
     else if (target.id === "all-settings") showSettings(!isOpen());
     else if (data.curves !== undefined) one("#run-chart .chart-box").focus();
     else if (target.id === "tell-end") bell.toggle();
-    else if (target.id === "quit") quit();
+    else if (target.id === "quit") askToQuit();
   });
   document.addEventListener("change", (event) => {
     if (event.target.id !== "like-file" || !event.target.files.length) return;

@@ -147,20 +147,39 @@
     if (await request("language", { language: target.value })) reload();
   });
 
-  // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
-  const place = () => {
+  // ---- addresses: #train, #run/NAME, #dataset/IMAGE; Back works and a reload returns to the same place ---------
+  const place = window.easel.place = () => {
     // An address is typed or linked from anywhere: one that is not encoded right is taken as it is.
     try { return location.hash.slice(1).split("/").map(decodeURIComponent); } catch { return location.hash.slice(1).split("/"); }
   };
   const shownRun = () => one("#run-status")?.dataset.shownRun ?? "";
   const inTurn = inTurns(), page = document.documentElement;
   let awaited = "", followed = null;
+  // The address of what is shown, in place of the one before.
+  const setAddress = window.easel.setAddress = (...parts) => { history.replaceState(null, "", `#${parts.map(encodeURIComponent).join("/")}`); followed = location.hash; };
+  // Each tab has a scroll position of its own, `top` until the page is high enough for it; a button opens a tab at its top.
+  const tops = {}, TOPS = "easel-tops";
+  let top = null;
+  history.scrollRestoration = "manual";
+  try { Object.assign(tops, JSON.parse(sessionStorage.getItem(TOPS))); } catch { /* storage is off */ }
+  addEventListener("pagehide", () => { try { sessionStorage.setItem(TOPS, JSON.stringify({ ...tops, [page.dataset.tab]: scrollY })); } catch { /* storage is off */ } });
+  for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) addEventListener(kind, () => { top = null; }, { capture: true, passive: true });
   const showTab = () => {
     const [name] = place(), tabs = all("[role=tab]"), wanted = `#${name === "run" ? "train" : name}`;
     const tab = tabs.find((each) => each.hash === wanted) ?? tabs[0];
     for (const each of tabs) each.setAttribute("aria-selected", each === tab);
     for (const each of all(".tabitem")) Object.assign(each, { role: "tabpanel", ariaLabel: one(`[aria-controls=${each.id}]`)?.textContent });
-    if (tab) page.dataset.tab = tab.hash.slice(1);
+    const before = page.dataset.tab, now = tab?.hash.slice(1);
+    if (!tab || now === before) return;
+    if (before) tops[before] = scrollY;
+    page.dataset.tab = now;
+    top = tops[now] ?? 0;
+    keepTop();
+  };
+  const keepTop = () => {
+    if (top === null || !page.dataset.ready) return;
+    scrollTo(0, top);
+    if (Math.abs(scrollY - top) < 2) top = null;
   };
   const follow = () => {
     followed = location.hash;
@@ -173,6 +192,7 @@
   const openTab = window.easel.openTab = (name) => {
     if (page.dataset.tab === name.toLowerCase()) return;
     history.pushState(null, "", `#${name.toLowerCase()}`);
+    delete tops[name.toLowerCase()];
     follow();
     // A button of the tab before is hidden now, which loses the keyboard focus.
     const panel = one(`#page-${name.toLowerCase()}`), left = document.activeElement.closest(".tabitem");
@@ -190,21 +210,24 @@
     if (location.hash !== followed) return follow();
     const [name, run] = place(), shown = shownRun();
     if (awaited && awaited === shown) awaited = "";
-    else if (name === "run" && !awaited && shown && run !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
+    else if (name === "run" && !awaited && shown && run !== shown) setAddress("run", shown);
     followed = location.hash;
+    keepTop();
   };
 
-  // ---- a list opens on a key or a click, not on the focus that Tab brings ----------------------------------------
-  let tabbed = false;
-  const closed = new WeakSet();
-  document.addEventListener("pointerdown", () => { tabbed = false; }, true);
+  // ---- a list opens on a key or a press, not on the focus that Tab or a script brings ----------------------------
+  const LIST = "input[role=combobox], input[role=listbox]", closed = new WeakSet();
+  let pressed = null;
+  document.addEventListener("pointerdown", ({ target }) => { pressed = target; }, true);
   document.addEventListener("keydown", (event) => {
-    tabbed = event.key === "Tab";
-    if (tabbed || event.key === "Shift" || !closed.delete(event.target)) return;
-    event.target.dispatchEvent(new FocusEvent("focus"));
+    pressed = null;
+    if (!event.target.matches(LIST)) return;
+    // Gradio opens its list on any key, on the Tab that leaves it too.
+    if (["Tab", "Shift"].includes(event.key)) event.stopPropagation();
+    else if (closed.delete(event.target)) event.target.dispatchEvent(new FocusEvent("focus"));
   }, true);
   document.addEventListener("focus", (event) => {
-    if (!tabbed || !event.isTrusted || event.target.getAttribute?.("role") !== "listbox") return;
+    if (!event.isTrusted || !event.target.matches?.(LIST) || event.target.closest(".block").contains(pressed)) return;
     closed.add(event.target);
     event.stopImmediatePropagation();
   }, true);
@@ -300,6 +323,8 @@
     mine.onmessage = ({ data, lastEventId }) => {
       heard();
       const parts = JSON.parse(data), first = latest["run-bar"] === undefined;
+      // A server that was started again does not know what this page was looking at.
+      if (seen && lastEventId && lastEventId.split("-")[0] !== seen.split("-")[0]) followed = null;
       if (lastEventId) seen = lastEventId;
       Object.assign(latest, parts);
       for (const name of Object.keys(parts)) { draw(name); tell(name); }
@@ -364,6 +389,8 @@
   // A closed tab keeps nothing, and a slow server may have less than the fields hold. The page's own reload loses nothing.
   let reloading = false;
   const reload = window.easel.reload = () => { reloading = true; location.reload(); };
+  // Another project has other runs and images.
+  window.easel.reopen = () => { setAddress(page.dataset.tab); reload(); };
   addEventListener("beforeunload", (event) => { if (unsent.size && !reloading) event.preventDefault(); });
   addEventListener("pagehide", () => { for (const [address, request] of unsent.values()) call(address, { ...request, keepalive: true }).catch(() => {}); });
   const EVENT = "/gradio_api/run", restored = restore().catch(() => {});

@@ -141,6 +141,8 @@ def copy_folders(snapshot: Snapshot) -> str:
     ]
     return render(
         "export/folders.html",
+        apps=app_state.tools.lora_folders(),
+        short=_short,
         choices=choices,
         usual=usual,
         own_lists=list(dict.fromkeys(names)),

@@ -16,6 +16,7 @@ from app.top_bar import describe_left, describe_phase, memory_usage
 from app.train.form import row_title
 from app.train.start import images_of
 from lora_core.errors import RunError
+from lora_core.projects.workspace import list_trash
 from lora_core.report.plots import chart_tables, run_charts
 from lora_core.runs.costs import Trial, compare_trials
 from lora_core.runs.events import (
@@ -59,9 +60,11 @@ def run_card(snapshot: Snapshot) -> str:
     """The run shown: state, stages, what can be done now, and how it ended."""
     run, view, progress = snapshot.shown, snapshot.shown.view, snapshot.shown.progress
     if view is None:
-        project, records = snapshot.app_state.project, images_of(snapshot)
-        url = functools.partial(image_url, "dataset", project.dataset_folder)
-        return render("train/run.html", snap=snapshot, stages=stages(run), images=records, url=url)
+        app_state, records = snapshot.app_state, images_of(snapshot)
+        url = functools.partial(image_url, "dataset", app_state.project.dataset_folder)
+        trash = list_trash(app_state.workspace) if app_state.jobs.missing() else []
+        values = {"stages": stages(run), "images": records, "url": url, "trash": trash}
+        return render("train/run.html", snap=snapshot, **values)
     found = with_gain(progress.validations)
     last, best = found[-1] if found else None, best_of(found)
     return render(

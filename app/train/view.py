@@ -117,10 +117,10 @@ def build_train(bindings: Bindings) -> None:
         with gr.Column(elem_classes="main"):
             for place, shows in (
                 ("run-card", run_cards.run_card),
+                ("beside", run_cards.compare_card),
                 ("verdicts", run_cards.verdicts_card),
                 ("samples", run_cards.samples_card),
                 ("charts", run_cards.charts),
-                ("beside", run_cards.compare_card),
                 ("sweep-results", run_cards.sweep_card),
                 ("run-log", run_cards.log_card),
             ):
@@ -212,8 +212,8 @@ def do_queue_action(jobs: Jobs, sent: dict[str, Any]) -> None:
     acts[str(sent["do"])]()
 
 
-def do_run_action(app_state: AppState, do: str, name: str) -> None:
-    """Do what a run's button asks for.
+def do_run_action(app_state: AppState, do: str, name: str) -> dict[str, str] | None:
+    """Do what a run's button asks for; of one that is deleted, returns its name in the trash.
 
     Raises:
         RunError: it cannot be done now.
@@ -243,7 +243,8 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
     if do in ("resume", "accept", "retry"):
         # A run has priority for memory.
         app_state.worker.release()
-    acts[do](name or (current.run.name if current else ""))
+    done = acts[do](name or (current.run.name if current else ""))
+    return {"place": done} if do == "delete" else None
 
 
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:

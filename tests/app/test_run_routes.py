@@ -11,7 +11,7 @@ from app.state import AppState, take_snapshot
 from app.templates import WORDS
 from app.train import view as run_routes
 from app.train.form import current_values
-from app.train.run_cards import sweep_card
+from app.train.run_cards import run_card, sweep_card
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder, runs_folder
 from tests.app.conftest import Say
@@ -67,13 +67,28 @@ def test_only_a_yes_to_the_changes_reaches_the_trainer(
     assert run.log_file.read_text() == str([str(run.path), *options.split()])
 
 
-def test_a_deleted_run_lies_in_the_trash(app_state: AppState, say: Say) -> None:
+def test_a_deleted_run_lies_in_the_trash_and_its_address_gives_it_back(app_state: AppState, say: Say) -> None:
+    def shown(name: str) -> str:
+        say("run", do="show", run=name)
+        return run_card(take_snapshot(app_state))
+
+    make_run(app_state, "c", started(), step(1))
     run = make_run(app_state, "a", started(), step(1))
-    assert say("run", do="delete", run="a") == {"done": True}
+    shown("a")
+    place = say("run", do="delete", run="a")["place"]
     assert not run.path.exists()
-    assert list((app_state.workspace / ".trash").glob("*/content/events.jsonl"))
+    assert (app_state.workspace / ".trash" / str(place) / "content" / "events.jsonl").is_file()
+    # Another is shown, but who follows its address learns where it is.
+    assert take_snapshot(app_state).shown.name == "c"
+    assert 'data-shown-run="a"' in shown("a")
+    assert str(place) in shown("a")
+    assert "There is no run of this name" in shown("never-made")
+    assert take_snapshot(app_state).active.name == "c"
+    say("projects", do="restore", project=place)
+    assert str(place) not in shown("a")
+    assert run.path.is_dir()
     app_state.queue.add(make_run(app_state, "b"))
-    assert say("run", do="delete", run="b") == {"done": True}
+    assert "place" in say("run", do="delete", run="b")
     assert app_state.queue.jobs() == []
 
 

@@ -420,7 +420,6 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     assert "Resume from step 10" in new
     app_state.jobs.show("old")
     old = card(app_state)
-    assert (new.count("data-confirm="), old.count("data-confirm=")) == (1, 1)
     # A report can be made of what has a checkpoint, and opened where there is one.
     assert ["data-report-run" in shown for shown in (old, new)] == [False, True]
     (app_state.workspace / "runs" / "old" / "report.html").write_text("<p>told</p>")

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from app.preview.request_form import ADDED
-from tests.browser.pages import frames, open_tab
+from tests.browser.pages import frames, loaded_anew, open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
 IDLE_SECONDS = 7
@@ -147,3 +147,30 @@ def test_after_a_run_each_button_that_is_off_says_why(look: Any) -> None:
         open_tab(page, tab)
         page.wait_for_timeout(300)
         assert page.evaluate(SILENT) == [], tab
+
+
+def test_an_address_leads_to_its_image_and_a_tab_to_where_it_was_left(look: Any) -> None:
+    page = look()
+    page.wait_for_function("location.hash.startsWith('#dataset/')")
+    page.goto(f"{page.url.split('#')[0]}#dataset/fox.png")
+    page.wait_for_selector("[data-picture='fox.png'].on")
+    page.click("[data-picture='panda.png']")
+    page.wait_for_function("location.hash === '#dataset/panda.png'")
+    page.go_back()
+    page.wait_for_function("location.hash !== '#dataset/panda.png'")
+    page.goto(f"{page.url.split('#')[0]}#dataset/gone.png")
+    page.wait_for_selector("#easel-toast.on >> text=no image gone.png")
+    page.evaluate("location.hash = 'train'")
+    page.wait_for_selector("#samples img")
+    page.evaluate("scrollTo(0, 300)")
+    page.evaluate("location.hash = 'export'")
+    page.wait_for_function("document.documentElement.dataset.tab === 'export' && scrollY === 0")
+    page.go_back()
+    back = "document.documentElement.dataset.tab === 'train' && Math.abs(scrollY - 300) < 40"
+    page.wait_for_function(back)
+    with loaded_anew(page):
+        page.reload()
+    page.wait_for_function(back)
+    # What a button opens is seen from its top, as the image that was asked for is there.
+    page.click("#see-result")
+    page.wait_for_function("document.documentElement.dataset.tab === 'preview' && scrollY === 0")

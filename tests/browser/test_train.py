@@ -102,6 +102,13 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     for name in ("#base-model", "#goal", "#preset"):
         page.focus(f"{name} input")
         page.keyboard.press("Tab")
+    frames(page)
+    assert page.locator(".option-list").count() == 0
+    page.focus("#goal input")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_selector("#goal .option-list")
+    page.keyboard.press("Tab")
+    page.wait_for_selector(".option-list", state="detached")
     find_setting(page, "warm", "#optimizer-warmup input")
     page.wait_for_selector("#optimizer-schedule", state="hidden")
     page.fill("#optimizer-warmup input", "0.2")
@@ -319,6 +326,12 @@ def test_a_sweep_is_ordered_compared_and_cloned(page) -> None:
     page.wait_for_function(command)
     page.keyboard.press("Control+z")
     page.wait_for_function(f"!{command}")
+    # Deleted without a question, as it can be undone.
+    page.get_by_role("button", name="Delete rank-6").click()
+    page.wait_for_selector("#easel-toast.on >> text=rank-6 is in the trash")
+    page.keyboard.press("Control+z")
+    page.wait_for_selector("#run-status[data-shown-run=rank-6]")
+    order_is("rank-5", "rank-7")
 
 
 @pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
