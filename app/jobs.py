@@ -250,8 +250,8 @@ class Jobs:
             self._launch(run)
         return run
 
-    def delete(self, name: str) -> str:
-        """Move a run into the workspace's trash, and take it out of the queue; returns its name in the trash.
+    def delete(self, name: str) -> dict[str, str]:
+        """Move a run into the workspace's trash, and take it out of the queue; returns its `place` there.
 
         Raises:
             RunError: there is none of that name, or it is running.
@@ -264,9 +264,7 @@ class Jobs:
             self._views.pop(run.path, None)
             if self._chosen == run.path:
                 self._chosen = self._second = None
-        with contextlib.suppress(RunError):
-            self.queue.remove(name)
-        return place
+        return {"place": place}
 
     def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
         """Resume a run that was paused, stopped or interrupted.

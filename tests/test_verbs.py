@@ -125,6 +125,7 @@ VIEW_STATE = {
     "preview/open": "the Preview tab was opened",
     "preview/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "preview/forget": "deletes a drawn image from the history; it is a PNG file",
+    "preview/star": "stars an image of the history, for the eye alone",
     "preview/bring-back": "takes it out of the trash again; `trash restore`",
     "toolbox/go-on": "fills the Train form; `train --set adapter.init=FILE`",
     "toolbox/cancel": "drops what the page has asked for; Ctrl-C on the command line",

@@ -244,7 +244,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> dict[str, str] | N
         # A run has priority for memory.
         app_state.worker.release()
     done = acts[do](name or (current.run.name if current else ""))
-    return {"place": done} if do == "delete" else None
+    return done if isinstance(done, dict) else None
 
 
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:

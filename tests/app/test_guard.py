@@ -446,7 +446,8 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
         ("/easel/queue", {"do": do, "run": evil}) for do in ("up", "down", "remove")
     ],
     ("POST", "/easel/projects"): lambda evil: [
-        ("/easel/projects", {"do": do, "project": evil, "title": "t"}) for do in ("open", "rename", "delete")
+        ("/easel/projects", {"do": do, "project": evil, "title": "t"})
+        for do in ("open", "rename", "delete", "restore")
     ],
     ("POST", "/easel/language"): lambda evil: [("/easel/language", {"language": evil})],
     ("POST", "/easel/like"): lambda evil: [(f"/easel/like?size=9&name={quote(evil, safe='')}", {})],
@@ -461,6 +462,7 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
         ("/easel/report/start", {"run": evil, "measure": measure}) for measure in (True, False)
     ],
     ("POST", "/easel/preview/forget"): lambda evil: [("/easel/preview/forget", {"file": evil})],
+    ("POST", "/easel/preview/star"): lambda evil: [("/easel/preview/star", {"file": evil, "on": True})],
     ("POST", "/easel/preview/put-back"): lambda evil: [("/easel/preview/put-back", {"file": evil})],
     ("POST", "/easel/preview/bring-back"): lambda evil: [("/easel/preview/bring-back", {"place": evil})],
     ("POST", "/easel/preview/file"): lambda evil: [
