@@ -35,6 +35,7 @@ from lora_core.models.load import BaseModel
 from lora_core.models.prompts import TokenizerWithTokens
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
+    NOTHING_TRAINED,
     AdapterSection,
     NewToken,
     chosen,
@@ -117,10 +118,7 @@ def plan_layers(
     for setting, table in tables.items():
         _check_patterns(setting, table, found, plans)
     if not trained:
-        raise ConfigError(
-            "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
-            " optimizer.text_encoder_lr and optimizer.block_lr."
-        )
+        raise ConfigError(NOTHING_TRAINED)
     return plans
 
 

@@ -18,6 +18,7 @@ from lora_core.settings.config import RunConfig, sample_fields
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
     QUANTIZED,
+    RATES,
     SLIDER_STRENGTHS,
     TARGETS,
     Quantization,
@@ -145,7 +146,7 @@ def count_oft(rank: int, shape: Sequence[int]) -> int:
 
 def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     """Estimated size of the exported fp16 file. None if the base is unknown."""
-    adapted = adapted_shapes(facts, config)
+    adapted = adapted_layers(facts, config).values()
     kind = ADAPTER_KINDS[config.adapter.kind]
     parameters = sum(kind.count_parameters(rank, shape) for rank, shape in adapted)
     return parameters * _HALF + len(adapted) * HEADER_A_LAYER or None
@@ -167,23 +168,20 @@ def target_shapes(facts: BaseFacts, config: RunConfig) -> dict[str, Sequence[int
         return {}
 
 
-def adapted_shapes(facts: BaseFacts, config: RunConfig) -> list[tuple[int, Sequence[int]]]:
-    """The rank of each layer to adapt and the shape of its weight; empty if the base is unknown."""
-    family, section = facts.family, config.adapter
-    if family is None:
-        return []
-    rates = (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr)
-    trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
-    adapted = {
-        name: one for name, one in target_shapes(facts, config).items() if name.split(".")[0] in trained
+def adapted_layers(facts: BaseFacts, config: RunConfig) -> dict[str, tuple[int, Sequence[int]]]:
+    """The rank of each layer to train and the shape of its weight, by "part.path"; empty if the base is
+    unknown."""
+    optim, section, shapes = config.optimizer, config.adapter, target_shapes(facts, config)
+    parts = facts.family.parts if facts.family else ()
+    rates = dict(zip(parts, (getattr(optim, name) for name in RATES), strict=False))
+    ranks, own_rates = last_matches(section.block_ranks, shapes), last_matches(optim.block_lr, shapes)
+    usual = {name: section.conv_rank if math.prod(shape[2:]) > 1 else 0 for name, shape in shapes.items()}
+    return {
+        name: (rank, shape)
+        for name, shape in shapes.items()
+        if (rank := ranks.get(name, usual[name] or section.rank))
+        and own_rates.get(name, rates.get(name.split(".")[0], 0.0)) > 0
     }
-    try:
-        ranks = last_matches(section.block_ranks, adapted)
-    except LoraError:
-        return []
-    usual = {name: section.conv_rank if math.prod(shape[2:]) > 1 else 0 for name, shape in adapted.items()}
-    found = ((ranks.get(name, usual[name] or section.rank), shape) for name, shape in adapted.items())
-    return [(rank, shape) for rank, shape in found if rank]
 
 
 def count_base_parameters(facts: BaseFacts) -> int | None:
@@ -277,7 +275,8 @@ def _kept_by_kind(
 ) -> float:
     """Bytes that a step keeps for the backward pass with another kind of adapter than a LoRA; `of_rank` are
     those of one value for each token of each layer."""
-    kind, shapes = ADAPTER_KINDS[config.adapter.kind], [shape for _, shape in adapted_shapes(facts, config)]
+    kind = ADAPTER_KINDS[config.adapter.kind]
+    shapes = [shape for _, shape in adapted_layers(facts, config).values()]
     kept = 0.0
     if kind.keeps_update:
         updates = [math.prod(shape) for shape in shapes]

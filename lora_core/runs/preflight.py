@@ -60,6 +60,7 @@ from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_fold
 from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample, sample_fields
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
+    NOTHING_TRAINED,
     PRIOR_IMAGES,
     QUANTIZED,
     RATES,
@@ -300,9 +301,13 @@ def check_kind(config: RunConfig) -> None:
 
 
 def _patterns(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """Patterns that match no layer, which stop the run when its base is opened."""
+    """Patterns that match no layer or leave none, which stop the run when its base is opened."""
     tables = ("adapter.block_ranks", "adapter.block_alphas", "optimizer.block_lr")
-    names = sizes.target_shapes(facts, config)
+    names, adapted = sizes.target_shapes(facts, config), sizes.adapted_layers(facts, config)
+    if names and not adapted and not rate_problems(config, facts.family):
+        return [RunProblem("rate", NOTHING_TRAINED)]
+    # An adapter that is continued keeps layers that are not trained.
+    fresh = config.adapter.init.strip() in ("", "default")
     return [
         RunProblem(
             "targets",
@@ -310,16 +315,16 @@ def _patterns(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
             f" {next(iter(names))}.",
         )
         for table in tables
-        for pattern in config.get(table)
-        if names and not last_matches({pattern: 1}, names)
+        for pattern, value in config.get(table).items()
+        if names and not last_matches({pattern: 1}, adapted if value and fresh else names)
     ]
 
 
 def _convolutions(config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:
     """A rank or an alpha of convolutions where none is adapted."""
     names = [name for name in ("conv_rank", "conv_alpha") if getattr(config.adapter, name)]
-    shapes = sizes.adapted_shapes(facts, config) if names else []
-    if shapes and all(math.prod(shape[2:]) == 1 for _, shape in shapes):
+    adapted = sizes.adapted_layers(facts, config) if names else {}
+    if adapted and all(math.prod(shape[2:]) == 1 for _, shape in adapted.values()):
         lacking = f"adapter.targets = {config.adapter.targets} has no convolution larger than 1 x 1"
         yield _note("targets", f"adapter.{names[0]} has no effect: {lacking}.")
 
@@ -343,7 +348,11 @@ def _without_effect(
     rules = [rules_of(one, config.dataset) for one in records] or [config.dataset]
     tags = config.slider.on or any(one.shuffle_tags or one.tag_dropout for one in rules)
     guidance = max(sample_fields(sample, line)["cfg"] for line in sample.prompts or [""])
-    validates, no_alpha = valid.every or valid.every_epochs, ADAPTER_KINDS[adapter.kind].unused
+    validates, unused = valid.every or valid.every_epochs, ADAPTER_KINDS[adapter.kind].unused
+    no_alpha = "adapter.block_alphas" in unused and f"with adapter.kind = {adapter.kind}, which has no alpha"
+    unread = all(one.caption_dropout == 1 for one in rules) and (
+        "while dataset.caption_dropout is 1, which shows each image without its caption"
+    )
     huber = loss.type != "huber" and f"while loss.type is {loss.type}; it is for huber"
     logit = loss.timesteps != "logit_normal" and f"while loss.timesteps is {loss.timesteps}"
     plain = guidance <= 1 and f"without guidance: sample.cfg or --l is {guidance:g}"
@@ -355,8 +364,10 @@ def _without_effect(
         "slider.target": slider,
         "slider.preserve": slider,
         "slider.guidance": slider,
-        "adapter.conv_alpha": "adapter.block_alphas" in no_alpha
-        and f"with adapter.kind = {adapter.kind}, which has no alpha",
+        "adapter.alpha": adapter.alpha != adapter.rank and no_alpha,
+        "adapter.conv_alpha": no_alpha,
+        "adapter.new_tokens": unread,
+        "dataset.trigger": unread,
         "dataset.keep_tags": not tags and "without dataset.shuffle_tags or dataset.tag_dropout",
         "optimizer.text_encoder_lr": optim.text_encoder_lr
         and not TARGETS[adapter.targets].text
@@ -376,6 +387,7 @@ def _without_effect(
         "validation.draws_per_image": not valid.pictures and "while validation.pictures is 0",
         "validation.max_time_share": valid.max_time_share and never,
         "validation.forgetting": valid.forgetting and never,
+        "validation.memorization": not slider and "for a slider, which has no images",
         "validation.patience": valid.patience and never,
         "sample.negative_prompt": plain,
         "sample.cfg_rescale": plain,
@@ -414,25 +426,18 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     """
     optim, row = config.optimizer, config.optimizer.row
     rates = _part_rates(config, family)
+    token_lr = [optim.token_lr] if config.adapter.new_tokens else []
     wrong = ""
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
-        wrong = (
-            "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
-            " optimizer.text_encoder_lr and optimizer.block_lr."
-        )
+        wrong = NOTHING_TRAINED
     elif row.averages and config.save.ema:
         wrong = f"{row.title} averages the adapter itself; set save.ema to 0."
     elif row.averages and config.adapter.max_norm:
         wrong = (
             f"{row.title} averages the adapter itself, so its norm has no limit; set adapter.max_norm to 0."
         )
-    elif row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
-        wrong = (
-            f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
-            f" ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1."
-        )
-    elif row.one_rate and config.adapter.new_tokens and optim.token_lr != optim.lr:
-        wrong = f"{row.title} works with one learning rate; set optimizer.token_lr to {optim.lr:g} too."
+    elif problem := optim.several_rates([*rates.values(), *filter(None, optim.block_lr.values()), *token_lr]):
+        wrong = problem
     elif config.adapter.new_tokens and not optim.stop_text_encoder_at:
         wrong = "optimizer.stop_text_encoder_at = 0 keeps new tokens as they start; raise it, or empty them."
     elif optim.range_test and config.slider.on:
@@ -601,7 +606,8 @@ def _auto_rank(config: RunConfig) -> Iterator[RunProblem]:
 
 def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     """Resolutions that no square image can have, that no image reaches or that have no effect."""
-    several, one, multiple = config.dataset.resolutions, config.train.resolution, facts.multiple
+    several = [] if config.slider.on else config.dataset.resolutions
+    one, multiple = config.train.resolution, facts.multiple
     largest = config.resolution(facts.resolution)
     asked = [("train.resolution", one)] if one else []
     asked += [("dataset.resolutions", side) for side in several]

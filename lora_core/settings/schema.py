@@ -64,8 +64,8 @@ _TO_RE2 = re.compile(r"\\Z|\{,(?=\d*\})|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
 """Syntax that differs between RE2 and `re`, and the escapes and character classes to skip."""
 CLASS_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """A class of an installed package, "module:Class"."""
-OWN_ARGUMENTS = ("params", "lr")
-"""Arguments of an optimizer's constructor that other settings give."""
+NOT_NEGATIVE = ("betas", "eps", "momentum", "weight_decay")
+"""Arguments that each optimizer refuses below 0, the betas from 1 on too."""
 T = TypeVar("T")
 
 
@@ -229,18 +229,11 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
         None if the source does not show it.
     """
     module, _, name = load.partition(":")
-    top, *inner = module.split(".")
-    spec = _find_module(top)
-    if not depth or spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    place = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
-    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError):
+    path, tree = _read_source(module) if depth else (Path(), None)
+    if tree is None:
         return None
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in body:
+    for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             makers = (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
             maker = next(makers, None)
@@ -258,6 +251,34 @@ def constructor_defaults(load: str, depth: int = 8) -> dict[str, Any] | None:
                 if known and (found := constructor_defaults(f"{source}:{wanted}", depth - 1)) is not None:
                     return found
     return None
+
+
+def _read_source(module: str) -> tuple[Path, ast.Module | None]:
+    """The file of a module, and what is in it; None if that is not Python that can be read."""
+    top, *inner = module.split(".")
+    spec = _find_module(top)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return Path(), None
+    place = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    try:
+        return path, ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return path, None
+
+
+def _unknown_class(load: str) -> str:
+    """What is wrong with a "module:class" whose module, by its source, has no such name; "" where it may."""
+    module, _, name = load.partition(":")
+    nodes = list(ast.walk(_read_source(module)[1] or ast.Module([], [])))
+    names = {getattr(one, "asname", None) or getattr(one, "name", None) for one in nodes}
+    names |= {one.id for one in nodes if isinstance(one, ast.Name)}
+    known = {one for one in names if isinstance(one, str)}
+    if not nodes[1:] or known & {name, "*", "__getattr__"}:
+        return ""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {module}:{close[0]}?" if close else "."
+    return f"optimizer.name = {load} cannot be used: {module} has no {name}{hint}"
 
 
 def _argument_defaults(arguments: ast.arguments) -> dict[str, Any]:
@@ -554,6 +575,10 @@ MAX_TIMESTEP = 1000
 MAX_RATE = 10.0
 RATES = ("lr", "text_encoder_lr", "text_encoder_2_lr")
 """Settings of the optimizer that are a part's learning rate."""
+NOTHING_TRAINED = (
+    "Nothing would be trained: the learning rates or the ranks of all chosen layers are 0; see optimizer.lr,"
+    " optimizer.text_encoder_lr, optimizer.block_lr and adapter.block_ranks."
+)
 Rate = Annotated[float, Field(ge=0.0, le=MAX_RATE)]
 
 
@@ -829,19 +854,35 @@ class OptimizerSection(Section):
             found[key] = min(MAX_RATE, most, rate) if getattr(self, key) else 0.0
         return found | ({"schedule": "constant"} if new.averages else {})
 
+    def several_rates(self, rates: Iterable[float]) -> str:
+        """The problem with `rates`, those that something is trained at, for this optimizer, or ""."""
+        if not self.row.one_rate or (len(set(rates)) < 2 and self.lora_plus == 1.0):
+            return ""
+        return (
+            f"{self.row.title} works with one learning rate; set the rates of the text encoders to"
+            f" optimizer.lr ({self.lr:g}) or to 0, optimizer.token_lr to optimizer.lr, optimizer.lora_plus to"
+            " 1, and leave optimizer.block_lr empty."
+        )
+
     def argument_problem(self) -> str:
-        """The problem with `args` for this optimizer, in a sentence, or ""."""
-        row, found = self.row, []
+        """The problem with the class or the `args` of this optimizer, in a sentence, or ""."""
+        row, unknown = self.row, "" if self.name in OPTIMIZERS else _unknown_class(self.name)
+        found = [unknown] if unknown else []
+        refused = {
+            **dict.fromkeys(("params", "lr"), "it is set by optimizer.lr"),
+            "maximize": "it would train away from the images",
+            "differentiable": "a step is never differentiated",
+        }
         known = constructor_defaults(row.load) if self.args else None
         for name, value in self.args.items():
-            if name in OWN_ARGUMENTS:
-                found.append(f"optimizer.args cannot have {name}: it is set by optimizer.lr.")
+            if name in refused and value is not False:
+                found.append(f"optimizer.args cannot have {name}: {refused[name]}.")
             elif known is not None and name not in known:
-                takes = [one for one in known if one not in OWN_ARGUMENTS]
+                takes = [one for one in known if one not in refused]
                 close = difflib.get_close_matches(name, takes, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(takes)}."
                 found.append(f"optimizer.args has {name!r}, which {row.title} does not take{hint}")
-            elif known is not None and (kind := _other_kind(value, known[name])):
+            elif known is not None and (kind := _other_kind(value, known[name]) or _other_range(name, value)):
                 found.append(f"optimizer.args has {name} = {value!r}, which should be {kind}.")
         return " ".join(found)
 
@@ -861,6 +902,14 @@ def _other_kind(value: Any, usual: Any) -> str:
             fits = fits and not any(map(_other_kind, value, usual))
             return "" if fits else f"a list of {len(usual)} numbers"
     return ""
+
+
+def _other_range(name: str, value: Any) -> str:
+    """The range of an argument, if `value` is not in it; else ""."""
+    numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+    if name not in NOT_NEGATIVE or all(0 <= one < (1 if name == "betas" else math.inf) for one in numbers):
+        return ""
+    return "from 0 to below 1" if name == "betas" else "0 or more"
 
 
 class LossSection(Section):

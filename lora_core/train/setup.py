@@ -457,12 +457,8 @@ def build_optimizer(
     for tokens in injected.tokens.values():
         members.append([tokens])
         groups.append({"lr": optim.token_lr, "until": optim.stop_text_encoder_at})
-    if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
-        raise ConfigError(
-            f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
-            f" ({optim.lr:g}) or to 0, optimizer.token_lr to optimizer.lr, optimizer.lora_plus to 1, and"
-            " leave optimizer.block_lr empty."
-        )
+    if problem := optim.several_rates([group["lr"] for group in groups]):
+        raise ConfigError(problem)
     storage = FlatParams(members, split_a_b=optim.lora_plus != 1.0)
     ratios = (1.0, optim.lora_plus) if optim.lora_plus != 1.0 else (1.0,)
     rates = [{**group, "lr": group["lr"] * ratio} for group in groups for ratio in ratios]
@@ -495,13 +491,13 @@ def make_optimizer(
         raise ConfigError(f"optimizer.name = {optim.name} cannot be used: {error}.") from error
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
-    if row.package:
+    if row.package or optim.args:
         try:
             try_step(lambda parameters: make(parameters, lr=groups[0]["lr"], **how), device)
         except Exception as error:
             raise ConfigError(
-                f"{row.title} cannot take a step on the device {device}; choose another optimizer.name."
-                f" It ended with {type(error).__name__}: {error}"
+                f"{row.title} cannot take a step on the device {device}; choose another optimizer.name, or"
+                f" other optimizer.args. It ended with {type(error).__name__}: {error}"
             ) from error
     if average_of_its_own(optimizer):
         optimizer.train()  # type: ignore[attr-defined]

@@ -241,8 +241,14 @@ def test_rates(config: RunConfig, tmp_path: Path) -> None:
     assert found(config, tmp_path, optimizer__lr=0.02, adapter__alpha=1.0, adapter__rank=16) == []
     same = {"optimizer__name": "prodigy", "optimizer__lr": 1.0}
     assert found(config, tmp_path, optimizer__text_encoder_lr=1.0, **same) == []
-    (two,) = found(config, tmp_path, optimizer__text_encoder_lr=0.5, **same)
-    assert (two.kind, two.blocking) == ("rate", True)
+    for other in ({"optimizer__text_encoder_lr": 0.5}, {"optimizer__block_lr": {"mid": 0.5}}):
+        (two,) = found(config, tmp_path, **{"optimizer__text_encoder_lr": 0.0, **same, **other})
+        assert (two.kind, two.blocking) == ("rate", True)
+        assert "Prodigy works with one learning rate" in two.sentence
+    assert (
+        found(config, tmp_path, optimizer__block_lr={"mid": 0.0}, optimizer__text_encoder_lr=0.0, **same)
+        == []
+    )
     # One that finds its own rate is not scaled by alpha / rank.
     (tiny,) = found(
         config, tmp_path, optimizer__name="prodigy", optimizer__lr=1e-4, optimizer__text_encoder_lr=1e-4
@@ -277,10 +283,19 @@ def test_rates(config: RunConfig, tmp_path: Path) -> None:
         ("adamw", {"amsgrad": 1}, "amsgrad = 1, which should be true or false"),
         ("adamw", {"eps": True}, "eps = True, which should be a number"),
         ("sgd", {"lr": 1.0}, "cannot have lr: it is set by optimizer.lr"),
+        ("sgd", {"maximize": True}, "cannot have maximize: it would train away from the images"),
+        ("adamw", {"differentiable": True}, "cannot have differentiable"),
+        ("adamw", {"maximize": False, "differentiable": False}, ""),
+        ("adamw", {"betas": [0.9, 1.0]}, "betas = [0.9, 1.0], which should be from 0 to below 1"),
+        ("adafactor", {"weight_decay": -1}, "weight_decay = -1, which should be 0 or more"),
+        ("adafactor", {"eps": [1e-30, 1e-3]}, ""),
         ("prodigy", {"d_coef": 2.0}, ""),
         ("lion", {"d_coef": 2.0}, "which Lion does not take"),
         ("torch.optim:Adamax", {"betas": [0.9, 0.99]}, ""),
         ("torch.optim:Adamax", {"momentum": 0.9}, "which torch.optim:Adamax does not take"),
+        ("torch.optim:Adamaxx", {}, "torch.optim has no Adamaxx; did you mean torch.optim:Adamax?"),
+        ("torch.optim.adamax:Unheard", {}, "torch.optim.adamax has no Unheard."),
+        ("pytorch_optimizer:Ranger", {}, ""),
     ],
 )
 def test_arguments_of_the_optimizer_are_checked_by_its_signature(
@@ -433,14 +448,27 @@ def test_a_rank_of_convolutions_where_none_is_adapted_is_said(config: RunConfig,
 def test_a_pattern_that_matches_no_layer_stops_before_the_start(
     config: RunConfig, tmp_path: Path, table: str
 ) -> None:
-    """One of the text encoder, which the demo's preset does not train, is for a layer all the same."""
-    assert found(config, tmp_path, adapter__targets="kohya", **{table: {"text_encoder.*mlp": 1}}) == []
-    (one,) = found(config, tmp_path, **{table: {"mid_blok": 1, "unet": 2}})
-    assert (one.kind, one.blocking) == ("targets", True)
-    assert (
-        f"{table.replace('__', '.')} has the pattern 'mid_blok', which matches no adapted layer"
-        in one.sentence
-    )
+    """One of a part that is not trained matches none either, but a rate of its own trains its layers."""
+    patterns = ["mid_blok"] if table == "optimizer__block_lr" else ["mid_blok", "text_encoder.*mlp"]
+    values = {table: {"mid_blok": 1, "unet": 2, "text_encoder.*mlp": 1}}
+    problems = found(config, tmp_path, optimizer__text_encoder_lr=0.0, **values)
+    assert kinds(problems) == [("targets", True)] * len(patterns)
+    for pattern, one in zip(patterns, problems, strict=True):
+        words = f"{table.replace('__', '.')} has the pattern {pattern!r}, which matches no adapted layer"
+        assert words in one.sentence
+
+
+def test_layers_that_their_patterns_leave_out_are_not_forecast(config: RunConfig, tmp_path: Path) -> None:
+    facts, unet = read_base_facts("demo"), config.changed({"optimizer.text_encoder_lr": 0.0})
+    sizes_of = [
+        sizes.export_bytes(facts, unet.changed({"optimizer.block_lr": rates}))
+        for rates in ({}, {"mid_block": 0.0}, {"text_encoder": 1e-4})
+    ]
+    assert sizes_of[1] < sizes_of[0] < sizes_of[2]
+    for table in ("adapter__block_ranks", "optimizer__block_lr"):
+        (one,) = found(config, tmp_path, **{table: {"": 0}})
+        assert (one.kind, one.blocking) == ("rate", True)
+        assert one.sentence.startswith("Nothing would be trained")
 
 
 def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Path) -> None:
@@ -453,7 +481,7 @@ def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Pa
     }
     (one,) = found(config, tmp_path, **high)
     assert "x alpha / rank = 0.0192 is much" in one.sentence
-    assert found(config, tmp_path, **high, adapter__kind="oft") == []
+    assert "rate" not in [one.kind for one in found(config, tmp_path, **high, adapter__kind="oft")]
     assert config.changed({"adapter.kind": "oft", "adapter.rank": 4}).adapter.scale == 1.0
 
 
@@ -465,6 +493,16 @@ def test_alpha_has_no_part_in_the_rate_of_an_oft(config: RunConfig, tmp_path: Pa
             {"adapter.conv_alpha": 2.0, "adapter.targets": "locon", "adapter.kind": "oft"},
             "with adapter.kind = oft, which has no alpha",
             {"adapter.kind": "lora"},
+        ),
+        (
+            {"adapter.alpha": 1.0, "adapter.kind": "oft"},
+            "with adapter.kind = oft, which has no alpha",
+            {"adapter.kind": "lora", "optimizer.lr": 1e-3},
+        ),
+        (
+            {"dataset.trigger": "sks", "dataset.caption_dropout": 1.0},
+            "while dataset.caption_dropout is 1, which shows each image without its caption",
+            {"dataset.caption_dropout": 0.9},
         ),
         (LATE, "while no text encoder is trained", TEXT),
         (LATE, "while no text encoder is trained", ZWX),
@@ -519,6 +557,18 @@ def test_a_setting_without_effect_is_said(
     (one,) = found(config, tmp_path, **changes)
     assert (one.sentence, one.blocking) == (f"{next(iter(changes))} has no effect {why}.", False)
     assert [p for p in found(config, tmp_path, **changes | with_effect) if "no effect" in p.sentence] == []
+
+
+def test_what_a_slider_makes_of_settings_of_images(config: RunConfig, tmp_path: Path) -> None:
+    """It is trained at `train.resolution`, whatever sizes the images have."""
+    slider = {"slider.positive": "old", "slider.negative": "young", "train.resolution": 64}
+    problems = found(
+        config, tmp_path, **slider, **{"dataset.resolutions": [64, 96], "validation.memorization": False}
+    )
+    said = " ".join(one.sentence for one in problems)
+    assert "without images, so that" in said
+    assert "train.resolution" not in said
+    assert "validation.memorization has no effect for a slider" in said
 
 
 def test_what_is_turned_off_has_not_to_have_an_effect(config: RunConfig, tmp_path: Path) -> None:

@@ -236,7 +236,11 @@ def test_what_a_run_cannot_do_with_tokens_is_said_before_it_starts(own_toy: Toy)
     def said(**changes: object) -> dict[str, bool]:
         config = own_toy.run(f"r{len(list((own_toy.home / 'runs').glob('*')))}", **changes).config()
         problems = preflight(config.changed({"name": "another"}), own_toy.home, card=lambda: None)
-        return {one.sentence: one.blocking for one in problems if one.kind in ("tokens", "rate")}
+        return {
+            one.sentence: one.blocking
+            for one in problems
+            if one.kind in ("tokens", "rate") or "new_tokens" in one.sentence
+        }
 
     zwx = {"adapter__new_tokens": ["zwx = dot"]}
     (sentence,) = said(**zwx)
@@ -252,9 +256,11 @@ def test_what_a_run_cannot_do_with_tokens_is_said_before_it_starts(own_toy: Toy)
         " word of your own leaves it alone.": False
     }
     assert any("cannot start from itself" in one for one in said(adapter__new_tokens=["dot = a dot"]))
-    assert said(**ZWX, optimizer__name="prodigy", optimizer__lr=1.0) == {
-        "Prodigy works with one learning rate; set optimizer.token_lr to 1 too.": True
-    }
+    (unread,) = said(**ZWX, dataset__caption_dropout=1.0)
+    assert unread.startswith("adapter.new_tokens has no effect while dataset.caption_dropout is 1")
+    (two,) = said(**ZWX, optimizer__name="prodigy", optimizer__lr=1.0)
+    assert "optimizer.token_lr to optimizer.lr" in two
+    assert not said(**ZWX | {"optimizer__token_lr": 1.0}, optimizer__name="prodigy", optimizer__lr=1.0)
     (frozen,) = said(**ZWX, optimizer__stop_text_encoder_at=0.0)
     assert frozen.startswith("optimizer.stop_text_encoder_at = 0 keeps new tokens as they start")
 
