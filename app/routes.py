@@ -306,7 +306,7 @@ def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
         "left-out": app_state.project.left_out_folder,
         "run": runs_folder(app_state.workspace),
         "generated": app_state.generated,
-        "demo": DEMO_TRAIN,
+        "demo": DEMO_TRAIN.parent,
     }
     if kind not in roots:
         raise BadRequest(kind)

@@ -193,13 +193,15 @@
   const splitTags = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
   const showTags = () => {
     const place = one("#picture-tags"), area = one("#caption textarea"), tags = splitTags(area.value);
-    place.hidden = !chosen || area.readOnly || area.disabled || tags.length < 2 || area.value.includes("\n");
+    place.hidden = !chosen || area.readOnly || area.disabled || tags.length === 1 || area.value.includes("\n");
+    favourites = place.hidden ? [] : popular().filter(([tag, count]) => count > 1 && !tags.includes(tag)).slice(0, 9).map(([tag]) => tag);
     if (place.hidden) return place.replaceChildren();
     const chips = tags.slice(0, MOST_CHIPS).map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
       make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": t("Remove the tag {tag}", { tag }) } })));
     const field = make("input", { type: "text", id: "tag-in", placeholder: t("Add a tag"), autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": t("Add a tag") } });
     const more = tags.length > MOST_CHIPS ? [make("span", { className: "small", textContent: t("and {count} more", { count: (tags.length - MOST_CHIPS).toLocaleString("en") }) })] : [];
-    refocus(place, () => fill(place, ...chips, ...more, field));
+    const often = favourites.map((tag, index) => make("button", { type: "button", className: "often", data: { tagIn: tag }, title: t("Adds the tag; in the grid its key does") }, make("kbd", { textContent: index + 1 }), make("span", { textContent: tag, dir: "auto" })));
+    refocus(place, () => fill(place, ...chips, ...more, field, ...often));
   };
   const putTags = (tags) => {
     const area = one("#caption textarea");
@@ -207,12 +209,19 @@
     write(chosen, area.value);
     showTags();
   };
-  // The tags of all captions, the most frequent first.
-  const suggestTags = () => {
+  const addTags = (text) => {
+    const tags = splitTags(one("#caption textarea").value), more = splitTags(text).filter((tag) => !tags.includes(tag));
+    if (more.length) putTags([...tags, ...more]);
+  };
+  // The tags of all captions, the most frequent first, as of when the images were loaded.
+  let favourites = [], counted = { of: null, tags: [] };
+  const popular = () => {
     const counts = new Map();
-    for (const picture of shelf.pictures) for (const tag of tagsOf(picture)) counts.set(tag, (counts.get(tag) ?? 0) + 1);
-    const tags = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 60).map(([tag]) => make("option", { value: tag }));
-    one("#known-tags").replaceChildren(...tags);
+    if (counted.of !== shelf) {
+      for (const picture of shelf.pictures) for (const tag of tagsOf(picture)) counts.set(tag, (counts.get(tag) ?? 0) + 1);
+      counted = { of: shelf, tags: [...counts].sort((a, b) => b[1] - a[1]).slice(0, 60) };
+    }
+    return counted.tags;
   };
 
   // The bar above the grid, and what the panel tells of several images.
@@ -645,6 +654,7 @@
     else if (data.select === "exclude") leaveOut().then(() => { if (!target.id) cells.get(chosen)?.focus({ preventScroll: true }); });
     else if (data.select === "validation") holdOut();
     else if (target.id === "detail-close") editOnPhone(false);
+    else if (data.tagIn) addTags(data.tagIn);
     else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
     else if (target.id === "crop-start") startCropping();
     else if (target.id === "mask-start") stopCropping();
@@ -679,20 +689,21 @@
     else if (event.key === "Enter" && !control) { event.preventDefault(); editOnPhone(true); one("#caption textarea").focus(); }
     else if (event.key === "Delete") { event.preventDefault(); leaveOut(); }
     else if (event.key === "Escape") clear();
+    else if (!control && favourites[event.key - 1]) { event.preventDefault(); addTags(favourites[event.key - 1]); }
     else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(places.keys()); tellSelection(); }
   };
 
   document.addEventListener("focusin", (event) => {
-    if (event.target.id === "tag-in") suggestTags();
+    if (event.target.id === "tag-in") one("#known-tags").replaceChildren(...popular().map(([value]) => make("option", { value })));
     else if (event.target.closest?.("#dataset-grid .thumb") && !places.has(chosen)) choose(event.target.dataset.picture, { keep: true });
   });
   document.addEventListener("keydown", (event) => {
     if (event.target.closest?.("#caption")) inCaption(event);
     else if (event.target.id === "tag-in" && event.key === "Enter") {
-      const tags = splitTags(one("#caption textarea").value), more = splitTags(event.target.value).filter((tag) => !tags.includes(tag));
+      const { value } = event.target;
       event.preventDefault();
       event.target.value = "";
-      if (more.length) putTags([...tags, ...more]);
+      addTags(value);
       one("#tag-in")?.focus();
     }
     else if (event.target.closest?.("#picture-detail") && event.key === "Escape") { editOnPhone(false); cells.get(chosen)?.focus(); }

@@ -155,22 +155,15 @@
     slider.value = slider.value === "100" ? 0 : 100;
     split(slider.value);
   };
-  const working = () => {
-    const state = one("#preview-state"), cancel = one("#cancel-drawing");
-    if (!state) return;
-    Object.assign(state.dataset, { state: "working", busy: "1" });
-    state.className = "small num";
-    state.textContent = t("Generating");
-    if (cancel) { cancel.disabled = false; cancel.title = ""; }
+  const tell = (state, words) => {
+    const place = one("#preview-state"), cancel = one("#cancel-drawing"), busy = state === "working";
+    if (!place) return;
+    Object.assign(place.dataset, { state, busy: Number(busy) });
+    place.className = busy ? "small num" : "problem num";
+    place.textContent = words;
+    Object.assign(cancel, { disabled: !busy, title: busy ? "" : t("Nothing is being generated.") });
   };
-
-  const refuse = (words) => {
-    const state = one("#preview-state");
-    Object.assign(state.dataset, { state: "error", busy: "0" });
-    state.className = "problem num";
-    state.textContent = words;
-    one("#cancel-drawing").disabled = true;
-  };
+  const working = () => tell("working", t("Generating")), refuse = (words) => tell("error", words);
 
   window.easel.on("preview", ({ words, look }) => {
     const state = one("#preview-state"), image = one("#compare img.look");

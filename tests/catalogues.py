@@ -138,8 +138,6 @@ def texts_of_tables() -> Iterator[Text]:
     yield "Forgetting: it gets slightly worse on the base's own images."
     yield "Forgetting: it loses more on the base's own images than it gains on new ones."
     yield from (HELD_OUT, WANTED_CHANGE)
-    yield "{} needs two files; add another."
-    yield "{} needs two files or more; add another."
     yield "This failed because of a bug in LoRA Easel; its log has the details."
     yield from (family.title for family in FAMILIES.values())
     yield "A .ckpt file; what kind of base it is shows when the run starts."

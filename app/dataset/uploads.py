@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from app.templates import _, pluralize
-from lora_core.data.images import IMAGE_SUFFIXES, abbreviate
+from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.importer import ARCHIVES, Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import DEFAULT_TITLE, DEMO_TITLE
 from lora_core.projects.workspace import Projects
-from lora_core.system.files import clean_text, clear_abandoned, expand_home, parse_json
+from lora_core.system.files import clear_abandoned, expand_home, parse_json
 
 MOST_FILES = 100_000
 MOST_BATCHES = 8
@@ -287,6 +287,6 @@ def _summarize(imported: Imported) -> tuple[str, str]:
     if len(others) == 1:
         parts.append(_("1 file skipped: {sentence}", sentence=others[0].sentence))
     elif others:
-        names = abbreviate([clean_text(one.path.name) for one in others])
-        parts.append(_("{count} files skipped: {names}.", count=len(others), names=names))
+        first = others[0].sentence
+        parts.append(_("{count} files skipped, the first: {sentence}", count=len(others), sentence=first))
     return "done" if added or same else "failed", " ".join(filter(None, parts))

@@ -76,7 +76,7 @@ def build_dataset(bindings: Bindings) -> None:
 
 def _welcome(bindings: Bindings) -> None:
     """The demo, offered on the first visit."""
-    drawings = sorted(file.name for file in DEMO_TRAIN.glob("*.png"))
+    drawings = sorted(f"train/{file.name}" for file in DEMO_TRAIN.glob("*.png"))
     with gr.Row(elem_id="welcome", visible=False) as row:
         values = {"drawings": drawings[::3], "count": len(drawings)}
         html_block(lambda: render("dataset/welcome.html", **values), elem_classes="grow")
@@ -334,19 +334,18 @@ def _undo_edit(project: Project) -> dict[str, Any]:
     return {"undone": done, "kept": kept, "masks": masks, "undo": bulk.last_change(project)}
 
 
-def _folders(sent: dict[str, Any]) -> dict[str, str]:
-    folders = sent.get("folders")
-    if not isinstance(folders, dict):
-        raise BadRequest("no folders of images")
-    if len(folders) > MOST_NAMES:
+def _sent(sent: dict[str, Any], key: str, kind: type) -> Any:
+    found = sent.get(key)
+    if not isinstance(found, kind):
+        raise BadRequest(f"no {key}")
+    if len(found) > MOST_NAMES:
         raise too_many()
-    return {name: str(folder) for name, folder in folders.items()}
+    return found
 
 
 def _names(sent: dict[str, Any]) -> list[str]:
-    names = sent.get("pictures")
-    if not isinstance(names, list):
-        raise BadRequest("no list of images")
-    if len(names) > MOST_NAMES:
-        raise too_many()
-    return [str(name) for name in names]
+    return [*map(str, _sent(sent, "pictures", list))]
+
+
+def _folders(sent: dict[str, Any]) -> dict[str, str]:
+    return {name: str(folder) for name, folder in _sent(sent, "folders", dict).items()}

@@ -106,15 +106,7 @@ class History:
         self._keep(dataclasses.replace(self.named(name), starred=on))
 
     def _keep(self, kept: HistoryEntry) -> None:
-        line = {
-            "file": kept.file.relative_to(self.folder).as_posix(),
-            "time": kept.time,
-            "shot": dataclasses.asdict(kept.shot),
-            "rows": dataclasses.asdict(kept.rows) if kept.rows else None,
-            "columns": dataclasses.asdict(kept.columns) if kept.columns else None,
-            "beside": kept.beside,
-            "starred": kept.starred,
-        }
+        line = dataclasses.asdict(kept) | {"file": kept.file.relative_to(self.folder).as_posix()}
         with self._lock:
             self._kept = _by_time([*(one for one in self._kept if one.file != kept.file), kept])
             append_line(self.folder / FILE, json.dumps(line))

@@ -315,10 +315,6 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     return build_request(snapshot, asked, [WeightedLora(str(files[0].file))])
 
 
-def _values_key(side: str) -> str:
-    return f"{side.removesuffix('s')}_values"
-
-
 def _sent_axis(sent: Any) -> tuple[str, list[str]]:
     sent = sent if isinstance(sent, dict) else {}
     values = sent.get("values")
@@ -333,12 +329,7 @@ def take_sent_axes(project: Project, sent: dict[str, Any]) -> list[Axis | None]:
     """
     grid = sent.get("grid")
     axes = {side: _sent_axis(grid.get(side) if isinstance(grid, dict) else None) for side in GRID_SIDES}
-    kept = {
-        key: value
-        for side, axis in axes.items()
-        for key, value in zip((side, _values_key(side)), axis, strict=True)
-    }
-    project.update_draft(preview_grid=kept)
+    project.update_draft(preview_grid=axes)
     return [parse_axis(*axis) for axis in axes.values()]
 
 
@@ -359,7 +350,7 @@ def grid_axes(snapshot: Snapshot) -> dict[str, Any]:
     """Rows and columns in the draft, as `axis_data` gives them."""
     kept = snapshot.app_state.project.draft().get("preview_grid") or {}
     return {
-        side: axis_data(snapshot, side, str(kept.get(side) or usual), kept.get(_values_key(side)))
+        side: axis_data(snapshot, side, *(axis if isinstance(axis := kept.get(side), list) else [usual]))
         for side, usual in GRID_SIDES.items()
     }
 

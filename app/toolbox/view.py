@@ -159,6 +159,7 @@ def draw_form(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
         "tool": tool, "groups": groups, "titles": titles, "known": known, "files": files, "bases": bases,
         "measured": [(name, _("what {run} held out", run=name)) for name in bases_of_runs],
         "formats": [(key, row.title) for key, row in FORMATS.items()], "OTHER": OTHER, "FOLDER": FOLDER,
+        "count_problem": count_problem,
     }  # fmt: skip
     parts = ("files", "fields", "will", "why")
     return {"parts": {f"toolbox-{part}": render("toolbox/form.html", part=part, **values) for part in parts}}
@@ -183,10 +184,9 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
         LoraError: something is missing, in a sentence.
     """
     wanted, files = _tool(tool), _files(sent.get("files"))
-    low, high = wanted.files
-    if not low <= len(files) <= high:
-        raise AdapterFileError(_needs_files(wanted))
-    request: dict[str, Any] = {"do": wanted.do or tool}
+    if problem := count_problem(wanted, len(files)):
+        raise AdapterFileError(problem)
+    request, high = dict[str, Any](do=wanted.do or tool), wanted.files[1]
     if request["do"] == "merge":
         request["files"] = files
     elif high == 1:
@@ -216,12 +216,17 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
     return request
 
 
-def _needs_files(tool: LoraTool) -> str:
+def count_problem(tool: LoraTool, count: int) -> str:
+    """Why a tool does not take so many files."""
     low, high = tool.files
-    if (low, high) == (1, 1):
-        return _("Choose a LoRA file first.")
-    needed = "{} needs two files; add another." if low == high else "{} needs two files or more; add another."
-    return _(needed, _(tool.title))
+    if count > high:
+        return _("At most {count} files: remove the others.", count=high)
+    missing = (
+        _("Two files or more are needed: add another.")
+        if low < high
+        else _("Two files are needed: add another.")
+    )
+    return "" if count >= low else missing if low > 1 else _("Choose a file first.")
 
 
 def _files(rows: Any) -> list[dict[str, Any]]:

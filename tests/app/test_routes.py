@@ -1,5 +1,6 @@
 """The window's own routes: what they give, and what they never give."""
 
+import re
 from pathlib import Path
 
 import brotli
@@ -11,6 +12,8 @@ from starlette.testclient import TestClient
 from app.page import REST, build_page, slow_queue_polling
 from app.routes import BadRequest, _compress, add_assets, add_routes, below, image_url
 from app.state import AppState
+from app.templates import render
+from lora_core.system.files import DEMO_TRAIN
 
 
 @pytest.fixture
@@ -53,6 +56,15 @@ def test_thumbnails_and_large_pictures(client: TestClient, app_state: AppState, 
         answer = client.get(image_url("dataset", app_state.project.image_folder, pictures[0], size))
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
         assert len(answer.content) < side * side
+
+
+def test_the_welcome_shows_what_the_demo_learns(client: TestClient) -> None:
+    drawings = [f"train/{file.name}" for file in sorted(DEMO_TRAIN.glob("*.png"))]
+    shown = re.findall(
+        'src="([^"]+)"', render("dataset/welcome.html", drawings=drawings, count=len(drawings))
+    )
+    assert len(shown) == len(drawings) + 2
+    assert {client.get(address).status_code for address in shown} == {200}
 
 
 def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(

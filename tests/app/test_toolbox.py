@@ -105,9 +105,9 @@ def test_what_there_is_to_choose(app_state: AppState) -> None:
 @pytest.mark.parametrize(
     ("tool", "sent", "problem"),
     [
-        ("spectrum", {}, "Choose a LoRA file first"),
-        ("compare", {"files": 1}, "Similarity needs two files; add another"),
-        ("stack", {"files": 1}, "two files or more"),
+        ("spectrum", {}, "Choose a file first"),
+        ("compare", {"files": 1}, "Two files are needed: add another"),
+        ("stack", {"files": 1}, "Two files or more are needed"),
         ("amplify", {"files": 1}, "Choose the base"),
         ("intrinsic", {"files": 1}, "Choose what to measure on"),
         ("intrinsic", {"files": 1, "measure": {"run": "none"}}, "no run named none"),

@@ -179,8 +179,13 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.click("#dataset-grid [data-picture='ball 1 é.png']")
     page.click("#picture-tags [aria-label='Remove the tag a ball']")
     until(page, lambda: tagged.read_text() == "sks ball, number 1")
-    page.keyboard.press("Control+z")
-    until(page, lambda: tagged.read_text() == "sks ball, a ball, number 1")
+    # A digit adds a frequent tag that the caption lacks.
+    page.press("#dataset-grid .thumb.on", "1")
+    until(page, lambda: tagged.read_text() == "sks ball, number 1, a ball")
+    page.focus("#picture-tags button")
+    for left in ("sks ball, number 1", "sks ball, a ball, number 1"):
+        page.keyboard.press("Control+z")
+        until(page, lambda left=left: tagged.read_text() == left)
     page.fill("#tag-in", "outside, sks ball")
     page.keyboard.press("Enter")
     until(page, lambda: tagged.read_text() == "sks ball, a ball, number 1, outside")
