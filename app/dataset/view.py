@@ -335,12 +335,11 @@ def _undo_edit(project: Project) -> dict[str, Any]:
 
 
 def _sent(sent: dict[str, Any], key: str, kind: type) -> Any:
-    found = sent.get(key)
-    if not isinstance(found, kind):
+    if not isinstance(sent.get(key), kind):
         raise BadRequest(f"no {key}")
-    if len(found) > MOST_NAMES:
+    if len(sent[key]) > MOST_NAMES:
         raise too_many()
-    return found
+    return sent[key]
 
 
 def _names(sent: dict[str, Any]) -> list[str]:
