@@ -207,7 +207,7 @@ def start_problems(snapshot: Snapshot) -> list[str]:
     if plan.base.remote:
         found.append(_("The base model is not on this computer yet; download it, below its name."))
     elif plan.base.problem:
-        found.append(_("Fix the base model first: the reason is below its name."))
+        found.append(plan.base.problem)
     known = snapshot.app_state.checks.known(plan.config, dataset)
     bad_base = bool(plan.base.problem)
     found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
@@ -256,7 +256,7 @@ def facts(snapshot: Snapshot) -> str:
         measuring=_measuring(snapshot, expected),
         stops=stops,
         watch=[one.sentence for one in known if one.setting and not plan.invalid],
-        repairs=repairs | {NO_IMAGES: ("no-images", "")},
+        repairs=repairs | {NO_IMAGES: ("no-images", ""), plan.base.problem: ("model.base", "")},
         groups={name: slug(group) for group in GROUPS for name in group_fields(group)},
         empty=stops == [NO_IMAGES],
     )

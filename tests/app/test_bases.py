@@ -7,7 +7,7 @@ import pytest
 from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
 from app.state import AppState, OtherTools, take_snapshot
 from app.train.form import Plan, current_values, form_values, preset_config
-from app.train.start import blockers
+from app.train.start import blockers, facts
 from app.train.train_form import base_choices, base_note, choose_base
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
@@ -129,9 +129,10 @@ def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -
     before = draft_of(app_state)
     assert choose(app_state, str(file)) == ("", {**before, "model.base": str(file)})
     snapshot = take_snapshot(app_state)
-    assert "Fix the base model first: the reason is below its name." in blockers(snapshot)
-    assert 'class="problem"' in base_note(snapshot)
-    assert "<b>" not in base_note(snapshot)
+    html = facts(snapshot)
+    assert 'data-field="model.base"' in html
+    assert "<b>" not in html
+    assert snapshot.plan.base.problem in blockers(snapshot)
     assert app_state.places.read("bases") == []
 
 

@@ -41,11 +41,11 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
     broken = tmp_path / "broken.safetensors"
     broken.write_text("<html>")
     choose_base(page, str(broken))
-    page.wait_for_selector("#base-note.problem:has-text('a web page')")
+    page.wait_for_selector("#base-model:has([aria-invalid=true]) #base-model-problem:has-text('a web page')")
     page.reload()
     page.wait_for_selector("html[data-ready]")
     open_tab(page, "Train")
-    page.wait_for_selector("#base-note.problem")
+    page.wait_for_selector("#base-model-problem")
     page.click("#base-model input")
     page.wait_for_selector("li:has-text('ComfyUI: my xl base.safetensors')")
 
