@@ -175,7 +175,7 @@ class _Reader:
         for key in given:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "remove it."
+                hint = f"did you mean {near[0]}?" if near else self.unused["instead"].get(key, "remove it.")
                 self.problem(where, f"the key {in_short(key, str)} is not known here; {hint}")
 
     def note_unused(self, given: Mapping[str, Any], where: str) -> None:

@@ -100,8 +100,9 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         patiently(os.replace, temporary, path)
     except OSError as error:
-        # A failed write does not name its file.
-        error.filename = error.filename or str(path)
+        # A failed write names no file, and others the temporary one.
+        if str(error.filename or temporary) == str(temporary):
+            error.filename = str(path)
         raise
     finally:
         # What went wrong above matters; that there is nothing to clean up does not.

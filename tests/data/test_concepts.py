@@ -186,6 +186,10 @@ def test_a_file_that_says_what_folders_say_leads_to_the_same_images(tmp_path: Pa
             ['image_dir = "cat"\nnum_repeat = 2'],
             "the key num_repeat is not known here; did you mean num_repeats?",
         ),
+        (
+            ['image_dir = "cat"\nconditioning_data_dir = "m"'],
+            "conditioning_data_dir is not known here; name that folder mask, beside the images or above them",
+        ),
         (['image_dir = "cat"\nzzz = 2'], "dataset.toml, subset 1: the key zzz is not known here; remove it."),
         (['image_dir = "cat"\nnum_repeats = 0'], "num_repeats = 0 is not an integer from 1 to 10,000"),
         (['image_dir = "cat"\nflip_aug = "yes"'], "subset 1: flip_aug = 'yes' should be true or false."),

@@ -55,6 +55,12 @@ def test_the_old_file_survives_a_failed_write(
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_atomically(tmp_path / "gone" / "a.zip", b"")
+    assert caught.value.filename == str(tmp_path / "gone" / "a.zip")
+
+
 def test_writers_in_many_threads_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     failures: list[OSError] = []
