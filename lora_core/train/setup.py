@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from lora_core.backends.compact import WeightPolicy, offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import (
+    class_captions,
     escape_prompt,
     plain_record_caption,
     rules_of,
@@ -602,7 +603,7 @@ def prepare(
     base.load(*base.text_encoders)
     clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
     text = PromptCache(base, cache / "text", layout.encoders_trained, clip_skip, max_token_length)
-    prompts = sample_prompts(config, held or train, base.family)
+    prompts = sample_prompts(config, held or train, base.family, reg)
     samples = sample_requests(base, config.sample, prompts)
     identity = short_digest(sorted(more.items()))
     own = (base, text, (cache / "prior", identity), resolution)
@@ -746,10 +747,12 @@ def all_views(images: list[TrainImage], rules: schema.DatasetSection) -> list[tu
     ]
 
 
-def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family) -> list[str]:
-    """The prompts of samples: the user's, with the trigger word added, else captions of `records`; brackets
-    of both stay text. For a concept slider those that it acts on, else what the family's bases generate
-    well."""
+def sample_prompts(
+    config: RunConfig, records: list[ImageRecord], family: Family, reg: Sequence[ImageRecord] = ()
+) -> list[str]:
+    """The prompts of samples: the user's, with the trigger word added, else captions of `records`, the last
+    one without it where the class is to stay as it was: of `reg`, or by prior preservation; brackets of all
+    stay text. For a concept slider those that it acts on, else what the family's bases generate well."""
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
         own = [escape_prompt(target) for target in slider.target] or list(family.prior_prompts)
@@ -767,8 +770,11 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord], family: Family
             + (f" {options}" if options else "")
             for words, options in parts
         ]
+    kept = [plain_record_caption(one, config.dataset) for one in reg]
+    kept = kept or (class_captions(records, config.dataset) if config.keeps_prior else [])
     captions = dict.fromkeys(plain_record_caption(record, config.dataset) for record in records)
-    return list(map(escape_prompt, captions))[:SAMPLE_PROMPTS]
+    captions = dict.fromkeys([*captions][: SAMPLE_PROMPTS - any(kept)] + [*filter(None, kept)][:1])
+    return list(map(escape_prompt, captions))
 
 
 def sample_requests(

@@ -12,12 +12,13 @@ from lora_core.data.concepts import repeat_reg
 from lora_core.data.dataset import apply_settings, scan
 from lora_core.data.images import Bucket, ImageRecord
 from lora_core.evaluate.validator import weigh_latents
+from lora_core.model_files.families import FAMILIES
 from lora_core.runs import events
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import DatasetSection
 from lora_core.train.data import Batches
-from lora_core.train.setup import assign_buckets
+from lora_core.train.setup import assign_buckets, sample_prompts
 from tests.train.runs import RANDOM, Toy, broken_at, result, trained
 from tests.train.test_batches import Numbers
 
@@ -111,6 +112,23 @@ def test_a_run_with_class_images_that_was_broken_off_ends_with_the_same_bits(
     assert result(broken) == result(whole)
     assert result(before)["export"] == result(off)["export"] == result(without)["export"]
     assert result(with_them)["export"] != result(without)["export"]
+
+
+def test_a_sample_shows_the_class_without_the_trigger_where_it_is_to_stay() -> None:
+    one, two = (ImageRecord(Path(f"{n}.png"), 64, 64, f"zwx cat, {n}") for n in ("sitting", "asleep"))
+    reg = [replace(record, caption="a cat", reg=True) for record in records(2)]
+    config = RunConfig().changed({"dataset.trigger": "zwx"})
+
+    def prompts(of: list[ImageRecord], reg: list[ImageRecord], **changes: object) -> list[str]:
+        found = config.changed({name.replace("__", "."): value for name, value in changes.items()})
+        return sample_prompts(found, of, FAMILIES["sd15"], reg)
+
+    assert prompts([one, two], []) == ["zwx cat, sitting", "zwx cat, asleep"]
+    assert prompts([one, two], reg) == ["zwx cat, sitting", "a cat"]
+    assert prompts([one], [], loss__prior_preservation=1.0) == ["zwx cat, sitting", "cat, sitting"]
+    # Without a caption there is nothing to show, and a user's own prompts are all that is asked for.
+    assert prompts([one, two], records(2)) == prompts([one, two], [])
+    assert prompts([one, two], reg, sample__prompts=["a hat"]) == ["zwx, a hat"]
 
 
 def test_what_class_images_do_is_said_before_the_start(own_toy: Toy, tmp_path: Path) -> None:
