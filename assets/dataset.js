@@ -193,8 +193,9 @@
   const splitTags = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
   const showTags = () => {
     const place = one("#picture-tags"), area = one("#caption textarea"), tags = splitTags(area.value);
-    place.hidden = !chosen || area.readOnly || area.disabled || tags.length === 1 || area.value.includes("\n");
-    favourites = place.hidden ? [] : popular().filter(([tag, count]) => count > 1 && !tags.includes(tag)).slice(0, 9).map(([tag]) => tag);
+    const common = popular().filter(([, count]) => count > 1).map(([tag]) => tag);
+    place.hidden = !chosen || area.readOnly || area.disabled || (tags.length === 1 && !common.includes(tags[0])) || area.value.includes("\n");
+    favourites = place.hidden ? [] : common.filter((tag) => !tags.includes(tag)).slice(0, 9);
     if (place.hidden) return place.replaceChildren();
     const chips = tags.slice(0, MOST_CHIPS).map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
       make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": t("Remove the tag {tag}", { tag }) } })));

@@ -196,6 +196,10 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.click("#picture-tags [aria-label='Remove the tag tag 99']")
     until(page, lambda: tagged.read_text() == ", ".join(tags[:99] + tags[100:]))
     assert page.locator("#picture-tags .chip").count() == 100
+    page.fill("#caption textarea", "")
+    page.press("#dataset-grid .thumb.on", "1")
+    page.keyboard.press("1")
+    until(page, lambda: tagged.read_text() == "sks ball, a ball")
 
 
 def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
