@@ -28,7 +28,7 @@ from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.hub import files_to_upload
 from lora_core.model_files.hub import upload as upload_files
-from lora_core.report.plots import content_policy
+from lora_core.report.plots import content_policy, with_own_scripts
 from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.schema import FORMATS
 from lora_core.system.files import expand_home, file_bytes
@@ -312,11 +312,13 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     @app.get("/easel/report/of/{run}")
     def page(run: str, download: int = 0) -> Response:
         path = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
-        name = f"{run}.html" if download else None
         # A report contains untrusted text: its scripts, which draw the charts, are kept from the window by an
         # origin of their own, and no others run.
         headers = {"Content-Security-Policy": f"{content_policy()}; sandbox allow-scripts", **FRESH}
-        return FileResponse(path, filename=name, media_type="text/html", headers=headers)
+        if download:
+            return FileResponse(path, filename=f"{run}.html", media_type="text/html", headers=headers)
+        text = with_own_scripts(path.read_text(encoding="utf-8", errors="replace"))
+        return Response(text, media_type="text/html", headers=headers)
 
 
 def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, Any]) -> None:

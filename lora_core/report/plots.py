@@ -8,8 +8,10 @@ is escaped.
 import base64
 import functools
 import hashlib
+import html
 import itertools
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +100,14 @@ def content_policy() -> str:
     digests = [hashlib.sha256(text.encode()).digest() for text in load_scripts()]
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}"
+
+
+def with_own_scripts(page: str) -> str:
+    """A report, which another version may have made, with this version's policy and scripts."""
+    policy, (text, end, _) = html.escape(content_policy()), page.rpartition("</footer>")
+    text = re.sub('(?<="Content-Security-Policy" content=")[^"]*', lambda _: policy, text, count=1)
+    scripts = "".join(f"<script>{script}</script>" for script in load_scripts())
+    return f"{text}{end}{scripts}" if end else page
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The Toolbox and the report of a run, as the window has them: what is asked of the worker, what is shown,
 what is given out."""
 
+import html
 import json
 import re
 import sys
@@ -24,6 +25,7 @@ from app.toolbox.view import (
     written_html,
 )
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
+from lora_core.report.plots import content_policy, load_scripts
 from tests.app.conftest import Say
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
@@ -290,6 +292,18 @@ def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: Te
     page = client.get("/easel/report/of/mine é")
     assert page.text == "<p>told</p>"
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    # Charts of a report that another version made are drawn too, though its scripts may not run.
+    meta, old = (
+        '<meta http-equiv="Content-Security-Policy" content="script-src {}">',
+        "<script>other()</script>",
+    )
+    made = f"{meta.format('old')}<p>told</p></footer>"
+    run.path.joinpath("report.html").write_text(f"{made}\n{old}\n</body>")
+    shown = client.get("/easel/report/of/mine é").text
+    assert "other()" not in shown
+    assert [f"<script>{script}</script>" in shown for script in load_scripts()] == [True, True]
+    assert html.unescape(shown).startswith(f'{meta[: meta.index("script-src")]}{content_policy()}"><p>told')
+    assert old in client.get("/easel/report/of/mine é?download=1").text
     assert "attachment" in client.get("/easel/report/of/mine é?download=1").headers["content-disposition"]
     assert "report-open" in report_card(take_snapshot(app_state))
     assert run.path.joinpath("report.html").is_file()
