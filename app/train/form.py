@@ -235,8 +235,6 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     rate = _("rate found by a test") if config.optimizer.range_test else f"{config.optimizer.lr:g}"
     rank = _("auto") if adapter.auto_rank else adapter.rank
     telling = {
-        "Base model": "",
-        "Slider": "",
         "Adapter": _("rank {rank}, alpha {alpha:g}", rank=rank, alpha=adapter.alpha),
         "Learning": f"{row_title('optimizer.name', config)}, {rate}",
         "Data": _("mirrored") if config.dataset.flip else "",

@@ -106,7 +106,8 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
         share = max(progress.phases.get(phase, 0.0) for phase in phases)
         percent = {"done": 100, "now": int(100 * share)}.get(state, 0)
         counted = state == "now" and progress.phase in phases and progress.phase_total > 1
-        note = _("{:,} of {:,}", progress.phase_done, progress.phase_total) if counted else ""
+        total = progress.phase_total
+        note = _("{:,} of {:,}", round(progress.phases[progress.phase] * total), total) if counted else ""
         if state == "done" and (
             spans := [progress.spans[phase] for phase in phases if phase in progress.spans]
         ):

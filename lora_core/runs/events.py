@@ -413,7 +413,6 @@ class Progress:
     started: bool = False
     stepping: bool = False
     phase: str = ""
-    phase_done: int = 0
     phase_total: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -502,7 +501,7 @@ class Progress:
             kept.clear()
 
     def _work(self, event: Preparing | Working) -> None:
-        self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+        self.phase, self.phase_total = event.phase, event.total
         share = min(1.0, event.done / event.total) if event.total > 0 else 0.0
         self.phases[event.phase] = max(share, self.phases.get(event.phase, 0.0))
         if not self.stepping:

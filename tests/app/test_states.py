@@ -90,6 +90,7 @@ def test_stages_and_phases_only_grow(app_state: AppState) -> None:
     run = make_run(app_state, "a", started())
     come_alive(run)
     seen: list[list[int]] = []
+    counts: list[str] = []
     lines = [
         events.Preparing(phase="Opening the base model", done=0, total=1),
         events.Preparing(phase="Encoding images", done=3, total=12),
@@ -108,7 +109,11 @@ def test_stages_and_phases_only_grow(app_state: AppState) -> None:
     for line in lines:
         with open(run.events_file, "a", encoding="utf-8") as file:
             file.write(events.to_line(line))
-        seen.append([stage["percent"] for stage in run_cards.stages(take_snapshot(app_state).shown)])
+        found = run_cards.stages(take_snapshot(app_state).shown)
+        counts.append(found[1]["note"])
+        seen.append([stage["percent"] for stage in found])
+    # What is counted begins anew no more than its bar.
+    assert counts[1:5] == ["3 of 12", "", "3 of 12", "12 of 12"]
     for before, after in itertools.pairwise(seen):
         assert all(one <= other for one, other in zip(before, after, strict=True)), (before, after)
     assert seen[-1] == [100, 100, 100, 3]
