@@ -135,6 +135,13 @@
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
 
+  const chooseFilter = (name) => {
+    const other = (name === "out") !== (filter === "out");
+    filter = name;
+    forget();
+    if (other) render(); else { applyFilter(); if (!places.has(chosen)) show(seen[0]?.name ?? null); }
+  };
+
   // ---- the large view -------------------------------------------------------------------------------------------
   const say = (state, text) => {
     const chip = one("#caption-state");
@@ -645,12 +652,8 @@
       choose(data.picture, { toggle, range: event.shiftKey });
       if (!toggle && !event.shiftKey) editOnPhone(true);
     }
-    else if (data.filter) {
-      const other = (data.filter === "out") !== (filter === "out");
-      filter = data.filter;
-      forget();
-      if (other) render(); else { applyFilter(); if (!places.has(chosen)) show(seen[0]?.name ?? null); }
-    } else if (data.step) move(Number(data.step), { focus: false });
+    else if (data.filter) chooseFilter(data.filter);
+    else if (data.step) move(Number(data.step), { focus: false });
     else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
     else if (data.select === "exclude") leaveOut().then(() => { if (!target.id) cells.get(chosen)?.focus({ preventScroll: true }); });
     else if (data.select === "validation") holdOut();
@@ -714,7 +717,7 @@
 
   // API for the other scripts.
   Object.assign(window.easel, {
-    load, inTurn, leaveOut, did, undone, choose,
+    load, inTurn, leaveOut, did, undone, choose, chooseFilter,
     shelf: () => shelf,
     chosenPicture: () => named(chosen),
     picked: () => [...picked],

@@ -259,7 +259,7 @@
 
   // One of the edits, for the selected images or for those of a filter.
   const openBulk = ({ bulk, only }) => {
-    if (only) one(`[data-filter=${only}]`).click();
+    if (only) easel.chooseFilter(only);
     one("#bulk").open = true;
     one("#bulk-do").value = bulk;
     preview();

@@ -252,7 +252,6 @@
     const input = () => all("input, textarea").find((each) => each.offsetParent && each.closest(".block[id]") === fieldOf(field));
     if (group) {
       showSettings(true);
-      one(`#${group} .label-wrap:not(.open)`)?.click();
       for (let tries = 20; tries && !input(); tries--) await later(100);
       markFields();
     }

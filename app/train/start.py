@@ -71,7 +71,7 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
     bindings.follow(start, start_button)
     bindings.follow(queue, lambda snap: gr.update(interactive=True))
 
-    def pressed(do: str, sent: dict[Any, Any]) -> tuple[Any, str]:
+    def pressed(do: str, sent: dict[Any, Any]) -> dict[Any, Any]:
         app_state = bindings.app_state
         # The click carries the form: the last edits may not have reached the draft yet.
         form.keep(sent)
@@ -80,18 +80,21 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
             config = ready_config(app_state, (sent[name] or "").strip(), do)
             if do == "queue":
                 (run,) = app_state.jobs.add_to_queue(config)
-                return "", note_html(_("{name} waits in the queue.", name=run.name))
+                return {name: "", note: note_html(_("{name} waits in the queue.", name=run.name))}
             # A run needs the memory more than an image does; the worker loads again when it is asked.
             app_state.worker.release()
             app_state.jobs.start(config)
         except LoraError as error:
+            snapshot = take_snapshot(app_state)
+            wrong = [g for g in form.folds if not snapshot.plan.invalid.keys().isdisjoint(group_fields(g))]
             # What the foot lists is shown where it is mended (`lookAtProblem` in `assets/train.js`).
-            return gr.skip(), "" if start_problems(take_snapshot(app_state)) else problem_html(error)
-        return "", ""
+            opened = {form.folds[group]: gr.update(open=True) for group in wrong}
+            return {note: "" if start_problems(snapshot) else problem_html(error), **opened}
+        return {name: "", note: ""}
 
     for button, do in ((start, "start"), (queue, "queue")):
         act = functools.partial(pressed, do)
-        button.click(act, {name, bindings.trigger, *form.fields}, [name, note], **QUIET)
+        button.click(act, {name, bindings.trigger, *form.fields}, [name, note, *form.folds.values()], **QUIET)
 
 
 def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:

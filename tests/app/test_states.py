@@ -533,7 +533,7 @@ def test_two_runs_are_compared(app_state: AppState) -> None:
     told = {(cells := [one for one in row.split("|") if one.strip()])[0]: cells[1:3] for row in rows}
     assert told["Rank (size)"] == ["4", "16"]
     assert told["Batch size"] == ["1", "3"]
-    assert told["Improvement"] == ["+0.0200 ± 0.0010", UNKNOWN]
+    assert told["Improvement"] == ["10% (+0.0200 ± 0.0010)", UNKNOWN]
     assert "Learning rate" not in told
     # Samples of the steps nearest to each other.
     assert re.findall("previews/([0-9]+).png", html)[::2] == ["40", "30"]
