@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import operator
 import statistics
 import threading
 import time
@@ -333,6 +332,8 @@ _SAME_DRAWS = (
 )  # fmt: skip
 """Settings and sections that, with the seed, decide on which images, parts of them and noise a gain is
 measured, or on which change of a slider."""
+_ALIKE = 0.95
+"""Files and times of which the smaller is at least this share of the larger count as equal."""
 _BETTER = 2.0
 """Standard errors from which a difference is one."""
 
@@ -477,13 +478,13 @@ def _describe_trials(rows: Sequence[Mapping[str, Any]]) -> str:
         words += f"; it is better beyond two standard errors than {', '.join(than)}"
     if tied:
         words += f"; within the error {', '.join(map(_describe_settings, tied))} gained as much"
-        same = [best, *tied]
-        if all(row["bytes"] and row["seconds"] for row in same):
-            small, fast = (min(same, key=operator.itemgetter(key)) for key in ("bytes", "seconds"))
-            words += (
-                f"; of these {_describe_settings(small)} makes the smallest file and"
-                f" {'' if fast is small else f'{_describe_settings(fast)} '}is fastest"
-            )
+        cheap: dict[str, list[str]] = {}
+        for key, what in (("bytes", "makes the smallest file"), ("seconds", "is fastest")):
+            row, *_, most = sorted((best, *tied), key=lambda row: row[key] or 0.0)
+            if 0.0 < (row[key] or 0.0) < _ALIKE * most[key]:
+                cheap.setdefault(_describe_settings(row), []).append(what)
+        found = (f"{settings} {' and '.join(what)}" for settings, what in cheap.items())
+        words += f"; of these {' and '.join(found)}" if cheap else ""
     paired = all(row["paired"] for row in others)
     return f"{words} ({'' if paired else 'not all '}on the same held-out images and noise)."
 
