@@ -325,7 +325,8 @@ def start_tokens(base: BaseModel, tokens: Sequence[NewToken]) -> AdapterWeights:
                 raise ConfigError(f"adapter.new_tokens has {token.words!r}, in which the base reads nothing.")
             count = token.vectors or len(ids)
             rows = [ids[number * len(ids) // count] for number in range(count)]
-            found.setdefault(part, {})[token.name] = encoder.get_input_embeddings().weight[rows].float()
+            vectors = encoder.get_input_embeddings().weight[torch.tensor(rows)].float()
+            found.setdefault(part, {})[token.name] = vectors
     return AdapterWeights({}, tokens=found)
 
 

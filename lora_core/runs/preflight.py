@@ -60,6 +60,7 @@ from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_fold
 from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample, sample_fields
 from lora_core.settings.schema import (
     ADAPTER_KINDS,
+    NOT_AVERAGED,
     NOTHING_TRAINED,
     PRIOR_IMAGES,
     QUANTIZED,
@@ -430,12 +431,8 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     wrong = ""
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
         wrong = NOTHING_TRAINED
-    elif row.averages and config.save.ema:
-        wrong = f"{row.title} averages the adapter itself; set save.ema to 0."
-    elif row.averages and config.adapter.max_norm:
-        wrong = (
-            f"{row.title} averages the adapter itself, so its norm has no limit; set adapter.max_norm to 0."
-        )
+    elif row.averages and (names := [name for name in NOT_AVERAGED if config.get(name)]):
+        wrong = f"{row.title} averages the adapter itself; set {' and '.join(names)} to 0."
     elif problem := optim.several_rates([*rates.values(), *filter(None, optim.block_lr.values()), *token_lr]):
         wrong = problem
     elif config.adapter.new_tokens and not optim.stop_text_encoder_at:

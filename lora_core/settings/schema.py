@@ -575,6 +575,8 @@ MAX_TIMESTEP = 1000
 MAX_RATE = 10.0
 RATES = ("lr", "text_encoder_lr", "text_encoder_2_lr")
 """Settings of the optimizer that are a part's learning rate."""
+NOT_AVERAGED = ("save.ema", "adapter.max_norm")
+"""Settings that do not go with an optimizer that averages the adapter."""
 NOTHING_TRAINED = (
     "Nothing would be trained: the learning rates or the ranks of all chosen layers are 0; see optimizer.lr,"
     " optimizer.text_encoder_lr, optimizer.block_lr and adapter.block_ranks."

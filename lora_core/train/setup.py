@@ -687,10 +687,9 @@ def build_train_state(
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average: Average | None = EMA(injected, storage, config.save.ema) if config.save.ema else None
     if average_of_its_own(optimizer):
-        for name in ("save.ema", "adapter.max_norm"):
-            if config.get(name):
-                title = config.optimizer.row.title
-                raise ConfigError(f"{title} averages the adapter itself; set {name} to 0.")
+        if names := [name for name in schema.NOT_AVERAGED if config.get(name)]:
+            title = config.optimizer.row.title
+            raise ConfigError(f"{title} averages the adapter itself; set {' and '.join(names)} to 0.")
         average = ScheduleFree(injected, storage, optimizer)
     loss = inpainting_loss if isinstance(base, InpaintingModel) else image_loss
     how = config.adapter.max_norm, slider_loss if config.slider.on else loss

@@ -213,7 +213,8 @@ def test_an_allocation_that_fails_costs_a_rung_or_ends_in_a_sentence(
 
 
 def test_a_mac_encodes_trains_validates_and_samples(place: Toy, tmp_path: Path) -> None:
-    run = replace(place, home=tmp_path).run("mac", **STEPS, **SAMPLED)
+    tokens = {"adapter__new_tokens": ["zwx*2 = dot"], "dataset__trigger": "zwx"}
+    run = replace(place, home=tmp_path).run("mac", **STEPS, **SAMPLED, **tokens)
     with SimulatedDevice("mps") as card:
         trained(run)
     assert run.status() == "done"
