@@ -124,6 +124,14 @@ SILENT = """() => [...document.querySelectorAll('button:disabled')]
   .filter((one) => !one.title && !one.getAttribute('aria-describedby') && !one.closest('[title]'))
   .map((one) => one.outerHTML.slice(0, 160))"""
 
+TYPE = """() => [...document.querySelectorAll('body *')].flatMap(({ childNodes, offsetParent, localName }) => {
+  const text = [...childNodes].find((node) => node.nodeType === 3 && node.data.trim());
+  if (!text || !offsetParent || ['script', 'style'].includes(localName)) return [];
+  const { fontSize, fontWeight } = getComputedStyle(text.parentElement);
+  return [`${fontSize} ${fontWeight}`];
+})"""
+ROLES = {"18px 600", *(f"{size}px {weight}" for size in (12, 14) for weight in (400, 500, 600))}
+
 
 def test_a_first_visit_teaches_and_each_button_that_is_off_says_why(page: Any) -> None:
     page.wait_for_selector("#grid-empty >> text=No images yet")
@@ -147,6 +155,8 @@ def test_after_a_run_each_button_that_is_off_says_why(look: Any) -> None:
         open_tab(page, tab)
         page.wait_for_timeout(300)
         assert page.evaluate(SILENT) == [], tab
+        # Three roles of type: titles, bodies and small print.
+        assert set(page.evaluate(TYPE)) <= ROLES, tab
 
 
 def test_an_address_leads_to_its_image_and_a_tab_to_where_it_was_left(look: Any) -> None:
