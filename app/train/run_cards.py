@@ -14,7 +14,7 @@ from app.state import ShownRun, Snapshot
 from app.templates import _, card, format_duration, format_gain, format_share, label_of, render
 from app.top_bar import describe_left, describe_phase, memory_usage
 from app.train.form import row_title
-from app.train.start import images_of
+from app.train.start import can_resume, images_of
 from lora_core.errors import RunError
 from lora_core.projects.workspace import list_trash
 from lora_core.report.plots import chart_tables, run_charts
@@ -76,6 +76,7 @@ def run_card(snapshot: Snapshot) -> str:
         lower_rate=lower_rate,
         precisions=PRECISIONS,
         stages=stages(run),
+        can_resume=can_resume(snapshot),
         doing=describe_phase(progress),
         memory=memory_usage(snapshot) if run.live else "",
         left=describe_left(run),

@@ -108,7 +108,7 @@ def _sweepable() -> list[tuple[str, list[tuple[str, str]]]]:
 def start_button(snapshot: Snapshot) -> Any:
     """Start is the primary act, unless the run shown can be resumed. Once the fields that it sends are
     filled it can be pressed, whatever is in the way, and shows that."""
-    second = _can_resume(snapshot)
+    second = can_resume(snapshot)
     return gr.update(
         value=_("Start a new run") if second else _("Start training"),
         variant="secondary" if second else "primary",
@@ -116,7 +116,7 @@ def start_button(snapshot: Snapshot) -> Any:
     )
 
 
-def _can_resume(snapshot: Snapshot) -> bool:
+def can_resume(snapshot: Snapshot) -> bool:
     """Whether the run shown was broken off or paused, and nothing is asked about it."""
     run = snapshot.shown
     if run.view is None or run.asks or snapshot.active.live or run.state not in RESUMED_FIRST:
@@ -255,7 +255,7 @@ def facts(snapshot: Snapshot) -> str:
         snap=snapshot,
         expected=expected,
         sources=SOURCES,
-        can_resume=_can_resume(snapshot),
+        can_resume=can_resume(snapshot),
         measuring=_measuring(snapshot, expected),
         stops=stops,
         watch=[one.sentence for one in known if one.setting and not plan.invalid],

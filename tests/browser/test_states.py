@@ -124,11 +124,10 @@ SILENT = """() => [...document.querySelectorAll('button:disabled')]
   .filter((one) => !one.title && !one.getAttribute('aria-describedby') && !one.closest('[title]'))
   .map((one) => one.outerHTML.slice(0, 160))"""
 
-TYPE = """() => [...document.querySelectorAll('body *')].flatMap(({ childNodes, offsetParent, localName }) => {
-  const text = [...childNodes].find((node) => node.nodeType === 3 && node.data.trim());
-  if (!text || !offsetParent || ['script', 'style'].includes(localName)) return [];
-  const { fontSize, fontWeight } = getComputedStyle(text.parentElement);
-  return [`${fontSize} ${fontWeight}`];
+TYPE = """() => [...document.querySelectorAll('body *:not(script, style)')].flatMap((node) => {
+  const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  const { fontSize, fontWeight } = getComputedStyle(node);
+  return text && node.offsetParent ? [`${fontSize} ${fontWeight}`] : [];
 })"""
 ROLES = {"18px 600", *(f"{size}px {weight}" for size in (12, 14) for weight in (400, 500, 600))}
 

@@ -222,10 +222,10 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     state_is(page, "interrupted")
     # At once, not only when the page looks again: the wrong reason must not be told in between.
     assert "was killed" in page.inner_text("#run-status [role=alert]")
-    page.wait_for_selector("#train-resume")
-    assert page.inner_text("#train-resume").startswith("Resume from step")
+    page.wait_for_selector("#bar-resume")
+    assert page.inner_text("#bar-resume").startswith("Resume from step")
     page.wait_for_function("document.title.startsWith('Interrupted')")
-    page.click("#train-resume")
+    page.click("#bar-resume")
     state_is(page, "running")
     # On a laptop too the run's longest words are read in full, and its memory is seen.
     for width in (1440, 1366, 1280):
