@@ -106,29 +106,17 @@
   });
 
   // ---- the settings of a run come into the form, and go again -----------------------------------------------------------
-  let former = null;
-  // What was `asked` for is looked up in its turn: a key may come before the answer that it takes back.
-  const giveBack = (asked) => inTurn(async () => {
-    const to = asked();
-    if (!to || to.done || to.project !== window.easel.project || !await request("settings/restore", to)) return;
-    to.done = true;
+  const giveBack = (to) => inTurn(async () => {
+    if (to.project !== window.easel.project || !await request("settings/restore", to)) return;
     refill();
     toast(t("Undone: the form is as it was."));
   });
   const clone = (run) => inTurn(async () => {
     const answer = await request("settings/take", { run });
     if (!answer) return;
-    const before = former = { ...answer.before, project: window.easel.project };
+    const before = { ...answer.before, project: window.easel.project };
     refill();
-    toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(() => before));
-  });
-  // Later manual changes are not undone by a key.
-  document.addEventListener("focusin", ({ target }) => { if (target.closest(".page-train .side")) former = null; });
-  document.addEventListener("keydown", (event) => {
-    if (!(event.ctrlKey || event.metaKey) || event.shiftKey || event.key.toLowerCase() !== "z") return;
-    if (!one(".page-train")?.offsetParent || event.target.closest?.("input, textarea, select")) return;
-    event.preventDefault();
-    giveBack(() => former);
+    toast(t("The form has the settings of {run}: {settings} changed.", { run, settings: window.easel.plural(answer.new, "setting") }), "", () => giveBack(before));
   });
   document.addEventListener("submit", (event) => {
     if (event.target.id === "like-form") return inTurn(() => request("settings/import", { path: one("#like-path input").value })).then(refill);
@@ -157,7 +145,6 @@
     const answer = await request(path, body), project = answer?.place;
     sent.delete(target);
     const undo = () => act(target, "projects", { do: "restore", project }).then(() => { location.hash = `run/${encodeURIComponent(body.run)}`; });
-    if (project) former = null;
     if (project) toast(t("{name} is in the trash.", { name: body.run }), "", undo);
     else if (typeof answer?.done === "string") toast(answer.done);
     // Changes of the draft come into the form.
