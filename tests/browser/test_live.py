@@ -36,7 +36,8 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     page.evaluate(HIDE, False)
     page.wait_for_function(TITLE, arg="Second")
 
-    open_tab(page, "Train")
+    page.evaluate("location.hash = 'run/gone'")
+    page.wait_for_selector("#run-status[data-shown-run=gone] >> text=no run of this name")
     page.evaluate("window.old = true")
     watched.expected_away = True
     window.stop()
@@ -61,6 +62,8 @@ def test_pages_follow_catch_up_and_stay(page: Any, new_page: Any, watched: Any, 
     other.goto(window.address)
     other.wait_for_selector("html[data-ready]")
     page.wait_for_selector("#away", state="hidden")
+    # A server that starts again knows nothing of what a page looked at, and is told.
+    page.wait_for_selector("#run-status[data-shown-run=gone]")
     watched.expected_away = False
     page.wait_for_function("document.querySelector('#command pre')?.textContent.includes('train.steps=66')")
     until(page, lambda: "a prompt" in (window.project / "draft.json").read_text())
