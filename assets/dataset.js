@@ -636,6 +636,10 @@
     keepAddress();
   });
 
+  const ACTS = {
+    "crop-start": startCropping, "mask-start": stopCropping, "crop-apply": cropTo, "crop-focus": focusHere, "crop-cancel": stopCropping,
+    "crop-whole": () => applyCrop(null), "caption-undo": () => goBack(), "detail-close": () => editOnPhone(false),
+  };
   // ---- one listener per event type -------------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, [data-picture]");
@@ -657,16 +661,9 @@
     else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
     else if (data.select === "exclude") leaveOut().then(() => { if (!target.id) cells.get(chosen)?.focus({ preventScroll: true }); });
     else if (data.select === "validation") holdOut();
-    else if (target.id === "detail-close") editOnPhone(false);
     else if (data.tagIn) addTags(data.tagIn);
     else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
-    else if (target.id === "crop-start") startCropping();
-    else if (target.id === "mask-start") stopCropping();
-    else if (target.id === "crop-apply") cropTo();
-    else if (target.id === "crop-focus") focusHere();
-    else if (target.id === "crop-whole") applyCrop(null);
-    else if (target.id === "crop-cancel") stopCropping();
-    else if (target.id === "caption-undo") goBack();
+    else ACTS[target.id]?.();
   });
 
   document.addEventListener("input", (event) => {

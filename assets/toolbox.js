@@ -26,10 +26,9 @@
     if (mine !== turn) asked = { ...changed, ...asked };
     if (mine !== turn || !reply.parts) return;
     fillParts(reply);
-    for (const each of all("#toolbox [data-tool]")) each.setAttribute("aria-pressed", each === button());
     for (const each of all("#toolbox .seg")) each.hidden = !each.contains(button());
-    for (const each of all("#toolbox [data-verb]")) {
-      const mine = each.dataset.verb.split(" ").includes(tool);
+    for (const each of all("#toolbox :is([data-tool], [data-verb])")) {
+      const mine = (each.dataset.tool ?? each.dataset.verb).split(" ").includes(tool);
       if (mine) each.dataset.last = tool;
       each.setAttribute("aria-pressed", mine);
     }

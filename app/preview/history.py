@@ -9,8 +9,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_core.system.files import changed_at, parse_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"
+TIME = attrgetter("time")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class History:
     def _keep(self, kept: HistoryEntry) -> None:
         line = dataclasses.asdict(kept) | {"file": kept.file.relative_to(self.folder).as_posix()}
         with self._lock:
-            self._kept = _by_time([*(one for one in self._kept if one.file != kept.file), kept])
+            others = [one for one in self._kept if one.file != kept.file]
+            self._kept = sorted([*others, kept], key=TIME)
             append_line(self.folder / FILE, json.dumps(line))
 
     def remove(self, name: object, workspace: Path) -> tuple[HistoryEntry, str]:
@@ -146,7 +149,7 @@ class History:
             kept = self._of_line(line)
             if kept is not None:
                 found[kept.file] = kept
-        return _by_time(found.values())
+        return sorted(found.values(), key=TIME)
 
     def _of_line(self, line: bytes) -> HistoryEntry | None:
         try:
@@ -164,10 +167,6 @@ class History:
             return HistoryEntry(file, shot, rows, columns, drawn_at, *kept)
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
-
-
-def _by_time(entries: Iterable[HistoryEntry]) -> list[HistoryEntry]:
-    return sorted(entries, key=lambda one: one.time)
 
 
 # Sheets: several images as one.

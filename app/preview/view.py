@@ -559,15 +559,11 @@ ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "generate": generate,
     "open": open_tab,
     "put-back": put_back,
-    "forget": lambda app_state, sent: {
-        "place": app_state.render_queue.forget(sent.get("file"), app_state.workspace)
-    },
+    "forget": lambda state, sent: {"place": state.render_queue.forget(sent.get("file"), state.workspace)},
     "bring-back": lambda app_state, sent: app_state.render_queue.history.bring_back(
         sent.get("place"), app_state.workspace
     ),
-    "star": lambda app_state, sent: app_state.render_queue.history.star(
-        sent.get("file"), bool(sent.get("on"))
-    ),
+    "star": lambda state, sent: state.render_queue.history.star(sent.get("file"), bool(sent.get("on"))),
     "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
     "start": start_from,
