@@ -28,6 +28,9 @@ CASES: dict[str, dict[str, object]] = {
     "three images": {"train__batch_size": 3},
     "one image": {"train__batch_size": 1},
     "prior": {"train__batch_size": 3, "loss__prior_preservation": 1.0},
+    "new tokens": {"adapter__new_tokens": ["zwx = dot"], "dataset__trigger": "zwx"},
+    "slider": {"slider__positive": "red", "slider__negative": "blue", "train__batch_size": 3},
+    **{kind: {"adapter__kind": kind} for kind in ("dora", "loha", "lokr", "oft")},
     "in halves": {"train__batch_size": 4, "adapter__dropout": 0.3},
 }
 """Settings by name, for runs of the same name; the last goes through in two parts on each process."""
