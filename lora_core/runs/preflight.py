@@ -622,9 +622,14 @@ def _resolution(records: list[ImageRecord], config: RunConfig, facts: BaseFacts)
                 f"{name} = {side} is more than the run's {largest}, which time is forecast for; a step of its"
                 " images takes longer."
             )
+    rows = [each for each in records if not (each.concept and "resolutions" in dict(each.concept.rules))]
     if several and one:
         found.append(f"train.resolution = {one} has no effect beside dataset.resolutions; set it to 0.")
-    rows = [one for one in records if not (one.concept and "resolutions" in dict(one.concept.rules))]
+    elif rows and all(each.width * each.height < one**2 for each in rows):
+        found.append(
+            f"No image is as large as train.resolution = {one}, and none is enlarged: each is trained at its"
+            " own size. Lower it, or add larger images."
+        )
     for lower, side in itertools.pairwise(sorted(set(several))):
         if rows and not any(one.width * one.height > lower * side for one in rows):
             found.append(

@@ -590,7 +590,7 @@ def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConf
     assert "predicts noise" in one.sentence
 
 
-@pytest.mark.parametrize(("asked", "becomes"), [(7, 32), (100, 96), (32, 0), (0, 0)])
+@pytest.mark.parametrize(("asked", "becomes"), [(7, 32), (60, 32), (32, 0), (0, 0)])
 def test_a_resolution_that_is_rounded_is_said(
     config: RunConfig, tmp_path: Path, asked: int, becomes: int
 ) -> None:
@@ -599,6 +599,12 @@ def test_a_resolution_that_is_rounded_is_said(
     for note in notes:
         assert note.sentence.startswith(f"train.resolution = {asked} becomes {becomes}: ")
         assert not note.blocking
+
+
+def test_a_resolution_that_no_image_reaches_is_said(config: RunConfig, tmp_path: Path) -> None:
+    (note,) = found(config, tmp_path, train__resolution=96)
+    assert note.sentence.startswith("No image is as large as train.resolution = 96, and none is enlarged")
+    assert not note.blocking
 
 
 @pytest.mark.parametrize(("setting", "kind"), [("model__vae", "vae"), ("adapter__init", "adapter")])
