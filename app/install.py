@@ -398,19 +398,11 @@ def install_torch(cards: Cards) -> None:
     if not answers(f"{TORCH_INDEX}{backend}/"):
         say("PyTorch's own index does not answer; its default build is taken (on Linux 3 GB to download).")
         return
-    if not uv(uv_backend(backend), torch) and not pip(torch, "--index-url", f"{TORCH_INDEX}{backend}"):
+    # uv knows AMD cards and drivers, but not which cards a CUDA build lacks kernels for.
+    found_by_uv = backend in ("cpu", "cu130") or backend.startswith("rocm")
+    by_uv = f"--torch-backend={'auto' if found_by_uv else backend}"
+    if not uv(by_uv, torch) and not pip(torch, "--index-url", f"{TORCH_INDEX}{backend}"):
         say("That failed; the default build is taken instead.")
-
-
-def uv_backend(backend: str) -> str:
-    """The option that has uv find the PyTorch for this machine.
-
-    uv knows AMD cards and drivers, but not which cards a CUDA build lacks kernels for: if `backend` is an
-    older CUDA, it is passed on.
-    """
-    return (
-        f"--torch-backend={'auto' if backend in ('cpu', 'cu130') or backend.startswith('rocm') else backend}"
-    )
 
 
 def uv(*arguments: str) -> bool:
@@ -418,7 +410,7 @@ def uv(*arguments: str) -> bool:
 
     It is not asked where pip is set up for another index, as it does not read that.
     """
-    if (ROOT / WHEELS).is_dir() or has_own_index():
+    if (ROOT / WHEELS).is_dir() or "PIP_INDEX_URL" in os.environ or _configured_index(PYTHON):
         return False
     there = PYTHON.with_name("uv" + PYTHON.suffix).exists()
     if not there and not pip("uv", "--only-binary", ":all:", quiet=True):
@@ -427,13 +419,9 @@ def uv(*arguments: str) -> bool:
     return run_install([*command, *arguments])
 
 
-def has_own_index() -> bool:
-    """Whether pip is set up, by its variable or a file, for an index other than the usual one."""
-    return "PIP_INDEX_URL" in os.environ or _configured_index(PYTHON)
-
-
 @functools.cache
 def _configured_index(python: Path) -> bool:
+    """Whether a file sets pip up for an index other than the usual one."""
     with contextlib.suppress(OSError):
         command = [str(python), "-m", "pip", "config", "get", "global.index-url"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0

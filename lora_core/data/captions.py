@@ -660,7 +660,11 @@ def _from_fields(found: dict[str, Any]) -> Sidecar:
         if not any(tags for _, tags in named):
             named = [(name, _tags(found.get(prefix + name))) for name in TAG_GROUPS]
     tags = [tag for _, group in named for tag in group]
-    left = [f"tags of {name}" for name in _NOT_SHOWN if any(map(_tags, _group(found, groups, name)))]
+    left = [
+        f"tags of {name}"
+        for name in _NOT_SHOWN
+        if any(map(_tags, (groups.get(name), found.get(f"tag_string_{name}"), found.get(f"tags_{name}"))))
+    ]
     if not tags:
         tags = next((tags for key in TAG_FIELDS if (tags := _tags(found.get(key)))), [])
     texts = {key: text for key in TEXT_FIELDS if (text := _plain(found.get(key)))}
@@ -668,10 +672,6 @@ def _from_fields(found: dict[str, Any]) -> Sidecar:
         return Sidecar(_joined(tags), (*left, *texts))
     key = next(iter(texts), "")
     return Sidecar(texts.get(key, ""), (*left, *(other for other in texts if other != key)))
-
-
-def _group(found: dict[str, Any], groups: dict[str, Any], name: str) -> list[Any]:
-    return [groups.get(name), found.get(f"tag_string_{name}"), found.get(f"tags_{name}")]
 
 
 def _tags(value: Any) -> list[str]:

@@ -152,10 +152,6 @@ class _Tar(contextlib.ExitStack):
         return found
 
 
-def _open_archive(path: Path, name: str) -> "zipfile.ZipFile | _Tar":
-    return _Tar(path) if PurePosixPath(name).suffix.casefold() == ".tar" else zipfile.ZipFile(path)
-
-
 def unpack(
     zip_path: Path,
     into: Path,
@@ -188,7 +184,8 @@ def unpack(
         # Named so that the next start recognizes and removes what a kill leaves.
         prefix = f".{into.name}.{os.getpid()}-"
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
-        with _open_archive(zip_path, shown or zip_path.name) as archive:
+        kind = PurePosixPath(shown or zip_path.name).suffix.casefold()
+        with _Tar(zip_path) if kind == ".tar" else zipfile.ZipFile(zip_path) as archive:
             entries = archive.infolist()
             _check(entries, zip_path.name, limits, shutil.disk_usage(temporary).free)
             useful, skipped = _sort_entries(entries, zip_path, name_of, wanted)

@@ -439,7 +439,7 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
             names = [name for name, _, _ in changes]
             written = [_digest(png) for _, png in pngs] or [caption for _, _, caption in changes]
             after = dict(zip(names, written, strict=True))
-            kept = {"what": describe_edit(edit), "masks": masks, "before": before, "after": after}
+            kept = {"what": EDITS[edit.do][1].format(edit), "masks": masks, "before": before, "after": after}
             _keep(project, [*_steps(project), kept])
             for file, png in pngs:
                 with wrap_os_errors(DatasetError, f"The mask {file.name} cannot be written"):
@@ -488,11 +488,6 @@ def undo(project: Project) -> tuple[int, int]:
         _keep(project, steps)
         project.invalidate()
     return done, len(last["before"]) - done
-
-
-def describe_edit(edit: Edit) -> str:
-    """An edit in words."""
-    return EDITS[edit.do][1].format(edit)
 
 
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
