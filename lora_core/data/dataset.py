@@ -557,7 +557,7 @@ def _match_masks(listing: _Listing) -> dict[Path, Path]:
         free = [path for path in owners if path not in found]
         found |= dict.fromkeys(free, mask)
         if not free:
-            why = "its image has another mask" if owners else "there is no image of that name"
+            why = "its image has another mask" if owners else "no image, or more than one, has that name"
             listing.note(mask, "mask", f"is a mask that is not used, as {why}.")
     return found
 

@@ -130,7 +130,7 @@ def concepts_set(dataset: File, number: int, key: str, value: str, workspace: Pl
     Args:
         number: of the concept, as `concepts list` shows it.
         key: of kohya's dataset configuration, or role, share, trigger, name, masks, background,
-            resolutions or images.
+            resolutions, random_crop, color_aug or images.
         value: as in TOML, or a text; an empty one removes the key.
 
     Raises:

@@ -76,9 +76,9 @@ def test_a_mask_without_an_image_or_with_one_that_has_another_is_named(tmp_path:
         "a.png": None, "b.png": "b-masklabel.png",
     }  # fmt: skip
     assert {(note.path.name, note.sentence.rpartition(", as ")[2]) for note in dataset.notes} == {
-        ("a.png", "there is no image of that name."),
-        ("c.png", "there is no image of that name."),
-        ("b-condlabel.png", "there is no image of that name."),
+        ("a.png", "no image, or more than one, has that name."),
+        ("c.png", "no image, or more than one, has that name."),
+        ("b-condlabel.png", "no image, or more than one, has that name."),
         ("b_mask.png", "its image has another mask."),
     }
 
