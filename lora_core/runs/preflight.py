@@ -54,7 +54,7 @@ from lora_core.model_files.detect import (
     is_remote,
     read_base_facts,
 )
-from lora_core.model_files.families import Family, family_of_version, named_targets
+from lora_core.model_files.families import Family, family_of_version, is_text_encoder, named_targets
 from lora_core.model_files.header import check_vae_path, first_match, read_header, what_is_there
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.config import FIELDS, RunConfig, in_short, parse_sample, sample_fields
@@ -163,7 +163,7 @@ def preflight(
         own = None if card else find_card(config.train.device)
         free = card() if card else own.free() if own else None
         found += targets or _room(config, workspace, facts, records, free)
-        found += [*_convolutions(config, facts), *_patterns(config, facts)]
+        found += [*_convolutions(config, facts), *_patterns(config, facts), *_skipped(config, facts)]
     found += _busy(workspace)
     return sorted(found, key=lambda problem: not problem.blocking)
 
@@ -319,6 +319,23 @@ def _patterns(config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
         for pattern, value in config.get(table).items()
         if names and not last_matches({pattern: 1}, adapted if value and fresh else names)
     ]
+
+
+def _skipped(config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:
+    """Text encoders of which only layers behind the one that is read would be trained."""
+    named, adapted = sizes.target_shapes(facts, config), sizes.adapted_layers(facts, config)
+    skip = config.train.clip_skip
+    for part in filter(is_text_encoder, facts.family.parts if facts.family else ()):
+        every, trained = (
+            {int(name.split(".layers.")[1].split(".")[0]) for name in names if name.startswith(f"{part}.")}
+            for names in (named, adapted)
+        )
+        if trained and min(trained) > max(every) + 1 - skip:
+            yield RunProblem(
+                "targets",
+                f"train.clip_skip = {skip} skips all layers of the {part.replace('_', ' ')} that would be"
+                " trained; lower it, or set their learning rate to 0.",
+            )
 
 
 def _convolutions(config: RunConfig, facts: BaseFacts) -> Iterator[RunProblem]:

@@ -458,6 +458,19 @@ def test_a_pattern_that_matches_no_layer_stops_before_the_start(
         assert words in one.sentence
 
 
+def test_a_text_encoder_whose_trained_layers_are_all_skipped_blocks(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """The embedded base has two; skipping both reads the token embeddings, which no layer changes."""
+    assert found(config, tmp_path, train__clip_skip=2) == []
+    (one,) = found(config, tmp_path, train__clip_skip=3)
+    assert one.sentence.startswith("train.clip_skip = 3 skips all layers of the text encoder")
+    assert one.blocking
+    last = {"text_encoder.*layers.0": 0.0}
+    assert kinds(found(config, tmp_path, train__clip_skip=2, optimizer__block_lr=last)) == [("targets", True)]
+    assert found(config, tmp_path, train__clip_skip=3, optimizer__text_encoder_lr=0.0) == []
+
+
 def test_layers_that_their_patterns_leave_out_are_not_forecast(config: RunConfig, tmp_path: Path) -> None:
     facts, unet = read_base_facts("demo"), config.changed({"optimizer.text_encoder_lr": 0.0})
     sizes_of = [
