@@ -11,7 +11,7 @@ from app.export.view import REPORT
 from app.jobs import LIVE, RunView, lower_rate
 from app.routes import image_url, run_url
 from app.state import ShownRun, Snapshot
-from app.templates import _, card, format_duration, format_gain, format_share, label_of, render
+from app.templates import UNKNOWN, _, card, format_duration, format_gain, format_share, label_of, render
 from app.top_bar import describe_left, describe_phase, memory_usage
 from app.train.form import row_title
 from app.train.start import can_resume, images_of
@@ -36,7 +36,7 @@ from lora_core.runs.events import (
 )
 from lora_core.runs.queue import FAILED, WAITING, QueuedRun
 from lora_core.settings.config import FIELDS
-from lora_core.settings.schema import PRECISIONS
+from lora_core.settings.schema import PRECISIONS, SAMPLE_PROMPTS
 from lora_core.system.files import file_bytes
 from lora_core.system.processes import log_tail
 
@@ -154,7 +154,7 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
     """What the validations mean: name, grade (1 normal, 2 watch, 3 act), word, why, figures and one act."""
     found = with_gain(run.progress.validations)
     if not found:
-        return []
+        return _verdicts_to_come(run)
     last = found[-1]
     shown = {"show_preview": run.name}
     look = {"text": "See the curves", "data": {"curves": ""}}
@@ -183,6 +183,20 @@ def verdicts(run: ShownRun) -> list[dict[str, Any]]:
         graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
     average = describe_average(last)
     return [*graded, _verdict("EMA of weights", 1, "Measured", average, "", look)] if average else graded
+
+
+def _verdicts_to_come(run: ShownRun) -> list[dict[str, Any]]:
+    """The places of a live run's verdicts, so that nothing moves when they come: of grade 0, without acts."""
+    config = run.view.config() if run.view and run.live else None
+    if config is None or not config.validation.every or not (config.slider.on or config.validation.pictures):
+        return []
+    why = _("First measured at step {:,}.", config.validation.every)
+    wanted = {
+        "Improvement": True,
+        "Overfitting": config.validation.memorization and not config.slider.on,
+        "Drift from the base": config.validation.forgetting,
+    }
+    return [_verdict(name, 0, UNKNOWN, why, "", None) for name in wanted if wanted[name]]
 
 
 def _verdict(
@@ -217,24 +231,28 @@ def samples_card(snapshot: Snapshot) -> str:
     if run_view is None:
         return ""
     rounds = select_rounds(snapshot.shown.progress.previews)
+    ghosts = _steps_to_come(snapshot, run_view, rounds)
+    config = run_view.config()
+    expected = (len(config.sample.prompts) or SAMPLE_PROMPTS) if config and ghosts else 0
     return render(
         "train/samples.html",
         rounds=rounds,
-        most=min(MOST_ROWS, max((len(one.files) for one in rounds), default=0)),
+        most=min(MOST_ROWS, max((len(one.files) for one in rounds), default=expected)),
         path=run_view.run.path,
         url=run_url(snapshot.app_state),
-        ghosts=_steps_to_come(snapshot, run_view, rounds),
+        ghosts=ghosts,
         best=snapshot.shown.progress.best_step,
     )
 
 
 def _steps_to_come(snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone]) -> list[int]:
-    """The steps at which a live run will sample, where their places fit beside those there are."""
+    """The next steps at which a live run will sample, as many as have a place beside those there are."""
     config = run_view.config()
-    if config is None or not snapshot.shown.live or not rounds or not config.sample.every:
+    if config is None or not snapshot.shown.live or not config.sample.every:
         return []
-    coming = range(rounds[-1].step + config.sample.every, config.train.steps + 1, config.sample.every)
-    return list(coming) if len(rounds) + len(coming) <= MOST_GHOSTS else []
+    first = rounds[-1].step + config.sample.every if rounds else 0
+    coming = range(first, config.train.steps + 1, config.sample.every)
+    return list(coming)[: max(0, MOST_GHOSTS - len(rounds))]
 
 
 def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:

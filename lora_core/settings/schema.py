@@ -46,6 +46,8 @@ AUTO_RANK = 16
 """The least that `adapter.rank = auto` trains at: a style needs 2 or 3, 32 gains 2% more (docs/rank.md)."""
 SLIDER_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """A concept slider's range in the preview, and the number of its sample images."""
+SAMPLE_PROMPTS = 2
+"""Number of prompts of samples where the user gave none."""
 PRIOR_IMAGES = 16
 """Number of the base's own images used for prior preservation."""
 SLIDER_IMAGES = 4

@@ -90,7 +90,6 @@ OnProgress = Callable[[str, int, int], None]
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter from scratch."""
-SAMPLE_PROMPTS = 2
 ROOMIER = 1.1
 """From how many times the memory of before fewer fallbacks are tried."""
 TRIED_SIDE = 64
@@ -755,7 +754,7 @@ def sample_prompts(
     slider, trigger = config.slider, config.dataset.trigger
     if slider.on:
         own = [escape_prompt(target) for target in slider.target] or list(family.prior_prompts)
-        return config.sample.prompts or own[:SAMPLE_PROMPTS]
+        return config.sample.prompts or own[: schema.SAMPLE_PROMPTS]
     if config.sample.prompts:
         parts, trigger = map(split_sample, config.sample.prompts), escape_prompt(trigger)
         # A prompt that names a concept is about that one.
@@ -772,7 +771,7 @@ def sample_prompts(
     kept = [plain_record_caption(one, config.dataset) for one in reg]
     kept = kept or (class_captions(records, config.dataset) if config.keeps_prior else [])
     captions = dict.fromkeys(plain_record_caption(record, config.dataset) for record in records)
-    captions = dict.fromkeys([*captions][: SAMPLE_PROMPTS - any(kept)] + [*filter(None, kept)][:1])
+    captions = dict.fromkeys([*captions][: schema.SAMPLE_PROMPTS - any(kept)] + [*filter(None, kept)][:1])
     return list(map(escape_prompt, captions))
 
 

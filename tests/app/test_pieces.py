@@ -1,6 +1,7 @@
 """HTML pieces: everything that a person or a file supplies is shown as text."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from app.train import run_cards as cards
 from lora_core.data.images import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
@@ -42,6 +44,32 @@ def verdicts(found: list[events.Validated]) -> list[dict[str, Any]]:
     view = RunView(RunFolder(Path("a")))
     view.progress.update(found)
     return cards.verdicts(ShownRun(view, "done"))
+
+
+def test_what_a_live_run_measures_later_has_its_place(tmp_path: Path) -> None:
+    config = RunConfig().changed({"validation.every": 20, "sample.every": 40, "train.steps": 400})
+    view = RunView(RunFolder.create(tmp_path / "a", config))
+    live = ShownRun(view, "preparing")
+    found = cards.verdicts(live)
+    assert [(one["name"], one["grade"], one["act"]) for one in found] == [
+        ("Improvement", 0, None), ("Overfitting", 0, None), ("Drift from the base", 0, None),
+    ]  # fmt: skip
+    assert {one["why"] for one in found} == {"First measured at step 20."}
+    rendered = render("train/verdicts.html", verdicts=found)
+    assert "<button" not in rendered
+    assert cards.verdicts(ShownRun(view, "stopped")) == []
+    unmeasured = RunView(RunFolder.create(tmp_path / "b", config.changed({"validation.every": 0})))
+    assert cards.verdicts(ShownRun(unmeasured, "running")) == []
+
+    snapshot: Any = SimpleNamespace(shown=live, app_state=SimpleNamespace(workspace=tmp_path))
+    card = cards.samples_card(snapshot)
+    # Seven columns of two prompts, though eleven rounds will come; fewer to come where some have.
+    assert card.count('class="ghost"') == 2 * cards.MOST_GHOSTS
+    rounds = [events.PreviewDone(step=step, files=["a.png"], prompts=["a"]) for step in (0, 40, 80)]
+    view.progress.update(rounds)
+    assert cards.samples_card(snapshot).count('class="ghost"') == cards.MOST_GHOSTS - len(rounds)
+    ended: Any = SimpleNamespace(shown=ShownRun(view, "done"), app_state=snapshot.app_state)
+    assert 'class="ghost"' not in cards.samples_card(ended)
 
 
 def validated(step: int, gain: float, best: bool, **more: float) -> events.Validated:
