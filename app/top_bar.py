@@ -64,8 +64,6 @@ def describe_run(run: ShownRun) -> str:
     """A run in one line."""
     progress = run.progress
     match run.state:
-        case "none":
-            return _("No run yet")
         case "preparing":
             return _("Preparing: {phase}", phase=describe_phase(progress)[:-1])
         case "running" | "pausing" | "stopping":

@@ -15,7 +15,7 @@ ELSEWHERE = ("settings/", "backends/", "projects/", "runs/", "model_files/", "sy
 """Folders of `lora_core` for settings, what is on disk, facts of the base and this computer."""
 HELPERS = {
     "app/jobs.py": {"Jobs.all", "Jobs.live"},
-    "app/preview/history.py": {"History.add"},
+    "app/preview/history.py": {"History.add", "History._keep"},
     "app/state.py": {"AppState.__init__", "AppState.generated", "AppState._device", "AppState._in_the_way"},
     # A request that waits says for how many others.
     "app/templates.py": {"_", "pluralize"},

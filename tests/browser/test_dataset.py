@@ -99,7 +99,7 @@ def test_a_folder_with_sub_folders_is_dropped_on_the_page(
     assert (stored(window) / "3_more" / "ball 5 é.txt").read_text() == "a ball, number 5"
     page.click("#dataset-grid [data-picture='3_more/ball 5 é.png']")
     assert "3 repeats" in page.inner_text("#picture-facts")
-    page.wait_for_selector(".sentences >> text=notes.pdf is neither an image")
+    page.wait_for_selector(".sentences >> text=notes.pdf is neither an image", state="attached")
     page.click("#dataset-grid [data-picture='phone.heic']")
     page.wait_for_function("document.querySelector('#picture-big img')?.naturalWidth == 160")
 

@@ -9,14 +9,14 @@ SAID = """() => [...document.querySelectorAll("body *")].filter((node) => node.o
   ...[...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.data),
   ...["title", "placeholder", "aria-label", "alt"].map((name) => node.getAttribute(name) ?? "")])"""
 SAME = re.compile(
-    r"\S*[/\\].*\.safetensors"
+    r"\S*[/\\].*\.safetensors|~/\S+|ComfyUI"
     r"|LoRA Easel|LoRAs?|Demo|Easel|English|alpha|AdamW|DDIM|kohya|fp16|SNR|px|GB|MB|GPU|CPU|UNet|LoHa|LoKr"
     r"|OFT|DoRA|Ctrl|Enter|Space|Shift|Delete|Esc|Alt|PNG|HEIC|CFG|\.safetensors|\.zip|[\w-]+\.png|velocity"
     r"|clip skip|diffusers|hub|id|owner/name|ntfy[\w./-]*|https?:\S+|Slack|Discord|Mattermost|lora-easel .*"
     r"|Hugging Face|HF_TOKEN|hf auth login|OneTrainer|ai-toolkit|SimpleTuner|(apple|house), duskprint[\w ,]*"
     r"|my style[-\d]*"
 )
-"""Names, units, keys, captions of the demo; a LoRA that `test_other_tools` leaves in the folder of a tool."""
+"""Names, units, keys, captions of the demo; what `test_other_tools` leaves in the home."""
 
 
 @pytest.mark.own_window

@@ -340,7 +340,7 @@ def test_a_class_by_name_is_trained_with_or_refused_in_a_sentence(own_toy: Toy) 
     assert run.status() == "done"
     for name, words in (
         ("torch.optim:LBFGS", "cannot take a step on the device cpu"),
-        ("torch.optim:NoSuch", "has no attribute 'NoSuch'"),
+        ("torch.optim:NoSuch", "torch.optim has no NoSuch"),
         ("json:JSONDecoder", "is not an optimizer"),
         ("no_such_package:Adam", "needs the package no_such_package"),
     ):
