@@ -6,7 +6,6 @@ are those of window and browser alone. Processor seconds are counted, not time t
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
 from tests.benchmarks.rows import Row
+from tests.browser.conftest import CHROMIUM
 from tests.browser.pages import bytes_sent, unfold
 from tests.browser.windows import Window, close
 
@@ -57,11 +57,10 @@ SELECT_ALL = """document.activeElement.dispatchEvent(
 
 def page_rows() -> list[Row]:
     """All figures of one window."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         window = Window(Path(folder) / "work")
         window.start()
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             return [
                 *_load(browser, window),
