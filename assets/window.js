@@ -460,7 +460,9 @@
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     // Gradio writes the browser's own language there.
-    page.lang = one("#language [selected]")?.lang ?? page.lang;
+    // Setting it to what it is has the browser compute all styles anew.
+    const { lang } = one("#language [selected]") ?? page;
+    if (page.lang !== lang) page.lang = lang;
     for (const follow of window.easel.settling) follow();
   };
   window.easel.settle = settle;

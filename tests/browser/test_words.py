@@ -40,3 +40,14 @@ def test_the_window_speaks_japanese_and_then_english(new_page: Any, window: Any)
     page.wait_for_selector("[role=tab]:text-is('Dataset')")
     page.wait_for_selector("html[lang=en][data-ready]")
     assert page.inner_text("#start").strip() == "Start training"
+    # Each write of the language has the browser compute all styles anew.
+    written = page.evaluate(
+        """() => {
+          let written = 0;
+          const lang = { get: () => "en", set: () => { written += 1; } };
+          Object.defineProperty(document.documentElement, "lang", lang);
+          window.easel.settle();
+          return written;
+        }"""
+    )
+    assert written == 0
