@@ -89,7 +89,10 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
             wrong = [g for g in form.folds if not snapshot.plan.invalid.keys().isdisjoint(group_fields(g))]
             # What the foot lists is shown where it is mended (`lookAtProblem` in `assets/train.js`).
             opened = {form.folds[group]: gr.update(open=True) for group in wrong}
-            return {note: "" if start_problems(snapshot) else problem_html(error), **opened}
+            rest = functools.reduce(
+                lambda text, known: text.replace(known, ""), start_problems(snapshot), str(error)
+            )
+            return {note: problem_html(error) if rest.strip() else "", **opened}
         return {name: "", note: ""}
 
     for button, do in ((start, "start"), (queue, "queue")):
