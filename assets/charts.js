@@ -48,7 +48,7 @@
       this.smoothing = make("label", { className: "small smoothing" }, `${t("Smoothing")} `, slider);
       this.whole = button(t("Show all"), () => { this.reset(); this.box.focus(); }, { hidden: true, title: t("Double click or Escape") });
       this.keys = make("p", { className: "keys small" });
-      this.box = make("div", { className: "chart-box", tabIndex: 0, role: "slider", onkeydown: (event) => this.press(event), onblur: () => this.leave() });
+      this.box = make("div", { className: "chart-box", onkeydown: (event) => this.press(event), onblur: () => this.leave() });
       this.tip = make("div", { className: "chart-tip", ariaHidden: "true", hidden: true });
       this.line = make("i", { className: "chart-at" });
       this.note = make("p", { className: "small chart-note" });
@@ -234,10 +234,11 @@
       return there.reduce((a, b) => (b[0] < a[0] ? b : a), [Infinity, null])[1];
     }
 
+    // A box without a chart has no value to say and nothing to focus.
     name(x = this.plot.data[0].at(-1), facts = this.facts(x)) {
       const { data } = this.plot;
       Object.assign(this.box, {
-        ariaLabel: this.chart.label, ariaValueMin: data[0][0], ariaValueMax: data[0].at(-1), ariaValueNow: x,
+        role: "slider", tabIndex: 0, ariaLabel: this.chart.label, ariaValueMin: data[0][0], ariaValueMax: data[0].at(-1), ariaValueNow: x,
         ariaValueText: `${this.title(x)}: ${facts.map((fact) => fact.join(" ")).join(", ")}`,
       });
     }

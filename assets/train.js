@@ -144,7 +144,7 @@
     started = ["resume", "accept"].includes(body.do);
     const answer = await request(path, body), project = answer?.place;
     sent.delete(target);
-    const undo = () => act(target, "projects", { do: "restore", project }).then(() => { location.hash = `run/${encodeURIComponent(body.run)}`; });
+    const undo = () => act(target, "projects", { do: "restore", project }).then(() => window.easel.openRun(body.run));
     if (project) toast(t("{name} is in the trash.", { name: body.run }), "", undo);
     else if (typeof answer?.done === "string") toast(answer.done);
     // Changes of the draft come into the form.

@@ -185,10 +185,14 @@
     followed = location.hash;
     const [name, run] = place();
     showTab();
-    if (name !== "run" || !run || run === shownRun()) return;
+    if (name === "run" && run && run !== shownRun()) showRun(run);
+  };
+  const showRun = (run) => {
     awaited = run;
     inTurn(() => post("run", { do: "show", run })).then(() => setTimeout(() => { awaited = ""; }, 5000));
   };
+  // Also where the page shows that run still, as one whose deletion the stream has not told yet.
+  window.easel.openRun = (run) => { location.hash = `run/${encodeURIComponent(run)}`; followed = location.hash; showTab(); showRun(run); settleSoon(); };
   const openTab = window.easel.openTab = (name) => {
     if (page.dataset.tab === name.toLowerCase()) return;
     history.pushState(null, "", `#${name.toLowerCase()}`);

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tests.browser.pages import open_tab
+from tests.browser.test_axe import violations
 
 AT = "document.querySelector('#run-chart .chart-box')?.getAttribute('aria-valuenow')"
 ON = "document.querySelector('#samples figure.on')?.dataset.step"
@@ -12,8 +13,11 @@ def test_samples_scrubber_and_charts_share_a_step(look: Any, trained: Any, watch
     page = look()
     # What draws charts comes with the first, and is asked for again where it does not arrive.
     watched.expected_away = True
-    page.route("**/uplot.js*", lambda route: route.abort(), times=1)
+    page.route("**/uplot.js*", lambda route: route.abort())
     open_tab(page, "Train")
+    page.wait_for_selector("#run-chart .chart-box")
+    assert violations(page) == []
+    page.unroute("**/uplot.js*")
     page.wait_for_selector("#run-chart canvas")
     watched.expected_away = False
     last = page.get_attribute("#run-status", "data-step")

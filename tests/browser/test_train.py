@@ -26,9 +26,10 @@ from tests.waiting import PATIENCE
 ONE_BY_ONE = {"train.steps": 120, "train.batch_size": 1}
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
-
 IN_FULL = """words => { const line = document.querySelector(".runbar .num"); line.textContent = words;
   return line.scrollWidth <= line.clientWidth && line.scrollHeight <= line.clientHeight + 1; }"""
+HOLDS_STREAM = """(() => { const Own = EventSource; window.EventSource = class extends Own {
+  set onmessage(tell) { super.onmessage = async (event) => { await window.streamHeld; tell(event); }; } }; })()"""
 
 
 def trainer(run: Path) -> psutil.Process:
@@ -327,9 +328,16 @@ def test_a_sweep_is_ordered_compared_and_cloned(page) -> None:
     page.keyboard.press("Control+z")
     page.wait_for_function(f"!{command}")
     # Deleted without a question, as it can be undone.
+    # The page learns only after the undo that the run had been deleted.
+    page.add_init_script(HOLDS_STREAM)
+    page.reload()
+    page.wait_for_selector("#run-status[data-shown-run=rank-6]")
+    page.evaluate("window.streamHeld = new Promise(done => { window.releaseStream = done; }), null")
     page.get_by_role("button", name="Delete rank-6").click()
     page.wait_for_selector("#easel-toast.on >> text=rank-6 is in the trash")
-    page.keyboard.press("Control+z")
+    with page.expect_response(lambda r: r.url.endswith("/easel/run") and "show" in r.request.post_data):
+        page.keyboard.press("Control+z")
+    page.evaluate("releaseStream()")
     page.wait_for_selector("#run-status[data-shown-run=rank-6]")
     order_is("rank-5", "rank-7")
 
