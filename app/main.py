@@ -1,6 +1,7 @@
 """Start of the window: options, port, guard, server. torch is never imported here."""
 
 import argparse
+import asyncio
 import contextlib
 import json
 import logging
@@ -145,6 +146,11 @@ class _Server(uvicorn.Server):
     def quit(self) -> None:
         """End the server; runs are processes of their own and continue."""
         self.should_exit = True
+
+    async def main_loop(self) -> None:
+        # uvicorn asks ten times a second whether it should end, which takes more than an open page.
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.5)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # An open page holds a stream that is cut off here; uvicorn would print a traceback for each.

@@ -29,7 +29,8 @@ KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps":
 IN_FULL = """words => { const line = document.querySelector(".runbar .num"); line.textContent = words;
   return line.scrollWidth <= line.clientWidth && line.scrollHeight <= line.clientHeight + 1; }"""
 HOLDS_STREAM = """(() => { const Own = EventSource; window.EventSource = class extends Own {
-  set onmessage(tell) { super.onmessage = async (event) => { await window.streamHeld; tell(event); }; } }; })()"""
+  set onmessage(tell) { super.onmessage = async (event) => { await window.streamHeld; tell(event); }; }
+}; })()"""
 
 
 def trainer(run: Path) -> psutil.Process:
