@@ -606,7 +606,7 @@
     if (document.documentElement.dataset.tab !== "dataset" || !chosen) return;
     if (name && name !== chosen && location.hash !== address) {
       if (named(name)) choose(name, { focus: false });
-      else toast(t("There is no image {name} here; Excluded and the trash may have it.", { name }), "bad");
+      else toast(t("There is no image {name} here; look in Excluded or in the trash.", { name }), "bad");
     }
     if (name !== chosen) window.easel.setAddress("dataset", chosen);
     address = location.hash;

@@ -236,6 +236,11 @@
     event.stopImmediatePropagation();
   }, true);
 
+  // ---- Escape puts the tip of a field away, until another one has the pointer or the focus --------------------------
+  document.addEventListener("keydown", ({ key }) => { if (key === "Escape") page.dataset.quiet = ""; }, true);
+  document.addEventListener("focusin", () => { delete page.dataset.quiet; });
+  document.addEventListener("pointerover", ({ target }) => { if (!target.closest(".tip")) delete page.dataset.quiet; });
+
   // ---- the live stream: HTML of parts of the page and the state of work under way, by name -----------------------
   const places = new Map(), latest = {}, tellers = {}, untold = new Set();
   const keyOf = (node) => node.id || node.dataset?.key || node.dataset?.run;

@@ -39,10 +39,12 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     """Store the form as a page sends it; returns its LoRAs and the new revision.
 
     Raises:
-        ConfigError: the list of LoRAs is missing.
+        ConfigError: the list of LoRAs is missing, or too long.
     """
     if not isinstance(sent.get("rows"), list):
         raise ConfigError(_("The LoRAs of the form did not arrive; try again."))
+    if len(sent["rows"]) > MOST_LORAS:
+        raise ConfigError(_("{} LoRAs are too many; the form takes up to {}.", len(sent["rows"]), MOST_LORAS))
     blank = parse_rows(sent["rows"], blank=True)
     rows = [row for row in blank if row.file]
     more, fields, strip = dict[str, Any](), sent.get("fields"), sent.get("strip")
@@ -59,7 +61,7 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
 def parse_rows(rows: Iterable[Any], blank: bool = False) -> list[WeightedLora]:
     """Parse rows as a page sends them; those without a file only with `blank`."""
     found = []
-    for row in filter(lambda row: isinstance(row, dict), list(rows)[:MOST_LORAS]):
+    for row in filter(lambda row: isinstance(row, dict), rows):
         file, text = str(row.get("file") or "").strip().strip('"'), row.get("text")
         if file or blank:
             text = None if text is None else parse_strength(text)

@@ -642,7 +642,7 @@ def describe_training(metadata: Mapping[str, str]) -> str:
     words = []
     base = metadata.get("ss_sd_model_name", "")
     if base:
-        words.append(f"on {base}")
+        words.append(_("on {base}", base=base))
     for key, unit in (("ss_num_train_images", "image"), ("ss_steps", "step")):
         value = metadata.get(key, "")
         if re.fullmatch("[0-9]{1,18}", value) and int(value):

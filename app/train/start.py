@@ -84,15 +84,15 @@ def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
             # A run needs the memory more than an image does; the worker loads again when it is asked.
             app_state.worker.release()
             app_state.jobs.start(config)
-        except LoraError as error:
+        except NotReady as error:
             snapshot = take_snapshot(app_state)
             wrong = [g for g in form.folds if not snapshot.plan.invalid.keys().isdisjoint(group_fields(g))]
             # What the foot lists is shown where it is mended (`lookAtProblem` in `assets/train.js`).
             opened = {form.folds[group]: gr.update(open=True) for group in wrong}
-            rest = functools.reduce(
-                lambda text, known: text.replace(known, ""), start_problems(snapshot), str(error)
-            )
-            return {note: problem_html(error) if rest.strip() else "", **opened}
+            listed = set(start_problems(snapshot))
+            return {note: "" if listed.issuperset(error.sentences) else problem_html(error), **opened}
+        except LoraError as error:
+            return {note: problem_html(error)}
         return {name: "", note: ""}
 
     for button, do in ((start, "start"), (queue, "queue")):
@@ -127,6 +127,14 @@ def can_resume(snapshot: Snapshot) -> bool:
     return run.view.resume_info().step > 0
 
 
+class NotReady(LoraError):
+    """What is in the way of a run, all of it in one message and in `sentences`."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__(" ".join(sentences))
+        self.sentences = sentences
+
+
 def ready_config(
     app_state: AppState, name: str, do: str = "start", config: RunConfig | None = None
 ) -> RunConfig:
@@ -139,7 +147,7 @@ def ready_config(
         config: the settings, where they differ from the form's.
 
     Raises:
-        LoraError: something is in the way; all of it in one message.
+        NotReady: something is in the way.
     """
     snapshot = take_snapshot(app_state)
     config = config or snapshot.plan.config.changed({"name": name})
@@ -149,7 +157,7 @@ def ready_config(
     stops = blockers(snapshot) if do == "start" else start_problems(snapshot)
     sentences = list(dict.fromkeys([*found, *stops]))
     if sentences:
-        raise LoraError(" ".join(sentences))
+        raise NotReady(sentences)
     return config
 
 

@@ -13,8 +13,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -34,7 +33,7 @@ from app.dataset.view import add_dataset_routes
 from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
 from app.routes import add_assets, add_routes
 from app.state import AppState
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, run_async, wait_for
 
 HERE = "127.0.0.1:7860"
 ORIGIN = f"http://{HERE}"
@@ -645,12 +644,6 @@ async def guesses(door: Login, passwords: list[tuple[str, str]]) -> list[int]:
     return await asyncio.gather(*(one(*guess) for guess in passwords))
 
 
-def answered(work: Coroutine[Any, Any, list[int]]) -> list[int]:
-    """The result of a coroutine, in a thread of its own: the browser's tests leave a loop in this one."""
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(asyncio.run, work).result()
-
-
 def test_guesses_from_many_places_come_one_by_one_and_ever_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     at_once: list[int] = []
@@ -668,13 +661,13 @@ def test_guesses_from_many_places_come_one_by_one_and_ever_slower(monkeypatch: p
     monkeypatch.setattr("app.guard.asyncio.sleep", sleep)
     door = Login(site(), "open sesame")
     wrong = [(f"10.0.0.{n}", f"guess {n}") for n in range(40)]
-    assert answered(guesses(door, wrong)) == [401] * 40
+    assert run_async(guesses(door, wrong)) == [401] * 40
     assert max(at_once) == 1
     assert pauses[:6] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
     assert set(pauses[6:]) == {8.0}
     # Nobody is kept out for ever, and who is right begins anew.
-    assert answered(guesses(door, [("10.0.0.200", "open sesame")])) == [303]
-    assert answered(guesses(door, [("10.0.0.1", "no")])) == [401]
+    assert run_async(guesses(door, [("10.0.0.200", "open sesame")])) == [303]
+    assert run_async(guesses(door, [("10.0.0.1", "no")])) == [401]
     assert pauses[-2:] == [8.0, 0.0]
 
 
@@ -682,11 +675,11 @@ def test_400_guesses_at_once_from_one_place_are_few(monkeypatch: pytest.MonkeyPa
     """They took 1.02 s and were all compared, when each waited for itself alone."""
     monkeypatch.setattr("app.guard.FIRST_PAUSE", 0.05)
     door = Login(site(), "open sesame")
-    answers = answered(guesses(door, [("10.0.0.1", f"guess {n}") for n in range(400)]))
+    answers = run_async(guesses(door, [("10.0.0.1", f"guess {n}") for n in range(400)]))
     assert answers.count(401) <= 2
     assert answers.count(401) + answers.count(429) == 400
     halves = [(f"2001:db8::{n:x}", "no") for n in range(1, 20)]
-    assert answered(guesses(door, halves)).count(401) <= 2
+    assert run_async(guesses(door, halves)).count(401) <= 2
 
 
 def test_logging_out_ends_the_session_of_that_browser_alone() -> None:
@@ -807,7 +800,7 @@ def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         "type": "http", "method": "POST", "path": "/easel/run", "query_string": b"",
         "headers": [(b"host", HERE.encode()), (b"transfer-encoding", b"chunked")],
     }  # fmt: skip
-    asyncio.run(Guard(site())(scope, receive, send))
+    run_async(Guard(site())(scope, receive, send))
     assert sent[0]["status"] == 408
 
 

@@ -14,7 +14,7 @@ from app import live as module
 from app import main
 from app.live import LiveStream
 from app.state import AppState
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, run_async
 
 NEVER = 0.3
 """Seconds in which what must not come would have come."""
@@ -59,7 +59,7 @@ class OpenPage:
 
 
 def run(steps: Callable[[], Any]) -> None:
-    asyncio.run(asyncio.wait_for(steps(), PATIENCE))
+    run_async(steps())
 
 
 def test_a_page_gets_all_parts_once_and_then_what_changes(live: LiveStream, state: dict[str, str]) -> None:

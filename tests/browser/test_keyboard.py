@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import has_value, open_tab, state_is
+from tests.browser.pages import has_value, open_settings, open_tab, state_is
 
 MOST_STOPS = 120
 # Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
@@ -107,3 +107,23 @@ def test_tabs_and_dialogs(look: Any) -> None:
     page.keyboard.press("Space")
     page.wait_for_selector("html[data-shows=base]")
     assert unseen == []
+
+
+def test_one_tip_at_a_time_and_escape_puts_it_away(look: Any) -> None:
+    page = look()
+    open_tab(page, "Train")
+    open_settings(page)
+    # Those that have their place; what is out of the way is one pixel wide.
+    tips = """() => [...document.querySelectorAll('.tip .info-text')]
+      .filter((one) => one.offsetWidth > 1).map((one) => one.closest('.block').id)"""
+    fields = page.locator(".tip input:not([type=range]):visible")
+    fields.nth(0).focus()
+    (focused,) = page.evaluate(tips)
+    fields.nth(2).hover()
+    (hovered,) = page.evaluate(tips)
+    assert hovered != focused
+    page.keyboard.press("Escape")
+    assert page.evaluate(tips) == []
+    fields.nth(1).hover()
+    page.mouse.move(2, 400)
+    assert page.evaluate(tips) == [focused]
