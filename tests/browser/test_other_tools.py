@@ -59,11 +59,11 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, traine
     page.fill("#copy-folder input", "/nowhere")
     page.click("#copy-export")
     page.wait_for_selector("#export-will .problem:has-text('no folder at')")
-    page.fill("#copy-folder input", found)
     loras = home / "ComfyUI" / "models" / "loras"
     (loras / "my style.safetensors").write_bytes(b"another file")
-    page.click("#copy-export")
+    page.locator("#export-apps").get_by_role("button", name="Copy to ComfyUI").click()
     page.wait_for_selector("#copy-note:has-text('Copied to ComfyUI')")
+    assert page.input_value("#copy-folder input") == found
     assert "my style-2" in page.inner_text("#copy-note")
     assert (loras / "my style.safetensors").read_bytes() == b"another file"
     assert {"my style-2.safetensors", "my style-2.json"} <= {file.name for file in loras.iterdir()}
