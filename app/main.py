@@ -147,10 +147,10 @@ class _Server(uvicorn.Server):
         """End the server; runs are processes of their own and continue."""
         self.should_exit = True
 
-    async def main_loop(self) -> None:
+    async def on_tick(self, counter: int) -> bool:
         # uvicorn asks ten times a second whether it should end, which takes more than an open page.
-        while not await self.on_tick(0):
-            await asyncio.sleep(0.5)
+        await asyncio.sleep(0.4)
+        return await super().on_tick(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # An open page holds a stream that is cut off here; uvicorn would print a traceback for each.
