@@ -47,15 +47,14 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
         raise ConfigError(_("{} LoRAs are too many; the form takes up to {}.", len(sent["rows"]), MOST_LORAS))
     blank = parse_rows(sent["rows"], blank=True)
     rows = [row for row in blank if row.file]
-    more, fields, strip = dict[str, Any](), sent.get("fields"), sent.get("strip")
+    more, strip = dict[str, Any](), sent.get("strip")
     if isinstance(strip, dict):
         kept = {"on": bool(strip.get("on")), "values": list(strip_values(project, rows))}
         with contextlib.suppress(LoraError):
             # Reported when the strip is generated; a half-typed number is not an error yet.
             kept["values"] = list(parse_strengths(strip.get("values")))
         more["preview_strip_at"] = kept
-    fields = fields if isinstance(fields, dict) else None
-    return rows, save_form(project, blank, bool(sent.get("apart")), fields, **more)
+    return rows, save_form(project, blank, bool(sent.get("apart")), sent.get("fields"), **more)
 
 
 def parse_rows(rows: Iterable[Any], blank: bool = False) -> list[WeightedLora]:
@@ -79,15 +78,14 @@ def parse_strength(value: Any) -> float:
 
 
 def save_form(
-    project: Project, rows: list[WeightedLora], apart: bool, fields: dict[str, Any] | None = None, **more: Any
+    project: Project, rows: list[WeightedLora], apart: bool, fields: Any = None, **more: Any
 ) -> int:
     """Store the LoRAs, the fields if given, and other entries of the draft; returns the new revision."""
-    if fields is not None:
+    if isinstance(fields, dict):
         plain = {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
         more["preview"] = {name: plain.get(name) for name in FIELDS}
     with project.editing():
-        before = project.draft().get("preview_loras") or {}
-        rev = int(before.get("rev") or 0) + 1
+        rev = int((project.draft().get("preview_loras") or {}).get("rev") or 0) + 1
         project.update_draft(preview_loras={"rows": row_data(rows), "apart": apart, "rev": rev}, **more)
     return rev
 

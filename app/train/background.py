@@ -75,7 +75,9 @@ class Checks:
             if one.kind not in ELSEWHERE
         ]
         with self._lock:
-            self._asked, self._found = (config, dataset, time.monotonic()), found
+            # What a name or a sweep adds to the form is not what `known` was asked about.
+            if self._asked is not None and self._asked[0] == config and self._asked[1] is dataset:
+                self._asked, self._found = (config, dataset, time.monotonic()), found
         return found
 
     def _look(self, config: RunConfig, dataset: Dataset) -> None:

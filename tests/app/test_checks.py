@@ -93,8 +93,11 @@ def test_what_masks_and_reg_images_do_stands_beside_start(app_state: AppState, p
 
 def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path]) -> None:
     make_run(app_state, "taken", started(), step(3))
+    assert start_problems(take_snapshot(app_state)) == []
     with pytest.raises(LoraError, match="taken already exists"):
         ready_config(app_state, "taken")
+    # It is that press's: the foot, which is about the form, would list it only until it looks again.
+    assert start_problems(take_snapshot(app_state)) == []
     assert ready_config(app_state, "free").name == "free"
 
 
