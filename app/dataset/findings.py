@@ -105,6 +105,8 @@ class Checker:
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
+            # What was read may be another project's already.
+            report(0, len(dataset.records))
             with kept_looks(project / LOOKS) as looks:
                 found = audit(dataset, plan_training(plan, dataset), report, looks)
             rows = {key: [_relative(row, folder) for row in found[key]] for key in LISTS}
