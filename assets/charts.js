@@ -138,6 +138,8 @@
       this.plot.over.append(this.line, this.tip);
       if (zoom) this.plot.setScale("x", zoom);
       this.place();
+      // A box without a chart has no value to say and nothing to focus.
+      Object.assign(this.box, { role: "slider", tabIndex: 0 });
       this.name();
     }
 
@@ -234,11 +236,10 @@
       return there.reduce((a, b) => (b[0] < a[0] ? b : a), [Infinity, null])[1];
     }
 
-    // A box without a chart has no value to say and nothing to focus.
     name(x = this.plot.data[0].at(-1), facts = this.facts(x)) {
       const { data } = this.plot;
       Object.assign(this.box, {
-        role: "slider", tabIndex: 0, ariaLabel: this.chart.label, ariaValueMin: data[0][0], ariaValueMax: data[0].at(-1), ariaValueNow: x,
+        ariaLabel: this.chart.label, ariaValueMin: data[0][0], ariaValueMax: data[0].at(-1), ariaValueNow: x,
         ariaValueText: `${this.title(x)}: ${facts.map((fact) => fact.join(" ")).join(", ")}`,
       });
     }

@@ -181,18 +181,16 @@
     scrollTo(0, top);
     if (Math.abs(scrollY - top) < 2) top = null;
   };
-  const follow = () => {
+  // `again` asks for a run that the page still shows, as where the stream has not reported its deletion yet.
+  const follow = (again = false) => {
     followed = location.hash;
     const [name, run] = place();
     showTab();
-    if (name === "run" && run && run !== shownRun()) showRun(run);
-  };
-  const showRun = (run) => {
+    if (name !== "run" || !run || (run === shownRun() && !again)) return;
     awaited = run;
     inTurn(() => post("run", { do: "show", run })).then(() => setTimeout(() => { awaited = ""; }, 5000));
   };
-  // Also where the page shows that run still, as one whose deletion the stream has not told yet.
-  window.easel.openRun = (run) => { location.hash = `run/${encodeURIComponent(run)}`; followed = location.hash; showTab(); showRun(run); settleSoon(); };
+  window.easel.openRun = (run) => { location.hash = `run/${encodeURIComponent(run)}`; follow(true); settleSoon(); };
   const openTab = window.easel.openTab = (name) => {
     if (page.dataset.tab === name.toLowerCase()) return;
     history.pushState(null, "", `#${name.toLowerCase()}`);

@@ -50,7 +50,8 @@ class Checks:
         self._workspace = workspace
         self._free_on_card = free_on_card
         self._lock = threading.Lock()
-        self._asked: tuple[RunConfig, Dataset, float] | None = None
+        self._asked: tuple[RunConfig, Dataset] | None = None
+        self._looked_at = 0.0
         self._found: list[RunProblem] = []
         self._busy = False
 
@@ -58,10 +59,9 @@ class Checks:
         """The last result; if it is for another plan, a new lookup starts."""
         now = time.monotonic()
         with self._lock:
-            asked = self._asked
-            same = asked is not None and asked[0] == config and asked[1] is dataset
-            if not self._busy and not (same and asked is not None and now - asked[2] < FRESH_SECONDS):
-                self._asked, self._busy = (config, dataset, now), True
+            fresh = self._is_asked(config, dataset) and now - self._looked_at < FRESH_SECONDS
+            if not self._busy and not fresh:
+                self._asked, self._looked_at, self._busy = (config, dataset), now, True
                 threading.Thread(
                     target=self._look, args=(config, dataset), daemon=True, name="preflight"
                 ).start()
@@ -76,9 +76,12 @@ class Checks:
         ]
         with self._lock:
             # What a name or a sweep adds to the form is not what `known` was asked about.
-            if self._asked is not None and self._asked[0] == config and self._asked[1] is dataset:
-                self._asked, self._found = (config, dataset, time.monotonic()), found
+            if self._is_asked(config, dataset):
+                self._looked_at, self._found = time.monotonic(), found
         return found
+
+    def _is_asked(self, config: RunConfig, dataset: Dataset) -> bool:
+        return self._asked is not None and self._asked[0] == config and self._asked[1] is dataset
 
     def _look(self, config: RunConfig, dataset: Dataset) -> None:
         try:

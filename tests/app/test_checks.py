@@ -124,12 +124,12 @@ def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(
     app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     go_on = threading.Event()
-    whole = getattr(findings, slow)
+    original = getattr(findings, slow)
 
-    def wait(*given: Any) -> Any:
+    def wait(*args: Any) -> Any:
         if threading.current_thread().name == "check":
             go_on.wait(PATIENCE)
-        return whole(*given)
+        return original(*args)
 
     monkeypatch.setattr(findings, slow, wait)
     first = app_state.project.path.name

@@ -1,9 +1,9 @@
 """An open page: what its first load takes, what it costs while a run goes on, idle and hidden, whether it
 shifts and grows, and a dataset of a thousand pictures.
 
-The page shifts over a whole demo. What a run costs is that of a played one: a process writes the events of a
-training run at two steps a second, so that the figures are those of window and browser alone. Processor
-seconds are counted, not time that passes.
+Layout shift is measured over a whole demo, costs during a simulated run: a process writes the events of a
+training run at two steps a second, so that the figures are those of window and browser alone. Costs are
+processor seconds, not elapsed time.
 """
 
 import os
